@@ -1,0 +1,93 @@
+"""Every error Earmark raises on purpose, and who each one speaks to.
+
+    EarmarkError
+    ├── UsageError            found before any work starts: exit code 2
+    │   ├── ConfigError         an option or a key of the YAML
+    │   ├── InputError          an input that does not exist or holds nothing to label
+    │   ├── ModelError          a checkpoint that is missing, damaged or does not fit
+    │   └── OutputError         an output that belongs to another run or cannot be written
+    ├── ItemError             one item cannot be labelled: a row in ``errors``, never the run's end
+    │   ├── ReadError           its bytes cannot be had
+    │   ├── DecodeError         its bytes are not audio, or not enough of it
+    │   ├── FeatureError        its samples cannot be turned into features
+    │   └── InferenceError      the model gives no usable answer for it
+    ├── ContainerError        a tar, Parquet file or manifest ends early: a row, and exit code 3
+    └── AccountingError       rows and items do not add up: exit code 1
+
+A message names the thing, the value found, what was expected, and the next step. ``ItemError``
+subclasses carry the ``stage`` that the error row records; ``error_type`` is the class's name
+unless a more telling one (a library's own exception) is given.
+"""
+
+from __future__ import annotations
+
+
+class EarmarkError(Exception):
+    """Base of all errors that Earmark raises on purpose."""
+
+
+class UsageError(EarmarkError):
+    """Wrong usage, config, model, input or output, found before any work starts."""
+
+
+class ConfigError(UsageError):
+    """An option or a key of the configuration is unknown or out of range."""
+
+
+class InputError(UsageError):
+    """An input does not exist, cannot be listed, or holds nothing to label."""
+
+
+class ModelError(UsageError):
+    """A checkpoint is missing, damaged, or does not fit the model it describes."""
+
+
+class OutputError(UsageError):
+    """The output folder belongs to another run, or cannot be written."""
+
+
+class ItemError(EarmarkError):
+    """One item cannot be labelled; becomes a row in ``errors``.
+
+    Attributes:
+        stage: The step that failed: ``read``, ``decode``, ``fbank`` or ``inference``.
+        error_type: The name that the error row carries; the class's own by default.
+    """
+
+    stage = "unknown"
+
+    def __init__(self, message: str, *, error_type: str | None = None) -> None:
+        super().__init__(message)
+        self.error_type = error_type or type(self).__name__
+
+
+class ReadError(ItemError):
+    """The item's bytes cannot be had: missing, forbidden, cut short."""
+
+    stage = "read"
+
+
+class DecodeError(ItemError):
+    """The item's bytes are not audio that can be decoded, or hold too little of it."""
+
+    stage = "decode"
+
+
+class FeatureError(ItemError):
+    """The item's samples cannot be turned into features."""
+
+    stage = "fbank"
+
+
+class InferenceError(ItemError):
+    """The model gives no usable answer for the item."""
+
+    stage = "inference"
+
+
+class ContainerError(EarmarkError):
+    """A container (tar, Parquet file, manifest) cannot be read to its end."""
+
+
+class AccountingError(EarmarkError):
+    """Items found and rows written do not add up."""

@@ -1,0 +1,311 @@
+"""What travels from step to step, drawn once.
+
+    WorkUnit ─sources─▶ EncodedClip ─decode─▶ Waveform ─windows─▶ Window ─fbank─▶ Window
+                             │                   │                   │        (with features)
+                             └────── Failure ────┴───────────────────┤
+                                                                     ▼
+             rows ◀─rows─ (Window, Prediction) ◀──────────inference──┘
+
+A **work unit** is what is committed at once: a group of loose files, or a slice of a container
+(a byte range of a tar, a row range of a Parquet file). Everything read from it is an **item**:
+an ``EncodedClip``, or a ``Failure`` where it could not be read. A clip is decoded into
+``Waveform`` pieces, so that hours fit into bounded memory; the last piece carries the clip's
+``ClipFacts``. Pieces become ``Window``s; the last window of a clip carries the facts and the
+count of its windows. ``UnitEnd`` closes the unit and says how many items it held, so that the
+sink can count and needs no order. All records are frozen; arrays are never written to after
+they are handed on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+UnitKind = Literal["files", "tar", "parquet"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to label: a file, a tar member, a Parquet row, or a segment of one.
+
+    Attributes:
+        clip_id: Unique and stable name in a result (``sources.make_clip_id``).
+        uri: The file or container it comes from, without signature parameters: absolute local
+            path (no ``file://``) or full URL.
+        url: What to open to read it; may carry a signature, so it is never written or printed.
+            Empty where the bytes come with a container.
+        member: Name inside the tar, or None.
+        row: Row number inside the Parquet file, counted from 0, or None.
+        start_s: Start of the segment in seconds from the start of the file, or None for a whole.
+        end_s: End of the segment in seconds, exclusive, or None for "to the end".
+        truth: Labels that the input gives, or None where it gives none.
+        metadata: JSON text of an object with everything else the input says, or None.
+        size: Bytes of the file (or of the container that holds it); None if not known.
+        version: What tells a changed file from an unchanged one: etag or modification time.
+    """
+
+    clip_id: str
+    uri: str
+    url: str = field(default="", repr=False)
+    member: str | None = None
+    row: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+    truth: tuple[str, ...] | None = None
+    metadata: str | None = None
+    size: int | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSlice:
+    """A part of a tar or Parquet file that one work unit reads.
+
+    Attributes:
+        uri: The container, without signature parameters.
+        url: What to open; may carry a signature, so it is never written or printed.
+        size: The container's size in bytes, or None if the store does not say.
+        version: Etag or modification time.
+        start: First byte of the slice (tar: of the archive, decompressed for ``.tar.gz``), or
+            first row (Parquet).
+        stop: One past the last byte or row; None means to the container's end.
+        seen_names: Tar only: how often each member name that occurs again in this slice occurred
+            before it, so that the second of a name is ``#name~2`` wherever the cut lies.
+    """
+
+    uri: str
+    url: str = field(repr=False)
+    size: int | None
+    version: str | None
+    start: int = 0
+    stop: int | None = None
+    seen_names: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Rows of an earlier unit that a unit takes over unchanged when it replaces it.
+
+    Attributes:
+        unit_id: The committed unit whose parts hold the rows.
+        clip_ids: The clips to copy; None means every row in its ``clips`` part.
+    """
+
+    unit_id: str
+    clip_ids: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkUnit:
+    """What is read, labelled and committed at once.
+
+    Attributes:
+        unit_id: Name of its parts, made from what is in it (``sources.make_unit_id``).
+        kind: ``files`` (``items`` lists them all), ``tar`` or ``parquet`` (a ``container``).
+        items: Loose files or segments, in order. With a container: the members or rows a
+            manifest asked for; empty means everything in the slice.
+        container: The slice to read; None for ``files``.
+        estimated_windows: Windows expected, from sizes alone; for even units and progress.
+        replaces: Committed units whose content this one redoes; they go when this is committed.
+        carried: Rows to copy from a replaced unit, if any.
+    """
+
+    unit_id: str
+    kind: UnitKind
+    items: tuple[Item, ...] = ()
+    container: ContainerSlice | None = None
+    estimated_windows: int = 1
+    replaces: tuple[str, ...] = ()
+    carried: Carried | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "files") != (self.container is None):
+            raise ValueError(
+                f"unit {self.unit_id}: kind is {self.kind!r} and container is {self.container!r}; "
+                "a unit of files has no container, any other kind has one"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedClip:
+    """An item's encoded bytes, in memory or in a local file; exactly one of the two.
+
+    Attributes:
+        item: What it is.
+        data: The encoded bytes, or None.
+        path: A local file with the encoded bytes, or None.
+        delete_path: The file at ``path`` was made for this clip only and goes after decoding.
+    """
+
+    item: Item
+    data: bytes | None = field(default=None, repr=False)
+    path: str | None = None
+    delete_path: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.path is None):
+            raise ValueError(f"{self.item.clip_id}: give data or path, exactly one")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An item that could not be labelled, and why; a row in ``errors``.
+
+    Attributes:
+        item: What failed. For a container cut short, the container itself.
+        stage: ``read``, ``decode``, ``fbank`` or ``inference``.
+        error_type: Name of the error, for grouping.
+        message: What happened, in words that name the cause.
+        is_container: The item is a container that could not be read to its end (exit code 3).
+    """
+
+    item: Item
+    stage: str
+    error_type: str
+    message: str
+    is_container: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ClipFacts:
+    """What is known of a clip once it has been decoded to its end.
+
+    Levels are measured at the source's rate, over all channels, before mixing down.
+
+    Attributes:
+        duration_s: Decoded length in seconds (of the segment, for a segment).
+        sample_rate_hz: The source's rate.
+        channels: The source's channel count.
+        peak_dbfs: 20·log10 of the largest |x|; ``-inf`` for digital silence.
+        rms_dbfs: 20·log10 of the root mean square; ``-inf`` for digital silence.
+        clipped_ratio: Share of samples with |x| ≥ 0.999, in [0, 1].
+        silent_ratio: Share of 20 ms frames whose RMS is below −60 dBFS, in [0, 1].
+        content_sha256: Hex digest of the encoded bytes (the whole file, for a segment).
+        warning: What is wrong with a clip that was labelled all the same, or None.
+    """
+
+    duration_s: float
+    sample_rate_hz: int
+    channels: int
+    peak_dbfs: float
+    rms_dbfs: float
+    clipped_ratio: float
+    silent_ratio: float
+    content_sha256: str
+    warning: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Waveform:
+    """A piece of a decoded clip: mono, at the model's rate. Pieces of a clip come in order.
+
+    Attributes:
+        unit_id: The unit it belongs to.
+        item_index: Position of the item in its unit, from 0.
+        item: What it is a piece of.
+        samples: Shape (num_samples,), float32, nominally in [-1, 1].
+        facts: The clip's facts on its last piece, else None.
+    """
+
+    unit_id: str
+    item_index: int
+    item: Item
+    samples: FloatArray
+    facts: ClipFacts | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Waveform({self.item.clip_id!r}, samples{self.samples.shape}, "
+            f"last={self.facts is not None})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One input of the model, and where it lies in its clip.
+
+    Attributes:
+        unit_id: The unit it belongs to.
+        item_index: Position of the item in its unit, from 0.
+        item: The clip it is cut from.
+        window_index: Position in the clip, from 0.
+        start_s: Start in seconds from the start of the file.
+        end_s: True end in seconds: padding does not count.
+        data: Samples of shape (num_samples,) until ``fbank``, then features of shape
+            (num_frames, num_mel_bins); float32. None once the model has seen it, or on error.
+        facts: On the clip's last window: its facts; else None.
+        num_windows: On the clip's last window: how many windows the clip has; else None.
+        error: Why there are no features, or None. The window travels on all the same, because
+            the windows of a clip are counted.
+    """
+
+    unit_id: str
+    item_index: int
+    item: Item
+    window_index: int
+    start_s: float
+    end_s: float
+    data: FloatArray | None
+    facts: ClipFacts | None = None
+    num_windows: int | None = None
+    error: str | None = None
+
+    def __repr__(self) -> str:
+        shape = None if self.data is None else self.data.shape
+        return (
+            f"Window({self.item.clip_id!r}, #{self.window_index}, "
+            f"{self.start_s:.3f}-{self.end_s:.3f} s, data{shape})"
+        )
+
+    def with_data(self, data: FloatArray | None) -> Window:
+        """The same window with other data (features for samples, or none)."""
+        return dataclasses.replace(self, data=data)
+
+
+@dataclass(frozen=True, slots=True)
+class ItemFailure:
+    """A failure on its way through a unit.
+
+    Attributes:
+        unit_id: The unit it belongs to.
+        item_index: Position of the item in its unit, from 0.
+        failure: What failed and why.
+    """
+
+    unit_id: str
+    item_index: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class UnitEnd:
+    """Closes a unit: everything it held is on its way.
+
+    Attributes:
+        unit: The unit itself.
+        num_items: How many items it held, failed ones and a broken container's row included.
+    """
+
+    unit: WorkUnit
+    num_items: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model says of one window.
+
+    Attributes:
+        embedding: Shape (hidden_size,), in the type it is stored in (float32 or float16).
+        scores: Shape (num_labels,), float32, after the activation.
+        error: Why there is no usable answer, or None; the arrays are then empty.
+    """
+
+    embedding: npt.NDArray[np.floating]
+    scores: FloatArray
+    error: str | None = None
