@@ -303,9 +303,66 @@ class Prediction:
     Attributes:
         embedding: Shape (hidden_size,), in the type it is stored in (float32 or float16).
         scores: Shape (num_labels,), float32, after the activation.
+        engine: What computed it, as the commit records it: ``torch cpu fp32``.
         error: Why there is no usable answer, or None; the arrays are then empty.
     """
 
     embedding: npt.NDArray[np.floating]
     scores: FloatArray
+    engine: str
     error: str | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Prediction(embedding{self.embedding.shape}, scores{self.scores.shape}, "
+            f"{self.engine!r}, error={self.error!r})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WindowRow:
+    """A labelled window on its way to the ``windows`` part.
+
+    Attributes:
+        unit_id: The unit it belongs to.
+        item_index: Position of the item in its unit, from 0.
+        clip_id: The clip it is cut from.
+        window_index: Position in the clip, from 0.
+        start_s: Start in seconds from the start of the file.
+        end_s: True end in seconds.
+        prediction: Its embedding and every class's score.
+    """
+
+    unit_id: str
+    item_index: int
+    clip_id: str
+    window_index: int
+    start_s: float
+    end_s: float
+    prediction: Prediction
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRow:
+    """A labelled clip on its way to the ``clips`` part; it comes after its windows.
+
+    Attributes:
+        unit_id: The unit it belongs to.
+        item_index: Position of the item in its unit, from 0.
+        item: What it is.
+        facts: What decoding found.
+        num_windows: How many windows it has.
+        embedding: The windows' mean weighted by real duration, shape (hidden_size,).
+        scores: Maximum (sigmoid) or mean (softmax) over the windows, shape (num_labels,).
+    """
+
+    unit_id: str
+    item_index: int
+    item: Item
+    facts: ClipFacts
+    num_windows: int
+    embedding: npt.NDArray[np.floating]
+    scores: FloatArray
+
+
+UnitEvent = WindowRow | ClipRow | ItemFailure | UnitEnd

@@ -1,0 +1,106 @@
+"""START READING HERE: the whole run as one Beam graph.
+
+    units ─▶ skip what is committed ─▶ LabelUnits ─▶ CommitUnits ─▶ summaries ─┐
+                      └─────────────────── summaries of units already done ────┤
+                                                     run.json, _SUCCESS ◀─ total
+
+A unit is a small description of what to read: a few hundred files, or a slice of a tar or
+Parquet file (``plan`` makes them). From reading to commit everything happens in one fused stage;
+only units go in and only summaries come out, so that memory stays flat and a unit is committed
+as soon as its last window is labelled. Any shuffle, side input, state or differing resource hint
+in between would split that stage: ``tests/test_graph.py`` holds it together, and ``CommitUnits``
+raises rather than commit half a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import apache_beam as beam
+
+from transforms.commit import (
+    CommitSettings,
+    CommitUnits,
+    SkipCommitted,
+    UnitSummary,
+    UnitTotals,
+)
+from transforms.label_audio import LabelSettings, LabelUnits
+from transforms.records import WorkUnit
+
+
+@dataclass(frozen=True)
+class RunTotals:
+    """The sum of unit summaries.
+
+    Attributes:
+        units: How many units.
+        totals: What they held.
+        engines: Everything that computed them; more than one is a mixture, and reported.
+    """
+
+    units: int = 0
+    totals: UnitTotals = field(default_factory=UnitTotals)
+    engines: tuple[str, ...] = ()
+
+    def __add__(self, other: RunTotals) -> RunTotals:
+        return RunTotals(
+            self.units + other.units,
+            self.totals + other.totals,
+            tuple(sorted({*self.engines, *other.engines})),
+        )
+
+    @staticmethod
+    def of(summary: UnitSummary) -> RunTotals:
+        """The totals of one unit."""
+        return RunTotals(1, summary.totals, summary.engines)
+
+
+class SumTotals(beam.CombineFn):
+    """Sum unit summaries into ``RunTotals``."""
+
+    def create_accumulator(self) -> RunTotals:
+        """Start from nothing."""
+        return RunTotals()
+
+    def add_input(self, total: RunTotals, summary: UnitSummary) -> RunTotals:
+        """Count a unit in."""
+        return total + RunTotals.of(summary)
+
+    def merge_accumulators(self, totals: Iterable[RunTotals]) -> RunTotals:
+        """Join partial sums."""
+        return sum(totals, RunTotals())
+
+    def extract_output(self, total: RunTotals) -> RunTotals:
+        """The sum itself."""
+        return total
+
+
+def build_graph(
+    pipeline: beam.Pipeline,
+    units: Sequence[WorkUnit],
+    label: LabelSettings,
+    commit: CommitSettings,
+    finish: Callable[[RunTotals], None],
+) -> None:
+    """Draw the run.
+
+    Args:
+        pipeline: Where to draw it.
+        units: What to label.
+        label: The settings of every step.
+        commit: Where and how to write.
+        finish: Called once with the totals of all units, after the last commit; it must be
+            picklable, since it runs where the pipeline runs.
+    """
+    to_do, done = (
+        pipeline | "List units" >> beam.Create(units) | "Skip committed" >> SkipCommitted(commit)
+    )
+    labelled = to_do | "Label" >> LabelUnits(label) | "Commit" >> CommitUnits(commit)
+    _ = (
+        (labelled, done)
+        | "Gather summaries" >> beam.Flatten()
+        | "Sum up" >> beam.CombineGlobally(SumTotals())
+        | "Finish run" >> beam.Map(finish)
+    )

@@ -1,0 +1,347 @@
+"""The state of a result on disk: what is committed, what is damaged, what is left over.
+
+Planning reads it to know what is done, ``heal`` brings it in order before work starts, and
+``verify`` looks deeper. ``run.json`` is written when work starts (``status: running``) and again
+at the end of the graph (``status: done``), followed by ``_SUCCESS``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline import __version__
+from pipeline.graph import RunTotals
+from transforms import storage
+from transforms.commit import (
+    COMMITS,
+    PARTS,
+    Commit,
+    list_unit_ids,
+    part_url,
+    read_commits,
+    remove_unit,
+)
+from transforms.errors import AccountingError, OutputError
+
+RUN_FILE = "run.json"
+SUCCESS_FILE = "_SUCCESS"
+RUN_SCHEMA_VERSION = 1
+
+# What a unit's files are called: ``sources.make_unit_id`` and an ending of ours.
+_UNIT_FILE = re.compile(r"^(?P<unit_id>[0-9a-f]{16,64})\.(parquet|json)$")
+
+_VERSIONED = (
+    "apache-beam",
+    "torch",
+    "torchaudio",
+    "soundfile",
+    "av",
+    "soxr",
+    "numpy",
+    "pyarrow",
+    "fsspec",
+    "safetensors",
+)
+
+
+@dataclass(frozen=True)
+class ResultState:
+    """What lies in an output folder.
+
+    Attributes:
+        output: The folder.
+        run: ``run.json``, or None where there is none.
+        commits: Commits whose parts are there in the size they vouch for, by unit.
+        damaged: Units whose commit cannot be read or whose parts are missing or of another
+            size, with the reason.
+        superseded: Units that another commit replaces and that are still there.
+        orphans: Parts without a commit, as URLs.
+        foreign: Files in our folders that Earmark did not write, as URLs.
+        succeeded: ``_SUCCESS`` is there.
+    """
+
+    output: str
+    run: Mapping[str, Any] | None = None
+    commits: Mapping[str, Commit] = field(default_factory=dict)
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    superseded: frozenset[str] = frozenset()
+    orphans: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    succeeded: bool = False
+
+    @property
+    def is_result(self) -> bool:
+        """Whether Earmark has written here before."""
+        return self.run is not None or bool(self.commits) or bool(self.damaged)
+
+    def fingerprints(self) -> set[str]:
+        """Fingerprints of everything committed."""
+        return {commit.fingerprint for commit in self.commits.values()}
+
+
+def read_result(output: str) -> ResultState:
+    """Read the state of an output folder; an absent or empty one is an empty state.
+
+    Raises:
+        OutputError: The folder is a file, or ``run.json`` is not Earmark's.
+    """
+    if not storage.exists(output):
+        return ResultState(output)
+    if not storage.is_folder(output):
+        raise OutputError(f"{output} is a file; --output needs a folder. Give another path.")
+    run = read_run(output)
+    commits, unreadable = read_commits(output)
+    sizes, foreign = _list_parts(output)
+    superseded = {old for commit in commits.values() for old in commit.replaces}
+    superseded &= commits.keys() | set(unreadable)
+    damaged = dict.fromkeys(unreadable, "its commit cannot be read")
+    for unit_id, commit in commits.items():
+        reason = _missing_part(commit, sizes)
+        if reason:
+            damaged[unit_id] = reason
+    known = commits.keys() | set(unreadable)
+    orphans = [part_url(output, part, unit_id) for part, unit_id in sizes if unit_id not in known]
+    # A part that its commit does not name (an ``errors`` part, after a change by hand) is no
+    # less an orphan than one without a commit.
+    orphans += [
+        part_url(output, part, unit_id)
+        for part, unit_id in sizes
+        if unit_id in commits and part not in commits[unit_id].parts
+    ]
+    return ResultState(
+        output=output,
+        run=run,
+        commits={u: c for u, c in commits.items() if u not in damaged and u not in superseded},
+        damaged={u: reason for u, reason in damaged.items() if u not in superseded},
+        superseded=frozenset(superseded),
+        orphans=tuple(sorted(orphans)),
+        foreign=tuple(foreign),
+        succeeded=storage.exists(storage.join(output, SUCCESS_FILE)),
+    )
+
+
+def read_run(output: str) -> Mapping[str, Any] | None:
+    """``run.json`` of a result, or None.
+
+    Raises:
+        OutputError: It is there and not Earmark's.
+    """
+    url = storage.join(output, RUN_FILE)
+    if not storage.exists(url):
+        return None
+    try:
+        run = json.loads(storage.read_bytes(url))
+        if run["fingerprint"] and run["results"]:
+            return dict(run)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise OutputError(
+        f"{url} was not written by Earmark, or is damaged; give another --output, or remove it."
+    )
+
+
+def _list_parts(output: str) -> tuple[dict[tuple[str, str], int], list[str]]:
+    """Sizes of the parts that are there, by part and unit, and files that are not ours."""
+    sizes: dict[tuple[str, str], int] = {}
+    foreign = []
+    for part in PARTS:
+        folder = storage.join(output, part)
+        if not storage.exists(folder):
+            continue
+        for file in storage.list_files(folder):
+            match = _UNIT_FILE.match(storage.file_name(file.url))
+            if match and storage.parent(file.url) == folder:
+                sizes[part, match["unit_id"]] = file.size or 0
+            else:
+                foreign.append(file.url)
+    return sizes, foreign
+
+
+def _missing_part(commit: Commit, sizes: Mapping[tuple[str, str], int]) -> str | None:
+    for part, info in commit.parts.items():
+        size = sizes.get((part, commit.unit_id))
+        if size is None:
+            return f"its {part} part is missing"
+        if size != info.num_bytes:
+            return f"its {part} part has {size} bytes, and {info.num_bytes} were committed"
+    return None
+
+
+def heal(state: ResultState) -> None:
+    """Bring a result in order before work starts: what does not count goes.
+
+    Damaged units are removed and so done again; leftovers of replaced units, parts without a
+    commit and staged files of runs that died go. Nothing else is touched.
+    """
+    for unit_id in (*state.damaged, *sorted(state.superseded)):
+        remove_unit(state.output, unit_id)
+    for url in state.orphans:
+        storage.remove(url)
+    _remove_staging(state.output)
+
+
+def _remove_staging(output: str) -> None:
+    if storage.is_local(output):
+        folder = storage.join(output, storage.STAGING_FOLDER)
+        shutil.rmtree(storage.local_path(folder), ignore_errors=True)
+
+
+def remove_result(state: ResultState) -> None:
+    """Remove what Earmark wrote (``--overwrite``), and nothing else.
+
+    Raises:
+        OutputError: The folder holds no result of Earmark's, but other files.
+    """
+    if not state.is_result:
+        if state.foreign or state.orphans:
+            raise OutputError(
+                f"{state.output} holds {(*state.foreign, *state.orphans)[0]} but no run.json of "
+                "Earmark; --overwrite removes only what Earmark wrote. Give another --output."
+            )
+        return
+    storage.remove(storage.join(state.output, SUCCESS_FILE))
+    for unit_id in (*state.commits, *state.damaged, *state.superseded):
+        remove_unit(state.output, unit_id)
+    for url in state.orphans:
+        storage.remove(url)
+    _remove_staging(state.output)
+    storage.remove(storage.join(state.output, RUN_FILE))
+    for folder in (*PARTS, COMMITS):
+        storage.remove_empty_folder(storage.join(state.output, folder))
+
+
+def make_fingerprint(results: Mapping[str, Any]) -> str:
+    """Hex digest of everything that changes results."""
+    text = json.dumps(results, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_same_results(state: ResultState, results: Mapping[str, Any]) -> None:
+    """Refuse to mix results of different models or settings in one folder.
+
+    Raises:
+        OutputError: The folder's commits were made with something else; says what differs.
+    """
+    fingerprint = make_fingerprint(results)
+    others = state.fingerprints() - {fingerprint}
+    if not others:
+        return
+    before = dict(state.run["results"]) if state.run else {}
+    differences = [
+        f"  {key}: {_short(before.get(key))} there, {_short(results.get(key))} now"
+        for key in sorted({*before, *results})
+        if before.get(key) != results.get(key)
+    ]
+    if not differences:
+        differences = [f"  fingerprint: {min(others)} there, {fingerprint} now"]
+    raise OutputError(
+        f"{state.output} was made with other settings that change results:\n"
+        + "\n".join(differences)
+        + "\nGive another --output, go back to those settings, or start anew with --overwrite."
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of Earmark, Python and the libraries that results depend on."""
+    versions = {"earmark": __version__, "python": platform.python_version()}
+    for name in _VERSIONED:
+        versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def utc_now() -> str:
+    """The time in ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_run(output: str, run: Mapping[str, Any]) -> None:
+    """Write ``run.json`` whole."""
+    text = json.dumps(run, indent=2, ensure_ascii=False)
+    storage.write_bytes(storage.join(output, RUN_FILE), text.encode() + b"\n")
+
+
+@dataclass(frozen=True)
+class FinishRun:
+    """The graph's last step: check the accounting, write ``run.json`` and ``_SUCCESS``.
+
+    Attributes:
+        output: The result's folder.
+        run: ``run.json`` as it was written at the start.
+        kept: Totals of the units that were committed before and stay.
+        found_kept_items: Items in them that are in the input now.
+        vanished_items: Items in them that are no longer in the input.
+        num_units: Units that this run had to do.
+        num_commits: Commits that must be there at the end.
+    """
+
+    output: str
+    run: Mapping[str, Any]
+    kept: RunTotals
+    found_kept_items: int
+    vanished_items: int
+    num_units: int
+    num_commits: int
+
+    def __call__(self, new: RunTotals) -> None:
+        """Finish the run.
+
+        Raises:
+            AccountingError: Units, items and rows do not add up.
+        """
+        self._check(new)
+        total = self.kept + new
+        run = {
+            **self.run,
+            "status": "done",
+            "finished_utc": utc_now(),
+            "engines": list(total.engines),
+            "totals": {
+                **asdict(total.totals),
+                "units": total.units,
+                "new_units": new.units,
+                "new_items": new.totals.items,
+                "found_items": self.found_kept_items + new.totals.items,
+                "vanished_items": self.vanished_items,
+            },
+        }
+        write_run(self.output, run)
+        storage.write_bytes(storage.join(self.output, SUCCESS_FILE), b"")
+
+    def _check(self, new: RunTotals) -> None:
+        if new.units != self.num_units:
+            raise AccountingError(
+                f"{self.num_units} units were planned and {new.units} came to their end; run the "
+                "same command again to do the rest"
+            )
+        kept_items = self.kept.totals.items
+        if kept_items != self.found_kept_items + self.vanished_items:
+            raise AccountingError(
+                f"the {self.kept.units} units that stay hold {kept_items} items, and planning "
+                f"found {self.found_kept_items} of them and missed {self.vanished_items}"
+            )
+        total = (self.kept + new).totals
+        if total.items != total.clips + total.failures:
+            raise AccountingError(
+                f"{total.items} items were found, and {total.clips} clips plus {total.failures} "
+                "failures were written"
+            )
+        num_commits = len(list_unit_ids(self.output))
+        if num_commits != self.num_commits:
+            raise AccountingError(
+                f"{self.num_commits} commits must be in {self.output}, and {num_commits} are; see "
+                f"earmark verify {self.output}"
+            )

@@ -1,0 +1,292 @@
+"""``earmark label``: plan, run the graph, say what came of it.
+
+Everything that can be wrong with the command is found while planning, before anything is
+written. Then the output is brought in order, ``run.json`` says that a run is on, and the graph
+does the rest; its last step writes the totals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from rich.console import Console
+
+from pipeline.config import DEFAULT_RUNNER, RunConfig
+from pipeline.graph import RunTotals, build_graph
+from pipeline.plan import RunPlan, describe_plan, make_plan
+from pipeline.progress import ProgressCounts, ProgressDisplay, format_audio, format_duration
+from pipeline.result import (
+    SUCCESS_FILE,
+    FinishRun,
+    heal,
+    read_run,
+    remove_result,
+    utc_now,
+    write_run,
+)
+from transforms import storage
+from transforms.commit import UnitTotals, list_unit_ids, live_counts, read_commit
+from transforms.errors import ConfigError, OutputError
+
+# Listing a remote folder takes a while: what others commit is looked up every few seconds.
+COMMIT_POLL_INTERVAL_S = 5.0
+
+EXIT_DONE = 0
+EXIT_TOO_MANY_FAILED = 3
+
+# Runners that hand work to other machines, which cannot see this one's files.
+REMOTE_RUNNERS = frozenset({"dataflowrunner"})
+
+
+def run_label(config: RunConfig, beam_options: list[str]) -> int:
+    """Label the inputs.
+
+    Args:
+        config: What to do.
+        beam_options: Beam pipeline options as given after ``--``; they win over ``config.beam``.
+
+    Returns:
+        The exit code: 0 done, 3 done but with more failures than allowed or a broken container.
+
+    Raises:
+        UsageError: Something is wrong with the command; nothing was written.
+        AccountingError: Items and rows do not add up.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
+    options = pipeline_options(config, beam_options)
+    plan = make_plan(config)
+    check_runner(options, plan)
+    for line in describe_plan(plan):
+        console.print(line, markup=False)
+    finish = prepare_output(plan, config)
+    started = time.monotonic()
+    if plan.units:
+        run_graph(plan, options, finish, config.quiet)
+    else:
+        finish(RunTotals())
+    return report(plan.output, config, time.monotonic() - started)
+
+
+def pipeline_options(config: RunConfig, beam_options: list[str]) -> PipelineOptions:
+    """Beam's options: from the config, then from the command line, which wins.
+
+    Raises:
+        ConfigError: Beam does not know one of them.
+    """
+    args = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, values in config.beam.items()
+        for value in (values if isinstance(values, list) else [values])
+        if value is not None and value is not False
+    ]
+    args += beam_options
+    if not any(arg.split("=")[0] == "--runner" for arg in args):
+        args.append(f"--runner={DEFAULT_RUNNER}")
+    if config.inference.workers > 1 and not any("direct_num_workers" in arg for arg in args):
+        args += [
+            f"--direct_num_workers={config.inference.workers}",
+            "--direct_running_mode=multi_processing",
+        ]
+    options = PipelineOptions(args)
+    check_known(options, args)
+    return options
+
+
+def check_known(options: PipelineOptions, args: list[str]) -> None:
+    """Refuse what Beam would only warn about ("Discarding unparseable args").
+
+    Raises:
+        ConfigError: Beam does not know an option.
+    """
+    known = options.get_all_options()
+    names = [arg[2:].split("=")[0] for arg in args if arg.startswith("--")]
+    unknown = [name for name in names if name.replace("-", "_") not in known]
+    # Some options have negative or alternative spellings that are kept under another name.
+    unknown = [name for name in unknown if not name.startswith(("no_", "no-"))]
+    if unknown:
+        raise ConfigError(
+            f"Beam knows no pipeline option --{unknown[0]}; see the Beam documentation, or put "
+            "Earmark's own options before the bare --."
+        )
+
+
+def check_runner(options: PipelineOptions, plan: RunPlan) -> None:
+    """Refuse local paths where other machines do the work.
+
+    Raises:
+        ConfigError: A remote runner is to read or write this machine's files.
+    """
+    runner = (options.view_as(StandardOptions).runner or DEFAULT_RUNNER).lower()
+    if runner not in REMOTE_RUNNERS:
+        return
+    for name, urls in (("--output", [plan.output]), ("INPUT", list(plan.inputs))):
+        for url in urls:
+            if storage.is_local(url):
+                raise ConfigError(
+                    f"{name} is the local path {url}, and {runner} runs on other machines; give "
+                    "a URL that they can reach (gs://…)."
+                )
+
+
+def prepare_output(plan: RunPlan, config: RunConfig) -> FinishRun:
+    """Bring the output in order and say in ``run.json`` that a run is on.
+
+    Raises:
+        OutputError: The output cannot be written.
+    """
+    try:
+        if config.overwrite:
+            remove_result(plan.state)
+        else:
+            heal(plan.state)
+        run = {**plan.run, "status": "running", "started_utc": utc_now()}
+        if plan.units or not plan.state.succeeded:
+            storage.remove(storage.join(plan.output, SUCCESS_FILE))
+            write_run(plan.output, run)
+    except OSError as error:
+        raise OutputError(
+            f"{plan.output} cannot be written: {error}. Give another --output, or mend its "
+            "permissions."
+        ) from error
+    return FinishRun(
+        output=plan.output,
+        run=run,
+        kept=plan.kept,
+        found_kept_items=plan.found_kept_items,
+        vanished_items=plan.vanished_items,
+        num_units=len(plan.units),
+        num_commits=plan.kept.units + len(plan.units),
+    )
+
+
+def run_graph(
+    plan: RunPlan,
+    options: PipelineOptions,
+    finish: Callable[[RunTotals], None],
+    quiet: bool,
+) -> None:
+    """Run the graph to its end, with progress on the terminal."""
+    pipeline = beam.Pipeline(options=options)
+    build_graph(pipeline, plan.units, plan.label, plan.commit, finish)
+    total_windows = sum(unit.estimated_windows for unit in plan.units)
+    with ProgressDisplay(
+        total_windows=total_windows,
+        total_items=plan.new_items,
+        quiet=quiet,
+        read=_progress_reader(options, plan.output),
+    ):
+        pipeline.run().wait_until_finish()
+
+
+def _progress_reader(options: PipelineOptions, output: str) -> Callable[[], ProgressCounts]:
+    """Counts of this process where it does the work, else what has been committed by now."""
+    runner = (options.view_as(StandardOptions).runner or DEFAULT_RUNNER).lower()
+    num_workers = options.view_as(DirectOptions).direct_num_workers
+    if runner == DEFAULT_RUNNER.lower() and num_workers == 1:
+        return _LiveReader()
+    return _CommitReader(output)
+
+
+class _LiveReader:
+    """Counts since it was made, from the sink of this process."""
+
+    def __init__(self) -> None:
+        self._start = dataclasses.replace(live_counts)
+
+    def __call__(self) -> ProgressCounts:
+        start, now = self._start, live_counts
+        return ProgressCounts(
+            clips=now.clips - start.clips,
+            windows=now.windows - start.windows,
+            audio_s=now.audio_s - start.audio_s,
+            failures=now.failures - start.failures,
+            units=now.units - start.units,
+        )
+
+
+class _CommitReader:
+    """Counts of the units committed since it was made, listed now and then."""
+
+    def __init__(self, output: str) -> None:
+        self._output = output
+        self._seen = set(list_unit_ids(output))
+        self._counts = ProgressCounts()
+        self._next_s = 0.0
+
+    def __call__(self) -> ProgressCounts:
+        if time.monotonic() < self._next_s:
+            return self._counts
+        self._next_s = time.monotonic() + COMMIT_POLL_INTERVAL_S
+        for unit_id in list_unit_ids(self._output):
+            if unit_id not in self._seen:
+                self._seen.add(unit_id)
+                self._add(read_commit(self._output, unit_id).totals)
+        return self._counts
+
+    def _add(self, totals: UnitTotals) -> None:
+        counts = self._counts
+        self._counts = ProgressCounts(
+            clips=counts.clips + totals.clips,
+            windows=counts.windows + totals.windows,
+            audio_s=counts.audio_s + totals.audio_s,
+            failures=counts.failures + totals.failures,
+            units=counts.units + 1,
+        )
+
+
+def report(output: str, config: RunConfig, elapsed_s: float) -> int:
+    """Print the closing lines, and decide on the exit code."""
+    run = read_run(output)
+    totals: Mapping[str, Any] = (run or {})["totals"]
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
+    for line in closing_lines(output, totals, elapsed_s):
+        console.print(line, markup=False)
+    failures, items = totals["failures"], totals["items"]
+    # Failures are always said aloud, however quiet the run is to be.
+    loud = Console(stderr=True, highlight=False, soft_wrap=True)
+    if failures:
+        loud.print(
+            f"{failures} of {items} items could not be labelled: "
+            f"{storage.join(output, 'errors')}/*.parquet says why; --retry-failed tries them again.",
+            markup=False,
+        )
+    if totals["broken_containers"]:
+        loud.print(
+            f"{totals['broken_containers']} containers could not be read to their end; what was "
+            "readable of them is labelled.",
+            markup=False,
+        )
+        return EXIT_TOO_MANY_FAILED
+    if items and failures / items > config.max_failed:
+        loud.print(
+            f"That is more than max_failed allows ({config.max_failed:.0%}).",
+            markup=False,
+        )
+        return EXIT_TOO_MANY_FAILED
+    return EXIT_DONE
+
+
+def closing_lines(output: str, totals: Mapping[str, Any], elapsed_s: float) -> list[str]:
+    """The accounting, and where things lie."""
+    new = f"{totals['new_items']:,} of them in this run, " if totals["new_units"] else "none new, "
+    lines = [
+        f"{totals['found_items']:,} items found: {totals['clips']:,} labelled, "
+        f"{totals['failures']:,} failed ({new}{format_duration(elapsed_s)}).",
+        f"{totals['windows']:,} windows, {format_audio(totals['audio_s'])} of audio, "
+        f"{totals['units']:,} units.",
+    ]
+    if totals["vanished_items"]:
+        lines.append(
+            f"{totals['vanished_items']:,} items labelled earlier are no longer in the input; "
+            "their rows are kept."
+        )
+    lines.append(
+        f"Labels: {storage.join(output, 'clips')}/*.parquet (a row per clip), "
+        f"{storage.join(output, 'windows')}/*.parquet (a row per window)."
+    )
+    return lines

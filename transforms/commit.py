@@ -1,0 +1,699 @@
+"""Write a unit's rows as Parquet parts and commit it; read commits back.
+
+    DIR/windows/<unit_id>.parquet   a row per window
+    DIR/clips/<unit_id>.parquet     a row per clip
+    DIR/errors/<unit_id>.parquet    a row per item that could not be labelled, if there is one
+    DIR/_commits/<unit_id>.json     written last: with it, the unit is done
+
+The sink counts: when as many clips and failures have come as the unit holds, and as many windows
+as its clips have, the parts are written to a staging folder, put in place whole, and the commit
+follows. No order is assumed. A unit that replaces others removes their commits, then their parts,
+after its own commit. Whatever happens in between, a part without a commit counts for nothing, and
+a replaced commit that is still there is recognised by the one that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from apache_beam.metrics import Metrics
+
+from transforms import storage
+from transforms.errors import AccountingError, OutputError
+from transforms.records import (
+    ClipRow,
+    Item,
+    ItemFailure,
+    UnitEnd,
+    UnitEvent,
+    UnitKind,
+    WindowRow,
+    WorkUnit,
+)
+from transforms.rows import (
+    SCHEMA_VERSION,
+    RowSettings,
+    clips_schema,
+    clips_table,
+    errors_schema,
+    errors_table,
+    windows_schema,
+    windows_table,
+)
+
+PARTS = ("windows", "clips", "errors")
+COMMITS = "_commits"
+
+# Window rows kept in memory before they go to the staging file as a row group: about 25 MB of
+# AST base's embeddings and scores.
+ROW_GROUP_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class CommitSettings:
+    """Where and how units are written.
+
+    Attributes:
+        output: The result's folder, a local path or URL.
+        run_id: Names this run's staging folder.
+        fingerprint: Of everything that changes results.
+        model_sha256: The checkpoint's hash, for the footers.
+        rows: What rows hold.
+    """
+
+    output: str
+    run_id: str
+    fingerprint: str
+    model_sha256: str
+    rows: RowSettings
+
+    def footer(self) -> dict[str, str]:
+        """Key-value metadata of every part."""
+        return {
+            "earmark.fingerprint": self.fingerprint,
+            "earmark.model_sha256": self.model_sha256,
+            "earmark.schema_version": str(SCHEMA_VERSION),
+            "earmark.labels": json.dumps([dataclasses.asdict(label) for label in self.rows.labels]),
+        }
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """A part as its commit describes it.
+
+    Attributes:
+        num_bytes: Size of the file.
+        sha256: Hex digest of the file.
+        num_rows: Rows in it.
+    """
+
+    num_bytes: int
+    sha256: str
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class UnitTotals:
+    """What a unit held.
+
+    Attributes:
+        items: Items found in it: clips plus failures.
+        clips: Items labelled.
+        failures: Items that could not be labelled, a broken container's own row included.
+        broken_containers: Of the failures, containers that could not be read to their end.
+        windows: Windows labelled.
+        audio_s: Seconds of audio labelled.
+    """
+
+    items: int = 0
+    clips: int = 0
+    failures: int = 0
+    broken_containers: int = 0
+    windows: int = 0
+    audio_s: float = 0.0
+
+    def __add__(self, other: UnitTotals) -> UnitTotals:
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return UnitTotals(*(a + b for a, b in zip(mine, others, strict=True)))
+
+
+@dataclass(frozen=True)
+class LedgerSlice:
+    """The part of a container that a commit covers; units as in ``ContainerSlice``."""
+
+    uri: str
+    version: str
+    start: int
+    stop: int | None
+
+
+@dataclass(frozen=True)
+class LedgerItem:
+    """An item that a commit covers.
+
+    Attributes:
+        clip_id: Its name.
+        version: ``item_version`` at the time.
+    """
+
+    clip_id: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a commit covers: a whole slice of a container, or the items listed."""
+
+    kind: UnitKind
+    container: LedgerSlice | None = None
+    items: tuple[LedgerItem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A committed unit: proof that its parts are whole.
+
+    Attributes:
+        unit_id: The unit.
+        fingerprint: Of the run that wrote it.
+        replaces: Units whose content this one redid.
+        ledger: What it covers.
+        parts: By name; ``errors`` only where there is one.
+        totals: What it held.
+        engines: What computed it: engine, device and precision.
+    """
+
+    unit_id: str
+    fingerprint: str
+    replaces: tuple[str, ...]
+    ledger: Ledger
+    parts: Mapping[str, PartInfo]
+    totals: UnitTotals
+    engines: tuple[str, ...]
+
+    def to_json(self) -> bytes:
+        """The commit file's content."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode()
+
+    @staticmethod
+    def from_json(text: bytes) -> Commit:
+        """Read a commit file's content.
+
+        Raises:
+            ValueError: It is not one.
+        """
+        try:
+            raw = json.loads(text)
+            ledger = raw["ledger"]
+            container = ledger["container"]
+            return Commit(
+                unit_id=raw["unit_id"],
+                fingerprint=raw["fingerprint"],
+                replaces=tuple(raw["replaces"]),
+                ledger=Ledger(
+                    kind=ledger["kind"],
+                    container=LedgerSlice(**container) if container else None,
+                    items=tuple(LedgerItem(**item) for item in ledger["items"]),
+                ),
+                parts={name: PartInfo(**part) for name, part in raw["parts"].items()},
+                totals=UnitTotals(**raw["totals"]),
+                engines=tuple(raw["engines"]),
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a commit of Earmark: {type(error).__name__}: {error}") from error
+
+
+def item_version(item: Item) -> str:
+    """What tells a changed item from an unchanged one: size, etag or time, and what is said of it.
+
+    Truth and metadata are part of a row, so an item is changed when they are.
+    """
+    said = json.dumps([item.truth, item.metadata]) if item.truth or item.metadata else ""
+    digest = hashlib.sha256(said.encode()).hexdigest()[:16] if said else ""
+    return f"{item.size}:{item.version}:{digest}"
+
+
+def container_version(size: int | None, version: str | None) -> str:
+    """What tells a changed container from an unchanged one."""
+    return f"{size}:{version}"
+
+
+def part_url(output: str, part: str, unit_id: str) -> str:
+    """Where a unit's part lies."""
+    return storage.join(output, part, f"{unit_id}.parquet")
+
+
+def commit_url(output: str, unit_id: str) -> str:
+    """Where a unit's commit lies."""
+    return storage.join(output, COMMITS, f"{unit_id}.json")
+
+
+def read_commit(output: str, unit_id: str) -> Commit:
+    """Read one commit.
+
+    Raises:
+        OutputError: The file is not a commit.
+    """
+    url = commit_url(output, unit_id)
+    try:
+        return Commit.from_json(storage.read_bytes(url))
+    except ValueError as error:
+        raise OutputError(f"{storage.public_uri(url)}: {error}") from error
+
+
+def list_unit_ids(output: str) -> list[str]:
+    """The units that have a commit file."""
+    names = storage.list_names(storage.join(output, COMMITS))
+    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+
+
+def read_commits(output: str) -> tuple[dict[str, Commit], list[str]]:
+    """Every commit of a result.
+
+    Returns:
+        The commits by unit, and the ids of units whose commit file is damaged.
+    """
+    unit_ids = list_unit_ids(output)
+
+    def read(unit_id: str) -> Commit | None:
+        try:
+            return read_commit(output, unit_id)
+        except OutputError:
+            return None
+
+    with ThreadPoolExecutor(16) as threads:
+        commits = dict(zip(unit_ids, threads.map(read, unit_ids), strict=True))
+    whole = {unit_id: commit for unit_id, commit in commits.items() if commit is not None}
+    return whole, [unit_id for unit_id in unit_ids if unit_id not in whole]
+
+
+def remove_unit(output: str, unit_id: str) -> None:
+    """Take a unit out of a result: its commit first, so that it never vouches for less."""
+    storage.remove(commit_url(output, unit_id))
+    for part in PARTS:
+        storage.remove(part_url(output, part, unit_id))
+
+
+def read_failures(output: str, unit_id: str) -> list[dict[str, Any]]:
+    """The rows of a unit's ``errors`` part."""
+    with storage.open_read(part_url(output, "errors", unit_id)) as file:
+        return cast(list[dict[str, Any]], pq.read_table(file).to_pylist())
+
+
+class OpenUnit:
+    """A unit whose rows are still coming.
+
+    Args:
+        settings: Where and how to write.
+        staging: A local folder for files that are not in place yet.
+        unit_id: The unit.
+    """
+
+    def __init__(self, settings: CommitSettings, staging: Path, unit_id: str) -> None:
+        self._settings = settings
+        self._staging = staging
+        self._unit_id = unit_id
+        self._windows: list[WindowRow] = []
+        self._windows_of: Counter[int] = Counter()
+        self._writer: pq.ParquetWriter | None = None
+        self._clips: list[ClipRow] = []
+        self._failures: list[ItemFailure] = []
+        self._engines: set[str] = set()
+        self._end: UnitEnd | None = None
+
+    def add(self, event: UnitEvent) -> None:
+        """Take a row, a failure or the unit's end."""
+        if isinstance(event, WindowRow):
+            self._windows.append(event)
+            self._windows_of[event.item_index] += 1
+            self._engines.add(event.prediction.engine)
+            if len(self._windows) >= ROW_GROUP_ROWS:
+                self._flush_windows()
+        elif isinstance(event, ClipRow):
+            self._clips.append(event)
+        elif isinstance(event, ItemFailure):
+            self._failures.append(event)
+        else:
+            self._end = event
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything has come."""
+        if self._end is None or self._num_items < self._end.num_items:
+            return False
+        return all(self._windows_of[clip.item_index] == clip.num_windows for clip in self._clips)
+
+    @property
+    def _num_items(self) -> int:
+        return len(self._clips) + len(self._failures)
+
+    def describe(self) -> str:
+        """What has come so far, for errors."""
+        expected = "an unknown number of" if self._end is None else self._end.num_items
+        return (
+            f"unit {self._unit_id}: {len(self._clips)} clips with "
+            f"{sum(self._windows_of.values())} windows and {len(self._failures)} failures of "
+            f"{expected} items"
+        )
+
+    def commit(self) -> Commit:
+        """Write the parts, put them in place, commit, and remove what this unit replaces."""
+        if self._end is None:
+            raise AccountingError(f"{self.describe()}: cannot be committed before its end")
+        unit = self._end.unit
+        if unit.kind == "files" and self._end.num_items != len(unit.items):
+            raise AccountingError(
+                f"{self.describe()}: it lists {len(unit.items)} items, and {self._end.num_items} "
+                "came out of it; nothing was committed"
+            )
+        output = self._settings.output
+        # Read before anything is written: its rows and its ledger go into this commit.
+        replaced = read_commit(output, unit.carried.unit_id) if unit.carried else None
+        staged = self._write_parts(unit)
+        commit = Commit(
+            unit_id=self._unit_id,
+            fingerprint=self._settings.fingerprint,
+            replaces=unit.replaces,
+            ledger=_ledger(unit, replaced),
+            parts={part: _part_info(path) for part, path in staged.items()},
+            totals=self._totals(staged),
+            engines=tuple(sorted(self._engines.union(replaced.engines if replaced else ()))),
+        )
+        for part, path in staged.items():
+            storage.put_file(str(path), part_url(output, part, self._unit_id))
+        storage.write_bytes(commit_url(output, self._unit_id), commit.to_json())
+        for replaced in unit.replaces:
+            remove_unit(output, replaced)
+        return commit
+
+    def discard(self) -> None:
+        """Forget the unit and its staged files."""
+        if self._writer is not None:
+            self._writer.close()
+        for part in PARTS:
+            self._staged_path(part).unlink(missing_ok=True)
+
+    def _staged_path(self, part: str) -> Path:
+        return self._staging / f"{self._unit_id}.{part}.parquet"
+
+    def _flush_windows(self) -> None:
+        if self._writer is None:
+            self._writer = self._open_writer("windows", windows_schema(self._settings.rows))
+        self._writer.write_table(windows_table(self._windows, self._settings.rows))
+        self._windows = []
+
+    def _open_writer(self, part: str, schema: pa.Schema) -> pq.ParquetWriter:
+        self._staging.mkdir(parents=True, exist_ok=True)
+        return pq.ParquetWriter(
+            self._staged_path(part),
+            schema.with_metadata(self._settings.footer()),
+            compression="zstd",
+            # Embeddings never repeat: trying a dictionary for them only costs time.
+            use_dictionary=[
+                name for name in schema.names if name not in ("embedding", "scores", "metadata")
+            ],
+        )
+
+    def _write_parts(self, unit: WorkUnit) -> dict[str, Path]:
+        rows = self._settings.rows
+        failed = {event.item_index for event in self._failures}
+        kept = [row for row in self._windows if row.item_index not in failed]
+        dropped = {event.failure.item.clip_id for event in self._failures}
+        self._windows = kept
+        self._flush_windows()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        carried = list(self._carried_tables(unit))
+        if carried or failed & self._windows_of.keys():
+            self._rewrite_windows(dropped, [t for part, t in carried if part == "windows"])
+        clips = sorted(self._clips, key=lambda row: row.item_index)
+        failures = sorted(self._failures, key=lambda event: event.item_index)
+        self._write_tables(
+            "clips",
+            clips_schema(rows),
+            [*(t for part, t in carried if part == "clips"), clips_table(clips, rows)],
+        )
+        staged = {part: self._staged_path(part) for part in ("windows", "clips")}
+        errors = [
+            *(t for part, t in carried if part == "errors"),
+            errors_table([event.failure for event in failures], self._unit_id),
+        ]
+        if any(table.num_rows for table in errors):
+            self._write_tables("errors", errors_schema(), errors)
+            staged["errors"] = self._staged_path("errors")
+        return staged
+
+    def _write_tables(self, part: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+        with self._open_writer(part, schema) as writer:
+            for table in tables:
+                writer.write_table(table)
+
+    def _rewrite_windows(self, dropped: set[str], carried: list[pa.Table]) -> None:
+        """Write the staged windows again without dropped clips, behind rows carried over.
+
+        Only where a clip failed after some of its windows had been labelled, or where the unit
+        takes rows over.
+        """
+        staged = self._staged_path("windows")
+        source = staged.with_suffix(".all")
+        staged.rename(source)
+        with (
+            self._open_writer("windows", windows_schema(self._settings.rows)) as writer,
+            pq.ParquetFile(source) as file,
+        ):
+            for table in carried:
+                writer.write_table(table)
+            for index in range(file.num_row_groups):
+                table = file.read_row_group(index)
+                keep = pc.invert(pc.is_in(table["clip_id"], pa.array(sorted(dropped), pa.string())))
+                writer.write_table(table.filter(keep))
+        source.unlink()
+
+    def _carried_tables(self, unit: WorkUnit) -> Iterator[tuple[str, pa.Table]]:
+        """Rows of a replaced unit that this one takes over, part by part."""
+        if unit.carried is None:
+            return
+        wanted = unit.carried.clip_ids
+        # A retry takes every good row over and tries every failed item again.
+        for part in PARTS if wanted is not None else ("windows", "clips"):
+            url = part_url(self._settings.output, part, unit.carried.unit_id)
+            if part == "errors" and not storage.exists(url):
+                continue
+            with storage.open_read(url) as file:
+                table = pq.read_table(file).replace_schema_metadata(None)
+            if wanted is not None:
+                table = table.filter(
+                    pc.is_in(table["clip_id"], pa.array(sorted(wanted), pa.string()))
+                )
+            yield part, table
+
+    def _totals(self, staged: Mapping[str, Path]) -> UnitTotals:
+        num_rows = {part: pq.read_metadata(path).num_rows for part, path in staged.items()}
+        clips = pq.read_table(staged["clips"], columns=["duration_s", "num_windows"])
+        windows_of_clips = pc.sum(clips["num_windows"]).as_py() or 0
+        if windows_of_clips != num_rows["windows"]:
+            raise AccountingError(
+                f"{self.describe()}: its clips have {windows_of_clips} windows, and "
+                f"{num_rows['windows']} were written; nothing was committed"
+            )
+        failures = num_rows.get("errors", 0)
+        return UnitTotals(
+            items=num_rows["clips"] + failures,
+            clips=num_rows["clips"],
+            failures=failures,
+            broken_containers=sum(event.failure.is_container for event in self._failures),
+            windows=num_rows["windows"],
+            audio_s=pc.sum(clips["duration_s"]).as_py() or 0.0,
+        )
+
+
+def _ledger_slice(unit: WorkUnit) -> LedgerSlice | None:
+    container = unit.container
+    if container is None:
+        return None
+    version = container_version(container.size, container.version)
+    return LedgerSlice(container.uri, version, container.start, container.stop)
+
+
+def _ledger(unit: WorkUnit, replaced: Commit | None) -> Ledger:
+    """What a unit covers: its own items or slice, and those whose rows it takes over."""
+    own = tuple(LedgerItem(item.clip_id, item_version(item)) for item in unit.items)
+    if unit.carried is None or replaced is None:
+        return Ledger(unit.kind, _ledger_slice(unit), own)
+    wanted = unit.carried.clip_ids
+    if wanted is None and not replaced.ledger.items:
+        return replaced.ledger  # a slice stays a slice, whichever of its items were tried again
+    mine = {item.clip_id for item in own}
+    others = (
+        item
+        for item in replaced.ledger.items
+        if item.clip_id not in mine and (wanted is None or item.clip_id in wanted)
+    )
+    return Ledger(unit.kind, _ledger_slice(unit), (*others, *own))
+
+
+def _part_info(path: Path) -> PartInfo:
+    with path.open("rb") as file:
+        digest = file_sha256(file)
+    return PartInfo(path.stat().st_size, digest, pq.read_metadata(path).num_rows)
+
+
+def file_sha256(file: BinaryIO) -> str:
+    """Hex digest of the rest of a file, read in bounded memory."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class UnitSummary:
+    """What is left of a unit once it is committed; small enough to cross stages.
+
+    Attributes:
+        unit_id: The unit.
+        totals: What it held.
+        engines: What computed it.
+    """
+
+    unit_id: str
+    totals: UnitTotals
+    engines: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(commit: Commit) -> UnitSummary:
+        """The summary of a commit."""
+        return UnitSummary(commit.unit_id, commit.totals, commit.engines)
+
+
+@dataclass
+class LiveCounts:
+    """What the sink of this process has taken in so far, for a progress display."""
+
+    clips: int = 0
+    windows: int = 0
+    failures: int = 0
+    units: int = 0
+    audio_s: float = 0.0
+
+
+live_counts = LiveCounts()
+
+
+class SkipCommitted(beam.PTransform):
+    """Divide units into those to do and those that another attempt has committed already.
+
+    In: ``WorkUnit``. Out: a tuple of ``WorkUnit``s to do and ``UnitSummary``s of those done.
+
+    Args:
+        settings: Where units are committed.
+    """
+
+    def __init__(self, settings: CommitSettings) -> None:
+        super().__init__()
+        self._settings = settings
+
+    def expand(
+        self, units: beam.PCollection[WorkUnit]
+    ) -> tuple[beam.PCollection[WorkUnit], beam.PCollection[UnitSummary]]:
+        """Apply the transform."""
+        divided = units | beam.ParDo(_SkipCommittedFn(self._settings)).with_outputs(
+            "done", main="to_do"
+        )
+        return divided.to_do, divided.done
+
+
+class _SkipCommittedFn(beam.DoFn):
+    def __init__(self, settings: CommitSettings) -> None:
+        super().__init__()
+        self._settings = settings
+
+    def process(self, unit: WorkUnit) -> Iterator[WorkUnit | beam.pvalue.TaggedOutput]:
+        output = self._settings.output
+        if storage.exists(commit_url(output, unit.unit_id)):
+            commit = read_commit(output, unit.unit_id)
+            yield beam.pvalue.TaggedOutput("done", UnitSummary.of(commit))
+        else:
+            yield unit
+
+
+class CommitUnits(beam.PTransform):
+    """Write rows as parts and commit each unit when all of it has come.
+
+    In: ``WindowRow | ClipRow | ItemFailure | UnitEnd``. Out: ``UnitSummary`` per unit. All of a
+    unit must come in one bundle, which holds while it stays in one stage with what reads it;
+    a unit that is still open at the bundle's end raises.
+
+    Args:
+        settings: Where and how to write.
+    """
+
+    def __init__(self, settings: CommitSettings) -> None:
+        super().__init__()
+        self._settings = settings
+
+    def expand(self, events: beam.PCollection[UnitEvent]) -> beam.PCollection[UnitSummary]:
+        """Apply the transform."""
+        return events | beam.ParDo(_CommitUnitsFn(self._settings))
+
+
+class _CommitUnitsFn(beam.DoFn):
+    def __init__(self, settings: CommitSettings) -> None:
+        super().__init__()
+        self._settings = settings
+        self._open: dict[str, OpenUnit] = {}
+        self._counters = {
+            name: Metrics.counter("earmark", name)
+            for name in ("units_committed", "clips_labelled", "items_failed", "windows_labelled")
+        }
+
+    def setup(self) -> None:
+        # Several instances may write at once: each has a folder of its own.
+        name = f"{self._settings.run_id}-{uuid.uuid4().hex[:8]}"
+        self._staging = Path(storage.staging_path(self._settings.output, name))
+
+    def start_bundle(self) -> None:
+        self._discard_open()
+
+    def process(self, event: UnitEvent) -> Iterator[UnitSummary]:
+        unit_id = event.unit.unit_id if isinstance(event, UnitEnd) else event.unit_id
+        unit = self._open.get(unit_id)
+        if unit is None:
+            unit = self._open[unit_id] = OpenUnit(self._settings, self._staging, unit_id)
+        unit.add(event)
+        _count_live(event)
+        if unit.is_complete:
+            commit = unit.commit()
+            del self._open[unit_id]
+            self._count(commit)
+            yield UnitSummary.of(commit)
+
+    def _count(self, commit: Commit) -> None:
+        live_counts.units += 1
+        self._counters["units_committed"].inc()
+        self._counters["clips_labelled"].inc(commit.totals.clips)
+        self._counters["items_failed"].inc(commit.totals.failures)
+        self._counters["windows_labelled"].inc(commit.totals.windows)
+
+    def finish_bundle(self) -> None:
+        if self._open:
+            described = "; ".join(unit.describe() for unit in list(self._open.values())[:3])
+            self._discard_open()
+            raise AccountingError(
+                f"units are incomplete at the end of a bundle ({described}): a runner or a change "
+                "to the graph has split the stage from reading to commit; see graph.py"
+            )
+
+    def teardown(self) -> None:
+        self._discard_open()
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _discard_open(self) -> None:
+        for unit in self._open.values():
+            unit.discard()
+        self._open = {}
+
+
+def _count_live(event: UnitEvent) -> None:
+    if isinstance(event, WindowRow):
+        live_counts.windows += 1
+        live_counts.audio_s += event.end_s - event.start_s
+    elif isinstance(event, ClipRow):
+        live_counts.clips += 1
+    elif isinstance(event, ItemFailure):
+        live_counts.failures += 1

@@ -1,0 +1,199 @@
+"""Join the steps: from work units, or plain URIs, to labelled rows and failures.
+
+``LabelUnits`` is the one fused stage of a run: read, decode, cut, fbank, RunInference, rows.
+Features never cross a stage: nothing between its first and its last step may shuffle, take a
+side input, keep state or ask for other resources than its neighbours. ``LabelAudio`` wraps it
+for other people's pipelines, with rows as plain dictionaries and no output folder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
+
+from transforms import storage
+from transforms.checkpoints import ModelSpec
+from transforms.decode import DecodeAudio, DecodeSettings
+from transforms.fbank import ExtractFbank, FbankSettings
+from transforms.inference import ASTModelHandler, InferenceSettings
+from transforms.records import (
+    ClipRow,
+    FloatArray,
+    Item,
+    ItemFailure,
+    UnitEnd,
+    UnitEvent,
+    Window,
+    WindowRow,
+    WorkUnit,
+)
+from transforms.rows import (
+    AssembleRows,
+    RowSettings,
+    clips_table,
+    errors_table,
+    windows_table,
+)
+from transforms.sources import make_clip_id, make_unit_id, read_unit
+from transforms.windows import CutWindows, WindowSettings
+
+# Files that one unit of LabelAudio groups, so that decoding can look ahead across them.
+FILES_PER_UNIT = 64
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """The settings of every step, resolved against one checkpoint.
+
+    Attributes:
+        model: The checkpoint.
+        decode: How to decode.
+        windows: How to cut.
+        fbank: How to make features.
+        inference: How to run the model.
+        rows: What rows hold.
+    """
+
+    model: ModelSpec
+    decode: DecodeSettings
+    windows: WindowSettings
+    fbank: FbankSettings
+    inference: InferenceSettings
+    rows: RowSettings
+
+
+def default_settings(model: ModelSpec, inference: InferenceSettings | None = None) -> LabelSettings:
+    """The settings that ``earmark label`` uses when nothing else is asked for."""
+    inference = inference or InferenceSettings()
+    return LabelSettings(
+        model=model,
+        decode=DecodeSettings(sample_rate_hz=model.sampling_rate),
+        windows=WindowSettings.from_seconds(
+            num_frames=model.config.max_length, sample_rate_hz=model.sampling_rate
+        ),
+        fbank=fbank_settings(model),
+        inference=inference,
+        rows=RowSettings(
+            labels=model.labels,
+            activation=model.activation,
+            hidden_size=model.config.hidden_size,
+            embedding_dtype=inference.embedding_dtype,
+        ),
+    )
+
+
+def fbank_settings(model: ModelSpec) -> FbankSettings:
+    """The features a checkpoint was trained on."""
+    return FbankSettings(
+        sample_rate_hz=model.sampling_rate,
+        num_mel_bins=model.config.num_mel_bins,
+        num_frames=model.config.max_length,
+        mean=model.mean,
+        std=model.std,
+    )
+
+
+class LabelUnits(beam.PTransform):
+    """Label work units: ``WorkUnit`` to ``WindowRow | ClipRow | ItemFailure | UnitEnd``.
+
+    Args:
+        settings: The settings of every step.
+    """
+
+    def __init__(self, settings: LabelSettings) -> None:
+        super().__init__()
+        self._settings = settings
+
+    def expand(self, units: beam.PCollection[WorkUnit]) -> beam.PCollection[UnitEvent]:
+        """Apply the transform."""
+        settings = self._settings
+        handler = ASTModelHandler(settings.model, settings.inference)
+        return (
+            units
+            | "Decode" >> DecodeAudio(settings.decode, read_unit)
+            | "Cut into windows" >> CutWindows(settings.windows)
+            | "Extract fbank" >> ExtractFbank(settings.fbank)
+            | "Key features" >> beam.Map(_key_features)
+            | "Run AST" >> RunInference(KeyedModelHandler(handler))
+            | "Assemble rows" >> AssembleRows(settings.rows)
+        )
+
+
+def _key_features(
+    event: Window | ItemFailure | UnitEnd,
+) -> tuple[Window | ItemFailure | UnitEnd, FloatArray | None]:
+    """Take the features out of a window, so that results do not carry them on."""
+    if isinstance(event, Window):
+        return event.with_data(None), event.data
+    return event, None
+
+
+class LabelledAudio(NamedTuple):
+    """What ``LabelAudio`` gives; every row is a dictionary with the columns of Earmark's tables.
+
+    Attributes:
+        windows: A row per window (columns of ``windows``).
+        clips: A row per clip (columns of ``clips``).
+        failures: A row per item that could not be labelled (columns of ``errors``).
+    """
+
+    windows: beam.PCollection[dict[str, Any]]
+    clips: beam.PCollection[dict[str, Any]]
+    failures: beam.PCollection[dict[str, Any]]
+
+
+class LabelAudio(beam.PTransform):
+    """Label audio files in a pipeline of one's own: URIs in, rows and failures out.
+
+    In: a URI or path of an audio file per element. Out: ``LabelledAudio``.
+
+    Args:
+        settings: The settings of every step; see ``default_settings``.
+    """
+
+    def __init__(self, settings: LabelSettings) -> None:
+        super().__init__()
+        self._settings = settings
+
+    def expand(self, uris: beam.PCollection[str]) -> LabelledAudio:
+        """Apply the transform."""
+        rows = (
+            uris
+            | "Group files"
+            >> beam.BatchElements(min_batch_size=FILES_PER_UNIT, max_batch_size=FILES_PER_UNIT)
+            | "Make units" >> beam.Map(unit_of_files)
+            | "Label units" >> LabelUnits(self._settings)
+            | "Make rows"
+            >> beam.FlatMap(
+                functools.partial(_row_of, settings=self._settings.rows)
+            ).with_outputs("windows", "clips", "failures")
+        )
+        return LabelledAudio(rows.windows, rows.clips, rows.failures)
+
+
+def unit_of_files(uris: Sequence[str]) -> WorkUnit:
+    """A work unit of whole files."""
+    urls = [storage.normalise(uri) for uri in uris]
+    items = tuple(
+        Item(clip_id=make_clip_id(storage.public_uri(url)), uri=storage.public_uri(url), url=url)
+        for url in urls
+    )
+    return WorkUnit(unit_id=make_unit_id("files", items), kind="files", items=items)
+
+
+def _row_of(event: UnitEvent, settings: RowSettings) -> Iterator[beam.pvalue.TaggedOutput]:
+    if isinstance(event, WindowRow):
+        yield _tagged("windows", windows_table([event], settings))
+    elif isinstance(event, ClipRow):
+        yield _tagged("clips", clips_table([event], settings))
+    elif isinstance(event, ItemFailure):
+        yield _tagged("failures", errors_table([event.failure], event.unit_id))
+
+
+def _tagged(tag: str, table: Any) -> beam.pvalue.TaggedOutput:
+    return beam.pvalue.TaggedOutput(tag, table.to_pylist()[0])

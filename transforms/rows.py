@@ -1,0 +1,393 @@
+"""Turn predictions into rows: the tables' schemas, a clip's aggregate, and the arrays.
+
+A clip's scores are the maximum over its windows where classes are independent (sigmoid), the
+mean where they exclude each other (softmax); its embedding is the windows' mean weighted by
+their real duration. A clip of which any window failed is an item that could not be labelled:
+its failure follows in place of its row, and the sink drops the windows that went before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import apache_beam as beam
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from transforms.labels import Label
+from transforms.records import (
+    ClipFacts,
+    ClipRow,
+    Failure,
+    Item,
+    ItemFailure,
+    Prediction,
+    UnitEnd,
+    UnitEvent,
+    Window,
+    WindowRow,
+)
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What rows hold.
+
+    Attributes:
+        labels: The model's labels, in its order.
+        activation: Decides how a clip's scores come from its windows'.
+        hidden_size: Length of the embedding.
+        top_k: How many labels a row lists, best first; all of them if the model has fewer.
+        store_scores: Also store every class's score.
+        embedding_dtype: Type the embedding is stored in.
+    """
+
+    labels: tuple[Label, ...]
+    activation: Literal["sigmoid", "softmax"]
+    hidden_size: int
+    top_k: int = 10
+    store_scores: bool = False
+    embedding_dtype: Literal["float32", "float16"] = "float32"
+
+
+LABELS_TYPE = pa.list_(
+    pa.struct(
+        [
+            pa.field("index", pa.int32()),
+            pa.field("id", pa.string()),
+            pa.field("name", pa.string()),
+            pa.field("score", pa.float32()),
+        ]
+    )
+)
+
+
+def _vector_fields(settings: RowSettings) -> list[pa.Field]:
+    """The columns that windows and clips share: labels, embedding and, if asked for, scores."""
+    value_type = pa.float16() if settings.embedding_dtype == "float16" else pa.float32()
+    fields = [
+        pa.field("labels", LABELS_TYPE),
+        pa.field("embedding", pa.list_(value_type, settings.hidden_size)),
+    ]
+    if settings.store_scores:
+        fields.append(pa.field("scores", pa.list_(pa.float32(), len(settings.labels))))
+    return fields
+
+
+def windows_schema(settings: RowSettings) -> pa.Schema:
+    """Schema of ``windows/<unit_id>.parquet``."""
+    return pa.schema(
+        [
+            pa.field("clip_id", pa.string(), nullable=False),
+            pa.field("window_index", pa.int32(), nullable=False),
+            pa.field("start_s", pa.float64(), nullable=False),
+            pa.field("end_s", pa.float64(), nullable=False),
+            *_vector_fields(settings),
+        ]
+    )
+
+
+_ITEM_FIELDS = [
+    pa.field("clip_id", pa.string(), nullable=False),
+    pa.field("uri", pa.string(), nullable=False),
+    pa.field("member", pa.string()),
+    pa.field("row", pa.int64()),
+    pa.field("start_s", pa.float64()),
+    pa.field("end_s", pa.float64()),
+]
+
+
+def clips_schema(settings: RowSettings) -> pa.Schema:
+    """Schema of ``clips/<unit_id>.parquet``; ``start_s`` and ``end_s`` are null for whole files."""
+    labels, embedding, *scores = _vector_fields(settings)
+    return pa.schema(
+        [
+            *_ITEM_FIELDS,
+            pa.field("duration_s", pa.float64(), nullable=False),
+            pa.field("sample_rate_hz", pa.int32(), nullable=False),
+            pa.field("channels", pa.int32(), nullable=False),
+            pa.field("num_windows", pa.int32(), nullable=False),
+            pa.field("peak_dbfs", pa.float64(), nullable=False),
+            pa.field("rms_dbfs", pa.float64(), nullable=False),
+            pa.field("clipped_ratio", pa.float64(), nullable=False),
+            pa.field("silent_ratio", pa.float64(), nullable=False),
+            pa.field("content_sha256", pa.string(), nullable=False),
+            pa.field("warning", pa.string()),
+            pa.field("truth", pa.list_(pa.string())),
+            labels,
+            embedding,
+            pa.field("metadata", pa.string()),
+            *scores,
+        ]
+    )
+
+
+def errors_schema() -> pa.Schema:
+    """Schema of ``errors/<unit_id>.parquet``; it is a manifest that tries the items again."""
+    return pa.schema(
+        [
+            *_ITEM_FIELDS,
+            pa.field("stage", pa.string(), nullable=False),
+            pa.field("error_type", pa.string(), nullable=False),
+            pa.field("message", pa.string(), nullable=False),
+            pa.field("truth", pa.list_(pa.string())),
+            pa.field("metadata", pa.string()),
+            pa.field("unit_id", pa.string(), nullable=False),
+        ]
+    )
+
+
+def windows_table(rows: Sequence[WindowRow], settings: RowSettings) -> pa.Table:
+    """Window rows as a table of ``windows_schema``."""
+    predictions = [row.prediction for row in rows]
+    columns = [
+        pa.array([row.clip_id for row in rows], pa.string()),
+        pa.array([row.window_index for row in rows], pa.int32()),
+        pa.array([row.start_s for row in rows], pa.float64()),
+        pa.array([row.end_s for row in rows], pa.float64()),
+        *_vector_columns(
+            [p.embedding for p in predictions], [p.scores for p in predictions], settings
+        ),
+    ]
+    return pa.Table.from_arrays(columns, schema=windows_schema(settings))
+
+
+def clips_table(rows: Sequence[ClipRow], settings: RowSettings) -> pa.Table:
+    """Clip rows as a table of ``clips_schema``."""
+    labels, embedding, *scores = _vector_columns(
+        [row.embedding for row in rows], [row.scores for row in rows], settings
+    )
+    facts = [row.facts for row in rows]
+    columns = [
+        *_item_columns([row.item for row in rows]),
+        pa.array([f.duration_s for f in facts], pa.float64()),
+        pa.array([f.sample_rate_hz for f in facts], pa.int32()),
+        pa.array([f.channels for f in facts], pa.int32()),
+        pa.array([row.num_windows for row in rows], pa.int32()),
+        pa.array([f.peak_dbfs for f in facts], pa.float64()),
+        pa.array([f.rms_dbfs for f in facts], pa.float64()),
+        pa.array([f.clipped_ratio for f in facts], pa.float64()),
+        pa.array([f.silent_ratio for f in facts], pa.float64()),
+        pa.array([f.content_sha256 for f in facts], pa.string()),
+        pa.array([f.warning for f in facts], pa.string()),
+        pa.array([row.item.truth for row in rows], pa.list_(pa.string())),
+        labels,
+        embedding,
+        pa.array([row.item.metadata for row in rows], pa.string()),
+        *scores,
+    ]
+    return pa.Table.from_arrays(columns, schema=clips_schema(settings))
+
+
+def errors_table(failures: Sequence[Failure], unit_id: str) -> pa.Table:
+    """Failures as a table of ``errors_schema``."""
+    columns = [
+        *_item_columns([failure.item for failure in failures]),
+        pa.array([failure.stage for failure in failures], pa.string()),
+        pa.array([failure.error_type for failure in failures], pa.string()),
+        pa.array([failure.message for failure in failures], pa.string()),
+        pa.array([failure.item.truth for failure in failures], pa.list_(pa.string())),
+        pa.array([failure.item.metadata for failure in failures], pa.string()),
+        pa.array([unit_id] * len(failures), pa.string()),
+    ]
+    return pa.Table.from_arrays(columns, schema=errors_schema())
+
+
+def _item_columns(items: Sequence[Item]) -> list[pa.Array]:
+    return [
+        pa.array([item.clip_id for item in items], pa.string()),
+        pa.array([item.uri for item in items], pa.string()),
+        pa.array([item.member for item in items], pa.string()),
+        pa.array([item.row for item in items], pa.int64()),
+        pa.array([item.start_s for item in items], pa.float64()),
+        pa.array([item.end_s for item in items], pa.float64()),
+    ]
+
+
+def _vector_columns(
+    embeddings: Sequence[npt.NDArray[np.floating]],
+    scores: Sequence[npt.NDArray[np.float32]],
+    settings: RowSettings,
+) -> list[pa.Array]:
+    score_matrix = _stack(scores, len(settings.labels), np.dtype(np.float32))
+    embedding_matrix = _stack(embeddings, settings.hidden_size, np.dtype(settings.embedding_dtype))
+    columns = [
+        labels_array(score_matrix, settings.labels, settings.top_k),
+        pa.FixedSizeListArray.from_arrays(
+            pa.array(embedding_matrix.reshape(-1)), settings.hidden_size
+        ),
+    ]
+    if settings.store_scores:
+        columns.append(
+            pa.FixedSizeListArray.from_arrays(
+                pa.array(score_matrix.reshape(-1)), len(settings.labels)
+            )
+        )
+    return columns
+
+
+def _stack(
+    vectors: Sequence[npt.NDArray[np.floating]], width: int, dtype: np.dtype[np.floating]
+) -> npt.NDArray[np.floating]:
+    return np.stack(vectors).astype(dtype) if vectors else np.empty((0, width), dtype)
+
+
+def labels_array(
+    scores: npt.NDArray[np.floating], labels: Sequence[Label], top_k: int
+) -> pa.ListArray:
+    """The best labels of each row, best first, equal scores in the model's own order.
+
+    Args:
+        scores: Shape (num_rows, num_labels).
+        labels: The model's labels, in its order.
+        top_k: How many to list.
+    """
+    k = min(top_k, len(labels))
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)  # (num_rows, k)
+    flat = pa.array(best.reshape(-1))
+    structs = pa.StructArray.from_arrays(
+        [
+            flat,
+            pa.array([label.id for label in labels], pa.string()).take(flat),
+            pa.array([label.name for label in labels], pa.string()).take(flat),
+            pa.array(np.take_along_axis(scores, best, axis=1).reshape(-1).astype(np.float32)),
+        ],
+        fields=list(LABELS_TYPE.value_type),
+    )
+    offsets = pa.array(np.arange(len(scores) + 1, dtype=np.int32) * k)
+    return pa.ListArray.from_arrays(offsets, structs)
+
+
+class ClipAggregate:
+    """Collects a clip's windows until all have come, in any order."""
+
+    def __init__(self, item: Item, settings: RowSettings) -> None:
+        self._item = item
+        self._activation = settings.activation
+        self._embedding = np.zeros(settings.hidden_size, np.float64)
+        self._embedding_dtype = np.dtype(settings.embedding_dtype)
+        self._scores = np.zeros(len(settings.labels), np.float64)
+        self._duration_s = 0.0
+        self._num_seen = 0
+        self._num_windows: int | None = None
+        self._facts: ClipFacts | None = None
+        self._failure: Failure | None = None
+
+    def add(self, window: Window, prediction: Prediction | None) -> None:
+        """Count a window in; one without features has no prediction, but an error."""
+        self._num_seen += 1
+        if window.facts is not None:
+            self._facts, self._num_windows = window.facts, window.num_windows
+        if prediction is None or prediction.error is not None:
+            self._failure = self._failure or _window_failure(window, prediction)
+            return
+        duration_s = window.end_s - window.start_s
+        self._duration_s += duration_s
+        self._embedding += duration_s * prediction.embedding.astype(np.float64)
+        if self._activation == "sigmoid":
+            # Scores lie in [0, 1], so zeros are a neutral start for the maximum.
+            np.maximum(self._scores, prediction.scores, out=self._scores)
+        else:
+            self._scores += prediction.scores
+
+    def result(self, unit_id: str, item_index: int) -> ClipRow | ItemFailure | None:
+        """The clip's row or failure once every window has come, else None."""
+        if self._facts is None or self._num_windows is None or self._num_seen < self._num_windows:
+            return None
+        if self._failure is not None:
+            return ItemFailure(unit_id, item_index, self._failure)
+        scores = self._scores if self._activation == "sigmoid" else self._scores / self._num_seen
+        return ClipRow(
+            unit_id=unit_id,
+            item_index=item_index,
+            item=self._item,
+            facts=self._facts,
+            num_windows=self._num_windows,
+            embedding=(self._embedding / self._duration_s).astype(self._embedding_dtype),
+            scores=scores.astype(np.float32),
+        )
+
+
+def _window_failure(window: Window, prediction: Prediction | None) -> Failure:
+    at_fbank = prediction is None
+    error = window.error if prediction is None else prediction.error
+    return Failure(
+        item=window.item,
+        stage="fbank" if at_fbank else "inference",
+        error_type="FeatureError" if at_fbank else "InferenceError",
+        message=(
+            f"window {window.window_index} ({window.start_s:.3f} to {window.end_s:.3f} s): {error}"
+        ),
+    )
+
+
+KeyedPrediction = tuple[Window | ItemFailure | UnitEnd, Prediction | None]
+
+
+class AssembleRows(beam.PTransform):
+    """Predictions, keyed by what they are of, to rows; what has no prediction passes through.
+
+    In: ``(Window | ItemFailure | UnitEnd, Prediction | None)``. Out: ``WindowRow``, ``ClipRow``
+    after the last of its windows, ``ItemFailure`` and ``UnitEnd``.
+
+    Args:
+        settings: What rows hold.
+    """
+
+    def __init__(self, settings: RowSettings) -> None:
+        super().__init__()
+        self._settings = settings
+
+    def expand(self, predictions: beam.PCollection[KeyedPrediction]) -> beam.PCollection[UnitEvent]:
+        """Apply the transform."""
+        return predictions | beam.ParDo(_AssembleRowsFn(self._settings))
+
+
+class _AssembleRowsFn(beam.DoFn):
+    def __init__(self, settings: RowSettings) -> None:
+        super().__init__()
+        self._settings = settings
+        self._open: dict[tuple[str, int], ClipAggregate] = {}
+
+    def start_bundle(self) -> None:
+        self._open = {}
+
+    def process(self, element: KeyedPrediction) -> Iterator[UnitEvent]:
+        event, prediction = element
+        if isinstance(event, Window):
+            yield from self._add(event, prediction)
+        else:
+            yield event
+
+    def _add(self, window: Window, prediction: Prediction | None) -> Iterator[UnitEvent]:
+        key = (window.unit_id, window.item_index)
+        clip = self._open.get(key)
+        if clip is None:
+            clip = self._open[key] = ClipAggregate(window.item, self._settings)
+        clip.add(window, prediction)
+        if prediction is not None and prediction.error is None:
+            yield WindowRow(
+                window.unit_id,
+                window.item_index,
+                window.item.clip_id,
+                window.window_index,
+                window.start_s,
+                window.end_s,
+                prediction,
+            )
+        result = clip.result(*key)
+        if result is not None:
+            del self._open[key]
+            yield result
+
+    def finish_bundle(self) -> None:
+        if self._open:
+            raise RuntimeError(
+                f"{len(self._open)} clips still miss windows at the end of a bundle, the first "
+                f"is item {next(iter(self._open))}: the stage was split; see graph.py."
+            )
