@@ -57,24 +57,9 @@ class RunTotals:
         return RunTotals(1, summary.totals, summary.engines)
 
 
-class SumTotals(beam.CombineFn):
-    """Sum unit summaries into ``RunTotals``."""
-
-    def create_accumulator(self) -> RunTotals:
-        """Start from nothing."""
-        return RunTotals()
-
-    def add_input(self, total: RunTotals, summary: UnitSummary) -> RunTotals:
-        """Count a unit in."""
-        return total + RunTotals.of(summary)
-
-    def merge_accumulators(self, totals: Iterable[RunTotals]) -> RunTotals:
-        """Join partial sums."""
-        return sum(totals, RunTotals())
-
-    def extract_output(self, total: RunTotals) -> RunTotals:
-        """The sum itself."""
-        return total
+def sum_totals(totals: Iterable[RunTotals]) -> RunTotals:
+    """Sum totals, partial sums included, in any order."""
+    return sum(totals, RunTotals())
 
 
 def build_graph(
@@ -101,6 +86,7 @@ def build_graph(
     _ = (
         (labelled, done)
         | "Gather summaries" >> beam.Flatten()
-        | "Sum up" >> beam.CombineGlobally(SumTotals())
+        | "Count units" >> beam.Map(RunTotals.of)
+        | "Sum up" >> beam.CombineGlobally(sum_totals)
         | "Finish run" >> beam.Map(finish)
     )

@@ -10,3 +10,326 @@ Nothing is written here; ``earmark plan`` stops after it, ``earmark label`` goes
 
 from __future__ import annotations
 
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.backlog import Backlog, find_backlog
+from pipeline.config import RunConfig
+from pipeline.graph import RunTotals
+from pipeline.result import (
+    RUN_SCHEMA_VERSION,
+    ResultState,
+    check_removable,
+    check_same_results,
+    make_fingerprint,
+    read_result,
+    software_versions,
+)
+from transforms import storage
+from transforms.checkpoints import ModelOverrides, ModelSpec, resolve_model
+from transforms.commit import CommitSettings, UnitSummary
+from transforms.decode import DecodeSettings
+from transforms.errors import ConfigError
+from transforms.fbank import FEATURES_VERSION
+from transforms.inference import InferenceSettings, check_settings
+from transforms.label_audio import LabelSettings, fbank_settings
+from transforms.records import WorkUnit
+from transforms.rows import RowSettings
+from transforms.sources import Found, SourceSettings, find_inputs, limit_items
+from transforms.windows import WindowSettings
+
+KIND_NAMES = {"tar": "tar archives", "parquet": "Parquet files with audio"}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything a run needs to know before it starts.
+
+    Attributes:
+        inputs: What was given, as absolute paths or URLs without signatures.
+        output: The result's folder.
+        state: What lies there now.
+        label: The settings of every step.
+        commit: Where and how to write.
+        run: ``run.json`` as far as it is known.
+        found: What the inputs hold.
+        backlog: What of it is to be done, and what is done already.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    state: ResultState
+    label: LabelSettings
+    commit: CommitSettings
+    run: Mapping[str, Any]
+    found: Found
+    backlog: Backlog
+
+    @property
+    def units(self) -> tuple[WorkUnit, ...]:
+        """The units to do."""
+        return self.backlog.units
+
+    @property
+    def kept(self) -> RunTotals:
+        """Totals of the committed units that stay."""
+        total = RunTotals()
+        for unit_id in self.backlog.kept_units:
+            total += RunTotals.of(UnitSummary.of(self.state.commits[unit_id]))
+        return total
+
+
+def make_plan(config: RunConfig, *, is_remote: bool = False) -> RunPlan:
+    """Plan a run; everything that can be wrong with the command is found here.
+
+    Args:
+        config: What to do.
+        is_remote: Other machines will do it, so that this one's devices say nothing.
+
+    Raises:
+        UsageError: The config, the model, an input or the output is not right.
+    """
+    inputs, output = _locations(config)
+    model = resolve_model(_model_name(config), _overrides(config))
+    label = make_label_settings(config, model)
+    if not is_remote:
+        check_settings(label.inference)
+    results = what_changes_results(config, label)
+    state = read_result(output)
+    if config.overwrite:
+        check_removable(state)
+    else:
+        check_same_results(state, results)
+    sources = SourceSettings(
+        windows_per_unit=config.units.windows,
+        window_s=label.windows.window_samples / label.windows.sample_rate_hz,
+        hop_s=label.windows.hop_samples / label.windows.sample_rate_hz,
+    )
+    found = find_inputs(inputs, exclude=output)
+    if config.limit is not None:
+        found = limit_items(found, config.limit, sources)
+    backlog = find_backlog(
+        found,
+        {} if config.overwrite else state.commits,
+        sources,
+        retry_from=output if config.retry_failed else None,
+    )
+    public_inputs = tuple(storage.public_uri(url) for url in inputs)
+    run_id = uuid.uuid4().hex[:12]
+    return RunPlan(
+        inputs=public_inputs,
+        output=output,
+        state=state,
+        label=label,
+        commit=CommitSettings(
+            output=output,
+            run_id=run_id,
+            fingerprint=make_fingerprint(results),
+            model_sha256=model.sha256,
+            rows=label.rows,
+        ),
+        run=_run_record(config, public_inputs, label, results, found),
+        found=found,
+        backlog=backlog,
+    )
+
+
+def _locations(config: RunConfig) -> tuple[list[str], str]:
+    if not config.inputs:
+        raise ConfigError(
+            "no INPUT: give audio files, folders, globs, tars, Parquet files or manifests"
+        )
+    if config.output is None:
+        raise ConfigError("no --output: give the folder that the result goes to")
+    return [storage.normalise(text) for text in config.inputs], storage.normalise(config.output)
+
+
+def _model_name(config: RunConfig) -> str:
+    if config.model.name is None:
+        raise ConfigError(
+            "no --model: give a hub id (MIT/ast-finetuned-audioset-10-10-0.4593), a model folder "
+            "or an original .pth file; `earmark models` lists the public ones"
+        )
+    return config.model.name
+
+
+def _overrides(config: RunConfig) -> ModelOverrides:
+    values = config.model.model_dump(exclude={"name"})
+    return ModelOverrides(**values)
+
+
+def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
+    """The settings of every step from the config and the checkpoint.
+
+    Raises:
+        ConfigError: They cannot be met, or not by this machine.
+    """
+    inference = InferenceSettings(
+        precision=config.inference.precision,
+        device=config.inference.device,
+        engine=config.inference.engine,
+        batch_size=config.inference.batch_size,
+        pooling=config.embedding.pooling,
+        embedding_dtype=config.embedding.dtype,
+    )
+    return LabelSettings(
+        model=model,
+        decode=DecodeSettings(
+            sample_rate_hz=model.sampling_rate,
+            num_processes=config.decode.processes or 0,
+            clips_ahead=config.decode.clips_ahead or 0,
+            stall_timeout_s=config.decode.stall_timeout_s,
+        ),
+        windows=WindowSettings.from_seconds(
+            length_s=config.window.length_s,
+            hop_s=config.window.hop_s,
+            min_tail_ratio=config.window.min_tail,
+            num_frames=model.num_frames,
+            sample_rate_hz=model.sampling_rate,
+        ),
+        fbank=fbank_settings(model),
+        inference=inference,
+        rows=RowSettings(
+            labels=model.labels,
+            activation=model.activation,
+            hidden_size=model.hidden_size,
+            top_k=config.labels.top_k,
+            store_scores=config.labels.scores,
+            embedding_dtype=config.embedding.dtype,
+        ),
+    )
+
+
+def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, Any]:
+    """Everything that changes results, by name; its digest is the fingerprint."""
+    model = label.model
+    return {
+        "model_sha256": model.sha256,
+        "model_config": {
+            name: value
+            for name, value in sorted(model.config.to_dict().items())
+            if name not in ("id2label", "label2id", "problem_type")
+        },
+        "labels": [[entry.id, entry.name] for entry in model.labels],
+        "mean": model.mean,
+        "std": model.std,
+        "activation": model.activation,
+        "sample_rate_hz": model.sampling_rate,
+        "window_samples": label.windows.window_samples,
+        "hop_samples": label.windows.hop_samples,
+        "min_tail_samples": label.windows.min_tail_samples,
+        "top_k": label.rows.top_k,
+        "scores": label.rows.store_scores,
+        "pooling": label.inference.pooling,
+        "embedding_dtype": label.inference.embedding_dtype,
+        "precision": config.inference.precision,
+        "features_version": FEATURES_VERSION,
+    }
+
+
+def _run_record(
+    config: RunConfig,
+    inputs: tuple[str, ...],
+    label: LabelSettings,
+    results: Mapping[str, Any],
+    found: Found,
+) -> dict[str, Any]:
+    model = label.model
+    return {
+        "schema_version": RUN_SCHEMA_VERSION,
+        "status": "running",
+        "fingerprint": make_fingerprint(results),
+        "model": {
+            "name": model.name,
+            "source": model.source,
+            "revision": model.revision,
+            "sha256": model.sha256,
+            "license": model.license,
+            "activation": model.activation,
+            "num_labels": model.num_labels,
+            "hidden_size": model.hidden_size,
+            "window_s": model.window_s,
+            "notes": list(model.notes),
+        },
+        "scores_from_embedding": label.inference.pooling == "pooler_output",
+        "versions": software_versions(),
+        "config": {
+            **config.resolved(),
+            "inputs": list(inputs),
+            "output": storage.public_uri(storage.normalise(config.output or "")),
+        },
+        "results": dict(results),
+        "input": {
+            "duplicates": found.duplicates,
+            "skipped_by_extension": dict(found.skipped_by_extension),
+            "notes": list(found.notes),
+        },
+        "totals": None,
+    }
+
+
+def describe_plan(plan: RunPlan) -> list[str]:
+    """What a run is going to do, in a few lines."""
+    model, found, backlog = plan.label.model, plan.found, plan.backlog
+    windows = plan.label.windows
+    lines = [
+        f"Model: {model.name}, {model.num_labels} labels ({model.activation}), windows of "
+        f"{windows.window_samples / windows.sample_rate_hz:g} s every "
+        f"{windows.hop_samples / windows.sample_rate_hz:g} s.",
+        *model.notes,
+        f"Found: {describe_found(found)}.",
+    ]
+    if found.duplicates:
+        lines.append(
+            f"{found.duplicates:,} items were listed again and count once: "
+            f"{', '.join(found.duplicate_examples)}."
+        )
+    if found.skipped_by_extension:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.skipped_by_extension.most_common(8))
+        lines.append(f"Files of other kinds, left aside: {kinds}.")
+    lines += found.notes
+    if plan.state.is_result:
+        lines.append(describe_done(plan))
+    for unit_id, reason in list(plan.state.damaged.items())[:5]:
+        lines.append(f"Unit {unit_id} is damaged and done again: {reason}.")
+    if backlog.units:
+        windows_to_do = sum(unit.estimated_windows for unit in backlog.units)
+        lines.append(f"To do: {len(backlog.units):,} units, about {windows_to_do:,} windows.")
+    else:
+        lines.append("Nothing to do: everything found is done.")
+    return lines
+
+
+def describe_found(found: Found) -> str:
+    """The items and containers found."""
+    kinds = Counter(container.kind for container in found.containers)
+    parts = [f"{len(found.items):,} files or segments"] if found.items else []
+    parts += [f"{count:,} {KIND_NAMES[kind]}" for kind, count in kinds.items()]
+    if found.failures:
+        parts.append(f"{len(found.failures):,} that cannot be read")
+    return ", ".join(parts) or "nothing"
+
+
+def describe_done(plan: RunPlan) -> str:
+    """What an earlier run has done."""
+    backlog = plan.backlog
+    text = f"Done already: {backlog.found_kept_items:,} items in {len(backlog.kept_units):,} units"
+    if backlog.vanished_items:
+        text += f"; {backlog.vanished_items:,} more are no longer in the input"
+    if backlog.num_redone:
+        text += f"; {backlog.num_redone:,} units hold changed items"
+    if backlog.num_retried:
+        text += f"; {backlog.num_retried:,} failed items are tried again"
+    return f"{text}."
+
+
+def run_plan(config: RunConfig, beam_options: list[str]) -> int:
+    """``earmark plan``: say what ``earmark label`` would do, and write nothing.
+
+    Returns:
+        The exit code, 0.
+    """
+    return 0

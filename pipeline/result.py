@@ -195,21 +195,25 @@ def _remove_staging(output: str) -> None:
         shutil.rmtree(storage.local_path(folder), ignore_errors=True)
 
 
-def remove_result(state: ResultState) -> None:
-    """Remove what Earmark wrote (``--overwrite``), and nothing else.
+def check_removable(state: ResultState) -> None:
+    """Refuse to overwrite what Earmark did not write.
 
     Raises:
-        OutputError: The folder holds no result of Earmark's, but other files.
+        OutputError: The folder has files where parts belong, and no result of Earmark's.
     """
-    if not state.is_result:
-        if state.foreign or state.orphans:
-            raise OutputError(
-                f"{state.output} holds {(*state.foreign, *state.orphans)[0]} but no run.json of "
-                "Earmark; --overwrite removes only what Earmark wrote. Give another --output."
-            )
-        return
+    others = (*state.foreign, *state.orphans)
+    if not state.is_result and others:
+        raise OutputError(
+            f"{state.output} holds {others[0]} but no run.json of Earmark; --overwrite removes "
+            "only what Earmark wrote. Give another --output."
+        )
+
+
+def remove_result(state: ResultState) -> None:
+    """Remove what Earmark wrote (``--overwrite``), and nothing else."""
+    check_removable(state)
     storage.remove(storage.join(state.output, SUCCESS_FILE))
-    for unit_id in (*state.commits, *state.damaged, *state.superseded):
+    for unit_id in (*state.commits, *state.damaged, *sorted(state.superseded)):
         remove_unit(state.output, unit_id)
     for url in state.orphans:
         storage.remove(url)
@@ -282,18 +286,22 @@ class FinishRun:
         output: The result's folder.
         run: ``run.json`` as it was written at the start.
         kept: Totals of the units that were committed before and stay.
-        found_kept_items: Items in them that are in the input now.
-        vanished_items: Items in them that are no longer in the input.
-        num_units: Units that this run had to do.
+        num_units: Units that this run has to do.
+        found_kept_items: Items of the kept units that are in the input.
+        vanished_kept_items: Items of the kept units that are not.
+        vanished_carried_items: Rows that new units take over, of items not in the input.
+        retried_carried_items: Rows that new units take over beside items tried again.
         num_commits: Commits that must be there at the end.
     """
 
     output: str
     run: Mapping[str, Any]
     kept: RunTotals
-    found_kept_items: int
-    vanished_items: int
     num_units: int
+    found_kept_items: int
+    vanished_kept_items: int
+    vanished_carried_items: int
+    retried_carried_items: int
     num_commits: int
 
     def __call__(self, new: RunTotals) -> None:
@@ -304,6 +312,8 @@ class FinishRun:
         """
         self._check(new)
         total = self.kept + new
+        vanished = self.vanished_kept_items + self.vanished_carried_items
+        carried = self.retried_carried_items + self.vanished_carried_items
         run = {
             **self.run,
             "status": "done",
@@ -313,9 +323,9 @@ class FinishRun:
                 **asdict(total.totals),
                 "units": total.units,
                 "new_units": new.units,
-                "new_items": new.totals.items,
-                "found_items": self.found_kept_items + new.totals.items,
-                "vanished_items": self.vanished_items,
+                "new_items": new.totals.items - carried,
+                "found_items": total.totals.items - vanished,
+                "vanished_items": vanished,
             },
         }
         write_run(self.output, run)
@@ -328,10 +338,10 @@ class FinishRun:
                 "same command again to do the rest"
             )
         kept_items = self.kept.totals.items
-        if kept_items != self.found_kept_items + self.vanished_items:
+        if kept_items != self.found_kept_items + self.vanished_kept_items:
             raise AccountingError(
                 f"the {self.kept.units} units that stay hold {kept_items} items, and planning "
-                f"found {self.found_kept_items} of them and missed {self.vanished_items}"
+                f"found {self.found_kept_items} of them and missed {self.vanished_kept_items}"
             )
         total = (self.kept + new).totals
         if total.items != total.clips + total.failures:

@@ -59,8 +59,10 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
     options = pipeline_options(config, beam_options)
-    plan = make_plan(config)
-    check_runner(options, plan)
+    is_remote = runner_name(options) in REMOTE_RUNNERS
+    plan = make_plan(config, is_remote=is_remote)
+    if is_remote:
+        check_reachable(plan)
     for line in describe_plan(plan):
         console.print(line, markup=False)
     finish = prepare_output(plan, config)
@@ -115,21 +117,23 @@ def check_known(options: PipelineOptions, args: list[str]) -> None:
         )
 
 
-def check_runner(options: PipelineOptions, plan: RunPlan) -> None:
+def runner_name(options: PipelineOptions) -> str:
+    """The runner in lower case."""
+    return (options.view_as(StandardOptions).runner or DEFAULT_RUNNER).lower()
+
+
+def check_reachable(plan: RunPlan) -> None:
     """Refuse local paths where other machines do the work.
 
     Raises:
         ConfigError: A remote runner is to read or write this machine's files.
     """
-    runner = (options.view_as(StandardOptions).runner or DEFAULT_RUNNER).lower()
-    if runner not in REMOTE_RUNNERS:
-        return
     for name, urls in (("--output", [plan.output]), ("INPUT", list(plan.inputs))):
         for url in urls:
             if storage.is_local(url):
                 raise ConfigError(
-                    f"{name} is the local path {url}, and {runner} runs on other machines; give "
-                    "a URL that they can reach (gs://…)."
+                    f"{name} is the local path {url}, and the runner works on other machines; "
+                    "give a URL that they can reach (gs://…), or --runner=FnApiRunner."
                 )
 
 
@@ -157,9 +161,11 @@ def prepare_output(plan: RunPlan, config: RunConfig) -> FinishRun:
         output=plan.output,
         run=run,
         kept=plan.kept,
-        found_kept_items=plan.found_kept_items,
-        vanished_items=plan.vanished_items,
         num_units=len(plan.units),
+        found_kept_items=plan.backlog.found_kept_items,
+        vanished_kept_items=plan.backlog.vanished_kept_items,
+        vanished_carried_items=plan.backlog.vanished_carried_items,
+        retried_carried_items=plan.backlog.retried_carried_items,
         num_commits=plan.kept.units + len(plan.units),
     )
 
@@ -176,7 +182,7 @@ def run_graph(
     total_windows = sum(unit.estimated_windows for unit in plan.units)
     with ProgressDisplay(
         total_windows=total_windows,
-        total_items=plan.new_items,
+        total_items=plan.backlog.num_items,
         quiet=quiet,
         read=_progress_reader(options, plan.output),
     ):
@@ -185,7 +191,7 @@ def run_graph(
 
 def _progress_reader(options: PipelineOptions, output: str) -> Callable[[], ProgressCounts]:
     """Counts of this process where it does the work, else what has been committed by now."""
-    runner = (options.view_as(StandardOptions).runner or DEFAULT_RUNNER).lower()
+    runner = runner_name(options)
     num_workers = options.view_as(DirectOptions).direct_num_workers
     if runner == DEFAULT_RUNNER.lower() and num_workers == 1:
         return _LiveReader()
@@ -251,8 +257,8 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     loud = Console(stderr=True, highlight=False, soft_wrap=True)
     if failures:
         loud.print(
-            f"{failures} of {items} items could not be labelled: "
-            f"{storage.join(output, 'errors')}/*.parquet says why; --retry-failed tries them again.",
+            f"{failures:,} of {items:,} items could not be labelled; why stands in "
+            f"{storage.join(output, 'errors')}/*.parquet. --retry-failed tries them again.",
             markup=False,
         )
     if totals["broken_containers"]:

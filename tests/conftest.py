@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,22 @@ def shared_data() -> Path:
 def esc10(shared_data: Path) -> list[Path]:
     """The 320 ESC-10 clips of folds 1 to 4, sorted by name."""
     return sorted((shared_data / "esc10" / "audio").glob("*.ogg"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small AST with random weights and five labels (sigmoid)."""
+    from tests.model_factory import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def needs_gpu() -> None:
+    """Skips without a CUDA device; with REQUIRE_GPU=1 that is a failure."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if os.environ.get("REQUIRE_GPU") == "1":
+            pytest.fail("REQUIRE_GPU=1, and there is no CUDA device")
+        pytest.skip("there is no CUDA device")

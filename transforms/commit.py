@@ -30,7 +30,8 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from apache_beam.metrics import Metrics
+from apache_beam.metrics.metric import Metrics
+from apache_beam.pvalue import PCollection, TaggedOutput
 
 from transforms import storage
 from transforms.errors import AccountingError, OutputError
@@ -355,9 +356,10 @@ class OpenUnit:
         if self._end is None:
             raise AccountingError(f"{self.describe()}: cannot be committed before its end")
         unit = self._end.unit
-        if unit.kind == "files" and self._end.num_items != len(unit.items):
+        num_listed = len(unit.items) + len(unit.failures)
+        if unit.kind == "files" and self._end.num_items != num_listed:
             raise AccountingError(
-                f"{self.describe()}: it lists {len(unit.items)} items, and {self._end.num_items} "
+                f"{self.describe()}: it lists {num_listed} items, and {self._end.num_items} "
                 "came out of it; nothing was committed"
             )
         output = self._settings.output
@@ -376,8 +378,8 @@ class OpenUnit:
         for part, path in staged.items():
             storage.put_file(str(path), part_url(output, part, self._unit_id))
         storage.write_bytes(commit_url(output, self._unit_id), commit.to_json())
-        for replaced in unit.replaces:
-            remove_unit(output, replaced)
+        for replaced_id in unit.replaces:
+            remove_unit(output, replaced_id)
         return commit
 
     def discard(self) -> None:
@@ -512,7 +514,8 @@ def _ledger_slice(unit: WorkUnit) -> LedgerSlice | None:
 
 def _ledger(unit: WorkUnit, replaced: Commit | None) -> Ledger:
     """What a unit covers: its own items or slice, and those whose rows it takes over."""
-    own = tuple(LedgerItem(item.clip_id, item_version(item)) for item in unit.items)
+    items = (*unit.items, *(failure.item for failure in unit.failures))
+    own = tuple(LedgerItem(item.clip_id, item_version(item)) for item in items)
     if unit.carried is None or replaced is None:
         return Ledger(unit.kind, _ledger_slice(unit), own)
     wanted = unit.carried.clip_ids
@@ -575,7 +578,9 @@ class LiveCounts:
 live_counts = LiveCounts()
 
 
-class SkipCommitted(beam.PTransform):
+class SkipCommitted(
+    beam.PTransform[PCollection[WorkUnit], tuple[PCollection[WorkUnit], PCollection[UnitSummary]]]
+):
     """Divide units into those to do and those that another attempt has committed already.
 
     In: ``WorkUnit``. Out: a tuple of ``WorkUnit``s to do and ``UnitSummary``s of those done.
@@ -589,8 +594,8 @@ class SkipCommitted(beam.PTransform):
         self._settings = settings
 
     def expand(
-        self, units: beam.PCollection[WorkUnit]
-    ) -> tuple[beam.PCollection[WorkUnit], beam.PCollection[UnitSummary]]:
+        self, units: PCollection[WorkUnit]
+    ) -> tuple[PCollection[WorkUnit], PCollection[UnitSummary]]:
         """Apply the transform."""
         divided = units | beam.ParDo(_SkipCommittedFn(self._settings)).with_outputs(
             "done", main="to_do"
@@ -600,19 +605,18 @@ class SkipCommitted(beam.PTransform):
 
 class _SkipCommittedFn(beam.DoFn):
     def __init__(self, settings: CommitSettings) -> None:
-        super().__init__()
         self._settings = settings
 
-    def process(self, unit: WorkUnit) -> Iterator[WorkUnit | beam.pvalue.TaggedOutput]:
+    def process(self, unit: WorkUnit) -> Iterator[WorkUnit | TaggedOutput[str, UnitSummary]]:
         output = self._settings.output
         if storage.exists(commit_url(output, unit.unit_id)):
             commit = read_commit(output, unit.unit_id)
-            yield beam.pvalue.TaggedOutput("done", UnitSummary.of(commit))
+            yield TaggedOutput("done", UnitSummary.of(commit))
         else:
             yield unit
 
 
-class CommitUnits(beam.PTransform):
+class CommitUnits(beam.PTransform[PCollection[UnitEvent], PCollection[UnitSummary]]):
     """Write rows as parts and commit each unit when all of it has come.
 
     In: ``WindowRow | ClipRow | ItemFailure | UnitEnd``. Out: ``UnitSummary`` per unit. All of a
@@ -627,14 +631,17 @@ class CommitUnits(beam.PTransform):
         super().__init__()
         self._settings = settings
 
-    def expand(self, events: beam.PCollection[UnitEvent]) -> beam.PCollection[UnitSummary]:
+    def expand(self, events: PCollection[UnitEvent]) -> PCollection[UnitSummary]:
         """Apply the transform."""
-        return events | beam.ParDo(_CommitUnitsFn(self._settings))
+        # Said to Beam explicitly: it reads no annotations that are kept as text.
+        step = beam.ParDo(_CommitUnitsFn(self._settings))
+        step = step.with_input_types(UnitEvent).with_output_types(UnitSummary)
+        summaries: PCollection[UnitSummary] = events | "Write and commit" >> step
+        return summaries
 
 
 class _CommitUnitsFn(beam.DoFn):
     def __init__(self, settings: CommitSettings) -> None:
-        super().__init__()
         self._settings = settings
         self._open: dict[str, OpenUnit] = {}
         self._counters = {

@@ -9,7 +9,6 @@ what fails alone becomes a ``Prediction`` with an ``error``.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import threading
@@ -133,6 +132,16 @@ def resolve_batch_size(batch_size: int | None, device: str) -> int:
     if batch_size is not None:
         return batch_size
     return CPU_BATCH_SIZE if device == "cpu" else ACCELERATOR_BATCH_SIZE
+
+
+def check_settings(settings: InferenceSettings) -> None:
+    """Find out before any work whether this machine can do what is asked for.
+
+    Raises:
+        ConfigError: It cannot; names the setting and what is there.
+    """
+    resolve_engine(settings.engine)
+    resolve_precision(settings.precision, resolve_device(settings.device))
 
 
 class TorchEngine(nn.Module):
@@ -278,9 +287,7 @@ class ASTModelHandler(ModelHandler[Any, Any, TorchEngine]):
     """
 
     def __init__(self, spec: ModelSpec, settings: InferenceSettings) -> None:
-        batch_size = settings.batch_size or resolve_batch_size(
-            None, "cpu" if settings.device == "cpu" else _likely_device(settings.device)
-        )
+        batch_size = resolve_batch_size(settings.batch_size, _likely_device(settings.device))
         super().__init__(min_batch_size=batch_size, max_batch_size=batch_size)
         self._spec = spec
         self._settings = settings
@@ -312,7 +319,5 @@ class ASTModelHandler(ModelHandler[Any, Any, TorchEngine]):
 
 
 def _likely_device(device: DeviceName) -> str:
-    """The device a worker will take; the launcher's own where it is not said."""
-    with contextlib.suppress(ConfigError):
-        return resolve_device(device)
-    return device
+    """The device a worker will take: the one asked for, else this machine's own."""
+    return resolve_device("auto") if device == "auto" else device

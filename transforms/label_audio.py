@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
+from apache_beam.pvalue import PCollection, TaggedOutput
 
 from transforms import storage
 from transforms.checkpoints import ModelSpec
@@ -23,6 +24,8 @@ from transforms.fbank import ExtractFbank, FbankSettings
 from transforms.inference import ASTModelHandler, InferenceSettings
 from transforms.records import (
     ClipRow,
+    EncodedClip,
+    Failure,
     FloatArray,
     Item,
     ItemFailure,
@@ -44,6 +47,8 @@ from transforms.windows import CutWindows, WindowSettings
 
 # Files that one unit of LabelAudio groups, so that decoding can look ahead across them.
 FILES_PER_UNIT = 64
+
+MIN_TAIL_RATIO = 0.1
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,11 @@ def default_settings(model: ModelSpec, inference: InferenceSettings | None = Non
         model=model,
         decode=DecodeSettings(sample_rate_hz=model.sampling_rate),
         windows=WindowSettings.from_seconds(
-            num_frames=model.config.max_length, sample_rate_hz=model.sampling_rate
+            length_s=None,
+            hop_s=None,
+            min_tail_ratio=MIN_TAIL_RATIO,
+            num_frames=model.num_frames,
+            sample_rate_hz=model.sampling_rate,
         ),
         fbank=fbank_settings(model),
         inference=inference,
@@ -98,7 +107,7 @@ def fbank_settings(model: ModelSpec) -> FbankSettings:
     )
 
 
-class LabelUnits(beam.PTransform):
+class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]]):
     """Label work units: ``WorkUnit`` to ``WindowRow | ClipRow | ItemFailure | UnitEnd``.
 
     Args:
@@ -109,19 +118,26 @@ class LabelUnits(beam.PTransform):
         super().__init__()
         self._settings = settings
 
-    def expand(self, units: beam.PCollection[WorkUnit]) -> beam.PCollection[UnitEvent]:
+    def expand(self, units: PCollection[WorkUnit]) -> PCollection[UnitEvent]:
         """Apply the transform."""
         settings = self._settings
         handler = ASTModelHandler(settings.model, settings.inference)
-        return (
+        events: PCollection[UnitEvent] = (
             units
-            | "Decode" >> DecodeAudio(settings.decode, read_unit)
+            | "Decode" >> DecodeAudio(settings.decode, _read)
             | "Cut into windows" >> CutWindows(settings.windows)
             | "Extract fbank" >> ExtractFbank(settings.fbank)
             | "Key features" >> beam.Map(_key_features)
             | "Run AST" >> RunInference(KeyedModelHandler(handler))
             | "Assemble rows" >> AssembleRows(settings.rows)
         )
+        return events
+
+
+def _read(unit: WorkUnit) -> Iterator[EncodedClip | Failure]:
+    """Everything in a unit: what planning knows cannot be read, and the rest as it is read."""
+    yield from unit.failures
+    yield from read_unit(unit)
 
 
 def _key_features(
@@ -142,12 +158,12 @@ class LabelledAudio(NamedTuple):
         failures: A row per item that could not be labelled (columns of ``errors``).
     """
 
-    windows: beam.PCollection[dict[str, Any]]
-    clips: beam.PCollection[dict[str, Any]]
-    failures: beam.PCollection[dict[str, Any]]
+    windows: PCollection[dict[str, Any]]
+    clips: PCollection[dict[str, Any]]
+    failures: PCollection[dict[str, Any]]
 
 
-class LabelAudio(beam.PTransform):
+class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
     """Label audio files in a pipeline of one's own: URIs in, rows and failures out.
 
     In: a URI or path of an audio file per element. Out: ``LabelledAudio``.
@@ -160,7 +176,7 @@ class LabelAudio(beam.PTransform):
         super().__init__()
         self._settings = settings
 
-    def expand(self, uris: beam.PCollection[str]) -> LabelledAudio:
+    def expand(self, uris: PCollection[str]) -> LabelledAudio:
         """Apply the transform."""
         rows = (
             uris
@@ -169,9 +185,9 @@ class LabelAudio(beam.PTransform):
             | "Make units" >> beam.Map(unit_of_files)
             | "Label units" >> LabelUnits(self._settings)
             | "Make rows"
-            >> beam.FlatMap(
-                functools.partial(_row_of, settings=self._settings.rows)
-            ).with_outputs("windows", "clips", "failures")
+            >> beam.FlatMap(functools.partial(_row_of, settings=self._settings.rows)).with_outputs(
+                "windows", "clips", "failures"
+            )
         )
         return LabelledAudio(rows.windows, rows.clips, rows.failures)
 
@@ -186,7 +202,7 @@ def unit_of_files(uris: Sequence[str]) -> WorkUnit:
     return WorkUnit(unit_id=make_unit_id("files", items), kind="files", items=items)
 
 
-def _row_of(event: UnitEvent, settings: RowSettings) -> Iterator[beam.pvalue.TaggedOutput]:
+def _row_of(event: UnitEvent, settings: RowSettings) -> Iterator[TaggedOutput[str, dict[str, Any]]]:
     if isinstance(event, WindowRow):
         yield _tagged("windows", windows_table([event], settings))
     elif isinstance(event, ClipRow):
@@ -195,5 +211,5 @@ def _row_of(event: UnitEvent, settings: RowSettings) -> Iterator[beam.pvalue.Tag
         yield _tagged("failures", errors_table([event.failure], event.unit_id))
 
 
-def _tagged(tag: str, table: Any) -> beam.pvalue.TaggedOutput:
-    return beam.pvalue.TaggedOutput(tag, table.to_pylist()[0])
+def _tagged(tag: str, table: Any) -> TaggedOutput[str, dict[str, Any]]:
+    return TaggedOutput(tag, table.to_pylist()[0])

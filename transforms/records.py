@@ -114,6 +114,8 @@ class WorkUnit:
         estimated_windows: Windows expected, from sizes alone; for even units and progress.
         replaces: Committed units whose content this one redoes; they go when this is committed.
         carried: Rows to copy from a replaced unit, if any.
+        failures: Items that planning already knows cannot be read (a bad line of a manifest);
+            they become rows all the same.
     """
 
     unit_id: str
@@ -123,6 +125,7 @@ class WorkUnit:
     estimated_windows: int = 1
     replaces: tuple[str, ...] = ()
     carried: Carried | None = None
+    failures: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.kind == "files") != (self.container is None):

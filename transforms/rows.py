@@ -16,6 +16,7 @@ import apache_beam as beam
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from apache_beam.pvalue import PCollection
 
 from transforms.labels import Label
 from transforms.records import (
@@ -329,7 +330,7 @@ def _window_failure(window: Window, prediction: Prediction | None) -> Failure:
 KeyedPrediction = tuple[Window | ItemFailure | UnitEnd, Prediction | None]
 
 
-class AssembleRows(beam.PTransform):
+class AssembleRows(beam.PTransform[PCollection[KeyedPrediction], PCollection[UnitEvent]]):
     """Predictions, keyed by what they are of, to rows; what has no prediction passes through.
 
     In: ``(Window | ItemFailure | UnitEnd, Prediction | None)``. Out: ``WindowRow``, ``ClipRow``
@@ -343,14 +344,16 @@ class AssembleRows(beam.PTransform):
         super().__init__()
         self._settings = settings
 
-    def expand(self, predictions: beam.PCollection[KeyedPrediction]) -> beam.PCollection[UnitEvent]:
+    def expand(self, predictions: PCollection[KeyedPrediction]) -> PCollection[UnitEvent]:
         """Apply the transform."""
-        return predictions | beam.ParDo(_AssembleRowsFn(self._settings))
+        # Said to Beam explicitly: it reads no annotations that are kept as text.
+        step = beam.ParDo(_AssembleRowsFn(self._settings)).with_output_types(UnitEvent)
+        rows: PCollection[UnitEvent] = predictions | "Assemble each clip" >> step
+        return rows
 
 
 class _AssembleRowsFn(beam.DoFn):
     def __init__(self, settings: RowSettings) -> None:
-        super().__init__()
         self._settings = settings
         self._open: dict[tuple[str, int], ClipAggregate] = {}
 

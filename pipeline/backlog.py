@@ -1,0 +1,313 @@
+"""What of the input is still to be done: items found, compared with those in the commits.
+
+An item is known by its clip id and told apart by its version (size, etag or time, and what the
+input says of it); a container by its URI and version, and by the slices of it that are committed.
+
+    found and committed, same version   kept
+    found and not committed             into new units
+    found, another version committed    its unit is redone whole, and the new one replaces it
+    committed and not found             vanished: counted apart, its rows are kept
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transforms.commit import Commit, LedgerSlice, container_version, item_version, read_failures
+from transforms.records import Carried, ContainerSlice, Failure, Item, UnitKind, WorkUnit
+from transforms.sources import Container, Found, SourceSettings, make_unit_id, plan_units
+
+# Bad lines of manifests that one unit of failures holds.
+FAILURES_PER_UNIT = 1024
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What is to be done, and what is done.
+
+    Attributes:
+        units: To do, in plan order.
+        kept_units: Committed units that stay as they are.
+        found_kept_items: Items in them that are in the input.
+        vanished_kept_items: Items in them that are not.
+        vanished_carried_items: Items that units to do take over from replaced ones, because they
+            are not in the input.
+        retried_carried_items: Items that units to do take over because they were labelled.
+        num_redone: Units to do that replace one with a changed item.
+        num_retried: Failed items to be tried again.
+    """
+
+    units: tuple[WorkUnit, ...]
+    kept_units: tuple[str, ...] = ()
+    found_kept_items: int = 0
+    vanished_kept_items: int = 0
+    vanished_carried_items: int = 0
+    retried_carried_items: int = 0
+    num_redone: int = 0
+    num_retried: int = 0
+
+    @property
+    def vanished_items(self) -> int:
+        """Items labelled earlier that are no longer in the input."""
+        return self.vanished_kept_items + self.vanished_carried_items
+
+    @property
+    def num_items(self) -> int | None:
+        """Items to do; None if containers must be read to know."""
+        if any(unit.container is not None and not unit.items for unit in self.units):
+            return None
+        return sum(len(unit.items) + len(unit.failures) for unit in self.units)
+
+
+def find_backlog(
+    found: Found,
+    commits: Mapping[str, Commit],
+    settings: SourceSettings,
+    *,
+    retry_from: str | None = None,
+) -> Backlog:
+    """Compare what was found with what is committed.
+
+    Args:
+        found: What the input holds.
+        commits: The whole and valid commits, by unit.
+        settings: Size of units.
+        retry_from: The result whose failed items are to be tried again, or None.
+    """
+    inventory = _Inventory(found)
+    changed = [commit for commit in commits.values() if inventory.is_changed(commit)]
+    changed_ids = {commit.unit_id for commit in changed}
+    kept = {unit_id: commit for unit_id, commit in commits.items() if unit_id not in changed_ids}
+    redone = _redo(changed, inventory, kept, settings)
+    retried = [] if retry_from is None else _retry(retry_from, kept.values(), inventory)
+    retried_from = [kept.pop(unit.replaces[0]).totals for unit in retried]
+    known = {item.clip_id for commit in commits.values() for item in commit.ledger.items}
+    fresh = _plan_fresh(found, known, kept, {c.uri for c in _changed_slices(changed)}, settings)
+    found_kept = sum(inventory.num_found(commit) for commit in kept.values())
+    return Backlog(
+        units=(*redone, *retried, *fresh),
+        kept_units=tuple(kept),
+        found_kept_items=found_kept,
+        vanished_kept_items=sum(commit.totals.items for commit in kept.values()) - found_kept,
+        vanished_carried_items=sum(
+            len(unit.carried.clip_ids or ()) for unit in redone if unit.carried is not None
+        ),
+        retried_carried_items=sum(
+            totals.clips
+            for unit, totals in zip(retried, retried_from, strict=True)
+            if unit.carried is not None
+        ),
+        num_redone=len(redone),
+        num_retried=sum(totals.failures for totals in retried_from),
+    )
+
+
+class _Inventory:
+    """What was found, by name."""
+
+    def __init__(self, found: Found) -> None:
+        self.failures = {failure.item.clip_id: failure for failure in found.failures}
+        self.items = {item.clip_id: item for item in found.items}
+        self.items |= {clip_id: failure.item for clip_id, failure in self.failures.items()}
+        self.wholes: dict[str, Container] = {}
+        self.asked: dict[str, Container] = {}
+        for container in found.containers:
+            if container.items:
+                self.asked[container.uri] = container
+                self.items |= {item.clip_id: item for item in container.items}
+            else:
+                self.wholes[container.uri] = container
+
+    def container_of(self, uri: str) -> Container | None:
+        """The container, whether it was found as a whole or through a manifest."""
+        return self.wholes.get(uri) or self.asked.get(uri)
+
+    def is_changed(self, commit: Commit) -> bool:
+        """Whether something that the commit covers is there in another version."""
+        ledger = commit.ledger
+        if ledger.container is not None and not ledger.items:
+            whole = self.wholes.get(ledger.container.uri)
+            return whole is not None and _version_of(whole) != ledger.container.version
+        return any(
+            item_version(self.items[entry.clip_id]) != entry.version
+            for entry in ledger.items
+            if entry.clip_id in self.items
+        )
+
+    def num_found(self, commit: Commit) -> int:
+        """How many of the items of an unchanged commit are still in the input."""
+        ledger = commit.ledger
+        if ledger.container is not None and not ledger.items:
+            return commit.totals.items if ledger.container.uri in self.wholes else 0
+        return sum(entry.clip_id in self.items for entry in ledger.items)
+
+
+def _version_of(container: Container) -> str:
+    return container_version(container.size, container.version)
+
+
+def _changed_slices(changed: Iterable[Commit]) -> list[LedgerSlice]:
+    return [
+        commit.ledger.container
+        for commit in changed
+        if commit.ledger.container is not None and not commit.ledger.items
+    ]
+
+
+def _redo(
+    changed: Sequence[Commit],
+    inventory: _Inventory,
+    kept: Mapping[str, Commit],
+    settings: SourceSettings,
+) -> list[WorkUnit]:
+    """Units in place of those that hold something changed."""
+    units = []
+    slices: dict[str, list[str]] = defaultdict(list)
+    for commit in changed:
+        if commit.ledger.container is not None and not commit.ledger.items:
+            slices[commit.ledger.container.uri].append(commit.unit_id)
+            continue
+        names = [entry.clip_id for entry in commit.ledger.items]
+        gone = frozenset(name for name in names if name not in inventory.items)
+        carried = Carried(commit.unit_id, gone) if gone else None
+        units.append(_unit_of(commit, names, inventory, carried))
+    for uri, replaced in slices.items():
+        covered = _covered(kept)
+        first, *rest = plan_units([], [inventory.wholes[uri]], settings, covered=covered)
+        units += [_replacing(first, tuple(replaced)), *rest]
+    return units
+
+
+def _retry(output: str, kept: Iterable[Commit], inventory: _Inventory) -> list[WorkUnit]:
+    """Units that take the good rows of a unit over and try its failed items again."""
+    units = []
+    for commit in kept:
+        if not commit.totals.failures:
+            continue
+        ledger = commit.ledger
+        rows = read_failures(output, commit.unit_id)
+        if ledger.container is not None and not ledger.items:
+            whole = inventory.wholes.get(ledger.container.uri)
+            if whole is not None:
+                units.append(_retried_slice(commit, ledger.container, whole, rows))
+            continue
+        names = [row["clip_id"] for row in rows if row["clip_id"] in inventory.items]
+        if names:
+            units.append(_unit_of(commit, names, inventory, Carried(commit.unit_id)))
+    return units
+
+
+def _retried_slice(
+    commit: Commit, part: LedgerSlice, whole: Container, rows: Sequence[Mapping[str, Any]]
+) -> WorkUnit:
+    """The failed items of a slice; all of it where the container could not be read to its end."""
+    container = _slice_of(whole, part.start, part.stop)
+    if commit.totals.broken_containers:
+        return _rebuilt(commit, whole.kind, container=container)
+    items = tuple(
+        Item(
+            clip_id=row["clip_id"],
+            uri=row["uri"],
+            member=row["member"],
+            row=row["row"],
+            truth=None if row["truth"] is None else tuple(row["truth"]),
+            metadata=row["metadata"],
+            size=whole.size,
+            version=whole.version,
+        )
+        for row in rows
+    )
+    # The slice is read from the container's start, so that the second of a name is known as such.
+    container = _slice_of(whole, 0 if whole.kind == "tar" else part.start, part.stop)
+    unit = _rebuilt(commit, whole.kind, items, container=container)
+    return dataclasses.replace(unit, carried=Carried(commit.unit_id))
+
+
+def _unit_of(
+    commit: Commit, names: Sequence[str], inventory: _Inventory, carried: Carried | None
+) -> WorkUnit:
+    """One unit of those items of a commit that are found, in place of the commit's own."""
+    there = [name for name in names if name in inventory.items]
+    failures = tuple(inventory.failures[name] for name in there if name in inventory.failures)
+    items = tuple(inventory.items[name] for name in there if name not in inventory.failures)
+    container = None
+    if commit.ledger.container is not None:
+        asked = inventory.asked[commit.ledger.container.uri]
+        container = _slice_of(asked, 0, None)
+    unit = _rebuilt(commit, commit.ledger.kind, items, failures, container)
+    return dataclasses.replace(unit, carried=carried)
+
+
+def _rebuilt(
+    commit: Commit,
+    kind: UnitKind,
+    items: tuple[Item, ...] = (),
+    failures: tuple[Failure, ...] = (),
+    container: ContainerSlice | None = None,
+) -> WorkUnit:
+    named = (*items, *(failure.item for failure in failures))
+    return WorkUnit(
+        unit_id=make_unit_id(kind, named, container, replaces=(commit.unit_id,)),
+        kind=kind,
+        items=items,
+        container=container,
+        estimated_windows=max(1, len(named) or commit.totals.windows),
+        replaces=(commit.unit_id,),
+        failures=failures,
+    )
+
+
+def _replacing(unit: WorkUnit, replaced: tuple[str, ...]) -> WorkUnit:
+    unit_id = make_unit_id(unit.kind, unit.items, unit.container, replaces=replaced)
+    return dataclasses.replace(unit, unit_id=unit_id, replaces=replaced)
+
+
+def _slice_of(container: Container, start: int, stop: int | None) -> ContainerSlice:
+    return ContainerSlice(
+        uri=container.uri,
+        url=container.url,
+        size=container.size,
+        version=container.version,
+        start=start,
+        stop=stop,
+    )
+
+
+def _covered(kept: Mapping[str, Commit]) -> dict[str, list[tuple[int, int | None]]]:
+    """The slices of whole containers that are committed, by container."""
+    covered: dict[str, list[tuple[int, int | None]]] = defaultdict(list)
+    for commit in kept.values():
+        part = commit.ledger.container
+        if part is not None and not commit.ledger.items:
+            covered[part.uri].append((part.start, part.stop))
+    return covered
+
+
+def _plan_fresh(
+    found: Found,
+    known: set[str],
+    kept: Mapping[str, Commit],
+    redone_containers: set[str],
+    settings: SourceSettings,
+) -> list[WorkUnit]:
+    """Units of what no commit covers."""
+    items = [item for item in found.items if item.clip_id not in known]
+    containers = []
+    for container in found.containers:
+        if container.items:
+            asked = tuple(item for item in container.items if item.clip_id not in known)
+            if asked:
+                containers.append(dataclasses.replace(container, items=asked))
+        elif container.uri not in redone_containers:
+            containers.append(container)
+    units = plan_units(items, containers, settings, covered=_covered(kept))
+    failures = [failure for failure in found.failures if failure.item.clip_id not in known]
+    for start in range(0, len(failures), FAILURES_PER_UNIT):
+        group = tuple(failures[start : start + FAILURES_PER_UNIT])
+        unit_id = make_unit_id("files", [failure.item for failure in group])
+        units.append(WorkUnit(unit_id, "files", failures=group))
+    return units

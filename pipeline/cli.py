@@ -1,0 +1,552 @@
+"""The command line: parses, loads the configuration, runs a command, gives the exit code.
+
+    argv ─split at a bare "--"─▶ typer ─▶ a job (nothing has run yet) ─▶ run, errors to exit codes
+
+Typer only parses; each command returns the job to run, so that every error is told in one place.
+Heavy modules are imported inside the jobs: ``earmark --help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from pipeline import __version__
+from transforms.errors import ConfigError, EarmarkError, InputError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+EXIT_UNEXPECTED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+Job = Callable[[], int]
+
+app = typer.Typer(
+    name="earmark",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+OUTPUT_PANEL, MODEL_PANEL, WINDOWS_PANEL, RUN_PANEL = "Output", "Model", "Windows", "Run"
+
+# Each option is a key of the config (pipeline.config.OPTION_KEYS), which checks its value and
+# knows its default: None is "not given". The defaults said here are held to those by a test.
+Inputs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="INPUT",
+        help="Files, globs, folders, tars, audio-Parquet or manifests; local paths or URLs.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output", "-o", metavar="DIR", help="The result's folder.", rich_help_panel=OUTPUT_PANEL
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Hub id (optionally @revision), folder, or original .pth; see [b]earmark models[/b].",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="A YAML file, or the name of one that ships with Earmark: audioset, speech_commands.",
+    ),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the config; repeatable."),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k",
+        metavar="N",
+        help="Labels per row, best first (default 10).",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+Scores = Annotated[
+    bool | None,
+    typer.Option(
+        "--scores/--no-scores",
+        help="Store every class's score (default no).",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+Overwrite = Annotated[
+    bool | None,
+    typer.Option(
+        "--overwrite/--no-overwrite",
+        help="Start anew: remove what Earmark wrote there before (default no).",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="TYPE",
+        help="auto, fp32, bf16, fp16 or int8 (default auto: what the chip has natively).",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="auto, cpu, cuda or mps (default auto); asked for and absent is an error.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME",
+        help="auto, torch or openvino (default auto).",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        help="Processes, one device each if there are several (default 1).",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N",
+        help="Windows per call (default: what suits the device).",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+WindowS = Annotated[
+    float | None,
+    typer.Option(
+        "--window-s",
+        metavar="SECONDS",
+        help="Window length (default: what the checkpoint holds).",
+        rich_help_panel=WINDOWS_PANEL,
+    ),
+]
+HopS = Annotated[
+    float | None,
+    typer.Option(
+        "--hop-s",
+        metavar="SECONDS",
+        help="From one window's start to the next's (default: the window's length).",
+        rich_help_panel=WINDOWS_PANEL,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        metavar="N",
+        help="Label at most N items (default: all).",
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+RetryFailed = Annotated[
+    bool | None,
+    typer.Option(
+        "--retry-failed/--no-retry-failed",
+        help="Try again what failed in an earlier run (default no).",
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+MaxFailed = Annotated[
+    float | None,
+    typer.Option(
+        "--max-failed",
+        metavar="RATIO",
+        help="Share of failed items above which the exit code is 3 (default 0.05).",
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+Quiet = Annotated[
+    bool | None,
+    typer.Option("--quiet/--no-quiet", "-q", help="Only warnings and errors (default no)."),
+]
+ResultFolder = Annotated[
+    str, typer.Argument(metavar="DIR", help="A result's folder.", show_default=False)
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"earmark {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def earmark(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks; the same as EARMARK_DEBUG=1.")
+    ] = False,
+) -> None:
+    """Label audio datasets with the Audio Spectrogram Transformer on Apache Beam.
+
+    Everything after a bare [b]--[/b] goes to Beam as pipeline options.
+    """
+    if debug:
+        os.environ["EARMARK_DEBUG"] = "1"
+
+
+@app.command()
+def label(
+    context: typer.Context,
+    inputs: Inputs = None,
+    output: Output = None,
+    model: Model = None,
+    config: ConfigFile = None,
+    set: Assignments = None,
+    top_k: TopK = None,
+    scores: Scores = None,
+    precision: Precision = None,
+    device: Device = None,
+    engine: Engine = None,
+    workers: Workers = None,
+    batch_size: BatchSize = None,
+    window_s: WindowS = None,
+    hop_s: HopS = None,
+    limit: Limit = None,
+    overwrite: Overwrite = None,
+    retry_failed: RetryFailed = None,
+    max_failed: MaxFailed = None,
+    quiet: Quiet = None,
+) -> Job:
+    """Label audio: read it, run the model over it, write Parquet.
+
+    Run the same command again to go on after an interruption, or to label what has come since.
+    """
+    return _labelling_job(context)
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    inputs: Inputs = None,
+    output: Output = None,
+    model: Model = None,
+    config: ConfigFile = None,
+    set: Assignments = None,
+    top_k: TopK = None,
+    scores: Scores = None,
+    precision: Precision = None,
+    device: Device = None,
+    engine: Engine = None,
+    workers: Workers = None,
+    batch_size: BatchSize = None,
+    window_s: WindowS = None,
+    hop_s: HopS = None,
+    limit: Limit = None,
+    overwrite: Overwrite = None,
+    retry_failed: RetryFailed = None,
+    max_failed: MaxFailed = None,
+    quiet: Quiet = None,
+) -> Job:
+    """Say what [b]label[/b] would do: files, hours, windows, what is done already; runs nothing.
+
+    Takes the options of [b]label[/b], so that the same command line serves both.
+    """
+    return _labelling_job(context)
+
+
+@app.command()
+def verify(context: typer.Context, folder: ResultFolder, quiet: Quiet = None) -> Job:
+    """Check a result: parts against commits, orphans, duplicates, the accounting.
+
+    The exit code is 0 only if the result is whole, 3 if it is damaged.
+    """
+    _refuse_beam_options(context)
+
+    def job() -> int:
+        from pipeline.verify import run_verify
+
+        return run_verify(folder, quiet=bool(quiet))
+
+    return job
+
+
+@app.command()
+def models(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> Job:
+    """List what can be used as [b]--model[/b], with source, licence, window and labels."""
+    _refuse_beam_options(context)
+    return _print_models_json if as_json else _print_models
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    folder: ResultFolder,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="csv|audacity|raven",
+            help="One CSV file, or one label track or selection table per source file.",
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Where to (default: DIR/export/FORMAT)."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold", metavar="SCORE", help="Smallest score (default: all that are stored)."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k", metavar="N", help="Labels per window (default: all that are stored)."
+        ),
+    ] = None,
+    quiet: Quiet = None,
+) -> Job:
+    """Write labels with their times for the tools people review audio in."""
+    _refuse_beam_options(context)
+
+    def job() -> int:
+        from pipeline.export import run_export
+
+        return run_export(
+            folder, format, output, threshold=threshold, top_k=top_k, quiet=bool(quiet)
+        )
+
+    return job
+
+
+def _labelling_job(context: typer.Context) -> Job:
+    """The job of ``label`` or ``plan``, from what typer parsed."""
+    name, parameters, beam_options = context.info_name, dict(context.params), context.obj
+
+    def job() -> int:
+        config = _read_config(parameters, needs_output=name == "label")
+        _configure_logging(config.quiet)
+        if name == "label":
+            from pipeline.run import run_label
+
+            return run_label(config, beam_options)
+        from pipeline.plan import run_plan
+
+        return run_plan(config, beam_options)
+
+    return job
+
+
+def _read_config(parameters: dict[str, Any], *, needs_output: bool) -> RunConfig:
+    """Load the configuration, and check that nothing is missing that no default can give."""
+    from pipeline.config import OPTION_KEYS, load_config
+
+    path, sets = parameters.pop("config"), parameters.pop("set")
+    inputs = parameters.pop("inputs")
+    options = {f"--{name.replace('_', '-')}": value for name, value in parameters.items()}
+    options["INPUT"] = inputs or None
+    if options.keys() != OPTION_KEYS.keys():
+        raise ValueError(f"options and config keys differ: {options.keys() ^ OPTION_KEYS.keys()}")
+    config = load_config(path, sets or (), options)
+    if not config.inputs:
+        raise InputError(
+            "no input is given; name files, folders, globs or manifests: "
+            "earmark label INPUT… --output DIR"
+        )
+    if config.output is None and needs_output:
+        raise OutputError("no output is given; name a folder: --output DIR")
+    if config.model.name is None:
+        raise ConfigError(
+            "no model is given; pass --model with a hub id, a folder or an original .pth "
+            "(earmark models lists the public ones), or --config audioset"
+        )
+    return config
+
+
+def _refuse_beam_options(context: typer.Context) -> None:
+    if context.obj:
+        raise UsageError(
+            f"earmark {context.info_name} runs no pipeline and takes no options for Beam: "
+            f"-- {' '.join(context.obj)}"
+        )
+
+
+def _print_models_json() -> int:
+    from transforms.checkpoints import PUBLIC_CHECKPOINTS
+
+    entries = [
+        {**dataclasses.asdict(entry), "window_s": entry.window_s} for entry in PUBLIC_CHECKPOINTS
+    ]
+    print(json.dumps(entries, indent=2))
+    return 0
+
+
+def _print_models() -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from transforms.checkpoints import PUBLIC_CHECKPOINTS
+
+    table = Table("--model", "window", "labels", "published", "licence", title="Public models")
+    for entry in PUBLIC_CHECKPOINTS:
+        table.add_row(
+            entry.hub_id,
+            f"{entry.window_s:.3f} s",
+            f"{entry.num_labels} ({entry.labels})",
+            f"{entry.metric} {entry.published:.4f}",
+            entry.license,
+        )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a pipe has no width to fit into: cut nothing
+    console.print(table)
+    console.print(
+        "Source: the Hugging Face hub. A folder (config.json, model.safetensors, "
+        "preprocessor_config.json) or an original .pth file can be used as well."
+    )
+    return 0
+
+
+def _configure_logging(quiet: bool) -> None:
+    """Earmark's own words from INFO on, other libraries' from WARNING on, to stderr."""
+    from pipeline.progress import StderrHandler
+
+    handler = StderrHandler()
+    # Beam says so at every import; Earmark has nothing to do with BigQuery.
+    handler.addFilter(lambda record: not record.getMessage().startswith("apitools not found"))
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for package in ("pipeline", "transforms"):
+        logging.getLogger(package).setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def split_beam_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide arguments at the first bare ``--``: Earmark's before it, Beam's behind it."""
+    arguments = list(arguments)
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv`` by default.
+    Returns:
+        The exit code: 0 done, 1 unexpected, 2 wrong usage, 3 done but not all is well, 130
+        interrupted.
+    """
+    arguments, beam_options = split_beam_options(sys.argv[1:] if argv is None else argv)
+    try:
+        with _terminate_as_interrupt():
+            return _run(arguments, beam_options)
+    except KeyboardInterrupt:
+        return _fail(EXIT_INTERRUPTED, "interrupted; the same command goes on from here")
+    except TyperException as error:
+        # Without a command typer has printed the help, and its error has no words.
+        return _fail(EXIT_USAGE, _parse_error(error)) if error.format_message() else EXIT_USAGE
+    except UsageError as error:
+        return _fail(EXIT_USAGE, str(error))
+    except BrokenPipeError:
+        # Whoever read the output has had enough (`earmark models | head`); what is still
+        # buffered must not raise again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNEXPECTED
+    except Exception as error:  # the last door: whatever it is must become an exit code
+        words = str(error) if isinstance(error, EarmarkError) else _words_of(error)
+        return _fail(EXIT_UNEXPECTED, f"{words}\nEARMARK_DEBUG=1 shows where it comes from.")
+
+
+def _run(arguments: list[str], beam_options: list[str]) -> int:
+    command = typer.main.get_command(app)
+    parsed = command.main(
+        args=arguments, prog_name="earmark", standalone_mode=False, obj=beam_options
+    )
+    # --help and --version have done their work by now, and give an exit code instead of a job.
+    code: int = parsed or 0
+    if callable(parsed):
+        _configure_logging(quiet=False)
+        code = parsed()
+    sys.stdout.flush()  # here a reader that has gone is an error to handle, at exit only a noise
+    return code
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C: both leave a result that the same command goes on from."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(code: int, message: str) -> int:
+    if os.environ.get("EARMARK_DEBUG"):
+        traceback.print_exc()
+    print(f"earmark: {message}", file=sys.stderr)
+    return code
+
+
+def _words_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _parse_error(error: TyperException) -> str:
+    message = error.format_message()
+    if hasattr(error, "possibilities"):
+        message += ". Options for Beam go after a bare --"
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "earmark"
+    return f"{message}\n{command} --help lists what there is."

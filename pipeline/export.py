@@ -1,0 +1,439 @@
+"""Write the labels of a result, with their times, for the tools people review audio in.
+
+    windows/<unit>.parquet ┐
+    clips/<unit>.parquet   ┴─clip_id─▶ one row per window and label ─▶ csv | audacity | raven
+
+Only committed units are read, batch by batch and without their embeddings. ``csv`` is one file
+that grows with the batches; ``audacity`` and ``raven`` are one file per source, so what is held
+is one unit's labels, plus those of sources whose segments other units continue. Everything goes
+to a folder of its own (``DIR/export/<format>`` by default), which is no part of the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from transforms import storage
+from transforms.commit import COMMITS, PARTS, part_url, read_commits
+from transforms.errors import InputError, OutputError, UsageError
+
+logger = logging.getLogger(__name__)
+
+ExportFormat = Literal["csv", "audacity", "raven"]
+
+BATCH_ROWS = 4096
+UPLOAD_THREADS = 16
+
+# What the model hears: the range of its mel filters at 16,000 Hz.
+LOW_FREQUENCY_HZ = 20.0
+HIGH_FREQUENCY_HZ = 8000.0
+
+CSV_COLUMNS = (
+    "clip_id",
+    "uri",
+    "member",
+    "row",
+    "start_s",
+    "end_s",
+    "label_index",
+    "label_id",
+    "label",
+    "score",
+)
+RAVEN_COLUMNS = (
+    "Selection",
+    "View",
+    "Channel",
+    "Begin Time (s)",
+    "End Time (s)",
+    "Low Freq (Hz)",
+    "High Freq (Hz)",
+    "Annotation",
+    "Score",
+)
+
+# Reserved in file names on at least one of the common systems; control characters too.
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
+_MAX_NAME_BYTES = 180
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Which labels are exported.
+
+    Attributes:
+        threshold: Smallest score; None takes all that are stored.
+        top_k: At most this many labels of a window, best first; None takes all that are stored.
+    """
+
+    threshold: float | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise UsageError(f"--threshold is {self.threshold:g}; must be in [0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"--top-k is {self.top_k}; must be at least 1")
+
+
+def label_rows(windows: pa.Table, clips: pa.Table, settings: ExportSettings) -> pa.Table:
+    """One row per window and label, in the windows' order and best label first.
+
+    Args:
+        windows: ``clip_id, start_s, end_s, labels`` of some windows.
+        clips: ``clip_id, uri, member, row, sample_rate_hz`` of every clip of their unit.
+        settings: Which labels to take.
+    Returns:
+        A table of ``CSV_COLUMNS`` and ``sample_rate_hz``.
+    Raises:
+        OutputError: A window's clip is not in ``clips``.
+    """
+    lists = windows["labels"].combine_chunks()
+    if settings.top_k is not None:
+        lists = pc.list_slice(lists, 0, settings.top_k)
+    window = pc.list_parent_indices(lists)
+    labels = pc.list_flatten(lists)
+    score = pc.struct_field(labels, "score")
+    if settings.threshold is not None:
+        wanted = pc.greater_equal(score, pa.scalar(settings.threshold, pa.float32()))
+        window, labels = window.filter(wanted), labels.filter(wanted)
+    position = pc.index_in(windows["clip_id"], value_set=clips["clip_id"].combine_chunks())
+    if position.null_count:
+        lost = windows["clip_id"].filter(pc.is_null(position))[0].as_py()
+        raise OutputError(f"{lost}: has windows and no row in clips; run earmark verify")
+    clip = position.combine_chunks().take(window)
+    return pa.table(
+        {
+            **{name: clips[name].take(clip) for name in ("clip_id", "uri", "member", "row")},
+            **{name: windows[name].take(window) for name in ("start_s", "end_s")},
+            "label_index": pc.struct_field(labels, "index"),
+            "label_id": pc.struct_field(labels, "id"),
+            "label": pc.struct_field(labels, "name"),
+            "score": pc.struct_field(labels, "score"),
+            "sample_rate_hz": clips["sample_rate_hz"].take(clip),
+        }
+    )
+
+
+def audacity_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """An Audacity label track: ``start<TAB>end<TAB>label (score)`` per line, in seconds.
+
+    Source: manual.audacityteam.org, "Importing and Exporting Labels".
+    """
+    return "".join(
+        f"{row['start_s']:.6f}\t{row['end_s']:.6f}"
+        f"\t{_one_line(row['label'])} ({row['score']:.2f})\n"
+        for row in rows
+    )
+
+
+def raven_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Raven Pro selection table: tab-separated, a header, selections counted from 1.
+
+    Raven requires the columns up to ``High Freq (Hz)``; what follows are annotations. The clip
+    was mixed down, so the selection is drawn on the first channel; its frequencies are what the
+    model hears of the source.
+    """
+    lines = ["\t".join(RAVEN_COLUMNS)]
+    for number, row in enumerate(rows, start=1):
+        high = min(HIGH_FREQUENCY_HZ, row["sample_rate_hz"] / 2)
+        lines.append(
+            f"{number}\tSpectrogram 1\t1\t{row['start_s']:.6f}\t{row['end_s']:.6f}"
+            f"\t{LOW_FREQUENCY_HZ:.1f}\t{high:.1f}\t{_one_line(row['label'])}\t{row['score']:.4f}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    """Text without what separates columns and lines."""
+    return " ".join(text.split())
+
+
+@dataclass(frozen=True)
+class _TextFormat:
+    """A format of one text file per source."""
+
+    suffix: str
+    render: Callable[[Sequence[Mapping[str, Any]]], str]
+
+
+_TEXT_FORMATS = {
+    "audacity": _TextFormat(".txt", audacity_text),
+    "raven": _TextFormat(".selections.txt", raven_text),
+}
+
+
+def source_of(clip_id: str) -> str:
+    """What a clip is of: its ``clip_id`` without the segment (``@`` is encoded everywhere else)."""
+    return clip_id.partition("@")[0]
+
+
+def name_files(sources: Iterable[str], suffix: str) -> dict[str, str]:
+    """Give every source a file: its path below the folder that all share, made safe and unique.
+
+    A tar member or Parquet row lies in a folder with its container's name. What systems reserve
+    is percent-encoded, long names are cut and end in a hash; names that would meet (also where
+    the case of letters does not count) end in a hash too.
+
+    Args:
+        sources: As ``source_of`` gives them.
+        suffix: What the file names end in.
+    Returns:
+        Source to relative path.
+    """
+    parts = {source: _path_parts(source) for source in sorted(set(sources))}
+    folders = {tuple(_path_parts(source.partition("#")[0])[:-1]) for source in parts}
+    depth = _shared_depth(folders)
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for source, (*above, last) in ((s, p[depth:]) for s, p in parts.items()):
+        # A folder must not bear the name of some other source's file.
+        safe = [f"{name}_" if name.endswith(suffix) else name for name in map(_safe_name, above)]
+        path = "/".join([*safe, _safe_name(last) + suffix])
+        if path.casefold() in taken:
+            path = "/".join([*safe, f"{_safe_name(last)}~{_short_hash(source)}{suffix}"])
+        taken.add(path.casefold())
+        names[source] = path
+    return names
+
+
+def _path_parts(source: str) -> list[str]:
+    return [part for part in re.split("[/#]", source) if part]
+
+
+def _shared_depth(folders: Iterable[tuple[str, ...]]) -> int:
+    """How many leading parts all folders have in common."""
+    depth = 0
+    for column in zip(*folders, strict=False):
+        if len(set(column)) > 1:
+            break
+        depth += 1
+    return depth
+
+
+def _safe_name(name: str) -> str:
+    name = _UNSAFE.sub(lambda match: f"%{ord(match.group()):02X}", name)
+    if name in (".", ".."):
+        name = name.replace(".", "%2E")
+    encoded = name.encode("utf-8", "surrogatepass")
+    if len(encoded) > _MAX_NAME_BYTES:
+        name = f"{encoded[: _MAX_NAME_BYTES - 11].decode('utf-8', 'ignore')}~{_short_hash(name)}"
+    return name
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+
+
+class _Result:
+    """The committed part of a result, for reading."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = storage.normalise(folder)
+        name = storage.public_uri(self.folder)
+        commits, damaged = read_commits(self.folder)
+        if damaged:
+            raise OutputError(
+                f"{name}: {len(damaged)} commits are damaged, the first is {damaged[0]}.json; "
+                "run earmark verify"
+            )
+        if not commits:
+            what = "holds no result of Earmark" if storage.exists(self.folder) else "does not exist"
+            raise InputError(
+                f"{name} {what} (no {COMMITS}/*.json); give the --output folder of earmark label"
+            )
+        replaced = {unit_id for commit in commits.values() for unit_id in commit.replaces}
+        self.unit_ids = sorted(set(commits) - replaced)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last run went to its end."""
+        return storage.exists(storage.join(self.folder, "_SUCCESS"))
+
+    def clips(self, unit_id: str, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a unit's clips."""
+        with self._open("clips", unit_id) as file:
+            return file.read(columns=list(columns))
+
+    def label_rows(self, unit_id: str, settings: ExportSettings) -> Iterator[pa.Table]:
+        """A unit's labels, batch by batch; see ``label_rows``."""
+        clips = self.clips(unit_id, ["clip_id", "uri", "member", "row", "sample_rate_hz"])
+        columns = ["clip_id", "start_s", "end_s", "labels"]
+        with self._open("windows", unit_id) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+                yield label_rows(pa.Table.from_batches([batch]), clips, settings)
+
+    def check_top_k(self, top_k: int) -> None:
+        """Refuse to promise more labels than are stored.
+
+        Raises:
+            UsageError: Windows hold fewer, and the model has more.
+        """
+        for unit_id in self.unit_ids:
+            with self._open("clips", unit_id) as file:
+                labels = file.read(columns=["labels"])["labels"]
+                known = (file.schema_arrow.metadata or {}).get(b"earmark.labels")
+            if len(labels) and known:
+                stored = len(labels[0])
+                if top_k > stored and stored < len(json.loads(known)):
+                    raise UsageError(
+                        f"--top-k is {top_k}; must be at most {stored}, which is what the result "
+                        f"holds of each window. Label again with --top-k {top_k} for more"
+                    )
+                return
+
+    @contextmanager
+    def _open(self, part: str, unit_id: str) -> Iterator[pq.ParquetFile]:
+        url = part_url(self.folder, part, unit_id)
+        try:
+            with storage.open_read(url) as stream, pq.ParquetFile(stream) as file:
+                yield file
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise OutputError(
+                f"{storage.public_uri(url)}: committed and not readable ({error}); "
+                "run earmark verify"
+            ) from error
+
+
+def _write_csv(result: _Result, folder: str, settings: ExportSettings) -> tuple[int, int]:
+    """One ``labels.csv``; returns the numbers of files and labels."""
+    num_labels = 0
+    # Beside its target, where that is local: moving it into place is then a rename.
+    beside = storage.local_path(folder) if storage.is_local(folder) else None
+    with tempfile.TemporaryDirectory(prefix=".earmark-", dir=beside) as staging:
+        path = Path(staging) / "labels.csv"
+        with path.open("wb") as file:
+            file.write((",".join(CSV_COLUMNS) + "\n").encode())
+            for unit_id in result.unit_ids:
+                for rows in result.label_rows(unit_id, settings):
+                    pyarrow.csv.write_csv(
+                        rows.select(CSV_COLUMNS),
+                        file,
+                        pyarrow.csv.WriteOptions(include_header=False),
+                    )
+                    num_labels += rows.num_rows
+        storage.put_file(str(path), storage.join(folder, "labels.csv"))
+    return 1, num_labels
+
+
+def _write_text(
+    result: _Result, folder: str, settings: ExportSettings, text_format: _TextFormat
+) -> tuple[int, int]:
+    """One file per source, also where nothing was kept of it; returns numbers as ``_write_csv``."""
+    units_left: Counter[str] = Counter()
+    for unit_id in result.unit_ids:
+        units_left.update(_sources_of(result, unit_id))
+    names = name_files(units_left, text_format.suffix)
+    waiting: dict[str, list[dict[str, Any]]] = {}
+    num_labels = 0
+    with ThreadPoolExecutor(UPLOAD_THREADS, "earmark-export") as threads:
+        for unit_id in result.unit_ids:
+            for rows in result.label_rows(unit_id, settings):
+                num_labels += rows.num_rows
+                for row in rows.to_pylist():
+                    waiting.setdefault(source_of(row["clip_id"]), []).append(row)
+            sources = _sources_of(result, unit_id)
+            units_left.subtract(sources)
+            complete = [source for source in sorted(sources) if not units_left[source]]
+            texts = (text_format.render(_in_order(waiting.pop(s, []))) for s in complete)
+            urls = (storage.join(folder, names[source]) for source in complete)
+            # Drawing the results raises what went wrong in the threads.
+            list(threads.map(_put_text, urls, texts))
+    return len(names), num_labels
+
+
+def _sources_of(result: _Result, unit_id: str) -> set[str]:
+    clip_ids = result.clips(unit_id, ["clip_id"])["clip_id"]
+    return {source_of(clip_id.as_py()) for clip_id in clip_ids}
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by time; the labels of a window stay best first."""
+    return sorted(rows, key=lambda row: (row["start_s"], row["end_s"]))
+
+
+def _put_text(url: str, text: str) -> None:
+    storage.write_bytes(url, text.encode("utf-8", "surrogatepass"))
+
+
+def _export_folder(result: _Result, format: ExportFormat, output: str | None) -> str:
+    """Where the export goes.
+
+    Raises:
+        OutputError: That lies among the result's own files.
+    """
+    if output is None:
+        return storage.join(result.folder, "export", format)
+    folder = storage.normalise(output)
+    own = [storage.join(result.folder, name) for name in (*PARTS, COMMITS)]
+    if folder == result.folder or any(f"{folder}/".startswith(f"{path}/") for path in own):
+        raise OutputError(
+            f"--output is {storage.public_uri(folder)}, which holds the result itself; "
+            "give another folder, or leave --output out"
+        )
+    return folder
+
+
+def run_export(
+    folder: str,
+    format: str,
+    output: str | None = None,
+    *,
+    threshold: float | None = None,
+    top_k: int | None = None,
+    quiet: bool = False,
+) -> int:
+    """Export a result's labels; the command ``earmark export``.
+
+    Args:
+        folder: The result's folder.
+        format: ``csv``, ``audacity`` or ``raven``.
+        output: Where to write; None is ``export/<format>`` in the result's folder.
+        threshold: Smallest score to export, in [0, 1].
+        top_k: At most this many labels per window.
+        quiet: Say nothing of what was written.
+    Returns:
+        The exit code.
+    Raises:
+        UsageError: ``folder`` is no result, or an argument does not fit it.
+    """
+    if format not in get_args(ExportFormat):
+        raise UsageError(f"--format is {format}; must be {', '.join(get_args(ExportFormat))}")
+    settings = ExportSettings(threshold, top_k)
+    result = _Result(folder)
+    if top_k is not None:
+        result.check_top_k(top_k)
+    target = _export_folder(result, cast(ExportFormat, format), output)
+    storage.make_folder(target)
+    if not result.is_finished:
+        logger.warning(
+            "%s: the last run has not gone to its end; exporting the %d units committed so far",
+            storage.public_uri(result.folder),
+            len(result.unit_ids),
+        )
+    if format == "csv":
+        num_files, num_labels = _write_csv(result, target, settings)
+    else:
+        num_files, num_labels = _write_text(result, target, settings, _TEXT_FORMATS[format])
+    if not quiet:
+        files = "1 file" if num_files == 1 else f"{num_files:,} files"
+        place = storage.public_uri(target)
+        print(f"exported {num_labels:,} labels to {files} in {place}", file=sys.stderr)
+    return 0

@@ -1,0 +1,316 @@
+"""Show how far ``earmark label`` is: a live bar on a terminal, a line now and then elsewhere.
+
+The display asks for counts instead of being told, so that the pipeline knows nothing of it: a
+thread of its own calls ``read`` four times a second. Everything goes to stderr; on a terminal the
+bar stands below what is logged meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+POLL_INTERVAL_S = 0.25
+LINE_INTERVAL_S = 10.0
+
+# A rate over less than this says more of the model's start than of the run.
+MIN_RATED_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressCounts:
+    """What a run has done so far.
+
+    Attributes:
+        clips: Clips labelled.
+        windows: Windows labelled.
+        audio_s: Seconds of audio labelled.
+        failures: Items that could not be labelled.
+        units: Work units committed.
+    """
+
+    clips: int = 0
+    windows: int = 0
+    audio_s: float = 0.0
+    failures: int = 0
+    units: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Counts, and the time they took.
+
+    Attributes:
+        counts: What has been done.
+        elapsed_s: Seconds since the display began.
+        working_s: Seconds since the first window was labelled: loading the model, which comes
+            before, says nothing of the speed.
+    """
+
+    counts: ProgressCounts
+    elapsed_s: float
+    working_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What there is to do.
+
+    Attributes:
+        windows: Estimated from the plan; None if not known.
+        items: Items found; None where containers have not been read yet.
+    """
+
+    windows: int | None = None
+    items: int | None = None
+
+
+def format_duration(seconds: float) -> str:
+    """``42 s``, ``3:07`` (minutes), ``2:03:07`` (hours)."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, s = divmod(whole, 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def format_audio(seconds: float) -> str:
+    """``12.3 h`` of audio; minutes or seconds while it is less."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def share_done(counts: ProgressCounts, expected: Expected) -> float | None:
+    """How much of the work is done, in [0, 1]; None if that cannot be said.
+
+    The windows expected are an estimate, so they may be passed; until the end, no more than 99 %
+    is claimed of them. Failed items have no windows, so with all items seen the work is done.
+    """
+    items = counts.clips + counts.failures
+    if expected.items and items >= expected.items:
+        return 1.0
+    if expected.windows:
+        return min(counts.windows / expected.windows, 0.99)
+    return items / expected.items if expected.items else None
+
+
+def seconds_left(moment: Moment, expected: Expected) -> float | None:
+    """Estimated time left in seconds; None as long as there is nothing to estimate it from."""
+    share = share_done(moment.counts, expected)
+    if share is None or moment.working_s < MIN_RATED_S:
+        return None
+    if share == 1.0:
+        return 0.0
+    passed = expected.windows is not None and moment.counts.windows >= expected.windows
+    if passed or share == 0.0:
+        return None
+    return moment.working_s * (1 - share) / share
+
+
+def speed(moment: Moment) -> float | None:
+    """Seconds of audio labelled per second; None until there is something to go by."""
+    if moment.working_s < MIN_RATED_S:
+        return None
+    return moment.counts.audio_s / moment.working_s
+
+
+def format_counts(moment: Moment, expected: Expected) -> str:
+    """``1,200/9,600 clips · 2,400/19,200 windows · 3.4 h of audio · 120× real time · 2 failed``."""
+    counts = moment.counts
+    parts = [
+        f"{_of(counts.clips, expected.items)} clips",
+        f"{_of(counts.windows, expected.windows, about=True)} windows",
+        f"{format_audio(counts.audio_s)} of audio",
+    ]
+    times = speed(moment)
+    if times is not None:
+        parts.append(f"{times:,.0f}× real time" if times >= 10 else f"{times:.1f}× real time")
+    if counts.failures:
+        parts.append(f"{counts.failures:,} failed")
+    return " · ".join(parts)
+
+
+def _of(done: int, total: int | None, *, about: bool = False) -> str:
+    # An estimate that has been passed tells nothing any more.
+    if total is None or (about and done > total):
+        return f"{done:,}"
+    return f"{done:,}/{'~' if about else ''}{total:,}"
+
+
+def format_line(moment: Moment, expected: Expected) -> str:
+    """One line of plain text: the share, the counts, the time taken and the time left."""
+    share = share_done(moment.counts, expected)
+    left = seconds_left(moment, expected)
+    parts = [f"{share:4.0%}"] if share is not None else []
+    parts += [format_counts(moment, expected), f"{format_duration(moment.elapsed_s)} elapsed"]
+    if left is not None:
+        parts.append(f"about {format_duration(left)} left")
+    return " · ".join(parts)
+
+
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Logs to what ``sys.stderr`` is at the time, so that records appear above a live bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> object:
+        """The current ``sys.stderr``: a live bar puts itself in its place."""
+        return sys.stderr
+
+
+class _Display(Protocol):
+    """What a display does with the counts."""
+
+    def start(self) -> None: ...
+
+    def update(self, moment: Moment) -> None: ...
+
+    def finish(self, moment: Moment) -> None: ...
+
+
+class _Bar:
+    """A live bar on a terminal."""
+
+    def __init__(self, expected: Expected, console: Console) -> None:
+        self._expected = expected
+        self._progress = Progress(
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            console=console,
+            # The display's own thread draws it: nothing moves between two readings.
+            auto_refresh=False,
+        )
+        self._task: TaskID = self._progress.add_task("starting", total=None)
+
+    def start(self) -> None:
+        self._progress.start()
+
+    def update(self, moment: Moment) -> None:
+        share = share_done(moment.counts, self._expected)
+        left = seconds_left(moment, self._expected)
+        time_left = "" if left is None else f" · {format_duration(left)} left"
+        self._progress.update(
+            self._task,
+            completed=share or 0.0,
+            total=None if share is None else 1.0,
+            description=format_counts(moment, self._expected) + time_left,
+            refresh=True,
+        )
+
+    def finish(self, moment: Moment) -> None:
+        self.update(moment)
+        self._progress.stop()
+
+
+class _Lines:
+    """A plain line now and then: for files, pipes and job logs."""
+
+    def __init__(self, expected: Expected) -> None:
+        self._expected = expected
+        self._next_s = LINE_INTERVAL_S
+
+    def start(self) -> None:
+        windows = self._expected.windows
+        about = f" about {windows:,} windows" if windows is not None else ""
+        self._print(f"labelling{about}")
+
+    def update(self, moment: Moment) -> None:
+        if moment.elapsed_s >= self._next_s:
+            self._print(format_line(moment, self._expected))
+            self._next_s = moment.elapsed_s + LINE_INTERVAL_S
+
+    def finish(self, moment: Moment) -> None:
+        self._print(format_line(moment, self._expected))
+
+    def _print(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Silence:
+    """Nothing, for ``--quiet``."""
+
+    def start(self) -> None:
+        pass
+
+    def update(self, moment: Moment) -> None:
+        pass
+
+    def finish(self, moment: Moment) -> None:
+        pass
+
+
+class ProgressDisplay:
+    """Shows progress while its ``with`` block runs.
+
+    Args:
+        read: Called from the display's thread for the counts so far; must be quick and safe to
+            call beside the work.
+        total_windows: Windows to label, estimated; None if not known.
+        total_items: Items to label; None if not known.
+        quiet: Show nothing.
+        console: Where to show it; stderr by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        read: Callable[[], ProgressCounts],
+        total_windows: int | None = None,
+        total_items: int | None = None,
+        quiet: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        self._read = read
+        self._display = _make_display(Expected(total_windows, total_items), quiet, console)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="earmark-progress", daemon=True)
+        self._began_s = 0.0
+        self._first_window_s: float | None = None
+
+    def __enter__(self) -> Self:
+        self._began_s = time.monotonic()
+        self._display.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._display.finish(self._moment())
+
+    def _poll(self) -> None:
+        while not self._stop.wait(POLL_INTERVAL_S):
+            self._display.update(self._moment())
+
+    def _moment(self) -> Moment:
+        now, counts = time.monotonic(), self._read()
+        if self._first_window_s is None and counts.windows:
+            self._first_window_s = now
+        working_s = 0.0 if self._first_window_s is None else now - self._first_window_s
+        return Moment(counts, now - self._began_s, working_s)
+
+
+def _make_display(expected: Expected, quiet: bool, console: Console | None) -> _Display:
+    if quiet:
+        return _Silence()
+    console = console or Console(stderr=True)
+    return _Bar(expected, console) if console.is_terminal else _Lines(expected)

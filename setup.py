@@ -1,0 +1,83 @@
+"""What Earmark installs: the packages, what ships inside them, what they need."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The version in ``pipeline/__init__.py``, read as text: importing could need the extras."""
+    text = (HERE / "pipeline" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)
+    if match is None:
+        raise RuntimeError('pipeline/__init__.py has no line of the form __version__ = "…"')
+    return match.group(1)
+
+
+def read_readme() -> str:
+    """The README's text; empty where only a part of the tree is there (a container's layer)."""
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="earmark",
+    version=read_version(),
+    description="Label audio datasets with the Audio Spectrogram Transformer on Apache Beam",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["pipeline", "pipeline.configs", "transforms"],
+    # configs/ lies at the top of the checkout, and inside the package once installed;
+    # pipeline.config.config_folder() knows both places.
+    package_dir={"pipeline.configs": "configs"},
+    package_data={"pipeline.configs": ["*.yaml"], "transforms": ["label_lists/*.csv"]},
+    entry_points={"console_scripts": ["earmark = pipeline.cli:main"]},
+    install_requires=[
+        "apache-beam==2.77.*",
+        # torchaudio 2.11 is its last release; this is the range of torch it loads beside.
+        "torch>=2.11,<2.13",
+        "torchaudio==2.11.*",
+        "numpy>=2",
+        "soundfile>=0.13",
+        "av>=14",
+        "soxr>=0.5",
+        "fsspec>=2025.3",
+        "gcsfs>=2025.3",
+        "pyarrow>=18",
+        "pydantic>=2.10,<3",
+        "PyYAML>=6",
+        "typer>=0.29,<1",
+        "rich>=13.9",
+        "safetensors>=0.5",
+        "huggingface_hub>=0.30",
+    ],
+    extras_require={
+        "s3": ["s3fs>=2025.3"],
+        "azure": ["adlfs>=2024.12"],
+        "gcp": ["apache-beam[gcp]==2.77.*"],
+        "openvino": ["openvino>=2025.1", "nncf>=2.16"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "transformers>=4.50",
+            "kaldi-native-fbank>=1.20",
+            "pandas>=2.2",
+            "polars>=1.0",
+            "duckdb>=1.0",
+            "datasets>=3.0",
+            # The first setuptools that builds wheels by itself: tests/test_packaging.py does.
+            "setuptools>=70.1",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<2.5",
+            "types-PyYAML>=6",
+            "pandas-stubs>=2.2",
+        ],
+    },
+)

@@ -1,0 +1,47 @@
+"""Small ASTs with random weights in every parameter, as folders that transformers reads too."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from transforms.checkpoints import save_pretrained
+from transforms.spectrogram_transformer import ASTConfig, ASTForAudioClassification
+
+TINY_LABELS = ("dog", "rain", "rooster", "helicopter", "clock tick")
+MEAN, STD = -4.2677393, 4.5689974
+
+
+def tiny_config(**changes: object) -> ASTConfig:
+    """Two layers, 32 wide, five labels; 1024 frames like AST base, at strides that keep it fast."""
+    config = ASTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        frequency_stride=16,
+        time_stride=16,
+        problem_type="multi_label_classification",
+    ).with_labels(TINY_LABELS)
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def randomise(model: nn.Module, seed: int = 0, scale: float = 0.2) -> None:
+    """Give every parameter a random value; zeros (class tokens, biases) would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            is_norm_weight = "norm" in name and name.endswith("weight")
+            parameter.copy_(1 + noise if is_norm_weight else noise)
+
+
+def write_tiny_model(folder: Path, seed: int = 0, **changes: object) -> Path:
+    """A model folder (config.json, model.safetensors, preprocessor_config.json)."""
+    model = ASTForAudioClassification(tiny_config(**changes)).eval()
+    randomise(model, seed)
+    save_pretrained(model, folder, mean=MEAN, std=STD)
+    return folder

@@ -1,0 +1,491 @@
+"""The command line: what it hands on, its exit codes, its words; and the progress display."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+
+from pipeline import __version__, cli
+from pipeline.config import OPTION_KEYS, RunConfig, flatten
+from pipeline.progress import (
+    Expected,
+    Moment,
+    ProgressCounts,
+    ProgressDisplay,
+    StderrHandler,
+    format_audio,
+    format_counts,
+    format_duration,
+    format_line,
+    seconds_left,
+    share_done,
+)
+from transforms.errors import AccountingError, ConfigError, InputError, ModelError
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIRED = ["in", "-o", "out", "-m", "model"]
+
+
+class Calls(list[tuple[Any, ...]]):
+    """What the commands were called with; raises or returns what it is told to."""
+
+    result: int = 0
+    error: BaseException | None = None
+
+    def take(self, *arguments: Any, **named: Any) -> int:
+        self.append((*arguments, *named.values()))
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Stands in for the work of every command."""
+    calls = Calls()
+    for name in ("run_label", "run_plan", "run_verify", "run_export"):
+        module = {"run_label": "run"}.get(name, name.removeprefix("run_"))
+        fake = ModuleType(f"pipeline.{module}")
+        setattr(fake, name, calls.take)
+        monkeypatch.setitem(sys.modules, f"pipeline.{module}", fake)
+    monkeypatch.delenv("EARMARK_DEBUG", raising=False)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Any:
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:], logging.root.level = handlers, level
+    for package in ("pipeline", "transforms"):
+        logging.getLogger(package).setLevel(logging.NOTSET)
+
+
+def label_config(calls: Calls, *arguments: str) -> RunConfig:
+    assert cli.main(["label", *arguments]) == 0
+    return calls[-1][0]
+
+
+def test_every_option_reaches_its_key(calls: Calls) -> None:
+    given = {
+        "--output": "out",
+        "--model": "m",
+        "--top-k": "3",
+        "--scores": None,
+        "--precision": "bf16",
+        "--device": "cpu",
+        "--engine": "torch",
+        "--workers": "2",
+        "--batch-size": "16",
+        "--window-s": "5",
+        "--hop-s": "2.5",
+        "--limit": "7",
+        "--retry-failed": None,
+        "--max-failed": "0.5",
+        "--quiet": None,
+    }
+    words = [word for pair in given.items() for word in pair if word is not None]
+    config = label_config(calls, "a.wav", "b/", *words)
+    values = flatten(config.resolved())
+    expected = {
+        OPTION_KEYS[flag]: True if text is None else type(values[OPTION_KEYS[flag]])(text)
+        for flag, text in given.items()
+    }
+    assert values == flatten(RunConfig().resolved()) | expected | {"inputs": ["a.wav", "b/"]}
+
+
+def test_overwrite_reaches_its_key(calls: Calls) -> None:
+    assert label_config(calls, *REQUIRED, "--overwrite").overwrite is True
+
+
+def test_the_options_of_the_commands_are_those_of_the_config() -> None:
+    flags = {"INPUT", "--config", "--set"} | set(OPTION_KEYS)
+    for command in (cli.label, cli.plan):
+        names = set(inspect.signature(command).parameters) - {"context", "inputs"}
+        assert {"INPUT"} | {f"--{name.replace('_', '-')}" for name in names} == flags
+
+
+def test_the_help_tells_the_config_s_defaults() -> None:
+    values = flatten(RunConfig().resolved())
+    label = typer.main.get_command(cli.app).commands["label"]  # type: ignore[attr-defined]
+    told = {
+        OPTION_KEYS[parameter.opts[0]]: match.group(1)
+        for parameter in label.params
+        if (match := re.search(r"\(default ([\w.]+)", parameter.help or ""))
+    }
+    assert told == {
+        key: {False: "no"}.get(values[key], str(values[key]))
+        for key in OPTION_KEYS.values()
+        if values[key] not in (None, [])
+    }
+
+
+def test_the_yaml_gives_what_the_command_line_leaves_out(calls: Calls, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("inputs: [x/]\noutput: y\nmodel: {name: z}\nlabels: {top_k: 2, scores: true}\n")
+    config = label_config(calls, "-c", str(path), "--set", "limit=3", "--no-scores", "--top-k", "4")
+    assert (config.inputs, config.output, config.model.name) == (("x/",), "y", "z")
+    assert (config.labels.top_k, config.labels.scores, config.limit) == (4, False, 3)
+
+
+def test_inputs_on_the_command_line_replace_those_of_the_yaml(calls: Calls, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("inputs: [x/]\n")
+    assert label_config(calls, *REQUIRED, "-c", str(path)).inputs == ("in",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own", "beam"),
+    [
+        (["label", "a"], ["label", "a"], []),
+        (["label", "a", "--"], ["label", "a"], []),
+        (["label", "--", "--runner=X", "--", "--y"], ["label"], ["--runner=X", "--", "--y"]),
+    ],
+)
+def test_arguments_divide_at_the_first_bare_dashes(
+    arguments: list[str], own: list[str], beam: list[str]
+) -> None:
+    assert cli.split_beam_options(arguments) == (own, beam)
+
+
+@pytest.mark.parametrize("command", ["label", "plan"])
+def test_beam_options_are_handed_on_as_they_are(calls: Calls, command: str) -> None:
+    options = ["--runner=PrismRunner", "--experiments", "a", "--output=x"]
+    assert cli.main([command, *REQUIRED, "--", *options]) == 0
+    config, beam_options = calls[-1]
+    assert config.output == "out"
+    assert beam_options == options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["label", *REQUIRED, "--topk", "3"], "No such option: --topk .*--top-k"),
+        (["label", *REQUIRED, "--runner=X"], "No such option: --runner.*after a bare --"),
+        (["lable"], "No such command 'lable'. Did you mean 'label'"),
+        (["label", *REQUIRED, "--top-k", "many"], "'--top-k'"),
+        (["label", *REQUIRED, "--hop-s", "0"], r"window.hop_s is 0.0 \(--hop-s\); must be greater"),
+        (["label", *REQUIRED, "--set", "windw.hop_s=1"], "did you mean window.hop_s"),
+        (["label", *REQUIRED, "--config", "audoset"], "Did you mean audioset"),
+        (["label", "-o", "out", "-m", "model"], "no input is given"),
+        (["label", "in", "-m", "model"], "no output is given"),
+        (["label", "in", "-o", "out"], "no model is given; .*earmark models"),
+        (["plan", "in"], "no model is given"),
+        (["verify"], "Missing argument 'DIR'"),
+        (["export", "x"], "Missing option '--format'"),
+        (["verify", "x", "--", "--runner=X"], "earmark verify runs no pipeline.*--runner=X"),
+        (["models", "--", "--runner=X"], "earmark models runs no pipeline"),
+    ],
+)
+def test_wrong_usage_is_two_and_says_what(
+    calls: Calls, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert out == ""
+    assert calls == []
+
+
+def test_no_command_shows_the_help_and_is_wrong_usage(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert "Usage: earmark" in out
+    assert err == ""
+
+
+def test_plan_needs_no_output(calls: Calls) -> None:
+    assert cli.main(["plan", "in", "-m", "model"]) == 0
+    assert calls[-1][0].output is None
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_job_s_exit_code_is_the_command_s(calls: Calls, code: int) -> None:
+    calls.result = code
+    assert cli.main(["label", *REQUIRED]) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ConfigError("top_k is wrong"), 2, "earmark: top_k is wrong\n"),
+        (InputError("nothing there"), 2, "earmark: nothing there\n"),
+        (ModelError("damaged"), 2, "earmark: damaged\n"),
+        (KeyboardInterrupt(), 130, "earmark: interrupted; the same command goes on from here\n"),
+        (
+            AccountingError("3 of 4 rows"),
+            1,
+            "earmark: 3 of 4 rows\nEARMARK_DEBUG=1 shows where it comes from.\n",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "earmark: OSError: [Errno 28] No space left on device\n"
+            "EARMARK_DEBUG=1 shows where it comes from.\n",
+        ),
+    ],
+)
+def test_errors_become_exit_codes_and_words(
+    calls: Calls,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    words: str,
+) -> None:
+    calls.error = error
+    assert cli.main(["label", *REQUIRED]) == code
+    assert capsys.readouterr().err == words
+
+
+def test_debug_shows_the_traceback(
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls.error = ValueError("odd")
+    monkeypatch.setenv("EARMARK_DEBUG", "1")
+    assert cli.main(["verify", "x"]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_the_debug_option_is_the_variable(
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EARMARK_DEBUG", "")  # so that what the option sets is taken back
+    calls.error = InputError("odd")
+    assert cli.main(["--debug", "verify", "x"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_sigterm_is_an_interruption(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def terminated(folder: str, quiet: bool) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        return 0
+
+    monkeypatch.setattr(sys.modules["pipeline.verify"], "run_verify", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["verify", "x"]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_verify_and_export_hand_their_arguments_on(calls: Calls) -> None:
+    cli.main(["verify", "x", "--quiet"])
+    cli.main(["export", "x", "--format", "csv"])
+    cli.main("export x -f raven -o y --threshold 0.5 --top-k 2 -q".split())
+    assert calls == [
+        ("x", True),
+        ("x", "csv", None, None, None, False),
+        ("x", "raven", "y", 0.5, 2, True),
+    ]
+
+
+def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"earmark {__version__}\n"
+
+
+def test_models_lists_the_public_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    from transforms.checkpoints import PUBLIC_CHECKPOINTS
+
+    assert cli.main(["models"]) == 0
+    table = capsys.readouterr().out
+    assert cli.main(["models", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [entry["hub_id"] for entry in entries] == [e.hub_id for e in PUBLIC_CHECKPOINTS]
+    for entry in entries:
+        assert {"window_s", "num_labels", "license", "published"} <= set(entry)
+        line = next(line for line in table.splitlines() if f" {entry['hub_id']} " in line)
+        assert entry["license"] in line
+        assert f"{entry['window_s']:.3f} s" in line
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from pipeline.cli import main; code = main(['label', '--help']);"
+        "heavy = {'torch', 'apache_beam', 'pyarrow', 'av', 'soundfile', 'fsspec', 'numpy'}"
+        " & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--top-k" in done.stdout
+
+
+def test_python_m_pipeline_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "verify", "--nonsense"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "No such option: --nonsense" in done.stderr
+
+
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    command = f"{sys.executable} -m pipeline models --json | true"
+    # Buffered, as it is by default: the pipe breaks when the buffer is written at the end.
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+
+
+def at(
+    clips: int = 0, windows: int = 0, audio_s: float = 0.0, failures: int = 0, s: float = 0.0
+) -> Moment:
+    return Moment(ProgressCounts(clips, windows, audio_s, failures), elapsed_s=s + 3, working_s=s)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (187, "3:07"), (7387, "2:03:07")],
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(42, "42 s"), (90, "1.5 min"), (3600, "1.0 h"), (7_200_000, "2,000.0 h")],
+)
+def test_amounts_of_audio_are_short(seconds: float, text: str) -> None:
+    assert format_audio(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected", "share"),
+    [
+        (at(windows=50), Expected(100, None), 0.5),
+        (at(windows=100), Expected(100, None), 0.99),  # an estimate: not said to be the end
+        (at(windows=130), Expected(100, None), 0.99),
+        (at(clips=8, failures=2, windows=50), Expected(100, 10), 1.0),
+        (at(clips=4, failures=1), Expected(None, 10), 0.5),
+        (at(windows=5), Expected(None, None), None),
+        (at(windows=5), Expected(0, 0), None),
+    ],
+)
+def test_the_share_done_is_never_claimed_too_high(
+    moment: Moment, expected: Expected, share: float | None
+) -> None:
+    assert share_done(moment.counts, expected) == share
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected", "left"),
+    [
+        (at(windows=25, s=10), Expected(100, None), 30.0),
+        (at(windows=25, s=1), Expected(100, None), None),  # too early to tell
+        (at(windows=0, s=10), Expected(100, None), None),
+        (at(windows=120, s=10), Expected(100, None), None),  # more than estimated
+        (at(clips=10, windows=90, s=10), Expected(100, 10), 0.0),
+        (at(windows=25, s=10), Expected(), None),
+    ],
+)
+def test_the_time_left_comes_from_the_share(
+    moment: Moment, expected: Expected, left: float | None
+) -> None:
+    assert seconds_left(moment, expected) == left
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected", "text"),
+    [
+        (at(), Expected(), "0 clips · 0 windows · 0 s of audio"),
+        (
+            at(1200, 2400, 12_240, 2, s=102),
+            Expected(19_200, 9600),
+            "1,200/9,600 clips · 2,400/~19,200 windows · 3.4 h of audio · 120× real time"
+            " · 2 failed",
+        ),
+        (
+            at(1, 3, 30, s=20),
+            Expected(2, None),
+            "1 clips · 3 windows · 30 s of audio · 1.5× real time",
+        ),
+    ],
+)
+def test_counts_in_words(moment: Moment, expected: Expected, text: str) -> None:
+    assert format_counts(moment, expected) == text
+
+
+def test_a_line_tells_share_and_times() -> None:
+    assert format_line(at(2, 25, 250, s=10), Expected(100, 8)) == (
+        " 25% · 2/8 clips · 25/~100 windows · 4.2 min of audio · 25× real time"
+        " · 13 s elapsed · about 30 s left"
+    )
+
+
+def test_without_a_terminal_there_are_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.progress.POLL_INTERVAL_S", 0.001)
+    monkeypatch.setattr("pipeline.progress.LINE_INTERVAL_S", 0.01)
+    reads = iter(range(1_000_000))
+
+    def read() -> ProgressCounts:
+        return ProgressCounts(clips=next(reads))
+
+    with ProgressDisplay(read=read, total_windows=1000):
+        time.sleep(0.2)
+    out, err = capsys.readouterr()
+    first, *lines, last = err.splitlines()
+    assert out == ""
+    assert first == "labelling about 1,000 windows"
+    assert 1 < len(lines) <= 20  # of the two hundred readings
+    assert all(re.match(r"  0% · \d+ clips · 0/~1,000 windows", line) for line in [*lines, last])
+
+
+def test_on_a_terminal_there_is_a_bar_below_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    logger = logging.getLogger("tests.progress")
+    logger.addHandler(StderrHandler())
+    with ProgressDisplay(
+        read=lambda: ProgressCounts(clips=3, windows=6, failures=1),
+        total_windows=12,
+        console=console,
+    ):
+        logger.warning("a clip is damaged")
+    logger.handlers.clear()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "a clip is damaged\n" in text
+    assert "3 clips · 6/~12 windows" in text.rpartition("a clip is damaged")[2]
+    assert "1 failed" in text
+
+
+def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay(read=ProgressCounts, total_windows=5, quiet=True):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_display_ends_with_the_work_also_when_that_fails() -> None:
+    display = ProgressDisplay(read=ProgressCounts, quiet=True)
+    with pytest.raises(ValueError, match="broken"), display:
+        raise ValueError("broken")
+    assert not display._thread.is_alive()

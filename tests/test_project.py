@@ -1,0 +1,177 @@
+"""What holds for the project as a whole: who imports whom, what the README shows."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted([*(ROOT / "transforms").glob("*.py"), *(ROOT / "pipeline").glob("*.py")])
+STEPS = [path for path in MODULES if path.parent.name == "transforms"]
+
+# What each step may import of the others. Everyone may import errors and records; label_audio
+# joins the steps and may import all of them.
+EVERYONE = {"errors", "records"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "records": set(),
+    "storage": set(),
+    "labels": set(),
+    # What there is to read: names, a file per kind of container, the inputs, the units cut from
+    # them; sources joins them.
+    "clip_ids": set(),
+    "tar_source": {"storage", "clip_ids"},
+    "parquet_source": {"storage", "clip_ids", "tar_source"},
+    "manifests": {"storage", "clip_ids", "parquet_source"},
+    "inputs": {"storage", "clip_ids", "parquet_source", "manifests"},
+    "units": {"storage", "clip_ids", "tar_source", "inputs"},
+    "sources": {"storage", "clip_ids", "tar_source", "parquet_source", "inputs", "units"},
+    "decode": {"decode_worker"},
+    "decode_worker": set(),
+    "windows": set(),
+    # from_pretrained asks checkpoints where a folder or hub id lies, inside the method.
+    "fbank": {"checkpoints"},
+    "spectrogram_transformer": {"checkpoints"},
+    "checkpoints": {"storage", "labels", "spectrogram_transformer", "fbank"},
+    "inference": {"checkpoints", "spectrogram_transformer"},
+    "rows": {"labels"},
+    "commit": {"storage", "rows"},
+    "label_audio": {path.stem for path in STEPS},
+}
+
+# The only modules that may import a library: one door each.
+DOORS = {
+    "torchaudio": {"transforms/fbank.py"},
+    "fsspec": {"transforms/storage.py"},
+    "gcsfs": set(),
+}
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, str, bool]]:
+    """Each import of a file: module, name in it (or ""), and whether it is done at import time."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    at_top = {id(node) for node in ast.walk(tree)}
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            at_top -= {id(node) for node in ast.walk(function)}
+        if isinstance(function, ast.If) and ast.unparse(function.test) == "TYPE_CHECKING":
+            at_top -= {id(node) for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, "", id(node) in at_top
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import, line {node.lineno}"
+            for alias in node.names:
+                yield node.module or "", alias.name, id(node) in at_top
+
+
+def siblings_of(path: Path) -> set[str]:
+    """The modules of ``transforms`` that a file imports."""
+    stems = {step.stem for step in STEPS}
+    found = set()
+    for module, name, _ in imports_of(path):
+        if module == "transforms":
+            found.add(name)
+        elif module.startswith("transforms."):
+            found.add(module.split(".")[1])
+    return found & stems
+
+
+def test_every_step_has_its_place_in_the_table() -> None:
+    assert {path.stem for path in STEPS} - set(MAY_IMPORT) == set()
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
+def test_steps_import_only_what_lies_before_them(path: Path) -> None:
+    allowed = MAY_IMPORT[path.stem] | EVERYONE
+    assert siblings_of(path) - allowed - {path.stem} == set()
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
+def test_transforms_never_import_the_pipeline(path: Path) -> None:
+    assert [m for m, _, _ in imports_of(path) if m.split(".")[0] == "pipeline"] == []
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_library_has_one_door(library: str) -> None:
+    importers = {
+        str(path.relative_to(ROOT))
+        for path in MODULES
+        if any(module.split(".")[0] == library for module, _, _ in imports_of(path))
+    }
+    assert importers <= DOORS[library]
+
+
+@pytest.mark.parametrize(
+    ("module", "libraries"),
+    [
+        ("pipeline/cli.py", {"torch", "apache_beam", "pyarrow", "numpy", "rich"}),
+        ("pipeline/config.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("pipeline/progress.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("transforms/records.py", {"torch", "apache_beam", "pyarrow"}),
+        ("transforms/storage.py", {"torch", "apache_beam", "pyarrow"}),
+        ("transforms/labels.py", {"torch", "apache_beam"}),
+        ("transforms/decode.py", {"torch"}),
+        ("transforms/decode_worker.py", {"torch", "apache_beam"}),
+    ],
+)
+def test_light_modules_import_nothing_heavy(module: str, libraries: set[str]) -> None:
+    path = ROOT / module
+    at_top = {name.split(".")[0] for name, _, is_at_top in imports_of(path) if is_at_top}
+    assert at_top & libraries == set()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_code_checks_without_assert(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert lines == [], "python -O removes assert: raise an error with words"
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_shows_how_to_start_and_how_to_test() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(code_blocks(text)) >= 2
+    behind_marker = text.partition("<!-- test-command -->")[2]
+    assert "pytest" in code_blocks(behind_marker)[0]
+
+
+def test_ci_runs_the_readme_s_own_commands() -> None:
+    """The shell's way to find them finds what a reader sees."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    function = re.search(r"^test_commands\(\) \{.*?^\}", script, flags=re.MULTILINE | re.DOTALL)
+    assert function is not None
+    found = subprocess.run(
+        ["bash", "-c", f"{function.group()}\ntest_commands"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert found == code_blocks(text.partition("<!-- test-command -->")[2])[0]
+
+
+def test_ci_is_valid_bash_and_executable() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {line.split()[1] for line in told.stdout.splitlines()} == targets

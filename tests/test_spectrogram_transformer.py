@@ -1,0 +1,489 @@
+"""The model against transformers' own, with random weights in every parameter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import transformers
+
+from transforms.spectrogram_transformer import (
+    ASTConfig,
+    ASTForAudioClassification,
+    ASTModel,
+    resize_position_embeddings,
+)
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_length": 128,
+    "num_labels": 5,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "stride 10": {},
+    "stride 16": {"frequency_stride": 16, "time_stride": 16},
+    "uneven strides": {"frequency_stride": 12, "time_stride": 7, "max_length": 100},
+    "other bins": {"num_mel_bins": 40, "max_length": 61},
+    "small patches": {"patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 64},
+    "no qkv bias": {"qkv_bias": False, "max_length": 64},
+    "one layer, one head": {"num_hidden_layers": 1, "num_attention_heads": 1},
+    "large epsilon": {"layer_norm_eps": 1e-2},
+    "tanh gelu": {"hidden_act": "gelu_pytorch_tanh", "max_length": 64},
+    "new gelu": {"hidden_act": "gelu_new", "max_length": 64},
+    "relu": {"hidden_act": "relu", "max_length": 64},
+    "silu": {"hidden_act": "silu", "max_length": 64},
+}
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Random values in every parameter: transformers starts tokens and positions at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "layernorm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 1
+                parameter.copy_(noise / math.sqrt(fan_in) if fan_in > 1 else 0.2 * noise)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("_token", "position_embeddings")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def make_pair(
+    attention: str = "sdpa", **fields: Any
+) -> tuple[ASTForAudioClassification, transformers.ASTForAudioClassification]:
+    """Ours and transformers' model with the same weights, loaded by name, strictly."""
+    settings = {**TINY, **fields}
+    theirs = transformers.ASTForAudioClassification(
+        transformers.ASTConfig(**settings, attn_implementation=attention)
+    ).eval()
+    randomise(theirs)
+    ours = ASTForAudioClassification(ASTConfig(**settings)).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def make_input(config: ASTConfig, batch_size: int = 3, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch_size, config.max_length, config.num_mel_bins, generator=generator)
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+# --- Against transformers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logits_equal_those_of_transformers(fields: dict[str, Any], attention: str) -> None:
+    ours, theirs = make_pair(attention, **fields)
+    features = make_input(ours.config)
+    expected = theirs(features).logits
+    assert expected.std() > 0.1  # random weights must not make the comparison empty
+    assert_close(ours(features).logits, expected, atol=1e-5)
+
+
+def test_twelve_layers_equal_those_of_transformers() -> None:
+    ours, theirs = make_pair(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768,
+        max_length=1024, num_labels=527,
+    )  # fmt: skip
+    features = make_input(ours.config, batch_size=1)
+    assert_close(ours(features).logits, theirs(features).logits, atol=5e-5)
+
+
+@pytest.mark.slow
+def test_the_published_size_equals_that_of_transformers() -> None:
+    ours, theirs = make_pair(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+        max_length=1024, num_labels=527,
+    )  # fmt: skip
+    features = make_input(ours.config, batch_size=1)
+    assert_close(ours(features).logits, theirs(features).logits, atol=5e-5)
+
+
+def test_every_output_equals_that_of_transformers() -> None:
+    ours, theirs = make_pair("eager")
+    features = make_input(ours.config)
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    found, expected = ours(features, **asked), theirs(features, **asked)
+    assert_close(found.logits, expected.logits, atol=1e-5)
+    assert len(found.hidden_states) == len(expected.hidden_states) == 3
+    assert len(found.attentions) == len(expected.attentions) == 2
+    for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert_close(one, other, atol=1e-5)
+    for one, other in zip(found.attentions, expected.attentions, strict=True):
+        assert_close(one, other, atol=1e-6)
+
+
+def test_the_base_model_equals_that_of_transformers() -> None:
+    ours, theirs = make_pair()
+    features = make_input(ours.config)
+    found = ours.audio_spectrogram_transformer(features)
+    expected = theirs.audio_spectrogram_transformer(features)
+    assert_close(found.last_hidden_state, expected.last_hidden_state, atol=1e-5)
+    assert_close(found.pooler_output, expected.pooler_output, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_attention_mask_means_what_it_means_in_transformers(attention: str) -> None:
+    ours, theirs = make_pair(attention)
+    features = make_input(ours.config)
+    mask = torch.ones(3, ours.config.num_tokens, dtype=torch.long)
+    mask[1, 50:] = 0
+    mask[2, 2::2] = 0
+    expected = theirs(features, attention_mask=mask).logits
+    found = ours(features, attention_mask=mask, output_attentions=attention == "eager").logits
+    assert_close(found, expected, atol=1e-5)
+    assert (found - ours(features).logits).abs().max() > 1e-3
+
+
+def test_a_mask_of_ones_changes_nothing() -> None:
+    ours, _ = make_pair()
+    features = make_input(ours.config)
+    mask = torch.ones(3, ours.config.num_tokens)
+    assert_close(ours(features, attention_mask=mask).logits, ours(features).logits, atol=1e-6)
+
+
+LOSSES: dict[str, tuple[dict[str, Any], torch.Tensor]] = {
+    "single label, by type": ({}, torch.tensor([0, 4, 2])),
+    "several labels, by type": ({}, torch.tensor([[1.0, 0, 0, 1, 0]] * 3)),
+    "regression, by count": ({"num_labels": 1}, torch.tensor([0.5, -1.0, 2.0])),
+    "single label": ({"problem_type": "single_label_classification"}, torch.tensor([1, 3, 0])),
+    "an ignored label": ({}, torch.tensor([1, -100, 0])),
+    "several labels": (
+        {"problem_type": "multi_label_classification"},
+        torch.tensor([[0.1, 0.9, 0, 1, 0]] * 3),
+    ),
+    "regression": ({"problem_type": "regression"}, torch.linspace(-1, 1, 15).view(3, 5)),
+}
+
+
+@pytest.mark.parametrize(("fields", "labels"), LOSSES.values(), ids=LOSSES.keys())
+def test_losses_equal_those_of_transformers(fields: dict[str, Any], labels: torch.Tensor) -> None:
+    ours, theirs = make_pair(**fields)
+    features = make_input(ours.config)
+    before = ours.config.to_dict()
+    assert_close(ours(features, labels).loss, theirs(features, labels=labels).loss, atol=1e-5)
+    assert ours.config.to_dict() == before
+
+
+def test_config_fields_and_defaults_are_those_of_transformers() -> None:
+    theirs = transformers.ASTConfig()
+    ours = ASTConfig()
+    for name in ours.to_dict():
+        assert getattr(theirs, name) == (
+            "audio-spectrogram-transformer" if name == "model_type" else getattr(ours, name)
+        )
+    assert ours.num_labels == theirs.num_labels == 2
+
+
+def test_transformers_reads_our_config_and_we_read_theirs() -> None:
+    ours = ASTConfig(num_labels=3, time_stride=12, problem_type="multi_label_classification")
+    theirs = transformers.ASTConfig.from_dict(ours.to_dict())
+    assert (theirs.id2label, theirs.time_stride) == (ours.id2label, 12)
+    assert ASTConfig.from_dict(theirs.to_dict()) == ours
+    assert ASTConfig.from_dict(ours.to_dict()) == ours
+
+
+# --- What ours adds ------------------------------------------------------------------------
+
+
+def test_attentions_come_without_choosing_an_implementation() -> None:
+    ours, _ = make_pair()
+    features = make_input(ours.config)
+    output = ours(features, output_attentions=True)
+    assert [tuple(weights.shape) for weights in output.attentions] == [(3, 4, 146, 146)] * 2
+    for weights in output.attentions:
+        assert_close(weights.sum(-1), torch.ones(3, 4, 146), atol=1e-5)
+    assert_close(output.logits, ours(features).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_embed_and_classifier_are_the_two_halves_of_the_model(layers: int) -> None:
+    ours, theirs = make_pair(num_hidden_layers=layers)
+    features = make_input(ours.config)
+    embedding = ours.embed(features)
+    pooled = theirs.audio_spectrogram_transformer(features).pooler_output
+    assert_close(embedding, pooled, atol=1e-5)
+    assert_close(ours.classifier(embedding), theirs(features).logits, atol=1e-5)
+
+
+def test_the_base_runs_in_bfloat16_beside_a_float32_head() -> None:
+    ours, theirs = make_pair()
+    features = make_input(ours.config)
+    ours.audio_spectrogram_transformer.to(torch.bfloat16)
+    embedding = ours.embed(features.to(torch.bfloat16))
+    logits = ours.classifier(embedding.float())
+    assert (embedding.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
+    assert_close(logits, theirs(features).logits, atol=0.1)
+
+
+def test_the_head_has_an_epsilon_of_its_own() -> None:
+    fields = {**TINY, "layer_norm_eps": 1e-6, "head_layer_norm_eps": 0.5}
+    model = ASTForAudioClassification(ASTConfig(**fields))
+    assert model.classifier.layernorm.eps == 0.5
+    assert model.audio_spectrogram_transformer.layernorm.eps == 1e-6
+    alike = ASTForAudioClassification(ASTConfig(**{**fields, "head_layer_norm_eps": None}))
+    assert alike.classifier.layernorm.eps == 1e-6
+
+
+def test_the_published_models_have_the_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        audioset = ASTForAudioClassification(ASTConfig(num_labels=527))
+        commands = ASTForAudioClassification(ASTConfig(num_labels=35, max_length=128))
+    assert sum(p.numel() for p in audioset.parameters()) == 86_594_063
+    assert sum(p.numel() for p in commands.parameters()) == 85_395_491
+
+
+# strides, frames → tokens; YuanGongND/ast issues and arXiv:2104.01778
+@pytest.mark.parametrize(
+    ("stride", "frames", "tokens"),
+    [(10, 1024, 1214), (12, 1024, 852), (14, 1024, 659), (16, 1024, 514), (10, 512, 602),
+     (10, 128, 146)],
+)  # fmt: skip
+def test_the_number_of_tokens_is_that_of_the_paper(stride: int, frames: int, tokens: int) -> None:
+    config = ASTConfig(frequency_stride=stride, time_stride=stride, max_length=frames)
+    assert config.num_tokens == tokens
+
+
+# --- Properties ----------------------------------------------------------------------------
+
+
+def test_frames_and_bins_beyond_the_last_patch_have_no_effect() -> None:
+    ours, _ = make_pair(max_length=1024, num_hidden_layers=1)
+    features = make_input(ours.config, batch_size=1)
+    changed = features.clone()
+    changed[:, 1016:] = 100.0
+    changed[:, :, 126:] = -100.0
+    assert torch.equal(ours(changed).logits, ours(features).logits)
+    changed[:, 1015, 125] = 100.0
+    assert not torch.equal(ours(changed).logits, ours(features).logits)
+
+
+def test_a_clip_scores_the_same_in_any_batch() -> None:
+    ours, _ = make_pair()
+    features = make_input(ours.config, batch_size=5)
+    together = ours(features).logits
+    alone = torch.cat([ours(clip[None]).logits for clip in features])
+    order = torch.tensor([3, 0, 4, 2, 1])
+    assert_close(alone, together, atol=1e-5)
+    assert_close(ours(features[order]).logits, together[order], atol=1e-5)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    fields = {**TINY, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    model = ASTForAudioClassification(ASTConfig(**fields))
+    randomise(model)
+    features = make_input(model.config)
+    for asked in ({}, {"output_attentions": True}):
+        model.train()
+        assert not torch.equal(model(features, **asked).logits, model(features, **asked).logits)
+        model.eval()
+        assert torch.equal(model(features, **asked).logits, model(features, **asked).logits)
+
+
+def test_it_compiles_to_one_graph() -> None:
+    ours, _ = make_pair()
+    features = make_input(ours.config)
+    compiled = torch.compile(ours.embed, fullgraph=True, backend="eager")
+    assert_close(compiled(features), ours.embed(features), atol=1e-6)
+
+
+def test_it_exports_with_any_batch_size() -> None:
+    ours, _ = make_pair()
+
+    class Embedder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = ours
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return self.model.embed(features)
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(
+        Embedder(), (make_input(ours.config),), dynamic_shapes={"features": {0: batch}}
+    )
+    features = make_input(ours.config, batch_size=7)
+    assert_close(exported.module()(features), ours.embed(features), atol=1e-6)
+
+
+# --- Outputs -------------------------------------------------------------------------------
+
+
+def test_outputs_are_read_by_name_key_and_index() -> None:
+    ours, _ = make_pair()
+    features = make_input(ours.config)
+    output = ours(features, torch.tensor([0, 1, 2]), output_hidden_states=True)
+    assert list(output) == ["loss", "logits", "hidden_states"]
+    assert output[0] is output.loss is output["loss"]
+    assert output[1] is output.logits
+    assert output[-1] is output.hidden_states
+    assert output[:2] == (output.loss, output.logits)
+    assert ours(features)[0] is not None
+    assert ours(features).loss is None
+    with pytest.raises(KeyError, match="'attentions'; this output holds loss, logits, hidden"):
+        output["attentions"]
+    with pytest.raises(IndexError):
+        output[3]
+
+
+def test_return_dict_false_gives_plain_tuples() -> None:
+    ours, theirs = make_pair()
+    features = make_input(ours.config)
+    (logits,) = ours(features, return_dict=False)
+    assert_close(logits, theirs(features, return_dict=False)[0], atol=1e-5)
+    tokens, pooled = ours.audio_spectrogram_transformer(features, return_dict=False)
+    assert (tokens.shape, pooled.shape) == ((3, 146, 64), (3, 64))
+
+
+def test_the_config_sets_what_is_returned_by_default() -> None:
+    config = ASTConfig(**TINY, output_attentions=True, output_hidden_states=True)
+    model = ASTForAudioClassification(config)
+    output = model(make_input(config))
+    assert (len(output.attentions), len(output.hidden_states)) == (2, 3)
+    assert model(make_input(config), output_attentions=False).attentions is None
+    plain = ASTForAudioClassification(ASTConfig(**TINY, return_dict=False))
+    assert isinstance(plain(make_input(config)), tuple)
+
+
+# --- Errors --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 127, 128), (2, 129, 128), (2, 128, 127), (128, 128), (2, 1, 128, 128)]
+)
+def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    model = ASTModel(ASTConfig(**TINY))
+    given = "shape " + str(shape).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=given + r"; expected \(batch, 128, 128\)"):
+        model(torch.zeros(shape))
+    with pytest.raises(ValueError, match="exactly max_length=128 frames"):
+        model.embed(torch.zeros(shape))
+
+
+# transformers takes all of these without a word: the position embeddings happen to fit.
+@pytest.mark.parametrize("frames", [1016, 1023, 1025])
+def test_a_length_that_only_happens_to_fit_is_refused(frames: int) -> None:
+    model = ASTModel(ASTConfig(**{**TINY, "max_length": 1024}))
+    with pytest.raises(ValueError, match=f"{frames}, 128.*exactly max_length=1024 frames"):
+        model(torch.zeros(1, frames, 128))
+
+
+@pytest.mark.parametrize("shape", [(3, 128), (1, 146), (3, 1, 146)])
+def test_a_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    model = ASTModel(ASTConfig(**TINY))
+    with pytest.raises(ValueError, match=r"attention_mask.*expected \(3, 146\).*per token"):
+        model(make_input(model.config), attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "768"}, r"hidden_size is '768' \(str\); expected a whole number"),
+        ({"hidden_size": 768.0}, r"hidden_size is 768.0 \(float\); expected a whole number"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers is True \(bool\)"),
+        ({"patch_size": [16, 16]}, r"patch_size is \[16, 16\] \(list\); expected a whole number"),
+        ({"layer_norm_eps": 1}, r"layer_norm_eps is 1 \(int\); expected a float"),
+        ({"head_layer_norm_eps": "1e-5"}, r"head_layer_norm_eps is '1e-5' \(str\)"),
+        ({"qkv_bias": 1}, r"qkv_bias is 1 \(int\); expected True or False"),
+        ({"hidden_act": None}, r"hidden_act is None \(NoneType\); expected one of"),
+        ({"id2label": ["a", "b"]}, r"id2label is \['a', 'b'\]; expected a mapping"),
+        ({"id2label": {"a": "b"}}, r"id2label holds 'a': 'b'; expected an index and a name"),
+    ],
+)
+def test_a_config_value_of_another_type_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ASTConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size is 0; expected a whole number from 1"),
+        ({"time_stride": -1}, "time_stride is -1; expected"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5; expected a number in"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+        ({"hidden_act": "geglu"}, "hidden_act is 'geglu'; expected one of .*'gelu'"),
+        ({"problem_type": "ranking"}, "problem_type is 'ranking'; expected None or one of"),
+        ({"num_attention_heads": 7}, "num_attention_heads is 7; expected a divisor of hidden_size"),
+        ({"max_length": 15}, "max_length is 15; expected at least patch_size, which is 16"),
+        ({"num_mel_bins": 8}, "num_mel_bins is 8; expected at least patch_size"),
+        ({"num_labels": 0}, "num_labels is 0; expected a whole number from 1"),
+        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3; expected 1, as id2label"),
+        ({"id2label": {0: "a", 2: "b"}}, r"id2label has the indices \[0, 2\]; expected 0 to 1"),
+        ({"id2label": {0: "a"}, "label2id": {"b": 0}}, "label2id is .*; expected the reverse"),
+    ],
+)  # fmt: skip
+def test_a_config_value_out_of_range_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ASTConfig(**fields)
+
+
+def test_a_config_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="model_type is 'vit'; expected 'audio-spectrogram"):
+        ASTConfig.from_dict({"model_type": "vit"})
+
+
+def test_labels_from_json_come_in_the_order_of_their_index() -> None:
+    config = ASTConfig.from_dict({"id2label": {"1": "b", "0": "a", "2": 7}, "label2id": {"x": "9"}})
+    assert config.id2label == {0: "a", 1: "b", 2: "7"}
+    assert config.label2id == {"a": 0, "b": 1, "7": 2}
+    assert list(config.id2label) == [0, 1, 2]
+    assert config.with_labels(["x"]).label2id == {"x": 0}
+
+
+# --- Position embeddings -------------------------------------------------------------------
+
+
+def resize_by_hand(grid: npt.NDArray[np.float64], axis: int, size: int) -> npt.NDArray[np.float64]:
+    """Cut from the middle or interpolate, sample by sample; the original's rule re-derived."""
+    source = grid.shape[axis]
+    if size <= source:
+        start = source // 2 - size // 2
+        return np.take(grid, range(start, start + size), axis)
+    samples = []
+    for index in range(size):
+        position = max(0.0, (index + 0.5) * source / size - 0.5)  # pixel centres are aligned
+        low = int(position)
+        high = min(low + 1, source - 1)
+        share = position - low
+        samples.append((1 - share) * grid.take(low, axis) + share * grid.take(high, axis))
+    return np.stack(samples, axis)
+
+
+@pytest.mark.parametrize("columns", [12, 23, 50, 99, 101, 150])
+@pytest.mark.parametrize("rows", [5, 6, 12, 16])
+@pytest.mark.parametrize("source", [(12, 101), (24, 24)], ids=["AudioSet", "ImageNet"])
+def test_position_embeddings_are_resized_as_in_the_original(
+    source: tuple[int, int], rows: int, columns: int
+) -> None:
+    embeddings = torch.randn(1, 2 + source[0] * source[1], 8, dtype=torch.float64)
+    found = resize_position_embeddings(embeddings, source, (rows, columns))
+    grid = embeddings[0, 2:].numpy().reshape(*source, 8)
+    expected = resize_by_hand(resize_by_hand(grid, 1, columns), 0, rows).reshape(-1, 8)
+    assert torch.equal(found[:, :2], embeddings[:, :2])
+    np.testing.assert_allclose(found[0, 2:].numpy(), expected, atol=1e-6, rtol=0)
+
+
+def test_position_embeddings_of_another_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(1, 146, 8\); expected \(1, 1214, hidden_size\)"):
+        resize_position_embeddings(torch.zeros(1, 146, 8), (12, 101), (12, 50))

@@ -1,0 +1,455 @@
+"""The door to storage: names, whole writes, and what an error may say."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from transforms import storage
+from transforms.errors import OutputError, UsageError
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "local":
+        yield str(tmp_path / "in")
+        return
+    yield f"memory://storage-{next(_numbers)}/in"
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+AWS = "https://b.s3.amazonaws.com/a%20b.wav"
+AZURE = "https://acc.blob.core.windows.net/c/a.wav"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (
+            f"{AWS}?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA%2F20260101%2Feu-west-1"
+            "%2Fs3%2Faws4_request&X-Amz-Date=20260101T000000Z&X-Amz-Expires=3600"
+            "&X-Amz-SignedHeaders=host&X-Amz-Security-Token=IQoJ&X-Amz-Signature=0f3a",
+            AWS,
+        ),
+        (f"{AWS}?versionId=3&X-Amz-Signature=0f3a", f"{AWS}?versionId=3"),
+        (f"{AWS}?AWSAccessKeyId=AKIA&Signature=vjb%3D&Expires=1141889120", AWS),
+        (
+            "https://storage.googleapis.com/b/a.wav?X-Goog-Algorithm=GOOG4-RSA-SHA256"
+            "&X-Goog-Credential=x&X-Goog-Signature=ab&X-Goog-Expires=900&generation=7",
+            "https://storage.googleapis.com/b/a.wav?generation=7",
+        ),
+        (
+            "https://storage.googleapis.com/b/a.wav?GoogleAccessId=x%40y&Expires=9&Signature=ab",
+            "https://storage.googleapis.com/b/a.wav",
+        ),
+        (
+            "https://d111.cloudfront.net/a.wav?size=large&Policy=eyJ&Signature=nit&Key-Pair-Id=K2",
+            "https://d111.cloudfront.net/a.wav?size=large",
+        ),
+        (
+            f"{AZURE}?sv=2024-11-04&st=2026-01-01T00%3A00Z&se=2026-01-02T00%3A00Z&sr=b&sp=r"
+            "&spr=https&skoid=1&sktid=2&skt=3&ske=4&sks=b&skv=5&sig=Zm9v%3D&snapshot=9",
+            f"{AZURE}?snapshot=9",
+        ),
+        ("https://h/a.wav?token=s3cret&alt=media", "https://h/a.wav?alt=media"),
+        ("https://h/a.wav?access_token=s3cret#t=3", "https://h/a.wav#t=3"),
+        ("https://user:pass@h/a.wav", "https://h/a.wav"),
+        ("https://ghp_secret@h/a.wav", "https://h/a.wav"),
+        ("sftp://user:pass@h/a.wav", "sftp://h/a.wav"),
+        # What is not a signature is part of the name.
+        ("sftp://user@h/a.wav", "sftp://user@h/a.wav"),
+        ("https://h/get?id=7&expires=soon&st=1&se=2", "https://h/get?id=7&expires=soon&st=1&se=2"),
+        ("https://h/a@2x.wav?q=a@b:c@d", "https://h/a@2x.wav?q=a@b:c@d"),
+        ("abfs://c@acc.dfs.core.windows.net/a", "abfs://c@acc.dfs.core.windows.net/a"),
+        ("hf://datasets/u/r@main/a.wav", "hf://datasets/u/r@main/a.wav"),
+        ("s3://b/what?.wav", "s3://b/what?.wav"),
+        ("/data/a?token=x.wav", "/data/a?token=x.wav"),
+    ],
+)
+def test_public_uri_drops_signatures_and_nothing_else(url: str, expected: str) -> None:
+    assert storage.public_uri(url) == expected
+
+
+def test_normalise_gives_absolute_paths_and_urls_without_slash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert storage.normalise("a/../b/") == str(tmp_path / "b")
+    assert storage.normalise("~/x.wav") == "/home/someone/x.wav"
+    assert storage.normalise("file:///x/y/") == "/x/y"
+    assert storage.normalise("file://localhost/x") == "/x"
+    assert storage.normalise("/") == "/"
+    assert storage.normalise("gs://b/x/") == "gs://b/x"
+    assert storage.normalise("memory://") == "memory://"
+    assert storage.normalise("https://h/x/?a=b/") == "https://h/x/?a=b/"
+
+
+def test_normalise_decodes_a_file_url_only_where_the_file_has_the_decoded_name(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a b").touch()
+    (tmp_path / "c%20d").touch()
+    assert storage.normalise(f"file://{tmp_path}/a%20b") == str(tmp_path / "a b")
+    assert storage.normalise(f"file://{tmp_path}/c%20d") == str(tmp_path / "c%20d")
+
+
+@pytest.mark.parametrize(
+    ("url", "parent", "name"),
+    [
+        ("/a/b.wav", "/a", "b.wav"),
+        ("/", "/", ""),
+        ("gs://b/x/y.wav", "gs://b/x", "y.wav"),
+        ("gs://b", "gs://b", "b"),
+        ("s3://b/x?y/z", "s3://b/x?y", "z"),
+        ("https://h/x/y.wav?a=b/c", "https://h/x", "y.wav"),
+    ],
+)
+def test_parent_and_file_name(url: str, parent: str, name: str) -> None:
+    assert storage.parent(url) == parent
+    assert storage.file_name(url) == name
+
+
+def test_join_uses_single_slashes() -> None:
+    assert storage.join("/", "a") == "/a"
+    assert storage.join("memory://", "a", "b/") == "memory://a/b"
+    assert storage.join("gs://b/x/", "/a") == "gs://b/x/a"
+
+
+def test_write_then_read_stat_list_remove(folder: str) -> None:
+    url = storage.join(folder, "sub", "a #@%.bin")
+    storage.write_bytes(url, b"one")
+    storage.write_bytes(url, b"three")
+    assert storage.read_bytes(url) == b"three"
+    with storage.open_read(url) as file:
+        assert file.seekable()
+        file.seek(2)
+        assert file.read() == b"ree"
+    info = storage.stat(url)
+    assert (info.url, info.size) == (url, 5)
+    assert info.version
+    assert storage.exists(url) and storage.exists(folder)
+    assert storage.is_folder(folder) and not storage.is_folder(url)
+    assert storage.list_names(storage.join(folder, "sub")) == ["a #@%.bin"]
+    assert storage.list_names(folder) == []
+    assert list(storage.list_files(folder)) == [info]
+    storage.remove(url)
+    storage.remove(url)
+    assert not storage.exists(url)
+    assert storage.list_names(storage.join(folder, "absent")) == []
+
+
+def test_version_changes_with_the_content(folder: str) -> None:
+    url = storage.join(folder, "a")
+    storage.write_bytes(url, b"1")
+    before = storage.stat(url).version
+    storage.write_bytes(url, b"2")
+    assert storage.stat(url).version != before
+
+
+def test_list_files_is_recursive_and_sorted(folder: str) -> None:
+    names = ["b.wav", "a/z.wav", "a.wav", "a/b/c.wav", "é.wav"]
+    for name in names:
+        storage.write_bytes(storage.join(folder, name), b"x")
+    found = [info.url for info in storage.list_files(folder)]
+    assert found == sorted(storage.join(folder, name) for name in names)
+
+
+def test_glob_files(folder: str) -> None:
+    for name in ("a/1.wav", "a/2.mp3", "b/3.wav", "b/c/4.wav"):
+        storage.write_bytes(storage.join(folder, name), b"x")
+
+    def matches(pattern: str) -> list[str]:
+        found = storage.glob_files(storage.join(folder, pattern))
+        return [info.url.removeprefix(folder + "/") for info in found]
+
+    assert matches("*/*.wav") == ["a/1.wav", "b/3.wav"]
+    assert matches("**/*.wav") == ["a/1.wav", "b/3.wav", "b/c/4.wav"]
+    assert matches("[b]") == ["b/3.wav", "b/c/4.wav"]
+    assert matches("*.flac") == []
+
+
+def test_stat_many_gives_errors_in_place(folder: str) -> None:
+    there, absent = storage.join(folder, "a"), storage.join(folder, "b")
+    storage.write_bytes(there, b"x")
+    found = storage.stat_many([absent, there, absent])
+    assert list(found) == [absent, there]
+    assert isinstance(found[absent], FileNotFoundError)
+    assert found[there] == storage.stat(there)
+    assert storage.stat_many([]) == {}
+
+
+def test_put_file_moves(folder: str, tmp_path: Path) -> None:
+    source = tmp_path / "staged"
+    source.write_bytes(b"data")
+    url = storage.join(folder, "x", "part")
+    storage.put_file(str(source), url)
+    assert storage.read_bytes(url) == b"data"
+    assert not source.exists()
+
+
+def test_get_file_copies_and_leaves_nothing_on_error(folder: str, tmp_path: Path) -> None:
+    url, target = storage.join(folder, "a"), tmp_path / "copy"
+    storage.write_bytes(url, b"data")
+    storage.get_file(url, str(target))
+    assert target.read_bytes() == b"data"
+    with pytest.raises(FileNotFoundError):
+        storage.get_file(storage.join(folder, "b"), str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_put_file_across_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "staged"
+    source.write_bytes(b"data")
+    real = os.replace
+
+    def replace(a: Any, b: Any) -> None:
+        if str(a) == str(source):
+            raise OSError(18, "Invalid cross-device link")
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    storage.put_file(str(source), str(tmp_path / "out" / "part"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["part"]
+    assert (tmp_path / "out" / "part").read_bytes() == b"data"
+    assert not source.exists()
+
+
+def test_a_failed_local_write_leaves_the_old_content_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path / "a")
+    storage.write_bytes(url, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        storage.write_bytes(url, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert storage.read_bytes(url) == b"old"
+
+
+class _DiskFileSystem(LocalFileSystem):
+    """A remote file system that shows files while they grow, as sftp does."""
+
+    protocol = "disk"
+    fails = False
+
+    def put_file(self, lpath: str, rpath: str, **kwargs: Any) -> None:  # type: ignore[override]
+        if self.fails:
+            Path(self._strip_protocol(rpath)).write_bytes(b"trunca")
+            raise RuntimeError("connection lost")
+        super().put_file(lpath, rpath, **kwargs)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:  # type: ignore[override]
+        return "/" + str(path).removeprefix("disk://").strip("/")
+
+
+fsspec.register_implementation("disk", _DiskFileSystem, clobber=True)
+
+
+def test_a_file_system_without_whole_uploads_gets_a_temporary_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"disk:/{tmp_path}/out/part"
+    source = tmp_path / "staged"
+    source.write_bytes(b"first")
+    storage.put_file(str(source), url)
+    assert (tmp_path / "out" / "part").read_bytes() == b"first"
+    source.write_bytes(b"second")
+    monkeypatch.setattr(_DiskFileSystem, "fails", True)
+    with pytest.raises(OSError, match="connection lost"):
+        storage.put_file(str(source), url)
+    assert (tmp_path / "out" / "part").read_bytes() == b"first"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["part"]
+    assert source.exists()
+
+
+def test_listing_a_remote_file_system_tells_of_folders_it_cannot_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/1.wav", "b/2.wav"):
+        storage.write_bytes(f"{tmp_path}/{name}", b"x")
+    real = _DiskFileSystem.ls
+
+    def ls(self: Any, path: str, **kwargs: Any) -> Any:
+        if path.endswith("/a"):
+            raise PermissionError("no")
+        return real(self, path, **kwargs)
+
+    monkeypatch.setattr(_DiskFileSystem, "ls", ls)
+    errors: list[OSError] = []
+    found = list(storage.list_files(f"disk:/{tmp_path}", errors.append))
+    assert [info.url for info in found] == [f"disk:/{tmp_path}/b/2.wav"]
+    assert [type(error) for error in errors] == [PermissionError]
+    assert "/a:" in str(errors[0])
+
+
+def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "in" / "deep" / "a.wav").touch()
+    (tmp_path / "outside" / "b.wav").touch()
+    (tmp_path / "in" / "deep" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "0-again").symlink_to(tmp_path / "in" / "deep")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "in" / "gone.wav").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "in" / "pipe.wav")
+    found = [info.url for info in storage.list_files(str(tmp_path / "in"))]
+    assert [url.removeprefix(f"{tmp_path}/in/") for url in found] == [
+        "deep/a.wav",
+        "gone.wav",
+        "link/b.wav",
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/1.wav", "b/2.wav"):
+        storage.write_bytes(f"{tmp_path}/{name}", b"x")
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        list(storage.list_files(str(tmp_path)))
+    errors: list[OSError] = []
+    found = list(storage.list_files(str(tmp_path), errors.append))
+    assert [info.url for info in found] == [f"{tmp_path}/b/2.wav"]
+    assert [error.filename for error in errors] == [f"{tmp_path}/a"]
+
+
+def test_reading_a_pipe_or_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    with pytest.raises(OSError, match="pipe, socket or device"):
+        storage.open_read(str(tmp_path / "pipe.wav"))
+    with pytest.raises(IsADirectoryError):
+        storage.read_bytes(str(tmp_path))
+    with pytest.raises(IsADirectoryError):
+        storage.stat(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://b/x", r"s3:// needs the s3 extra: pip install 'earmark\[s3\]'"),
+        ("az://b/x", r"az:// needs the azure extra: pip install 'earmark\[azure\]'"),
+        ("nope://b/x", "Protocol not known: nope"),
+    ],
+)
+def test_a_protocol_that_cannot_work_is_a_usage_error(
+    url: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(protocol: str, **kwargs: Any) -> Any:
+        if protocol == "nope":
+            raise ValueError("Protocol not known: nope")
+        raise ImportError(f"Install what {protocol} needs")
+
+    monkeypatch.setattr(fsspec.core, "filesystem", missing)
+    with pytest.raises(UsageError, match=message):
+        storage.read_bytes(url)
+
+
+def test_http_cannot_be_written() -> None:
+    with pytest.raises(OutputError, match="can be read, not written"):
+        storage.write_bytes("https://h/x?sig=SECRET", b"")
+
+
+class _BrokenFileSystem(MemoryFileSystem):
+    """A store that fails, and quotes the whole URL as it does so."""
+
+    protocol = "broken"
+    error: Exception
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        raise self.error
+
+    cat_file = info
+
+
+fsspec.register_implementation("broken", _BrokenFileSystem, clobber=True)
+
+
+class _HttpError(Exception):
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (_HttpError(403, "GET https://h/a?X-Amz-Signature=SECRET failed"), PermissionError),
+        (_HttpError(404, "https://u:SECRET@h/a?b=1"), FileNotFoundError),
+        (_HttpError(500, "see broken://h/a?sig=SECRET"), OSError),
+        (TimeoutError("https://h/?token=SECRET"), TimeoutError),
+        (PermissionError("https://h/?token=SECRET"), PermissionError),
+    ],
+)
+def test_errors_are_os_errors_without_secrets(
+    error: Exception, expected: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_BrokenFileSystem, "error", error, raising=False)
+    url = "broken://h/a?sig=SECRET&v=1"
+    for act in (storage.stat, storage.read_bytes):
+        with pytest.raises(expected) as caught:
+            act(url)
+        assert type(caught.value) is expected
+        assert "broken://h/a?v=1" in str(caught.value)
+        assert "SECRET" not in str(caught.value)
+        assert caught.value.__suppress_context__
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_an_unreachable_store_is_not_an_absent_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_BrokenFileSystem, "error", _HttpError(500, "down"), raising=False)
+    with pytest.raises(OSError, match="down"):
+        storage.exists("broken://h/a")
+    monkeypatch.setattr(_BrokenFileSystem, "error", FileNotFoundError("x"), raising=False)
+    assert storage.exists("broken://h/a") is False
+
+
+def test_two_readers_of_a_memory_file_have_their_own_position() -> None:
+    storage.write_bytes("memory://two/a", b"abc")
+    with storage.open_read("memory://two/a") as one, storage.open_read("memory://two/a") as two:
+        assert (one.read(2), two.read(1), one.read()) == (b"ab", b"a", b"c")
+
+
+def test_staging_lies_inside_a_local_output_and_outside_a_remote_one(tmp_path: Path) -> None:
+    inside = storage.staging_path(str(tmp_path / "out"), "run")
+    assert inside == str(tmp_path / "out" / "_staging" / "run")
+    assert Path(inside).is_dir()
+    outside = Path(storage.staging_path("memory://x/out", f"test-{os.getpid()}"))
+    try:
+        assert outside.is_dir()
+    finally:
+        outside.rmdir()
+
+
+def test_remove_empty_folder_keeps_what_is_not_empty(tmp_path: Path) -> None:
+    storage.write_bytes(f"{tmp_path}/a/b", b"")
+    assert storage.remove_empty_folder(f"{tmp_path}/a") is False
+    storage.remove(f"{tmp_path}/a/b")
+    assert storage.remove_empty_folder(f"{tmp_path}/a") is True
+    assert storage.remove_empty_folder(f"{tmp_path}/a") is True
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,445 @@
+"""What the inputs hold: loose items and containers, each thing once.
+
+Part of ``sources``. Nothing that is found is dropped without a word: it is an item, a counted file
+of another kind, a duplicate that is said aloud, or a failure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from transforms import storage
+from transforms.clip_ids import (
+    extension,
+    is_audio_name,
+    is_shadow_name,
+    is_tar_name,
+    make_clip_id,
+    occurrence_of,
+    printable,
+    read_failure,
+)
+from transforms.errors import ContainerError, InputError
+from transforms.manifests import MANIFEST_EXTENSIONS, ManifestRow, read_manifest
+from transforms.parquet_source import URI_COLUMNS, ParquetIndex, index_parquet
+from transforms.records import Failure, Item
+from transforms.storage import FileInfo
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+_INDEX_THREADS = 16
+_MAX_EXAMPLES = 5
+# Named directly, these are a mistake rather than audio under an unusual name.
+_NOT_AUDIO = frozenset(
+    f".{name}"
+    for name in (
+        *("txt", "md", "rst", "pdf", "doc", "docx", "xls", "xlsx", "html", "xml", "yaml", "yml"),
+        *("py", "ipynb", "sh", "c", "h", "cpp", "js", "ts", "log", "lock", "toml", "ini", "cfg"),
+        *("jpg", "jpeg", "png", "gif", "bmp", "svg", "webp", "tif", "tiff"),
+        *("zip", "7z", "rar", "gz", "bz2", "xz", "zst", "npy", "npz", "pkl", "pt", "pth", "bin"),
+        *("safetensors", "h5", "hdf5", "db", "sqlite", "arrow", "feather", "tfrecord"),
+        *("mid", "midi", "lab", "srt", "vtt", "textgrid", "cue", "m3u", "cls"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A tar or a Parquet file with audio.
+
+    Attributes:
+        uri: Without signature parameters.
+        url: What to open; never written or printed.
+        kind: What it is.
+        size: Bytes, or None if the store does not say.
+        version: Etag or modification time.
+        items: The members or rows that a manifest asks for; empty means everything.
+        row_groups: Parquet: rows and bytes of audio of each row group; empty if it cannot be read.
+        stop: Nothing from this byte or row on is read (``--limit``); None means to the end.
+    """
+
+    uri: str
+    url: str = field(repr=False)
+    kind: Literal["tar", "parquet"]
+    size: int | None
+    version: str | None
+    items: tuple[Item, ...] = ()
+    row_groups: tuple[tuple[int, int], ...] = ()
+    stop: int | None = None
+
+    @property
+    def can_split(self) -> bool:
+        """Whether it can be cut into slices: a compressed tar cannot."""
+        return self.kind == "parquet" or self.uri.lower().endswith(".tar")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What ``find_inputs`` found.
+
+    Attributes:
+        items: Loose files and segments of them, in plan order.
+        containers: Tars and Parquet files, in plan order.
+        duplicates: How many things were listed again.
+        duplicate_examples: Some of their clip ids.
+        skipped_by_extension: Files in folders that are of another kind, by extension.
+        failures: What could not be read while listing: lines of manifests, folders.
+        notes: What the user should be told.
+    """
+
+    items: tuple[Item, ...] = ()
+    containers: tuple[Container, ...] = ()
+    duplicates: int = 0
+    duplicate_examples: tuple[str, ...] = ()
+    skipped_by_extension: Counter[str] = field(default_factory=Counter)
+    failures: tuple[Failure, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def find_inputs(inputs: Sequence[str], *, exclude: str | None = None) -> Found:
+    """List everything the inputs hold.
+
+    Args:
+        inputs: Files, globs, folders, tars, Parquet files and manifests, as paths or URLs.
+        exclude: The output folder, which is never part of the input.
+
+    Raises:
+        InputError: An input does not exist, cannot be listed or holds nothing to label; or one
+            clip id is given to two different items.
+        UsageError: A protocol is unknown or needs an extra that is not installed.
+    """
+    finder = _Finder(exclude)
+    for text in inputs:
+        finder.add(text)
+    return finder.finish()
+
+
+class _Finder:
+    """Collects what inputs hold; ``finish`` puts it in order."""
+
+    def __init__(self, exclude: str | None) -> None:
+        self._excluded: list[str] = []
+        self._real_folders: dict[str, str] = {}
+        if exclude is not None:
+            folder = storage.normalise(exclude)
+            self._excluded = [folder]
+            if storage.is_local(folder):
+                self._excluded.append(os.path.realpath(folder))
+        self._bare: list[Item] = []
+        self._rows: list[ManifestRow] = []
+        self._containers: dict[str, Container] = {}
+        self._failures: list[Failure] = []
+        self._skipped: Counter[str] = Counter()
+        self._notes: dict[str, None] = {}
+        self._duplicates: dict[str, int] = {}
+
+    # -- one input --
+
+    def add(self, text: str) -> None:
+        if not text.strip():
+            raise InputError("an input is empty; give a file, a folder, a glob or a URL")
+        url = storage.normalise(text)
+        uri = printable(storage.public_uri(url))
+        try:
+            is_glob = storage.is_glob(url) and not storage.exists(url)
+            if is_glob:
+                files = self._kept(url, storage.glob_files(url))
+                if not files:
+                    raise InputError(f"{uri}: the pattern matches no file")
+                self._add_files(uri, files, named_ending=extension(storage.file_name(url)))
+            elif storage.is_folder(url):
+                self._add_folder(url, uri)
+            else:
+                self._add_named(url, uri)
+        except (OSError, ValueError) as error:
+            raise InputError(_why(uri, error)) from error
+
+    def _add_folder(self, url: str, uri: str) -> None:
+        errors: list[OSError] = []
+        files = self._kept(url, storage.list_files(url, errors.append))
+        if errors and not files:
+            raise errors[0]
+        for error in errors:
+            folder = str(error.filename or url)
+            item = Item(clip_id=make_clip_id(storage.public_uri(folder)), uri=printable(folder))
+            self._failures.append(read_failure(item, error, is_container=True))
+        self._add_files(uri, files, named_ending=None)
+
+    def _kept(self, url: str, files: Iterable[FileInfo]) -> list[FileInfo]:
+        """The files that do not lie in the output folder."""
+        found = list(files)
+        kept = [file for file in found if not self._is_excluded(file.url)]
+        if len(kept) < len(found):
+            output = printable(storage.public_uri(self._excluded[0]))
+            if not kept:
+                uri = printable(storage.public_uri(url))
+                raise InputError(f"{uri} lies in the output folder {output}; give another --output")
+            self._notes[f"The output folder {output} is left out of the input."] = None
+        return kept
+
+    def _is_excluded(self, url: str) -> bool:
+        if not self._excluded:
+            return False
+        names = [url]
+        if storage.is_local(url):
+            folder, _, name = url.rpartition("/")
+            if folder not in self._real_folders:
+                self._real_folders[folder] = os.path.realpath(folder)
+            names.append(f"{self._real_folders[folder]}/{name}")
+        return any(
+            name == folder or name.startswith(folder.rstrip("/") + "/")
+            for folder in self._excluded
+            for name in names
+        )
+
+    def _add_named(self, url: str, uri: str) -> None:
+        info = storage.stat(url)
+        self._kept(url, [info])
+        ending = extension(storage.file_name(url))
+        if ending == ".parquet":
+            self._add_parquets([info], manifests_too=True, must_fit=True)
+        elif ending in MANIFEST_EXTENSIONS:
+            self._add_manifest(url, uri)
+        elif is_tar_name(storage.file_name(url)):
+            self._add_container(info, "tar")
+        elif ending in _NOT_AUDIO:
+            raise InputError(
+                f"{uri} is not audio, a tar, a Parquet file or a manifest (.jsonl, .csv); audio "
+                "under such a name must be renamed, or listed in a manifest"
+            )
+        else:
+            self._bare.append(_bare_item(info))
+
+    def _add_files(self, uri: str, files: list[FileInfo], named_ending: str | None) -> None:
+        """Files of a folder or glob; those whose ending the glob spells out are named."""
+        before = self._num_found()
+        parquets = []
+        skipped: Counter[str] = Counter()
+        for info in files:
+            name = storage.file_name(info.url)
+            ending = extension(name)
+            if is_tar_name(name):
+                self._add_container(info, "tar")
+            elif is_audio_name(name):
+                self._bare.append(_bare_item(info))
+            elif ending == ".parquet":
+                parquets.append(info)
+            elif ending in MANIFEST_EXTENSIONS and ending == named_ending:
+                self._add_manifest(info.url, printable(storage.public_uri(info.url)))
+            else:
+                skipped["._*" if is_shadow_name(name) else ending or "(no extension)"] += 1
+        skipped += self._add_parquets(parquets, manifests_too=named_ending == ".parquet")
+        self._skipped += skipped
+        if self._num_found() == before:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(5))
+            others = f" (files of other kinds: {kinds})" if kinds else ""
+            advice = "; manifests count only when they are named" if kinds else ""
+            raise InputError(f"{uri} holds nothing to label{others}{advice}")
+
+    def _num_found(self) -> int:
+        listed_again = sum(self._duplicates.values())
+        parts = (self._bare, self._rows, self._containers, self._failures)
+        return sum(len(part) for part in parts) + listed_again
+
+    def _add_parquets(
+        self, files: list[FileInfo], *, manifests_too: bool, must_fit: bool = False
+    ) -> Counter[str]:
+        """Parquet files with audio, and manifests where asked for; counts the others."""
+        skipped: Counter[str] = Counter()
+        for info, index in zip(files, in_threads(_index_or_error, files), strict=True):
+            uri = printable(storage.public_uri(info.url))
+            if isinstance(index, ContainerError):
+                self._add_container(info, "parquet")  # reading it makes the failure's row
+            elif index.audio is not None and index.row_groups:
+                self._add_container(info, "parquet", index.row_groups)
+            elif index.audio is not None:
+                if must_fit:
+                    raise InputError(f"{uri} holds no rows")
+                self._notes[f"{uri} holds no rows."] = None
+            elif manifests_too and set(index.columns) & set(URI_COLUMNS):
+                self._add_manifest(info.url, uri)
+            elif must_fit:
+                columns = ", ".join(index.columns[:20])
+                raise InputError(
+                    f"{uri} has neither an audio column (struct<bytes, path> or binary) nor one "
+                    f"that names files ({', '.join(URI_COLUMNS)}); its columns: {columns}"
+                )
+            else:
+                skipped[".parquet"] += 1
+        return skipped
+
+    def _add_container(
+        self,
+        info: FileInfo,
+        kind: Literal["tar", "parquet"],
+        row_groups: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        uri = printable(storage.public_uri(info.url))
+        if uri in self._containers:
+            self._count_duplicate(make_clip_id(uri))
+            return
+        container = Container(uri, info.url, kind, info.size, info.version, row_groups=row_groups)
+        self._containers[uri] = container
+        if not container.can_split:
+            self._notes[f"{uri} is compressed and cannot be split: it is one unit of work."] = None
+
+    def _add_manifest(self, url: str, uri: str) -> None:
+        is_empty = True
+        for row in read_manifest(url):
+            is_empty = False
+            if isinstance(row, Failure):
+                self._failures.append(row)
+            else:
+                self._rows.append(row)
+        if is_empty:
+            raise InputError(f"the manifest {uri} holds no rows")
+
+    def _count_duplicate(self, clip_id: str) -> None:
+        self._duplicates[clip_id] = self._duplicates.get(clip_id, 0) + 1
+
+    # -- all of them --
+
+    def finish(self) -> Found:
+        """Everything found, each thing once, in plan order."""
+        items = self._resolve()
+        loose = [item for item in items if item.member is None and item.row is None]
+        inside = [item for item in items if item.member is not None or item.row is not None]
+        containers = [*self._containers.values(), *self._asked_for(inside)]
+        return Found(
+            items=tuple(sorted(loose, key=plan_order)),
+            containers=tuple(sorted(containers, key=lambda one: (one.uri, bool(one.items)))),
+            duplicates=sum(self._duplicates.values()),
+            duplicate_examples=tuple(list(self._duplicates)[:_MAX_EXAMPLES]),
+            skipped_by_extension=self._skipped,
+            failures=tuple(self._unique_failures()),
+            notes=tuple(self._notes),
+        )
+
+    def _resolve(self) -> list[Item]:
+        """Items listed twice become one; a manifest's row wins over the bare file."""
+        by_id: dict[str, Item] = {}
+        for item in self._bare:
+            if item.clip_id in by_id:
+                self._count_duplicate(item.clip_id)
+            by_id[item.clip_id] = item
+        bare = set(by_id)
+        rows: dict[str, ManifestRow] = {}
+        for row in self._rows:
+            clip_id = row.item.clip_id
+            earlier = rows.get(clip_id)
+            if earlier is not None:
+                if earlier.own_name != row.own_name:
+                    raise _same_id(clip_id, earlier, row.where, row.item.uri)
+                self._count_duplicate(clip_id)
+                continue
+            rows[clip_id] = row
+            if row.own_name in bare:
+                bare.discard(row.own_name)
+                del by_id[row.own_name]
+                self._count_duplicate(row.own_name)
+        for clip_id, row in rows.items():
+            if clip_id in bare:
+                raise _same_id(clip_id, row, "the input itself", by_id[clip_id].uri)
+        facts = storage.stat_many(row.item.url for row in rows.values())
+        for clip_id, row in rows.items():
+            by_id[clip_id] = _with_facts(row.item, facts[row.item.url])
+        return list(by_id.values())
+
+    def _asked_for(self, items: list[Item]) -> Iterator[Container]:
+        """The containers of the members and rows that manifests ask for."""
+        by_uri: dict[str, list[Item]] = defaultdict(list)
+        for item in items:
+            by_uri[item.uri].append(item)
+        for uri, asked in by_uri.items():
+            if uri in self._containers:
+                asked = self._not_in_whole(uri, asked)
+            if not asked:
+                continue
+            first = asked[0]
+            kind: Literal["tar", "parquet"] = "parquet" if first.member is None else "tar"
+            groups = self._containers[uri].row_groups if uri in self._containers else ()
+            without_url = [dataclasses.replace(item, url="") for item in asked]
+            yield Container(
+                uri, first.url, kind, first.size, first.version, tuple(without_url), groups
+            )
+
+    def _not_in_whole(self, uri: str, items: list[Item]) -> list[Item]:
+        """What a container that is listed as a whole does not give by itself: segments."""
+        rest = []
+        for item in items:
+            own_name = make_clip_id(uri, item.member, occurrence_of(item), row=item.row)
+            if item.clip_id == own_name:
+                self._count_duplicate(item.clip_id)
+            else:
+                rest.append(item)
+        if len(rest) < len(items):
+            note = (
+                f"{uri} is listed as a whole, and {len(items) - len(rest)} of its items by a "
+                "manifest too: they are read once, without the manifest's labels and metadata."
+            )
+            self._notes[note] = None
+        return rest
+
+    def _unique_failures(self) -> Iterator[Failure]:
+        # The same manifest or folder may have been given twice.
+        yield from {failure.item.clip_id: failure for failure in self._failures}.values()
+
+
+def _why(uri: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return f"{uri} does not exist; check the path (a relative one starts at the current folder)"
+    text = printable(str(error))
+    return text if uri in text else f"{uri} cannot be read: {text}"
+
+
+def _bare_item(info: FileInfo) -> Item:
+    uri = storage.public_uri(info.url)
+    return Item(
+        clip_id=make_clip_id(uri),
+        uri=printable(uri),
+        url=info.url,
+        size=info.size,
+        version=info.version,
+    )
+
+
+def _with_facts(item: Item, facts: FileInfo | OSError) -> Item:
+    if isinstance(facts, OSError):
+        return item  # reading it will say what is wrong
+    return dataclasses.replace(item, size=facts.size, version=facts.version)
+
+
+def _same_id(clip_id: str, row: ManifestRow, where: str, uri: str) -> InputError:
+    return InputError(
+        f"the clip_id {clip_id!r} is given to two different items: {row.item.uri} ({row.where}) "
+        f"and {uri} ({where}); a clip_id must be unique"
+    )
+
+
+def plan_order(item: Item) -> tuple[str, float, float, str]:
+    """Sorts loose items: by name, then by where a segment lies."""
+    end_s = math.inf if item.end_s is None else item.end_s
+    return (item.uri, item.start_s or 0.0, end_s, item.clip_id)
+
+
+def _index_or_error(info: FileInfo) -> ParquetIndex | ContainerError:
+    try:
+        return index_parquet(info.url, printable(storage.public_uri(info.url)))
+    except ContainerError as error:
+        return error
+
+
+def in_threads(function: Callable[[_In], _Out], values: Sequence[_In]) -> list[_Out]:
+    """``function`` of each value, in order; at the same time, because stores answer slowly."""
+    if len(values) < 2:
+        return [function(value) for value in values]
+    with ThreadPoolExecutor(min(_INDEX_THREADS, len(values)), "earmark-index") as pool:
+        return list(pool.map(function, values))

@@ -1,0 +1,160 @@
+"""What there is to label, as work units, and reading a unit.
+
+    INPUT… ─find_inputs─▶ Found (items, containers) ─plan_units─▶ WorkUnit ─read_unit─▶ EncodedClip
+                                                                                     └▶ Failure
+
+Files, globs, folders, tars, Parquet files with audio and manifests all become the same two things:
+loose **items**, and **containers** (a tar, a Parquet file) whose items are found while reading.
+
+This is the door; behind it are ``inputs`` (what the inputs hold), ``manifests``, ``units`` (cutting
+it into units), ``tar_source`` and ``parquet_source`` (reading containers) and ``clip_ids`` (names).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO
+
+from transforms import storage
+from transforms.clip_ids import (
+    AUDIO_EXTENSIONS,
+    extension,
+    make_clip_id,
+    make_unit_id,
+    read_failure,
+)
+from transforms.errors import EarmarkError
+from transforms.inputs import Container, Found, find_inputs
+from transforms.parquet_source import read_parquet
+from transforms.records import EncodedClip, Failure, Item, WorkUnit
+from transforms.tar_source import TarReader
+from transforms.units import SourceSettings, limit_items, plan_units
+
+__all__ = [
+    "AUDIO_EXTENSIONS",
+    "Container",
+    "Found",
+    "SourceSettings",
+    "find_inputs",
+    "limit_items",
+    "make_clip_id",
+    "make_unit_id",
+    "plan_units",
+    "read_unit",
+]
+
+_DEFAULT_SETTINGS = SourceSettings()
+
+
+def read_unit(
+    unit: WorkUnit, settings: SourceSettings = _DEFAULT_SETTINGS
+) -> Iterator[EncodedClip | Failure]:
+    """The items of a unit, in an order that is always the same.
+
+    Memory stays bounded: at most ``settings.read_ahead`` + 1 items of ``settings.spool_bytes``
+    each; what is larger lies in a temporary file. A container that breaks off gives the items
+    before, then one failure of its own.
+    """
+    if unit.container is None:
+        yield from _read_files(unit.items, settings)
+    elif unit.kind == "tar":
+        yield from TarReader(unit.container, unit.items, settings.spool_bytes).read()
+    else:
+        yield from read_parquet(unit.container, unit.items)
+
+
+def _read_files(items: Sequence[Item], settings: SourceSettings) -> Iterator[EncodedClip | Failure]:
+    """Local files by their path; remote ones fetched ahead, once for all their segments."""
+    groups = deque((url, list(same)) for url, same in groupby(items, key=_url))
+    fetching: deque[tuple[list[Item], Future[_Fetched]]] = deque()
+    with ThreadPoolExecutor(settings.read_ahead, "earmark-read") as pool:
+        try:
+            while groups or fetching:
+                while groups and len(fetching) < settings.read_ahead:
+                    url, same = groups.popleft()
+                    fetching.append((same, pool.submit(_fetch, url, settings.spool_bytes)))
+                same, future = fetching.popleft()
+                yield from _fetched_clips(same, future)
+        finally:
+            for _, future in fetching:
+                future.cancel()
+            for _, future in fetching:
+                if not future.cancelled():
+                    future.result().discard()
+
+
+def _url(item: Item) -> str:
+    return item.url or item.uri
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """The bytes of a file, in memory, in a local file, or why there are none."""
+
+    data: bytes | None = None
+    path: str | None = None
+    is_temporary: bool = False
+    error: Exception | None = None
+
+    def discard(self) -> None:
+        if self.is_temporary and self.path is not None:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def _fetch(url: str, spool_bytes: int) -> _Fetched:
+    try:
+        if storage.is_local(url):
+            path = storage.local_path(url)
+            with storage.open_read(path):  # a file, there and readable
+                return _Fetched(path=path)
+        with storage.open_read(url) as file:
+            data = file.read(spool_bytes + 1)
+            if len(data) <= spool_bytes:
+                return _Fetched(data=data)
+            return _Fetched(path=_spool(data, file, url), is_temporary=True)
+    except (OSError, ValueError, EarmarkError) as error:
+        return _Fetched(error=error)
+
+
+def _spool(data: bytes, rest: BinaryIO, url: str) -> str:
+    suffix = extension(storage.file_name(url))
+    with tempfile.NamedTemporaryFile(prefix="earmark-", suffix=suffix, delete=False) as target:
+        try:
+            target.write(data)
+            shutil.copyfileobj(rest, target, 1 << 20)
+        except BaseException:
+            Path(target.name).unlink(missing_ok=True)
+            raise
+    return target.name
+
+
+def _fetched_clips(
+    items: Sequence[Item], future: Future[_Fetched]
+) -> Iterator[EncodedClip | Failure]:
+    fetched = future.result()
+    left = list(items)
+    try:
+        while left:
+            item = left.pop(0)
+            if fetched.error is not None:
+                yield read_failure(item, fetched.error)
+            elif fetched.data is not None:
+                yield EncodedClip(item, data=fetched.data)
+            elif fetched.is_temporary and left:
+                # Each clip's file goes after decoding, so all but the last get their own.
+                with open(str(fetched.path), "rb") as source:
+                    copy = _spool(b"", source, item.uri)
+                yield EncodedClip(item, path=copy, delete_path=True)
+            else:
+                path, temporary = fetched.path, fetched.is_temporary
+                fetched = _Fetched() if temporary else fetched
+                yield EncodedClip(item, path=path, delete_path=temporary)
+    finally:
+        fetched.discard()

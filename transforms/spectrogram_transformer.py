@@ -1,0 +1,764 @@
+"""The whole Audio Spectrogram Transformer, in this single file, in torch alone.
+
+Its place: ``inference`` feeds it the features that ``fbank`` makes and keeps the embedding; the
+head turns the embedding into one logit per label. ``checkpoints`` finds and checks the weights.
+
+    features (B, 1024, 128) ─16×16 patches, stride 10─▶ 12·101 tokens ─┐
+                                     class, distillation token ────────┴▶ (B, 1214, 768)
+        ─12 × [x += attention(norm(x)); x += mlp(norm(x))]─norm─▶ last_hidden_state
+        ─mean of the first two tokens─▶ pooler_output (B, 768) ─norm, linear─▶ logits (B, 527)
+
+Guarantees: the names, fields, arguments and outputs of transformers' AST, and its numbers to
+float32 rounding. It is stricter in one thing: an input must have exactly ``max_length`` frames
+and ``num_mel_bins`` bins (transformers takes up to nine frames more or fewer at stride 10, which
+shifts what the position embeddings mean or is cut without a word). It gives more in another:
+the original code's two LayerNorm epsilons, and attentions whenever they are asked for.
+
+Shapes in comments: B clips, T frames, F mel bins, N tokens, D hidden size, H heads, K head width.
+
+Sources: Gong et al. 2021, arXiv:2104.01778; YuanGongND/ast src/models/ast_models.py; transformers
+5.23 models/audio_spectrogram_transformer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the field's name for it)
+
+MODEL_TYPE = "audio-spectrogram-transformer"
+NUM_PREFIX_TOKENS = 2  # the class and the distillation token stand before the patches
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,  # the exact one, by erf: what every published AST uses
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+_POSITIVE_INTEGERS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size",
+    "frequency_stride", "time_stride", "max_length", "num_mel_bins",
+)  # fmt: skip
+_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+_SWITCHES = ("qkv_bias", "output_attentions", "output_hidden_states", "return_dict")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ASTConfig:
+    """The shape of an AST; fields and defaults as in transformers, types as strict.
+
+    Attributes:
+        hidden_size: Width D of a token, and of the embedding.
+        num_hidden_layers: Transformer blocks.
+        num_attention_heads: Heads per block; divides ``hidden_size``.
+        intermediate_size: Width of the blocks' hidden MLP layer.
+        hidden_act: The MLP's activation: gelu, gelu_new, gelu_pytorch_tanh, relu, silu or swish.
+        hidden_dropout_prob: Dropout of embeddings and block outputs in training, in [0, 1].
+        attention_probs_dropout_prob: Dropout of attention weights in training, in [0, 1].
+        initializer_range: Standard deviation of fresh weights.
+        layer_norm_eps: Epsilon of every LayerNorm; 1e-12 in transformers, 1e-6 in the original.
+        head_layer_norm_eps: Epsilon of the head's LayerNorm, 1e-5 in the original code; None
+            means ``layer_norm_eps``, as in transformers, which does not know this field.
+        patch_size: Side of a square patch, in bins and frames.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        frequency_stride: Step between patches, in mel bins.
+        time_stride: Step between patches, in frames.
+        max_length: Frames of an input.
+        num_mel_bins: Mel bins of an input.
+        id2label: Name per index, from 0 without gaps; LABEL_0, LABEL_1, … where left out.
+        label2id: Index per name; follows from ``id2label`` where left out.
+        num_labels: Outputs of the head; -1 means as many as ``id2label`` names, or two.
+        problem_type: regression, single_label_classification, multi_label_classification, or
+            None: then the loss goes by the labels' count and type.
+        output_attentions: What ``forward`` does where its own argument is None.
+        output_hidden_states: The same, for hidden states.
+        return_dict: The same, for an output object (True) or a plain tuple (False).
+
+    Raises:
+        TypeError: a value is of another type (``hidden_size="768"``).
+        ValueError: a value is out of its range, or two do not fit each other.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    head_layer_norm_eps: float | None = None
+    patch_size: int = 16
+    qkv_bias: bool = True
+    frequency_stride: int = 10
+    time_stride: int = 10
+    max_length: int = 1024
+    num_mel_bins: int = 128
+    id2label: dict[int, str] = field(default_factory=dict, hash=False, repr=False)
+    label2id: dict[str, int] = field(default_factory=dict, hash=False, repr=False)
+    num_labels: int = -1
+    problem_type: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE_INTEGERS:
+            _check(self, name, (int,), "a whole number from 1", lambda value: value >= 1)
+        for name in _RATES:
+            _check(self, name, (float, int), "a number in [0, 1]", lambda value: 0 <= value <= 1)
+        for name in _SWITCHES:
+            _check(self, name, (bool,), "True or False")
+        for name in ("layer_norm_eps", "initializer_range"):
+            _check(self, name, (float,), "a float in [0, 1)", lambda value: 0 <= value < 1)
+        if self.head_layer_norm_eps is not None:
+            _check(self, "head_layer_norm_eps", (float,), "a float in [0, 1)", lambda v: 0 <= v < 1)
+        _check(self, "hidden_act", (str,), f"one of {sorted(_ACTIVATIONS)}", _ACTIVATIONS.get)
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(
+                f"problem_type is {self.problem_type!r}; expected None or one of {PROBLEM_TYPES}"
+            )
+        self._check_fit()
+        self._complete_labels()
+
+    def _check_fit(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}; expected a divisor of "
+                f"hidden_size, which is {self.hidden_size}"
+            )
+        for name in ("max_length", "num_mel_bins"):
+            if getattr(self, name) < self.patch_size:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; expected at least patch_size, which is "
+                    f"{self.patch_size}"
+                )
+
+    def _complete_labels(self) -> None:
+        if self.num_labels != -1:
+            _check(self, "num_labels", (int,), "a whole number from 1", lambda value: value >= 1)
+        id2label = _ordered_labels(self.id2label)
+        if not id2label:
+            count = 2 if self.num_labels == -1 else self.num_labels
+            id2label = {index: f"LABEL_{index}" for index in range(count)}
+        if self.num_labels not in (-1, len(id2label)):
+            raise ValueError(
+                f"num_labels is {self.num_labels}; expected {len(id2label)}, as id2label names "
+                "them, or no num_labels at all"
+            )
+        derived = {name: index for index, name in id2label.items()}
+        if self.label2id and dict(self.label2id) != derived:
+            raise ValueError(
+                f"label2id is {_short(self.label2id)}; expected the reverse of id2label, which "
+                f"is {_short(derived)}. Leave it out, or use with_labels()"
+            )
+        for name, value in (
+            ("id2label", id2label),
+            ("label2id", derived),
+            ("num_labels", len(id2label)),
+        ):
+            object.__setattr__(self, name, value)  # frozen: completed once, here
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Patches along frequency and time: (12, 101) for the published AudioSet models."""
+        return (
+            (self.num_mel_bins - self.patch_size) // self.frequency_stride + 1,
+            (self.max_length - self.patch_size) // self.time_stride + 1,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Length N of the sequence: the two prefix tokens and every patch."""
+        rows, columns = self.patch_grid
+        return NUM_PREFIX_TOKENS + rows * columns
+
+    @property
+    def effective_head_layer_norm_eps(self) -> float:
+        """Epsilon of the head's LayerNorm: its own, else ``layer_norm_eps``."""
+        if self.head_layer_norm_eps is None:
+            return self.layer_norm_eps
+        return self.head_layer_norm_eps
+
+    def with_labels(self, names: tuple[str, ...] | list[str]) -> ASTConfig:
+        """The same shape with another head: one output per name, in this order."""
+        return dataclasses.replace(
+            self, id2label=dict(enumerate(names)), label2id={}, num_labels=len(names)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds, as transformers reads it; ``from_dict`` takes it back."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["num_labels"]  # follows from id2label, there as here
+        values["id2label"] = dict(self.id2label)
+        values["label2id"] = dict(self.label2id)
+        kept = {name: value for name, value in values.items() if value is not None}
+        return {"model_type": MODEL_TYPE, **kept}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ASTConfig:
+        """Read what ``to_dict`` or transformers wrote.
+
+        Fields that are not AST's (``dtype``, ``transformers_version``, …) are passed over.
+        ``label2id`` follows from ``id2label``, because configs on the hub often hold a stale one.
+
+        Raises:
+            TypeError, ValueError: as the class; also for another ``model_type``.
+        """
+        if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+            raise ValueError(f"model_type is {values['model_type']!r}; expected {MODEL_TYPE!r}")
+        names = {f.name for f in dataclasses.fields(cls)} - {"label2id"}
+        known = {name: values[name] for name in names & values.keys()}
+        if known.get("id2label") is None:
+            known.pop("id2label", None)
+        return cls(**known)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> ASTConfig:
+        """The config of a checkpoint; names as for ``ASTForAudioClassification``."""
+        from transforms import checkpoints  # lazy: the model needs no checkpoint to exist
+
+        return checkpoints.load_config(str(name_or_path), revision)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` into a local folder, made if it is not there."""
+        from transforms import checkpoints
+
+        checkpoints.save_config(self, folder)
+
+
+def _check(
+    config: ASTConfig,
+    name: str,
+    types: tuple[type, ...],
+    expected: str,
+    is_legal: Callable[[Any], Any] = lambda value: True,
+) -> None:
+    value = getattr(config, name)
+    if type(value) not in types:  # exact: True is no whole number, 12.0 neither
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
+    if not is_legal(value):
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def _ordered_labels(id2label: Mapping[Any, Any]) -> dict[int, str]:
+    """Labels in index order; JSON has made the keys text, and some configs hold numbers."""
+    if not isinstance(id2label, Mapping):
+        raise TypeError(f"id2label is {id2label!r}; expected a mapping from index to name")
+    labels: dict[int, str] = {}
+    for key, name in id2label.items():
+        is_index = type(key) is int or (isinstance(key, str) and key.isdecimal())
+        if not is_index or type(name) not in (str, int):
+            raise TypeError(f"id2label holds {key!r}: {name!r}; expected an index and a name")
+        labels[int(key)] = str(name)
+    if sorted(labels) != list(range(len(id2label))):
+        raise ValueError(
+            f"id2label has the indices {_short(sorted(labels))}; expected 0 to "
+            f"{len(id2label) - 1}, each once"
+        )
+    return {index: labels[index] for index in range(len(labels))}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class ModelOutput:
+    """What ``forward`` returns: read it by name, by key, or as a tuple without the Nones."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are there, in order of the fields."""
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def keys(self) -> tuple[str, ...]:
+        """Names of the values that are there."""
+        names = (f.name for f in dataclasses.fields(self))  # type: ignore[arg-type]
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(f"{key!r}; this output holds {', '.join(self.keys())}")
+        return getattr(self, key)
+
+
+@dataclass
+class ASTModelOutput(ModelOutput):
+    """What the transformer gives.
+
+    Attributes:
+        last_hidden_state: Every token after the final LayerNorm, shape (B, N, D).
+        pooler_output: Mean of the first two of them, shape (B, D): AST's embedding.
+        hidden_states: The embedded input and each block's output, before the final LayerNorm;
+            ``num_hidden_layers + 1`` tensors of shape (B, N, D). None unless asked for.
+        attentions: Each block's attention weights, shape (B, H, N, N). None unless asked for.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SequenceClassifierOutput(ModelOutput):
+    """What the classifier gives.
+
+    Attributes:
+        loss: A scalar, if labels were given.
+        logits: Shape (B, num_labels), before any activation.
+        hidden_states: As in ``ASTModelOutput``.
+        attentions: As in ``ASTModelOutput``.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class ASTPatchEmbeddings(nn.Module):
+    """Cuts features into overlapping patches and projects each onto a token."""
+
+    def __init__(self, config: ASTConfig) -> None:
+        super().__init__()
+        self.expected_shape = (config.max_length, config.num_mel_bins)
+        self.projection = nn.Conv2d(
+            1,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=(config.frequency_stride, config.time_stride),
+        )
+
+    def forward(self, input_values: Tensor) -> Tensor:
+        """Turn features (B, T, F) into tokens (B, patches, D), frequency-major."""
+        if input_values.ndim != 3 or tuple(input_values.shape[1:]) != self.expected_shape:
+            frames, bins = self.expected_shape
+            raise ValueError(
+                f"input_values has the shape {tuple(input_values.shape)}; expected "
+                f"(batch, {frames}, {bins}): exactly max_length={frames} frames of "
+                f"num_mel_bins={bins} bins. ASTFeatureExtractor pads and cuts to that"
+            )
+        image = input_values.unsqueeze(1).transpose(2, 3)  # (B, 1, F, T)
+        x: Tensor = self.projection(image)  # (B, D, patch rows, patch columns)
+        return x.flatten(2).transpose(1, 2)  # (B, rows * columns, D)
+
+
+class ASTEmbeddings(nn.Module):
+    """Puts the class and distillation tokens before the patches, and adds positions."""
+
+    def __init__(self, config: ASTConfig) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embeddings = ASTPatchEmbeddings(config)
+        self.position_embeddings = nn.Parameter(
+            torch.zeros(1, config.num_tokens, config.hidden_size)
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_values: Tensor) -> Tensor:
+        """Turn features (B, T, F) into tokens (B, N, D)."""
+        patches = self.patch_embeddings(input_values)
+        batch_size = patches.shape[0]
+        prefix = (
+            self.cls_token.expand(batch_size, -1, -1),
+            self.distillation_token.expand(batch_size, -1, -1),
+        )
+        x = torch.cat((*prefix, patches), dim=1)  # (B, N, D)
+        embedded: Tensor = self.dropout(x + self.position_embeddings)
+        return embedded
+
+
+class ASTAttention(nn.Module):
+    """Multi-head self-attention: fused, or step by step where the weights are asked for."""
+
+    def __init__(self, config: ASTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        num_queries: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from the first ``num_queries`` tokens (None: all) to every token.
+
+        Args:
+            hidden_states: Shape (B, N, D).
+            attention_mask: Booleans of shape (B, 1, 1, N), False where nobody looks; or None.
+            output_attentions: Whether to return the weights, too; the fused kernel has none.
+            num_queries: How many tokens Q need an answer.
+
+        Returns:
+            Tokens of shape (B, Q, D), and weights of shape (B, H, Q, N) or None.
+        """
+        query = self._split_heads(self.q_proj(hidden_states[:, :num_queries]))  # (B, H, Q, K)
+        key = self._split_heads(self.k_proj(hidden_states))  # (B, H, N, K)
+        value = self._split_heads(self.v_proj(hidden_states))  # (B, H, N, K)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if output_attentions:
+            weights = F.dropout(_attention_weights(query, key, attention_mask), dropout)
+            context = weights @ value  # (B, H, Q, K)
+        else:
+            context = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attention_mask, dropout_p=dropout
+            )
+        return self.o_proj(context.transpose(1, 2).flatten(2)), weights
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, H, tokens, K)
+
+
+def _attention_weights(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Softmax of the scaled scores, in float32 whatever the model's type; (B, H, Q, N)."""
+    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    return F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+
+
+class ASTMLP(nn.Module):
+    """The two linear layers of a block."""
+
+    def __init__(self, config: ASTConfig) -> None:
+        super().__init__()
+        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map tokens (B, N, D) to tokens (B, N, D), each on its own."""
+        x: Tensor = self.fc2(self.activation(self.fc1(hidden_states)))
+        return x
+
+
+class ASTLayer(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: ASTConfig) -> None:
+        super().__init__()
+        self.attention = ASTAttention(config)
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ASTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        num_queries: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Arguments and results as ``ASTAttention``'s."""
+        x = hidden_states  # (B, N, D)
+        attended, weights = self.attention(
+            self.layernorm_before(x), attention_mask, output_attentions, num_queries
+        )
+        x = x[:, :num_queries] + self.dropout(attended)  # (B, Q, D)
+        x = x + self.dropout(self.mlp(self.layernorm_after(x)))
+        return x, weights
+
+
+class ASTModel(nn.Module):
+    """The transformer without a head: features in, tokens and their pooled embedding out."""
+
+    def __init__(self, config: ASTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = ASTEmbeddings(config)
+        self.layers = nn.ModuleList(ASTLayer(config) for _ in range(config.num_hidden_layers))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.apply(partial(_initialise, std=config.initializer_range))
+
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ASTModelOutput | tuple[Any, ...]:
+        """Run the transformer.
+
+        Args:
+            input_values: Normalised features, exactly (B, max_length, num_mel_bins).
+            attention_mask: Shape (B, num_tokens): per token, not per frame; 0 is not looked at.
+                AST is trained without one, padding in sight.
+            output_attentions: Return the weights, at the price of the unfused attention.
+            output_hidden_states: Return what goes into and comes out of the blocks.
+            return_dict: False for a tuple. None for these three means as the config says.
+
+        Raises:
+            ValueError: the input or the mask has another shape.
+        """
+        config = self.config
+        output_attentions = _either(output_attentions, config.output_attentions)
+        output_hidden_states = _either(output_hidden_states, config.output_hidden_states)
+        mask = self._expand_mask(attention_mask, input_values.shape[0])
+
+        x = self.embeddings(input_values)  # (B, N, D)
+        hidden_states, attentions = [x], []
+        for layer in self.layers:
+            x, weights = layer(x, mask, output_attentions)
+            if output_hidden_states:  # else each block's tokens are freed as soon as they are used
+                hidden_states.append(x)
+            attentions.append(weights)
+        tokens = self.layernorm(x)
+
+        output = ASTModelOutput(
+            last_hidden_state=tokens,
+            pooler_output=pool_tokens(tokens),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return output if _either(return_dict, config.return_dict) else output.to_tuple()
+
+    def embed(self, input_values: Tensor) -> Tensor:
+        """Compute ``pooler_output`` alone, shape (B, D).
+
+        Nothing reads the last block's other tokens, so only the two that are pooled go through
+        its queries and its MLP: 7 % fewer operations at 1214 tokens, the same numbers.
+        """
+        x = self.embeddings(input_values)  # (B, N, D)
+        for layer in self.layers[:-1]:
+            x, _ = layer(x)
+        x, _ = self.layers[-1](x, num_queries=NUM_PREFIX_TOKENS)  # (B, 2, D)
+        return pool_tokens(self.layernorm(x))
+
+    def _expand_mask(self, attention_mask: Tensor | None, batch_size: int) -> Tensor | None:
+        if attention_mask is None:
+            return None
+        expected = (batch_size, self.config.num_tokens)
+        if tuple(attention_mask.shape) != expected:
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}; expected "
+                f"{expected}: one value per token, not per frame"
+            )
+        return attention_mask.to(torch.bool)[:, None, None, :]  # (B, 1, 1, N)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> ASTModel:
+        """Load a checkpoint's transformer, in float32 and evaluation mode; its head, if any, stays.
+
+        Args and errors: as ``ASTForAudioClassification.from_pretrained``.
+        """
+        from transforms import checkpoints
+
+        return checkpoints.load_base_model(str(name_or_path), revision)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and weights into a local folder, as transformers reads them."""
+        from transforms import checkpoints
+
+        checkpoints.save_model(self, folder)
+
+
+class ASTMLPHead(nn.Module):
+    """Turns an embedding into logits; runs in its own weights' type, float32 in Earmark."""
+
+    def __init__(self, config: ASTConfig) -> None:
+        super().__init__()
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.effective_head_layer_norm_eps)
+        self.dense = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Map embeddings (B, D) to logits (B, num_labels)."""
+        logits: Tensor = self.dense(self.layernorm(embedding))
+        return logits
+
+
+class ASTForAudioClassification(nn.Module):
+    """AST with its head; ``embed`` and ``classifier`` are its two halves, to run apart."""
+
+    def __init__(self, config: ASTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.audio_spectrogram_transformer = ASTModel(config)
+        self.classifier = ASTMLPHead(config)
+        self.classifier.apply(partial(_initialise, std=config.initializer_range))
+
+    def forward(
+        self,
+        input_values: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """Classify features; arguments as ``ASTModel``'s.
+
+        Args:
+            input_values: Normalised features, exactly (B, max_length, num_mel_bins).
+            labels: What to compute the loss against (``classification_loss``), or None.
+            attention_mask: As for ``ASTModel``.
+            output_attentions: As for ``ASTModel``.
+            output_hidden_states: As for ``ASTModel``.
+            return_dict: As for ``ASTModel``.
+
+        Raises:
+            ValueError: the input or the mask has another shape.
+        """
+        hidden = self.audio_spectrogram_transformer(
+            input_values, attention_mask, output_attentions, output_hidden_states, return_dict=True
+        )
+        logits = self.classifier(hidden.pooler_output)
+        output = SequenceClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=hidden.hidden_states,
+            attentions=hidden.attentions,
+        )
+        return output if _either(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def embed(self, input_values: Tensor) -> Tensor:
+        """Compute the embedding alone, shape (B, D); ``classifier`` turns it into logits."""
+        return self.audio_spectrogram_transformer.embed(input_values)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, revision: str | None = None
+    ) -> ASTForAudioClassification:
+        """Load a checkpoint, in float32 and evaluation mode.
+
+        Args:
+            name_or_path: A hub id (``org/name``, ``org/name@revision``), a local or remote
+                folder, or an original ``.pth`` file.
+            revision: Branch, tag or commit on the hub; None for the default branch.
+
+        Raises:
+            ModelError: it is not there, is damaged, or its tensors do not fit its config.
+        """
+        from transforms import checkpoints
+
+        return checkpoints.load_pretrained(str(name_or_path), revision)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and weights into a local folder, as transformers reads them.
+
+        ``checkpoints.save_pretrained`` also writes the feature extractor's settings.
+        """
+        from transforms import checkpoints
+
+        checkpoints.save_model(self, folder)
+
+
+def pool_tokens(tokens: Tensor) -> Tensor:
+    """AST's embedding: the mean of the class and distillation tokens; (B, N, D) to (B, D)."""
+    return (tokens[:, 0] + tokens[:, 1]) / 2
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: ASTConfig) -> Tensor:
+    """Compute the loss that transformers computes, and leave the config as it is.
+
+    ``config.problem_type`` decides: mean squared error for regression, cross entropy for a single
+    label, binary cross entropy for several. Where it is None: one output is regression, whole
+    numbers are a single label, anything else several.
+
+    Args:
+        logits: Shape (B, num_labels).
+        labels: Indices of shape (B,), or targets of shape (B, num_labels) in [0, 1]; targets of
+            shape (B,) for a regression with one output.
+        config: Of the model that gave the logits.
+    """
+    labels = labels.to(logits.device)
+    problem_type = config.problem_type
+    if problem_type is None:
+        if config.num_labels == 1:
+            problem_type = "regression"
+        elif labels.dtype in (torch.long, torch.int):
+            problem_type = "single_label_classification"
+        else:
+            problem_type = "multi_label_classification"
+    if problem_type == "regression":
+        if config.num_labels == 1:
+            return F.mse_loss(logits.squeeze(), labels.squeeze())
+        return F.mse_loss(logits, labels)
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
+    return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def resize_position_embeddings(
+    position_embeddings: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]
+) -> Tensor:
+    """Fit position embeddings to another patch grid, as the original code does.
+
+    Per axis, time first: fewer patches are a cut from the middle, more are interpolated
+    linearly. The two prefix tokens keep theirs.
+
+    Args:
+        position_embeddings: Shape (1, 2 + rows * columns, D) of the source grid.
+        source_grid: (frequency, time) patches of the source, ``ASTConfig.patch_grid``.
+        target_grid: (frequency, time) patches wanted.
+
+    Returns:
+        Shape (1, 2 + rows * columns, D) of the target grid.
+
+    Raises:
+        ValueError: the embeddings are not of the source grid.
+
+    Source: YuanGongND/ast src/models/ast_models.py, both the ImageNet and the AudioSet branch.
+    """
+    rows, columns = source_grid
+    expected = NUM_PREFIX_TOKENS + rows * columns
+    if position_embeddings.ndim != 3 or position_embeddings.shape[1] != expected:
+        raise ValueError(
+            f"position_embeddings has the shape {tuple(position_embeddings.shape)}; expected "
+            f"(1, {expected}, hidden_size) for a grid of {rows} by {columns} patches"
+        )
+    prefix = position_embeddings[:, :NUM_PREFIX_TOKENS]
+    patches = position_embeddings[:, NUM_PREFIX_TOKENS:]
+    grid = patches.transpose(1, 2).reshape(1, -1, rows, columns)  # (1, D, rows, columns)
+    grid = _resize_axis(grid, 3, target_grid[1])
+    grid = _resize_axis(grid, 2, target_grid[0])
+    return torch.cat((prefix, grid.flatten(2).transpose(1, 2)), dim=1)
+
+
+def _resize_axis(grid: Tensor, axis: int, size: int) -> Tensor:
+    source_size = grid.shape[axis]
+    if size <= source_size:
+        return grid.narrow(axis, source_size // 2 - size // 2, size)
+    shape = [grid.shape[2], grid.shape[3]]
+    shape[axis - 2] = size
+    return F.interpolate(grid, size=shape, mode="bilinear", align_corners=False)
+
+
+def _initialise(module: nn.Module, std: float) -> None:
+    """Fresh weights as in transformers: normal, zero biases; tokens and positions stay zero."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _either(argument: bool | None, default: bool) -> bool:
+    return default if argument is None else argument

@@ -1,0 +1,372 @@
+"""Work units: what there is to do, cut into about the same work each.
+
+Part of ``sources``. Units depend on what is in them alone: the same input gives the same units, and
+once some are committed, the rest gives the rest of the units.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from transforms import storage
+from transforms.clip_ids import (
+    DEFAULT_BYTES_PER_S,
+    WindowEstimate,
+    make_unit_id,
+    occurrence_of,
+    printable,
+)
+from transforms.inputs import Container, Found, in_threads, plan_order
+from transforms.records import ContainerSlice, Item, WorkUnit
+from transforms.tar_source import TarIndex, index_tar
+
+Range = tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """How the input is cut into units and read.
+
+    Attributes:
+        windows_per_unit: About how many windows make a unit; must be at least 1.
+        max_unit_bytes: A unit ends once it holds this many encoded bytes.
+        window_s: Length of a window in seconds, for estimates.
+        hop_s: From one window's start to the next's in seconds, for estimates.
+        spool_bytes: What is larger goes to a temporary file instead of memory.
+        read_ahead: Remote files fetched at the same time, before their turn.
+    """
+
+    windows_per_unit: int = 256
+    max_unit_bytes: int = 1 << 30
+    window_s: float = 10.255
+    hop_s: float = 10.255
+    spool_bytes: int = 64 << 20
+    read_ahead: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("windows_per_unit", "max_unit_bytes", "spool_bytes", "read_ahead"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; must be at least 1")
+        for name in ("window_s", "hop_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; must be above 0")
+
+    @property
+    def estimate(self) -> WindowEstimate:
+        """How windows are guessed from sizes."""
+        return WindowEstimate(self.window_s, self.hop_s)
+
+    def is_full(self, windows: int, num_bytes: int) -> bool:
+        """Whether this much is a unit."""
+        return windows >= self.windows_per_unit or num_bytes >= self.max_unit_bytes
+
+
+def limit_items(found: Found, limit: int, settings: SourceSettings) -> Found:
+    """Keep exactly the first ``limit`` items in plan order: loose ones, then those of containers.
+
+    A container that cannot be read counts as one item, the row that says so.
+    """
+    items = found.items[:limit]
+    left = limit - len(items)
+    containers = []
+    for container in found.containers:
+        if left <= 0:
+            break
+        cut, num_items = _limit_container(container, left, settings)
+        containers.append(cut)
+        left -= num_items
+    return dataclasses.replace(found, items=items, containers=tuple(containers))
+
+
+def _limit_container(
+    container: Container, limit: int, settings: SourceSettings
+) -> tuple[Container, int]:
+    """The container cut after ``limit`` items, and how many it then gives."""
+    if container.items:
+        items = tuple(sorted(container.items, key=_inside_order))[:limit]
+        return dataclasses.replace(container, items=items), len(items)
+    if container.kind == "parquet":
+        num_rows = sum(rows for rows, _ in container.row_groups)
+        if num_rows <= limit:
+            return container, max(1, num_rows)
+        return dataclasses.replace(container, stop=limit), limit
+    index = index_tar(container.url, container.uri, settings.estimate, limit)
+    starts = [start for group in index.groups for start in group.starts]
+    if len(starts) <= limit:
+        return container, len(starts) + (index.damage is not None or not starts)
+    # Between groups where that is possible, so that siblings stay together.
+    after = starts[limit]
+    stop = next((group.start for group in index.groups if group.starts[0] == after), after)
+    return dataclasses.replace(container, stop=stop), limit
+
+
+def plan_units(
+    items: Sequence[Item],
+    containers: Sequence[Container],
+    settings: SourceSettings,
+    *,
+    covered: Mapping[str, Sequence[Range]] | None = None,
+) -> list[WorkUnit]:
+    """Cut what is to be done into units of about the same work.
+
+    A unit ends with the item that fills it, whatever comes next. So if whole units are taken
+    away (committed), the rest is cut into the same units as before.
+
+    Args:
+        items: Loose items, without the committed ones.
+        containers: Containers; of those with ``items``, without the committed ones.
+        settings: Size of a unit.
+        covered: Of containers that are read as a whole, by uri: the ranges [start, stop) of the
+            present version that are committed; None as stop means to the end.
+    """
+    units = [
+        _files_unit(group, settings)
+        for group in _cut_items(sorted(items, key=plan_order), settings)
+    ]
+
+    def plan(container: Container) -> list[WorkUnit]:
+        ranges = () if container.items else (covered or {}).get(container.uri, ())
+        return list(_plan_container(container, ranges, settings))
+
+    for planned in in_threads(plan, containers):
+        units += planned
+    return units
+
+
+def _cut_items(items: Sequence[Item], settings: SourceSettings) -> Iterator[list[Item]]:
+    group: list[Item] = []
+    windows = num_bytes = 0
+    for item in items:
+        if not group or group[-1].uri != item.uri:  # segments share their file
+            num_bytes += item.size or 0
+        group.append(item)
+        windows += _windows_of(item, settings)
+        if settings.is_full(windows, num_bytes):
+            yield group
+            group, windows, num_bytes = [], 0, 0
+    if group:
+        yield group
+
+
+def _windows_of(item: Item, settings: SourceSettings) -> int:
+    start_s = item.start_s or 0.0
+    if item.end_s is not None:
+        return settings.estimate.of_duration(item.end_s - start_s)
+    if item.member is not None or item.row is not None:
+        return 1
+    whole = settings.estimate.of_file(storage.file_name(item.uri), item.size)
+    return max(1, whole - int(start_s / settings.hop_s))
+
+
+def _files_unit(items: Sequence[Item], settings: SourceSettings) -> WorkUnit:
+    return WorkUnit(
+        unit_id=make_unit_id("files", items),
+        kind="files",
+        items=tuple(items),
+        estimated_windows=sum(_windows_of(item, settings) for item in items),
+    )
+
+
+def _plan_container(
+    container: Container, covered: Sequence[Range], settings: SourceSettings
+) -> Iterator[WorkUnit]:
+    gaps = list(_gaps(covered, container.stop))
+    if not gaps:
+        return
+    if container.kind == "parquet":
+        if container.items:
+            yield from _plan_rows(container, settings)
+        else:
+            yield from _plan_row_groups(container, gaps, settings)
+        return
+    size = container.size or 0
+    windows = settings.estimate.of_duration(size / DEFAULT_BYTES_PER_S)
+    if not container.can_split or (not covered and not settings.is_full(windows, size)):
+        windows = len(container.items) or windows
+        for start, stop in gaps:
+            yield _container_unit(container, start, stop, windows, items=container.items)
+        return
+    index = index_tar(container.url, container.uri, settings.estimate)
+    if container.items:
+        yield from _plan_members(container, index, settings)
+    else:
+        yield from _plan_slices(container, index, gaps, settings)
+
+
+def _gaps(covered: Sequence[Range], stop: int | None) -> Iterator[Range]:
+    """What is left of [0, stop) without the covered ranges."""
+    position = 0
+    for low, high in sorted(covered, key=lambda one: one[0]):
+        low = low if stop is None else min(low, stop)
+        if low > position:
+            yield position, low
+        if high is None:
+            return
+        position = max(position, high)
+    if stop is None or position < stop:
+        yield position, stop
+
+
+def _container_unit(
+    container: Container,
+    start: int,
+    stop: int | None,
+    windows: int,
+    *,
+    items: Sequence[Item] = (),
+    seen_names: Mapping[str, int] | None = None,
+) -> WorkUnit:
+    part = ContainerSlice(
+        uri=container.uri,
+        url=container.url,
+        size=container.size,
+        version=container.version,
+        start=start,
+        stop=stop,
+        seen_names=dict(seen_names or {}),
+    )
+    return WorkUnit(
+        unit_id=make_unit_id(container.kind, items, part),
+        kind=container.kind,
+        items=tuple(items),
+        container=part,
+        estimated_windows=max(1, windows),
+    )
+
+
+def _plan_row_groups(
+    container: Container, gaps: Sequence[Range], settings: SourceSettings
+) -> Iterator[WorkUnit]:
+    """Slices of whole row groups (but for where a gap begins or ends inside one)."""
+    num_rows = sum(rows for rows, _ in container.row_groups)
+    for low, high in gaps:
+        if container.row_groups and low >= num_rows:
+            continue
+        start, windows, size = low, 0, 0
+        first = 0
+        for rows, num_bytes in container.row_groups:
+            stop = first + rows
+            inside = max(0, min(stop, num_rows if high is None else high) - max(first, low))
+            first = stop
+            if not inside:
+                continue
+            windows += _row_windows(rows, num_bytes, settings) * inside
+            size += num_bytes * inside // rows
+            if settings.is_full(windows, size) and stop < min(num_rows, high or num_rows):
+                yield _container_unit(container, start, stop, windows)
+                start, windows, size = stop, 0, 0
+        yield _container_unit(container, start, high, windows)
+
+
+def _row_windows(rows: int, num_bytes: int, settings: SourceSettings) -> int:
+    return settings.estimate.of_duration(num_bytes / max(1, rows) / DEFAULT_BYTES_PER_S)
+
+
+def _inside_order(item: Item) -> tuple[int, str, float, str]:
+    row = -1 if item.row is None else item.row
+    return (row, item.member or "", item.start_s or 0.0, item.clip_id)
+
+
+def _plan_rows(container: Container, settings: SourceSettings) -> Iterator[WorkUnit]:
+    """Units of the rows that a manifest asks for, each reading no more than it must."""
+    items = sorted(container.items, key=_inside_order)
+    for group in _cut_items(items, settings):
+        rows = [item.row or 0 for item in group]
+        windows = sum(_windows_of(item, settings) for item in group)
+        yield _container_unit(container, min(rows), max(rows) + 1, windows, items=group)
+
+
+def _plan_slices(
+    container: Container, index: TarIndex, gaps: Sequence[Range], settings: SourceSettings
+) -> Iterator[WorkUnit]:
+    """Slices that end between groups of members."""
+    slices: list[tuple[int, int | None, int]] = []
+    for low, high in gaps:
+        groups = [
+            group
+            for group in index.groups
+            if low <= group.starts[-1] and (high is None or group.start < high)
+        ]
+        start, windows, size = low, 0, 0
+        for group, following in pairwise(groups):
+            windows += group.windows
+            size += group.size
+            if index.can_cut and settings.is_full(windows, size):
+                slices.append((start, following.start, windows))
+                start, windows, size = following.start, 0, 0
+        slices.append((start, high, windows + sum(group.windows for group in groups[-1:])))
+    names = _seen_names(index, [(start, stop) for start, stop, _ in slices])
+    for (start, stop, windows), seen in zip(slices, names, strict=True):
+        yield _container_unit(container, start, stop, windows, seen_names=seen)
+
+
+def _seen_names(index: TarIndex, slices: Sequence[Range]) -> list[dict[str, int]]:
+    """For each slice (in order, apart): how often its names occurred before it."""
+    seen: Counter[str] = Counter()
+    found: list[dict[str, int]] = [{} for _ in slices]
+    number = 0
+    for group in index.groups:
+        for name, at in zip(group.names, group.starts, strict=True):
+            while number < len(slices) and (stop := slices[number][1]) is not None and at >= stop:
+                number += 1
+            if number < len(slices) and at >= slices[number][0]:
+                found[number].setdefault(name, seen[name])
+            seen[name] += 1
+    return [{name: count for name, count in names.items() if count} for names in found]
+
+
+def _plan_members(
+    container: Container, index: TarIndex, settings: SourceSettings
+) -> Iterator[WorkUnit]:
+    """Units of the members that a manifest asks for, each reading no more than it must."""
+    asked: dict[tuple[str, int], list[Item]] = defaultdict(list)
+    for item in sorted(container.items, key=_inside_order):
+        asked[item.member or "", occurrence_of(item)].append(item)
+    if not index.can_cut or index.damage is not None:
+        windows = sum(group.windows for group in index.groups)
+        items = [item for same in asked.values() for item in same]
+        yield _container_unit(container, 0, None, windows, items=items)
+        return
+    parts = _cut_members(index, asked, settings)
+    missing = [item for same in asked.values() for item in same]
+    if missing:
+        start, stop, items = parts.pop() if parts else (0, None, [])
+        parts.append((start, stop, items + missing))
+    names = _seen_names(index, [(start, stop) for start, stop, _ in parts])
+    for (start, stop, items), seen in zip(parts, names, strict=True):
+        windows = sum(_windows_of(item, settings) for item in items)
+        yield _container_unit(container, start, stop, windows, items=items, seen_names=seen)
+
+
+def _cut_members(
+    index: TarIndex, asked: dict[tuple[str, int], list[Item]], settings: SourceSettings
+) -> list[tuple[int, int | None, list[Item]]]:
+    """Slices and their items; what is found is taken out of ``asked``."""
+    parts: list[tuple[int, int | None, list[Item]]] = []
+    occurrences: Counter[str] = Counter()
+    start, windows, size = 0, 0, 0
+    items: list[Item] = []
+    for number, group in enumerate(index.groups):
+        stop = index.groups[number + 1].start if number + 1 < len(index.groups) else None
+        wanted = []
+        for name in group.names:
+            occurrences[name] += 1
+            wanted += asked.pop((printable(name), occurrences[name]), [])
+        if not wanted:
+            continue
+        start = start if items else group.start
+        items += wanted
+        windows += max(group.windows, sum(_windows_of(item, settings) for item in wanted))
+        size += group.size
+        last = (start, stop, items)
+        if settings.is_full(windows, size):
+            parts.append(last)
+            items, windows, size = [], 0, 0
+    if items:
+        parts.append(last)
+    return parts

@@ -1,0 +1,335 @@
+"""Clips into windows of the length the model takes.
+
+In the flow, ``CutWindows`` follows ``decode`` and precedes ``fbank``: it takes the pieces of a
+decoded clip as they come and gives the clip's windows as soon as each is known to be final, so
+hours of audio need the memory of two windows.
+
+Windows start every ``hop`` samples until the clip is covered. The last may be shorter; ``fbank``
+pads it, its true end stays in ``end_s``. What no full window covers is the *tail*. A tail shorter
+than ``min_tail`` gets no padded window of its own: one more full window, ending with the clip,
+covers it instead::
+
+    window 0   |──────────────|                 hop = window, tail ≥ min_tail
+    window 1                  |──────────────|
+    window 2                                 |──────|············    (padded)
+    clip       |====================================|
+
+    window 0   |──────────────|                 hop = window, tail < min_tail
+    window 1                  |──────────────|
+    window 2                    |──────────────|      ends with the clip
+    clip       |===============================|
+
+Guaranteed: every sample is in a window; every clip has at least one window; no window is shorter
+than one 25 ms frame unless the clip is; the same windows come out however the clip is cut into
+pieces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.pvalue import PCollection
+
+from transforms.errors import AccountingError, ConfigError
+from transforms.records import FloatArray, ItemFailure, UnitEnd, Waveform, Window
+
+# The frames of Kaldi's filter banks, as in fbank: one is the shortest window that has features.
+_FRAME_LENGTH_MS = 25.0
+_FRAME_SHIFT_MS = 10.0
+
+_Piece = Waveform | ItemFailure | UnitEnd
+_Element = Window | ItemFailure | UnitEnd
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """Lengths in samples, at the model's rate. Use ``from_seconds`` for lengths in seconds.
+
+    Attributes:
+        sample_rate_hz: Rate of the samples.
+        window_samples: Length of a window; at least one frame of 25 ms.
+        hop_samples: From one window's start to the next; in [1, window_samples].
+        min_tail_samples: A shorter tail is covered by a full window that ends with the clip; at
+            least one frame, at most window_samples.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    sample_rate_hz: int
+    window_samples: int
+    hop_samples: int
+    min_tail_samples: int
+
+    def __post_init__(self) -> None:
+        frame = _frame_samples(self.sample_rate_hz)
+        window = self.window_samples
+        _require("window_samples", window, window >= frame, f"at least {frame} (one frame)")
+        hop = self.hop_samples
+        _require("hop_samples", hop, 1 <= hop <= window, f"in [1, {window}] (window_samples)")
+        tail = self.min_tail_samples
+        _require(
+            "min_tail_samples",
+            tail,
+            frame <= tail <= window,
+            f"in [{frame}, {window}] (one frame, window_samples)",
+        )
+
+    @classmethod
+    def from_seconds(
+        cls,
+        length_s: float | None,
+        hop_s: float | None,
+        min_tail_ratio: float,
+        num_frames: int,
+        sample_rate_hz: int,
+    ) -> Self:
+        """Settings from the config (seconds) and the checkpoint (frames).
+
+        Args:
+            length_s: Length of a window; None for what the checkpoint holds (1024 frames are
+                10.255 s). Shorter windows are padded to it.
+            hop_s: From one window's start to the next; None for the window's length.
+            min_tail_ratio: Shortest tail with a padded window of its own, as a share of the
+                window, in [0, 1]; never less than one frame of 25 ms.
+            num_frames: Frames the checkpoint holds.
+            sample_rate_hz: The checkpoint's rate.
+
+        Raises:
+            ConfigError: A value is out of range; the message names its key.
+        """
+        frame = _frame_samples(sample_rate_hz)
+        frame_shift = int(sample_rate_hz * _FRAME_SHIFT_MS * 0.001)
+        longest = (num_frames - 1) * frame_shift + frame
+        window = _to_samples(
+            "window.length_s", length_s, frame, longest, sample_rate_hz, "what the model holds"
+        )
+        hop = _to_samples("window.hop_s", hop_s, 1, window, sample_rate_hz, "window.length_s")
+        if not 0.0 <= min_tail_ratio <= 1.0:
+            raise ConfigError(
+                f"window.min_tail is {min_tail_ratio}; must be in [0, 1] (a share of the window). "
+                "Set it in the config, or with --set window.min_tail=RATIO."
+            )
+        min_tail = max(frame, round(min_tail_ratio * window))
+        return cls(sample_rate_hz, window, hop, min_tail)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """A stretch of a clip.
+
+    Attributes:
+        start: Its first sample, counted from the start of the clip.
+        samples: Shape (num_samples,), float32.
+    """
+
+    start: int
+    samples: FloatArray
+
+    @property
+    def stop(self) -> int:
+        """One past its last sample."""
+        return self.start + self.samples.size
+
+
+def cut_windows(samples: FloatArray, settings: WindowSettings) -> list[Cut]:
+    """Cut a whole clip at once; the windows are views.
+
+    Args:
+        samples: The clip, shape (num_samples,), float32.
+        settings: Lengths.
+
+    Returns:
+        The windows in order; at least one, which is empty if the clip is.
+    """
+    window, hop = settings.window_samples, settings.hop_samples
+    num_full = max(0, (samples.size - window) // hop + 1)
+    starts = [index * hop for index in range(num_full)]
+    covered = starts[-1] + window if starts else 0
+    tail = samples.size - covered
+    if not starts:
+        starts.append(0)
+    elif tail >= settings.min_tail_samples:
+        starts.append(num_full * hop)
+    elif tail > 0:
+        starts.append(samples.size - window)
+    return [Cut(start, samples[start : start + window]) for start in starts]
+
+
+class WindowCutter:
+    """Cuts one clip that comes in pieces into the windows that ``cut_windows`` gives.
+
+    It holds two windows of samples at most. The last window differs from the others, so a window
+    is given only once there is a sample behind its end, and the last one only by ``finish``.
+
+    Attributes:
+        num_cuts: Windows given so far.
+    """
+
+    def __init__(self, settings: WindowSettings) -> None:
+        self.num_cuts = 0
+        self._settings = settings
+        self._buffer: FloatArray = np.empty(2 * settings.window_samples, np.float32)
+        self._buffer_start = 0  # position in the clip of the buffer's first sample
+        self._num_samples = 0  # samples of the clip so far
+
+    def push(self, samples: FloatArray) -> list[Cut]:
+        """Take the next piece of the clip; give the windows that are final, in order.
+
+        Raises:
+            ValueError: The piece is not one-dimensional or not float32.
+        """
+        if samples.ndim != 1 or samples.dtype != np.float32:
+            raise ValueError(
+                f"a piece has the shape {samples.shape} and type {samples.dtype}; must be "
+                "one-dimensional (mono) and float32"
+            )
+        cuts: list[Cut] = []
+        window = self._settings.window_samples
+        for start in range(0, samples.size, window):
+            self._append(samples[start : start + window])
+            while self._num_samples > self._next_start + window:
+                cuts.append(self._cut(self._next_start))
+        return cuts
+
+    def finish(self) -> Cut:
+        """The clip has ended: give its last window. The cutter is then spent."""
+        start = self._next_start
+        if self.num_cuts > 0:
+            tail = self._num_samples - (start - self._settings.hop_samples + self._window)
+            if tail < self._settings.min_tail_samples:
+                start = self._num_samples - self._window
+        return self._cut(start)
+
+    @property
+    def _window(self) -> int:
+        return self._settings.window_samples
+
+    @property
+    def _next_start(self) -> int:
+        return self.num_cuts * self._settings.hop_samples
+
+    def _append(self, piece: FloatArray) -> None:
+        """Add at most one window of samples."""
+        held = self._num_samples - self._buffer_start
+        if held + piece.size > self._buffer.size:
+            # The next window, or the one that may end with the clip, starts no earlier than this.
+            keep = min(self._next_start, self._num_samples - self._window)
+            kept = self._buffer[keep - self._buffer_start : held]
+            self._buffer[: kept.size] = kept
+            self._buffer_start, held = keep, kept.size
+        self._buffer[held : held + piece.size] = piece
+        self._num_samples += piece.size
+
+    def _cut(self, start: int) -> Cut:
+        stop = min(start + self._window, self._num_samples)
+        offset = self._buffer_start
+        self.num_cuts += 1
+        return Cut(start, self._buffer[start - offset : stop - offset].copy())
+
+
+def _frame_samples(sample_rate_hz: int) -> int:
+    return int(sample_rate_hz * _FRAME_LENGTH_MS * 0.001)  # rounded down, as Kaldi does
+
+
+def _require(name: str, value: int, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value}; must be {expected}.")
+
+
+def _to_samples(
+    key: str, seconds: float | None, least: int, most: int, rate_hz: int, most_is: str
+) -> int:
+    """Seconds as samples, None as the most there can be."""
+    if seconds is None:
+        return most
+    # NaN and infinity fail the first test, before they are rounded.
+    if not 0.0 < seconds < 1e9 or not least <= round(seconds * rate_hz) <= most:
+        lower = "(0" if least == 1 else f"[{least / rate_hz:g}"
+        raise ConfigError(
+            f"{key} is {seconds}; must be in {lower}, {most / rate_hz:g}] ({most_is}). "
+            f"Set it in the config, or with --set {key}=SECONDS."
+        )
+    return round(seconds * rate_hz)
+
+
+def _make_window(piece: Waveform, index: int, cut: Cut, rate_hz: int) -> Window:
+    clip_start_s = piece.item.start_s or 0.0
+    return Window(
+        unit_id=piece.unit_id,
+        item_index=piece.item_index,
+        item=piece.item,
+        window_index=index,
+        start_s=clip_start_s + cut.start / rate_hz,
+        end_s=clip_start_s + cut.stop / rate_hz,
+        data=cut.samples,
+    )
+
+
+class CutWindows(beam.PTransform[PCollection[_Piece], PCollection[_Element]]):
+    """Turn the pieces of decoded clips into windows.
+
+    The pieces of a clip come in order and within one bundle; several clips may be open at once.
+    A clip's last window carries its facts and the number of its windows. Failures and unit ends
+    pass unchanged.
+
+    Raises:
+        AccountingError: At the end of a bundle a clip has not had its last piece.
+    """
+
+    def __init__(self, settings: WindowSettings) -> None:
+        super().__init__()
+        self._settings = settings
+
+    def expand(self, pieces: PCollection[_Piece]) -> PCollection[_Element]:
+        """Wire the step."""
+        step = beam.ParDo(_CutWindowsFn(self._settings))
+        # Said to Beam explicitly: it reads no annotations that are kept as text.
+        step = step.with_input_types(_Piece).with_output_types(_Element)
+        windows: PCollection[_Element] = pieces | "Cut each clip" >> step
+        return windows
+
+
+class _CutWindowsFn(beam.DoFn):
+    def __init__(self, settings: WindowSettings) -> None:
+        self._settings = settings
+        self._open: dict[tuple[str, int], tuple[str, WindowCutter]] = {}
+
+    def start_bundle(self) -> None:
+        self._open = {}  # a bundle that failed may have left some
+
+    def process(self, element: _Piece) -> Iterator[_Element]:
+        if isinstance(element, Waveform):
+            yield from self._cut(element)
+            return
+        if isinstance(element, ItemFailure):
+            self._open.pop((element.unit_id, element.item_index), None)
+        yield element
+
+    def finish_bundle(self) -> None:
+        if self._open:
+            clips = [clip_id for clip_id, _ in self._open.values()]
+            raise AccountingError(
+                f"{len(clips)} clips have no last piece at the end of the bundle, the first is "
+                f"{clips[0]!r}. All pieces of a clip must come in one bundle: is there a Reshuffle "
+                "or GroupByKey between decoding and cutting?"
+            )
+
+    def _cut(self, piece: Waveform) -> Iterator[Window]:
+        key = (piece.unit_id, piece.item_index)
+        if key not in self._open:
+            self._open[key] = (piece.item.clip_id, WindowCutter(self._settings))
+        _, cutter = self._open[key]
+        rate_hz = self._settings.sample_rate_hz
+        first_index = cutter.num_cuts
+        for index, cut in enumerate(cutter.push(piece.samples), start=first_index):
+            yield _make_window(piece, index, cut, rate_hz)
+        if piece.facts is not None:
+            del self._open[key]
+            last = _make_window(piece, cutter.num_cuts, cutter.finish(), rate_hz)
+            yield dataclasses.replace(last, facts=piece.facts, num_windows=cutter.num_cuts)
