@@ -15,10 +15,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 from typer.exceptions import TyperException
@@ -32,8 +31,13 @@ if TYPE_CHECKING:
 EXIT_UNEXPECTED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+INTERRUPTED = "interrupted; the same command goes on from here"
 
 Job = Callable[[], int]
+
+# What Beam says in every run: of BigQuery, which Earmark has nothing to do with, and of a memory
+# figure that it would have liked to take.
+NOISE = ("apitools not found", "Resource module is not available")
 
 app = typer.Typer(
     name="earmark",
@@ -457,12 +461,18 @@ def _configure_logging(quiet: bool) -> None:
     from pipeline.progress import StderrHandler
 
     handler = StderrHandler()
-    # Beam says so at every import; Earmark has nothing to do with BigQuery.
-    handler.addFilter(lambda record: not record.getMessage().startswith("apitools not found"))
+    handler.addFilter(_is_worth_showing)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in ("pipeline", "transforms"):
         logging.getLogger(package).setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    """Whether a record tells the user something."""
+    if record.exc_info and record.exc_info[0] is KeyboardInterrupt:
+        return False  # Beam logs where Ctrl-C met it
+    return not record.getMessage().startswith(NOISE)
 
 
 def split_beam_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -484,11 +494,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupted.
     """
     arguments, beam_options = split_beam_options(sys.argv[1:] if argv is None else argv)
+    interrupts = _Interrupts()
     try:
-        with _terminate_as_interrupt():
+        with interrupts:
             return _run(arguments, beam_options)
     except KeyboardInterrupt:
-        return _fail(EXIT_INTERRUPTED, "interrupted; the same command goes on from here")
+        return _fail(EXIT_INTERRUPTED, INTERRUPTED)
     except TyperException as error:
         # Without a command typer has printed the help, and its error has no words.
         return _fail(EXIT_USAGE, _parse_error(error)) if error.format_message() else EXIT_USAGE
@@ -500,6 +511,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_UNEXPECTED
     except Exception as error:  # the last door: whatever it is must become an exit code
+        if interrupts.came:
+            return _fail(EXIT_INTERRUPTED, INTERRUPTED)
         words = str(error) if isinstance(error, EarmarkError) else _words_of(error)
         return _fail(EXIT_UNEXPECTED, f"{words}\nEARMARK_DEBUG=1 shows where it comes from.")
 
@@ -518,18 +531,30 @@ def _run(arguments: list[str], beam_options: list[str]) -> int:
     return code
 
 
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C: both leave a result that the same command goes on from."""
+class _Interrupts:
+    """Treats SIGTERM like Ctrl-C, and remembers that one of them came.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    Both leave a result that the same command goes on from. An interrupt that meets a step of the
+    pipeline comes out as Beam's RuntimeError, so that the exception alone does not tell.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
         raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(code: int, message: str) -> int:

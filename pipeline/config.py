@@ -217,7 +217,7 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
         values = flatten(self.model_dump(mode="json"))
-        problems = [problem for _, problem in _broken_rules(values)]
+        problems = list(_broken_rules(values, {}))
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -282,17 +282,15 @@ RULES = (
 )
 
 
-def _broken_rules(
-    values: Mapping[str, Any], origins: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, str]]:
-    """The rules that the values break, as (key, problem); rules on absent keys are passed over."""
+def _broken_rules(values: Mapping[str, Any], origins: Mapping[str, str]) -> Iterator[str]:
+    """What the values have wrong between them; rules on absent keys are passed over."""
     for rule in RULES:
         if not all(key in values for key in rule.keys):
             continue
         wanted = rule.broken(*(values[key] for key in rule.keys))
         if wanted is not None:
             key = rule.keys[0]
-            yield key, f"{_describe(key, values[key], (origins or {}).get(key))}; {wanted}"
+            yield f"{_describe(key, values[key], origins.get(key))}; {wanted}"
 
 
 def _describe(key: str, value: object, origin: str | None) -> str:
@@ -326,26 +324,14 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _section_classes() -> dict[str, type[BaseModel]]:
-    """The sections of the config that are models; ``beam`` holds what Beam knows."""
-    return {
-        name: field.annotation
-        for name, field in RunConfig.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
-
-
-SECTIONS = frozenset(_section_classes()) | {"beam"}
-KEYS = tuple(
-    key
-    for name in RunConfig.model_fields
-    if name != "beam"
-    for key in (
-        [f"{name}.{leaf}" for leaf in _section_classes()[name].model_fields]
-        if name in _section_classes()
-        else [name]
-    )
+# `beam` holds what Beam knows; the others are models of their own.
+SECTIONS = frozenset(
+    name
+    for name, field in RunConfig.model_fields.items()
+    if name == "beam" or isinstance(field.default, _Section)
 )
+_DEFAULTS = flatten(RunConfig().model_dump(mode="json"))
+KEYS = tuple(_DEFAULTS)
 
 
 def _is_key(key: str) -> bool:
@@ -384,6 +370,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+# PyYAML lets a ValueError through for what looks like a date and is none.
+_YAML_ERRORS = (yaml.YAMLError, ValueError)
+
+
 class _YamlSettings:
     """Reads one YAML file into settings that know their line, and problems."""
 
@@ -393,16 +383,18 @@ class _YamlSettings:
         self.problems: list[str] = []
         self._seen: set[str] = set()
         try:
-            self._loader = _Loader(path.read_text(encoding="utf-8"))
-            root = self._loader.get_single_node()
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read as a YAML file: {error}") from error
-        except yaml.YAMLError as error:
+        try:
+            self._loader = _Loader(text)
+            root = self._loader.get_single_node()
+            if isinstance(root, yaml.MappingNode):
+                self._read_section(root, "")
+            elif root is not None:
+                self.problems.append(f"{path} holds no keys; must be lines of the form key: value")
+        except _YAML_ERRORS as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        if isinstance(root, yaml.MappingNode):
-            self._read_section(root, "")
-        elif root is not None:
-            self.problems.append(f"{path} holds no keys; must be lines of the form key: value")
 
     def _read_section(self, node: yaml.MappingNode, prefix: str) -> None:
         for name_node, value_node in node.value:
@@ -445,7 +437,7 @@ def _read_assignments(sets: Iterable[str]) -> tuple[list[_Setting], list[str]]:
         else:
             try:
                 settings.append(_Setting(key, yaml.load(text, Loader=_Loader), origin))
-            except yaml.YAMLError as error:
+            except _YAML_ERRORS as error:
                 problems.append(f"{origin} is not valid YAML after '=': {error}")
     return settings, problems
 
@@ -529,12 +521,8 @@ def _validate(settings: Sequence[_Setting], problems: Sequence[str]) -> RunConfi
         f"{_describe(key, given.get(key), origins.get(key))}; {wanted}"
         for key, wanted in wrong.items()
     ]
-    values = {
-        key: value
-        for key, value in (flatten(RunConfig().model_dump(mode="json")) | given).items()
-        if key not in wrong
-    }
-    problems += [problem for _, problem in _broken_rules(values, origins)]
+    values = {key: value for key, value in (_DEFAULTS | given).items() if key not in wrong}
+    problems += _broken_rules(values, origins)
     if problems:
         raise ConfigError(_list_problems(problems))
     return config

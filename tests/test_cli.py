@@ -288,6 +288,27 @@ def test_sigterm_is_an_interruption(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_beam_wraps_is_one_all_the_same(
+    calls: Calls,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    def interrupted(folder: str, quiet: bool) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt as error:
+            logging.exception("KeyboardInterrupt [while running 'Label']")
+            raise RuntimeError("KeyboardInterrupt [while running 'Label']") from error
+        return 0
+
+    monkeypatch.setattr(sys.modules["pipeline.verify"], "run_verify", interrupted)
+    assert cli.main(["verify", "x"]) == 130
+    assert capsys.readouterr().err == "earmark: interrupted; the same command goes on from here\n"
+
+
 def test_verify_and_export_hand_their_arguments_on(calls: Calls) -> None:
     cli.main(["verify", "x", "--quiet"])
     cli.main(["export", "x", "--format", "csv"])

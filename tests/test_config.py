@@ -111,6 +111,10 @@ def test_set_reads_values_as_yaml(assignment: str, key: str, value: object) -> N
         ),
         ("limit", "--set limit has no '='; must be key=value, like window.hop_s=5"),
         (
+            "output=2024-13-45",
+            "--set output=2024-13-45 is not valid YAML after '=': month must be in 1..12",
+        ),
+        (
             "window=5",
             "window (--set window=5) is a section; must be a key of it, like window.length_s",
         ),
@@ -187,6 +191,8 @@ def test_a_hop_as_long_as_the_window_is_fine() -> None:
         ("a: [1\n", "is not valid YAML"),
         ("- a\n- b\n", "holds no keys"),
         ("\t", "is not valid YAML"),
+        ("output: 2024-13-45\n", "is not valid YAML"),
+        ("output: !!python/name:os.system\n", "is not valid YAML"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, problem: str) -> None:

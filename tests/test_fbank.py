@@ -332,6 +332,7 @@ def test_accepted_samples_never_give_nan_or_infinity(
     assert np.isfinite(batched_fbank(samples)).all()
 
 
+@pytest.mark.filterwarnings("error")
 def test_input_is_not_changed_and_may_be_read_only() -> None:
     samples = noise(16_000)
     kept = samples.copy()
@@ -598,6 +599,7 @@ STEREO = np.zeros((2, 1000), np.float32)
         ({"raw_speech": [0.1, [0.2, 0.3]]}, "raw_speech is no vector of numbers"),
         ({"raw_speech": ["dog.wav"] * 500}, "must be floats"),
         ({"raw_speech": np.zeros(500, np.uint8)}, "uint8; must be floats .* or 16-bit integers"),
+        ({"raw_speech": np.zeros(500, np.int8)}, "int8; must be floats .* or 16-bit integers"),
         ({"raw_speech": np.zeros(500, bool)}, "bool; must be floats"),
         ({"raw_speech": np.zeros(500, complex)}, "complex128; must be floats"),
         ({"return_tensors": "tf"}, "return_tensors is 'tf'; must be None, 'np' or 'pt'"),
@@ -621,6 +623,8 @@ def test_a_wrong_call_is_refused(arguments: dict, message: str) -> None:
         (np.full(500, 1e300), "raw_speech: 500 of 500 samples are NaN or infinite"),
         (np.full(500, np.inf, np.float16), "raw_speech: 500 of 500"),
         (np.full(500, 40_000), "integer samples reach from 40000 to 40000; 16-bit audio ends"),
+        (np.full(500, 32_768), "integer samples reach from 32768 to 32768"),
+        (np.full(500, -32_769), "integer samples reach from -32769 to -32769"),
         ([voice(500), [10**6] * 500], r"raw_speech\[1\]: integer samples reach"),
     ],
 )
@@ -796,6 +800,12 @@ def test_a_window_without_features_travels_on_with_the_reason(
     (found,) = run_step([window(3, samples)])
     assert message in found.error
     assert found == window(3, None, error=found.error)
+
+
+def test_a_window_that_already_failed_is_left_as_it_is() -> None:
+    (found,) = run_step([window(0, voice(2000), error="from an earlier step")])
+    np.testing.assert_array_equal(found.data, voice(2000))
+    assert found.error == "from an earlier step"
 
 
 def test_everything_else_passes_unchanged() -> None:

@@ -136,6 +136,7 @@ def test_unit_ids_depend_on_what_is_in_them_alone() -> None:
     item = Item("/a.wav", "/a.wav", "/a.wav", size=3, version="1")
     part = ContainerSlice("/x.tar", "/x.tar", 10, "1", 0, 512)
     same = make_unit_id("files", [item])
+    assert same == "242c7d42b77a5e806629"  # results on disk bear this name: it must not change
     assert same == make_unit_id("files", (Item("/a.wav", "/a.wav", "other", size=3, version="1"),))
     others = {
         make_unit_id("files", [Item("/a.wav", "/a.wav", size=3, version="2")]),
@@ -888,6 +889,7 @@ def test_members_of_a_large_tar_are_read_from_the_slices_that_hold_them(folder: 
         ('{"uri": ', "line 2 of .* is not JSON", True),
         ("[1]", "is a JSON list; expected an object", True),
         ("[" * 100_000, "is not JSON", True),
+        ('{"uri": "a.wav", "x": ' + "[" * 900 + "]" * 900 + "}", "is nested too deeply", False),
         ('{"label": "x"}', "names no file; expected one of uri", False),
         ('{"uri": 3}', "has uri = 3; expected text", False),
         ('{"uri": "a\\u0000.wav"}', "cannot be a name", False),

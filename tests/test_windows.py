@@ -25,7 +25,14 @@ from transforms.records import (
     Window,
     WorkUnit,
 )
-from transforms.windows import Cut, CutWindows, WindowCutter, WindowSettings, cut_windows
+from transforms.windows import (
+    Cut,
+    CutWindows,
+    WindowCutter,
+    WindowSettings,
+    _CutWindowsFn,
+    cut_windows,
+)
 
 RATE_HZ = 16_000
 
@@ -173,6 +180,26 @@ def test_one_sample_at_a_time() -> None:
     found = cut_in_pieces(samples, lengths(1000), [1] * 2001)
     assert spans(found) == [(0, 1000), (1000, 2000), (1001, 2001)]
     np.testing.assert_array_equal(found[2].samples, samples[1001:2001])
+
+
+def test_the_buffer_keeps_what_the_last_window_may_need() -> None:
+    # The buffer is full just when the clip ends, 15 samples into the third window.
+    samples = ramp(2015)
+    found = cut_in_pieces(samples, lengths(1000), [1000, 5, 1000])
+    assert spans(found) == [(0, 1000), (1000, 2000), (1015, 2015)]
+    np.testing.assert_array_equal(found[2].samples, samples[1015:])
+
+
+@pytest.mark.parametrize("hop", [400, 250, 7])
+@pytest.mark.parametrize("num_samples", [800, 801, 820, 1199, 1200, 1201, 1215, 1605, 2003])
+def test_pieces_of_every_even_size(num_samples: int, hop: int) -> None:
+    settings, samples = lengths(400, hop), ramp(num_samples)
+    expected = cut_windows(samples, settings)
+    for size in range(1, 900, 13):
+        found = cut_in_pieces(samples, settings, [size] * (num_samples // size))
+        assert spans(found) == spans(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert np.array_equal(ours.samples, theirs.samples)
 
 
 def test_a_window_comes_as_soon_as_it_cannot_be_the_last() -> None:
@@ -429,3 +456,14 @@ def test_a_clip_left_open_fails_the_bundle() -> None:
     with pytest.raises(Exception, match=r"2 clips have no last piece .* '/a.wav'") as caught:
         assert_cut(elements, [END])
     assert AccountingError.__name__ in repr(caught.value)
+
+
+def test_what_a_failed_bundle_left_open_does_not_reach_the_next() -> None:
+    step = _CutWindowsFn(lengths(1600))
+    step.start_bundle()
+    assert list(step.process(piece(0, WHOLE, ramp(900)))) == []
+    step.start_bundle()
+    (window,) = step.process(piece(0, WHOLE, ramp(500), last=True))
+    step.finish_bundle()
+    assert isinstance(window, Window)
+    np.testing.assert_array_equal(window.data, ramp(500))

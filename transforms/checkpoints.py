@@ -286,6 +286,12 @@ def _window_s(num_frames: int) -> float:
 
 # --- Names of tensors ----------------------------------------------------------------------
 
+# What stands before the names below: of the base, of block {}, of the head.
+_PREFIXES: dict[Layout, tuple[str, str, str]] = {
+    "memory": (_BASE, _BASE + "layers.{}.", ""),
+    "disk": (_BASE, _BASE + "encoder.layer.{}.", ""),
+    "original": ("module.", "module.v.blocks.{}.", "module."),
+}
 # (in memory, on disk, original). A number after # says which third of the fused qkv it is.
 _STEM = (
     ("embeddings.cls_token", "embeddings.cls_token", "v.cls_token"),
@@ -338,26 +344,19 @@ def tensor_names(config: ASTConfig, layout: Layout) -> dict[str, StoredTensor]:
         One entry per name in the state dict of ``ASTForAudioClassification(config)``.
     """
     column = ("memory", "disk", "original").index(layout)
-    top, block, base = (
-        ("module.", "module.v.blocks.{}.", "")
-        if layout == "original"
-        else ("", _BASE + ("encoder.layer.{}." if layout == "disk" else "layers.{}."), _BASE)
-    )
-    names = {_BASE + row[0]: StoredTensor(f"{top}{base}{row[column]}") for row in _STEM}
-    modules = [(_BASE + row[0], f"{top}{base}{row[column]}") for row in _STEM_MODULES]
+    base, block, head = _PREFIXES[layout]
+    names = {_BASE + row[0]: StoredTensor(base + row[column]) for row in _STEM}
+    modules = [(_BASE + row[0], base + row[column]) for row in _STEM_MODULES]
     for n in range(config.num_hidden_layers):
         modules += [
             (f"{_BASE}layers.{n}.{row[0]}", block.format(n) + row[column]) for row in _BLOCK_MODULES
         ]
-    modules += [(row[0], top + row[column]) for row in _HEAD_MODULES]
+    modules += [(row[0], head + row[column]) for row in _HEAD_MODULES]
+    without_bias = () if config.qkv_bias else ("q_proj", "k_proj", "v_proj")
     for ours, theirs in modules:
         module, _, third = theirs.partition("#")
         for part in ("weight", "bias"):
-            if (
-                part == "bias"
-                and not config.qkv_bias
-                and ours.endswith(("q_proj", "k_proj", "v_proj"))
-            ):
+            if part == "bias" and ours.endswith(without_bias):
                 continue
             names[f"{ours}.{part}"] = StoredTensor(
                 f"{module}.{part}", int(third) if third else None
@@ -1054,28 +1053,19 @@ def _settle_stats(
         )
     for name, value in expected.items():
         if features.get(name, value) != value:
+            reason = "AST is fed no other" if name == "sampling_rate" else f"as in {CONFIG_NAME}"
             location.fail(
-                f"{name} in {FEATURES_NAME} is {features[name]!r}; expected {value!r}, "
-                + (
-                    "the only rate AST is fed"
-                    if name == "sampling_rate"
-                    else f"as in {CONFIG_NAME}"
-                )
+                f"{name} in {FEATURES_NAME} is {features[name]!r}; expected {value!r}, {reason}"
             )
-    stored = (
-        features
-        if features.get("do_normalize", True)
-        else dict(zip(("mean", "std"), _NORMALISER_OFF, strict=True))
-    )
-    return _statistic(location, "mean", stored, overrides.mean), _statistic(
-        location, "std", stored, overrides.std
-    )
+    mean, std = features.get("mean"), features.get("std")
+    if not features.get("do_normalize", True):
+        mean, std = _NORMALISER_OFF
+    mean = mean if overrides.mean is None else overrides.mean
+    std = std if overrides.std is None else overrides.std
+    return _statistic(location, "mean", mean), _statistic(location, "std", std)
 
 
-def _statistic(
-    location: _Location, name: str, stored: Mapping[str, Any], override: float | None
-) -> float:
-    value = stored.get(name) if override is None else override
+def _statistic(location: _Location, name: str, value: Any) -> float:
     if value is None:
         location.fail(
             f"there is no {FEATURES_NAME}, and so no {name}; add the file, or give --set "

@@ -279,11 +279,13 @@ class DecodePool:
             for job in stream.jobs:
                 self._cancel(job)
             stream.jobs.clear()
-            if not stream.is_being_read and stream in self._to_feed:
+            is_mine = not stream.is_being_read and stream in self._to_feed
+            if is_mine:
                 self._to_feed.remove(stream)
-                _close_iterator(stream.clips)
             stream.ready.notify_all()
             self._room.notify()
+        if is_mine:  # else the feeder closes it, once it is done reading
+            _close_iterator(stream.clips)
 
     def _cancel(self, job: _Job) -> None:
         job.cancelled = True
@@ -327,18 +329,19 @@ class DecodePool:
             error = raised
         with self.lock:
             stream.is_being_read = False
-            if stream.closed or self._closed:
-                if isinstance(clip, EncodedClip):
-                    _remove_temporary(clip)
-                if stream in self._to_feed:
-                    self._to_feed.remove(stream)
-                _close_iterator(stream.clips)
+            is_wanted = not (stream.closed or self._closed)
+            if not is_wanted:
+                self._to_feed.remove(stream)
             elif clip is None:
                 stream.exhausted, stream.error = True, error
                 self._to_feed.remove(stream)
                 stream.ready.notify()
             else:
                 self._enqueue(stream, clip)
+        if not is_wanted:
+            if isinstance(clip, EncodedClip):
+                _remove_temporary(clip)
+            _close_iterator(stream.clips)
 
     def _enqueue(self, stream: _Stream, clip: EncodedClip | Failure) -> None:
         encoded = clip if isinstance(clip, EncodedClip) else None
@@ -890,7 +893,7 @@ class DecodeAudio(beam.PTransform[Any, Any]):
     def expand(self, units: Any) -> Any:
         """Applies the step to a PCollection of ``WorkUnit``."""
         decode_fn = _DecodeFn(self._settings, self._read_unit)
-        decode: Any = beam.ParDo(decode_fn)  # type: ignore[no-untyped-call]
+        decode: Any = beam.ParDo(decode_fn)
         return units | "Decode the unit's clips" >> decode
 
 

@@ -57,12 +57,12 @@ MIN_CLIP_S = 0.025  # one fbank frame: less than this gives no features
 CLIPPED_AT = 0.999
 SILENT_MEAN_SQUARE = 1e-6  # −60 dBFS
 LEVEL_FRAME_S = 0.02
-BLOCK_S = 5.0
+BLOCK_S = 1.0
 MAX_BLOCK_VALUES = 1 << 20  # samples times channels: bounds memory whatever a header claims
 MAX_IN_MEMORY_BYTES = 64 << 20  # larger files are read where they lie
 HASH_CHUNK_BYTES = 8 << 20
 # libsndfile seeks in a lossy stream are exact once the decoder has warmed up, except into the last
-# Ogg page, where it loses its place. A page holds at most 255 packets of 1024 samples in practice.
+# Ogg page, where it loses its place. A page holds at most 255 packets, of 1024 samples mostly.
 PREROLL_FRAMES = 1 << 19
 EXACT_SEEK_SUBTYPES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 ROUNDING_S = 0.01  # manifests round their times; an end this little beyond the file is no news
@@ -754,7 +754,8 @@ def _to_float(frame: Any) -> FloatArray:
     samples = samples.T if frame.format.is_planar else samples.reshape(-1, num_channels)
     scale = _INTEGER_SCALES.get(frame.format.name.removesuffix("p"))
     if scale is None:
-        return np.asarray(samples, np.float32)
+        with np.errstate(all="ignore"):  # doubles beyond float32 become infinite: found later
+            return np.asarray(samples, np.float32)
     if samples.dtype == np.uint8:
         samples = samples.astype(np.int16) - 128
     if samples.dtype == np.int16:
@@ -939,9 +940,10 @@ def _finite_part(samples: FloatArray) -> tuple[FloatArray, npt.NDArray[np.float6
     Energy has shape (num_samples,): the sum of squares over the channels, in float64, which no
     float32 can overflow.
     """
-    energy = np.square(samples[:, 0], dtype=np.float64)
-    for channel in range(1, samples.shape[1]):
-        energy += np.square(samples[:, channel], dtype=np.float64)
+    with np.errstate(all="ignore"):
+        energy = np.square(samples[:, 0], dtype=np.float64)
+        for channel in range(1, samples.shape[1]):
+            energy += np.square(samples[:, channel], dtype=np.float64)
     if math.isfinite(float(energy.sum())):
         return samples, energy, False
     first_bad = int(np.argmin(np.isfinite(energy)))

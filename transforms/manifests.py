@@ -93,7 +93,6 @@ def _read_jsonl(url: str, uri: str) -> _Lines:
                 continue
             try:
                 values = json.loads(text)
-                make_metadata({"row": values})  # nested too deeply to be written again?
             except (ValueError, RecursionError) as error:
                 yield name, ContainerError(f"is not JSON: {error}")
                 continue
@@ -209,6 +208,8 @@ def _read_row(url: str, line: str, values: Mapping[str, Any]) -> ManifestRow | F
         return _make_row(url, line, given, _is_ours(values))
     except ReadError as error:
         return _line_failure(url, line, error, is_container=False)
+    except RecursionError:
+        return _line_failure(url, line, ReadError("is nested too deeply"), is_container=False)
 
 
 def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> ManifestRow:

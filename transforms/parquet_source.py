@@ -7,6 +7,7 @@ that path. The other columns are metadata; a ``ClassLabel`` is given by its name
 
 from __future__ import annotations
 
+import functools
 import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
@@ -323,11 +324,16 @@ def _clip_at_path(item: Item, part: ContainerSlice, path: str) -> EncodedClip | 
         return read_failure(item, ReadError(text, error_type=failure.error_type))
 
 
+@functools.lru_cache(maxsize=64)  # asked for every row of a manifest
+def _folder_of(url: str) -> str:
+    return storage.parent(url)
+
+
 def resolve(listing_url: str, path: str) -> str:
     """What ``path`` means inside the file at ``listing_url``: relative to the file's folder."""
     if not storage.is_local(path) or path.startswith(("/", "~", "file://")):
         return storage.normalise(path)
-    url = storage.normalise(storage.join(storage.parent(listing_url), path))
+    url = storage.normalise(storage.join(_folder_of(listing_url), path))
     if storage.is_local(url) or ".." not in path.split("/"):
         return url
     start, mark, rest = url.partition("://")

@@ -99,7 +99,8 @@ class FileInfo:
 
 def is_local(url: str) -> bool:
     """Whether ``url`` is a path on this machine (with or without ``file://``)."""
-    return _URL.match(url) is None or url.startswith(("file://", "local://"))
+    is_url = "://" in url and _URL.match(url) is not None
+    return not is_url or url.startswith(("file://", "local://"))
 
 
 def protocol(url: str) -> str:
@@ -118,11 +119,15 @@ def normalise(text: str) -> str:
         if protocol(text) in _READ_ONLY or text.endswith("://"):
             return text
         return re.sub(r"(?<![:/])/+$", "", text)
-    match = re.match(r"(?:file|local)://(?:localhost(?=/))?(.*)", text, re.DOTALL)
-    path = match.group(1) if match else text
-    if match and not os.path.lexists(path):
-        path = unquote(path) if os.path.lexists(unquote(path)) else path
-    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
+    path = text
+    if text.startswith(("file://", "local://")):
+        path = text.partition("://")[2]
+        path = path.removeprefix("localhost") if path.startswith("localhost/") else path
+        if not os.path.lexists(path) and os.path.lexists(unquote(path)):
+            path = unquote(path)
+    elif text.startswith("~"):
+        path = os.path.expanduser(text)  # noqa: PTH111
+    return os.path.abspath(path)  # noqa: PTH100
 
 
 def local_path(url: str) -> str:
@@ -133,7 +138,7 @@ def local_path(url: str) -> str:
     """
     if not is_local(url):
         raise ValueError(f"{public_uri(url)} is not a local path")
-    return normalise(url)
+    return url if url.startswith("/") else normalise(url)
 
 
 def join(base: str, *parts: str) -> str:

@@ -218,8 +218,8 @@ class WindowCutter:
         """Add at most one window of samples."""
         held = self._num_samples - self._buffer_start
         if held + piece.size > self._buffer.size:
-            # The next window, or the one that may end with the clip, starts no earlier than this.
-            keep = min(self._next_start, self._num_samples - self._window)
+            # Neither the next window nor one that ends with the clip starts earlier than this.
+            keep = self._num_samples - self._window
             kept = self._buffer[keep - self._buffer_start : held]
             self._buffer[: kept.size] = kept
             self._buffer_start, held = keep, kept.size
