@@ -176,7 +176,7 @@ def _encode_with_av(tracks: list[Samples], sample_rate_hz: int, chosen: Format) 
 
 
 def _add_audio(container: Any, chosen: Format, sample_rate_hz: int, num_channels: int) -> Any:
-    layout = {1: "mono", 2: "stereo"}[num_channels]
+    layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}[num_channels]
     stream = container.add_stream(chosen.codec, rate=sample_rate_hz, layout=layout)
     if chosen.bit_rate is not None:
         stream.bit_rate = chosen.bit_rate

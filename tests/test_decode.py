@@ -124,6 +124,14 @@ def test_channels_are_averaged(num_channels: int) -> None:
     np.testing.assert_allclose(decoded, samples.mean(axis=1), atol=1e-7)
 
 
+@pytest.mark.parametrize("num_channels", [6, 8])
+def test_surround_sound_is_averaged(num_channels: int) -> None:
+    samples = np.repeat(audio_factory.tone(1.0, 48_000), num_channels, axis=1)
+    decoded, facts = decode_whole(audio_factory.encode(samples, 48_000, "m4a"))
+    assert facts.channels == num_channels
+    assert np.argmax(np.abs(np.fft.rfft(decoded[:RATE]))) == 440
+
+
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000, 192_000])
 @pytest.mark.parametrize("piece_samples", [400, 7_777, 160_000])
 def test_streaming_equals_resampling_in_one_go(rate: int, piece_samples: int) -> None:

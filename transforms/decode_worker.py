@@ -744,23 +744,39 @@ class _FfmpegReader:
         self._bytes.close()
 
 
-_INTEGER_SCALES = {"u8": 1 / 128, "s16": 1 / 32_768, "s32": 1 / 2_147_483_648, "s64": 2.0**-63}
+# FFmpeg's sample formats, and what makes full scale 1.0 of each.
+_SAMPLE_FORMATS: dict[str, tuple[type[np.generic], float]] = {
+    "u8": (np.uint8, 2.0**-7),
+    "s16": (np.int16, 2.0**-15),
+    "s32": (np.int32, 2.0**-31),
+    "s64": (np.int64, 2.0**-63),
+    "flt": (np.float32, 1.0),
+    "dbl": (np.float64, 1.0),
+}
 
 
 def _to_float(frame: Any) -> FloatArray:
-    """PyAV samples, planar or packed, as float32 of shape (num_samples, num_channels)."""
-    samples: npt.NDArray[Any] = frame.to_ndarray()
+    """PyAV samples, planar or packed, as float32 of shape (num_samples, num_channels).
+
+    Reads the planes itself: with eight or more planar channels, PyAV counts one plane too many,
+    and its ``to_ndarray`` reads through a stray pointer.
+    """
+    dtype, scale = _SAMPLE_FORMATS[frame.format.name.removesuffix("p")]
     num_channels = frame.layout.nb_channels
-    samples = samples.T if frame.format.is_planar else samples.reshape(-1, num_channels)
-    scale = _INTEGER_SCALES.get(frame.format.name.removesuffix("p"))
-    if scale is None:
-        with np.errstate(all="ignore"):  # doubles beyond float32 become infinite: found later
+    if frame.format.is_planar:
+        planes = [np.frombuffer(frame.planes[index], dtype) for index in range(num_channels)]
+        samples = np.stack([plane[: frame.samples] for plane in planes], axis=1)
+    else:
+        packed = np.frombuffer(frame.planes[0], dtype)
+        samples = packed[: frame.samples * num_channels].reshape(-1, num_channels).copy()
+    with np.errstate(all="ignore"):  # doubles beyond float32 become infinite: found later
+        if dtype in (np.float32, np.float64):
             return np.asarray(samples, np.float32)
-    if samples.dtype == np.uint8:
-        samples = samples.astype(np.int16) - 128
-    if samples.dtype == np.int16:
-        return np.multiply(samples, np.float32(scale), dtype=np.float32)
-    return np.asarray(samples * scale, np.float32)
+        if dtype is np.uint8:
+            samples = samples.astype(np.int16) - 128
+        if samples.dtype == np.int16:
+            return np.multiply(samples, np.float32(scale), dtype=np.float32)
+        return np.asarray(samples * scale, np.float32)
 
 
 # From blocks to pieces
