@@ -379,7 +379,7 @@ def _labelling_job(context: typer.Context) -> Job:
             from pipeline.run import run_label
 
             return run_label(config, beam_options)
-        from pipeline.plan import run_plan
+        from pipeline.estimate import run_plan
 
         return run_plan(config, beam_options)
 

@@ -82,23 +82,25 @@ class RunPlan:
         return total
 
 
-def make_plan(config: RunConfig, *, is_remote: bool = False) -> RunPlan:
+def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool = True) -> RunPlan:
     """Plan a run; everything that can be wrong with the command is found here.
 
     Args:
         config: What to do.
         is_remote: Other machines will do it, so that this one's devices say nothing.
+        needs_output: There must be an output; without one, nothing is done already.
 
     Raises:
         UsageError: The config, the model, an input or the output is not right.
     """
-    inputs, output = _locations(config)
+    inputs = _inputs(config)
+    output = _output(config) if needs_output or config.output is not None else ""
     model = resolve_model(_model_name(config), _overrides(config))
     label = make_label_settings(config, model)
     if not is_remote:
         check_settings(label.inference)
     results = what_changes_results(config, label)
-    state = read_result(output)
+    state = read_result(output) if output else ResultState(output)
     if config.overwrite:
         check_removable(state)
     else:
@@ -108,7 +110,7 @@ def make_plan(config: RunConfig, *, is_remote: bool = False) -> RunPlan:
         window_s=label.windows.window_samples / label.windows.sample_rate_hz,
         hop_s=label.windows.hop_samples / label.windows.sample_rate_hz,
     )
-    found = find_inputs(inputs, exclude=output)
+    found = find_inputs(inputs, exclude=output or None)
     if config.limit is not None:
         found = limit_items(found, config.limit, sources)
     backlog = find_backlog(
@@ -137,14 +139,18 @@ def make_plan(config: RunConfig, *, is_remote: bool = False) -> RunPlan:
     )
 
 
-def _locations(config: RunConfig) -> tuple[list[str], str]:
+def _inputs(config: RunConfig) -> list[str]:
     if not config.inputs:
         raise ConfigError(
             "no INPUT: give audio files, folders, globs, tars, Parquet files or manifests"
         )
+    return [storage.normalise(text) for text in config.inputs]
+
+
+def _output(config: RunConfig) -> str:
     if config.output is None:
         raise ConfigError("no --output: give the folder that the result goes to")
-    return [storage.normalise(text) for text in config.inputs], storage.normalise(config.output)
+    return storage.normalise(config.output)
 
 
 def _model_name(config: RunConfig) -> str:
@@ -259,7 +265,9 @@ def _run_record(
         "config": {
             **config.resolved(),
             "inputs": list(inputs),
-            "output": storage.public_uri(storage.normalise(config.output or "")),
+            "output": storage.public_uri(storage.normalise(config.output))
+            if config.output
+            else None,
         },
         "results": dict(results),
         "input": {
@@ -324,12 +332,3 @@ def describe_done(plan: RunPlan) -> str:
     if backlog.num_retried:
         text += f"; {backlog.num_retried:,} failed items are tried again"
     return f"{text}."
-
-
-def run_plan(config: RunConfig, beam_options: list[str]) -> int:
-    """``earmark plan``: say what ``earmark label`` would do, and write nothing.
-
-    Returns:
-        The exit code, 0.
-    """
-    return 0

@@ -65,6 +65,8 @@ class Format:
         rates: Rates that it can hold, or None for any.
         with_video: A small video stream goes first.
         bit_rate: For encoders that need to be told.
+        sample_format: What PyAV's encoder is fed; None for 16 bit where it takes that.
+        compression_level: soundfile's, in [0, 1]; for Vorbis, 1 − quality / 10.
         options: Muxer options.
     """
 
@@ -75,6 +77,8 @@ class Format:
     rates: tuple[int, ...] | None = None
     with_video: bool = False
     bit_rate: int | None = None
+    sample_format: str | None = None
+    compression_level: float | None = None
     options: dict[str, str] = field(default_factory=dict)
 
 
@@ -119,9 +123,9 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def encode(samples: Samples, sample_rate_hz: int, format: str = "wav") -> bytes:
+def encode(samples: Samples, sample_rate_hz: int, format: str | Format = "wav") -> bytes:
     """Encoded bytes of samples of shape (num_samples,) or (num_samples, num_channels)."""
-    chosen = FORMATS[format]
+    chosen = FORMATS[format] if isinstance(format, str) else format
     samples = samples[:, None] if samples.ndim == 1 else samples
     if chosen.library == "soundfile":
         return _encode_with_soundfile(samples, sample_rate_hz, chosen)
@@ -136,7 +140,7 @@ def encode_video(
     return _encode_with_av(tracks, sample_rate_hz, chosen)
 
 
-def write(path: Path, samples: Samples, sample_rate_hz: int, format: str = "wav") -> Path:
+def write(path: Path, samples: Samples, sample_rate_hz: int, format: str | Format = "wav") -> Path:
     """``encode`` into a file; returns its path."""
     path.write_bytes(encode(samples, sample_rate_hz, format))
     return path
@@ -151,6 +155,7 @@ def _encode_with_soundfile(samples: Samples, sample_rate_hz: int, chosen: Format
         samples.shape[1],
         format=chosen.container,
         subtype=chosen.codec,
+        compression_level=chosen.compression_level,
     ) as file:
         # libsndfile overflows its stack when it is given minutes of Vorbis at once.
         for start in range(0, len(samples), sample_rate_hz):
@@ -181,7 +186,8 @@ def _add_audio(container: Any, chosen: Format, sample_rate_hz: int, num_channels
     if chosen.bit_rate is not None:
         stream.bit_rate = chosen.bit_rate
     names = [supported.name for supported in stream.codec_context.codec.audio_formats or []]
-    stream.codec_context.format = next((n for n in ("s16", "s16p", *names) if n in names), "s16")
+    wanted = chosen.sample_format or next((n for n in ("s16", "s16p", *names) if n in names), "s16")
+    stream.codec_context.format = wanted
     return stream
 
 
@@ -213,9 +219,10 @@ def _encode_audio_frames(
             block = np.round(block.astype(np.float64) * 2**31).astype(np.int32)
         planar = name.endswith("p")
         array = block.T if planar else block.reshape(1, -1)
-        frame = av.AudioFrame.from_ndarray(
-            np.ascontiguousarray(array), format=name, layout=stream.layout.name
-        )
+        frame = av.AudioFrame(name, stream.layout.name, len(block), align=1)
+        # PyAV's from_ndarray fails for eight planar channels: it counts one plane too many.
+        for plane, row in zip(frame.planes, np.ascontiguousarray(array), strict=False):
+            plane.update(row)
         frame.sample_rate, frame.pts = sample_rate_hz, start
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))

@@ -45,3 +45,27 @@ def write_tiny_model(folder: Path, seed: int = 0, **changes: object) -> Path:
     randomise(model, seed)
     save_pretrained(model, folder, mean=MEAN, std=STD)
     return folder
+
+
+def write_transformers_model(folder: Path, seed: int = 0, **changes: object) -> Path:
+    """The shape of ``tiny_config``, in a folder that transformers itself wrote."""
+    import transformers
+
+    config = transformers.ASTConfig(
+        **{
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "frequency_stride": 16,
+            "time_stride": 16,
+            "id2label": dict(enumerate(TINY_LABELS)),
+            "problem_type": "multi_label_classification",
+            **changes,
+        }
+    )
+    model = transformers.ASTForAudioClassification(config).eval()
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    transformers.ASTFeatureExtractor(mean=MEAN, std=STD).save_pretrained(folder)
+    return folder

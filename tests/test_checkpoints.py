@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import pickle
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import safetensors.torch
 import torch
 import transformers
 
+from tests.fake_hub import COMMIT, TOKEN, FakeHub, serve_hub
 from tests.test_spectrogram_transformer import TINY, assert_close, make_input, make_pair, randomise
 from transforms import checkpoints
 from transforms.checkpoints import (
@@ -713,79 +712,21 @@ def test_a_model_of_other_blocks_cannot_start_from_it(folder: Path, field: str, 
 
 # --- The hub -------------------------------------------------------------------------------
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_averysecrettokenofthetests"
-
-
-class FakeHub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download needs; ``root`` holds the files of org/tiny."""
-
-    root: Path
-    requests: list[str]
-    status: int
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def answer(self, with_body: bool) -> None:
-        type(self).requests.append(f"{self.command} {self.path} {self.headers['authorization']}")
-        path, body, error = self.path.split("?")[0], b"", ""
-        if self.status != 200:
-            self.reply(self.status, b"", {"X-Error-Message": f"broken for {TOKEN}"})
-            return
-        if path in ("/api/models/org/tiny", "/api/models/org/tiny/revision/v1"):
-            siblings = [{"rfilename": file.name} for file in sorted(self.root.iterdir())]
-            info = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings,
-                    "cardData": {"license": "bsd-3-clause"}}  # fmt: skip
-            body = json.dumps(info).encode()
-        elif path.startswith("/api/models/org/tiny/revision/"):
-            error = "RevisionNotFound"
-        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
-            body = (self.root / path.rpartition("/")[2]).read_bytes()
-        else:
-            error = "RepoNotFound"
-        etag = hashlib.sha256(body).hexdigest()
-        headers = {"X-Error-Code": error} if error else {"X-Repo-Commit": COMMIT, "ETag": etag}
-        self.reply(404 if error else 200, body if with_body else b"", headers, len(body))
-
-    def reply(
-        self, status: int, body: bytes, headers: dict[str, str], length: int | None = None
-    ) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
-
 
 @pytest.fixture
 def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
     """A hub on this machine, and an empty cache."""
-    handler = type("Handler", (FakeHub,), {"root": folder, "requests": [], "status": 200})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serve_hub(folder) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
 
 
 def test_a_hub_model_is_pinned_and_loaded(hub: type[FakeHub], folder: Path) -> None:

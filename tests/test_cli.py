@@ -58,11 +58,15 @@ class Calls(list[tuple[Any, ...]]):
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Stands in for the work of every command."""
     calls = Calls()
-    for name in ("run_label", "run_plan", "run_verify", "run_export"):
-        module = {"run_label": "run"}.get(name, name.removeprefix("run_"))
-        fake = ModuleType(f"pipeline.{module}")
+    for module, name in (
+        ("pipeline.run", "run_label"),
+        ("pipeline.estimate", "run_plan"),
+        ("pipeline.verify", "run_verify"),
+        ("pipeline.export", "run_export"),
+    ):
+        fake = ModuleType(module)
         setattr(fake, name, calls.take)
-        monkeypatch.setitem(sys.modules, f"pipeline.{module}", fake)
+        monkeypatch.setitem(sys.modules, module, fake)
     monkeypatch.delenv("EARMARK_DEBUG", raising=False)
     return calls
 

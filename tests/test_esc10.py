@@ -21,7 +21,7 @@ import transformers
 from pipeline.config import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify
-from tests.model_factory import MEAN, STD, TINY_LABELS, randomise
+from tests.model_factory import write_transformers_model
 
 CLIPS_PER_SHARD = 80
 
@@ -29,22 +29,7 @@ CLIPS_PER_SHARD = 80
 @pytest.fixture(scope="module")
 def transformers_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that transformers itself wrote, random in every parameter."""
-    folder = tmp_path_factory.mktemp("transformers-model")
-    config = transformers.ASTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        frequency_stride=16,
-        time_stride=16,
-        id2label=dict(enumerate(TINY_LABELS)),
-        problem_type="multi_label_classification",
-    )
-    model = transformers.ASTForAudioClassification(config).eval()
-    randomise(model)
-    model.save_pretrained(folder)
-    transformers.ASTFeatureExtractor(mean=MEAN, std=STD).save_pretrained(folder)
-    return folder
+    return write_transformers_model(tmp_path_factory.mktemp("transformers-model"))
 
 
 def label(model: Path, inputs: list[Path], output: Path) -> dict[str, dict[str, Any]]:

@@ -769,14 +769,13 @@ def _to_float(frame: Any) -> FloatArray:
     else:
         packed = np.frombuffer(frame.planes[0], dtype)
         samples = packed[: frame.samples * num_channels].reshape(-1, num_channels).copy()
+    if dtype is np.uint8:
+        samples = samples.astype(np.int16) - 128
+    if samples.dtype == np.int16:
+        product: FloatArray = np.multiply(samples, np.float32(scale), dtype=np.float32)
+        return product
     with np.errstate(all="ignore"):  # doubles beyond float32 become infinite: found later
-        if dtype in (np.float32, np.float64):
-            return np.asarray(samples, np.float32)
-        if dtype is np.uint8:
-            samples = samples.astype(np.int16) - 128
-        if samples.dtype == np.int16:
-            return np.multiply(samples, np.float32(scale), dtype=np.float32)
-        return np.asarray(samples * scale, np.float32)
+        return np.asarray(samples if scale == 1.0 else samples * scale, np.float32)
 
 
 # From blocks to pieces

@@ -124,7 +124,7 @@ class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]])
         handler = ASTModelHandler(settings.model, settings.inference)
         events: PCollection[UnitEvent] = (
             units
-            | "Decode" >> DecodeAudio(settings.decode, _read)
+            | "Decode" >> DecodeAudio(settings.decode, read_items)
             | "Cut into windows" >> CutWindows(settings.windows)
             | "Extract fbank" >> ExtractFbank(settings.fbank)
             | "Key features" >> beam.Map(_key_features)
@@ -134,7 +134,7 @@ class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]])
         return events
 
 
-def _read(unit: WorkUnit) -> Iterator[EncodedClip | Failure]:
+def read_items(unit: WorkUnit) -> Iterator[EncodedClip | Failure]:
     """Everything in a unit: what planning knows cannot be read, and the rest as it is read."""
     yield from unit.failures
     yield from read_unit(unit)

@@ -1,0 +1,194 @@
+"""``earmark plan``: how much audio there is, and how long labelling it would take here.
+
+A few clips are decoded for good, spread over everything to do; the audio per encoded byte of each
+kind of file is taken over to the rest. The model is timed on one batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from rich.console import Console
+
+from pipeline.config import RunConfig
+from pipeline.plan import RunPlan, describe_plan, make_plan
+from pipeline.progress import format_audio, format_duration
+from transforms.clip_ids import WindowEstimate, extension
+from transforms.decode import DecodePool
+from transforms.inference import ASTModelHandler, TorchEngine
+from transforms.label_audio import LabelSettings, read_items
+from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit
+
+SAMPLED_UNITS = 8
+SAMPLED_CLIPS_PER_UNIT = 4
+
+# Decoding a whole recording of hours would make planning slow; its size says enough.
+MAX_SAMPLED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What decoding some clips of one kind of file showed.
+
+    Attributes:
+        clips: How many.
+        num_bytes: Their encoded size.
+        audio_s: Their length in seconds.
+        windows: Their windows.
+    """
+
+    clips: int = 0
+    num_bytes: int = 0
+    audio_s: float = 0.0
+    windows: int = 0
+
+    def __add__(self, other: Sample) -> Sample:
+        return Sample(
+            self.clips + other.clips,
+            self.num_bytes + other.num_bytes,
+            self.audio_s + other.audio_s,
+            self.windows + other.windows,
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How much there is to do.
+
+    Attributes:
+        sampled_clips: Clips that were decoded to know.
+        failed_clips: Clips of the sample that could not be decoded.
+        audio_s: Seconds of audio.
+        windows: Windows.
+    """
+
+    sampled_clips: int
+    failed_clips: int
+    audio_s: float
+    windows: int
+
+
+def run_plan(config: RunConfig, beam_options: list[str]) -> int:
+    """Say what ``earmark label`` would do and how long it would take; write nothing.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: Something is wrong with the command.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    plan = make_plan(config, needs_output=False)
+    for line in describe_plan(plan):
+        console.print(line, markup=False)
+    if plan.units:
+        estimate = estimate_work(plan)
+        engine = ASTModelHandler(plan.label.model, plan.label.inference).load_model()
+        window_s = time_window(engine, plan.label)
+        for line in describe_estimate(estimate, window_s, engine.name):
+            console.print(line, markup=False)
+    return 0
+
+
+def describe_estimate(estimate: Estimate, window_s: float, engine: str) -> list[str]:
+    """The estimate in words."""
+    lines = [
+        f"Estimate from {estimate.sampled_clips} clips: {format_audio(estimate.audio_s)} of audio, "
+        f"{estimate.windows:,} windows.",
+        f"Time on this machine: about {format_duration(estimate.windows * window_s)} "
+        f"({window_s:.3g} s a window, {engine}).",
+    ]
+    if estimate.failed_clips:
+        lines.append(
+            f"{estimate.failed_clips} of the clips tried could not be decoded; "
+            "they would be rows in errors."
+        )
+    return lines
+
+
+def estimate_work(plan: RunPlan) -> Estimate:
+    """Audio and windows of the units to do, from a few clips of them."""
+    windows = plan.label.windows
+    rate_hz = windows.sample_rate_hz
+    guess = WindowEstimate(windows.window_samples / rate_hz, windows.hop_samples / rate_hz)
+    samples, failed = sample_units(plan.units, plan.label, guess)
+    everything = sum(samples.values(), Sample())
+    audio_s, num_windows = 0.0, 0.0
+    for unit in plan.units:
+        for kind, num_bytes in unit_bytes(unit):
+            sample = samples.get(kind) or everything
+            if sample.num_bytes:
+                audio_s += num_bytes * sample.audio_s / sample.num_bytes
+                num_windows += num_bytes * sample.windows / sample.num_bytes
+            else:
+                num_windows += unit.estimated_windows
+                audio_s += unit.estimated_windows * guess.hop_s
+    return Estimate(everything.clips, failed, audio_s, round(num_windows))
+
+
+def unit_bytes(unit: WorkUnit) -> Iterator[tuple[str, int]]:
+    """Encoded bytes of a unit by kind of file; a container's as a whole."""
+    container = unit.container
+    if container is None:
+        for item in unit.items:
+            yield extension(item.uri), item.size or 0
+    elif unit.kind == "tar" and not unit.items:
+        stop = container.size if container.stop is None else container.stop
+        yield unit.kind, (stop or 0) - container.start
+    else:
+        # Rows say nothing of their bytes: what planning took for a window counts as one.
+        yield unit.kind, 0
+
+
+def sample_units(
+    units: Sequence[WorkUnit], settings: LabelSettings, guess: WindowEstimate
+) -> tuple[dict[str, Sample], int]:
+    """Decode a few clips of a few units, spread evenly.
+
+    Returns:
+        What was found, by kind of file, and how many clips could not be decoded.
+    """
+    samples: dict[str, Sample] = defaultdict(Sample)
+    failed = 0
+    step = max(1, len(units) // SAMPLED_UNITS)
+    with DecodePool(settings.decode) as pool:
+        for unit in islice(units[::step], SAMPLED_UNITS):
+            clips = list(islice(_small_clips(unit), SAMPLED_CLIPS_PER_UNIT))
+            for result in pool.stream(unit.unit_id, clips):
+                if isinstance(result, ItemFailure):
+                    failed += 1
+                elif result.facts is not None:
+                    clip = clips[result.item_index]
+                    kind = unit.kind if unit.container else extension(result.item.uri)
+                    duration_s = result.facts.duration_s
+                    samples[kind] += Sample(
+                        1, _num_bytes(clip), duration_s, guess.of_duration(duration_s)
+                    )
+    return dict(samples), failed
+
+
+def _small_clips(unit: WorkUnit) -> Iterator[EncodedClip | Failure]:
+    for clip in read_items(unit):
+        if _num_bytes(clip) <= MAX_SAMPLED_BYTES:
+            yield clip
+
+
+def _num_bytes(clip: EncodedClip | Failure) -> int:
+    if isinstance(clip, EncodedClip) and clip.data is not None:
+        return len(clip.data)
+    return clip.item.size or 0
+
+
+def time_window(engine: TorchEngine, settings: LabelSettings) -> float:
+    """Seconds per window of one batch, after one to warm up."""
+    size = settings.inference.batch_size or 4
+    batch = np.zeros((size, settings.fbank.num_frames, settings.fbank.num_mel_bins), np.float32)
+    engine.predict(batch)
+    began = time.perf_counter()
+    engine.predict(batch)
+    return (time.perf_counter() - began) / size
