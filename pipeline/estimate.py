@@ -6,6 +6,7 @@ kind of file is taken over to the rest. The model is timed on one batch.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from transforms.label_audio import LabelSettings, read_items
 from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit
 
 SAMPLED_UNITS = 8
-SAMPLED_CLIPS_PER_UNIT = 4
+SAMPLED_CLIPS = 32
 
 # Decoding a whole recording of hours would make planning slow; its size says enough.
 MAX_SAMPLED_BYTES = 64 << 20
@@ -122,27 +123,30 @@ def estimate_work(plan: RunPlan) -> Estimate:
     for unit in plan.units:
         for kind, num_bytes in unit_bytes(unit):
             sample = samples.get(kind) or everything
-            if sample.num_bytes:
-                audio_s += num_bytes * sample.audio_s / sample.num_bytes
-                num_windows += num_bytes * sample.windows / sample.num_bytes
-            else:
-                num_windows += unit.estimated_windows
+            if not sample.num_bytes or num_bytes is None:
+                # Nothing to go by but what planning took for the unit's work.
                 audio_s += unit.estimated_windows * guess.hop_s
+                num_windows += unit.estimated_windows
+                continue
+            duration_s = num_bytes * sample.audio_s / sample.num_bytes
+            audio_s += duration_s
+            if unit.container is None:
+                num_windows += guess.of_duration(duration_s)
+            else:
+                num_windows += num_bytes * sample.windows / sample.num_bytes
     return Estimate(everything.clips, failed, audio_s, round(num_windows))
 
 
-def unit_bytes(unit: WorkUnit) -> Iterator[tuple[str, int]]:
-    """Encoded bytes of a unit by kind of file; a container's as a whole."""
+def unit_bytes(unit: WorkUnit) -> Iterator[tuple[str, int | None]]:
+    """Encoded bytes by kind of file: of each file, or of a slice of a tar; None if not known."""
     container = unit.container
     if container is None:
         for item in unit.items:
             yield extension(item.uri), item.size or 0
-    elif unit.kind == "tar" and not unit.items:
-        stop = container.size if container.stop is None else container.stop
-        yield unit.kind, (stop or 0) - container.start
+    elif unit.kind == "tar" and not unit.items and container.size is not None:
+        yield unit.kind, (container.stop or container.size) - container.start
     else:
-        # Rows say nothing of their bytes: what planning took for a window counts as one.
-        yield unit.kind, 0
+        yield unit.kind, None
 
 
 def sample_units(
@@ -155,10 +159,11 @@ def sample_units(
     """
     samples: dict[str, Sample] = defaultdict(Sample)
     failed = 0
-    step = max(1, len(units) // SAMPLED_UNITS)
+    chosen = units[:: max(1, len(units) // SAMPLED_UNITS)][:SAMPLED_UNITS]
+    clips_per_unit = max(1, SAMPLED_CLIPS // max(1, len(chosen)))
     with DecodePool(settings.decode) as pool:
-        for unit in islice(units[::step], SAMPLED_UNITS):
-            clips = list(islice(_small_clips(unit), SAMPLED_CLIPS_PER_UNIT))
+        for unit in chosen:
+            clips = list(islice(_small_clips(_thinned(unit, clips_per_unit)), clips_per_unit))
             for result in pool.stream(unit.unit_id, clips):
                 if isinstance(result, ItemFailure):
                     failed += 1
@@ -170,6 +175,12 @@ def sample_units(
                         1, _num_bytes(clip), duration_s, guess.of_duration(duration_s)
                     )
     return dict(samples), failed
+
+
+def _thinned(unit: WorkUnit, num_items: int) -> WorkUnit:
+    """The unit with no more of its listed items than are wanted, spread evenly."""
+    step = max(1, len(unit.items) // num_items)
+    return dataclasses.replace(unit, items=unit.items[::step])
 
 
 def _small_clips(unit: WorkUnit) -> Iterator[EncodedClip | Failure]:

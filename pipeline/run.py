@@ -69,6 +69,7 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
     started = time.monotonic()
     if plan.units:
         run_graph(plan, options, finish, config.quiet)
+        storage.remove_empty_folder(storage.join(plan.output, storage.STAGING_FOLDER))
     else:
         finish(RunTotals())
     return report(plan.output, config, time.monotonic() - started)

@@ -166,22 +166,22 @@ def assert_same_rows(out: Path, expected: Path) -> None:
     for part in ("windows", "clips"):
         found, wanted = rows_of(out, part), rows_of(expected, part)
         assert [without_numbers(row) for row in found] == [without_numbers(row) for row in wanted]
-        for key in ("embedding", "scores_of_labels"):
+        for numbers in (embedding_of, scores_of):
             np.testing.assert_allclose(
-                [numbers(row, key) for row in found],
-                [numbers(row, key) for row in wanted],
-                rtol=0,
-                atol=1e-5,
+                [numbers(row) for row in found], [numbers(row) for row in wanted], rtol=0, atol=1e-5
             )
 
 
 def without_numbers(row: dict[str, Any]) -> dict[str, Any]:
-    names = [label["name"] for label in row["labels"]]
-    return {**row, "embedding": None, "labels": names}
+    return {**row, "embedding": None, "labels": [label["name"] for label in row["labels"]]}
 
 
-def numbers(row: dict[str, Any], key: str) -> list[float]:
-    return row[key] if key in row else [label["score"] for label in row["labels"]]
+def embedding_of(row: dict[str, Any]) -> list[float]:
+    return list(row["embedding"])
+
+
+def scores_of(row: dict[str, Any]) -> list[float]:
+    return [label["score"] for label in row["labels"]]
 
 
 def test_a_run_killed_twice_gives_what_an_uninterrupted_one_gives(

@@ -1,0 +1,81 @@
+"""``earmark plan``: it says what there is and how long it takes, and writes nothing."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from pipeline.config import RunConfig
+from pipeline.estimate import estimate_work, run_plan
+from pipeline.plan import make_plan
+
+RATE_HZ = 16_000
+
+
+def config_of(model: Path, *inputs: Path, **changes: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "inputs": [str(path) for path in inputs],
+            "model": {"name": str(model)},
+            "inference": {"precision": "fp32", "device": "cpu", "batch_size": 1},
+            "decode": {"processes": 1},
+            "units": {"windows": 8},
+            **changes,
+        }
+    )
+
+
+def write_noise(path: Path, duration_s: float) -> Path:
+    noise = np.random.default_rng(0).normal(0, 0.1, round(duration_s * RATE_HZ))
+    soundfile.write(path, noise, RATE_HZ, subtype="PCM_16")
+    return path
+
+
+def test_hours_and_windows_come_from_a_sample(tiny_model: Path, tmp_path: Path) -> None:
+    for index in range(20):
+        write_noise(tmp_path / f"short-{index:02}.wav", 2.0)
+    write_noise(tmp_path / "long.wav", 100.0)
+    plan = make_plan(config_of(tiny_model, tmp_path), needs_output=False)
+    estimate = estimate_work(plan)
+    assert estimate.audio_s == pytest.approx(140.0, rel=0.01)
+    assert estimate.windows == 20 + 10
+    assert estimate.failed_clips == 0
+
+
+def test_a_tar_is_estimated_from_its_bytes(tiny_model: Path, tmp_path: Path) -> None:
+    clip = write_noise(tmp_path / "clip.wav", 5.0).read_bytes()
+    with tarfile.open(tmp_path / "clips.tar", "w") as archive:
+        for index in range(50):
+            info = tarfile.TarInfo(f"{index}.wav")
+            info.size = len(clip)
+            archive.addfile(info, io.BytesIO(clip))
+    plan = make_plan(config_of(tiny_model, tmp_path / "clips.tar"), needs_output=False)
+    estimate = estimate_work(plan)
+    assert estimate.audio_s == pytest.approx(250.0, rel=0.05)
+    assert estimate.windows == pytest.approx(50, rel=0.05)
+
+
+def test_the_plan_is_printed_and_nothing_is_written(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clips").mkdir()
+    for index in range(3):
+        write_noise(tmp_path / "clips" / f"{index}.wav", 2.0)
+    (tmp_path / "clips" / "bad.wav").write_bytes(b"no audio")
+    (tmp_path / "clips" / "notes.txt").write_text("notes")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    config = config_of(tiny_model, tmp_path / "clips", output=str(tmp_path / "out"))
+    assert run_plan(config, []) == 0
+    printed = capsys.readouterr().out
+    assert "5 labels (sigmoid), windows of 10.255 s" in printed
+    assert "Found: 4 files or segments." in printed
+    assert "left aside: 1 .txt" in printed
+    assert "Estimate from 3 clips: 6 s of audio, 4 windows." in printed
+    assert "Time on this machine: about" in printed
+    assert "1 of the clips tried could not be decoded" in printed
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -1,0 +1,183 @@
+"""What the README tells people to do, done: its commands, its SQL, its Python."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+import typer
+
+from pipeline import cli
+from pipeline.config import load_config
+from tests.fake_hub import serve_hub
+from tests.model_factory import write_tiny_model
+from transforms.labels import audioset_labels
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODEL = "MIT/ast-finetuned-audioset-10-10-0.4593"
+SAMPLES = sorted(
+    path.name
+    for path in (ROOT / "samples").iterdir()
+    if path.suffix in {".wav", ".flac", ".ogg", ".mp3"}
+)
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def block(marker: str) -> str:
+    """The code block behind a marker of the README."""
+    (found,) = re.findall(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """One in which the hub is on this machine, and its model small but of the real width."""
+    folder = tmp_path_factory.mktemp("hub")
+    model = write_tiny_model(
+        folder / "model",
+        hidden_size=768,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        problem_type=None,
+        id2label=dict(enumerate(label.name for label in audioset_labels())),
+        label2id={},
+        num_labels=527,
+    )
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("HF_")}
+    with serve_hub(model, MODEL) as hub:
+        yield {
+            **kept,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(folder / "home"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+
+
+def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def labelled(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's first command makes of the samples."""
+    out: Path = tmp_path_factory.mktemp("readme") / "out"
+    install, command = block("label-command").splitlines()
+    assert install == "python3 -m venv .venv && .venv/bin/pip install ."
+    program, *arguments = shlex.split(command)
+    assert (program, arguments[-2:]) == (".venv/bin/earmark", ["--output", "out"])
+    done = run([sys.executable, "-m", "pipeline", *arguments[:-1], str(out)], environment)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_first_command_labels_every_sample(labelled: Path) -> None:
+    table = pq.read_table(labelled / "clips")
+    assert sorted(Path(name).name for name in table["clip_id"].to_pylist()) == SAMPLES
+    assert len(SAMPLES) == 10
+    assert not list(labelled.glob("errors/*"))
+    names = {label.name for label in audioset_labels()}
+    for labels in table["labels"].to_pylist():
+        assert len(labels) == 10
+        assert {label["name"] for label in labels} <= names
+        assert all(label["id"].startswith("/") for label in labels)
+
+
+def test_the_output_is_what_the_readme_draws(labelled: Path) -> None:
+    tree = README.split("```\nout/\n")[1].split("```")[0]
+    drawn = {line.split()[0].split("/")[0] for line in tree.splitlines()}
+    assert {path.name for path in labelled.iterdir()} - {"_staging"} == drawn - {"errors"}
+
+
+def test_the_queries_find_something(labelled: Path) -> None:
+    statements = block("query").replace("'out/", f"'{labelled}/").split(";")
+    surest, nearest = (duckdb.sql(text).fetchall() for text in statements if text.strip())
+    assert sorted(Path(row[0]).name for row in surest) == SAMPLES
+    assert [row[2] for row in surest] == sorted((row[2] for row in surest), reverse=True)
+    assert len(nearest) == 3
+    assert not any("rain" in Path(name).name for name, _ in nearest)
+    assert [row[1] for row in nearest] == sorted((row[1] for row in nearest), reverse=True)
+
+
+def test_the_python_prints_the_labels_of_a_sound(environment: dict[str, str]) -> None:
+    done = run([sys.executable, "-c", block("python")], environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line.partition(" ") for line in done.stdout.splitlines()]
+    scores = [float(score) for score, _, _ in lines]
+    assert len(lines) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert {name for _, _, name in lines} <= {label.name for label in audioset_labels()}
+
+
+def test_the_test_command_is_what_ci_runs() -> None:
+    install, tests = block("test-command").splitlines()
+    assert install == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]'"
+    assert tests == ".venv/bin/python -m pytest"
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    # The script takes the block from the README, by this very command.
+    (extract,) = re.findall(r"^test_commands\(\) \{\n(.*?)^\}", script, re.DOTALL | re.MULTILINE)
+    done = run(["bash", "-c", extract], dict(os.environ))
+    assert done.stdout.splitlines() == [install, tests]
+    assert 'run "$commands"' in script
+
+
+def options_of(command: str) -> set[str]:
+    """Every spelling of every option of a command."""
+    commands: Any = typer.main.get_command(cli.app)
+    found = commands.commands[command]
+    return {
+        name for parameter in found.params for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+
+
+def test_every_option_in_the_readme_exists() -> None:
+    text = README.replace("--index-url", "")  # pip's
+    known = options_of("label") | options_of("export") | {"--help"}
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - {"--runner"}
+    assert mentioned <= known
+    assert len(mentioned) > 5
+
+
+def test_every_command_in_the_readme_exists() -> None:
+    commands: Any = typer.main.get_command(cli.app)
+    mentioned = set(re.findall(r"(?:`|/)earmark ([a-z]+)", README))
+    assert {"label", "plan", "verify", "export", "models"} <= mentioned <= set(commands.commands)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_commands_that_head_a_config_are_right(path: Path) -> None:
+    head = path.read_text(encoding="utf-8")
+    lines = re.findall(r"^#   earmark (.*)$", head, re.MULTILINE)
+    assert lines
+    for line in lines:
+        command, *arguments = shlex.split(line)
+        assert {word for word in arguments if word.startswith("--")} <= options_of(command)
+        named = arguments[arguments.index("--config") + 1] if "--config" in arguments else None
+        if named not in (None, "mine.yaml"):
+            assert named == path.stem
+        if path.name != "default.yaml":
+            assert load_config(named, (), {}) == load_config(str(path), (), {})
+        for key in re.findall(r"--set (\S+)=", line):
+            load_config(None, [f"{key}=0.25"], {})
+
+
+def test_the_sample_files_readme_names_a_command_that_works() -> None:
+    text = (ROOT / "samples" / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^    earmark (.*)$", text, re.MULTILINE)
+    command, *arguments = shlex.split(line)
+    assert command == "label"
+    assert {word for word in arguments if word.startswith("--")} <= options_of(command)
+    # Nothing is bundled yet: without a model the command is refused.
+    assert "--model" in arguments or "--config" in arguments
