@@ -36,7 +36,8 @@ class Backlog:
         vanished_kept_items: Items in them that are not.
         vanished_carried_items: Items that units to do take over from replaced ones, because they
             are not in the input.
-        retried_carried_items: Items that units to do take over because they were labelled.
+        retried_carried_items: Items in the input that units to do take over, because only the
+            failed ones beside them are tried again.
         num_redone: Units to do that replace one with a changed item.
         num_retried: Failed items to be tried again.
     """
@@ -81,12 +82,15 @@ def find_backlog(
     inventory = _Inventory(found)
     changed = [commit for commit in commits.values() if inventory.is_changed(commit)]
     changed_ids = {commit.unit_id for commit in changed}
-    kept = {unit_id: commit for unit_id, commit in commits.items() if unit_id not in changed_ids}
-    redone = _redo(changed, inventory, kept, settings)
-    retried = [] if retry_from is None else _retry(retry_from, kept.values(), inventory)
-    retried_from = [kept.pop(unit.replaces[0]).totals for unit in retried]
+    same = {unit_id: commit for unit_id, commit in commits.items() if unit_id not in changed_ids}
+    redone = _redo(changed, inventory, same, settings)
+    retried = [] if retry_from is None else _retry(retry_from, same.values(), inventory)
+    retried_from = [same[unit.replaces[0]].totals for unit in retried]
     known = {item.clip_id for commit in commits.values() for item in commit.ledger.items}
-    fresh = _plan_fresh(found, known, kept, {c.uri for c in _changed_slices(changed)}, settings)
+    # A slice that is tried again is not fresh: what is to be done of it stands in `retried`.
+    fresh = _plan_fresh(found, known, same, {c.uri for c in _changed_slices(changed)}, settings)
+    replaced = {unit.replaces[0] for unit in retried}
+    kept = {unit_id: commit for unit_id, commit in same.items() if unit_id not in replaced}
     found_kept = sum(inventory.num_found(commit) for commit in kept.values())
     return Backlog(
         units=(*redone, *retried, *fresh),
@@ -94,15 +98,22 @@ def find_backlog(
         found_kept_items=found_kept,
         vanished_kept_items=sum(commit.totals.items for commit in kept.values()) - found_kept,
         vanished_carried_items=sum(
-            len(unit.carried.clip_ids or ()) for unit in redone if unit.carried is not None
+            len(unit.carried.clip_ids - inventory.items.keys())
+            for unit in (*redone, *retried)
+            if unit.carried is not None and unit.carried.clip_ids is not None
         ),
         retried_carried_items=sum(
             totals.clips
+            if unit.carried.clip_ids is None
+            else len(unit.carried.clip_ids & inventory.items.keys())
             for unit, totals in zip(retried, retried_from, strict=True)
             if unit.carried is not None
         ),
         num_redone=len(redone),
-        num_retried=sum(totals.failures for totals in retried_from),
+        num_retried=sum(
+            len(unit.items) + len(unit.failures) or totals.failures
+            for unit, totals in zip(retried, retried_from, strict=True)
+        ),
     )
 
 
@@ -172,9 +183,7 @@ def _redo(
             slices[commit.ledger.container.uri].append(commit.unit_id)
             continue
         names = [entry.clip_id for entry in commit.ledger.items]
-        gone = frozenset(name for name in names if name not in inventory.items)
-        carried = Carried(commit.unit_id, gone) if gone else None
-        units.append(_unit_of(commit, names, inventory, carried))
+        units.append(_unit_of(commit, names, inventory))
     for uri, replaced in slices.items():
         covered = _covered(kept)
         first, *rest = plan_units([], [inventory.wholes[uri]], settings, covered=covered)
@@ -197,7 +206,7 @@ def _retry(output: str, kept: Iterable[Commit], inventory: _Inventory) -> list[W
             continue
         names = [row["clip_id"] for row in rows if row["clip_id"] in inventory.items]
         if names:
-            units.append(_unit_of(commit, names, inventory, Carried(commit.unit_id)))
+            units.append(_unit_of(commit, names, inventory))
     return units
 
 
@@ -227,11 +236,14 @@ def _retried_slice(
     return dataclasses.replace(unit, carried=Carried(commit.unit_id))
 
 
-def _unit_of(
-    commit: Commit, names: Sequence[str], inventory: _Inventory, carried: Carried | None
-) -> WorkUnit:
-    """One unit of those items of a commit that are found, in place of the commit's own."""
+def _unit_of(commit: Commit, names: Sequence[str], inventory: _Inventory) -> WorkUnit:
+    """One unit of the items named that are found, in place of the commit's own.
+
+    It takes over the rows of all the commit's other items, the failed ones among them: each item
+    that a ledger lists has a row.
+    """
     there = [name for name in names if name in inventory.items]
+    others = frozenset(entry.clip_id for entry in commit.ledger.items).difference(there)
     failures = tuple(inventory.failures[name] for name in there if name in inventory.failures)
     items = tuple(inventory.items[name] for name in there if name not in inventory.failures)
     container = None
@@ -239,7 +251,7 @@ def _unit_of(
         asked = inventory.asked[commit.ledger.container.uri]
         container = _slice_of(asked, 0, None)
     unit = _rebuilt(commit, commit.ledger.kind, items, failures, container)
-    return dataclasses.replace(unit, carried=carried)
+    return dataclasses.replace(unit, carried=Carried(commit.unit_id, others) if others else None)
 
 
 def _rebuilt(

@@ -31,7 +31,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from transforms import storage
-from transforms.commit import COMMITS, PARTS, part_url, read_commits
+from transforms.commit import COMMITS, PARTS, open_part, part_url, read_commits
 from transforms.errors import InputError, OutputError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -270,14 +270,14 @@ class _Result:
     def clips(self, unit_id: str, columns: Sequence[str]) -> pa.Table:
         """Some columns of a unit's clips."""
         with self._open("clips", unit_id) as file:
-            return file.read(columns=list(columns))
+            return file.read(columns=list(columns), use_threads=False)
 
     def label_rows(self, unit_id: str, settings: ExportSettings) -> Iterator[pa.Table]:
         """A unit's labels, batch by batch; see ``label_rows``."""
         clips = self.clips(unit_id, ["clip_id", "uri", "member", "row", "sample_rate_hz"])
         columns = ["clip_id", "start_s", "end_s", "labels"]
         with self._open("windows", unit_id) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
                 yield label_rows(pa.Table.from_batches([batch]), clips, settings)
 
     def check_top_k(self, top_k: int) -> None:
@@ -288,7 +288,7 @@ class _Result:
         """
         for unit_id in self.unit_ids:
             with self._open("clips", unit_id) as file:
-                labels = file.read(columns=["labels"])["labels"]
+                labels = file.read(columns=["labels"], use_threads=False)["labels"]
                 known = (file.schema_arrow.metadata or {}).get(b"earmark.labels")
             if len(labels) and known:
                 stored = len(labels[0])
@@ -303,7 +303,7 @@ class _Result:
     def _open(self, part: str, unit_id: str) -> Iterator[pq.ParquetFile]:
         url = part_url(self.folder, part, unit_id)
         try:
-            with storage.open_read(url) as stream, pq.ParquetFile(stream) as file:
+            with open_part(self.folder, part, unit_id) as file:
                 yield file
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise OutputError(

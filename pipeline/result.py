@@ -92,10 +92,16 @@ def read_result(output: str) -> ResultState:
     """Read the state of an output folder; an absent or empty one is an empty state.
 
     Raises:
-        OutputError: The folder is a file, or ``run.json`` is not Earmark's.
+        OutputError: The folder cannot be reached or is a file, or ``run.json`` is not Earmark's.
     """
-    if not storage.exists(output):
-        return ResultState(output)
+    try:
+        if not storage.exists(output):
+            return ResultState(output)
+    except OSError as error:
+        raise OutputError(
+            f"{error}. Check --output {storage.public_uri(output)} and the rights to it, or give "
+            "another."
+        ) from error
     if not storage.is_folder(output):
         raise OutputError(f"{output} is a file; --output needs a folder. Give another path.")
     run = read_run(output)

@@ -30,7 +30,7 @@ from pipeline.result import (
     write_run,
 )
 from transforms import storage
-from transforms.commit import UnitTotals, list_unit_ids, live_counts, read_commit
+from transforms.commit import UnitTotals, list_unit_ids, live_counts, read_commit, read_failures
 from transforms.errors import ConfigError, OutputError
 
 # Listing a remote folder takes a while: what others commit is looked up every few seconds.
@@ -262,10 +262,11 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
             f"{storage.join(output, 'errors')}/*.parquet. --retry-failed tries them again.",
             markup=False,
         )
+        loud.print(f"One of them: {example_failure(output)}", markup=False)
     if totals["broken_containers"]:
         loud.print(
-            f"{totals['broken_containers']} containers could not be read to their end; what was "
-            "readable of them is labelled.",
+            "Containers that could not be read to their end, and are labelled as far as they go: "
+            f"{totals['broken_containers']:,}.",
             markup=False,
         )
         return EXIT_TOO_MANY_FAILED
@@ -276,6 +277,14 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
         )
         return EXIT_TOO_MANY_FAILED
     return EXIT_DONE
+
+
+def example_failure(output: str) -> str:
+    """An item that could not be labelled, and why."""
+    unit_id = storage.list_names(storage.join(output, "errors"))[0].removesuffix(".parquet")
+    row = read_failures(output, unit_id)[0]
+    where = "" if row["message"].startswith(row["uri"]) else f"{row['clip_id']}: "
+    return f"{where}{row['message']}"
 
 
 def closing_lines(output: str, totals: Mapping[str, Any], elapsed_s: float) -> list[str]:

@@ -15,12 +15,19 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from pipeline.result import RUN_FILE, ResultState, read_result
 from transforms import storage
-from transforms.commit import Commit, PartInfo, UnitTotals, file_sha256, part_url
+from transforms.commit import (
+    Commit,
+    PartInfo,
+    UnitTotals,
+    file_sha256,
+    open_part,
+    part_url,
+    read_part,
+)
 from transforms.errors import InputError
 
 EXIT_WHOLE = 0
@@ -137,7 +144,7 @@ def check_unit(output: str, commit: Commit) -> tuple[list[Finding], list[str]]:
         try:
             problem = _check_file(url, info)
             if problem is None:
-                tables[part], problem = _read_part(url, part, commit, info)
+                tables[part], problem = _read_checked(output, part, commit, info)
         except (OSError, pa.ArrowException) as error:
             problem = f"it cannot be read: {error}"
         if problem is not None:
@@ -167,11 +174,13 @@ _COLUMNS = {
 }
 
 
-def _read_part(url: str, part: str, commit: Commit, info: PartInfo) -> tuple[pa.Table, str | None]:
-    with storage.open_read(url) as file:
-        parquet = pq.ParquetFile(file)
-        table = parquet.read(columns=_COLUMNS[part])
-        footer = parquet.schema_arrow.metadata or {}
+def _read_checked(
+    output: str, part: str, commit: Commit, info: PartInfo
+) -> tuple[pa.Table, str | None]:
+    """The columns of a part that are checked further, and what is wrong with the part."""
+    table = read_part(output, part, commit.unit_id, _COLUMNS[part])
+    with open_part(output, part, commit.unit_id) as file:
+        footer = file.schema_arrow.metadata or {}
     if table.num_rows != info.num_rows:
         return table, f"it has {table.num_rows} rows, and {info.num_rows} were committed"
     fingerprint = footer.get(b"earmark.fingerprint", b"").decode()

@@ -52,7 +52,9 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             body = json.dumps(info).encode()
         elif path.startswith(f"{model}/revision/"):
             error = "RevisionNotFound"
-        elif path.startswith(f"/{self.repo_id}/resolve/{COMMIT}/"):
+        elif path.startswith(
+            tuple(f"/{self.repo_id}/resolve/{name}/" for name in (COMMIT, "main", "v1"))
+        ):
             body = (self.root / path.rpartition("/")[2]).read_bytes()
         else:
             error = "RepoNotFound"

@@ -539,7 +539,7 @@ class _Files(AbstractContextManager["_Files"]):
         try:
             values = json.loads(path.read_bytes())
         except (ValueError, OSError, RecursionError) as error:
-            self.location.fail(f"{file_name} cannot be read as JSON: {error}", error)
+            self.location.fail(f"{file_name} cannot be read as JSON: {error}. Get it again", error)
         if not isinstance(values, dict):
             self.location.fail(
                 f"{file_name} holds a {type(values).__name__}; expected a JSON object"

@@ -14,13 +14,14 @@ a replaced commit that is still there is recognised by the one that names it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,8 +292,26 @@ def remove_unit(output: str, unit_id: str) -> None:
 
 def read_failures(output: str, unit_id: str) -> list[dict[str, Any]]:
     """The rows of a unit's ``errors`` part."""
-    with storage.open_read(part_url(output, "errors", unit_id)) as file:
-        return cast(list[dict[str, Any]], pq.read_table(file).to_pylist())
+    return cast(list[dict[str, Any]], read_part(output, "errors", unit_id).to_pylist())
+
+
+@contextlib.contextmanager
+def open_part(output: str, part: str, unit_id: str) -> Iterator[pq.ParquetFile]:
+    """A unit's part, for reading."""
+    with storage.open_read(part_url(output, part, unit_id)) as file:
+        yield pq.ParquetFile(file, pre_buffer=False)
+
+
+def read_part(
+    output: str, part: str, unit_id: str, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """The rows of a unit's part.
+
+    Arrow's own threads let go of what they read from a Python stream whenever they like, and
+    abort the process if it is ending just then: so none are used.
+    """
+    with open_part(output, part, unit_id) as file:
+        return file.read(columns=columns, use_threads=False)
 
 
 class OpenUnit:
@@ -473,11 +492,10 @@ class OpenUnit:
         wanted = unit.carried.clip_ids
         # A retry takes every good row over and tries every failed item again.
         for part in PARTS if wanted is not None else ("windows", "clips"):
-            url = part_url(self._settings.output, part, unit.carried.unit_id)
-            if part == "errors" and not storage.exists(url):
+            output, unit_id = self._settings.output, unit.carried.unit_id
+            if part == "errors" and not storage.exists(part_url(output, part, unit_id)):
                 continue
-            with storage.open_read(url) as file:
-                table = pq.read_table(file).replace_schema_metadata(None)
+            table = read_part(output, part, unit_id).replace_schema_metadata(None)
             if wanted is not None:
                 table = table.filter(
                     pc.is_in(table["clip_id"], pa.array(sorted(wanted), pa.string()))

@@ -153,7 +153,9 @@ class _Finder:
             if is_glob:
                 files = self._kept(url, storage.glob_files(url))
                 if not files:
-                    raise InputError(f"{uri}: the pattern matches no file")
+                    raise InputError(
+                        f"{uri}: the pattern matches no file; check the path before the *"
+                    )
                 self._add_files(uri, files, named_ending=extension(storage.file_name(url)))
             elif storage.is_folder(url):
                 self._add_folder(url, uri)
@@ -241,7 +243,9 @@ class _Finder:
         if self._num_found() == before:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(5))
             others = f" (files of other kinds: {kinds})" if kinds else ""
-            advice = "; manifests count only when they are named" if kinds else ""
+            advice = "; give files with audio, tars or Parquet files" + (
+                " (manifests count only when they are named)" if kinds else ""
+            )
             raise InputError(f"{uri} holds nothing to label{others}{advice}")
 
     def _num_found(self) -> int:
@@ -270,7 +274,7 @@ class _Finder:
                 columns = ", ".join(index.columns[:20])
                 raise InputError(
                     f"{uri} has neither an audio column (struct<bytes, path> or binary) nor one "
-                    f"that names files ({', '.join(URI_COLUMNS)}); its columns: {columns}"
+                    f"that names files ({', '.join(URI_COLUMNS)}); its columns: {columns}. Rename the one that does"
                 )
             else:
                 skipped[".parquet"] += 1
