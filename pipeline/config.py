@@ -250,6 +250,18 @@ class _Rule:
     broken: Callable[..., str | None]
 
 
+def _empty_input(inputs: Sequence[str]) -> str | None:
+    if all(text.strip() for text in inputs):
+        return None
+    return "must hold no empty text, as an unset variable gives it; the current folder is ."
+
+
+def _empty_output(output: str | None) -> str | None:
+    if output is None or output.strip():
+        return None
+    return "must not be empty, as an unset variable gives it; the current folder is ."
+
+
 def _hop_leaves_gaps(hop_s: float | None, length_s: float | None) -> str | None:
     if hop_s is None or length_s is None or hop_s <= length_s:
         return None
@@ -275,6 +287,8 @@ def _int8_without_openvino(precision: str, engine: str) -> str | None:
 
 
 RULES = (
+    _Rule(("inputs",), _empty_input),
+    _Rule(("output",), _empty_output),
     _Rule(("window.hop_s", "window.length_s"), _hop_leaves_gaps),
     _Rule(("retry_failed", "overwrite"), _retries_what_it_removes),
     _Rule(("inference.engine", "inference.device"), _openvino_elsewhere),

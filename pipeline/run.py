@@ -281,7 +281,8 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
 
 def example_failure(output: str) -> str:
     """An item that could not be labelled, and why."""
-    unit_id = storage.list_names(storage.join(output, "errors"))[0].removesuffix(".parquet")
+    names = set(storage.list_names(storage.join(output, "errors")))
+    unit_id = next(name for name in list_unit_ids(output) if f"{name}.parquet" in names)
     row = read_failures(output, unit_id)[0]
     where = "" if row["message"].startswith(row["uri"]) else f"{row['clip_id']}: "
     return f"{where}{row['message']}"

@@ -119,7 +119,8 @@ def write_tar(path: Path, **members: bytes) -> Path:
 def test_an_input_that_is_not_there(earmark: Earmark, tmp_path: Path) -> None:
     earmark.refuses(r"none\.wav does not exist; check the path", tmp_path / "none.wav")
     earmark.refuses(r"none/\*\.wav: the pattern matches no file; check it", tmp_path / "none/*.wav")
-    earmark.refuses("an input is empty; give a file", "")
+    # As an unset variable of the shell gives it; it must not mean the current folder.
+    earmark.refuses(r"inputs is \['', a\.wav\] \(INPUT\); must hold no empty text", "", "a.wav")
     earmark.refuses(r"foo://x.* Protocol not known: foo; give a local path, or a URL", "foo://x")
 
 
@@ -167,7 +168,7 @@ def test_containers_that_give_nothing_are_rows(earmark: Earmark, tmp_path: Path)
         ("no_audio.tar", "no member has an audio or video extension"),
         ("fake.tar", "what is at byte 0 is not a tar header"),
         ("zero.tar", "ends at byte 0 without the zero blocks that end an archive"),
-        ("fake.tar.gz", "gzip"),
+        ("fake.tar.gz", "what is at byte 0 is not a tar header"),
         ("fake.parquet", "is not a whole Parquet file"),
     ):
         assert message in errors.pop(name)
@@ -335,6 +336,7 @@ def test_an_output_that_cannot_be_written(earmark: Earmark, tmp_path: Path) -> N
     (tmp_path / "file").write_text("in the way")
     earmark.refuses(r"file is a file; --output needs a folder\. Give another path", earmark.good,
                     output=tmp_path / "file")  # fmt: skip
+    earmark.refuses(r"output is '' \(--output\); must not be empty", earmark.good, output="")
     step = r"cannot be written: .*Give another --output, or mend its permissions"
     earmark.refuses(rf"file/out {step}", earmark.good, output=tmp_path / "file" / "out")
     earmark.refuses(f"{NOWHERE}/x.*Check --output", earmark.good, output=f"{NOWHERE}/x")

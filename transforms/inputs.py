@@ -153,9 +153,7 @@ class _Finder:
             if is_glob:
                 files = self._kept(url, storage.glob_files(url))
                 if not files:
-                    raise InputError(
-                        f"{uri}: the pattern matches no file; check the path before the *"
-                    )
+                    raise InputError(f"{uri}: the pattern matches no file; check it")
                 self._add_files(uri, files, named_ending=extension(storage.file_name(url)))
             elif storage.is_folder(url):
                 self._add_folder(url, uri)
@@ -274,7 +272,8 @@ class _Finder:
                 columns = ", ".join(index.columns[:20])
                 raise InputError(
                     f"{uri} has neither an audio column (struct<bytes, path> or binary) nor one "
-                    f"that names files ({', '.join(URI_COLUMNS)}); its columns: {columns}. Rename the one that does"
+                    f"that names files ({', '.join(URI_COLUMNS)}); its columns: {columns}. "
+                    "Rename the one that does"
                 )
             else:
                 skipped[".parquet"] += 1
