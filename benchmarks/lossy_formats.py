@@ -274,7 +274,7 @@ def table(figures: dict[str, dict[str, float]], absent: list[str]) -> Iterator[s
             f"| {_digits(row['max_score_difference'])} | {row['top1_agreement']:.0%} "
             f"| {row['mean_embedding_cosine']:.5f} | {row['min_embedding_cosine']:.5f} "
             f"| {row['max_duration_difference_ms']:.1f} "
-            f"| {row['mean_level_difference_db']:+.2f} |"
+            f"| {round(row['mean_level_difference_db'], 2) + 0.0:+.2f} |"
         )
     for name in absent:
         yield f"| {name} | no encoder on this machine | | | | | | | |"

@@ -18,8 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from transforms.commit import Commit, LedgerSlice, container_version, item_version, read_failures
+from transforms.errors import InputError
 from transforms.records import Carried, ContainerSlice, Failure, Item, UnitKind, WorkUnit
-from transforms.sources import Container, Found, SourceSettings, make_unit_id, plan_units
+from transforms.sources import (
+    Container,
+    Found,
+    SourceSettings,
+    make_clip_id,
+    make_unit_id,
+    plan_units,
+)
 
 # Bad lines of manifests that one unit of failures holds.
 FAILURES_PER_UNIT = 1024
@@ -78,15 +86,24 @@ def find_backlog(
         commits: The whole and valid commits, by unit.
         settings: Size of units.
         retry_from: The result whose failed items are to be tried again, or None.
+
+    Raises:
+        InputError: Items would be in the result twice.
     """
     inventory = _Inventory(found)
+    _check_once(inventory, commits.values())
     changed = [commit for commit in commits.values() if inventory.is_changed(commit)]
     changed_ids = {commit.unit_id for commit in changed}
     same = {unit_id: commit for unit_id, commit in commits.items() if unit_id not in changed_ids}
     redone = _redo(changed, inventory, same, settings)
     retried = [] if retry_from is None else _retry(retry_from, same.values(), inventory)
     retried_from = [same[unit.replaces[0]].totals for unit in retried]
-    known = {item.clip_id for commit in commits.values() for item in commit.ledger.items}
+    known = {
+        entry.clip_id
+        for commit in commits.values()
+        for entry in commit.ledger.items
+        if not inventory.has_moved(entry.clip_id, commit)
+    }
     # A slice that is tried again is not fresh: what is to be done of it stands in `retried`.
     fresh = _plan_fresh(found, known, same, {c.uri for c in _changed_slices(changed)}, settings)
     replaced = {unit.replaces[0] for unit in retried}
@@ -145,9 +162,22 @@ class _Inventory:
             return whole is not None and _version_of(whole) != ledger.container.version
         return any(
             item_version(self.items[entry.clip_id]) != entry.version
+            or self.has_moved(entry.clip_id, commit)
             for entry in ledger.items
             if entry.clip_id in self.items
         )
+
+    def has_moved(self, clip_id: str, commit: Commit) -> bool:
+        """Whether an item lies elsewhere than when it was committed: in a container or out of one.
+
+        Only a clip id that a manifest gives can stay the same then.
+        """
+        item = self.items.get(clip_id)
+        if item is None:
+            return False
+        before = commit.ledger.container.uri if commit.ledger.container is not None else None
+        now = None if item.member is None and item.row is None else item.uri
+        return before != now
 
     def num_found(self, commit: Commit) -> int:
         """How many of the items of an unchanged commit are still in the input."""
@@ -155,6 +185,41 @@ class _Inventory:
         if ledger.container is not None and not ledger.items:
             return commit.totals.items if ledger.container.uri in self.wholes else 0
         return sum(entry.clip_id in self.items for entry in ledger.items)
+
+
+def _check_once(inventory: _Inventory, commits: Iterable[Commit]) -> None:
+    """Refuse a container as a whole beside items of it, in one result.
+
+    Raises:
+        InputError: One of the two is committed, and the other is in the input.
+    """
+    for commit in commits:
+        part = commit.ledger.container
+        if part is None:
+            continue
+        if commit.ledger.items:
+            was, now = "by items that a manifest names", "as a whole"
+            names = [entry.clip_id for entry in commit.ledger.items]
+            clashing = part.uri in inventory.wholes
+        else:
+            was, now = "as a whole", "by items that a manifest names"
+            asked = inventory.asked.get(part.uri)
+            names = [item.clip_id for item in asked.items] if asked is not None else []
+            clashing = True
+        if clashing and any(_is_named_by(part.uri, name) for name in names):
+            raise InputError(
+                f"{part.uri} was labelled {was} before, and is now given {now}: its items would be "
+                "in the result twice. Give another --output, or the input of before."
+            )
+
+
+def _is_named_by(uri: str, clip_id: str) -> bool:
+    """Whether a clip id is the one that a container gives an item: no segment, no name of its own.
+
+    The marks are those of ``make_clip_id``, which encodes them where they are part of a name.
+    """
+    prefix = f"{make_clip_id(uri)}#"
+    return clip_id.startswith(prefix) and "@" not in clip_id.removeprefix(prefix)
 
 
 def _version_of(container: Container) -> str:
@@ -240,17 +305,19 @@ def _unit_of(commit: Commit, names: Sequence[str], inventory: _Inventory) -> Wor
     """One unit of the items named that are found, in place of the commit's own.
 
     It takes over the rows of all the commit's other items, the failed ones among them: each item
-    that a ledger lists has a row.
+    that a ledger lists has a row. Only those that lie elsewhere now go to units of their own.
     """
-    there = [name for name in names if name in inventory.items]
-    others = frozenset(entry.clip_id for entry in commit.ledger.items).difference(there)
+    moved = {e.clip_id for e in commit.ledger.items if inventory.has_moved(e.clip_id, commit)}
+    there = [name for name in names if name in inventory.items and name not in moved]
+    others = frozenset(entry.clip_id for entry in commit.ledger.items).difference(there, moved)
     failures = tuple(inventory.failures[name] for name in there if name in inventory.failures)
     items = tuple(inventory.items[name] for name in there if name not in inventory.failures)
-    container = None
-    if commit.ledger.container is not None:
-        asked = inventory.asked[commit.ledger.container.uri]
-        container = _slice_of(asked, 0, None)
-    unit = _rebuilt(commit, commit.ledger.kind, items, failures, container)
+    container, kind = None, commit.ledger.kind
+    if commit.ledger.container is not None and items:
+        container = _slice_of(inventory.asked[commit.ledger.container.uri], 0, None)
+    elif commit.ledger.container is not None:
+        kind = "files"  # there is nothing to read: rows taken over, or none at all
+    unit = _rebuilt(commit, kind, items, failures, container)
     return dataclasses.replace(unit, carried=Carried(commit.unit_id, others) if others else None)
 
 

@@ -161,17 +161,25 @@ class InferenceSection(_Section):
 
 
 class DecodeSection(_Section):
-    """How decoding looks ahead.
+    """How decoding looks ahead, and what an item may cost.
 
     Attributes:
         processes: Decoder processes; null is one per core.
         clips_ahead: Clips decoded ahead of the model; null follows the processes.
         stall_timeout_s: Seconds without a sample after which a decoder counts as hung.
+        max_item_bytes: Encoded bytes of an item; more is an error.
+        max_item_s: Seconds of audio of an item; more is an error.
+        max_decode_ratio: Seconds of computing per second of audio.
+        max_decoder_bytes: Memory of a decoder process.
     """
 
     processes: Count | None = None
     clips_ahead: Count | None = None
     stall_timeout_s: Positive = 60.0
+    max_item_bytes: Count = 68_719_476_736
+    max_item_s: Positive = 604_800.0
+    max_decode_ratio: Positive = 10.0
+    max_decoder_bytes: Count = 2_147_483_648
 
 
 class UnitsSection(_Section):

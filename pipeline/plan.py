@@ -188,6 +188,10 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
             num_processes=config.decode.processes or 0,
             clips_ahead=config.decode.clips_ahead or 0,
             stall_timeout_s=config.decode.stall_timeout_s,
+            max_item_bytes=config.decode.max_item_bytes,
+            max_item_s=config.decode.max_item_s,
+            max_decode_ratio=config.decode.max_decode_ratio,
+            max_decoder_bytes=config.decode.max_decoder_bytes,
         ),
         windows=WindowSettings.from_seconds(
             length_s=config.window.length_s,

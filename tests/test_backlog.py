@@ -26,6 +26,7 @@ from transforms.commit import (
     item_version,
     part_url,
 )
+from transforms.errors import InputError
 from transforms.records import Carried, Failure, Item, WorkUnit
 from transforms.rows import errors_schema, errors_table
 from transforms.sources import Container, Found, SourceSettings, limit_items, plan_units
@@ -336,6 +337,44 @@ def test_segments_beside_the_whole_container_are_items_of_their_own() -> None:
     assert len(commits) == 2
     backlog = backlog_of(found, commits)
     assert (backlog.units, backlog.found_kept_items) == ((), 3)
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_a_container_as_a_whole_beside_items_of_it_is_refused(whole_first: bool) -> None:
+    whole = Found(containers=(tar(),))
+    asked = Found(containers=(tar(items=members("a.wav")),))
+    before, now = (whole, asked) if whole_first else (asked, whole)
+    with pytest.raises(InputError, match=r"shard\.tar\.gz was labelled .* twice\. Give another"):
+        backlog_of(now, committed(before))
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_items_under_other_names_may_be_beside_the_whole_container(whole_first: bool) -> None:
+    whole = Found(containers=(tar(),))
+    named = make_item("mine", uri=TAR, member="a.wav")
+    segment = make_item(f"{TAR}#a.wav@0.000-1.000", uri=TAR, member="a.wav", end_s=1.0)
+    asked = Found(containers=(tar(items=(named, segment)),))
+    before, now = (whole, asked) if whole_first else (asked, whole)
+    backlog = backlog_of(now, committed(before))
+    assert (len(backlog.units), backlog.num_redone, len(backlog.kept_units)) == (1, 0, 1)
+
+
+def test_an_item_that_moved_under_its_own_name_leaves_its_unit() -> None:
+    stays, goes = make_item("stays", uri="/audio/s.wav"), make_item("goes", uri="/audio/g.wav")
+    inside = make_item("goes", uri=TAR, member="g.wav")
+    before = Found(items=(stays, goes))
+    now = Found(items=(stays,), containers=(tar(items=(inside,)),))
+    commits = committed(before)
+    rest, fresh = backlog_of(now, commits).units
+    assert (rest.kind, rest.items, rest.replaces) == ("files", (stays,), tuple(commits))
+    assert (fresh.kind, fresh.items, rest.carried) == ("tar", (inside,), None)
+    done = {unit.unit_id: commit_of(unit) for unit in (rest, fresh)}
+    assert backlog_of(now, done).units == ()
+
+    back, again = backlog_of(before, done).units
+    assert (back.kind, back.items, back.container, back.carried) == ("files", (), None, None)
+    assert back.replaces == (fresh.unit_id,)
+    assert again.items == (goes,)
 
 
 # --- Trying again --------------------------------------------------------------------------

@@ -13,6 +13,8 @@ on all cores. It guarantees:
   pieces of each clip; hours-long clips flow at the speed of whoever takes them.
 * Isolation: a decoder that crashes or hangs costs its own clip. What was decoded until then is
   kept, with a warning that says why it ends there.
+* Limits: an item that is too large, too long, or takes too much time or memory to decode is a
+  failure, even if pieces of it are out already: nothing is silently cut.
 * Progress: streams are fed first come, first served, and whoever waits for a clip gets it, even
   if nobody takes what came before. That clip then jumps the bounds, and a decoder beyond
   ``num_processes`` is started for it if all others wait for somebody to take their pieces.
@@ -83,6 +85,12 @@ class DecodeSettings:
         bytes_ahead: Encoded bytes read but not decoded yet; one clip may exceed it.
         stall_timeout_s: A decoder that shows no sign of life for this long is killed.
         piece_samples: Samples per piece of a decoded clip.
+        max_item_bytes: Encoded bytes of an item.
+        max_item_s: Seconds of audio of an item.
+        max_decode_ratio: Seconds of computing per second of audio, once an item has taken
+            ``stall_timeout_s`` of computing.
+        max_decoder_bytes: Memory of a decoder process, beside what it holds when it starts and
+            the encoded bytes of its clip. Linux only.
     """
 
     sample_rate_hz: int = 16_000
@@ -91,6 +99,10 @@ class DecodeSettings:
     bytes_ahead: int = 512 << 20
     stall_timeout_s: float = 60.0
     piece_samples: int = 160_000
+    max_item_bytes: int = 64 << 30
+    max_item_s: float = 604_800.0
+    max_decode_ratio: float = 10.0
+    max_decoder_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -99,16 +111,29 @@ class DecodeSettings:
             ("clips_ahead", 0),
             ("bytes_ahead", 1),
             ("piece_samples", self.min_clip_samples),
+            ("max_item_bytes", 1),
+            ("max_decoder_bytes", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; must be at least {least}")
-        if not self.stall_timeout_s > 0:
-            raise ValueError(f"stall_timeout_s is {self.stall_timeout_s}; must be greater than 0")
+        for name in ("stall_timeout_s", "max_item_s", "max_decode_ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; must be greater than 0")
 
     @property
     def min_clip_samples(self) -> int:
         """Samples below which a clip is an error: 25 ms."""
         return round(decode_worker.MIN_CLIP_S * self.sample_rate_hz)
+
+    @property
+    def limits(self) -> decode_worker.DecodeLimits:
+        """The bounds that a decoder process holds to."""
+        return decode_worker.DecodeLimits(
+            max_item_s=self.max_item_s,
+            max_decode_ratio=self.max_decode_ratio,
+            min_decode_s=self.stall_timeout_s,
+            max_decoder_bytes=self.max_decoder_bytes,
+        )
 
     def resolve_num_processes(self) -> int:
         """``num_processes``, or the number of usable cores."""
@@ -584,6 +609,7 @@ class _ClipDecoding:
     def run(self, clip: EncodedClip) -> Decoded | None:
         """The clip's last result; None if nobody wants it any more."""
         try:
+            _check_size(clip, self._pool.settings.max_item_bytes)
             self._child.send_job(clip)
             while True:
                 reply = self._child.receive_reply()
@@ -609,7 +635,10 @@ class _ClipDecoding:
 
     def _end_early(self, error: DecodeError) -> Decoded:
         """What was decoded so far with a warning, or else the failure."""
-        if self._held is None or self._held_facts is None:
+        if error.error_type == "DecoderOutOfMemory":
+            self._child.kill()  # libraries leak on this path: a fresh one takes its place
+        is_bound = error.error_type in decode_worker.BOUND_ERRORS
+        if self._held is None or self._held_facts is None or is_bound:
             return _item_failure(self._job, error)
         duration_s = self._num_samples / self._pool.settings.sample_rate_hz
         facts = dataclasses.replace(
@@ -618,6 +647,22 @@ class _ClipDecoding:
             warning=f"decoded {duration_s:.1f} s, then stopped: {error}",
         )
         return self._waveform(self._held, facts)
+
+
+def _check_size(clip: EncodedClip, max_item_bytes: int) -> None:
+    if clip.data is not None:
+        num_bytes = len(clip.data)
+    else:
+        try:
+            num_bytes = os.stat(str(clip.path)).st_size
+        except OSError:  # the child says what is wrong with it
+            return
+    if num_bytes > max_item_bytes:
+        raise DecodeError(
+            f"the item has {num_bytes} bytes; at most {max_item_bytes} are allowed; to allow "
+            "more, raise decode.max_item_bytes",
+            error_type="ItemTooLarge",
+        )
 
 
 def _item_failure(job: _Job, error: DecodeError) -> ItemFailure:
@@ -663,8 +708,9 @@ def _start_child(settings: DecodeSettings, command: Sequence[str]) -> _Child:
             undo.callback(memory.close)
             fds = (theirs.fileno(), memory_fd)
             numbers = (*fds, settings.sample_rate_hz, settings.piece_samples)
+            limits = json.dumps(dataclasses.asdict(settings.limits))
             process = subprocess.Popen(
-                [*command, *map(str, numbers)],
+                [*command, *map(str, numbers), limits],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -676,7 +722,7 @@ def _start_child(settings: DecodeSettings, command: Sequence[str]) -> _Child:
             os.close(memory_fd)
             theirs.close()
         undo.pop_all()
-    child = _Child(process, ours, memory, stderr)
+    child = _Child(process, ours, memory, stderr, settings.max_decoder_bytes)
     try:
         child.wait_until_ready(settings)
     except BaseException:
@@ -713,8 +759,11 @@ class _Child:
         connection: socket.socket,
         memory: mmap.mmap,
         stderr: int,
+        max_decoder_bytes: int,
     ) -> None:
         self._process = process
+        self._max_decoder_bytes = max_decoder_bytes
+        self._base_bytes = 0
         self._connection = connection
         self._stream = connection.makefile("rb")
         self._memory = memory
@@ -727,12 +776,17 @@ class _Child:
         self._is_killed = False
 
     def is_usable(self) -> bool:
-        return not self._is_killed and self._process.poll() is None
+        """Alive, and with at least half of the allowed memory to itself: libraries may leak."""
+        if self._is_killed or self._process.poll() is not None:
+            return False
+        held_bytes = decode_worker.data_bytes(self._process.pid) - self._base_bytes
+        return held_bytes <= self._max_decoder_bytes // 2
 
     def wait_until_ready(self, settings: DecodeSettings) -> None:
         self._connection.settimeout(START_TIMEOUT_S)
         self._receive()
         self._connection.settimeout(settings.stall_timeout_s)
+        self._base_bytes = decode_worker.data_bytes(self._process.pid)
 
     def send_job(self, clip: EncodedClip) -> None:
         """Send a clip to decode."""

@@ -72,6 +72,29 @@ GUESSED_DURATION_FORMATS = frozenset(
     {"aac", "ac3", "amr", "amrnb", "amrwb", "dts", "eac3", "latm", "loas", "mp3", "mpeg", "mpegts"}
 )
 UNKNOWN_SIZE_FROM = 0x7FFFF000  # streaming writers put "unknown" sizes this large into headers
+# Errors that say that a bound was reached: the item fails, whatever has been decoded of it.
+BOUND_ERRORS = frozenset({"ItemTooLarge", "ItemTooLong", "DecodingTooSlow", "DecoderOutOfMemory"})
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What one item may cost. More is an error that names the config's key; none by default.
+
+    Attributes:
+        max_item_s: Seconds of audio.
+        max_decode_ratio: Seconds of computing per second of audio.
+        min_decode_s: Seconds of computing that any item may take, however little audio it gives.
+        max_decoder_bytes: Memory of the child process, beside what it holds when it starts and
+            the encoded bytes that it is sent. Linux only.
+    """
+
+    max_item_s: float = math.inf
+    max_decode_ratio: float = math.inf
+    min_decode_s: float = 0.0
+    max_decoder_bytes: float = math.inf
+
+
+NO_LIMITS = DecodeLimits()
 
 
 class DecodedPiece(NamedTuple):
@@ -114,7 +137,7 @@ class _Reader(Protocol):
         """Go near ``start_s``, never past it; returns the frame that the next block starts at."""
         ...
 
-    def blocks(self) -> Iterator[_Block]:
+    def blocks(self, on_progress: Callable[[], None]) -> Iterator[_Block]:
         """The samples from there to the end; never raises for a damaged file."""
         ...
 
@@ -134,6 +157,7 @@ def decode(
     piece_samples: int = 160_000,
     start_s: float | None = None,
     end_s: float | None = None,
+    limits: DecodeLimits = NO_LIMITS,
     on_progress: Callable[[], None] = _ignore_progress,
 ) -> Iterator[DecodedPiece]:
     """Decode a file, or a segment of it, to mono at one rate, piece by piece.
@@ -144,6 +168,7 @@ def decode(
         piece_samples: Samples per piece; the last has between 1 and this many.
         start_s: Start of the segment in seconds, or None for the file's start.
         end_s: End of the segment, exclusive, or None for the file's end.
+        limits: What the item may cost.
         on_progress: Called whenever work has been done, for whoever watches for a hang.
 
     Yields:
@@ -153,17 +178,17 @@ def decode(
         DecodeError: Nothing can be labelled. ``error_type`` is ``EmptyFile``, ``NoAudioStream``,
             ``NotAudio``, ``BadSegment``, ``BadSampleRate``, ``NonFiniteSamples``, ``TooShort``, or
             the name of the operating system's error. Once a piece is out, trouble ends the clip
-            with a warning in its facts instead.
+            with a warning in its facts instead; a bound does not (``ItemTooLong``,
+            ``DecodingTooSlow``): it raises at any time.
     """
     _check_segment(start_s, end_s)
     with _open_encoded(source) as encoded:
         sha256 = _hash(encoded, on_progress)
         segment = _Segment(start_s or 0.0, end_s)
-        chain = _ReaderChain(encoded, segment.start_s)
+        budget = _Budget(limits, on_progress)
+        chain = _ReaderChain(encoded, segment.start_s, budget.on_progress)
         try:
-            yield from _decode_blocks(
-                chain, segment, sha256, sample_rate_hz, piece_samples, on_progress
-            )
+            yield from _decode_blocks(chain, segment, sha256, sample_rate_hz, piece_samples, budget)
         finally:
             chain.close()
 
@@ -190,15 +215,16 @@ def _decode_blocks(
     sha256: str,
     sample_rate_hz: int,
     piece_samples: int,
-    on_progress: Callable[[], None],
+    budget: _Budget,
 ) -> Iterator[DecodedPiece]:
     levels = _Levels()
     resampler = _Resampler(sample_rate_hz)
     pieces = _Pieces(piece_samples)
     notes: list[str] = []
-    for block in segment.cut(chain.blocks(on_progress), chain.first_frame):
+    for block in segment.cut(budget.count(chain.blocks()), chain.first_frame):
         samples, energy, bad = _finite_part(block.samples)
         levels.add(block.rate, samples, energy)
+        budget.check_duration(levels.duration_s)
         if bad:
             error = DecodeError(
                 f"the sample at {segment.start_s + levels.duration_s:.3f} s is NaN or infinite",
@@ -250,6 +276,50 @@ def _check_segment(start_s: float | None, end_s: float | None) -> None:
         raise DecodeError(
             f"end_s is {end_s}; must be greater than start_s ({start})", error_type="BadSegment"
         )
+
+
+class _Budget:
+    """Holds one item to its limits.
+
+    Time is that of the processor, so that neither a busy machine nor a consumer who takes his
+    time makes a file slow; who waits for nothing at all is ended by the parent.
+    """
+
+    def __init__(self, limits: DecodeLimits, on_progress: Callable[[], None]) -> None:
+        self._limits = limits
+        self._on_progress = on_progress
+        self._began_s = time.process_time()
+        self._audio_s = 0.0
+
+    def count(self, blocks: Iterable[_Block]) -> Iterator[_Block]:
+        """Note how much audio goes by, a segment's way to its start included."""
+        for block in blocks:
+            self._audio_s += len(block.samples) / block.rate
+            yield block
+
+    def on_progress(self) -> None:
+        """Work has been done: pass it on, and look at the clock."""
+        self._on_progress()
+        used_s = time.process_time() - self._began_s
+        allowed_s = max(self._limits.min_decode_s, self._limits.max_decode_ratio * self._audio_s)
+        if used_s > allowed_s:
+            raise DecodeError(
+                f"decoding took {used_s:.1f} s for {self._audio_s:.1f} s of audio; at most "
+                f"{self._limits.max_decode_ratio:g} s per second are allowed (and "
+                f"{self._limits.min_decode_s:g} s for any item); to allow more, raise "
+                "decode.max_decode_ratio",
+                error_type="DecodingTooSlow",
+            )
+
+    def check_duration(self, duration_s: float) -> None:
+        """Refuse an item that is longer than allowed, rather than cut it."""
+        if duration_s > self._limits.max_item_s:
+            raise DecodeError(
+                f"the item goes on after {duration_s:.1f} s of audio; at most "
+                f"{self._limits.max_item_s:g} s are allowed; to allow more, raise "
+                "decode.max_item_s, or label it in segments",
+                error_type="ItemTooLong",
+            )
 
 
 # The encoded bytes
@@ -321,7 +391,7 @@ class _Route:
 _SOUNDFILE_MAGIC = (b"fLaC", b".snd", b"NIST_1A")
 
 
-def _find_route(view: bytes | mmap.mmap) -> _Route:
+def _find_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> _Route:
     """Choose by content. Where libsndfile would silently cut a file, FFmpeg goes first."""
     head = view[:64]
     if head.startswith((b"RIFF", b"RIFX", b"RF64")):
@@ -335,7 +405,7 @@ def _find_route(view: bytes | mmap.mmap) -> _Route:
     if head.startswith(b"FORM"):
         return _Route(head[8:12] in (b"AIFF", b"AIFC"))
     if head.startswith(b"OggS"):
-        return _find_ogg_route(view)
+        return _find_ogg_route(view, on_progress)
     if head.startswith(_SOUNDFILE_MAGIC):
         return _Route(True)
     start = _id3_length(head)
@@ -365,7 +435,7 @@ def _caf_length(view: bytes | mmap.mmap) -> int:
     return 0
 
 
-def _find_ogg_route(view: bytes | mmap.mmap) -> _Route:
+def _find_ogg_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> _Route:
     """libsndfile reads only the first link of a chained Ogg; FFmpeg reads them all."""
     position, flags, chained, begun = 0, 0, False, False
     while position >= 0:
@@ -376,6 +446,7 @@ def _find_ogg_route(view: bytes | mmap.mmap) -> _Route:
             chained = chained or (is_first_page and begun)
             begun = begun or not is_first_page
         position = view.find(b"OggS", position + 27)
+        on_progress()
     notes = () if flags & 4 else ("the Ogg stream has no end: it may have been cut short",)
     first_packet = view[28:37]
     known = first_packet.startswith((b"\x01vorbis", b"\x7fFLAC"))
@@ -420,9 +491,10 @@ def _find_mp3_route(view: bytes | mmap.mmap, start: int) -> _Route:
 class _ReaderChain:
     """The library that opened the file, and FFmpeg behind it where libsndfile gives up midway."""
 
-    def __init__(self, encoded: _Encoded, start_s: float) -> None:
+    def __init__(self, encoded: _Encoded, start_s: float, on_progress: Callable[[], None]) -> None:
         self._encoded = encoded
-        self._route = _find_route(encoded.view)
+        self._on_progress = on_progress
+        self._route = _find_route(encoded.view, on_progress)
         self._notes: list[str] = []
         self._current = self._open_first()
         self.first_frame = self._current.seek(start_s)
@@ -449,23 +521,21 @@ class _ReaderChain:
                 errors.append(error)
         raise _most_telling(errors)
 
-    def blocks(self, on_progress: Callable[[], None]) -> Iterator[_Block]:
+    def blocks(self) -> Iterator[_Block]:
+        """The samples, from ``first_frame`` on."""
         position, rate, channels = self.first_frame, 0, 0
-        for block in self._current.blocks():
+        for block in self._current.blocks(self._on_progress):
             rate, channels = block.rate, block.samples.shape[1]
             position += len(block.samples)
-            on_progress()
             yield block
         stopped = self._current.stopped
         if stopped is None or not isinstance(self._current, _SoundFileReader):
             return
-        for block in self._go_on_with_ffmpeg(stopped, position, rate, on_progress):
+        for block in self._go_on_with_ffmpeg(stopped, position, rate):
             if block.samples.shape[1] == channels or not channels:
                 yield block
 
-    def _go_on_with_ffmpeg(
-        self, stopped: str, position: int, rate: int, on_progress: Callable[[], None]
-    ) -> Iterator[_Block]:
+    def _go_on_with_ffmpeg(self, stopped: str, position: int, rate: int) -> Iterator[_Block]:
         try:
             other = _FfmpegReader(self._encoded, self._route)
         except DecodeError:
@@ -475,8 +545,7 @@ class _ReaderChain:
         self._current = other
         at = f" at {position / rate:.1f} s" if rate else ""
         self._notes.append(f"damaged{at} (libsndfile: {stopped})")
-        for block in other.blocks():
-            on_progress()
+        for block in other.blocks(self._on_progress):
             if rate and block.rate != rate:
                 return
             skip = min(position, len(block.samples))
@@ -568,7 +637,7 @@ class _SoundFileReader:
             self._file = _SequentialFile(self._bytes)
         return self._position
 
-    def blocks(self) -> Iterator[_Block]:
+    def blocks(self, on_progress: Callable[[], None]) -> Iterator[_Block]:
         channels = int(self._file.channels)
         size = _block_frames(self.rate, channels)
         left = int(self._file.frames) - self._position
@@ -581,6 +650,7 @@ class _SoundFileReader:
                 self.stopped = self._words(error)
                 num_read = _count_written(block)
             left -= num_read
+            on_progress()
             if num_read:
                 yield _Block(self.rate, block[:num_read])
             if num_read < len(block) or self.stopped:
@@ -652,7 +722,7 @@ class _FfmpegReader:
             )
             self._stream = self._first_audio_stream()
             self.promised_s = route.promised_s or self._read_promise()
-        except DecodeError:
+        except (DecodeError, MemoryError):
             self.close()
             raise
         except Exception as error:  # PyAV raises built-in errors too, for what FFmpeg reports
@@ -691,10 +761,10 @@ class _FfmpegReader:
         """Stays at the start: FFmpeg's decoders do not give the same samples after a seek."""
         return 0
 
-    def blocks(self) -> Iterator[_Block]:
+    def blocks(self, on_progress: Callable[[], None]) -> Iterator[_Block]:
         fifo: Any = None
         key, size = ("", "", 0), 0
-        for frame in self._frames():
+        for frame in self._frames(on_progress):
             frame_key = (frame.format.name, frame.layout.name, frame.sample_rate)
             if frame_key != key:
                 if fifo is not None:
@@ -717,9 +787,10 @@ class _FfmpegReader:
         if frame is not None and frame.samples:
             yield _Block(key[2], _to_float(frame))
 
-    def _frames(self) -> Iterator[Any]:
+    def _frames(self, on_progress: Callable[[], None]) -> Iterator[Any]:
         packets = self._container.demux(self._stream)
         while True:
+            on_progress()  # per packet: damaged ones give nothing that could be seen
             try:
                 packet = next(packets, None)
             except self._av.error.FFmpegError as error:
@@ -1050,6 +1121,16 @@ ALIVE_EVERY_S = 1.0
 DecodeFunction = Callable[..., Iterator[DecodedPiece]]
 
 
+def data_bytes(process: int | str) -> int:
+    """What RLIMIT_DATA counts of a process: private writable memory; 0 if that is not known."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux, or the process is gone
+        return 0
+    found = re.search(r"^VmData:\s*(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
+
+
 def send_frame(connection: socket.socket, kind: bytes, payload: bytes = b"") -> None:
     """Write one frame."""
     connection.sendall(FRAME_HEADER.pack(kind, len(payload)) + payload)
@@ -1074,11 +1155,14 @@ class _Child:
     connection: socket.socket
     sample_rate_hz: int
     piece_samples: int
+    limits: DecodeLimits
     slots: FloatArray  # (NUM_SLOTS, piece_samples)
     jobs: queue.SimpleQueue[_Job] = field(default_factory=queue.SimpleQueue)
     credits: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(NUM_SLOTS))
     num_sent: int = 0
     last_sign_s: float = 0.0
+    num_bytes_before: int = 0  # of the clip before, which may not have been let go of yet
+    base_bytes: int = field(default_factory=lambda: data_bytes("self"))
 
     def read_frames(self) -> None:
         """Body of the reader thread."""
@@ -1093,6 +1177,7 @@ class _Child:
                 job = json.loads(payload)
                 if job["returned_slots"]:
                     self.credits.release(job["returned_slots"])
+                self.limit_memory(job["size"])
                 source = stream.read(job["size"]) if job["path"] is None else job["path"]
                 self.jobs.put(_Job(source, job["start_s"], job["end_s"]))
         finally:
@@ -1108,14 +1193,34 @@ class _Child:
                 piece_samples=self.piece_samples,
                 start_s=job.start_s,
                 end_s=job.end_s,
+                limits=self.limits,
                 on_progress=self.show_life,
             ):
                 self.send_piece(piece)
         except DecodeError as error:
             self.send(ERROR, {"error_type": error.error_type, "message": str(error)})
+        except MemoryError as error:
+            words = str(error) or "out of memory"
+            message = (
+                f"the decoder needs too much memory ({words}); at most "
+                f"{self.limits.max_decoder_bytes:.0f} bytes are allowed; to allow more, raise "
+                "decode.max_decoder_bytes"
+            )
+            self.send(ERROR, {"error_type": "DecoderOutOfMemory", "message": message})
         except Exception as error:  # whatever a library throws belongs to this clip alone
             message = f"the decoder failed: {type(error).__name__}: {error}"
             self.send(ERROR, {"error_type": type(error).__name__, "message": message})
+
+    def limit_memory(self, num_bytes: int) -> None:
+        """Bound what the process may allocate, beside a clip of so many encoded bytes."""
+        allowed = self.limits.max_decoder_bytes
+        if math.isfinite(allowed) and self.base_bytes:
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            soft = self.base_bytes + int(allowed) + num_bytes + self.num_bytes_before
+            if hard != resource.RLIM_INFINITY:
+                soft = min(soft, hard)
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        self.num_bytes_before = num_bytes
 
     def send_piece(self, piece: DecodedPiece) -> None:
         self.credits.acquire()
@@ -1139,17 +1244,19 @@ def serve(arguments: list[str], decode_function: DecodeFunction = decode) -> Non
     """Decode clips for the parent process until it goes away; never returns.
 
     Args:
-        arguments: File descriptors of the socket and of the shared memory, the rate in Hz, and
-            the samples per piece.
+        arguments: File descriptors of the socket and of the shared memory, the rate in Hz, the
+            samples per piece, and ``DecodeLimits`` as JSON.
         decode_function: What decodes; tests put a crashing one here.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # hostile files would fill the disk with cores
-    socket_fd, memory_fd, sample_rate_hz, piece_samples = map(int, arguments)
+    socket_fd, memory_fd, sample_rate_hz, piece_samples = map(int, arguments[:4])
+    limits = DecodeLimits(**json.loads(arguments[4]))
     memory = mmap.mmap(memory_fd, NUM_SLOTS * piece_samples * 4)
     os.close(memory_fd)
     slots = np.frombuffer(memory, np.float32).reshape(NUM_SLOTS, piece_samples)
-    child = _Child(socket.socket(fileno=socket_fd), sample_rate_hz, piece_samples, slots)
+    connection = socket.socket(fileno=socket_fd)
+    child = _Child(connection, sample_rate_hz, piece_samples, limits, slots)
     threading.Thread(target=child.read_frames, daemon=True).start()
     send_frame(child.connection, READY)
     while True:

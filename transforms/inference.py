@@ -39,7 +39,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 # Large enough to keep the device busy, small enough that AST base's activations
 # (about 60 MB a window in float32) stay far below what the smallest devices hold.
-CPU_BATCH_SIZE = 8
+CPU_BATCH_SIZE = 4
 ACCELERATOR_BATCH_SIZE = 64
 
 

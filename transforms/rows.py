@@ -356,16 +356,24 @@ class _AssembleRowsFn(beam.DoFn):
     def __init__(self, settings: RowSettings) -> None:
         self._settings = settings
         self._open: dict[tuple[str, int], ClipAggregate] = {}
+        self._failed: set[tuple[str, int]] = set()
 
     def start_bundle(self) -> None:
         self._open = {}
+        self._failed = set()
 
     def process(self, element: KeyedPrediction) -> Iterator[UnitEvent]:
         event, prediction = element
         if isinstance(event, Window):
-            yield from self._add(event, prediction)
-        else:
-            yield event
+            # An item may fail after some of its windows went ahead; others may still be batched.
+            if (event.unit_id, event.item_index) not in self._failed:
+                yield from self._add(event, prediction)
+            return
+        if isinstance(event, ItemFailure):
+            key = (event.unit_id, event.item_index)
+            self._failed.add(key)
+            self._open.pop(key, None)
+        yield event
 
     def _add(self, window: Window, prediction: Prediction | None) -> Iterator[UnitEvent]:
         key = (window.unit_id, window.item_index)
