@@ -654,7 +654,7 @@ def _check_size(clip: EncodedClip, max_item_bytes: int) -> None:
         num_bytes = len(clip.data)
     else:
         try:
-            num_bytes = os.stat(str(clip.path)).st_size
+            num_bytes = Path(str(clip.path)).stat().st_size
         except OSError:  # the child says what is wrong with it
             return
     if num_bytes > max_item_bytes:

@@ -90,7 +90,7 @@ class DecodeLimits:
 
     max_item_s: float = math.inf
     max_decode_ratio: float = math.inf
-    min_decode_s: float = 0.0
+    min_decode_s: float = math.inf
     max_decoder_bytes: float = math.inf
 
 
