@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transforms.commit import Commit, LedgerSlice, container_version, item_version, read_failures
 from transforms.errors import InputError
+from transforms.ledger import Commit, LedgerSlice, container_version, item_version, read_failures
 from transforms.records import Carried, ContainerSlice, Failure, Item, UnitKind, WorkUnit
 from transforms.sources import (
     Container,
@@ -61,7 +61,7 @@ class Backlog:
 
     @property
     def vanished_items(self) -> int:
-        """Items labelled earlier that are no longer in the input."""
+        """Items labelled earlier that are not in this input."""
         return self.vanished_kept_items + self.vanished_carried_items
 
     @property

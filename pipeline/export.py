@@ -31,8 +31,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from transforms import storage
-from transforms.commit import COMMITS, PARTS, open_part, part_url, read_commits
 from transforms.errors import InputError, OutputError, UsageError
+from transforms.ledger import COMMITS, PARTS, open_part, part_url, read_commits
 
 logger = logging.getLogger(__name__)
 

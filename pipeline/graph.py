@@ -19,14 +19,9 @@ from dataclasses import dataclass, field
 
 import apache_beam as beam
 
-from transforms.commit import (
-    CommitSettings,
-    CommitUnits,
-    SkipCommitted,
-    UnitSummary,
-    UnitTotals,
-)
+from transforms.commit import CommitSettings, CommitUnits, SkipCommitted
 from transforms.label_audio import LabelSettings, LabelUnits
+from transforms.ledger import UnitSummary, UnitTotals
 from transforms.records import WorkUnit
 
 

@@ -3,7 +3,7 @@
     INPUT… ─find─▶ items, containers ─compare with commits─▶ units to do
                                           ├─▶ kept: committed and unchanged
                                           ├─▶ redone: units that hold a changed item
-                                          └─▶ vanished: committed, no longer in the input
+                                          └─▶ vanished: committed, not in this input
 
 Nothing is written here; ``earmark plan`` stops after it, ``earmark label`` goes on with ``run``.
 """
@@ -30,12 +30,13 @@ from pipeline.result import (
 )
 from transforms import storage
 from transforms.checkpoints import ModelOverrides, ModelSpec, resolve_model
-from transforms.commit import CommitSettings, UnitSummary
+from transforms.commit import CommitSettings
 from transforms.decode import DecodeSettings
 from transforms.errors import ConfigError
 from transforms.fbank import FEATURES_VERSION
 from transforms.inference import InferenceSettings, check_settings
 from transforms.label_audio import LabelSettings, fbank_settings
+from transforms.ledger import UnitSummary
 from transforms.records import WorkUnit
 from transforms.rows import RowSettings
 from transforms.sources import Found, SourceSettings, find_inputs, limit_items
@@ -104,7 +105,7 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
     if config.overwrite:
         check_removable(state)
     else:
-        check_same_results(state, results)
+        check_same_results(state, results, model.name)
     sources = SourceSettings(
         windows_per_unit=config.units.windows,
         window_s=label.windows.window_samples / label.windows.sample_rate_hz,
@@ -330,7 +331,7 @@ def describe_done(plan: RunPlan) -> str:
     backlog = plan.backlog
     text = f"Done already: {backlog.found_kept_items:,} items in {len(backlog.kept_units):,} units"
     if backlog.vanished_items:
-        text += f"; {backlog.vanished_items:,} more are no longer in the input"
+        text += f"; {backlog.vanished_items:,} more are not in this input"
     if backlog.num_redone:
         text += f"; {backlog.num_redone:,} units hold changed items"
     if backlog.num_retried:

@@ -21,7 +21,8 @@ from typing import Any
 from pipeline import __version__
 from pipeline.graph import RunTotals
 from transforms import storage
-from transforms.commit import (
+from transforms.errors import AccountingError, OutputError
+from transforms.ledger import (
     COMMITS,
     PARTS,
     Commit,
@@ -30,7 +31,6 @@ from transforms.commit import (
     read_commits,
     remove_unit,
 )
-from transforms.errors import AccountingError, OutputError
 
 RUN_FILE = "run.json"
 SUCCESS_FILE = "_SUCCESS"
@@ -235,8 +235,13 @@ def make_fingerprint(results: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_same_results(state: ResultState, results: Mapping[str, Any]) -> None:
+def check_same_results(state: ResultState, results: Mapping[str, Any], model_name: str) -> None:
     """Refuse to mix results of different models or settings in one folder.
+
+    Args:
+        state: What lies in the folder.
+        results: What changes results now.
+        model_name: Of the model now; a hash alone would not tell people which is which.
 
     Raises:
         OutputError: The folder's commits were made with something else; says what differs.
@@ -245,12 +250,15 @@ def check_same_results(state: ResultState, results: Mapping[str, Any]) -> None:
     others = state.fingerprints() - {fingerprint}
     if not others:
         return
-    before = dict(state.run["results"]) if state.run else {}
+    run = state.run or {"results": {}, "model": {}}
+    before, now = _flatten(run["results"]), _flatten(results)
     differences = [
-        f"  {key}: {_short(before.get(key))} there, {_short(results.get(key))} now"
-        for key in sorted({*before, *results})
-        if before.get(key) != results.get(key)
+        f"  {key}: {_short(before.get(key))} there, {_short(now.get(key))} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
     ]
+    if before.get("model_sha256") != now.get("model_sha256"):
+        differences.insert(0, f"  model: {run['model'].get('name')} there, {model_name} now")
     if not differences:
         differences = [f"  fingerprint: {min(others)} there, {fingerprint} now"]
     raise OutputError(
@@ -258,6 +266,17 @@ def check_same_results(state: ResultState, results: Mapping[str, Any]) -> None:
         + "\n".join(differences)
         + "\nGive another --output, go back to those settings, or start anew with --overwrite."
     )
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested keys joined by dots, so that only what differs is named."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": item for inner, item in _flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -30,8 +30,9 @@ from pipeline.result import (
     write_run,
 )
 from transforms import storage
-from transforms.commit import UnitTotals, list_unit_ids, live_counts, read_commit, read_failures
+from transforms.commit import live_counts
 from transforms.errors import ConfigError, OutputError
+from transforms.ledger import UnitTotals, list_unit_ids, read_commit, read_failures
 
 # Listing a remote folder takes a while: what others commit is looked up every few seconds.
 COMMIT_POLL_INTERVAL_S = 5.0
@@ -248,10 +249,11 @@ class _CommitReader:
 
 def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     """Print the closing lines, and decide on the exit code."""
-    run = read_run(output)
-    totals: Mapping[str, Any] = (run or {})["totals"]
+    run = read_run(output) or {}
+    totals: Mapping[str, Any] = run["totals"]
+    engines: list[str] = run["engines"]
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
-    for line in closing_lines(output, totals, elapsed_s):
+    for line in closing_lines(output, totals, engines, elapsed_s):
         console.print(line, markup=False)
     failures, items = totals["failures"], totals["items"]
     # Failures are always said aloud, however quiet the run is to be.
@@ -288,7 +290,9 @@ def example_failure(output: str) -> str:
     return f"{where}{row['message']}"
 
 
-def closing_lines(output: str, totals: Mapping[str, Any], elapsed_s: float) -> list[str]:
+def closing_lines(
+    output: str, totals: Mapping[str, Any], engines: Sequence[str], elapsed_s: float
+) -> list[str]:
     """The accounting, and where things lie."""
     new = f"{totals['new_items']:,} of them in this run, " if totals["new_units"] else "none new, "
     lines = [
@@ -299,9 +303,11 @@ def closing_lines(output: str, totals: Mapping[str, Any], elapsed_s: float) -> l
     ]
     if totals["vanished_items"]:
         lines.append(
-            f"{totals['vanished_items']:,} items labelled earlier are no longer in the input; "
-            "their rows are kept."
+            f"{totals['vanished_items']:,} items labelled earlier are not in this input "
+            "(any more); their rows are kept."
         )
+    if len(engines) > 1:
+        lines.append(f"Computed by a mixture: {', '.join(engines)}.")
     lines.append(
         f"Labels: {storage.join(output, 'clips')}/*.parquet (a row per clip), "
         f"{storage.join(output, 'windows')}/*.parquet (a row per window)."

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from pipeline.result import RUN_FILE, ResultState, read_result
 from transforms import storage
-from transforms.commit import (
+from transforms.errors import InputError
+from transforms.ledger import (
     Commit,
     PartInfo,
     UnitTotals,
@@ -28,7 +29,6 @@ from transforms.commit import (
     part_url,
     read_part,
 )
-from transforms.errors import InputError
 
 EXIT_WHOLE = 0
 EXIT_DAMAGED = 3

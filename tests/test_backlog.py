@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline.backlog import FAILURES_PER_UNIT, Backlog, find_backlog
 from tests.unit_factory import make_item
-from transforms.commit import (
+from transforms.errors import InputError
+from transforms.ledger import (
     Commit,
     Ledger,
     LedgerItem,
@@ -26,7 +27,6 @@ from transforms.commit import (
     item_version,
     part_url,
 )
-from transforms.errors import InputError
 from transforms.records import Carried, Failure, Item, WorkUnit
 from transforms.rows import errors_schema, errors_table
 from transforms.sources import Container, Found, SourceSettings, limit_items, plan_units

@@ -16,19 +16,16 @@ from apache_beam.testing.util import assert_that, equal_to
 from tests.unit_factory import failure_event, file_unit, make_item, row_settings, unit_events
 from transforms import commit as commit_step
 from transforms import storage
-from transforms.commit import (
+from transforms.commit import CommitSettings, CommitUnits, OpenUnit, SkipCommitted
+from transforms.errors import AccountingError, OutputError
+from transforms.ledger import (
     Commit,
-    CommitSettings,
-    CommitUnits,
-    OpenUnit,
-    SkipCommitted,
     UnitSummary,
     UnitTotals,
     item_version,
     read_commit,
     read_commits,
 )
-from transforms.errors import AccountingError, OutputError
 from transforms.records import (
     Carried,
     ContainerSlice,
@@ -216,6 +213,7 @@ def test_rows_of_vanished_items_are_carried_over(settings: CommitSettings) -> No
     commit = commit_events(settings, unit_events(redone))
     assert commit.totals == UnitTotals(items=3, clips=2, failures=1, windows=4, audio_s=24.0)
     assert len(commit.ledger.items) == 3
+    assert [row["unit_id"] for row in read_part(settings, "errors", "u2")] == ["u2"]
 
 
 def test_the_transform_commits_each_unit_as_it_comes_to_its_end(settings: CommitSettings) -> None:

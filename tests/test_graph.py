@@ -12,8 +12,9 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from pipeline.graph import RunTotals, build_graph, sum_totals
 from tests.unit_factory import file_unit
 from transforms.checkpoints import resolve_model
-from transforms.commit import CommitSettings, UnitSummary, UnitTotals
+from transforms.commit import CommitSettings
 from transforms.label_audio import LabelSettings, default_settings
+from transforms.ledger import UnitSummary, UnitTotals
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": {"storage", "labels", "spectrogram_transformer", "fbank"},
     "inference": {"checkpoints", "spectrogram_transformer"},
     "rows": {"labels"},
-    "commit": {"storage", "rows"},
+    "ledger": {"storage"},
+    "commit": {"storage", "rows", "ledger"},
     "label_audio": {path.stem for path in STEPS},
 }
 

@@ -2,6 +2,6 @@
 
 ``records`` draws what travels and ``errors`` what can go wrong; then ``storage``, ``sources``,
 ``decode``, ``windows``, ``fbank``, ``spectrogram_transformer``, ``checkpoints``, ``labels``,
-``inference``, ``rows``, ``commit``; ``label_audio`` joins them. Nothing here imports
+``inference``, ``rows``, ``ledger``, ``commit``; ``label_audio`` joins them. Nothing here imports
 ``pipeline``.
 """

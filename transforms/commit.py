@@ -1,31 +1,22 @@
-"""Write a unit's rows as Parquet parts and commit it; read commits back.
-
-    DIR/windows/<unit_id>.parquet   a row per window
-    DIR/clips/<unit_id>.parquet     a row per clip
-    DIR/errors/<unit_id>.parquet    a row per item that could not be labelled, if there is one
-    DIR/_commits/<unit_id>.json     written last: with it, the unit is done
+"""Write a unit's rows as Parquet parts and commit it, when all of it has come.
 
 The sink counts: when as many clips and failures have come as the unit holds, and as many windows
 as its clips have, the parts are written to a staging folder, put in place whole, and the commit
-follows. No order is assumed. A unit that replaces others removes their commits, then their parts,
-after its own commit. Whatever happens in between, a part without a commit counts for nothing, and
-a replaced commit that is still there is recognised by the one that names it.
+(``ledger``) follows. No order is assumed. A unit that replaces others removes their commits, then
+their parts, after its own commit. Whatever happens in between, a part without a commit counts for
+nothing, and a replaced commit that is still there is recognised by the one that names it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 import apache_beam as beam
 import pyarrow as pa
@@ -35,14 +26,30 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PCollection, TaggedOutput
 
 from transforms import storage
-from transforms.errors import AccountingError, OutputError
+from transforms.errors import AccountingError
+from transforms.ledger import (
+    PARTS,
+    Commit,
+    Ledger,
+    LedgerItem,
+    LedgerSlice,
+    PartInfo,
+    UnitSummary,
+    UnitTotals,
+    commit_url,
+    container_version,
+    file_sha256,
+    item_version,
+    part_url,
+    read_commit,
+    read_part,
+    remove_unit,
+)
 from transforms.records import (
     ClipRow,
-    Item,
     ItemFailure,
     UnitEnd,
     UnitEvent,
-    UnitKind,
     WindowRow,
     WorkUnit,
 )
@@ -56,9 +63,6 @@ from transforms.rows import (
     windows_schema,
     windows_table,
 )
-
-PARTS = ("windows", "clips", "errors")
-COMMITS = "_commits"
 
 # Window rows kept in memory before they go to the staging file as a row group: about 25 MB of
 # AST base's embeddings and scores.
@@ -91,227 +95,6 @@ class CommitSettings:
             "earmark.schema_version": str(SCHEMA_VERSION),
             "earmark.labels": json.dumps([dataclasses.asdict(label) for label in self.rows.labels]),
         }
-
-
-@dataclass(frozen=True)
-class PartInfo:
-    """A part as its commit describes it.
-
-    Attributes:
-        num_bytes: Size of the file.
-        sha256: Hex digest of the file.
-        num_rows: Rows in it.
-    """
-
-    num_bytes: int
-    sha256: str
-    num_rows: int
-
-
-@dataclass(frozen=True)
-class UnitTotals:
-    """What a unit held.
-
-    Attributes:
-        items: Items found in it: clips plus failures.
-        clips: Items labelled.
-        failures: Items that could not be labelled, a broken container's own row included.
-        broken_containers: Of the failures, containers that could not be read to their end.
-        windows: Windows labelled.
-        audio_s: Seconds of audio labelled.
-    """
-
-    items: int = 0
-    clips: int = 0
-    failures: int = 0
-    broken_containers: int = 0
-    windows: int = 0
-    audio_s: float = 0.0
-
-    def __add__(self, other: UnitTotals) -> UnitTotals:
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return UnitTotals(*(a + b for a, b in zip(mine, others, strict=True)))
-
-
-@dataclass(frozen=True)
-class LedgerSlice:
-    """The part of a container that a commit covers; units as in ``ContainerSlice``."""
-
-    uri: str
-    version: str
-    start: int
-    stop: int | None
-
-
-@dataclass(frozen=True)
-class LedgerItem:
-    """An item that a commit covers.
-
-    Attributes:
-        clip_id: Its name.
-        version: ``item_version`` at the time.
-    """
-
-    clip_id: str
-    version: str
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What a commit covers: a whole slice of a container, or the items listed."""
-
-    kind: UnitKind
-    container: LedgerSlice | None = None
-    items: tuple[LedgerItem, ...] = ()
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A committed unit: proof that its parts are whole.
-
-    Attributes:
-        unit_id: The unit.
-        fingerprint: Of the run that wrote it.
-        replaces: Units whose content this one redid.
-        ledger: What it covers.
-        parts: By name; ``errors`` only where there is one.
-        totals: What it held.
-        engines: What computed it: engine, device and precision.
-    """
-
-    unit_id: str
-    fingerprint: str
-    replaces: tuple[str, ...]
-    ledger: Ledger
-    parts: Mapping[str, PartInfo]
-    totals: UnitTotals
-    engines: tuple[str, ...]
-
-    def to_json(self) -> bytes:
-        """The commit file's content."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode()
-
-    @staticmethod
-    def from_json(text: bytes) -> Commit:
-        """Read a commit file's content.
-
-        Raises:
-            ValueError: It is not one.
-        """
-        try:
-            raw = json.loads(text)
-            ledger = raw["ledger"]
-            container = ledger["container"]
-            return Commit(
-                unit_id=raw["unit_id"],
-                fingerprint=raw["fingerprint"],
-                replaces=tuple(raw["replaces"]),
-                ledger=Ledger(
-                    kind=ledger["kind"],
-                    container=LedgerSlice(**container) if container else None,
-                    items=tuple(LedgerItem(**item) for item in ledger["items"]),
-                ),
-                parts={name: PartInfo(**part) for name, part in raw["parts"].items()},
-                totals=UnitTotals(**raw["totals"]),
-                engines=tuple(raw["engines"]),
-            )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a commit of Earmark: {type(error).__name__}: {error}") from error
-
-
-def item_version(item: Item) -> str:
-    """What tells a changed item from an unchanged one: size, etag or time, and what is said of it.
-
-    Truth and metadata are part of a row, so an item is changed when they are.
-    """
-    said = json.dumps([item.truth, item.metadata]) if item.truth or item.metadata else ""
-    digest = hashlib.sha256(said.encode()).hexdigest()[:16] if said else ""
-    return f"{item.size}:{item.version}:{digest}"
-
-
-def container_version(size: int | None, version: str | None) -> str:
-    """What tells a changed container from an unchanged one."""
-    return f"{size}:{version}"
-
-
-def part_url(output: str, part: str, unit_id: str) -> str:
-    """Where a unit's part lies."""
-    return storage.join(output, part, f"{unit_id}.parquet")
-
-
-def commit_url(output: str, unit_id: str) -> str:
-    """Where a unit's commit lies."""
-    return storage.join(output, COMMITS, f"{unit_id}.json")
-
-
-def read_commit(output: str, unit_id: str) -> Commit:
-    """Read one commit.
-
-    Raises:
-        OutputError: The file is not a commit.
-    """
-    url = commit_url(output, unit_id)
-    try:
-        return Commit.from_json(storage.read_bytes(url))
-    except ValueError as error:
-        raise OutputError(f"{storage.public_uri(url)}: {error}") from error
-
-
-def list_unit_ids(output: str) -> list[str]:
-    """The units that have a commit file."""
-    names = storage.list_names(storage.join(output, COMMITS))
-    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
-
-
-def read_commits(output: str) -> tuple[dict[str, Commit], list[str]]:
-    """Every commit of a result.
-
-    Returns:
-        The commits by unit, and the ids of units whose commit file is damaged.
-    """
-    unit_ids = list_unit_ids(output)
-
-    def read(unit_id: str) -> Commit | None:
-        try:
-            return read_commit(output, unit_id)
-        except OutputError:
-            return None
-
-    with ThreadPoolExecutor(16) as threads:
-        commits = dict(zip(unit_ids, threads.map(read, unit_ids), strict=True))
-    whole = {unit_id: commit for unit_id, commit in commits.items() if commit is not None}
-    return whole, [unit_id for unit_id in unit_ids if unit_id not in whole]
-
-
-def remove_unit(output: str, unit_id: str) -> None:
-    """Take a unit out of a result: its commit first, so that it never vouches for less."""
-    storage.remove(commit_url(output, unit_id))
-    for part in PARTS:
-        storage.remove(part_url(output, part, unit_id))
-
-
-def read_failures(output: str, unit_id: str) -> list[dict[str, Any]]:
-    """The rows of a unit's ``errors`` part."""
-    return cast(list[dict[str, Any]], read_part(output, "errors", unit_id).to_pylist())
-
-
-@contextlib.contextmanager
-def open_part(output: str, part: str, unit_id: str) -> Iterator[pq.ParquetFile]:
-    """A unit's part, for reading."""
-    with storage.open_read(part_url(output, part, unit_id)) as file:
-        yield pq.ParquetFile(file, pre_buffer=False)
-
-
-def read_part(
-    output: str, part: str, unit_id: str, columns: Sequence[str] | None = None
-) -> pa.Table:
-    """The rows of a unit's part.
-
-    Arrow's own threads let go of what they read from a Python stream whenever they like, and
-    abort the process if it is ending just then: so none are used.
-    """
-    with open_part(output, part, unit_id) as file:
-        return file.read(columns=columns, use_threads=False)
 
 
 class OpenUnit:
@@ -500,6 +283,10 @@ class OpenUnit:
                 table = table.filter(
                     pc.is_in(table["clip_id"], pa.array(sorted(wanted), pa.string()))
                 )
+            if part == "errors":
+                column = table.schema.get_field_index("unit_id")
+                own = pa.array([self._unit_id] * table.num_rows, pa.string())
+                table = table.set_column(column, errors_schema().field("unit_id"), own)
             yield part, table
 
     def _totals(self, staged: Mapping[str, Path]) -> UnitTotals:
@@ -552,34 +339,6 @@ def _part_info(path: Path) -> PartInfo:
     with path.open("rb") as file:
         digest = file_sha256(file)
     return PartInfo(path.stat().st_size, digest, pq.read_metadata(path).num_rows)
-
-
-def file_sha256(file: BinaryIO) -> str:
-    """Hex digest of the rest of a file, read in bounded memory."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class UnitSummary:
-    """What is left of a unit once it is committed; small enough to cross stages.
-
-    Attributes:
-        unit_id: The unit.
-        totals: What it held.
-        engines: What computed it.
-    """
-
-    unit_id: str
-    totals: UnitTotals
-    engines: tuple[str, ...] = ()
-
-    @staticmethod
-    def of(commit: Commit) -> UnitSummary:
-        """The summary of a commit."""
-        return UnitSummary(commit.unit_id, commit.totals, commit.engines)
 
 
 @dataclass
