@@ -4,4 +4,38 @@
 ``decode``, ``windows``, ``fbank``, ``spectrogram_transformer``, ``checkpoints``, ``labels``,
 ``inference``, ``rows``, ``ledger``, ``commit``; ``label_audio`` joins them. Nothing here imports
 ``pipeline``.
+
+What people use on its own can be imported from here; nothing is loaded until it is asked for.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transforms.decode_worker import decode_whole as decode_whole
+    from transforms.fbank import ASTFeatureExtractor as ASTFeatureExtractor
+    from transforms.label_audio import LabelAudio as LabelAudio
+    from transforms.spectrogram_transformer import ASTConfig as ASTConfig
+    from transforms.spectrogram_transformer import (
+        ASTForAudioClassification as ASTForAudioClassification,
+    )
+    from transforms.spectrogram_transformer import ASTModel as ASTModel
+
+_HOMES = {
+    "ASTConfig": "spectrogram_transformer",
+    "ASTFeatureExtractor": "fbank",
+    "ASTForAudioClassification": "spectrogram_transformer",
+    "ASTModel": "spectrogram_transformer",
+    "LabelAudio": "label_audio",
+    "decode_whole": "decode_worker",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'transforms' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"transforms.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -779,8 +779,10 @@ class _Child:
         """Alive, and with at least half of the allowed memory to itself: libraries may leak."""
         if self._is_killed or self._process.poll() is not None:
             return False
-        held_bytes = decode_worker.data_bytes(self._process.pid) - self._base_bytes
-        return held_bytes <= self._max_decoder_bytes // 2
+        if not self._base_bytes:  # the system does not tell
+            return True
+        held_bytes = decode_worker.data_bytes(self._process.pid)  # 0 once it has begun to end
+        return 0 < held_bytes <= self._base_bytes + self._max_decoder_bytes // 2
 
     def wait_until_ready(self, settings: DecodeSettings) -> None:
         self._connection.settimeout(START_TIMEOUT_S)
