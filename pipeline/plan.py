@@ -35,12 +35,10 @@ from transforms.decode import DecodeSettings
 from transforms.errors import ConfigError
 from transforms.fbank import FEATURES_VERSION
 from transforms.inference import InferenceSettings, check_settings
-from transforms.label_audio import LabelSettings, fbank_settings
+from transforms.label_audio import LabelSettings, make_settings
 from transforms.ledger import UnitSummary
 from transforms.records import WorkUnit
-from transforms.rows import RowSettings
 from transforms.sources import Found, SourceSettings, find_inputs, limit_items
-from transforms.windows import WindowSettings
 
 KIND_NAMES = {"tar": "tar archives", "parquet": "Parquet files with audio"}
 
@@ -182,10 +180,9 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
         pooling=config.embedding.pooling,
         embedding_dtype=config.embedding.dtype,
     )
-    return LabelSettings(
-        model=model,
+    return make_settings(
+        model,
         decode=DecodeSettings(
-            sample_rate_hz=model.sampling_rate,
             num_processes=config.decode.processes or 0,
             clips_ahead=config.decode.clips_ahead or 0,
             stall_timeout_s=config.decode.stall_timeout_s,
@@ -194,23 +191,12 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
             max_decode_ratio=config.decode.max_decode_ratio,
             max_decoder_bytes=config.decode.max_decoder_bytes,
         ),
-        windows=WindowSettings.from_seconds(
-            length_s=config.window.length_s,
-            hop_s=config.window.hop_s,
-            min_tail_ratio=config.window.min_tail,
-            num_frames=model.num_frames,
-            sample_rate_hz=model.sampling_rate,
-        ),
-        fbank=fbank_settings(model),
         inference=inference,
-        rows=RowSettings(
-            labels=model.labels,
-            activation=model.activation,
-            hidden_size=model.hidden_size,
-            top_k=config.labels.top_k,
-            store_scores=config.labels.scores,
-            embedding_dtype=config.embedding.dtype,
-        ),
+        window_s=config.window.length_s,
+        hop_s=config.window.hop_s,
+        min_tail_ratio=config.window.min_tail,
+        top_k=config.labels.top_k,
+        store_scores=config.labels.scores,
     )
 
 

@@ -13,13 +13,13 @@ from pipeline.graph import RunTotals, build_graph, sum_totals
 from tests.unit_factory import file_unit
 from transforms.checkpoints import resolve_model
 from transforms.commit import CommitSettings
-from transforms.label_audio import LabelSettings, default_settings
+from transforms.label_audio import LabelSettings, make_settings
 from transforms.ledger import UnitSummary, UnitTotals
 
 
 @pytest.fixture(scope="module")
 def label(tiny_model: Path) -> LabelSettings:
-    return default_settings(resolve_model(str(tiny_model)))
+    return make_settings(resolve_model(str(tiny_model)))
 
 
 def commit_settings(label: LabelSettings, output: Path) -> CommitSettings:

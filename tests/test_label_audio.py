@@ -18,7 +18,7 @@ from pipeline.run import run_label
 from tests import audio_factory
 from transforms.checkpoints import resolve_model
 from transforms.inference import InferenceSettings
-from transforms.label_audio import LabelAudio, LabelSettings, default_settings, unit_of_files
+from transforms.label_audio import LabelAudio, LabelSettings, make_settings, unit_of_files
 from transforms.rows import clips_schema, errors_schema, windows_schema
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def settings(tiny_model: Path) -> LabelSettings:
     inference = InferenceSettings(precision="fp32", device="cpu", batch_size=2)
-    return default_settings(resolve_model(str(tiny_model)), inference)
+    return make_settings(resolve_model(str(tiny_model)), inference=inference)
 
 
 @pytest.fixture(scope="module")

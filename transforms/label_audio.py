@@ -8,6 +8,7 @@ for other people's pipelines, with rows as plain dictionaries and no output fold
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,8 +49,6 @@ from transforms.windows import CutWindows, WindowSettings
 # Files that one unit of LabelAudio groups, so that decoding can look ahead across them.
 FILES_PER_UNIT = 64
 
-MIN_TAIL_RATIO = 0.1
-
 
 @dataclass(frozen=True)
 class LabelSettings:
@@ -72,38 +71,59 @@ class LabelSettings:
     rows: RowSettings
 
 
-def default_settings(model: ModelSpec, inference: InferenceSettings | None = None) -> LabelSettings:
-    """The settings that ``earmark label`` uses when nothing else is asked for."""
-    inference = inference or InferenceSettings()
+def make_settings(
+    model: ModelSpec,
+    *,
+    decode: DecodeSettings | None = None,
+    inference: InferenceSettings | None = None,
+    window_s: float | None = None,
+    hop_s: float | None = None,
+    min_tail_ratio: float = 0.1,
+    top_k: int = 10,
+    store_scores: bool = False,
+) -> LabelSettings:
+    """The settings of every step for a checkpoint; by default those of ``earmark label``.
+
+    Args:
+        model: The checkpoint.
+        decode: How to decode; the rate is always the model's.
+        inference: How to run the model.
+        window_s: Length of a window in seconds; None for what the checkpoint holds.
+        hop_s: From one window's start to the next's; None for the window's length.
+        min_tail_ratio: Share of the window below which a tail gets no padded window of its own.
+        top_k: How many labels a row lists.
+        store_scores: Also store every class's score.
+
+    Raises:
+        ConfigError: The window or hop does not fit the checkpoint.
+    """
+    decode, inference = decode or DecodeSettings(), inference or InferenceSettings()
     return LabelSettings(
         model=model,
-        decode=DecodeSettings(sample_rate_hz=model.sampling_rate),
+        decode=dataclasses.replace(decode, sample_rate_hz=model.sampling_rate),
         windows=WindowSettings.from_seconds(
-            length_s=None,
-            hop_s=None,
-            min_tail_ratio=MIN_TAIL_RATIO,
+            length_s=window_s,
+            hop_s=hop_s,
+            min_tail_ratio=min_tail_ratio,
             num_frames=model.num_frames,
             sample_rate_hz=model.sampling_rate,
         ),
-        fbank=fbank_settings(model),
+        fbank=FbankSettings(
+            sample_rate_hz=model.sampling_rate,
+            num_mel_bins=model.config.num_mel_bins,
+            num_frames=model.num_frames,
+            mean=model.mean,
+            std=model.std,
+        ),
         inference=inference,
         rows=RowSettings(
             labels=model.labels,
             activation=model.activation,
-            hidden_size=model.config.hidden_size,
+            hidden_size=model.hidden_size,
+            top_k=top_k,
+            store_scores=store_scores,
             embedding_dtype=inference.embedding_dtype,
         ),
-    )
-
-
-def fbank_settings(model: ModelSpec) -> FbankSettings:
-    """The features a checkpoint was trained on."""
-    return FbankSettings(
-        sample_rate_hz=model.sampling_rate,
-        num_mel_bins=model.config.num_mel_bins,
-        num_frames=model.config.max_length,
-        mean=model.mean,
-        std=model.std,
     )
 
 
@@ -169,7 +189,7 @@ class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
     In: a URI or path of an audio file per element. Out: ``LabelledAudio``.
 
     Args:
-        settings: The settings of every step; see ``default_settings``.
+        settings: The settings of every step; see ``make_settings``.
     """
 
     def __init__(self, settings: LabelSettings) -> None:
