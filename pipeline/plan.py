@@ -93,7 +93,7 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
         UsageError: The config, the model, an input or the output is not right.
     """
     inputs = _inputs(config)
-    output = _output(config) if needs_output or config.output is not None else ""
+    output = output_of(config) if needs_output or config.output is not None else ""
     model = resolve_model(_model_name(config), _overrides(config))
     label = make_label_settings(config, model)
     if not is_remote:
@@ -146,7 +146,12 @@ def _inputs(config: RunConfig) -> list[str]:
     return [storage.normalise(text) for text in config.inputs]
 
 
-def _output(config: RunConfig) -> str:
+def output_of(config: RunConfig) -> str:
+    """The result's folder.
+
+    Raises:
+        ConfigError: None was given.
+    """
     if config.output is None:
         raise ConfigError("no --output: give the folder that the result goes to")
     return storage.normalise(config.output)

@@ -7,15 +7,19 @@ at the end of the graph (``status: done``), followed by ``_SUCCESS``.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
@@ -86,6 +90,51 @@ class ResultState:
     def fingerprints(self) -> set[str]:
         """Fingerprints of everything committed."""
         return {commit.fingerprint for commit in self.commits.values()}
+
+
+@contextlib.contextmanager
+def hold_output(output: str) -> Iterator[None]:
+    """Keep a local output to this run: two that heal and write one folder would undo each other.
+
+    The folder is made if need be, and goes again if nothing came of the run. The lock is the
+    system's, on the folder itself: it needs no file, and ends with the process, however that ends.
+    Object stores have no such thing; there, units of the same name simply replace each other.
+
+    Raises:
+        OutputError: Another run holds it, or it cannot be made.
+    """
+    if not storage.is_local(output):
+        yield
+        return
+    path = Path(storage.local_path(output))
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    descriptor = _open_folder(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise OutputError(
+            f"another run is writing to {output}; wait for it or stop it, then run this command "
+            "again, or give another --output."
+        ) from error
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()  # only if it is empty
+
+
+def _open_folder(path: Path) -> int:
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; --output needs a folder. Give another path.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}. Give another --output, or "
+            "mend its permissions."
+        ) from error
 
 
 def read_result(output: str) -> ResultState:

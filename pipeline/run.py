@@ -18,12 +18,13 @@ from rich.console import Console
 
 from pipeline.config import DEFAULT_RUNNER, RunConfig
 from pipeline.graph import RunTotals, build_graph
-from pipeline.plan import RunPlan, describe_plan, make_plan
+from pipeline.plan import RunPlan, describe_plan, make_plan, output_of
 from pipeline.progress import ProgressCounts, ProgressDisplay, format_audio, format_duration
 from pipeline.result import (
     SUCCESS_FILE,
     FinishRun,
     heal,
+    hold_output,
     read_run,
     remove_result,
     utc_now,
@@ -61,19 +62,20 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
     options = pipeline_options(config, beam_options)
     is_remote = runner_name(options) in REMOTE_RUNNERS
-    plan = make_plan(config, is_remote=is_remote)
-    if is_remote:
-        check_reachable(plan)
-    for line in describe_plan(plan):
-        console.print(line, markup=False)
-    finish = prepare_output(plan, config)
-    started = time.monotonic()
-    if plan.units:
-        run_graph(plan, options, finish, config.quiet)
-        storage.remove_empty_folder(storage.join(plan.output, storage.STAGING_FOLDER))
-    else:
-        finish(RunTotals())
-    return report(plan.output, config, time.monotonic() - started)
+    with hold_output(output_of(config)):
+        plan = make_plan(config, is_remote=is_remote)
+        if is_remote:
+            check_reachable(plan)
+        for line in describe_plan(plan):
+            console.print(line, markup=False)
+        finish = prepare_output(plan, config)
+        started = time.monotonic()
+        if plan.units:
+            run_graph(plan, options, finish, config.quiet)
+            storage.remove_empty_folder(storage.join(plan.output, storage.STAGING_FOLDER))
+        else:
+            finish(RunTotals())
+        return report(plan.output, config, time.monotonic() - started)
 
 
 def pipeline_options(config: RunConfig, beam_options: list[str]) -> PipelineOptions:

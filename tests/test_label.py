@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from pipeline.config import RunConfig
-from pipeline.result import read_result
+from pipeline.result import hold_output, read_result
 from pipeline.run import run_label
 from pipeline.verify import run_verify, verify_result
 from transforms.errors import InputError, OutputError
@@ -354,3 +354,18 @@ def test_copies_of_a_result_can_be_moved(label: Labeller, clips: Path, out: Path
     label(clips)
     moved = shutil.move(out, out.with_name("moved"))
     assert run_verify(str(moved)) == 0
+
+
+def test_a_second_run_on_the_same_output_says_why_not(
+    label: Labeller, clips: Path, out: Path
+) -> None:
+    with hold_output(str(out)), pytest.raises(OutputError, match="another run is writing to"):
+        label(clips)
+    assert not out.exists()
+    assert label(clips) == 0
+
+
+def test_a_run_that_is_refused_leaves_no_folder(label: Labeller, tmp_path: Path, out: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        label(tmp_path / "nowhere")
+    assert not out.exists()
