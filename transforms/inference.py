@@ -192,12 +192,13 @@ class TorchEngine(nn.Module):
         """Pooled embeddings and those to store (the same, unless patches are pooled)."""
         with self.lock:
             batch = torch.from_numpy(features).to(self.device, self.dtype)
-            output = self.backbone(batch)
-            pooled = self._as_stored(output.pooler_output)
             if self.pooling == "pooler_output":
+                pooled = self._as_stored(self.backbone.embed(batch))
                 return pooled, pooled
+            output = self.backbone(batch)
             # Tokens 0 and 1 are the class and distillation tokens.
-            return pooled, self._as_stored(output.last_hidden_state[:, 2:].mean(dim=1))
+            patches = output.last_hidden_state[:, 2:].mean(dim=1)
+            return self._as_stored(output.pooler_output), self._as_stored(patches)
 
     def _as_stored(self, embedding: torch.Tensor) -> npt.NDArray[np.floating]:
         return embedding.float().cpu().numpy().astype(self.embedding_dtype)
