@@ -421,7 +421,7 @@ def _refuse_beam_options(context: typer.Context) -> None:
 
 
 def _print_models_json() -> int:
-    from transforms.checkpoints import PUBLIC_CHECKPOINTS
+    from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
 
     entries = [
         {**dataclasses.asdict(entry), "window_s": entry.window_s} for entry in PUBLIC_CHECKPOINTS
@@ -434,7 +434,7 @@ def _print_models() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from transforms.checkpoints import PUBLIC_CHECKPOINTS
+    from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
 
     table = Table("--model", "window", "labels", "published", "licence", title="Public models")
     for entry in PUBLIC_CHECKPOINTS:

@@ -28,6 +28,7 @@ from pydantic import (
 from transforms.errors import ConfigError
 
 DEFAULT_RUNNER = "FnApiRunner"
+MIN_DECODER_BYTES = 256 << 20  # the libraries themselves, and what ordinary audio takes
 
 # What each command-line option sets; the command line has no settings of its own.
 OPTION_KEYS: Mapping[str, str] = {
@@ -179,7 +180,7 @@ class DecodeSection(_Section):
     max_item_bytes: Count = 68_719_476_736
     max_item_s: Positive = 604_800.0
     max_decode_ratio: Positive = 10.0
-    max_decoder_bytes: Count = 2_147_483_648
+    max_decoder_bytes: Annotated[int, Field(ge=MIN_DECODER_BYTES)] = 2_147_483_648
 
 
 class UnitsSection(_Section):

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_averysecrettokenofthetests"
 
@@ -91,3 +94,16 @@ def serve_hub(root: Path, repo_id: str = "org/tiny") -> Iterator[type[FakeHub]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def use_hub(hub: type[FakeHub], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make huggingface_hub ask this hub, with the tests' token, and keep what it gets in cache."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -326,7 +326,11 @@ def test_an_output_of_another_model_or_config_is_refused_and_left_as_it_is(
     before = {path: path.stat().st_mtime_ns for path in earmark.out.rglob("*")}
     other = write_tiny_model(tmp_path / "other", seed=3)
     step = r"[\s\S]*Give another --output, go back to those settings, or start anew"
-    earmark.refuses(rf"out was made with.*\n  model: .* there, .*other now\n  model_sha256: .*{step}", earmark.good, model=other)
+    earmark.refuses(
+        rf"out was made with.*\n  model: .* there, .*other now\n  model_sha256: .*{step}",
+        earmark.good,
+        model=other,
+    )
     earmark.refuses(rf"top_k: 10 there, 3 now{step}", earmark.good, "--top-k", "3")
     earmark.refuses(rf"hop_samples: \d+ there, 80000 now{step}", earmark.good, "--hop-s", "5")
     assert {path: path.stat().st_mtime_ns for path in earmark.out.rglob("*")} == before

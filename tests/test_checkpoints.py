@@ -20,29 +20,26 @@ import safetensors.torch
 import torch
 import transformers
 
-from tests.fake_hub import COMMIT, TOKEN, FakeHub, serve_hub
+from tests.fake_hub import COMMIT, TOKEN, FakeHub, serve_hub, use_hub
 from tests.test_spectrogram_transformer import TINY, assert_close, make_input, make_pair, randomise
-from transforms import checkpoints
 from transforms.checkpoints import (
-    PUBLIC_CHECKPOINTS,
     ModelOverrides,
     ModelSpec,
-    from_layout,
     load_for_finetuning,
     load_model,
     resolve_model,
     save_pretrained,
-    tensor_names,
-    to_layout,
 )
 from transforms.errors import ModelError
 from transforms.labels import audioset_labels, speech_commands_labels
+from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
 from transforms.spectrogram_transformer import (
     ASTConfig,
     ASTForAudioClassification,
     ASTModel,
     resize_position_embeddings,
 )
+from transforms.tensor_names import Layout, from_layout, tensor_names, to_layout
 
 NAMES = ("dog", "rain", "sea, waves", "crying baby", "clock")
 STATS = {"mean": -3.5, "std": 2.5}
@@ -187,9 +184,7 @@ def test_weights_in_half_precision_become_float32(folder: Path, dtype: torch.dty
 
 @pytest.mark.parametrize("fields", [{}, {"qkv_bias": False}, {"num_hidden_layers": 12}])
 @pytest.mark.parametrize("layout", ["original", "disk", "memory"])
-def test_every_layout_round_trips_bit_for_bit(
-    layout: checkpoints.Layout, fields: dict[str, Any]
-) -> None:
+def test_every_layout_round_trips_bit_for_bit(layout: Layout, fields: dict[str, Any]) -> None:
     model = make_model(**fields)
     state = model.state_dict()
     back = from_layout(to_layout(state, model.config, layout), model.config, layout)
@@ -716,16 +711,8 @@ def test_a_model_of_other_blocks_cannot_start_from_it(folder: Path, field: str, 
 @pytest.fixture
 def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
     """A hub on this machine, and an empty cache."""
-    constants = huggingface_hub.constants
     with serve_hub(folder) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        use_hub(hub, tmp_path / "cache", monkeypatch)
         yield hub
 
 
@@ -767,6 +754,11 @@ def test_a_revision_can_be_named_from_python(hub: type[FakeHub]) -> None:
     model = ASTForAudioClassification.from_pretrained("org/tiny", revision="v1")
     assert states_equal(model, make_model())
     assert ASTConfig.from_pretrained("org/tiny") == model.config
+
+
+def test_a_folder_has_no_revision(folder: Path) -> None:
+    model = ASTForAudioClassification.from_pretrained(folder, revision="v9")
+    assert states_equal(model, make_model())
 
 
 def test_what_the_hub_does_not_have_is_named(hub: type[FakeHub]) -> None:
@@ -811,17 +803,20 @@ def test_a_download_that_fails_is_named(
 
 
 def test_a_model_fetched_before_is_found_without_a_network(hub: type[FakeHub]) -> None:
-    before = resolve_model("org/tiny@v1")
+    before = resolve_model("org/tiny")
     hub.status = 503
+    for name in ("org/tiny", f"org/tiny@{COMMIT}"):
+        after = resolve_model(name)
+        assert (after.revision, after.sha256) == (before.revision, before.sha256)
+        assert (
+            after.notes[0]
+            == f"the hub cannot be reached; took commit {COMMIT[:12]} from its local cache"
+        )
+        assert states_equal(load_model(after), make_model())
     with pytest.raises(ModelError, match="cannot reach the hub"):
-        resolve_model("org/tiny")  # what main was is not known
-    after = resolve_model(f"org/tiny@{COMMIT}")
-    assert (after.revision, after.sha256) == (before.revision, before.sha256)
-    assert (
-        after.notes[0]
-        == f"the hub cannot be reached; took commit {COMMIT[:12]} from its local cache"
-    )
-    assert states_equal(load_model(after), make_model())
+        resolve_model("org/tiny@v1")  # which commit that branch was is not known
+    with pytest.raises(ModelError, match="cannot reach the hub"):
+        resolve_model("org/other")
 
 
 # --- The published checkpoints -------------------------------------------------------------

@@ -330,7 +330,7 @@ def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_models_lists_the_public_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    from transforms.checkpoints import PUBLIC_CHECKPOINTS
+    from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
 
     assert cli.main(["models"]) == 0
     table = capsys.readouterr().out

@@ -27,8 +27,8 @@ import soxr
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 
+from transforms import audio_readers
 from transforms import decode as decode_module
-from transforms import decode_worker
 from transforms.decode import DecodeAudio, DecodePool, DecodeSettings
 from transforms.decode_worker import decode, decode_whole
 from transforms.errors import DecodeError, EarmarkError
@@ -110,8 +110,8 @@ def test_large_files_are_read_where_they_lie(
         path = audio_factory.write(tmp_path / name, sound(name, 2.0), rate_for(name), name)
         in_memory, facts = decode_whole(path)
         with monkeypatch.context() as patch:
-            patch.setattr(decode_worker, "MAX_IN_MEMORY_BYTES", 1000)
-            patch.setattr(decode_worker, "HASH_CHUNK_BYTES", 777)
+            patch.setattr(audio_readers, "MAX_IN_MEMORY_BYTES", 1000)
+            patch.setattr(audio_readers, "HASH_CHUNK_BYTES", 777)
             mapped, mapped_facts = decode_whole(path)
         assert np.array_equal(in_memory, mapped)
         assert facts == mapped_facts
@@ -155,7 +155,7 @@ def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         for seed in range(3):
             sizes = np.random.default_rng(seed)
             monkeypatch.setattr(
-                decode_worker,
+                audio_readers,
                 "_block_frames",
                 lambda rate, channels, r=sizes: int(r.integers(1, 9999)),
             )
@@ -256,7 +256,7 @@ def test_content_hash_is_that_of_the_encoded_bytes() -> None:
     "name", ["wav", "wav24", "flac", "aiff", "ogg", "mp3", "mp3_no_header", "m4a", "opus", "mkv"]
 )
 def test_a_segment_is_what_slicing_the_whole_gives(name: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(decode_worker, "PREROLL_FRAMES", 60_000)  # so that short files seek, too
+    monkeypatch.setattr(audio_readers, "PREROLL_FRAMES", 60_000)  # so that short files seek, too
     rate = rate_for(name)
     data = audio_factory.encode(sound(name, 6.0, 2), rate, name)
     whole = native(data, rate)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import apache_beam as beam
-import huggingface_hub
 import kaldi_native_fbank as knf
 import numpy as np
 import pytest
@@ -26,6 +25,8 @@ from transformers.models.audio_spectrogram_transformer import (
     feature_extraction_audio_spectrogram_transformer as hf_module,
 )
 
+from tests.fake_hub import COMMIT, FakeHub, serve_hub, use_hub
+from transforms import storage
 from transforms.errors import ConfigError, FeatureError, ModelError
 from transforms.fbank import (
     ASTFeatureExtractor,
@@ -704,10 +705,13 @@ def test_what_transformers_saves_loads_here(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot read .*preprocessor_config.json"),
-        ("{", "cannot read"),
-        ("[]", "holds a list; must be a JSON object"),
-        (json.dumps({"feature_extractor_type": "WhisperFeatureExtractor"}), "describes a Whisper"),
+        (None, "there is no preprocessor_config.json"),
+        ("{", "preprocessor_config.json cannot be read as JSON"),
+        ("[]", "preprocessor_config.json holds a list; expected a JSON object"),
+        (
+            json.dumps({"feature_extractor_type": "WhisperFeatureExtractor"}),
+            "is 'WhisperFeatureExtractor'; expected ASTFeatureExtractor",
+        ),
     ],
 )
 def test_a_folder_without_an_ast_extractor_is_refused(
@@ -720,36 +724,54 @@ def test_a_folder_without_an_ast_extractor_is_refused(
 
 
 def test_a_mistyped_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no local folder, and the hub gave none"):
+    with pytest.raises(ModelError, match="missing: there is no such folder"):
         ASTFeatureExtractor.from_pretrained(tmp_path / "missing")
+
+
+def test_a_remote_folder_is_read() -> None:
+    saved = ASTFeatureExtractor(**CHANGED)
+    content = json.dumps({**saved.to_dict(), "unknown_to_us": 1}).encode()
+    storage.write_bytes("memory://fbank/model/preprocessor_config.json", content)
+    loaded = ASTFeatureExtractor.from_pretrained("memory://fbank/model", max_length=256)
+    assert loaded.to_dict() == {**saved.to_dict(), "max_length": 256}
+
+
+def test_a_remote_folder_without_the_file_is_refused() -> None:
+    with pytest.raises(ModelError, match="model memory://fbank/none: there is no preprocessor"):
+        ASTFeatureExtractor.from_pretrained("memory://fbank/none")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
+    """A hub on this machine whose model has a feature extractor and nothing else."""
+    ASTFeatureExtractor(**CHANGED).save_pretrained(tmp_path / "hub")
+    with serve_hub(tmp_path / "hub") as hub:
+        use_hub(hub, tmp_path / "cache", monkeypatch)
+        yield hub
 
 
 @pytest.mark.parametrize(
     ("source", "revision", "asked_for"),
     [
-        ("org/model", None, ("org/model", None)),
-        ("org/model@v2", None, ("org/model", "v2")),
-        ("org/model", "v3", ("org/model", "v3")),
+        ("org/tiny", None, "/api/models/org/tiny"),
+        ("org/tiny@v1", None, "/api/models/org/tiny/revision/v1"),
+        ("org/tiny", "v1", "/api/models/org/tiny/revision/v1"),
+        ("org/tiny@v9", "v1", "/api/models/org/tiny/revision/v1"),
     ],
 )
 def test_a_hub_id_may_carry_a_revision(
-    source: str,
-    revision: str | None,
-    asked_for: tuple[str, str | None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    source: str, revision: str | None, asked_for: str, hub: type[FakeHub]
 ) -> None:
-    saved = ASTFeatureExtractor(**CHANGED).save_pretrained(tmp_path)
-    asked = []
-
-    def download(repository: str, file_name: str, revision: str | None) -> str:
-        asked.append((repository, revision))
-        return str(tmp_path / file_name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     loaded = ASTFeatureExtractor.from_pretrained(source, revision=revision)
-    assert asked == [asked_for]
-    assert loaded.to_dict() == json.loads(Path(saved[0]).read_text())
+    assert hub.requests[0].split()[1].partition("?")[0] == asked_for
+    assert loaded.to_dict() == ASTFeatureExtractor(**CHANGED).to_dict()
+
+
+def test_an_extractor_fetched_before_is_found_without_a_network(hub: type[FakeHub]) -> None:
+    before = ASTFeatureExtractor.from_pretrained("org/tiny")
+    hub.status = 503
+    after = ASTFeatureExtractor.from_pretrained(f"org/tiny@{COMMIT}")
+    assert after.to_dict() == before.to_dict()
 
 
 # --- ExtractFbank

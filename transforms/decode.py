@@ -71,6 +71,7 @@ ReadUnit: TypeAlias = Callable[[WorkUnit], Iterator[EncodedClip | Failure]]
 PIECES_AHEAD = 3  # decoded pieces of one clip that wait to be taken
 START_TIMEOUT_S = 120.0  # importing the libraries on a busy machine with a cold disk
 MAX_FAILED_STARTS = 3
+MIN_DECODER_BYTES = 256 << 20  # less would not hold the libraries themselves
 CLOSE_TIMEOUT_S = 30.0
 
 
@@ -112,7 +113,7 @@ class DecodeSettings:
             ("bytes_ahead", 1),
             ("piece_samples", self.min_clip_samples),
             ("max_item_bytes", 1),
-            ("max_decoder_bytes", 1),
+            ("max_decoder_bytes", MIN_DECODER_BYTES),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; must be at least {least}")

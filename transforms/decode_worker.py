@@ -23,11 +23,7 @@ What a reader may rely on:
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import json
-import logging
 import math
 import mmap
 import os
@@ -43,13 +39,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
 import soxr
 
+from transforms.audio_readers import (
+    ROUNDING_S,
+    Block,
+    ReaderChain,
+    hash_encoded,
+    open_encoded,
+)
 from transforms.errors import DecodeError
 from transforms.records import ClipFacts, FloatArray
 
@@ -57,21 +59,6 @@ MIN_CLIP_S = 0.025  # one fbank frame: less than this gives no features
 CLIPPED_AT = 0.999
 SILENT_MEAN_SQUARE = 1e-6  # −60 dBFS
 LEVEL_FRAME_S = 0.02
-BLOCK_S = 1.0
-MAX_BLOCK_VALUES = 1 << 20  # samples times channels: bounds memory whatever a header claims
-MAX_IN_MEMORY_BYTES = 64 << 20  # larger files are read where they lie
-HASH_CHUNK_BYTES = 8 << 20
-# libsndfile seeks in a lossy stream are exact once the decoder has warmed up, except into the last
-# Ogg page, where it loses its place. A page holds at most 255 packets, of 1024 samples mostly.
-PREROLL_FRAMES = 1 << 19
-EXACT_SEEK_SUBTYPES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
-ROUNDING_S = 0.01  # manifests round their times; an end this little beyond the file is no news
-FFMPEG_DURATION_SLACK_S = 0.1  # container durations are rounded to packets
-# FFmpeg guesses the length of these from the bit rate; a guess is no promise.
-GUESSED_DURATION_FORMATS = frozenset(
-    {"aac", "ac3", "amr", "amrnb", "amrwb", "dts", "eac3", "latm", "loas", "mp3", "mpeg", "mpegts"}
-)
-UNKNOWN_SIZE_FROM = 0x7FFFF000  # streaming writers put "unknown" sizes this large into headers
 # Errors that say that a bound was reached: the item fails, whatever has been decoded of it.
 BOUND_ERRORS = frozenset({"ItemTooLarge", "ItemTooLong", "DecodingTooSlow", "DecoderOutOfMemory"})
 
@@ -111,41 +98,6 @@ class DecodedPiece(NamedTuple):
     is_last: bool
 
 
-class _Block(NamedTuple):
-    """Samples as they come from a library: shape (num_samples, num_channels), float32."""
-
-    rate: int
-    samples: FloatArray
-
-
-class _Reader(Protocol):
-    """What ``decode`` asks of a library.
-
-    Attributes:
-        library: Its name, for messages.
-        promised_s: The length that the file's header promises, in seconds, or None.
-        notes: What the user should know of a file that was read all the same.
-        stopped: The library's words if it gave up before the end, else None.
-    """
-
-    library: str
-    promised_s: float | None
-    notes: list[str]
-    stopped: str | None
-
-    def seek(self, start_s: float) -> int:
-        """Go near ``start_s``, never past it; returns the frame that the next block starts at."""
-        ...
-
-    def blocks(self, on_progress: Callable[[], None]) -> Iterator[_Block]:
-        """The samples from there to the end; never raises for a damaged file."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the file."""
-        ...
-
-
 def _ignore_progress() -> None:
     """Nobody waits for signs of life."""
 
@@ -182,11 +134,11 @@ def decode(
             ``DecodingTooSlow``): it raises at any time.
     """
     _check_segment(start_s, end_s)
-    with _open_encoded(source) as encoded:
-        sha256 = _hash(encoded, on_progress)
+    with open_encoded(source) as encoded:
+        sha256 = hash_encoded(encoded, on_progress)
         segment = _Segment(start_s or 0.0, end_s)
         budget = _Budget(limits, on_progress)
-        chain = _ReaderChain(encoded, segment.start_s, budget.on_progress)
+        chain = ReaderChain(encoded, segment.start_s, budget.on_progress)
         try:
             yield from _decode_blocks(chain, segment, sha256, sample_rate_hz, piece_samples, budget)
         finally:
@@ -210,7 +162,7 @@ def decode_whole(
 
 
 def _decode_blocks(
-    chain: _ReaderChain,
+    chain: ReaderChain,
     segment: _Segment,
     sha256: str,
     sample_rate_hz: int,
@@ -291,7 +243,7 @@ class _Budget:
         self._began_s = time.process_time()
         self._audio_s = 0.0
 
-    def count(self, blocks: Iterable[_Block]) -> Iterator[_Block]:
+    def count(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """Note how much audio goes by, a segment's way to its start included."""
         for block in blocks:
             self._audio_s += len(block.samples) / block.rate
@@ -322,533 +274,6 @@ class _Budget:
             )
 
 
-# The encoded bytes
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A file's bytes, in memory or mapped; ``open`` gives a fresh file object over them."""
-
-    view: bytes | mmap.mmap
-    path: str | None = None
-
-    def open(self) -> BinaryIO:
-        if isinstance(self.view, bytes):
-            return io.BytesIO(self.view)
-        return open(str(self.path), "rb")
-
-
-@contextlib.contextmanager
-def _open_encoded(source: bytes | str | Path) -> Iterator[_Encoded]:
-    if isinstance(source, bytes):
-        if not source:
-            raise DecodeError("the file is empty (0 bytes)", error_type="EmptyFile")
-        yield _Encoded(source)
-        return
-    try:
-        view = _read_or_map(source)
-    except OSError as error:
-        raise DecodeError(
-            f"cannot read the local file: {error.strerror}", error_type=type(error).__name__
-        ) from error
-    if not len(view):
-        raise DecodeError("the file is empty (0 bytes)", error_type="EmptyFile")
-    try:
-        yield _Encoded(view, str(source))
-    finally:
-        if not isinstance(view, bytes):
-            view.close()
-
-
-def _read_or_map(path: str | Path) -> bytes | mmap.mmap:
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size <= MAX_IN_MEMORY_BYTES:
-            return file.read()
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _hash(encoded: _Encoded, on_progress: Callable[[], None]) -> str:
-    digest = hashlib.sha256()
-    with memoryview(encoded.view) as view:
-        for start in range(0, len(view), HASH_CHUNK_BYTES):
-            digest.update(view[start : start + HASH_CHUNK_BYTES])
-            on_progress()
-    return digest.hexdigest()
-
-
-# Which library reads it
-
-
-@dataclass(frozen=True)
-class _Route:
-    """Which library to try first, and what the file's own structure says of it."""
-
-    soundfile_first: bool
-    promised_s: float | None = None
-    notes: tuple[str, ...] = ()
-
-
-_SOUNDFILE_MAGIC = (b"fLaC", b".snd", b"NIST_1A")
-
-
-def _find_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> _Route:
-    """Choose by content. Where libsndfile would silently cut a file, FFmpeg goes first."""
-    head = view[:64]
-    if head.startswith((b"RIFF", b"RIFX", b"RF64")):
-        if head[8:12] == b"WAVE":
-            return _Route(True)
-        return _Route(False, notes=_cut_short(view, int.from_bytes(head[4:8], "little") + 8))
-    if head.startswith(b"riff"):  # W64: libsndfile reads trailing bytes as audio
-        return _Route(False, notes=_cut_short(view, int.from_bytes(head[16:24], "little")))
-    if head.startswith(b"caff"):
-        return _Route(True, notes=_cut_short(view, _caf_length(view)))
-    if head.startswith(b"FORM"):
-        return _Route(head[8:12] in (b"AIFF", b"AIFC"))
-    if head.startswith(b"OggS"):
-        return _find_ogg_route(view, on_progress)
-    if head.startswith(_SOUNDFILE_MAGIC):
-        return _Route(True)
-    start = _id3_length(head)
-    if view[start : start + 4] == b"fLaC":
-        return _Route(True)
-    return _find_mp3_route(view, start)
-
-
-def _cut_short(view: bytes | mmap.mmap, declared_bytes: int) -> tuple[str, ...]:
-    """A note if the header speaks of more bytes than there are."""
-    if not len(view) < declared_bytes < UNKNOWN_SIZE_FROM:
-        return ()
-    return (f"the file is cut short: {len(view)} of {declared_bytes} bytes",)
-
-
-def _caf_length(view: bytes | mmap.mmap) -> int:
-    """Where a CAF's audio data ends by its own account; 0 if it does not say."""
-    position = 8  # chunks follow the file header: type, 64-bit size, content
-    while position + 12 <= len(view):
-        kind = view[position : position + 4]
-        size = int.from_bytes(view[position + 4 : position + 12], "big", signed=True)
-        if size < 0:  # "to the end of the file"
-            return 0
-        position += 12 + size
-        if kind == b"data":
-            return position
-    return 0
-
-
-def _find_ogg_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> _Route:
-    """libsndfile reads only the first link of a chained Ogg; FFmpeg reads them all."""
-    position, flags, chained, begun = 0, 0, False, False
-    while position >= 0:
-        header = view[position : position + 6]
-        if len(header) == 6 and header[4] == 0:
-            flags = header[5]
-            is_first_page = bool(flags & 2)
-            chained = chained or (is_first_page and begun)
-            begun = begun or not is_first_page
-        position = view.find(b"OggS", position + 27)
-        on_progress()
-    notes = () if flags & 4 else ("the Ogg stream has no end: it may have been cut short",)
-    first_packet = view[28:37]
-    known = first_packet.startswith((b"\x01vorbis", b"\x7fFLAC"))
-    return _Route(known and not chained, notes=notes)
-
-
-def _id3_length(head: bytes) -> int:
-    """Bytes that an ID3v2 tag takes at the start (ID3v2.4, section 3.1: 4 × 7 bits)."""
-    if not head.startswith(b"ID3") or len(head) < 10:
-        return 0
-    size = 0
-    for byte in head[6:10]:
-        size = size << 7 | (byte & 0x7F)
-    return 10 + size + (10 if head[5] & 0x10 else 0)
-
-
-def _find_mp3_route(view: bytes | mmap.mmap, start: int) -> _Route:
-    """libsndfile believes an MP3's Xing header, or guesses the length from the first frames.
-
-    Concatenated files and those without the header would be cut short, so it reads only those
-    whose header speaks of the whole file.
-    """
-    frame = view[start : start + 256]
-    if len(frame) < 256 or frame[0] != 0xFF or frame[1] & 0xE6 != 0xE2:  # sync, Layer III
-        return _Route(False)
-    at = max(frame.find(b"Xing"), frame.find(b"Info"))
-    rate_index = frame[2] >> 2 & 3
-    if at < 0 or rate_index == 3:
-        return _Route(False)
-    version = frame[1] >> 3 & 3  # 3: MPEG 1, 2: MPEG 2, 0: MPEG 2.5
-    rate = (44_100, 48_000, 32_000)[rate_index] >> {3: 0, 2: 1}.get(version, 2)
-    flags, num_frames, num_bytes = struct.unpack_from(">III", frame, at + 4)
-    if flags & 3 != 3:
-        return _Route(False)
-    length = len(view) - start
-    slack = 4096 + length // 100  # trailing tags
-    promised_s = num_frames * (1152 if version == 3 else 576) / rate
-    is_whole = abs(length - num_bytes) <= slack
-    return _Route(is_whole, promised_s if length < num_bytes and not is_whole else None)
-
-
-class _ReaderChain:
-    """The library that opened the file, and FFmpeg behind it where libsndfile gives up midway."""
-
-    def __init__(self, encoded: _Encoded, start_s: float, on_progress: Callable[[], None]) -> None:
-        self._encoded = encoded
-        self._on_progress = on_progress
-        self._route = _find_route(encoded.view, on_progress)
-        self._notes: list[str] = []
-        self._current = self._open_first()
-        self.first_frame = self._current.seek(start_s)
-
-    @property
-    def promised_s(self) -> float | None:
-        """Length that the file promises in seconds, or None."""
-        return self._current.promised_s
-
-    @property
-    def slack_s(self) -> float:
-        """How far the promise may be off in a whole file, in seconds."""
-        return ROUNDING_S if self._current.library == "libsndfile" else FFMPEG_DURATION_SLACK_S
-
-    def _open_first(self) -> _Reader:
-        openers: list[Callable[[_Encoded, _Route], _Reader]] = [_SoundFileReader, _FfmpegReader]
-        if not self._route.soundfile_first:
-            openers.reverse()
-        errors: list[DecodeError] = []
-        for opener in openers:
-            try:
-                return opener(self._encoded, self._route)
-            except DecodeError as error:
-                errors.append(error)
-        raise _most_telling(errors)
-
-    def blocks(self) -> Iterator[_Block]:
-        """The samples, from ``first_frame`` on."""
-        position, rate, channels = self.first_frame, 0, 0
-        for block in self._current.blocks(self._on_progress):
-            rate, channels = block.rate, block.samples.shape[1]
-            position += len(block.samples)
-            yield block
-        stopped = self._current.stopped
-        if stopped is None or not isinstance(self._current, _SoundFileReader):
-            return
-        for block in self._go_on_with_ffmpeg(stopped, position, rate):
-            if block.samples.shape[1] == channels or not channels:
-                yield block
-
-    def _go_on_with_ffmpeg(self, stopped: str, position: int, rate: int) -> Iterator[_Block]:
-        try:
-            other = _FfmpegReader(self._encoded, self._route)
-        except DecodeError:
-            return
-        other.promised_s = self._current.promised_s
-        self._current.close()
-        self._current = other
-        at = f" at {position / rate:.1f} s" if rate else ""
-        self._notes.append(f"damaged{at} (libsndfile: {stopped})")
-        for block in other.blocks(self._on_progress):
-            if rate and block.rate != rate:
-                return
-            skip = min(position, len(block.samples))
-            position -= skip
-            if skip < len(block.samples):
-                yield _Block(block.rate, block.samples[skip:])
-
-    def notes(self) -> list[str]:
-        """What the libraries said, for the clip's warning."""
-        stopped = self._current.stopped
-        words = [] if stopped is None else [f"{self._current.library}: {stopped}"]
-        return [*self._route.notes, *self._notes, *self._current.notes, *words]
-
-    def close(self) -> None:
-        self._current.close()
-
-
-_GENERIC = re.compile("format not recognised|invalid data found|unspecified", re.IGNORECASE)
-
-
-def _most_telling(errors: list[DecodeError]) -> DecodeError:
-    """One error out of what both libraries said: the specific one, or both if neither is."""
-    specific = [error for error in errors if not _GENERIC.search(str(error))]
-    if specific:
-        return specific[0]
-    words = "; ".join(str(error) for error in errors)
-    return DecodeError(f"not audio that can be decoded ({words})", error_type="NotAudio")
-
-
-# libsndfile
-
-
-class _SequentialFile(soundfile.SoundFile):  # type: ignore[misc]
-    """Reads straight on: SoundFile seeks after every read, slow and in Vorbis inexact."""
-
-    def seekable(self) -> bool:
-        return False
-
-
-class _SoundFileReader:
-    """WAV, FLAC, Ogg Vorbis, MP3, AIFF, AU, CAF and more, by libsndfile."""
-
-    library = "libsndfile"
-
-    def __init__(self, encoded: _Encoded, route: _Route) -> None:
-        self._bytes = encoded.open()
-        try:
-            self._file = _SequentialFile(self._bytes)
-        except soundfile.LibsndfileError as error:
-            self._bytes.close()
-            raise DecodeError(f"libsndfile: {error.error_string}", error_type="NotAudio") from error
-        self.rate = int(self._file.samplerate)
-        self.notes: list[str] = []
-        self.stopped: str | None = None
-        try:
-            _check_rate(self.rate)
-        except DecodeError:
-            self.close()
-            raise
-        self._position = 0
-        self.promised_s = route.promised_s or self._read_promise()
-
-    def _read_promise(self) -> float | None:
-        """Seconds that the header promises. libsndfile trusts the file's size, but tells."""
-        frames = int(self._file.frames)
-        log = self._file.extra_info
-        match = re.search(r"(?:COMM'|ds64') chunk (?:of )?\(?(\d+)", log)
-        if match:
-            return int(match[1]) / self.rate
-        match = re.search(
-            r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE
-        )
-        if match and UNKNOWN_SIZE_FROM > int(match[1]) > int(match[2]) > 0:
-            return frames * int(match[1]) / int(match[2]) / self.rate
-        return frames / self.rate if frames < 1 << 62 else None
-
-    def seek(self, start_s: float) -> int:
-        frame = round(start_s * self.rate)
-        lossless = self._file.format == "FLAC" or self._file.subtype.startswith(EXACT_SEEK_SUBTYPES)
-        target = frame if lossless else frame - PREROLL_FRAMES
-        if target <= 0:
-            return 0
-        try:
-            # At least one frame is left to read: it shows where the file ends.
-            self._position = int(self._file.seek(min(target, int(self._file.frames) - 1)))
-        except soundfile.LibsndfileError:
-            self._file.close()
-            self._bytes.seek(0)
-            self._file = _SequentialFile(self._bytes)
-        return self._position
-
-    def blocks(self, on_progress: Callable[[], None]) -> Iterator[_Block]:
-        channels = int(self._file.channels)
-        size = _block_frames(self.rate, channels)
-        left = int(self._file.frames) - self._position
-        while left > 0:
-            block = np.empty((min(size, left), channels), np.float32)
-            block[:, 0] = np.nan  # marks what has not been written if reading stops with an error
-            try:
-                num_read = len(self._file.read(out=block))
-            except soundfile.LibsndfileError as error:
-                self.stopped = self._words(error)
-                num_read = _count_written(block)
-            left -= num_read
-            on_progress()
-            if num_read:
-                yield _Block(self.rate, block[:num_read])
-            if num_read < len(block) or self.stopped:
-                return
-
-    def _words(self, error: soundfile.LibsndfileError) -> str:
-        logged = re.findall(r"^ERROR\s*:\s*(.+)$", self._file.extra_info, re.MULTILINE)
-        return error.error_string or (logged[-1] if logged else f"error {error.code}")
-
-    def close(self) -> None:
-        self._file.close()
-        self._bytes.close()
-
-
-def _count_written(block: FloatArray) -> int:
-    unwritten = np.isnan(block[:, 0])
-    written = np.flatnonzero(~unwritten)
-    return int(written[-1]) + 1 if len(written) else 0
-
-
-def _block_frames(rate: int, channels: int) -> int:
-    return max(1, min(round(rate * BLOCK_S), MAX_BLOCK_VALUES // channels))
-
-
-def _check_rate(rate: int) -> None:
-    if rate < 1:
-        raise DecodeError(
-            f"the sample rate is {rate} Hz; must be at least 1", error_type="BadSampleRate"
-        )
-
-
-# FFmpeg
-
-
-def _import_av() -> Any:
-    """PyAV, with FFmpeg's words kept for error messages and away from the terminal."""
-    import av
-
-    if av.logging.get_level() is None:
-        av.logging.set_level(av.logging.ERROR)
-        logger = logging.getLogger("libav")
-        logger.addHandler(logging.NullHandler())
-        logger.propagate = False
-    return av
-
-
-def _ffmpeg_words(error: Exception) -> str:
-    log = getattr(error, "log", None)
-    own = getattr(error, "strerror", None) or str(error)
-    return f"{log[2].strip()}" if log else own
-
-
-class _FfmpegReader:
-    """Everything else that FFmpeg reads, by PyAV: the first audio stream."""
-
-    library = "FFmpeg"
-
-    def __init__(self, encoded: _Encoded, route: _Route) -> None:
-        self._av = _import_av()
-        self._bytes = encoded.open()
-        self.notes: list[str] = []
-        self.stopped: str | None = None
-        self._container: Any = None
-        self._num_damaged = 0
-        try:
-            # A playlist inside the bytes must not make FFmpeg open other files or addresses.
-            self._container = self._av.open(
-                self._bytes, options={"protocol_whitelist": "none"}, metadata_errors="ignore"
-            )
-            self._stream = self._first_audio_stream()
-            self.promised_s = route.promised_s or self._read_promise()
-        except (DecodeError, MemoryError):
-            self.close()
-            raise
-        except Exception as error:  # PyAV raises built-in errors too, for what FFmpeg reports
-            self.close()
-            raise DecodeError(f"FFmpeg: {_ffmpeg_words(error)}", error_type="NotAudio") from error
-
-    def _first_audio_stream(self) -> Any:
-        streams = self._container.streams
-        if not streams.audio:
-            found = ", ".join(sorted({str(stream.type) for stream in streams})) or "nothing"
-            raise DecodeError(
-                f"no audio stream in this {self._container.format.name} file, only: {found}",
-                error_type="NoAudioStream",
-            )
-        if len(streams.audio) > 1:
-            self.notes.append(f"{len(streams.audio)} audio streams; the first was used")
-        stream = streams.audio[0]
-        if stream.codec_context is None:
-            raise DecodeError(
-                f"FFmpeg has no decoder for the audio in this {self._container.format.name} file",
-                error_type="NotAudio",
-            )
-        stream.codec_context.thread_count = 1  # one core per decoder process
-        return stream
-
-    def _read_promise(self) -> float | None:
-        if not GUESSED_DURATION_FORMATS.isdisjoint(self._container.format.name.split(",")):
-            return None
-        if self._stream.duration is not None and self._stream.time_base is not None:
-            return float(self._stream.duration * self._stream.time_base)
-        if self._container.duration is not None and len(self._container.streams) == 1:
-            return float(self._container.duration) / 1e6
-        return None
-
-    def seek(self, start_s: float) -> int:
-        """Stays at the start: FFmpeg's decoders do not give the same samples after a seek."""
-        return 0
-
-    def blocks(self, on_progress: Callable[[], None]) -> Iterator[_Block]:
-        fifo: Any = None
-        key, size = ("", "", 0), 0
-        for frame in self._frames(on_progress):
-            frame_key = (frame.format.name, frame.layout.name, frame.sample_rate)
-            if frame_key != key:
-                if fifo is not None:
-                    yield from self._drain(fifo, key)
-                _check_rate(frame.sample_rate)
-                fifo, key = self._av.AudioFifo(), frame_key
-                size = _block_frames(frame.sample_rate, frame.layout.nb_channels)
-            frame.pts = None  # the queue would refuse gaps between timestamps
-            fifo.write(frame)
-            if fifo.samples >= size:
-                yield from self._drain(fifo, key)
-        if fifo is not None:
-            yield from self._drain(fifo, key)
-        if self._num_damaged:
-            plural = "" if self._num_damaged == 1 else "s"
-            self.notes.append(f"{self._num_damaged} damaged packet{plural} skipped")
-
-    def _drain(self, fifo: Any, key: Any) -> Iterator[_Block]:
-        frame = fifo.read(0)
-        if frame is not None and frame.samples:
-            yield _Block(key[2], _to_float(frame))
-
-    def _frames(self, on_progress: Callable[[], None]) -> Iterator[Any]:
-        packets = self._container.demux(self._stream)
-        while True:
-            on_progress()  # per packet: damaged ones give nothing that could be seen
-            try:
-                packet = next(packets, None)
-            except self._av.error.FFmpegError as error:
-                self.stopped = _ffmpeg_words(error)
-                packet = None
-            if packet is None:
-                return
-            try:
-                frames = packet.decode()
-            except self._av.error.EOFError:
-                return
-            except self._av.error.FFmpegError as error:
-                self._num_damaged += 1
-                if self._num_damaged == 1:
-                    self.notes.append(f"FFmpeg: {_ffmpeg_words(error)}")
-                continue
-            yield from frames
-
-    def close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-        self._bytes.close()
-
-
-# FFmpeg's sample formats, and what makes full scale 1.0 of each.
-_SAMPLE_FORMATS: dict[str, tuple[type[np.generic], float]] = {
-    "u8": (np.uint8, 2.0**-7),
-    "s16": (np.int16, 2.0**-15),
-    "s32": (np.int32, 2.0**-31),
-    "s64": (np.int64, 2.0**-63),
-    "flt": (np.float32, 1.0),
-    "dbl": (np.float64, 1.0),
-}
-
-
-def _to_float(frame: Any) -> FloatArray:
-    """PyAV samples, planar or packed, as float32 of shape (num_samples, num_channels).
-
-    Reads the planes itself: with eight or more planar channels, PyAV counts one plane too many,
-    and its ``to_ndarray`` reads through a stray pointer.
-    """
-    dtype, scale = _SAMPLE_FORMATS[frame.format.name.removesuffix("p")]
-    num_channels = frame.layout.nb_channels
-    if frame.format.is_planar:
-        planes = [np.frombuffer(frame.planes[index], dtype) for index in range(num_channels)]
-        samples = np.stack([plane[: frame.samples] for plane in planes], axis=1)
-    else:
-        packed = np.frombuffer(frame.planes[0], dtype)
-        samples = packed[: frame.samples * num_channels].reshape(-1, num_channels).copy()
-    if dtype is np.uint8:
-        samples = samples.astype(np.int16) - 128
-    if samples.dtype == np.int16:
-        product: FloatArray = np.multiply(samples, np.float32(scale), dtype=np.float32)
-        return product
-    with np.errstate(all="ignore"):  # doubles beyond float32 become infinite: found later
-        return np.asarray(samples if scale == 1.0 else samples * scale, np.float32)
-
-
 # From blocks to pieces
 
 
@@ -867,7 +292,7 @@ class _Segment:
         self.reached_s = 0.0
         self.frames_seen = False
 
-    def cut(self, blocks: Iterable[_Block], first_frame: int) -> Iterator[_Block]:
+    def cut(self, blocks: Iterable[Block], first_frame: int) -> Iterator[Block]:
         run_start_s, rate, frame = 0.0, 0, first_frame
         for block in blocks:
             if rate and block.rate != rate:  # a stream may change its rate on the way
@@ -879,13 +304,13 @@ class _Segment:
             if self.end_s is not None:
                 stop = min(round((self.end_s - run_start_s) * rate) - frame, stop)
             if start < stop:
-                yield _Block(rate, block.samples[start:stop])
+                yield Block(rate, block.samples[start:stop])
             frame += len(block.samples)
             self.reached_s = run_start_s + frame / rate
             if self.end_s is not None and frame >= round((self.end_s - run_start_s) * rate):
                 return
 
-    def shortfall(self, chain: _ReaderChain, decoded_s: float) -> list[str]:
+    def shortfall(self, chain: ReaderChain, decoded_s: float) -> list[str]:
         """A warning if there is less audio than the file promises or the segment asks for."""
         promised_s, slack_s = chain.promised_s, chain.slack_s
         wanted_end_s = promised_s if self.end_s is None else self.end_s

@@ -20,6 +20,7 @@ Source: Gong et al. 2021, arXiv:2104.01778; YuanGongND/ast ``src/dataloader.py``
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -36,7 +37,7 @@ import torch
 from apache_beam.pvalue import PCollection
 from torch import Tensor
 
-from transforms.errors import ConfigError, FeatureError, ModelError
+from transforms.errors import ConfigError, FeatureError
 from transforms.records import FloatArray, ItemFailure, UnitEnd, Window
 
 try:
@@ -428,16 +429,23 @@ class ASTFeatureExtractor:
     ) -> Self:
         """Read ``preprocessor_config.json`` from a folder or from the hub.
 
+        What the constructor does not know in it has no effect.
+
         Args:
-            pretrained_model_name_or_path: A local folder, or a hub id, optionally ``id@revision``.
-            revision: Branch, tag or commit on the hub.
+            pretrained_model_name_or_path: A local or remote folder, or a hub id, optionally
+                ``id@revision``.
+            revision: Branch, tag or commit on the hub, instead of the one in the id.
             **overrides: Constructor arguments that replace what the file says.
 
         Raises:
             ModelError: There is no such file, or it does not describe an AST extractor.
         """
-        path = _find_config(os.fspath(pretrained_model_name_or_path), revision)
-        return cls(**{**_read_config(path), **overrides})
+        from transforms import checkpoints  # lazy: features need no checkpoint to be computed
+
+        features = checkpoints.load_features(os.fspath(pretrained_model_name_or_path), revision)
+        names = inspect.signature(ASTFeatureExtractor).parameters
+        known = {name: features[name] for name in names if name in features}
+        return cls(**{**known, **overrides})
 
     def __repr__(self) -> str:
         return f"ASTFeatureExtractor {json.dumps(self.to_dict(), indent=2, sort_keys=True)}"
@@ -611,39 +619,6 @@ def _warn_of_doubts(
             name,
             np.abs(samples).max(),
         )
-
-
-def _find_config(source: str, revision: str | None) -> Path:
-    if Path(source).is_dir():
-        return Path(source) / _CONFIG_NAME
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repository, _, at_revision = source.partition("@")
-    try:
-        return Path(
-            hf_hub_download(repository, _CONFIG_NAME, revision=revision or at_revision or None)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"no {_CONFIG_NAME} for {source!r}: it is no local folder, and the hub gave none "
-            f"({type(error).__name__}: {error}). Give a folder that holds the file, or a hub id."
-        ) from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Constructor arguments from a ``preprocessor_config.json``; other keys have no effect."""
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}. Is it a model's folder?") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a {type(config).__name__}; must be a JSON object.")
-    kind = config.get("feature_extractor_type", "ASTFeatureExtractor")
-    if kind != "ASTFeatureExtractor":
-        raise ModelError(f"{path} describes a {kind}; must describe an ASTFeatureExtractor.")
-    known = ASTFeatureExtractor().to_dict()
-    return {key: config[key] for key in known if key in config and key != "feature_extractor_type"}
 
 
 def _with_features(window: Window, settings: FbankSettings) -> Window:

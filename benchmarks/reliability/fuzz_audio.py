@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -37,7 +38,7 @@ import soxr
 
 from tests.audio_factory import FORMATS, Samples, encode
 from transforms.decode import Decoded, DecodePool, DecodeSettings
-from transforms.records import EncodedClip, Item, ItemFailure
+from transforms.records import EncodedClip, Item, ItemFailure, Waveform
 
 BATCH_FILES = 200
 RECORDINGS_PER_FORMAT = 4
@@ -357,6 +358,8 @@ def decode_batch(pool: DecodePool, mutants: list[Mutant], folder: Path) -> Itera
     """The ends of a batch's files, in order; every file has one."""
     results: dict[int, list[Decoded]] = {index: [] for index in range(len(mutants))}
     for result in pool.stream("batch", (_clip(mutant, folder) for mutant in mutants)):
+        if isinstance(result, Waveform):  # hours of samples need not be kept
+            result = dataclasses.replace(result, samples=result.samples[:0].copy())
         results[result.item_index].append(result)
     if len(results) != len(mutants):
         raise SystemExit(f"{len(mutants)} files went in, {len(results)} came out")
@@ -439,7 +442,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         TimedPool(settings) as pool,
     ):
         numbers = range(arguments.first, arguments.first + arguments.files)
-        for batch in _batches(numbers):
+        for batch in batches(numbers):
             mutants = [corpus.mutant(index) for index in batch]
             for mutant, end in zip(mutants, decode_batch(pool, mutants, Path(folder)), strict=True):
                 report.add(mutant, end, arguments.keep)
@@ -479,7 +482,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _batches(numbers: range) -> Iterator[range]:
+def batches(numbers: range) -> Iterator[range]:
+    """The numbers in groups, as work units hold them."""
     for start in range(0, len(numbers), BATCH_FILES):
         yield numbers[start : start + BATCH_FILES]
 

@@ -1,0 +1,327 @@
+"""Where a model lies, and its files on this machine.
+
+A model is an id on the hub, a local or remote folder, or an original ``.pth`` file:
+``locate_model`` tells which. ``ModelFiles`` then finds what is asked for, and downloads it where it
+must. Tensors are read in ``model_weights``.
+
+Guarantees: a hub revision is pinned to its commit. What was fetched from a remote folder is gone
+after use; what came from the hub stays in the hub's own cache. No token and no signature stands in
+a name or a message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NoReturn
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from transforms import storage
+from transforms.errors import ModelError
+
+Source = Literal["hub", "folder", "original"]
+
+CONFIG_NAME = "config.json"
+FEATURES_NAME = "preprocessor_config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+PICKLE_NAME = "pytorch_model.bin"
+
+_HUB_TIMEOUT_S = 30.0
+# Everything a request to the hub can raise: with the base class of whichever HTTP library it uses.
+_HUB_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    hub_errors.HfHubHTTPError,
+    *hub_errors.HfHubHTTPError.__bases__,
+)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model is, found but not read yet.
+
+    Attributes:
+        name: What the user gave, without secrets.
+        source: ``hub``, ``folder`` or ``original``.
+        url: Hub id, folder or ``.pth`` file; may carry a signature.
+        revision: The hub's commit, or None.
+        license: Of the weights, as the hub says.
+        listing: Names of a hub model's files; None where only the local cache could be looked at,
+            and for what is not on the hub.
+        notes: What a user should know of how it was found.
+    """
+
+    name: str
+    source: Source
+    url: str
+    revision: str | None = None
+    license: str | None = None
+    listing: frozenset[str] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Where its files are; of a ``.pth`` file, what it lies in."""
+        return storage.parent(self.url) if self.source == "original" else self.url
+
+    def fail(self, text: str, cause: BaseException | None = None) -> NoReturn:
+        """Raise ``ModelError`` with the model's name before the text."""
+        raise ModelError(f"model {self.name}: {text}") from cause
+
+
+def locate_model(
+    name: str, revision: str | None = None, wanted: str = CONFIG_NAME
+) -> ModelLocation:
+    """Tell what kind of name it is; what exists locally comes before the hub.
+
+    Args:
+        name: Hub id (``org/name`` or ``org/name@revision``), local or remote folder, or original
+            ``.pth`` file.
+        revision: Of a hub id, instead of the one in the name; a folder or file has none.
+        wanted: The file that must be in the hub's local cache to go on without a network.
+
+    Raises:
+        ModelError: there is no such model, or the hub cannot be asked.
+    """
+    public = storage.public_uri(name)
+    if not name:
+        raise ModelError("model is empty; give a hub id (org/name), a folder or a .pth file")
+    if storage.file_name(name).endswith((".pth", ".pt")):
+        return ModelLocation(public, "original", storage.normalise(name))
+    if not storage.is_local(name) or storage.is_folder(name):
+        return ModelLocation(public, "folder", storage.normalise(name))
+    hub_id, _, revision_in_name = name.partition("@")
+    if storage.exists(name):
+        raise ModelError(
+            f"model {public}: is a file; expected a folder with {CONFIG_NAME} and the weights, or "
+            "an original checkpoint that ends in .pth"
+        )
+    if name.startswith((".", "/", "~", "file:")) or not _HUB_ID.fullmatch(hub_id):
+        raise ModelError(
+            f"model {public}: there is no such folder. Legal names: a hub id (org/name or "
+            "org/name@revision), a local or remote folder, an original .pth file"
+        )
+    return _locate_on_hub(public, hub_id, revision or revision_in_name or None, wanted)
+
+
+def _locate_on_hub(name: str, hub_id: str, revision: str | None, wanted: str) -> ModelLocation:
+    try:
+        info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except hub_errors.RevisionNotFoundError:
+        raise ModelError(
+            f"model {name}: the hub has no revision {revision!r} of {hub_id}; give a branch, tag "
+            "or commit that its page lists"
+        ) from None
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+        raise ModelError(
+            f"model {name}: there is no such folder here, and the hub has no model {hub_id} that "
+            "you may see; check the name, or log in (hf auth login) if it is private"
+        ) from None
+    except _HUB_ERRORS as error:
+        return _locate_in_cache(name, hub_id, revision, wanted, error)
+    license_name = getattr(info.card_data, "license", None)
+    listing = frozenset(sibling.rfilename for sibling in info.siblings or ())
+    return ModelLocation(
+        name, "hub", hub_id, info.sha, str(license_name) if license_name else None, listing
+    )
+
+
+def _locate_in_cache(
+    name: str, hub_id: str, revision: str | None, wanted: str, error: Exception
+) -> ModelLocation:
+    """Fall back on what an earlier run downloaded: the same revision, pinned then."""
+    cached = huggingface_hub.try_to_load_from_cache(hub_id, wanted, revision=revision)
+    if cached is None and revision is None:
+        cached = _newest_in_cache(hub_id, wanted)
+    if not isinstance(cached, str):
+        # The library's text may hold the request with its headers: no cause, and the token cut.
+        raise ModelError(
+            f"model {name}: cannot reach the hub for {hub_id}: {_without_token(error)}; pass a "
+            "local folder, or try again where there is a network"
+        ) from None
+    commit = Path(cached).parent.name
+    note = f"the hub cannot be reached; took commit {commit[:12]} from its local cache"
+    return ModelLocation(name, "hub", hub_id, commit, notes=(note,))
+
+
+def _newest_in_cache(hub_id: str, wanted: str) -> str | None:
+    """What was downloaded last: a pinned commit leaves no trace of the branch it was taken from."""
+    try:
+        repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
+    except huggingface_hub.errors.CacheNotFound:
+        return None
+    snapshots = [
+        (revision.last_modified, str(file.file_path))
+        for repo in repos
+        if repo.repo_id == hub_id and repo.repo_type == "model"
+        for revision in repo.revisions
+        for file in revision.files
+        if file.file_name == wanted
+    ]
+    return max(snapshots)[1] if snapshots else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text: libraries like to add a page."""
+    return (str(error).strip().splitlines() or ["nothing more is known"])[0]
+
+
+def _without_token(error: Exception) -> str:
+    text = f"{type(error).__name__}: {first_line(error)}"
+    token = huggingface_hub.get_token()
+    return text.replace(token, "***") if token else text
+
+
+class ModelFiles(AbstractContextManager["ModelFiles"]):
+    """A model's files on this machine; what was fetched from a remote folder goes at exit."""
+
+    def __init__(self, location: ModelLocation) -> None:
+        self.location = location
+        self._stack = ExitStack()
+        self._found: dict[str, Path | None] = {}
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def find(self, file_name: str) -> Path | None:
+        """The local path of a file, or None where the checkpoint has none of that name."""
+        if file_name not in self._found:  # a remote file is fetched once
+            is_on_hub = self.location.source == "hub"
+            look = self._find_on_hub if is_on_hub else self._find_in_folder
+            self._found[file_name] = look(file_name)
+        return self._found[file_name]
+
+    def _find_in_folder(self, file_name: str) -> Path | None:
+        url = self._url(file_name)
+        try:
+            if not storage.exists(url):
+                return None
+            return Path(storage.local_path(url)) if storage.is_local(url) else self._fetch(url)
+        except OSError as error:
+            self.location.fail(f"{file_name} cannot be read: {error}", error)
+
+    def need(self, file_name: str) -> Path:
+        """The local path of a file without which there is no model."""
+        path = self.find(file_name)
+        if path is None:
+            self.location.fail(f"{file_name} is not there (any more)")
+        return path
+
+    def read_json(self, file_name: str) -> dict[str, Any] | None:
+        """The object in a JSON file, or None where there is no such file."""
+        path = self.find(file_name)
+        if path is None:
+            return None
+        try:
+            values = json.loads(path.read_bytes())
+        except (ValueError, OSError, RecursionError) as error:
+            self.location.fail(f"{file_name} cannot be read as JSON: {error}. Get it again", error)
+        if not isinstance(values, dict):
+            self.location.fail(
+                f"{file_name} holds a {type(values).__name__}; expected a JSON object"
+            )
+        return values
+
+    def _url(self, file_name: str) -> str:
+        location = self.location
+        if location.source == "original" and file_name == storage.file_name(location.url):
+            return location.url  # with its query, which may sign it
+        return storage.join(location.folder, file_name)
+
+    def _fetch(self, url: str) -> Path:
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="earmark-model-"))
+        path = Path(folder) / storage.file_name(url)
+        storage.get_file(url, str(path))
+        return path
+
+    def _find_on_hub(self, file_name: str) -> Path | None:
+        location = self.location
+        if location.listing is not None and file_name not in location.listing:
+            return None
+        cached = huggingface_hub.try_to_load_from_cache(
+            location.url, file_name, revision=location.revision
+        )
+        if isinstance(cached, str):
+            return Path(cached)
+        if location.listing is None:
+            return None
+        return _download(location, file_name)
+
+
+def _download(location: ModelLocation, file_name: str) -> Path:
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(location.url, file_name, revision=location.revision)
+        )
+    except hub_errors.GatedRepoError:
+        location.fail(
+            "is gated: accept its terms on its page, then log in (hf auth login), or pass a "
+            "local folder"
+        )
+    except _HUB_ERRORS as error:
+        text = _without_token(error)
+    raise ModelError(
+        f"model {location.name}: cannot download {file_name} from the hub for {location.url}: "
+        f"{text}; pass a local folder, or try again"
+    )
+
+
+def find_weight_files(files: ModelFiles) -> tuple[str, ...]:
+    """Names of the files that hold a model's weights; safetensors come before a pickle."""
+    location = files.location
+    if location.source == "original":
+        name = storage.file_name(location.url)
+        if files.find(name) is None:
+            location.fail("there is no such file")
+        return (name,)
+    if files.find(WEIGHTS_NAME) is not None:
+        return (WEIGHTS_NAME,)
+    index = files.read_json(INDEX_NAME)
+    if index is not None:
+        return _shard_names(location, index)
+    if files.find(PICKLE_NAME) is None:
+        location.fail(
+            f"has no weights; expected {WEIGHTS_NAME}, {INDEX_NAME} with its parts, or "
+            f"{PICKLE_NAME}"
+        )
+    return (PICKLE_NAME,)
+
+
+def _shard_names(location: ModelLocation, index: Mapping[str, Any]) -> tuple[str, ...]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        location.fail(f"{INDEX_NAME} has no weight_map from tensor to file")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            location.fail(
+                f"{INDEX_NAME} names the file {name!r}; expected a .safetensors beside it"
+            )
+    return tuple(names)
+
+
+def hash_files(files: ModelFiles, names: Sequence[str]) -> str:
+    """Hex SHA-256 of a file; of several, that of the sorted lines ``name digest``."""
+    digests = {}
+    for name in names:
+        with files.need(name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""Original checkpoints: what a ``.pth`` file of the authors' own code says of its model.
+
+Such a file holds tensors and nothing else. The model's config follows from their shapes, from the
+file's name where it is a published one, and from files beside it; what then is still open must be
+given. Nothing is guessed in silence.
+
+Its place: ``checkpoints`` asks here instead of reading ``config.json``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from transforms import storage
+from transforms.labels import audioset_labels, speech_commands_labels
+from transforms.model_files import CONFIG_NAME, FEATURES_NAME, ModelFiles, ModelLocation
+from transforms.model_weights import Weights
+from transforms.public_checkpoints import PUBLISHED_FILES
+from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS
+from transforms.tensor_names import ORIGINAL_CLASSIFIER
+
+# Of the original code: timm's LayerNorm, and torch's default in the head (ast_models.py:132).
+ORIGINAL_LAYER_NORM_EPS = 1e-6
+ORIGINAL_HEAD_LAYER_NORM_EPS = 1e-5
+# DeiT tiny, small and base, from which AST starts, all have heads 64 wide (3, 6 and 12 of them).
+ORIGINAL_HEAD_WIDTH = 64
+# The windows that the original recipes train with: AudioSet, ESC-50, Speech Commands.
+ORIGINAL_WINDOWS = (1024, 512, 128)
+
+
+def original_values(files: ModelFiles, weights: Weights) -> dict[str, Any]:
+    """What is known of an original checkpoint: from its tensors, its name, files beside it.
+
+    Later ones win. ``mean`` and ``std`` are among the values where somebody gave them.
+    """
+    features = files.read_json(FEATURES_NAME) or {}
+    names = ("max_length", "num_mel_bins", "mean", "std")
+    return {
+        **_values_from_shapes(weights),
+        **_values_from_name(storage.file_name(files.location.url)),
+        **{name: features[name] for name in names if name in features},
+        **(files.read_json(CONFIG_NAME) or {}),
+    }
+
+
+def _values_from_shapes(weights: Weights) -> dict[str, Any]:
+    shapes = weights.shapes
+    blocks = [re.match(r"module\.v\.blocks\.(\d+)\.", name) for name in shapes]
+    needed = (
+        "module.v.cls_token",
+        "module.v.patch_embed.proj.weight",
+        "module.v.blocks.0.mlp.fc1.weight",
+        "module.v.pos_embed",
+        ORIGINAL_CLASSIFIER,
+    )
+    for name in needed:
+        if name not in shapes:
+            weights.location.fail(
+                f"there is no tensor {name!r}; expected the state dict of an AST as "
+                "YuanGongND/ast saves it"
+            )
+    hidden_size = shapes[needed[0]][-1]
+    values: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "patch_size": shapes[needed[1]][-1],
+        "intermediate_size": shapes[needed[2]][0],
+        "num_hidden_layers": 1 + max(int(match[1]) for match in blocks if match),
+        "qkv_bias": "module.v.blocks.0.attn.qkv.bias" in shapes,
+        "num_mel_bins": 128,  # what every recipe of the original code uses
+        "layer_norm_eps": ORIGINAL_LAYER_NORM_EPS,
+        "head_layer_norm_eps": ORIGINAL_HEAD_LAYER_NORM_EPS,
+    }
+    if hidden_size % ORIGINAL_HEAD_WIDTH == 0:
+        values["num_attention_heads"] = hidden_size // ORIGINAL_HEAD_WIDTH
+    return values
+
+
+def _values_from_name(file_name: str) -> dict[str, Any]:
+    entry = PUBLISHED_FILES.get(file_name)
+    if entry is None:
+        return {}
+    labels = audioset_labels() if entry.labels == "audioset" else speech_commands_labels()
+    return {
+        "frequency_stride": entry.frequency_stride,
+        "time_stride": entry.time_stride,
+        "max_length": entry.max_length,
+        "id2label": {label.index: label.name for label in labels},
+        "mean": entry.mean,
+        "std": entry.std,
+    }
+
+
+def complete_original(
+    weights: Weights, values: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Add the window that the position embeddings imply, and list what nobody gave.
+
+    Args:
+        weights: The checkpoint's.
+        values: Of the config, as far as ``original_values`` and the user give them.
+
+    Returns:
+        The values, the missing fields of the config with a hint each, and notes.
+    """
+    given = dict(values)
+    notes: list[str] = []
+    hint = f"unless it is one of {ORIGINAL_WINDOWS}, which the strides will show"
+    if {"frequency_stride", "time_stride"} <= given.keys() and "max_length" not in given:
+        lowest, highest = _window_range(weights, given)
+        windows = [length for length in ORIGINAL_WINDOWS if lowest <= length <= highest]
+        hint = f"{lowest} to {highest} by its position embeddings"
+        if windows:
+            given["max_length"] = windows[0]
+            notes.append(
+                f"max_length: {windows[0]}, the published window among {lowest} to {highest}, "
+                "which its position embeddings allow"
+            )
+    hints = {
+        "frequency_stride": "the published models have 10, 12, 14 or 16",
+        "time_stride": "the published models have 10, 12, 14 or 16",
+        "max_length": hint,
+        "num_attention_heads": f"a divisor of hidden_size={given['hidden_size']}",
+    }
+    missing = [f"model.{name} ({text})" for name, text in hints.items() if name not in given]
+    return given, missing, notes
+
+
+def _window_range(weights: Weights, given: Mapping[str, Any]) -> tuple[int, int]:
+    """The shortest and longest window that gives as many patches as there are positions."""
+    patch_size, stride = given["patch_size"], given["time_stride"]
+    rows = (given["num_mel_bins"] - patch_size) // given["frequency_stride"] + 1
+    patches = weights.shapes["module.v.pos_embed"][1] - NUM_PREFIX_TOKENS
+    columns, rest = divmod(patches, rows)
+    if rest:
+        weights.location.fail(
+            f"its {patches} position embeddings do not divide into the {rows} rows that "
+            f"frequency_stride={given['frequency_stride']} gives; check --set "
+            "model.frequency_stride="
+        )
+    lowest = (columns - 1) * stride + patch_size
+    return lowest, lowest + stride - 1
+
+
+def fail_missing(location: ModelLocation, missing: Sequence[str]) -> NoReturn:
+    """Refuse a checkpoint that leaves something open; each entry is ``model.field (hint)``."""
+    location.fail(
+        "an original checkpoint carries no labels, statistics or strides. Missing: "
+        f"{'; '.join(missing)}. Give each with --set (--set "
+        f"{missing[0].partition(' ')[0]}=…), or in a {CONFIG_NAME} beside it"
+    )

@@ -1,0 +1,153 @@
+"""What the tensors of AST are called: the one table of their names.
+
+The same tensors go by three sets of names, each a ``Layout``: ``original``, those of the code that
+AST was published with (``.pth``); ``disk``, those in files by transformers (4.x, the hub, and what
+5.x saves too); ``memory``, those in a running model (transformers 5.x, and ours). The original code
+keeps query, key and value as one tensor.
+
+Its place: ``model_weights`` reads any layout by this table, ``checkpoints`` writes ``disk``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from transforms.spectrogram_transformer import ASTConfig
+
+Layout = Literal["original", "disk", "memory"]
+
+CLASSIFIER = "classifier.dense.weight"
+ORIGINAL_CLASSIFIER = "module.mlp_head.1.weight"
+BASE = "audio_spectrogram_transformer."
+
+# What stands before the names below: of the base, of block {}, of the head.
+_PREFIXES: dict[Layout, tuple[str, str, str]] = {
+    "memory": (BASE, BASE + "layers.{}.", ""),
+    "disk": (BASE, BASE + "encoder.layer.{}.", ""),
+    "original": ("module.", "module.v.blocks.{}.", "module."),
+}
+# (in memory, on disk, original). A number after # says which third of the fused qkv it is.
+_STEM = (
+    ("embeddings.cls_token", "embeddings.cls_token", "v.cls_token"),
+    ("embeddings.distillation_token", "embeddings.distillation_token", "v.dist_token"),
+    ("embeddings.position_embeddings", "embeddings.position_embeddings", "v.pos_embed"),
+)
+_STEM_MODULES = (
+    (
+        "embeddings.patch_embeddings.projection",
+        "embeddings.patch_embeddings.projection",
+        "v.patch_embed.proj",
+    ),
+    ("layernorm", "layernorm", "v.norm"),
+)
+_BLOCK_MODULES = (
+    ("layernorm_before", "layernorm_before", "norm1"),
+    ("layernorm_after", "layernorm_after", "norm2"),
+    ("attention.q_proj", "attention.attention.query", "attn.qkv#0"),
+    ("attention.k_proj", "attention.attention.key", "attn.qkv#1"),
+    ("attention.v_proj", "attention.attention.value", "attn.qkv#2"),
+    ("attention.o_proj", "attention.output.dense", "attn.proj"),
+    ("mlp.fc1", "intermediate.dense", "mlp.fc1"),
+    ("mlp.fc2", "output.dense", "mlp.fc2"),
+)
+_HEAD_MODULES = (
+    ("classifier.layernorm", "classifier.layernorm", "mlp_head.0"),
+    ("classifier.dense", "classifier.dense", "mlp_head.1"),
+)
+# DeiT's own classifiers, which AST never uses.
+UNUSED = re.compile(r"module\.v\.(head|head_dist)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is in a checkpoint.
+
+    Attributes:
+        name: Its name there.
+        third: Which third of its rows, for query, key and value that are stored as one; or None.
+    """
+
+    name: str
+    third: int | None = None
+
+
+def tensor_names(config: ASTConfig, layout: Layout) -> dict[str, StoredTensor]:
+    """Where each of our tensors is in a checkpoint of this layout; explicit, nothing guessed.
+
+    Returns:
+        One entry per name in the state dict of ``ASTForAudioClassification(config)``.
+    """
+    column = ("memory", "disk", "original").index(layout)
+    base, block, head = _PREFIXES[layout]
+    names = {BASE + row[0]: StoredTensor(base + row[column]) for row in _STEM}
+    modules = [(BASE + row[0], base + row[column]) for row in _STEM_MODULES]
+    for n in range(config.num_hidden_layers):
+        modules += [
+            (f"{BASE}layers.{n}.{row[0]}", block.format(n) + row[column]) for row in _BLOCK_MODULES
+        ]
+    modules += [(row[0], head + row[column]) for row in _HEAD_MODULES]
+    without_bias = () if config.qkv_bias else ("q_proj", "k_proj", "v_proj")
+    for ours, theirs in modules:
+        module, _, third = theirs.partition("#")
+        for part in ("weight", "bias"):
+            if part == "bias" and ours.endswith(without_bias):
+                continue
+            names[f"{ours}.{part}"] = StoredTensor(
+                f"{module}.{part}", int(third) if third else None
+            )
+    return names
+
+
+def from_layout(
+    tensors: Mapping[str, Tensor], config: ASTConfig, layout: Layout
+) -> dict[str, Tensor]:
+    """Rename (and split) the tensors of a layout into our state dict; values bit for bit.
+
+    Raises:
+        KeyError: a tensor is not there.
+    """
+    return {
+        ours: take_third(tensors[stored.name], stored.third)
+        for ours, stored in tensor_names(config, layout).items()
+    }
+
+
+def to_layout(state: Mapping[str, Tensor], config: ASTConfig, layout: Layout) -> dict[str, Tensor]:
+    """Rename (and join) our state dict into the tensors of a layout; values bit for bit."""
+    parts: dict[str, list[Tensor]] = {}
+    for ours, stored in tensor_names(config, layout).items():
+        if ours in state:
+            parts.setdefault(stored.name, []).append(state[ours])
+    return {name: part[0] if len(part) == 1 else torch.cat(part) for name, part in parts.items()}
+
+
+def take_third(tensor: Tensor, third: int | None) -> Tensor:
+    """The part of a stored tensor that is meant: all of it, or a third of its rows.
+
+    A third is a copy, so that three parameters do not share (and keep alive) one storage.
+    """
+    return tensor if third is None else tensor.chunk(3)[third].clone()
+
+
+def layout_of(names: Iterable[str]) -> Layout:
+    """Which layout these names are of, told from the first that only one layout has."""
+    for name in names:
+        if name.removeprefix("module.").startswith(("v.", "mlp_head.")):
+            return "original"
+        if name.removeprefix(BASE).startswith("encoder.layer."):
+            return "disk"
+    return "memory"
+
+
+def full_name(name: str, layout: Layout) -> str:
+    """The name with the prefix that DataParallel adds, or that ``ASTModel`` alone leaves out."""
+    if layout == "original":
+        return name if name.startswith("module.") else f"module.{name}"
+    stem = ("embeddings.", "encoder.", "layers.", "layernorm.")
+    return BASE + name if name.startswith(stem) else name
