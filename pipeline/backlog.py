@@ -134,6 +134,27 @@ def find_backlog(
     )
 
 
+def count_found_items(found: Found) -> int | None:
+    """How many items the input holds; None if containers must be read to know."""
+    inventory = _Inventory(found)
+    return None if inventory.wholes else len(inventory.items)
+
+
+def count_vanished_failures(found: Found, commits: Mapping[str, Commit], output: str) -> int:
+    """How many of the failures in a result are of items that are not in the input."""
+    inventory = _Inventory(found)
+    count = 0
+    for commit in commits.values():
+        if not commit.totals.failures or inventory.num_found(commit) == commit.totals.items:
+            continue
+        if commit.ledger.container is not None and not commit.ledger.items:
+            count += commit.totals.failures
+            continue
+        rows = read_failures(output, commit.unit_id)
+        count += sum(row["clip_id"] not in inventory.items for row in rows)
+    return count
+
+
 class _Inventory:
     """What was found, by name."""
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from pipeline.config import RunConfig
 from pipeline.plan import RunPlan, describe_plan, make_plan
 from pipeline.progress import format_audio, format_duration
+from pipeline.run import pipeline_options
 from transforms.clip_ids import WindowEstimate, extension
 from transforms.decode import DecodePool
 from transforms.inference import ASTModelHandler, TorchEngine
@@ -84,6 +85,7 @@ def run_plan(config: RunConfig, beam_options: list[str]) -> int:
         UsageError: Something is wrong with the command.
     """
     console = Console(highlight=False, soft_wrap=True)
+    pipeline_options(config, beam_options)  # only to refuse what Beam does not know
     plan = make_plan(config, needs_output=False)
     for line in describe_plan(plan):
         console.print(line, markup=False)

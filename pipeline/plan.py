@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.backlog import Backlog, find_backlog
+from pipeline.backlog import Backlog, count_vanished_failures, find_backlog
 from pipeline.config import RunConfig
 from pipeline.graph import RunTotals
 from pipeline.result import (
@@ -56,6 +56,7 @@ class RunPlan:
         run: ``run.json`` as far as it is known.
         found: What the inputs hold.
         backlog: What of it is to be done, and what is done already.
+        vanished_failures: Failures in the result of items that are not in the input.
     """
 
     inputs: tuple[str, ...]
@@ -66,6 +67,7 @@ class RunPlan:
     run: Mapping[str, Any]
     found: Found
     backlog: Backlog
+    vanished_failures: int
 
     @property
     def units(self) -> tuple[WorkUnit, ...]:
@@ -112,9 +114,10 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
     found = find_inputs(inputs, exclude=output or None)
     if config.limit is not None:
         found = limit_items(found, config.limit, sources)
+    commits = {} if config.overwrite else state.commits
     backlog = find_backlog(
         found,
-        {} if config.overwrite else state.commits,
+        commits,
         sources,
         retry_from=output if config.retry_failed else None,
     )
@@ -135,6 +138,7 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
         run=_run_record(config, public_inputs, label, results, found),
         found=found,
         backlog=backlog,
+        vanished_failures=count_vanished_failures(found, commits, output),
     )
 
 

@@ -8,14 +8,17 @@ does the rest; its last step writes the totals.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from apache_beam.runners.runner import create_runner
 from rich.console import Console
 
+from pipeline.backlog import count_found_items
 from pipeline.config import DEFAULT_RUNNER, RunConfig
 from pipeline.graph import RunTotals, build_graph
 from pipeline.plan import RunPlan, describe_plan, make_plan, output_of
@@ -27,6 +30,7 @@ from pipeline.result import (
     hold_output,
     read_run,
     remove_result,
+    remove_staging,
     utc_now,
     write_run,
 )
@@ -43,6 +47,9 @@ EXIT_TOO_MANY_FAILED = 3
 
 # Runners that hand work to other machines, which cannot see this one's files.
 REMOTE_RUNNERS = frozenset({"dataflowrunner"})
+
+# Masters and endpoints that are on this machine: "[local]", "local[4]", "localhost:8081", "embed".
+LOCAL_MASTER = re.compile(r"^\[?(local|auto|embed|collection|127\.|::1)", re.IGNORECASE)
 
 
 def run_label(config: RunConfig, beam_options: list[str]) -> int:
@@ -61,18 +68,20 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
     options = pipeline_options(config, beam_options)
-    is_remote = runner_name(options) in REMOTE_RUNNERS
+    remote = is_remote(options)
     with hold_output(output_of(config)):
-        plan = make_plan(config, is_remote=is_remote)
-        if is_remote:
+        plan = make_plan(config, is_remote=remote)
+        if remote:
             check_reachable(plan)
         for line in describe_plan(plan):
             console.print(line, markup=False)
         finish = prepare_output(plan, config)
         started = time.monotonic()
         if plan.units:
-            run_graph(plan, options, finish, config.quiet)
-            storage.remove_empty_folder(storage.join(plan.output, storage.STAGING_FOLDER))
+            try:
+                run_graph(plan, options, finish, config.quiet)
+            finally:
+                remove_staging(plan.output)
         else:
             finish(RunTotals())
         return report(plan.output, config, time.monotonic() - started)
@@ -122,8 +131,37 @@ def check_known(options: PipelineOptions, args: list[str]) -> None:
 
 
 def runner_name(options: PipelineOptions) -> str:
-    """The runner in lower case."""
-    return (options.view_as(StandardOptions).runner or DEFAULT_RUNNER).lower()
+    """The runner in lower case.
+
+    Raises:
+        ConfigError: Beam has no such runner, or it needs a package that is not installed.
+    """
+    name = options.view_as(StandardOptions).runner or DEFAULT_RUNNER
+    try:
+        create_runner(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"runner {name} needs a package that is not installed ({error}); for DataflowRunner: "
+            "pip install 'earmark[gcp]'"
+        ) from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"Beam has no runner {name}; among those it has are FnApiRunner (the default), "
+            "DirectRunner, PrismRunner, FlinkRunner, SparkRunner and DataflowRunner."
+        ) from error
+    return name.lower()
+
+
+def is_remote(options: PipelineOptions) -> bool:
+    """Whether other machines will do the work, which cannot see this one's files."""
+    values = options.get_all_options()
+    name = runner_name(options)
+    master = {
+        "flinkrunner": values.get("flink_master"),
+        "sparkrunner": values.get("spark_master_url"),
+        "portablerunner": values.get("job_endpoint"),
+    }.get(name)
+    return name in REMOTE_RUNNERS or not LOCAL_MASTER.match(master or "local")
 
 
 def check_reachable(plan: RunPlan) -> None:
@@ -170,6 +208,8 @@ def prepare_output(plan: RunPlan, config: RunConfig) -> FinishRun:
         vanished_kept_items=plan.backlog.vanished_kept_items,
         vanished_carried_items=plan.backlog.vanished_carried_items,
         retried_carried_items=plan.backlog.retried_carried_items,
+        vanished_failures=plan.vanished_failures,
+        num_found_items=count_found_items(plan.found),
         num_commits=plan.kept.units + len(plan.units),
     )
 
@@ -229,14 +269,17 @@ class _CommitReader:
         self._next_s = 0.0
 
     def __call__(self) -> ProgressCounts:
-        if time.monotonic() < self._next_s:
-            return self._counts
+        if time.monotonic() >= self._next_s:
+            self.refresh()
+        return self._counts
+
+    def refresh(self) -> None:
+        """Look at once; ``ProgressDisplay`` does so at the end."""
         self._next_s = time.monotonic() + COMMIT_POLL_INTERVAL_S
         for unit_id in list_unit_ids(self._output):
             if unit_id not in self._seen:
                 self._seen.add(unit_id)
                 self._add(read_commit(self._output, unit_id).totals)
-        return self._counts
 
     def _add(self, totals: UnitTotals) -> None:
         counts = self._counts
@@ -257,7 +300,7 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
     for line in closing_lines(output, totals, engines, elapsed_s):
         console.print(line, markup=False)
-    failures, items = totals["failures"], totals["items"]
+    failures, items = totals["found_failures"], totals["found_items"]
     # Failures are always said aloud, however quiet the run is to be.
     loud = Console(stderr=True, highlight=False, soft_wrap=True)
     if failures:
@@ -269,14 +312,14 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
         loud.print(f"One of them: {example_failure(output)}", markup=False)
     if totals["broken_containers"]:
         loud.print(
-            "Containers that could not be read to their end, and are labelled as far as they go: "
-            f"{totals['broken_containers']:,}.",
+            f"{totals['broken_containers']:,} of the failures are of whole containers (tar, "
+            "Parquet, manifest): what could be read of them is labelled, the rest is missing.",
             markup=False,
         )
         return EXIT_TOO_MANY_FAILED
     if items and failures / items > config.max_failed:
         loud.print(
-            f"That is more than max_failed allows ({config.max_failed:.0%}).",
+            f"That is more than --max-failed allows ({config.max_failed:.4g} of the items).",
             markup=False,
         )
         return EXIT_TOO_MANY_FAILED
@@ -296,22 +339,23 @@ def closing_lines(
     output: str, totals: Mapping[str, Any], engines: Sequence[str], elapsed_s: float
 ) -> list[str]:
     """The accounting, and where things lie."""
-    new = f"{totals['new_items']:,} of them in this run, " if totals["new_units"] else "none new, "
+    found, failed = totals["found_items"], totals["found_failures"]
     lines = [
-        f"{totals['found_items']:,} items found: {totals['clips']:,} labelled, "
-        f"{totals['failures']:,} failed ({new}{format_duration(elapsed_s)}).",
+        f"{found:,} items found: {found - failed:,} labelled, {failed:,} failed "
+        f"({totals['new_items']:,} in this run, {format_duration(elapsed_s)}).",
         f"{totals['windows']:,} windows, {format_audio(totals['audio_s'])} of audio, "
-        f"{totals['units']:,} units.",
+        f"{totals['units']:,} units in the result.",
     ]
     if totals["vanished_items"]:
         lines.append(
-            f"{totals['vanished_items']:,} items labelled earlier are not in this input "
-            "(any more); their rows are kept."
+            f"{totals['vanished_items']:,} items of earlier runs are not in this input, or beyond "
+            "its limit; their rows are kept."
         )
     if len(engines) > 1:
         lines.append(f"Computed by a mixture: {', '.join(engines)}.")
-    lines.append(
-        f"Labels: {storage.join(output, 'clips')}/*.parquet (a row per clip), "
-        f"{storage.join(output, 'windows')}/*.parquet (a row per window)."
-    )
+    if totals["clips"]:
+        lines.append(
+            f"Labels: {storage.join(output, 'clips')}/*.parquet (a row per clip), "
+            f"{storage.join(output, 'windows')}/*.parquet (a row per window)."
+        )
     return lines

@@ -15,9 +15,9 @@ import soundfile
 
 from pipeline.config import RunConfig
 from pipeline.result import hold_output, read_result
-from pipeline.run import run_label
+from pipeline.run import is_remote, pipeline_options, run_label
 from pipeline.verify import run_verify, verify_result
-from transforms.errors import InputError, OutputError
+from transforms.errors import ConfigError, InputError, OutputError
 
 RATE_HZ = 16_000
 
@@ -49,7 +49,10 @@ class Labeller:
         self.model, self.output = model, output
 
     def __call__(self, *inputs: Path | str, **changes: Any) -> int:
-        config: dict[str, Any] = {
+        return run_label(self.config(*inputs, **changes), [])
+
+    def config(self, *inputs: Path | str, **changes: Any) -> RunConfig:
+        values: dict[str, Any] = {
             "inputs": tuple(str(source) for source in inputs),
             "output": str(self.output),
             "quiet": True,
@@ -59,7 +62,7 @@ class Labeller:
             "decode": {"processes": 1},
             **changes,
         }
-        return run_label(RunConfig(**config), [])
+        return RunConfig(**values)
 
 
 @pytest.fixture
@@ -369,3 +372,51 @@ def test_a_run_that_is_refused_leaves_no_folder(label: Labeller, tmp_path: Path,
     with pytest.raises(InputError, match="does not exist"):
         label(tmp_path / "nowhere")
     assert not out.exists()
+
+
+def test_what_has_vanished_is_no_failure_of_this_run(
+    label: Labeller, clips: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (clips / "bad.wav").write_bytes(b"no audio")
+    assert label(clips) == 3
+    (clips / "bad.wav").unlink()
+    (clips / "3.wav").unlink()
+    assert label(clips, quiet=False) == 0
+    totals = run_record(out)["totals"]
+    assert (totals["found_items"], totals["found_failures"], totals["vanished_items"]) == (3, 0, 2)
+    printed = capsys.readouterr().err
+    assert "3 items found: 3 labelled, 0 failed" in printed
+    assert "2 items of earlier runs are not in this input" in printed
+    assert label(clips, retry_failed=True) == 0
+    assert len(rows(out, "errors")) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--runner=Nonsense"], "Beam has no runner Nonsense"),
+        (["--nosuch=1"], "Beam knows no pipeline option --nosuch"),
+        (["--runner=FlinkRunner", "--flink_master=host:8081"], "is the local path"),
+    ],
+)
+def test_a_runner_that_cannot_do_it_is_refused_before_anything_is_written(
+    label: Labeller, clips: Path, out: Path, options: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_label(label.config(clips), options)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "remote"),
+    [
+        ([], False),
+        (["--runner=FlinkRunner", "--flink_master=[local]"], False),
+        (["--runner=FlinkRunner", "--flink_master=localhost:8081"], False),
+        (["--runner=FlinkRunner", "--flink_master=10.0.0.1:8081"], True),
+        (["--runner=PortableRunner", "--job_endpoint=localhost:8099"], False),
+        (["--runner=SparkRunner", "--spark_master_url=spark://host:7077"], True),
+    ],
+)
+def test_what_counts_as_remote(options: list[str], remote: bool) -> None:
+    assert is_remote(pipeline_options(RunConfig(), options)) is remote

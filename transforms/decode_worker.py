@@ -253,6 +253,8 @@ class _Budget:
         """Work has been done: pass it on, and look at the clock."""
         self._on_progress()
         used_s = time.process_time() - self._began_s
+        if math.isinf(self._limits.max_decode_ratio):
+            return
         allowed_s = max(self._limits.min_decode_s, self._limits.max_decode_ratio * self._audio_s)
         if used_s > allowed_s:
             raise DecodeError(
