@@ -40,6 +40,24 @@ from transforms.ledger import UnitSummary
 from transforms.records import WorkUnit
 from transforms.sources import Found, SourceSettings, find_inputs, limit_items
 
+# The fields of a config that the forward pass depends on; others (dropouts, what to return) may
+# differ between two folders of the same model.
+SHAPE_OF_A_MODEL = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "qkv_bias",
+    "layer_norm_eps",
+    "head_layer_norm_eps",
+    "patch_size",
+    "frequency_stride",
+    "time_stride",
+    "max_length",
+    "num_mel_bins",
+)
+
 KIND_NAMES = {"tar": "tar archives", "parquet": "Parquet files with audio"}
 
 
@@ -214,11 +232,7 @@ def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, A
     model = label.model
     return {
         "model_sha256": model.sha256,
-        "model_config": {
-            name: value
-            for name, value in sorted(model.config.to_dict().items())
-            if name not in ("id2label", "label2id", "problem_type")
-        },
+        "model_config": {name: getattr(model.config, name) for name in SHAPE_OF_A_MODEL},
         "labels": [[entry.id, entry.name] for entry in model.labels],
         "mean": model.mean,
         "std": model.std,

@@ -253,8 +253,14 @@ def _settle_activation(
             "same, give --set model.activation=sigmoid or softmax"
         )
     if labels[0].id is not None:
-        return "sigmoid", ("activation: sigmoid: no problem_type, and AudioSet's 527 labels",)
-    return "softmax", ("activation: softmax: no problem_type, and labels other than AudioSet's",)
+        return "sigmoid", (
+            "Scores are sigmoids: the checkpoint does not say (no problem_type), and AudioSet's "
+            "527 classes are independent.",
+        )
+    return "softmax", (
+        "Scores are a softmax: the checkpoint does not say (no problem_type), and its labels are "
+        "not AudioSet's. Where classes are independent: --set model.activation=sigmoid",
+    )
 
 
 def _read_features(files: ModelFiles, values: Mapping[str, Any]) -> dict[str, Any]:
