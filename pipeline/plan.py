@@ -58,7 +58,7 @@ SHAPE_OF_A_MODEL = (
     "num_mel_bins",
 )
 
-KIND_NAMES = {"tar": "tar archives", "parquet": "Parquet files with audio"}
+KIND_NAMES = {"tar": "tar archive", "parquet": "audio-Parquet file"}
 
 
 @dataclass(frozen=True)
@@ -306,30 +306,40 @@ def describe_plan(plan: RunPlan) -> list[str]:
     ]
     if found.duplicates:
         lines.append(
-            f"{found.duplicates:,} items were listed again and count once: "
+            f"Listed again, and counted once: {counted(found.duplicates, 'item')}, such as "
             f"{', '.join(found.duplicate_examples)}."
         )
     if found.skipped_by_extension:
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.skipped_by_extension.most_common(8))
         lines.append(f"Files of other kinds, left aside: {kinds}.")
     lines += found.notes
-    if plan.state.is_result:
+    if plan.state.commits:
         lines.append(describe_done(plan))
     for unit_id, reason in list(plan.state.damaged.items())[:5]:
         lines.append(f"Unit {unit_id} is damaged and done again: {reason}.")
     if backlog.units:
         windows_to_do = sum(unit.estimated_windows for unit in backlog.units)
-        lines.append(f"To do: {len(backlog.units):,} units, about {windows_to_do:,} windows.")
+        lines.append(
+            f"To do: {counted(len(backlog.units), 'unit')}, about "
+            f"{counted(windows_to_do, 'window')}."
+        )
     else:
         lines.append("Nothing to do: everything found is done.")
     return lines
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: ``1 unit``, ``2,000 units``, ``3 files or segments``."""
+    if number != 1:
+        noun = " or ".join(f"{word}s" for word in noun.split(" or "))
+    return f"{number:,} {noun}"
+
+
 def describe_found(found: Found) -> str:
     """The items and containers found."""
     kinds = Counter(container.kind for container in found.containers)
-    parts = [f"{len(found.items):,} files or segments"] if found.items else []
-    parts += [f"{count:,} {KIND_NAMES[kind]}" for kind, count in kinds.items()]
+    parts = [counted(len(found.items), "file or segment")] if found.items else []
+    parts += [counted(count, KIND_NAMES[kind]) for kind, count in kinds.items()]
     if found.failures:
         parts.append(f"{len(found.failures):,} that cannot be read")
     return ", ".join(parts) or "nothing"
@@ -338,11 +348,12 @@ def describe_found(found: Found) -> str:
 def describe_done(plan: RunPlan) -> str:
     """What an earlier run has done."""
     backlog = plan.backlog
-    text = f"Done already: {backlog.found_kept_items:,} items in {len(backlog.kept_units):,} units"
+    text = f"Done already: {counted(backlog.found_kept_items, 'item')}"
+    text += f" in {counted(len(backlog.kept_units), 'unit')}"
     if backlog.vanished_items:
         text += f"; {backlog.vanished_items:,} more are not in this input"
     if backlog.num_redone:
-        text += f"; {backlog.num_redone:,} units hold changed items"
+        text += f"; done again for changed items: {counted(backlog.num_redone, 'unit')}"
     if backlog.num_retried:
-        text += f"; {backlog.num_retried:,} failed items are tried again"
+        text += f"; tried again: {counted(backlog.num_retried, 'failed item')}"
     return f"{text}."

@@ -21,7 +21,7 @@ from rich.console import Console
 from pipeline.backlog import count_found_items
 from pipeline.config import DEFAULT_RUNNER, RunConfig
 from pipeline.graph import RunTotals, build_graph
-from pipeline.plan import RunPlan, describe_plan, make_plan, output_of
+from pipeline.plan import RunPlan, counted, describe_plan, make_plan, output_of
 from pipeline.progress import ProgressCounts, ProgressDisplay, format_audio, format_duration
 from pipeline.result import (
     SUCCESS_FILE,
@@ -305,15 +305,15 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     loud = Console(stderr=True, highlight=False, soft_wrap=True)
     if failures:
         loud.print(
-            f"{failures:,} of {items:,} items could not be labelled; why stands in "
+            f"{failures:,} of {counted(items, 'item')} could not be labelled; why stands in "
             f"{storage.join(output, 'errors')}/*.parquet. --retry-failed tries them again.",
             markup=False,
         )
         loud.print(f"One of them: {example_failure(output)}", markup=False)
     if totals["broken_containers"]:
         loud.print(
-            f"{totals['broken_containers']:,} of the failures are of whole containers (tar, "
-            "Parquet, manifest): what could be read of them is labelled, the rest is missing.",
+            f"Among the failures: {counted(totals['broken_containers'], 'container')} (tar, "
+            "Parquet, manifest) not read to the end; what could be read of them is labelled.",
             markup=False,
         )
         return EXIT_TOO_MANY_FAILED
@@ -341,15 +341,15 @@ def closing_lines(
     """The accounting, and where things lie."""
     found, failed = totals["found_items"], totals["found_failures"]
     lines = [
-        f"{found:,} items found: {found - failed:,} labelled, {failed:,} failed "
+        f"{counted(found, 'item')} found: {found - failed:,} labelled, {failed:,} failed "
         f"({totals['new_items']:,} in this run, {format_duration(elapsed_s)}).",
-        f"{totals['windows']:,} windows, {format_audio(totals['audio_s'])} of audio, "
-        f"{totals['units']:,} units in the result.",
+        f"{counted(totals['windows'], 'window')}, {format_audio(totals['audio_s'])} of audio, "
+        f"{counted(totals['units'], 'unit')} in the result.",
     ]
     if totals["vanished_items"]:
         lines.append(
-            f"{totals['vanished_items']:,} items of earlier runs are not in this input, or beyond "
-            "its limit; their rows are kept."
+            f"Not in this input, or beyond its limit: {counted(totals['vanished_items'], 'item')} "
+            "of earlier runs; their rows are kept."
         )
     if len(engines) > 1:
         lines.append(f"Computed by a mixture: {', '.join(engines)}.")

@@ -161,7 +161,7 @@ def test_containers_that_give_nothing_are_rows(earmark: Earmark, tmp_path: Path)
     said = earmark(folder)
     assert said.code == 3
     assert "5 of 5 items could not be labelled" in said.words
-    assert "not be read to their end, and are labelled as far as they go: 5." in said.words
+    assert "Among the failures: 5 containers (tar, Parquet, manifest) not read" in said.words
     assert "One of them: " in said.words
     errors = {Path(name).name: row["message"] for name, row in earmark.rows("errors").items()}
     for name, message in (
@@ -194,7 +194,7 @@ def test_damaged_audio_is_labelled_with_a_warning_or_is_a_row(
     assert said.code == 3
     assert "4 of 8 items could not be labelled; why stands in" in said.words
     assert "One of them: " in said.words
-    assert "That is more than max_failed allows (5%)." in said.words
+    assert "That is more than --max-failed allows (0.05 of the items)." in said.words
     clips = earmark.rows("clips")
     assert sorted(clips) == ["mix/cut.flac", "mix/cut.mp3", "mix/cut.ogg", "mix/cut.wav"]
     for row in clips.values():

@@ -161,6 +161,19 @@ def test_a_changed_file_redoes_its_unit_and_nothing_else(
     assert run_verify(str(out)) == 0
 
 
+def test_a_changed_row_of_a_manifest_is_labelled_again(
+    label: Labeller, tmp_path: Path, out: Path
+) -> None:
+    write_clip(tmp_path / "a.wav", 4.0)
+    listed = tmp_path / "list.jsonl"
+    for start_s, end_s in ((0, 2), (1, 3)):
+        line = {"uri": "a.wav", "clip_id": "x", "start_s": start_s, "end_s": end_s}
+        listed.write_text(json.dumps(line))
+        assert label(listed) == 0
+        (clip,) = rows(out, "clips")
+        assert (clip["clip_id"], clip["start_s"], clip["end_s"]) == ("x", start_s, end_s)
+
+
 def test_vanished_files_are_counted_apart_and_kept(label: Labeller, clips: Path, out: Path) -> None:
     label(clips)
     (clips / "3.wav").unlink()
@@ -386,7 +399,7 @@ def test_what_has_vanished_is_no_failure_of_this_run(
     assert (totals["found_items"], totals["found_failures"], totals["vanished_items"]) == (3, 0, 2)
     printed = capsys.readouterr().err
     assert "3 items found: 3 labelled, 0 failed" in printed
-    assert "2 items of earlier runs are not in this input" in printed
+    assert "Not in this input, or beyond its limit: 2 items of earlier runs" in printed
     assert label(clips, retry_failed=True) == 0
     assert len(rows(out, "errors")) == 1
 
