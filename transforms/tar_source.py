@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import shutil
 import tarfile
 import tempfile
@@ -431,6 +432,12 @@ class _Group:
                 Path(one.path).unlink(missing_ok=True)
 
 
+logger = logging.getLogger(__name__)
+
+# Kinds of members that this process has said it leaves aside.
+_left_aside: set[str] = set()
+
+
 class TarReader:
     """Reads the items of one slice, in one pass.
 
@@ -484,6 +491,7 @@ class TarReader:
         if _is_sidecar(member) and member.size <= _MAX_SIDECAR_BYTES:
             group.sidecars[member.name] = archive.read_exactly(member.size, repr(member.name))
         if not is_item(member):
+            self._say_left_aside(member)
             return
         self._seen[member.name] += 1
         occurrence = self._seen[member.name]
@@ -498,6 +506,18 @@ class TarReader:
                 held.data = archive.read_exactly(member.size, what)
                 group.num_bytes += member.size
         group.held.append(held)
+
+    def _say_left_aside(self, member: TarMember) -> None:
+        """Say it once for each kind, or a thousand shards with the same siblings would drown all."""
+        ending = extension(member.name) or "(no extension)"
+        if member.kind == "file" and not _is_sidecar(member) and ending not in _left_aside:
+            _left_aside.add(ending)
+            logger.info(
+                "%s: members of other kinds are left aside: %s, the first is %r",
+                self._part.uri,
+                ending,
+                printable(member.name),
+            )
 
     def _emit(self, group: _Group) -> Iterator[EncodedClip | Failure]:
         held = group.held

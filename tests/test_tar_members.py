@@ -1,0 +1,36 @@
+"""What a tar holds beside audio is left aside, and said once."""
+
+from __future__ import annotations
+
+import io
+import logging
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from transforms import tar_source
+from transforms.records import ContainerSlice, EncodedClip
+from transforms.tar_source import TarReader
+
+
+def test_members_of_other_kinds_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_source, "_left_aside", set())
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("a.wav", "a.json", "inner.tar", "b.xyz", "c.xyz"):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            archive.addfile(info, io.BytesIO(b"null"))
+    part = ContainerSlice(str(path), str(path), path.stat().st_size, "1")
+    with caplog.at_level(logging.INFO, logger="transforms.tar_source"):
+        for _ in range(2):
+            (clip,) = TarReader(part, (), 1 << 20).read()
+            assert isinstance(clip, EncodedClip)
+            assert clip.item.member == "a.wav"
+    assert [record.getMessage().partition("aside: ")[2] for record in caplog.records] == [
+        ".tar, the first is 'inner.tar'",
+        ".xyz, the first is 'b.xyz'",
+    ]
