@@ -7,6 +7,7 @@ bar stands below what is logged meanwhile.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import threading
@@ -16,14 +17,28 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column
 
 POLL_INTERVAL_S = 0.25
 LINE_INTERVAL_S = 10.0
 
 # A rate over less than this says more of the model's start than of the run.
 MIN_RATED_S = 2.0
+
+BAR_WIDTH = 12
+
+# Columns beside the text: the spinner, the bar and the share, each with a space behind it.
+FIXED_WIDTH = 2 + (BAR_WIDTH + 1) + 5
+
+# Columns left free at the right. A terminal echoes Ctrl-C as two characters where the cursor
+# stands, behind the bar: were they to wrap, the bar would be drawn again one line too low.
+ECHO_WIDTH = 4
+
+# What a narrow terminal does without, the least important first.
+DROPPED_FIRST = ("windows", "audio", "speed", "failed", "left")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +69,13 @@ class Moment:
         elapsed_s: Seconds since the display began.
         working_s: Seconds since the first window was labelled: loading the model, which comes
             before, says nothing of the speed.
+        is_complete: Whether the run has come to its end: these counts are all there is.
     """
 
     counts: ProgressCounts
     elapsed_s: float
     working_s: float
+    is_complete: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +108,15 @@ def format_audio(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def share_done(counts: ProgressCounts, expected: Expected) -> float | None:
+def share_done(moment: Moment, expected: Expected) -> float | None:
     """How much of the work is done, in [0, 1]; None if that cannot be said.
 
     The windows expected are an estimate, so they may be passed; until the end, no more than 99 %
     is claimed of them. Failed items have no windows, so with all items seen the work is done.
     """
+    if moment.is_complete:
+        return 1.0
+    counts = moment.counts
     items = counts.clips + counts.failures
     if expected.items and items >= expected.items:
         return 1.0
@@ -107,7 +127,7 @@ def share_done(counts: ProgressCounts, expected: Expected) -> float | None:
 
 def seconds_left(moment: Moment, expected: Expected) -> float | None:
     """Estimated time left in seconds; None as long as there is nothing to estimate it from."""
-    share = share_done(moment.counts, expected)
+    share = share_done(moment, expected)
     if share is None or moment.working_s < MIN_RATED_S:
         return None
     if share == 1.0:
@@ -127,36 +147,65 @@ def speed(moment: Moment) -> float | None:
 
 def format_counts(moment: Moment, expected: Expected) -> str:
     """``1,200/9,600 clips · 2,400/19,200 windows · 3.4 h of audio · 120× real time · 2 failed``."""
-    counts = moment.counts
-    parts = [
-        f"{_of(counts.clips, expected.items)} clips",
-        f"{_of(counts.windows, expected.windows, about=True)} windows",
-        f"{format_audio(counts.audio_s)} of audio",
-    ]
-    times = speed(moment)
-    if times is not None:
-        parts.append(f"{times:,.0f}× real time" if times >= 10 else f"{times:.1f}× real time")
-    if counts.failures:
-        parts.append(f"{counts.failures:,} failed")
-    return " · ".join(parts)
-
-
-def _of(done: int, total: int | None, *, about: bool = False) -> str:
-    # An estimate that has been passed tells nothing any more.
-    if total is None or (about and done > total):
-        return f"{done:,}"
-    return f"{done:,}/{'~' if about else ''}{total:,}"
+    return " · ".join(_count_parts(moment, expected).values())
 
 
 def format_line(moment: Moment, expected: Expected) -> str:
     """One line of plain text: the share, the counts, the time taken and the time left."""
-    share = share_done(moment.counts, expected)
+    share = share_done(moment, expected)
     left = seconds_left(moment, expected)
     parts = [f"{share:4.0%}"] if share is not None else []
     parts += [format_counts(moment, expected), f"{format_duration(moment.elapsed_s)} elapsed"]
-    if left is not None:
+    if left:
         parts.append(f"about {format_duration(left)} left")
     return " · ".join(parts)
+
+
+def format_bar_text(moment: Moment, expected: Expected, width: int) -> str:
+    """What stands beside the bar: the counts and the time left, as many of them as fit.
+
+    Args:
+        moment: What has been done.
+        expected: What there is to do.
+        width: Columns there are; the clips are shown even if they take more.
+    """
+    parts = _count_parts(moment, expected)
+    left = seconds_left(moment, expected)
+    if left:
+        parts["left"] = f"{format_duration(left)} left"
+    for name in DROPPED_FIRST:
+        if cell_len(" · ".join(parts.values())) <= width:
+            break
+        parts.pop(name, None)
+    return " · ".join(parts.values())
+
+
+def _count_parts(moment: Moment, expected: Expected) -> dict[str, str]:
+    """The counts as they are shown, in this order, by name."""
+    counts = moment.counts
+    parts = {
+        "clips": f"{_of(counts.clips, expected.items)} clips",
+        "windows": f"{_windows(moment, expected)} windows",
+        "audio": f"{format_audio(counts.audio_s)} of audio",
+    }
+    times = speed(moment)
+    if times is not None:
+        parts["speed"] = f"{times:,.0f}× real time" if times >= 10 else f"{times:.1f}× real time"
+    if counts.failures:
+        parts["failed"] = f"{counts.failures:,} failed"
+    return parts
+
+
+def _of(done: int, total: int | None) -> str:
+    return f"{done:,}" if total is None else f"{done:,}/{total:,}"
+
+
+def _windows(moment: Moment, expected: Expected) -> str:
+    done, about = moment.counts.windows, expected.windows
+    # An estimate that has been passed, or is over, tells nothing any more.
+    if about is None or done > about or moment.is_complete:
+        return f"{done:,}"
+    return f"{done:,}/~{about:,}"
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -186,28 +235,34 @@ class _Bar:
 
     def __init__(self, expected: Expected, console: Console) -> None:
         self._expected = expected
+        self._console = console
         self._progress = Progress(
             SpinnerColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
+            BarColumn(BAR_WIDTH, table_column=Column(min_width=BAR_WIDTH)),
+            TextColumn("{task.fields[share]:>4}", table_column=Column(min_width=4)),
+            TextColumn(
+                "{task.description}",
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+                markup=False,
+            ),
             console=console,
             # The display's own thread draws it: nothing moves between two readings.
             auto_refresh=False,
         )
-        self._task: TaskID = self._progress.add_task("starting", total=None)
+        self._task: TaskID = self._progress.add_task("starting", total=None, share="")
 
     def start(self) -> None:
         self._progress.start()
 
     def update(self, moment: Moment) -> None:
-        share = share_done(moment.counts, self._expected)
-        left = seconds_left(moment, self._expected)
-        time_left = "" if left is None else f" · {format_duration(left)} left"
+        share = share_done(moment, self._expected)
+        width = self._console.width - FIXED_WIDTH - ECHO_WIDTH
         self._progress.update(
             self._task,
             completed=share or 0.0,
             total=None if share is None else 1.0,
-            description=format_counts(moment, self._expected) + time_left,
+            share="" if share is None else f"{share:.0%}",
+            description=format_bar_text(moment, self._expected, width),
             refresh=True,
         )
 
@@ -256,9 +311,13 @@ class _Silence:
 class ProgressDisplay:
     """Shows progress while its ``with`` block runs.
 
+    A block that ends without an exception has done all there is to do: the counts are read once
+    more and shown as 100 %.
+
     Args:
         read: Called from the display's thread for the counts so far; must be quick and safe to
-            call beside the work.
+            call beside the work. One that looks only now and then has a method ``refresh()``,
+            called before the last reading, that makes it look again.
         total_windows: Windows to label, estimated; None if not known.
         total_items: Items to label; None if not known.
         quiet: Show nothing.
@@ -295,7 +354,13 @@ class ProgressDisplay:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._display.finish(self._moment())
+        if exc_type is not None:
+            self._display.finish(self._moment())
+            return
+        refresh: Callable[[], None] | None = getattr(self._read, "refresh", None)
+        if refresh is not None:
+            refresh()
+        self._display.finish(dataclasses.replace(self._moment(), is_complete=True))
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_INTERVAL_S):

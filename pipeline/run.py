@@ -7,6 +7,7 @@ does the rest; its last step writes the totals.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -276,10 +277,11 @@ class _CommitReader:
     def refresh(self) -> None:
         """Look at once; ``ProgressDisplay`` does so at the end."""
         self._next_s = time.monotonic() + COMMIT_POLL_INTERVAL_S
-        for unit_id in list_unit_ids(self._output):
-            if unit_id not in self._seen:
-                self._seen.add(unit_id)
-                self._add(read_commit(self._output, unit_id).totals)
+        with contextlib.suppress(OSError):  # a display is no reason for a run to fail
+            for unit_id in list_unit_ids(self._output):
+                if unit_id not in self._seen:
+                    self._add(read_commit(self._output, unit_id).totals)
+                    self._seen.add(unit_id)
 
     def _add(self, totals: UnitTotals) -> None:
         counts = self._counts

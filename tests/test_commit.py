@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 from pathlib import Path
@@ -13,7 +14,14 @@ import pytest
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that, equal_to
 
-from tests.unit_factory import failure_event, file_unit, make_item, row_settings, unit_events
+from tests.unit_factory import (
+    clip_events,
+    failure_event,
+    file_unit,
+    make_item,
+    row_settings,
+    unit_events,
+)
 from transforms import commit as commit_step
 from transforms import storage
 from transforms.commit import CommitSettings, CommitUnits, OpenUnit, SkipCommitted
@@ -28,9 +36,11 @@ from transforms.ledger import (
 )
 from transforms.records import (
     Carried,
+    ClipRow,
     ContainerSlice,
     UnitEnd,
     UnitEvent,
+    WindowRow,
     WorkUnit,
 )
 
@@ -250,7 +260,7 @@ def test_units_committed_already_are_skipped_with_their_summary(settings: Commit
         assert_that(skipped, equal_to([UnitSummary.of(commit)]), "done")
 
 
-def test_an_items_version_changes_with_what_is_said_of_it() -> None:
+def test_an_items_version_changes_with_where_it_lies_and_what_is_said_of_it() -> None:
     item = make_item("/a.wav")
     versions = {
         item_version(item),
@@ -258,5 +268,63 @@ def test_an_items_version_changes_with_what_is_said_of_it() -> None:
         item_version(dataclasses.replace(item, version="v2")),
         item_version(dataclasses.replace(item, truth=("Dog",))),
         item_version(dataclasses.replace(item, metadata='{"a": 1}')),
+        item_version(dataclasses.replace(item, uri="/b.wav")),
+        item_version(dataclasses.replace(item, member="m")),
+        item_version(dataclasses.replace(item, row=0)),
+        item_version(dataclasses.replace(item, start_s=1.0)),
+        item_version(dataclasses.replace(item, end_s=1.0)),
     }
-    assert len(versions) == 5
+    assert len(versions) == 10
+    assert item_version(dataclasses.replace(item, url="/signed?sig=1")) in versions
+
+
+def audio_counted(events: list[UnitEvent]) -> list[float]:
+    """Seconds of audio counted after each of a unit's events."""
+    audio = commit_step.AudioProgress()
+    return list(itertools.accumulate(audio.add(event) for event in events))
+
+
+def windows_at(*starts_s: float, index: int = 0) -> list[UnitEvent]:
+    """Windows of 10 s."""
+    window = clip_events("u", index, make_item("a.wav"))[0]
+    assert isinstance(window, WindowRow)
+    return [dataclasses.replace(window, start_s=s, end_s=s + 10) for s in starts_s]
+
+
+def clip_of(duration_s: float, index: int = 0) -> ClipRow:
+    row = clip_events("u", index, make_item("a.wav"))[-1]
+    assert isinstance(row, ClipRow)
+    return dataclasses.replace(row, facts=dataclasses.replace(row.facts, duration_s=duration_s))
+
+
+@pytest.mark.parametrize(
+    ("events", "counted"),
+    [
+        ([*windows_at(0, 10), clip_of(20)], [10, 20, 20]),
+        ([*windows_at(0, 2.5, 5, 7), clip_of(17)], [10, 12.5, 15, 17, 17]),  # overlapping
+        ([*windows_at(100, 105), clip_of(15)], [10, 15, 15]),  # a segment starts where it starts
+        ([*windows_at(5, 0), clip_of(15)], [10, 10, 15]),  # out of order
+        ([clip_of(15), *windows_at(0, 5)], [15, 15, 15]),
+        ([*windows_at(0), *windows_at(0, index=1), clip_of(9)], [10, 20, 19]),
+        ([*windows_at(0), failure_event("u", 0, make_item("a.wav"))], [10, 0]),
+        ([failure_event("u", 0, make_item("a.wav")), *windows_at(0)], [0, 0]),
+    ],
+)
+def test_no_audio_is_counted_twice(events: list[UnitEvent], counted: list[float]) -> None:
+    assert audio_counted(events) == counted
+
+
+def test_live_counts_agree_with_what_is_committed(settings: CommitSettings) -> None:
+    before = dataclasses.replace(commit_step.live_counts)
+    # Two windows of 10 s in each clip of 12 s.
+    events = [
+        *unit_events(file_unit("u1", 3), failed=[1]),
+        *unit_events(file_unit("u2", 2)),
+    ]
+    with TestPipeline() as p:
+        _ = p | beam.Create([events]) | beam.FlatMap(lambda es: es) | CommitUnits(settings)
+    totals = [commit.totals for commit in read_commits(settings.output)[0].values()]
+    now = commit_step.live_counts
+    assert now.units - before.units == 2
+    assert now.clips - before.clips == sum(t.clips for t in totals) == 4
+    assert now.audio_s - before.audio_s == sum(t.audio_s for t in totals) == 48.0

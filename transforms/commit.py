@@ -117,6 +117,7 @@ class OpenUnit:
         self._failures: list[ItemFailure] = []
         self._engines: set[str] = set()
         self._end: UnitEnd | None = None
+        self.audio = AudioProgress()
 
     def add(self, event: UnitEvent) -> None:
         """Take a row, a failure or the unit's end."""
@@ -343,7 +344,16 @@ def _part_info(path: Path) -> PartInfo:
 
 @dataclass
 class LiveCounts:
-    """What the sink of this process has taken in so far, for a progress display."""
+    """What the sink of this process has taken in so far, for a progress display.
+
+    Attributes:
+        clips: Clips labelled.
+        windows: Windows labelled.
+        failures: Items that could not be labelled.
+        units: Units committed.
+        audio_s: Seconds of audio labelled, none of them counted twice where windows overlap; with
+            every clip in, the sum of the clips' durations.
+    """
 
     clips: int = 0
     windows: int = 0
@@ -353,6 +363,35 @@ class LiveCounts:
 
 
 live_counts = LiveCounts()
+
+
+class AudioProgress:
+    """Seconds of audio of an open unit, counted while its clips are still being labelled.
+
+    A clip's row settles what its windows have been counted as; a failure takes it back. Windows
+    may come in any order: what is counted meanwhile is then a little less or more.
+    """
+
+    def __init__(self) -> None:
+        self._reached_s: dict[int, float] = {}  # up to where each open clip has been counted
+        self._counted_s: dict[int, float] = {}
+        self._settled: set[int] = set()
+
+    def add(self, event: UnitEvent) -> float:
+        """Take the unit's next event; give the seconds to add, negative to take some back."""
+        if isinstance(event, UnitEnd) or event.item_index in self._settled:
+            return 0.0
+        index = event.item_index
+        if isinstance(event, WindowRow):
+            start_s = max(event.start_s, self._reached_s.get(index, event.start_s))
+            new_s = max(0.0, event.end_s - start_s)
+            self._reached_s[index] = start_s + new_s
+            self._counted_s[index] = self._counted_s.get(index, 0.0) + new_s
+            return new_s
+        self._settled.add(index)
+        self._reached_s.pop(index, None)
+        duration_s = event.facts.duration_s if isinstance(event, ClipRow) else 0.0
+        return duration_s - self._counted_s.pop(index, 0.0)
 
 
 class SkipCommitted(
@@ -440,7 +479,7 @@ class _CommitUnitsFn(beam.DoFn):
         if unit is None:
             unit = self._open[unit_id] = OpenUnit(self._settings, self._staging, unit_id)
         unit.add(event)
-        _count_live(event)
+        _count_live(event, unit.audio)
         if unit.is_complete:
             commit = unit.commit()
             del self._open[unit_id]
@@ -473,10 +512,10 @@ class _CommitUnitsFn(beam.DoFn):
         self._open = {}
 
 
-def _count_live(event: UnitEvent) -> None:
+def _count_live(event: UnitEvent, audio: AudioProgress) -> None:
+    live_counts.audio_s += audio.add(event)
     if isinstance(event, WindowRow):
         live_counts.windows += 1
-        live_counts.audio_s += event.end_s - event.start_s
     elif isinstance(event, ClipRow):
         live_counts.clips += 1
     elif isinstance(event, ItemFailure):

@@ -508,7 +508,7 @@ class TarReader:
         group.held.append(held)
 
     def _say_left_aside(self, member: TarMember) -> None:
-        """Say it once for each kind, or a thousand shards with the same siblings would drown all."""
+        """Once for each kind, or a thousand shards with the same siblings would drown all else."""
         ending = extension(member.name) or "(no extension)"
         if member.kind == "file" and not _is_sidecar(member) and ending not in _left_aside:
             _left_aside.add(ending)

@@ -1,0 +1,140 @@
+"""The progress display: what fits beside the bar, and what it ends with."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from pipeline.progress import (
+    Expected,
+    Moment,
+    ProgressCounts,
+    ProgressDisplay,
+    format_bar_text,
+    format_line,
+    share_done,
+)
+
+AT_WORK = Moment(ProgressCounts(21, 42, 420.0, 2), elapsed_s=125, working_s=120)
+EXPECTED = Expected(80, 40)
+
+
+class LazyReader:
+    """Looks once, and again only when told to."""
+
+    def __init__(self, *counts: ProgressCounts) -> None:
+        self._counts = list(counts)
+        self._looks = True
+        self._seen = ProgressCounts()
+
+    def __call__(self) -> ProgressCounts:
+        if self._looks:
+            self._seen = self._counts.pop(0)
+            self._looks = False
+        return self._seen
+
+    def refresh(self) -> None:
+        self._looks = True
+
+
+def drawn(screen: io.StringIO) -> str:
+    """The bar's last line as it stands on the screen."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    return re.split(r"[\r\n]+", text.rstrip())[-1]
+
+
+@pytest.mark.parametrize(
+    ("width", "text"),
+    [
+        (
+            99,
+            "21/40 clips · 42/~80 windows · 7.0 min of audio · 3.5× real time · 2 failed"
+            " · 1:49 left",
+        ),
+        (80, "21/40 clips · 7.0 min of audio · 3.5× real time · 2 failed · 1:49 left"),
+        (56, "21/40 clips · 3.5× real time · 2 failed · 1:49 left"),
+        (51, "21/40 clips · 3.5× real time · 2 failed · 1:49 left"),
+        (50, "21/40 clips · 2 failed · 1:49 left"),
+        (30, "21/40 clips · 1:49 left"),
+        (5, "21/40 clips"),
+    ],
+)
+def test_beside_the_bar_the_least_important_goes_first(width: int, text: str) -> None:
+    assert format_bar_text(AT_WORK, EXPECTED, width) == text
+
+
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_the_bar_keeps_its_width_and_leaves_room_for_an_echoed_ctrl_c(width: int) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=width)
+    counts = ProgressCounts(1_021, 2_042, 10_000.0, 2)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ProgressDisplay(
+            read=lambda: counts, total_windows=4_000, total_items=2_000, console=console
+        ),
+    ):
+        raise KeyboardInterrupt
+    line = drawn(screen)
+    assert re.match(r"\S [━╸╺]{12}  51% 1,021/2,000 clips", line)
+    assert len(line) <= width - 4
+
+
+def test_a_narrow_terminal_still_has_the_bar_and_the_share() -> None:
+    screen = io.StringIO()
+    with ProgressDisplay(
+        read=lambda: ProgressCounts(1_000_000),
+        console=Console(file=screen, force_terminal=True, width=28),
+    ):
+        pass
+    assert re.match(r"\s*━{12} 100% 1,000,000?$", drawn(screen))
+
+
+@pytest.mark.parametrize(
+    ("total_windows", "total_items", "line"),
+    [
+        (50, None, "100% · 20 clips · 43 windows · 7.0 min of audio · 1 failed"),
+        (50, 21, "100% · 20/21 clips · 43 windows · 7.0 min of audio · 1 failed"),
+        (None, None, "100% · 20 clips · 43 windows · 7.0 min of audio · 1 failed"),
+    ],
+)
+def test_a_run_that_is_done_ends_with_all_counts_and_100_percent(
+    total_windows: int | None,
+    total_items: int | None,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reader = LazyReader(ProgressCounts(), ProgressCounts(20, 43, 420.0, 1, 1))
+    with ProgressDisplay(read=reader, total_windows=total_windows, total_items=total_items):
+        assert reader() == ProgressCounts()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"{line} · 0 s elapsed"
+
+
+def test_a_run_that_only_failed_is_done_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay(read=lambda: ProgressCounts(failures=1), total_windows=12):
+        pass
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("100% · 0 clips · 0 windows · 0 s of audio · 1 failed")
+
+
+def test_a_run_that_broke_off_does_not_end_with_100_percent(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with (
+        pytest.raises(ValueError, match="broken"),
+        ProgressDisplay(read=lambda: ProgressCounts(5, 10, 100.0), total_windows=20),
+    ):
+        raise ValueError("broken")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(" 50% · 5 clips · 10/~20 windows")
+
+
+def test_what_is_complete_has_no_time_left() -> None:
+    done = Moment(ProgressCounts(40, 60, 600.0), elapsed_s=125, working_s=120, is_complete=True)
+    assert share_done(done, Expected(80, None)) == 1.0
+    assert format_line(done, Expected(80, None)) == (
+        "100% · 40 clips · 60 windows · 10.0 min of audio · 5.0× real time · 2:05 elapsed"
+    )
