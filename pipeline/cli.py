@@ -31,13 +31,18 @@ if TYPE_CHECKING:
 EXIT_UNEXPECTED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+MODELS_WIDTH = 200  # more than the table needs
 INTERRUPTED = "interrupted; the same command goes on from here"
 
 Job = Callable[[], int]
 
 # What Beam says in every run: of BigQuery, which Earmark has nothing to do with, and of a memory
 # figure that it would have liked to take.
-NOISE = ("apitools not found", "Resource module is not available")
+NOISE = (
+    "apitools not found",
+    "Resource module is not available",
+    "Discarding unparseable args",
+)
 
 app = typer.Typer(
     name="earmark",
@@ -300,7 +305,8 @@ def plan(
 def verify(context: typer.Context, folder: ResultFolder, quiet: Quiet = None) -> Job:
     """Check a result: parts against commits, orphans, duplicates, the accounting.
 
-    The exit code is 0 only if the result is whole, 3 if it is damaged.
+    The exit code is 0 only if the result is whole, 3 if it is damaged or unfinished; what to do
+    about it is said.
     """
     _refuse_beam_options(context)
 
@@ -436,19 +442,26 @@ def _print_models() -> int:
 
     from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
 
-    table = Table("--model", "window", "labels", "published", "licence", title="Public models")
+    console = Console(highlight=False)
+    table = Table("--model", "window", "trained on", "published", "licence", title="Public models")
+    lines = []
     for entry in PUBLIC_CHECKPOINTS:
-        table.add_row(
-            entry.hub_id,
+        facts = [
             f"{entry.window_s:.3f} s",
-            f"{entry.num_labels} ({entry.labels})",
+            f"{entry.labels} ({entry.num_labels} labels)",
             f"{entry.metric} {entry.published:.4f}",
             entry.license,
-        )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # a pipe has no width to fit into: cut nothing
-    console.print(table)
+        ]
+        table.add_row(entry.hub_id, *facts)
+        lines.append(f"{entry.hub_id}\n  {' · '.join(facts)}")
+    wide = console.options.update(width=MODELS_WIDTH)
+    if not console.is_terminal:  # a pipe has no width to fit into
+        console = Console(width=MODELS_WIDTH, highlight=False)
+        console.print(table)
+    elif console.measure(table, options=wide).maximum <= console.width:
+        console.print(table)
+    else:  # an id is there to be copied: it is never cut or folded
+        console.print("\n".join(lines), soft_wrap=True, markup=False)
     console.print(
         "Source: the Hugging Face hub. A folder (config.json, model.safetensors, "
         "preprocessor_config.json) or an original .pth file can be used as well."

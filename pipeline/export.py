@@ -11,6 +11,7 @@ to a folder of its own (``DIR/export/<format>`` by default), which is no part of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,7 +21,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -31,6 +31,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from transforms import storage
+from transforms.clip_ids import make_clip_id
 from transforms.errors import InputError, OutputError, UsageError
 from transforms.ledger import COMMITS, PARTS, open_part, part_url, read_commits
 
@@ -180,12 +181,51 @@ _TEXT_FORMATS = {
 }
 
 
-def source_of(clip_id: str) -> str:
-    """What a clip is of: its ``clip_id`` without the segment (``@`` is encoded everywhere else)."""
-    return clip_id.partition("@")[0]
+@dataclass(frozen=True, order=True)
+class Source:
+    """A recording that clips are of; the segments of one share it, whatever their ids are.
+
+    Attributes:
+        uri: The file or container.
+        member: Name inside the tar, or "".
+        occurrence: Which member of that name, from 1.
+        row: Row of the Parquet file, or -1.
+    """
+
+    uri: str
+    member: str = ""
+    occurrence: int = 1
+    row: int = -1
+
+    def path_parts(self) -> list[str]:
+        """Its path, and below that of its container its own name."""
+        parts = [part for part in f"{self.uri}/{self.member}".split("/") if part]
+        if self.row >= 0:
+            parts.append(f"row={self.row}")
+        if self.occurrence > 1:
+            parts[-1] += f"~{self.occurrence}"
+        return parts
+
+    def folder(self) -> tuple[str, ...]:
+        """Where its file or container lies."""
+        return tuple(part for part in self.uri.split("/") if part)[:-1]
 
 
-def name_files(sources: Iterable[str], suffix: str) -> dict[str, str]:
+def source_of(clip_id: str, uri: str, member: str | None, row: int | None) -> Source:
+    """What a clip is of, from its row in ``clips``.
+
+    A manifest may give clips any id, so the id tells one thing only, and only where it is made of
+    the other columns: which member of its name is meant (``#name~2``).
+    """
+    if member is None:
+        return Source(uri, row=-1 if row is None else row)
+    # A byte that is not UTF-8 is %XX in every column: here its % must not be encoded once more.
+    name, clip_id = (text.replace("%25", "%") for text in (make_clip_id(uri, member), clip_id))
+    match = re.match(re.escape(name) + r"~(\d+)(?:@|$)", clip_id)
+    return Source(uri, member, int(match.group(1)) if match else 1)
+
+
+def name_files(sources: Iterable[Source], suffix: str) -> dict[Source, str]:
     """Give every source a file: its path below the folder that all share, made safe and unique.
 
     A tar member or Parquet row lies in a folder with its container's name. What systems reserve
@@ -193,29 +233,25 @@ def name_files(sources: Iterable[str], suffix: str) -> dict[str, str]:
     the case of letters does not count) end in a hash too.
 
     Args:
-        sources: As ``source_of`` gives them.
+        sources: What the files are of.
         suffix: What the file names end in.
     Returns:
         Source to relative path.
     """
-    parts = {source: _path_parts(source) for source in sorted(set(sources))}
-    folders = {tuple(_path_parts(source.partition("#")[0])[:-1]) for source in parts}
-    depth = _shared_depth(folders)
-    names: dict[str, str] = {}
+    ordered = sorted(set(sources))
+    depth = _shared_depth({source.folder() for source in ordered})
+    names: dict[Source, str] = {}
     taken: set[str] = set()
-    for source, (*above, last) in ((s, p[depth:]) for s, p in parts.items()):
+    for source in ordered:
+        *above, last = source.path_parts()[depth:]
         # A folder must not bear the name of some other source's file.
         safe = [f"{name}_" if name.endswith(suffix) else name for name in map(_safe_name, above)]
         path = "/".join([*safe, _safe_name(last) + suffix])
         if path.casefold() in taken:
-            path = "/".join([*safe, f"{_safe_name(last)}~{_short_hash(source)}{suffix}"])
+            path = "/".join([*safe, f"{_safe_name(last)}~{_short_hash(repr(source))}{suffix}"])
         taken.add(path.casefold())
         names[source] = path
     return names
-
-
-def _path_parts(source: str) -> list[str]:
-    return [part for part in re.split("[/#]", source) if part]
 
 
 def _shared_depth(folders: Iterable[tuple[str, ...]]) -> int:
@@ -255,10 +291,7 @@ class _Result:
                 "run earmark verify"
             )
         if not commits:
-            what = "holds no result of Earmark" if storage.exists(self.folder) else "does not exist"
-            raise InputError(
-                f"{name} {what} (no {COMMITS}/*.json); give the --output folder of earmark label"
-            )
+            raise InputError(f"{name} {_why_empty(self.folder)}")
         replaced = {unit_id for commit in commits.values() for unit_id in commit.replaces}
         self.unit_ids = sorted(set(commits) - replaced)
 
@@ -271,6 +304,11 @@ class _Result:
         """Some columns of a unit's clips."""
         with self._open("clips", unit_id) as file:
             return file.read(columns=list(columns), use_threads=False)
+
+    def sources(self, unit_id: str) -> dict[str, Source]:
+        """What each of a unit's clips is of, by ``clip_id``."""
+        rows = self.clips(unit_id, ["clip_id", "uri", "member", "row"]).to_pylist()
+        return {row["clip_id"]: source_of(**row) for row in rows}
 
     def label_rows(self, unit_id: str, settings: ExportSettings) -> Iterator[pa.Table]:
         """A unit's labels, batch by batch; see ``label_rows``."""
@@ -299,7 +337,7 @@ class _Result:
                     )
                 return
 
-    @contextmanager
+    @contextlib.contextmanager
     def _open(self, part: str, unit_id: str) -> Iterator[pq.ParquetFile]:
         url = part_url(self.folder, part, unit_id)
         try:
@@ -310,6 +348,24 @@ class _Result:
                 f"{storage.public_uri(url)}: committed and not readable ({error}); "
                 "run earmark verify"
             ) from error
+
+
+def _why_empty(folder: str) -> str:
+    """What to say of a folder without commits, and what to do."""
+    from pipeline.result import read_run  # pulls in Beam, which an export has no other need of
+
+    if not storage.exists(folder):
+        return "does not exist; give the --output folder of earmark label"
+    with contextlib.suppress(OutputError):  # somebody else's run.json
+        if read_run(folder) is not None:
+            return (
+                "is unfinished and has nothing to export yet: no unit is committed; "
+                "run the same earmark label command again"
+            )
+    return (
+        f"holds no result of Earmark (no {COMMITS}/*.json); give the --output folder of "
+        "earmark label"
+    )
 
 
 def _write_csv(result: _Result, folder: str, settings: ExportSettings) -> tuple[int, int]:
@@ -337,31 +393,28 @@ def _write_text(
     result: _Result, folder: str, settings: ExportSettings, text_format: _TextFormat
 ) -> tuple[int, int]:
     """One file per source, also where nothing was kept of it; returns numbers as ``_write_csv``."""
-    units_left: Counter[str] = Counter()
+    units_left: Counter[Source] = Counter()
     for unit_id in result.unit_ids:
-        units_left.update(_sources_of(result, unit_id))
+        units_left.update(set(result.sources(unit_id).values()))
     names = name_files(units_left, text_format.suffix)
-    waiting: dict[str, list[dict[str, Any]]] = {}
+    waiting: dict[Source, list[dict[str, Any]]] = {}
     num_labels = 0
     with ThreadPoolExecutor(UPLOAD_THREADS, "earmark-export") as threads:
         for unit_id in result.unit_ids:
+            sources = result.sources(unit_id)
             for rows in result.label_rows(unit_id, settings):
                 num_labels += rows.num_rows
                 for row in rows.to_pylist():
-                    waiting.setdefault(source_of(row["clip_id"]), []).append(row)
-            sources = _sources_of(result, unit_id)
-            units_left.subtract(sources)
-            complete = [source for source in sorted(sources) if not units_left[source]]
+                    waiting.setdefault(sources[row["clip_id"]], []).append(row)
+            units_left.subtract(set(sources.values()))
+            complete = [
+                source for source in sorted(set(sources.values())) if not units_left[source]
+            ]
             texts = (text_format.render(_in_order(waiting.pop(s, []))) for s in complete)
             urls = (storage.join(folder, names[source]) for source in complete)
             # Drawing the results raises what went wrong in the threads.
             list(threads.map(_put_text, urls, texts))
     return len(names), num_labels
-
-
-def _sources_of(result: _Result, unit_id: str) -> set[str]:
-    clip_ids = result.clips(unit_id, ["clip_id"])["clip_id"]
-    return {source_of(clip_id.as_py()) for clip_id in clip_ids}
 
 
 def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,27 +3,33 @@
 Every commit is checked against its parts: present, of the committed size, hash and row count,
 readable to the last page, with the footer of the same fingerprint. Every part belongs to a
 commit, every clip occurs once, every window belongs to a clip, and the totals of ``run.json``
-are those of the commits. Each finding names the file and the next step.
+are those of the commits. Each finding names the file, and the advice at the end is that of its
+kind: what a run redoes by itself is less than what is found here, because a run does not read
+what is there.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
+from rich.markup import escape
 
-from pipeline.result import RUN_FILE, ResultState, read_result
+from pipeline.result import RUN_FILE, SUCCESS_FILE, ResultState, read_result
 from transforms import storage
 from transforms.errors import InputError
 from transforms.ledger import (
     Commit,
     PartInfo,
     UnitTotals,
+    commit_url,
     file_sha256,
     open_part,
     part_url,
@@ -34,64 +40,139 @@ EXIT_WHOLE = 0
 EXIT_DAMAGED = 3
 
 
+class Kind(Enum):
+    """What a finding is, as it is called in print; what to do depends on it.
+
+    Attributes:
+        INCOMPLETE: The next run sees it too, and redoes the unit (or rewrites ``run.json``).
+        CHANGED: The next run does not see it: first the unit's commit must go.
+        UNREADABLE: The store does not give it out, so nothing is known of it.
+        LEFTOVER: It does not count, and the next run removes it.
+        UNFINISHED: The last run has not come to its end.
+        FOREIGN: Not Earmark's, and read along by whoever reads the folder.
+        STRAY: Not Earmark's and in nobody's way.
+    """
+
+    INCOMPLETE = "damaged"
+    CHANGED = "changed"
+    UNREADABLE = "unreadable"
+    LEFTOVER = "left over"
+    UNFINISHED = "unfinished"
+    FOREIGN = "foreign"
+    STRAY = "note"
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something wrong with a result.
 
     Attributes:
-        name: The file or unit.
+        name: The file, unit or clip.
         problem: What is wrong with it.
+        kind: What sort of thing that is.
+        unit_id: The unit to do again, where a run does not see that by itself.
     """
 
     name: str
     problem: str
+    kind: Kind = Kind.INCOMPLETE
+    unit_id: str | None = None
 
 
 def run_verify(folder: str, quiet: bool = False) -> int:
-    """Check a result and print what is wrong.
+    """Check a result and print what is wrong, and what to do.
 
     Returns:
-        0 if the result is whole, 3 if it is damaged.
+        0 if the result is whole, 3 if it is damaged or unfinished.
 
     Raises:
         InputError: The folder holds no result of Earmark's.
     """
     output = storage.normalise(folder)
+    name = storage.public_uri(output)
     console = Console(stderr=False, highlight=False, soft_wrap=True)
     state = read_result(output)
     if not state.is_result:
         raise InputError(
-            f"{output} holds no result of Earmark: no {RUN_FILE} and no commits. "
+            f"{name} holds no result of Earmark: no {RUN_FILE} and no commits. "
             "Give the folder that was --output."
         )
     findings = list(verify_result(state))
     for finding in findings:
-        console.print(f"[bold red]damaged[/] {finding.name}: {finding.problem}", markup=True)
-    totals = sum((commit.totals for commit in state.commits.values()), UnitTotals())
-    if findings:
-        console.print(
-            f"{len(findings)} problems in {output}. Run the same `earmark label` command again: "
-            "it redoes what is damaged and keeps the rest."
-        )
+        if finding.kind is not Kind.STRAY or not quiet:
+            where = storage.public_uri(finding.name)
+            words = f"[bold red]{finding.kind.value}[/] {escape(f'{where}: {finding.problem}')}"
+            console.print(words, markup=True)
+    kinds = {finding.kind for finding in findings} - {Kind.STRAY}
+    counts = _counts(state)
+    if kinds:
+        is_unfinished = Kind.UNFINISHED in kinds <= {Kind.UNFINISHED, Kind.LEFTOVER}
+        word = "unfinished: what is committed is whole," if is_unfinished else "damaged; it holds"
+        console.print(f"{name} is {word} {counts}.", markup=False)
+        for advice in make_advice(output, findings):
+            console.print(advice, markup=False)
         return EXIT_DAMAGED
     if not quiet:
-        console.print(
-            f"{output} is whole: {len(state.commits)} units, {totals.clips} clips, "
-            f"{totals.windows} windows, {totals.failures} failures."
-        )
+        console.print(f"{name} is whole: {counts}.", markup=False)
     return EXIT_WHOLE
 
 
+def _counts(state: ResultState) -> str:
+    totals = sum((commit.totals for commit in state.commits.values()), UnitTotals())
+    return (
+        f"{len(state.commits)} units, {totals.clips} clips, {totals.windows} windows, "
+        f"{totals.failures} failures"
+    )
+
+
+def make_advice(output: str, findings: Iterable[Finding]) -> list[str]:
+    """What to do about findings, in this order; each line once, however many findings it is for."""
+    findings = list(findings)
+    kinds = {finding.kind for finding in findings}
+    lines = []
+    if Kind.UNREADABLE in kinds:
+        lines.append(
+            "Make readable what cannot be read (permissions, the network, the disk), and verify "
+            "again."
+        )
+    if Kind.FOREIGN in kinds:
+        lines.append("Move the foreign files away: who reads the folder reads them along.")
+    unit_ids = sorted({finding.unit_id for finding in findings if finding.unit_id})
+    if unit_ids:
+        lines.append(
+            "A run does not see changed content; remove the commits of these units, and it "
+            "redoes them:"
+        )
+        lines += [f"  {_removal(commit_url(output, unit_id))}" for unit_id in unit_ids]
+    if kinds & {Kind.INCOMPLETE, Kind.CHANGED, Kind.LEFTOVER, Kind.UNFINISHED}:
+        then = "Then run" if lines else "Run"
+        lines.append(
+            f"{then} the same earmark label command again: it does what is missing, removes what "
+            "is left over, and keeps the rest."
+        )
+    return lines
+
+
+def _removal(url: str) -> str:
+    """The command that removes a file, or the words where there is no one command."""
+    if storage.is_local(url):
+        return f"rm {shlex.quote(storage.local_path(url))}"
+    return f"remove {storage.public_uri(url)}"
+
+
 def verify_result(state: ResultState) -> Iterator[Finding]:
-    """Everything that is wrong with a result."""
+    """Everything that is wrong with a result, and the files that are not Earmark's."""
     for unit_id, reason in state.damaged.items():
         yield Finding(unit_id, reason)
     for unit_id in sorted(state.superseded):
-        yield Finding(unit_id, "it has been replaced by another unit, and is still there")
+        yield Finding(
+            unit_id, "it has been replaced by another unit, and is still there", Kind.LEFTOVER
+        )
     for url in state.orphans:
-        yield Finding(url, "no commit vouches for it")
+        yield Finding(url, "no commit vouches for it", Kind.LEFTOVER)
     for url in state.foreign:
-        yield Finding(url, "Earmark did not write it")
+        is_read = url.lower().endswith(".parquet")
+        yield Finding(url, "Earmark did not write it", Kind.FOREIGN if is_read else Kind.STRAY)
     yield from _check_run(state)
     with ThreadPoolExecutor(8) as threads:
         checked = threads.map(lambda c: check_unit(state.output, c), state.commits.values())
@@ -101,9 +182,8 @@ def verify_result(state: ResultState) -> Iterator[Finding]:
             for clip_id in unit_clips:
                 clip_ids[clip_id] += 1
                 if clip_ids[clip_id] == 2:
-                    yield Finding(
-                        clip_id, f"it is there twice, the second time in {commit.unit_id}"
-                    )
+                    problem = f"it is there twice, the second time in {commit.unit_id}"
+                    yield Finding(clip_id, problem, Kind.CHANGED, commit.unit_id)
 
 
 def _check_run(state: ResultState) -> Iterator[Finding]:
@@ -114,9 +194,18 @@ def _check_run(state: ResultState) -> Iterator[Finding]:
     fingerprint = state.run["fingerprint"]
     for unit_id, commit in state.commits.items():
         if commit.fingerprint != fingerprint:
-            yield Finding(unit_id, "it was made with other settings than run.json says")
+            yield Finding(
+                unit_id,
+                "it was made with other settings than run.json says",
+                Kind.CHANGED,
+                unit_id,
+            )
     if not state.succeeded:
-        yield Finding(url, "the last run did not come to its end: there is no _SUCCESS")
+        yield Finding(
+            url,
+            f"the last run did not come to its end, or is still on: there is no {SUCCESS_FILE}",
+            Kind.UNFINISHED,
+        )
         return
     if state.damaged or state.superseded:
         return  # the sums cannot agree, and the reason has been given
@@ -141,14 +230,18 @@ def check_unit(output: str, commit: Commit) -> tuple[list[Finding], list[str]]:
     tables: dict[str, pa.Table] = {}
     for part, info in commit.parts.items():
         url = part_url(output, part, commit.unit_id)
+        kind, problem = Kind.CHANGED, None
         try:
             problem = _check_file(url, info)
             if problem is None:
                 tables[part], problem = _read_checked(output, part, commit, info)
-        except (OSError, pa.ArrowException) as error:
+        except pa.ArrowException as error:
             problem = f"it cannot be read: {error}"
+        except OSError as error:
+            kind, problem = Kind.UNREADABLE, f"it cannot be read: {error}"
         if problem is not None:
-            findings.append(Finding(url, problem))
+            unit_id = commit.unit_id if kind is Kind.CHANGED else None
+            findings.append(Finding(url, problem, kind, unit_id))
     if not findings:
         findings += _check_rows(commit, tables)
     return findings, [
@@ -197,6 +290,8 @@ def _check_rows(commit: Commit, tables: dict[str, pa.Table]) -> Iterator[Finding
             commit.unit_id,
             f"it has {tables['clips'].num_rows} clips and {num_failures} failures, and its commit "
             f"says {totals.clips} and {totals.failures}",
+            Kind.CHANGED,
+            commit.unit_id,
         )
     expected = dict(
         zip(
@@ -215,4 +310,6 @@ def _check_rows(commit: Commit, tables: dict[str, pa.Table]) -> Iterator[Finding
                 clip_id,
                 f"it has {counted.get(clip_id, 0)} windows in {commit.unit_id}, and its clip says "
                 f"{expected.get(clip_id, 0)}",
+                Kind.CHANGED,
+                commit.unit_id,
             )

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.export import name_files, raven_text, run_export, source_of
+from pipeline.export import Source, name_files, raven_text, run_export, source_of
 from tests.unit_factory import FACTS, make_item, make_prediction, row_settings
 from transforms import storage
 from transforms.commit import CommitSettings, OpenUnit
@@ -296,32 +296,69 @@ def test_a_damaged_result_is_refused(result: str, damage: str) -> None:
     assert not (Path(result) / "export" / "csv" / "labels.csv").exists()
 
 
+def test_a_result_without_a_unit_yet_is_called_unfinished(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"fingerprint": "f", "results": {"top_k": 2}}')
+    with pytest.raises(InputError, match=r"unfinished and has nothing to export yet.*label"):
+        run_export(str(tmp_path), "csv")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no result of Earmark"):
+        run_export(str(tmp_path), "csv")
+
+
+def test_tracks_are_of_files_whatever_a_manifest_calls_its_clips(tmp_path: Path) -> None:
+    output = str(tmp_path / "result")
+    segment = {"uri": "/in/c@1.wav", "end_s": None}
+    clips = [
+        (make_item("s@1", uri="/in/a.wav"), [(0, 1, QUIET)]),
+        (make_item("s@2", uri="/in/b.wav"), [(0, 1, LOUD)]),
+        (make_item("c2", start_s=5.0, **segment), [(5, 6, LOUD)]),
+        (make_item("c1", start_s=0.0, **segment), [(0, 1, QUIET)]),
+        (make_item("dog~2", uri="/in/t.tar", member="x.ogg"), [(0, 1, QUIET)]),
+        (make_item("/in/t.tar#x.ogg~2", uri="/in/t.tar", member="x.ogg"), [(0, 1, LOUD)]),
+    ]
+    commit_unit(output, "u1", clips)
+    run_export(output, "audacity", top_k=1)
+    assert files_of(f"{output}/export/audacity") == {
+        "a.wav.txt": "0.000000\t1.000000\tAlpha (0.50)\n",
+        "b.wav.txt": "0.000000\t1.000000\tGamma (0.88)\n",
+        "c@1.wav.txt": ("0.000000\t1.000000\tAlpha (0.50)\n5.000000\t6.000000\tGamma (0.88)\n"),
+        "t.tar/x.ogg.txt": "0.000000\t1.000000\tAlpha (0.50)\n",
+        "t.tar/x.ogg~2.txt": "0.000000\t1.000000\tGamma (0.88)\n",
+    }
+
+
+def sources_of(names: Sequence[str]) -> list[Source]:
+    """Sources as ``uri`` or ``uri#member``."""
+    return [Source(uri, member) for uri, _, member in (name.partition("#") for name in names)]
+
+
 @pytest.mark.parametrize(
     ("sources", "names"),
     [
         (["/a/b/x.wav"], ["x.wav.txt"]),
         (["/a/b/x.wav", "/a/c/x.wav"], ["b/x.wav.txt", "c/x.wav.txt"]),
         (["gs://k/d/x.wav", "gs://k/y.wav"], ["d/x.wav.txt", "y.wav.txt"]),
-        (["/a/t.tar#d/x.ogg", "/a/t.tar#x.ogg~2"], ["t.tar/d/x.ogg.txt", "t.tar/x.ogg~2.txt"]),
+        (["/a/t.tar#d/x.ogg", "/a/t.tar#x.ogg"], ["t.tar/d/x.ogg.txt", "t.tar/x.ogg.txt"]),
         (["/a/t.tar#../../x.ogg"], ["t.tar/%2E%2E/%2E%2E/x.ogg.txt"]),
         (["/a/q?.wav", '/a/"<:>|*\\\n'], ['q%3F.wav.txt', "%22%3C%3A%3E%7C%2A%5C%0A.txt"]),
         (["/a/x", "/a/x.txt#y"], ["x.txt", "x.txt_/y.txt"]),
     ],
 )  # fmt: skip
 def test_files_are_named_after_their_sources(sources: list[str], names: list[str]) -> None:
-    named = name_files(sources, ".txt")
-    assert [named[source] for source in sources] == names
+    named = name_files(sources_of(sources), ".txt")
+    assert [named[source] for source in sources_of(sources)] == names
 
 
 def test_names_that_differ_in_case_only_are_kept_apart() -> None:
-    named = name_files(["/a/X.wav", "/a/x.wav"], ".txt")
-    assert named["/a/X.wav"] == "X.wav.txt"
-    assert named["/a/x.wav"].startswith("x.wav~")
+    upper, lower = sources_of(["/a/X.wav", "/a/x.wav"])
+    named = name_files([upper, lower], ".txt")
+    assert named[upper] == "X.wav.txt"
+    assert named[lower].startswith("x.wav~")
     assert len({name.casefold() for name in named.values()}) == 2
 
 
 def test_a_long_name_is_cut_and_stays_unique() -> None:
-    first, second = (f"/a/{'ä' * 300}{end}.wav" for end in "12")
+    first, second = sources_of([f"/a/{'ä' * 300}{end}.wav" for end in "12"])
     named = name_files([first, second], ".selections.txt")
     assert named[first] != named[second]
     assert all(len(name.encode()) < 255 for name in named.values())
@@ -329,10 +366,10 @@ def test_a_long_name_is_cut_and_stays_unique() -> None:
 
 @given(st.lists(st.text("aA.~#/:txt\n%", min_size=1, max_size=8), min_size=1, unique=True))
 def test_every_source_has_a_safe_file_of_its_own(names: list[str]) -> None:
-    sources = [f"/base/{name}" for name in names]
+    sources = sources_of([f"/base/{name}" for name in names])
     named = name_files(sources, ".txt")
     assert set(named) == set(sources)
-    assert len({name.casefold() for name in named.values()}) == len(sources)
+    assert len({name.casefold() for name in named.values()}) == len(set(sources))
     folders = {
         "/".join(name.casefold().split("/")[:depth])
         for name in named.values()
@@ -344,12 +381,25 @@ def test_every_source_has_a_safe_file_of_its_own(names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("clip_id", "source"),
+    ("clip_id", "uri", "member", "row", "source"),
     [
-        ("/a/b%40c.wav", "/a/b%40c.wav"),
-        ("/a/b.wav@1.000-2.500", "/a/b.wav"),
-        ("/t.tar#x.wav~2@0.000-1.000", "/t.tar#x.wav~2"),
+        ("/a/b%40c.wav", "/a/b@c.wav", None, None, Source("/a/b@c.wav")),
+        ("/a/b.wav@1.000-2.500", "/a/b.wav", None, None, Source("/a/b.wav")),
+        ("any~2", "/a/b.wav", None, None, Source("/a/b.wav")),
+        ("/p.parquet#row=0", "/p.parquet", None, 0, Source("/p.parquet", row=0)),
+        ("/t.tar#x.wav", "/t.tar", "x.wav", None, Source("/t.tar", "x.wav")),
+        ("/t.tar#x.wav~2@0.000-1.000", "/t.tar", "x.wav", None, Source("/t.tar", "x.wav", 2)),
+        ("/t.tar#x%7E2", "/t.tar", "x~2", None, Source("/t.tar", "x~2")),
+        ("/t.tar#x%FF.wav~3", "/t.tar", "x%FF.wav", None, Source("/t.tar", "x%FF.wav", 3)),
+        ("dog~2", "/t.tar", "x.wav", None, Source("/t.tar", "x.wav")),
     ],
 )
-def test_segments_have_the_source_of_their_file(clip_id: str, source: str) -> None:
-    assert source_of(clip_id) == source
+def test_a_clip_is_of_what_its_columns_say(
+    clip_id: str, uri: str, member: str | None, row: int | None, source: Source
+) -> None:
+    assert source_of(clip_id, uri, member, row) == source
+
+
+def test_the_second_of_a_name_and_a_name_that_looks_so_have_files_of_their_own() -> None:
+    named = name_files([Source("/t.tar", "x", 2), Source("/t.tar", "x~2")], ".txt")
+    assert len(set(named.values())) == 2
