@@ -377,6 +377,26 @@ def test_an_item_that_moved_under_its_own_name_leaves_its_unit() -> None:
     assert again.items == (goes,)
 
 
+@pytest.mark.parametrize(
+    "change", [{"uri": "/audio/b.wav"}, {"start_s": 5.0, "end_s": 9.0}, {"end_s": 3.0}]
+)
+def test_another_place_under_the_same_clip_id_is_a_change(change: dict[str, Any]) -> None:
+    before = make_item("x", uri="/audio/a.wav", start_s=0.0, end_s=2.0)
+    after = dataclasses.replace(before, **change)
+    commits = committed(Found(items=(before,)))
+    assert backlog_of(Found(items=(before,)), commits).units == ()
+    (unit,) = backlog_of(Found(items=(after,)), commits).units
+    assert (unit.items, unit.replaces) == ((after,), tuple(commits))
+    assert unit.unit_id not in commits
+
+
+def test_another_row_under_the_same_clip_id_is_a_change() -> None:
+    before, after = (make_item("x", uri=PARQUET, row=row) for row in (0, 1))
+    commits = committed(Found(containers=(parquet(items=(before,)),)))
+    (unit,) = backlog_of(Found(containers=(parquet(items=(after,)),)), commits).units
+    assert (unit.items, unit.replaces) == ((after,), tuple(commits))
+
+
 # --- Trying again --------------------------------------------------------------------------
 
 

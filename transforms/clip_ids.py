@@ -175,7 +175,9 @@ def make_unit_id(
     for part in parts:
         digest.update(json.dumps(part).encode() + b"\n")
     for item in items:
-        facts = (item.clip_id, item.size, item.version)
+        # A clip id that a manifest gives does not say where the item lies.
+        place = (item.uri, item.member, item.row, item.start_s, item.end_s)
+        facts = (item.clip_id, *place, item.size, item.version)
         digest.update(json.dumps(facts).encode() + b"\n")
     return digest.hexdigest()[:20]
 

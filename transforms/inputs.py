@@ -7,10 +7,11 @@ of another kind, a duplicate that is said aloud, or a failure.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -27,7 +28,12 @@ from transforms.clip_ids import (
     read_failure,
 )
 from transforms.errors import ContainerError, InputError
-from transforms.manifests import MANIFEST_EXTENSIONS, ManifestRow, read_manifest
+from transforms.manifests import (
+    MANIFEST_EXTENSIONS,
+    ContainerRow,
+    ManifestRow,
+    read_manifest,
+)
 from transforms.parquet_source import URI_COLUMNS, ParquetIndex, index_parquet
 from transforms.records import Failure, Item
 from transforms.storage import FileInfo
@@ -151,7 +157,9 @@ class _Finder:
         try:
             is_glob = storage.is_glob(url) and not storage.exists(url)
             if is_glob:
-                files = self._kept(url, storage.glob_files(url))
+                errors: list[OSError] = []
+                files = self._kept(url, storage.glob_files(url, errors.append))
+                self._add_errors(url, files, errors)
                 if not files:
                     raise InputError(f"{uri}: the pattern matches no file; check it")
                 self._add_files(uri, files, named_ending=extension(storage.file_name(url)))
@@ -165,13 +173,19 @@ class _Finder:
     def _add_folder(self, url: str, uri: str) -> None:
         errors: list[OSError] = []
         files = self._kept(url, storage.list_files(url, errors.append))
+        self._add_errors(url, files, errors)
+        self._add_files(uri, files, named_ending=None)
+
+    def _add_errors(self, url: str, files: Sequence[FileInfo], errors: Sequence[OSError]) -> None:
+        """What could not be listed, as failures; an error where nothing else was found."""
         if errors and not files:
             raise errors[0]
         for error in errors:
-            folder = str(error.filename or url)
-            item = Item(clip_id=make_clip_id(storage.public_uri(folder)), uri=printable(folder))
-            self._failures.append(read_failure(item, error, is_container=True))
-        self._add_files(uri, files, named_ending=None)
+            name = str(error.filename or url)
+            item = Item(clip_id=make_clip_id(storage.public_uri(name)), uri=printable(name))
+            # A link that leads to itself holds nothing; a folder may hold anything.
+            is_container = error.errno != errno.ELOOP
+            self._failures.append(read_failure(item, error, is_container=is_container))
 
     def _kept(self, url: str, files: Iterable[FileInfo]) -> list[FileInfo]:
         """The files that do not lie in the output folder."""
@@ -296,14 +310,30 @@ class _Finder:
 
     def _add_manifest(self, url: str, uri: str) -> None:
         is_empty = True
+        wholes: dict[str, ContainerRow] = {}  # each slice of a container may have a row
         for row in read_manifest(url):
             is_empty = False
             if isinstance(row, Failure):
                 self._failures.append(row)
+            elif isinstance(row, ContainerRow):
+                wholes.setdefault(row.url, row)
             else:
                 self._rows.append(row)
         if is_empty:
             raise InputError(f"the manifest {uri} holds no rows")
+        self._add_wholes(wholes)
+
+    def _add_wholes(self, wholes: Mapping[str, ContainerRow]) -> None:
+        """Containers that an errors table names as a whole."""
+        if not wholes:
+            return
+        for url, facts in storage.stat_many(wholes).items():
+            # Reading one that is not there will say so.
+            info = FileInfo(url, None, None) if isinstance(facts, OSError) else facts
+            if is_tar_name(storage.file_name(url)):
+                self._add_container(info, "tar")
+            elif self._add_parquets([info], manifests_too=False):
+                self._failures.append(wholes[url].failure)
 
     def _count_duplicate(self, clip_id: str) -> None:
         self._duplicates[clip_id] = self._duplicates.get(clip_id, 0) + 1
@@ -327,7 +357,10 @@ class _Finder:
         )
 
     def _resolve(self) -> list[Item]:
-        """Items listed twice become one; a manifest's row wins over the bare file."""
+        """Items listed twice become one; a manifest's row wins over the bare file.
+
+        Tables with a row per label list a file once for each: its truth is all of them.
+        """
         by_id: dict[str, Item] = {}
         for item in self._bare:
             if item.clip_id in by_id:
@@ -342,6 +375,7 @@ class _Finder:
                 if earlier.own_name != row.own_name:
                     raise _same_id(clip_id, earlier, row.where, row.item.uri)
                 self._count_duplicate(clip_id)
+                rows[clip_id] = earlier.with_truth_of(row)
                 continue
             rows[clip_id] = row
             if row.own_name in bare:

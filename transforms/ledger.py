@@ -164,12 +164,14 @@ class Commit:
 
 
 def item_version(item: Item) -> str:
-    """What tells a changed item from an unchanged one: size, etag or time, and what is said of it.
+    """What tells a changed item from an unchanged one: size, etag or time, and a digest.
 
-    Truth and metadata are part of a row, so an item is changed when they are.
+    The digest is of where the item lies and of what is said of it: under a clip id that a manifest
+    gives, another file or segment may stand; and truth and metadata are part of a row.
     """
-    said = json.dumps([item.truth, item.metadata]) if item.truth or item.metadata else ""
-    digest = hashlib.sha256(said.encode()).hexdigest()[:16] if said else ""
+    place = (item.uri, item.member, item.row, item.start_s, item.end_s)
+    facts = json.dumps([*place, item.truth, item.metadata])
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
     return f"{item.size}:{item.version}:{digest}"
 
 

@@ -9,6 +9,7 @@ they are, and what Earmark found out is left aside.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -53,8 +54,28 @@ class ManifestRow:
     own_name: str
     where: str
 
+    def with_truth_of(self, other: ManifestRow) -> ManifestRow:
+        """The same row, with another's labels after its own; each once."""
+        if other.item.truth is None:
+            return self
+        truth = tuple(dict.fromkeys((*(self.item.truth or ()), *other.item.truth)))
+        return dataclasses.replace(self, item=dataclasses.replace(self.item, truth=truth))
 
-def read_manifest(url: str) -> Iterator[ManifestRow | Failure]:
+
+@dataclass(frozen=True, slots=True)
+class ContainerRow:
+    """A row of an errors table that names a container as a whole: it could not be read to its end.
+
+    Attributes:
+        url: The container; may carry a signature, so it is never written or printed.
+        failure: The row to write where there is no such container to read after all.
+    """
+
+    url: str
+    failure: Failure
+
+
+def read_manifest(url: str) -> Iterator[ManifestRow | ContainerRow | Failure]:
     """The rows of a manifest, in order.
 
     Raises:
@@ -68,7 +89,7 @@ def read_manifest(url: str) -> Iterator[ManifestRow | Failure]:
         raise InputError(f"{uri}: a manifest ends in one of {endings}")
     try:
         for line, values in read(url, uri):
-            if isinstance(values, Exception):
+            if isinstance(values, ReadError):
                 yield _line_failure(url, line, values)
             else:
                 yield _read_row(url, line, values)
@@ -78,14 +99,14 @@ def read_manifest(url: str) -> Iterator[ManifestRow | Failure]:
 
 
 # A line's name, and its values or what is wrong with it.
-_Lines = Iterator[tuple[str, Mapping[str, Any] | Exception]]
+_Lines = Iterator[tuple[str, Mapping[str, Any] | ReadError]]
 
 
 def _read_jsonl(url: str, uri: str) -> _Lines:
     with storage.open_read(url) as file:
         for number, line in _lines(file):
             name = f"line {number}"
-            if isinstance(line, Exception):
+            if isinstance(line, ReadError):
                 yield name, line
                 continue
             text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").strip()
@@ -94,16 +115,16 @@ def _read_jsonl(url: str, uri: str) -> _Lines:
             try:
                 values = json.loads(text)
             except (ValueError, RecursionError) as error:
-                yield name, ContainerError(f"is not JSON: {error}")
+                yield name, ReadError(f"is not JSON: {error}")
                 continue
             if isinstance(values, dict):
                 yield name, values
             else:
                 kind = type(values).__name__
-                yield name, ContainerError(f"is a JSON {kind}; expected an object")
+                yield name, ReadError(f"is a JSON {kind}; expected an object")
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | Exception]]:
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | ReadError]]:
     number = 0
     while line := file.readline(_MAX_LINE_BYTES):
         number += 1
@@ -112,7 +133,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | Exception]]:
             continue
         while (rest := file.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
             pass
-        yield number, ContainerError(f"is longer than {_MAX_LINE_BYTES} bytes")
+        yield number, ReadError(f"is longer than {_MAX_LINE_BYTES} bytes")
 
 
 def _read_csv(url: str, uri: str) -> _Lines:
@@ -133,13 +154,13 @@ def _read_csv(url: str, uri: str) -> _Lines:
             try:
                 fields = next(reader, None)
             except csv.Error as error:
-                yield f"line {start}", ContainerError(f"is not CSV: {error}")
+                yield f"line {start}", ReadError(f"is not CSV: {error}")
                 continue
             if fields is None:
                 return
             if len(fields) > len(header):
                 message = f"has {len(fields)} fields, the header {len(header)}; quote the commas"
-                yield f"line {start}", ContainerError(message)
+                yield f"line {start}", ReadError(message)
             elif fields:
                 values = zip(header, fields, strict=False)
                 yield f"line {start}", {name: value or None for name, value in values}
@@ -158,7 +179,7 @@ def _read_parquet(url: str, uri: str) -> _Lines:
                 for values in batch.to_pylist():
                     yield f"row {row}", values
                     row += 1
-        except (pa.ArrowException, ValueError) as error:
+        except (OSError, pa.ArrowException, ValueError) as error:
             raise ContainerError(f"{uri}: cannot be read past row {row}: {error}") from error
 
 
@@ -193,23 +214,40 @@ def _is_ours(columns: Iterable[str]) -> bool:
     return names >= _ERRORS_TABLE or names >= _CLIPS_TABLE
 
 
-def _line_failure(url: str, line: str, error: Exception, *, is_container: bool = True) -> Failure:
+def _line_failure(url: str, line: str, error: ReadError) -> Failure:
     uri = printable(storage.public_uri(url))
     clip_id = make_clip_id(uri, line.replace(" ", "="))
     item = Item(clip_id=clip_id, uri=uri, url=url)
-    told = type(error)(f"{line} of {uri} {error}")
-    return read_failure(item, told, is_container=is_container)
+    return read_failure(item, ReadError(f"{line} of {uri} {error}"))
 
 
-def _read_row(url: str, line: str, values: Mapping[str, Any]) -> ManifestRow | Failure:
+class _WholeContainerError(ReadError):
+    """A row names a container as a whole."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(
+            f"names the container {storage.public_uri(target)} as a whole; name a member (tar) or "
+            "row (Parquet), or give the container itself as an input"
+        )
+        self.target = target
+
+
+def _read_row(
+    url: str, line: str, values: Mapping[str, Any]
+) -> ManifestRow | ContainerRow | Failure:
     """The item that a row names, or why it names none."""
     given = {name: value for name, value in values.items() if value is not None}
     try:
         return _make_row(url, line, given, _is_ours(values))
+    except _WholeContainerError as error:
+        failure = _line_failure(url, line, error)
+        # An errors table has a row of that kind for a container that could not be read to its end.
+        is_of_errors = values.keys() >= _ERRORS_TABLE
+        return ContainerRow(error.target, failure) if is_of_errors else failure
     except ReadError as error:
-        return _line_failure(url, line, error, is_container=False)
+        return _line_failure(url, line, error)
     except RecursionError:
-        return _line_failure(url, line, ReadError("is nested too deeply"), is_container=False)
+        return _line_failure(url, line, ReadError("is nested too deeply"))
 
 
 def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> ManifestRow:
@@ -219,7 +257,7 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
     target = _target(url, column, values.pop(column))
     uri = storage.public_uri(target)
     member, row = _text(values, "member"), _row_number(values)
-    _check_kind(uri, member, row)
+    _check_kind(target, member, row)
     start_s, end_s = _segment(values)
     own_id = _text(values, "clip_id")
     if is_ours:
@@ -261,7 +299,8 @@ def _target(url: str, column: str, path: object) -> str:
     return target
 
 
-def _check_kind(uri: str, member: str | None, row: int | None) -> None:
+def _check_kind(target: str, member: str | None, row: int | None) -> None:
+    uri = storage.public_uri(target)
     name = storage.file_name(uri)
     is_tar, is_parquet = is_tar_name(name), extension(name) == ".parquet"
     if member is not None and row is not None:
@@ -271,10 +310,7 @@ def _check_kind(uri: str, member: str | None, row: int | None) -> None:
     if row is not None and is_tar:
         raise ReadError(f"names a row of {uri}, which has members; give member instead")
     if (is_tar and member is None) or (is_parquet and row is None):
-        raise ReadError(
-            f"names the container {uri} as a whole; name a member (tar) or row (Parquet), or give "
-            "the container itself as an input"
-        )
+        raise _WholeContainerError(target)
     if extension(name) in MANIFEST_EXTENSIONS:
         raise ReadError(f"names {uri}, a manifest; give it as an input of its own")
 

@@ -7,6 +7,7 @@ that path. The other columns are metadata; a ``ClassLabel`` is given by its name
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import posixpath
@@ -19,8 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms import storage
-from transforms.clip_ids import make_clip_id, make_metadata, make_truth, read_failure
-from transforms.errors import ContainerError, ReadError
+from transforms.clip_ids import (
+    make_clip_id,
+    make_metadata,
+    make_truth,
+    printable,
+    read_failure,
+)
+from transforms.errors import ContainerError, ReadError, UsageError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
 from transforms.tar_source import container_item
 
@@ -182,7 +189,7 @@ def read_parquet(part: ContainerSlice, wanted: tuple[Item, ...]) -> Iterator[Enc
     """The items of a range of rows, in order, then what is broken.
 
     A row group that cannot be read does not keep the next ones from being read; what is missing
-    is told in one failure of the container.
+    is told in one failure of the container, or, of items asked for, in a failure of each.
 
     Args:
         part: The slice.
@@ -203,13 +210,22 @@ def read_parquet(part: ContainerSlice, wanted: tuple[Item, ...]) -> Iterator[Enc
                 yield from (_clip(part, audio, row, values, item) for item in items)
     except ContainerError as error:
         damage.append(error)
-    for items in rows.values():
-        for item in items:
-            what = "could not be read" if damage else "is not there"
-            yield read_failure(item, ReadError(f"row {item.row} of {part.uri} {what}"))
-    if damage:
-        told = ContainerError("; ".join(str(one) for one in damage[:5]))
-        yield read_failure(container_item(part, "rows"), told, is_container=True)
+    told = "; ".join(str(one) for one in damage[:5])
+    for item in (item for items in rows.values() for item in items):
+        yield read_failure(item, _row_error(item, part, told, damage))
+    if damage and not wanted:
+        item = container_item(part, "rows")
+        yield read_failure(item, ContainerError(told), is_container=True)
+
+
+def _row_error(
+    item: Item, part: ContainerSlice, told: str, damage: Sequence[ContainerError]
+) -> ReadError:
+    """Why a row that was asked for was not met."""
+    if not damage:
+        return ReadError(f"row {item.row} of {part.uri} is not there")
+    cause = damage[0].__cause__ or damage[0]
+    return ReadError(f"row {item.row} cannot be read: {told}", error_type=type(cause).__name__)
 
 
 def _rows(
@@ -268,8 +284,9 @@ def _clip(
     if data is not None:
         return EncodedClip(item, data=data)
     if not path:
-        text = f"row {row} has neither bytes nor a path" if value is None else f"row {row}: {value}"
-        return read_failure(item, ReadError(text))
+        is_told = isinstance(value, str)  # what `_value` says of one that cannot be read
+        text = f": {value}" if is_told else " has neither bytes nor a path"
+        return read_failure(item, ReadError(f"row {row}{text}"))
     return _clip_at_path(item, part, path)
 
 
@@ -318,8 +335,9 @@ def _clip_at_path(item: Item, part: ContainerSlice, path: str) -> EncodedClip | 
             storage.stat(url)
             return EncodedClip(item, path=storage.local_path(url))
         return EncodedClip(item, data=storage.read_bytes(url))
-    except OSError as error:
-        failure = read_failure(item, error)
+    except (OSError, ValueError, UsageError) as error:
+        tried = dataclasses.replace(item, uri=printable(storage.public_uri(url)))
+        failure = read_failure(tried, error)
         text = f"row {item.row} has no bytes, and its path {path!r}: {failure.message}"
         return read_failure(item, ReadError(text, error_type=failure.error_type))
 

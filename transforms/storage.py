@@ -276,10 +276,11 @@ def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> I
 
     Args:
         url: The folder; nothing below it means no files.
-        on_error: Called with the error of each folder that cannot be listed; None raises it.
+        on_error: Called with the error of each folder that cannot be listed, and of each entry
+            that leads nowhere for another reason (a link to itself); None raises it.
 
     Raises:
-        OSError: A folder cannot be listed, and there is no ``on_error``.
+        OSError: There is such an error, and no ``on_error``.
     """
     report = on_error or _raise
     if is_local(url):
@@ -324,13 +325,24 @@ def _walk_local(root: str, report: Callable[[OSError], None]) -> Iterator[FileIn
             report(error)
             continue
         for entry in children:
-            if entry.is_dir():
-                (links if entry.is_symlink() else pending).append(entry.path)
-            elif entry.is_file():
-                info = entry.stat()
-                yield FileInfo(entry.path, info.st_size, str(info.st_mtime_ns))
-            elif entry.is_symlink():
-                yield FileInfo(entry.path, None, None)
+            try:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else pending).append(entry.path)
+                    continue
+                info = _entry_info(entry)
+            except OSError as error:
+                report(error)
+                continue
+            if info is not None:
+                yield info
+
+
+def _entry_info(entry: os.DirEntry[str]) -> FileInfo | None:
+    """A file, or a link to nothing; None for a pipe, a socket or a device."""
+    if entry.is_file():
+        status = entry.stat()
+        return FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
+    return FileInfo(entry.path, None, None) if entry.is_symlink() else None
 
 
 def _walk_remote(
@@ -364,11 +376,20 @@ def is_glob(url: str) -> bool:
     return protocol(url) not in _READ_ONLY and glob.has_magic(url)
 
 
-def glob_files(pattern: str) -> Iterator[FileInfo]:
+def glob_files(
+    pattern: str, on_error: Callable[[OSError], None] | None = None
+) -> Iterator[FileInfo]:
     """Every file that ``pattern`` matches, sorted by name.
 
     ``**`` matches folders of any depth. A folder that is matched stands for all files below it,
     as it does where a shell expands the pattern (with ``**``, they are matched anyway).
+
+    Args:
+        pattern: What names must look like.
+        on_error: As for ``list_files``, of the folders that are matched.
+
+    Raises:
+        OSError: The store cannot say, or a folder cannot be listed and there is no ``on_error``.
     """
     folders: list[str] = []
     files: dict[str, FileInfo] = {}
@@ -392,7 +413,7 @@ def glob_files(pattern: str) -> Iterator[FileInfo]:
                 files[url] = FileInfo(url, details.get("size"), _version(details))
     if "**" not in pattern:
         for folder in folders:
-            files.update((info.url, info) for info in list_files(folder))
+            files.update((info.url, info) for info in list_files(folder, on_error))
     for url in sorted(files):
         yield files[url]
 

@@ -67,12 +67,13 @@ class SourceSettings:
 
 
 def limit_items(found: Found, limit: int, settings: SourceSettings) -> Found:
-    """Keep exactly the first ``limit`` items in plan order: loose ones, then those of containers.
+    """Keep exactly the first ``limit`` items: loose ones, failures of planning, then containers'.
 
     A container that cannot be read counts as one item, the row that says so.
     """
     items = found.items[:limit]
-    left = limit - len(items)
+    failures = found.failures[: limit - len(items)]
+    left = limit - len(items) - len(failures)
     containers = []
     for container in found.containers:
         if left <= 0:
@@ -80,7 +81,7 @@ def limit_items(found: Found, limit: int, settings: SourceSettings) -> Found:
         cut, num_items = _limit_container(container, left, settings)
         containers.append(cut)
         left -= num_items
-    return dataclasses.replace(found, items=items, containers=tuple(containers))
+    return dataclasses.replace(found, items=items, containers=tuple(containers), failures=failures)
 
 
 def _limit_container(
