@@ -171,10 +171,6 @@ class _Inventory:
             else:
                 self.wholes[container.uri] = container
 
-    def container_of(self, uri: str) -> Container | None:
-        """The container, whether it was found as a whole or through a manifest."""
-        return self.wholes.get(uri) or self.asked.get(uri)
-
     def is_changed(self, commit: Commit) -> bool:
         """Whether something that the commit covers is there in another version."""
         ledger = commit.ledger

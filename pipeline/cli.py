@@ -23,7 +23,7 @@ import typer
 from typer.exceptions import TyperException
 
 from pipeline import __version__
-from transforms.errors import ConfigError, EarmarkError, InputError, OutputError, UsageError
+from transforms.errors import EarmarkError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -394,7 +394,13 @@ def _labelling_job(context: typer.Context) -> Job:
 
 def _read_config(parameters: dict[str, Any], *, needs_output: bool) -> RunConfig:
     """Load the configuration, and check that nothing is missing that no default can give."""
-    from pipeline.config import OPTION_KEYS, load_config
+    from pipeline.config import (
+        OPTION_KEYS,
+        given_inputs,
+        given_model,
+        given_output,
+        load_config,
+    )
 
     path, sets = parameters.pop("config"), parameters.pop("set")
     inputs = parameters.pop("inputs")
@@ -403,18 +409,11 @@ def _read_config(parameters: dict[str, Any], *, needs_output: bool) -> RunConfig
     if options.keys() != OPTION_KEYS.keys():
         raise ValueError(f"options and config keys differ: {options.keys() ^ OPTION_KEYS.keys()}")
     config = load_config(path, sets or (), options)
-    if not config.inputs:
-        raise InputError(
-            "no input is given; name files, folders, globs or manifests: "
-            "earmark label INPUT… --output DIR"
-        )
-    if config.output is None and needs_output:
-        raise OutputError("no output is given; name a folder: --output DIR")
-    if config.model.name is None:
-        raise ConfigError(
-            "no model is given; pass --model with a hub id, a folder or an original .pth "
-            "(earmark models lists the public ones), or --config audioset"
-        )
+    # Before torch and Beam are loaded, which takes seconds.
+    given_inputs(config)
+    if needs_output:
+        given_output(config)
+    given_model(config)
     return config
 
 

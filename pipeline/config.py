@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from transforms.errors import ConfigError
+from transforms.errors import ConfigError, InputError, OutputError
 
 DEFAULT_RUNNER = "FnApiRunner"
 MIN_DECODER_BYTES = 256 << 20  # the libraries themselves, and what ordinary audio takes
@@ -590,3 +590,42 @@ def find_config(name: str) -> Path:
         f"--config is {name}; must be a YAML file, or one that ships with Earmark: "
         f"{', '.join(shipped)}.{hint}"
     )
+
+
+def given_inputs(config: RunConfig) -> tuple[str, ...]:
+    """The inputs, which no default can give.
+
+    Raises:
+        InputError: There are none.
+    """
+    if not config.inputs:
+        raise InputError(
+            "no input is given; name files, folders, globs or manifests: "
+            "earmark label INPUT… --output DIR"
+        )
+    return config.inputs
+
+
+def given_output(config: RunConfig) -> str:
+    """The result's folder, which no default can give.
+
+    Raises:
+        OutputError: There is none.
+    """
+    if config.output is None:
+        raise OutputError("no output is given; name a folder: --output DIR")
+    return config.output
+
+
+def given_model(config: RunConfig) -> str:
+    """The model's name, which no default can give.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if config.model.name is None:
+        raise ConfigError(
+            "no model is given; pass --model with a hub id, a folder or an original .pth "
+            "(earmark models lists the public ones), or --config audioset"
+        )
+    return config.model.name

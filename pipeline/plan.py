@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.backlog import Backlog, count_vanished_failures, find_backlog
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, given_inputs, given_model, given_output
 from pipeline.graph import RunTotals
 from pipeline.result import (
     RUN_SCHEMA_VERSION,
@@ -32,7 +32,6 @@ from transforms import storage
 from transforms.checkpoints import ModelOverrides, ModelSpec, resolve_model
 from transforms.commit import CommitSettings
 from transforms.decode import DecodeSettings
-from transforms.errors import ConfigError
 from transforms.fbank import FEATURES_VERSION
 from transforms.inference import InferenceSettings, check_settings
 from transforms.label_audio import LabelSettings, make_settings
@@ -112,9 +111,10 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
     Raises:
         UsageError: The config, the model, an input or the output is not right.
     """
-    inputs = _inputs(config)
-    output = output_of(config) if needs_output or config.output is not None else ""
-    model = resolve_model(_model_name(config), _overrides(config))
+    inputs = [storage.normalise(text) for text in given_inputs(config)]
+    wants_output = needs_output or config.output is not None
+    output = storage.normalise(given_output(config)) if wants_output else ""
+    model = resolve_model(given_model(config), _overrides(config))
     label = make_label_settings(config, model)
     if not is_remote:
         check_settings(label.inference)
@@ -158,34 +158,6 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
         backlog=backlog,
         vanished_failures=count_vanished_failures(found, commits, output),
     )
-
-
-def _inputs(config: RunConfig) -> list[str]:
-    if not config.inputs:
-        raise ConfigError(
-            "no INPUT: give audio files, folders, globs, tars, Parquet files or manifests"
-        )
-    return [storage.normalise(text) for text in config.inputs]
-
-
-def output_of(config: RunConfig) -> str:
-    """The result's folder.
-
-    Raises:
-        ConfigError: None was given.
-    """
-    if config.output is None:
-        raise ConfigError("no --output: give the folder that the result goes to")
-    return storage.normalise(config.output)
-
-
-def _model_name(config: RunConfig) -> str:
-    if config.model.name is None:
-        raise ConfigError(
-            "no --model: give a hub id (MIT/ast-finetuned-audioset-10-10-0.4593), a model folder "
-            "or an original .pth file; `earmark models` lists the public ones"
-        )
-    return config.model.name
 
 
 def _overrides(config: RunConfig) -> ModelOverrides:

@@ -394,6 +394,11 @@ class FinishRun:
     num_found_items: int | None
     num_commits: int
 
+    @property
+    def vanished_items(self) -> int:
+        """Rows of items that are not in the input."""
+        return self.vanished_kept_items + self.vanished_carried_items
+
     def __call__(self, new: RunTotals) -> None:
         """Finish the run.
 
@@ -402,7 +407,6 @@ class FinishRun:
         """
         self._check(new)
         total = self.kept + new
-        vanished = self.vanished_kept_items + self.vanished_carried_items
         carried = self.retried_carried_items + self.vanished_carried_items
         run = {
             **self.run,
@@ -414,9 +418,9 @@ class FinishRun:
                 "units": total.units,
                 "new_units": new.units,
                 "new_items": new.totals.items - carried,
-                "found_items": total.totals.items - vanished,
+                "found_items": total.totals.items - self.vanished_items,
                 "found_failures": total.totals.failures - self.vanished_failures,
-                "vanished_items": vanished,
+                "vanished_items": self.vanished_items,
             },
         }
         write_run(self.output, run)
@@ -428,8 +432,7 @@ class FinishRun:
                 f"{self.num_units} units were planned and {new.units} came to their end; run the "
                 "same command again to do the rest"
             )
-        vanished = self.vanished_kept_items + self.vanished_carried_items
-        found_items = (self.kept + new).totals.items - vanished
+        found_items = (self.kept + new).totals.items - self.vanished_items
         if self.num_found_items not in (None, found_items):
             raise AccountingError(
                 f"planning found {self.num_found_items} items, and {found_items} rows were written "

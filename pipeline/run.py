@@ -20,9 +20,9 @@ from apache_beam.runners.runner import create_runner
 from rich.console import Console
 
 from pipeline.backlog import count_found_items
-from pipeline.config import DEFAULT_RUNNER, RunConfig
+from pipeline.config import DEFAULT_RUNNER, RunConfig, given_output
 from pipeline.graph import RunTotals, build_graph
-from pipeline.plan import RunPlan, counted, describe_plan, make_plan, output_of
+from pipeline.plan import RunPlan, counted, describe_plan, make_plan
 from pipeline.progress import ProgressCounts, ProgressDisplay, format_audio, format_duration
 from pipeline.result import (
     SUCCESS_FILE,
@@ -70,7 +70,7 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
     options = pipeline_options(config, beam_options)
     remote = is_remote(options)
-    with hold_output(output_of(config)):
+    with hold_output(storage.normalise(given_output(config))):
         plan = make_plan(config, is_remote=remote)
         if remote:
             check_reachable(plan)

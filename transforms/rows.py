@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from apache_beam.pvalue import PCollection
 
+from transforms.errors import FeatureError, InferenceError
 from transforms.labels import Label
 from transforms.records import (
     ClipFacts,
@@ -315,12 +316,12 @@ class ClipAggregate:
 
 
 def _window_failure(window: Window, prediction: Prediction | None) -> Failure:
-    at_fbank = prediction is None
+    kind = FeatureError if prediction is None else InferenceError
     error = window.error if prediction is None else prediction.error
     return Failure(
         item=window.item,
-        stage="fbank" if at_fbank else "inference",
-        error_type="FeatureError" if at_fbank else "InferenceError",
+        stage=kind.stage,
+        error_type=kind.__name__,
         message=(
             f"window {window.window_index} ({window.start_s:.3f} to {window.end_s:.3f} s): {error}"
         ),
