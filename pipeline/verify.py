@@ -31,7 +31,6 @@ from transforms.ledger import (
     UnitTotals,
     commit_url,
     file_sha256,
-    open_part,
     part_url,
     read_part,
 )
@@ -272,8 +271,7 @@ def _read_checked(
 ) -> tuple[pa.Table, str | None]:
     """The columns of a part that are checked further, and what is wrong with the part."""
     table = read_part(output, part, commit.unit_id, _COLUMNS[part])
-    with open_part(output, part, commit.unit_id) as file:
-        footer = file.schema_arrow.metadata or {}
+    footer = table.schema.metadata or {}
     if table.num_rows != info.num_rows:
         return table, f"it has {table.num_rows} rows, and {info.num_rows} were committed"
     fingerprint = footer.get(b"earmark.fingerprint", b"").decode()
