@@ -49,6 +49,8 @@ setup(
         "soxr>=0.5",
         "fsspec>=2025.3",
         "gcsfs>=2025.3",
+        "aiohttp>=3.9",
+        "tenacity>=9",
         "pyarrow>=18",
         "pydantic>=2.10,<3",
         "PyYAML>=6",
@@ -72,6 +74,12 @@ setup(
             "polars>=1.0",
             "duckdb>=1.0",
             "datasets>=3.0",
+            # Object stores for tests/object_store.py; moto's "server" extra is ten times that.
+            "moto>=5.1",
+            "flask>=3.0",
+            "flask-cors>=5.0",
+            "s3fs>=2025.3",
+            "gcp-storage-emulator>=2026.7",
             # The first setuptools that builds wheels by itself: tests/test_packaging.py does.
             "setuptools>=70.1",
             "ruff>=0.17,<0.18",

@@ -8,10 +8,12 @@ Heavy modules are imported inside the jobs: ``earmark --help`` must answer at on
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -23,7 +25,8 @@ import typer
 from typer.exceptions import TyperException
 
 from pipeline import __version__
-from transforms.errors import EarmarkError, UsageError
+from transforms import errors
+from transforms.errors import EarmarkError, OutputLostError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -33,6 +36,8 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 MODELS_WIDTH = 200  # more than the table needs
 INTERRUPTED = "interrupted; the same command goes on from here"
+GO_ON = "Once that is mended, run the same command again: it goes on from what is done."
+SEE_DEBUG = "EARMARK_DEBUG=1 shows where it comes from."
 
 Job = Callable[[], int]
 
@@ -43,6 +48,13 @@ NOISE = (
     "Resource module is not available",
     "Discarding unparseable args",
 )
+
+# Their tracebacks are those of errors that reach ``main``, or of requests that are sent again.
+TOLD_AT_THE_END = ("apache_beam.runners", "gcsfs")
+
+# An exception in the text of a traceback, and what Beam adds to its message.
+RAISED = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception)): (.*)$", re.MULTILINE)
+RUNNING_STEP = re.compile(r" \[while running '[^\n]*'\]")
 
 app = typer.Typer(
     name="earmark",
@@ -484,7 +496,13 @@ def _is_worth_showing(record: logging.LogRecord) -> bool:
     """Whether a record tells the user something."""
     if record.exc_info and record.exc_info[0] is KeyboardInterrupt:
         return False  # Beam logs where Ctrl-C met it
+    if record.exc_info and record.name.startswith(TOLD_AT_THE_END) and not _is_debugging():
+        return False
     return not record.getMessage().startswith(NOISE)
+
+
+def _is_debugging() -> bool:
+    return bool(os.environ.get("EARMARK_DEBUG"))
 
 
 def split_beam_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -523,10 +541,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_UNEXPECTED
     except Exception as error:  # the last door: whatever it is must become an exit code
-        if interrupts.came:
+        if interrupts.came and not isinstance(error, OutputLostError):
             return _fail(EXIT_INTERRUPTED, INTERRUPTED)
-        words = str(error) if isinstance(error, EarmarkError) else _words_of(error)
-        return _fail(EXIT_UNEXPECTED, f"{words}\nEARMARK_DEBUG=1 shows where it comes from.")
+        return _fail(EXIT_UNEXPECTED, _words_of(error))
 
 
 def _run(arguments: list[str], beam_options: list[str]) -> int:
@@ -570,14 +587,29 @@ class _Interrupts:
 
 
 def _fail(code: int, message: str) -> int:
-    if os.environ.get("EARMARK_DEBUG"):
+    from transforms.clip_ids import for_terminal  # brings numpy along
+
+    if _is_debugging():
         traceback.print_exc()
-    print(f"earmark: {message}", file=sys.stderr)
+    print(f"earmark: {for_terminal(message, keep_lines=True)}", file=sys.stderr)
     return code
 
 
 def _words_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    """What went wrong, and the next step.
+
+    Beam says where in its graph an error arose, and gives a worker's as a whole traceback.
+    """
+    if isinstance(error, EarmarkError):
+        return RUNNING_STEP.sub("", f"{error}\n{SEE_DEBUG}")
+    raised = RAISED.findall(f"{type(error).__name__}: {error}")
+    kind, text = raised[-1] if raised else (type(error).__name__, str(error))
+    text = RUNNING_STEP.sub("", text)
+    if hasattr(errors, kind):
+        return f"{text}\n{SEE_DEBUG}"
+    if issubclass(getattr(builtins, kind, Exception), OSError):
+        return f"{text}\n{GO_ON}"
+    return f"{kind}: {text}\n{SEE_DEBUG}"
 
 
 def _parse_error(error: TyperException) -> str:

@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
+from transforms.clip_ids import for_terminal
+
 POLL_INTERVAL_S = 0.25
 LINE_INTERVAL_S = 10.0
 
@@ -218,6 +220,10 @@ class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
     def stream(self) -> object:
         """The current ``sys.stderr``: a live bar puts itself in its place."""
         return sys.stderr
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As ever, but names in it cannot command the terminal."""
+        return for_terminal(super().format(record), keep_lines=True)
 
 
 class _Display(Protocol):

@@ -10,6 +10,17 @@ import pytest
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores are given up on after three tries in a row, rather than after two minutes."""
+    from transforms import retries
+
+    monkeypatch.setattr(retries, "RETRY_S", 0.0)
+    monkeypatch.setattr(retries, "MAX_WAIT_S", 0.001)
+    monkeypatch.setattr(retries, "_gave_up_at", {})
+    monkeypatch.setattr(retries, "_have_answered", set())
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real recordings beside the checkout; skips where there is none."""

@@ -242,8 +242,34 @@ def test_the_job_s_exit_code_is_the_command_s(calls: Calls, code: int) -> None:
         (
             OSError(28, "No space left on device"),
             1,
-            "earmark: OSError: [Errno 28] No space left on device\n"
-            "EARMARK_DEBUG=1 shows where it comes from.\n",
+            "earmark: [Errno 28] No space left on device\n"
+            "Once that is mended, run the same command again: it goes on from what is done.\n",
+        ),
+        (
+            OSError("s3://b/x: the store answered 503 [while running 'Commit/Write and commit']"),
+            1,
+            "earmark: s3://b/x: the store answered 503\n"
+            "Once that is mended, run the same command again: it goes on from what is done.\n",
+        ),
+        (
+            RuntimeError(
+                "Traceback (most recent call last):\n"
+                '  File "storage.py", line 1, in _told\n'
+                "TimeoutError: s3://b/x: the store did not answer in time\n\n"
+                "During handling of the above exception, another exception occurred:\n\n"
+                "Traceback (most recent call last):\n"
+                '  File "sdk_worker.py", line 1, in _execute\n'
+                "TimeoutError: s3://b/x: the store did not answer in time "
+                "[while running 'A/B'] [while running 'C']\n"
+            ),
+            1,
+            "earmark: s3://b/x: the store did not answer in time\n"
+            "Once that is mended, run the same command again: it goes on from what is done.\n",
+        ),
+        (
+            RuntimeError("Traceback\ntransforms.errors.AccountingError: 3 [while running 'A']"),
+            1,
+            "earmark: 3\nEARMARK_DEBUG=1 shows where it comes from.\n",
         ),
     ],
 )

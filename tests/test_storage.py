@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pickle
+import re
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import fsspec
 import pytest
+import requests
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from transforms import storage
+from transforms import retries, storage
 from transforms.errors import OutputError, UsageError
 
 _numbers = itertools.count()
@@ -243,6 +250,74 @@ def test_a_failed_local_write_leaves_the_old_content_and_nothing_else(
     assert storage.read_bytes(url) == b"old"
 
 
+def test_create_bytes_makes_a_file_once_and_never_replaces_it(folder: str) -> None:
+    url = storage.join(folder, "new", "lease")
+    assert storage.create_bytes(url, b"mine") is True
+    assert storage.create_bytes(url, b"another's") is False
+    assert storage.read_bytes(url) == b"mine"
+    assert storage.list_names(storage.join(folder, "new")) == ["lease"]
+    storage.remove(url)
+    assert storage.create_bytes(url, b"third") is True
+
+
+def test_create_bytes_lets_one_of_many_win(tmp_path: Path) -> None:
+    url = str(tmp_path / "lease")
+    start = threading.Barrier(16)
+
+    def create(number: int) -> bool:
+        start.wait()
+        return storage.create_bytes(url, b"%d" % number)
+
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(create, range(16)))
+    assert made.count(True) == 1
+    assert storage.read_bytes(url) == b"%d" % made.index(True)
+
+
+def test_create_bytes_on_a_file_system_without_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: str, target: str) -> None:
+        raise PermissionError(1, "Operation not permitted", source)
+
+    monkeypatch.setattr(os, "link", link)
+    url = str(tmp_path / "out" / "lease")
+    assert storage.create_bytes(url, b"mine") is True
+    assert storage.create_bytes(url, b"another's") is False
+    assert storage.read_bytes(url) == b"mine"
+    assert storage.list_names(str(tmp_path / "out")) == ["lease"]
+
+
+def test_create_bytes_where_the_store_has_no_exclusive_write(tmp_path: Path) -> None:
+    url = f"disk:/{tmp_path}/out/lease"
+    assert storage.create_bytes(url, b"mine") is True
+    assert storage.create_bytes(url, b"another's") is False
+    assert (tmp_path / "out" / "lease").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("num_short", "is_stored"), [(2, True), (99, False)])
+def test_what_the_store_has_only_in_part_is_uploaded_again(
+    num_short: int, is_stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = itertools.count()
+
+    def put_file(self: Any, lpath: str, rpath: str, **kwargs: Any) -> None:
+        data = Path(lpath).read_bytes()
+        self.pipe_file(rpath, data[:3] if next(tries) < num_short else data)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+    source = tmp_path / "staged"
+    source.write_bytes(b"all of it")
+    if is_stored:
+        storage.put_file(str(source), "memory://short/part")
+        assert storage.read_bytes("memory://short/part") == b"all of it"
+    else:
+        with pytest.raises(OSError, match="9 bytes were written, and the store has 3 of them"):
+            storage.put_file(str(source), "memory://short/part")
+    assert source.exists() is not is_stored
+    MemoryFileSystem.store.clear()
+
+
 class _DiskFileSystem(LocalFileSystem):
     """A remote file system that shows files while they grow, as sftp does."""
 
@@ -395,10 +470,10 @@ class _BrokenFileSystem(MemoryFileSystem):
     protocol = "broken"
     error: Exception
 
-    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+    def info(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         raise self.error
 
-    cat_file = info
+    cat_file = open = info  # type: ignore[assignment]
 
 
 fsspec.register_implementation("broken", _BrokenFileSystem, clobber=True)
@@ -433,6 +508,89 @@ def test_errors_are_os_errors_without_secrets(
         assert "SECRET" not in str(caught.value)
         assert caught.value.__suppress_context__
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "may_pass"),
+    [
+        *((_HttpError(status, ""), True) for status in (408, 425, 429, 500, 502, 503, 504, 599)),
+        *((_HttpError(status, ""), False) for status in (400, 401, 403, 404, 409, 410, 412, 416)),
+        *((_HttpError(status, ""), False) for status in (501, 505)),
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (ConnectionRefusedError(111, "Connection refused"), True),
+        (TimeoutError(), True),
+        (retries.ShortBodyError("3 of 9"), True),
+        (json.JSONDecodeError("Expecting value", "", 0), True),
+        (aiohttp.ClientPayloadError("Response payload is not completed"), True),
+        (aiohttp.ServerDisconnectedError(), True),
+        (requests.exceptions.ConnectionError(), True),
+        (aiohttp.InvalidURL("http://["), False),
+        (OSError(28, "No space left on device"), False),
+        (PermissionError(13, "Permission denied"), False),
+        (FileNotFoundError("x"), False),
+        (ValueError("x"), False),
+    ],
+    ids=repr,
+)
+def test_which_errors_may_pass(error: Exception, may_pass: bool) -> None:
+    assert retries.may_pass(error) is may_pass
+    wrapped = FileNotFoundError("http says so to everything")
+    wrapped.__cause__ = error
+    assert retries.may_pass(wrapped) is may_pass
+
+
+def test_a_store_is_asked_again_until_it_answers_or_patience_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_S", 0.2)
+    monkeypatch.setattr(retries, "NOTICE_S", 0.0)
+    errors: list[Exception] = [TimeoutError("a")] * 4
+
+    def act() -> str:
+        if errors:
+            raise errors.pop()
+        return "done"
+
+    assert retries.ask("store", act, retries.may_pass) == "done"
+    assert [record.getMessage() for record in caplog.records] == [
+        "store: TimeoutError (1 times by now); trying again for up to 0 s"
+    ]
+    errors = [TimeoutError("b")] * 100_000
+    with pytest.raises(TimeoutError, match="b") as caught:
+        retries.ask("store", act, retries.may_pass)
+    assert re.fullmatch(r"tried \d+ times in 0 s", caught.value.__notes__[-1])
+    left = len(errors)
+    with pytest.raises(TimeoutError, match="b"):
+        retries.ask("store", act, retries.may_pass)
+    assert left - len(errors) == 1  # it was given up on a moment ago
+    time.sleep(0.25)
+    with pytest.raises(TimeoutError, match="b"):
+        retries.ask("store", act, retries.may_pass)
+    assert left - len(errors) > 2
+
+
+def test_who_has_never_answered_is_given_up_on_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "RETRY_S", 0.4)
+    monkeypatch.setattr(retries, "FIRST_CONTACT_S", 0.05)
+
+    def seconds_until_given_up(store: str, *errors: Exception) -> float:
+        left = list(errors)
+
+        def act() -> None:
+            raise left.pop(0) if len(left) > 1 else left[0]
+
+        began_s = time.monotonic()
+        with pytest.raises(type(errors[-1])):
+            retries.ask(store, act, retries.may_pass)
+        return time.monotonic() - began_s
+
+    refused = ConnectionRefusedError("refused")
+    assert seconds_until_given_up("never", refused) < 0.3
+    # An answer is an answer, whatever it says.
+    assert seconds_until_given_up("busy", _HttpError(503, "busy"), refused) > 0.3
+    with pytest.raises(FileNotFoundError):
+        retries.ask("there", Path("/nowhere/at/all").read_bytes, retries.may_pass)
+    assert seconds_until_given_up("there", refused) > 0.3
 
 
 def test_an_unreachable_store_is_not_an_absent_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,9 @@
     │   ├── FeatureError        its samples cannot be turned into features
     │   └── InferenceError      the model gives no usable answer for it
     ├── ContainerError        a tar, Parquet file or manifest ends early: a row, and exit code 3
+    ├── DeviceError           the model cannot be run on the device at all: exit code 1
+    ├── WriteError            the output cannot be written any more: exit code 1
+    ├── OutputLostError       another run has taken the output over: exit code 1
     └── AccountingError       rows and items do not add up: exit code 1
 
 A message names the thing, the value found, what was expected, and the next step. ``ItemError``
@@ -89,5 +92,29 @@ class ContainerError(EarmarkError):
     """A container (tar, Parquet file, manifest) cannot be read to its end."""
 
 
+class DeviceError(EarmarkError):
+    """The model cannot be run, whatever the window: no memory for one, or the device has failed."""
+
+
+class WriteError(EarmarkError):
+    """The output cannot be written any more: full, read-only, gone."""
+
+
+class OutputLostError(EarmarkError):
+    """Another run has taken the output over, because this one seemed dead."""
+
+
 class AccountingError(EarmarkError):
     """Items found and rows written do not add up."""
+
+
+def item_too_large(max_item_bytes: int, num_bytes: int | None = None) -> str:
+    """What is said of an item beyond the bound, wherever that is noticed (``ItemTooLarge``).
+
+    Args:
+        max_item_bytes: The bound.
+        num_bytes: What it has; None where that is not known, because nobody read on.
+    """
+    has = f"more than {max_item_bytes} bytes" if num_bytes is None else f"{num_bytes} bytes"
+    allowed = "" if num_bytes is None else f"; at most {max_item_bytes} are allowed"
+    return f"the item has {has}{allowed}; to allow more, raise decode.max_item_bytes"

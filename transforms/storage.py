@@ -10,6 +10,11 @@ Guarantees:
   file, and that publishes a truncated object.
 - **Absent is not the same as unreachable.** Only "there is no such file" counts as absent; any
   other error is raised. (``fsspec``'s own ``exists`` says no to every error.)
+- **Passing trouble passes.** What a store refuses for the moment (429, 5xx, a connection that
+  breaks, no answer in time) is asked for again, as ``retries`` has it.
+- **A short answer is never taken for the whole.** What is read is held against the size that the
+  store gives, what is written against the size that it then has. Only where a web server gives no
+  size and does not say where a body ends, nobody can tell.
 - **Secrets stay out of messages**: errors name a URL by ``public_uri``, and whatever a library says
   has the URLs in it treated likewise.
 
@@ -28,20 +33,27 @@ import os
 import re
 import shutil
 import stat as stat_module
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import unquote
 
+import aiohttp
 import fsspec
 
-from transforms.errors import OutputError, UsageError
+from transforms.errors import OutputError, UsageError, WriteError
+from transforms.retries import ShortBodyError, ask, may_pass, status_of
+from transforms.scratch import scratch_folder
+
+# gcsfs would first ask Google by gRPC what kind of bucket it is, which takes a minute where that
+# is not to be had; Earmark needs nothing that depends on it. It reads this when it is imported.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:::.*)?://", re.DOTALL)
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>]+")
@@ -50,11 +62,21 @@ _READ_ONLY = frozenset({"http", "https"})
 _OBJECT_STORES = frozenset(
     {"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "hf", "memory", "oci", "oss"}
 )
+# Where ``pipe_file(mode="create")`` has the store itself refuse to replace what is there.
+_EXCLUSIVE = frozenset({"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "memory"})
 _EXTRAS = {"s3": "s3", "s3a": "s3", "az": "azure", "abfs": "azure", "abfss": "azure"}
+_T = TypeVar("_T")
+# What fsspec's files have that cannot be read at any place.
+_NO_RANGES = fsspec.spec.AbstractBufferedFile._fetch_range
+_S3_WITH_BODY = {"ListObjectsV2", "CreateMultipartUpload", "CompleteMultipartUpload"}
 _STAT_THREADS = 32
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _COPY_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 16
 STAGING_FOLDER = "_staging"
+_TEMPORARY = re.compile(r"\..{1,100}\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _temporary_name gives it
+# What ``link`` says on file systems without hard links (FAT, some network mounts).
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 # What signs a request, by cloud; compared in lower case. Names that mean something else elsewhere
 # (``expires``, ``st``) only count beside the parameter that makes the URL a signed one.
@@ -142,9 +164,14 @@ def local_path(url: str) -> str:
 
 
 def join(base: str, *parts: str) -> str:
-    """``base`` with ``parts`` below it, joined by single slashes."""
-    head = base if base.endswith("://") else base.rstrip("/") + "/"
-    return head + "/".join(part.strip("/") for part in parts)
+    """``base`` with ``parts`` below it, joined by single slashes.
+
+    The query of an ``http(s)`` folder, which may sign what lies below it, stays at the end.
+    """
+    path = _without_query(base)
+    query = base[len(path) :]
+    head = path if path.endswith("://") else path.rstrip("/") + "/"
+    return head + "/".join(part.strip("/") for part in parts) + query
 
 
 def parent(url: str) -> str:
@@ -218,8 +245,7 @@ def stat(url: str) -> FileInfo:
         if stat_module.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder, a file was expected", path)
         return FileInfo(path, status.st_size, str(status.st_mtime_ns))
-    with _told(url):
-        details = _details(url)
+    details = _ask(url, lambda: _details(url))
     if details["type"] == "directory":
         raise IsADirectoryError(f"{public_uri(url)} is a folder, a file was expected")
     return FileInfo(url, details.get("size"), _version(details))
@@ -261,8 +287,7 @@ def _kind(url: str) -> str | None:
         if is_local(url):
             mode = os.stat(local_path(url)).st_mode  # noqa: PTH116
             return "directory" if stat_module.S_ISDIR(mode) else "file"
-        with _told(url):
-            return cast(str, _details(url)["type"])
+        return cast(str, _ask(url, lambda: _details(url))["type"])
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -288,11 +313,9 @@ def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> I
         yield from found
         return
     fs, root = _filesystem(url)
-    fs.invalidate_cache()
     if protocol(url) in _OBJECT_STORES:
         try:
-            with _told(url):
-                details = fs.find(root, detail=True)
+            details = _ask(url, lambda: _fresh(fs).find(root, detail=True))
         except OSError as error:
             report(error)
             return
@@ -353,8 +376,8 @@ def _walk_remote(
     while pending:
         folder = pending.pop()
         try:
-            with _told(_below(url, root, folder)):
-                children = fs.ls(folder, detail=True)
+            list_it = partial(_fresh(fs).ls, folder, detail=True)
+            children = _ask(_below(url, root, folder), list_it)
         except OSError as error:
             report(error)
             continue
@@ -401,9 +424,7 @@ def glob_files(
                 files[path] = stat(path)
     else:
         fs, root = _filesystem(pattern)
-        fs.invalidate_cache()
-        with _told(pattern):
-            matches = fs.glob(root, detail=True)
+        matches = _ask(pattern, lambda: _fresh(fs).glob(root, detail=True))
         start = pattern[: pattern.index("://") + 3]
         for path, details in matches.items():
             url = start + path.lstrip("/")
@@ -425,9 +446,7 @@ def list_names(folder_url: str) -> list[str]:
             with os.scandir(local_path(folder_url)) as entries:
                 return sorted(entry.name for entry in entries if entry.is_file())
         fs, root = _filesystem(folder_url)
-        fs.invalidate_cache()
-        with _told(folder_url):
-            children = fs.ls(root, detail=True)
+        children = _ask(folder_url, lambda: _fresh(fs).ls(root, detail=True))
     except FileNotFoundError:
         return []
     paths = (child["name"] for child in children if child["type"] == "file")
@@ -436,8 +455,13 @@ def list_names(folder_url: str) -> list[str]:
 
 def _details(url: str) -> dict[str, Any]:
     fs, path = _filesystem(url)
-    fs.invalidate_cache()  # another process may have written since the last listing
-    return cast(dict[str, Any], fs.info(path))
+    return cast(dict[str, Any], _fresh(fs).info(path))
+
+
+def _fresh(fs: Any) -> Any:
+    """``fs`` without what it remembers: another process may have written since."""
+    fs.invalidate_cache()
+    return fs
 
 
 def _version(details: dict[str, Any]) -> str | None:
@@ -475,23 +499,16 @@ def open_read(url: str, block_bytes: int | None = None) -> BinaryIO:
     if is_local(url):
         path = _regular_file(url)
         return open(path, "rb")
-    fs, path = _filesystem(url)
-    with _told(url):
-        if protocol(url) == "memory":
-            # Its open files share one position; a copy has its own.
-            return io.BufferedReader(io.BytesIO(fs.cat_file(path)))
-        options = {} if block_bytes is None else {"block_size": block_bytes}
-        file = _RemoteFile(fs.open(path, "rb", **options), url)
-        return cast(BinaryIO, io.BufferedReader(file, _BUFFER_BYTES))
+    raw = cast(io.RawIOBase, _open_remote(url, block_bytes))
+    return cast(BinaryIO, io.BufferedReader(raw, _BUFFER_BYTES))
 
 
 def read_bytes(url: str) -> bytes:
     """The whole content of a file. Raises as ``open_read`` does."""
     if is_local(url):
         return Path(_regular_file(url)).read_bytes()
-    fs, path = _filesystem(url)
-    with _told(url):
-        return cast(bytes, fs.cat_file(path))
+    with open_read(url) as file:
+        return file.read()
 
 
 def get_file(url: str, target: str) -> None:
@@ -514,39 +531,192 @@ def _regular_file(url: str) -> str:
     return path
 
 
-class _RemoteFile(io.RawIOBase):
-    """A remote file whose errors are ``OSError`` and name no secret."""
+def _open_remote(url: str, block_bytes: int | None) -> io.RawIOBase | io.BytesIO:
+    fs, path = _filesystem(url)
+    options = {} if block_bytes is None else {"block_size": block_bytes}
+    if protocol(url) == "memory":
+        # Its open files share one position; a copy has its own.
+        return io.BytesIO(_ask(url, lambda: fs.cat_file(path)))
+    file = _ask(url, lambda: _fresh(fs).open(path, "rb", **options))
+    details = getattr(file, "details", None) or {}
+    if details.get("type") == "directory":
+        file.close()
+        raise IsADirectoryError(f"{public_uri(url)} is a folder, a file was expected")
+    if details.get("contentEncoding") == "gzip":
+        # Google unpacks it on the way: the size it gives is that of something else.
+        file.close()
+        return io.BytesIO(_ask(url, lambda: fs.cat_file(path)))
+    size = getattr(file, "size", None)
+    has_ranges = getattr(type(file), "_fetch_range", None) not in (None, _NO_RANGES)
+    if size is not None and has_ranges:
+        return _RangedFile(file, url, size)
+    file.close()
+    return _StreamedFile(url, _ask(url, lambda: _details(url)).get("size"))
 
-    def __init__(self, file: Any, url: str) -> None:
+
+class _RangedFile(io.RawIOBase):
+    """A remote file, fetched block by block; only the last one is kept.
+
+    Each block is asked for until it is whole. fsspec's own caches would keep a short one. From a
+    web server that turns out to give no ranges, the rest comes as a stream.
+    """
+
+    def __init__(self, file: Any, url: str, size: int) -> None:
         super().__init__()
-        self._file = file
-        self._url = url
+        self._file, self._url, self._size = file, url, size
+        self._position = 0
+        self._start, self._block = 0, b""
+        self._stream: _StreamedFile | None = None
 
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
-        return bool(self._file.seekable())
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        with _told(self._url):
-            return int(self._file.seek(offset, whence))
+        return True
 
     def tell(self) -> int:
-        return int(self._file.tell())
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, "a position before the start of the file")
+        self._position = start + offset
+        return self._position
 
     def readall(self) -> bytes:
-        with _told(self._url):
-            return cast(bytes, self._file.read())
+        return b"".join(iter(partial(self.read, _COPY_BYTES), b""))
 
     def readinto(self, buffer: Any) -> int:
-        with _told(self._url):
-            data = self._file.read(len(buffer))
+        if self._position >= self._size:
+            return 0
+        at = self._position - self._start
+        if not 0 <= at < len(self._block):
+            length = max(len(buffer), int(self._file.blocksize))
+            end = min(self._position + length, self._size)
+            self._block, self._start, at = b"", self._position, 0
+            self._block = self._read_block(self._position, end)
+        data = self._block[at : at + len(buffer)]
         buffer[: len(data)] = data
+        self._position += len(data)
         return len(data)
+
+    def _read_block(self, start: int, end: int) -> bytes:
+        if self._stream is None:
+            block = _ask(self._url, lambda: self._fetch(start, end))
+            if block is not None:
+                return block
+        if self._stream is None or self._stream.tell() != start:
+            self._close_stream()
+            self._stream = _StreamedFile(self._url, self._size, start)
+        return self._stream.read(end - start) or b""
+
+    def _fetch(self, start: int, end: int) -> bytes | None:
+        """Bytes ``start`` to ``end``, all of them; None if the server gives no ranges."""
+        generation = (getattr(self._file, "details", None) or {}).get("generation")
+        if generation:  # Google's; with it, another object of the same name is not found
+            fs, path = self._file.fs, self._file.path
+            try:
+                data = fs.cat_file(path, start=start, end=end, generation=generation)
+            except FileNotFoundError:
+                raise FileNotFoundError("it has been changed or removed meanwhile") from None
+        else:
+            try:
+                data = self._file._fetch_range(start, end)
+            except ValueError:
+                if protocol(self._url) in _READ_ONLY and start > 0:
+                    return None
+                raise
+        if len(data) != end - start:
+            raise ShortBodyError(
+                f"of bytes {start} to {end} of {self._size}, {len(data)} have come"
+            )
+        return cast(bytes, data)
 
     def close(self) -> None:
         if not self.closed:
+            self._block = b""
+            self._close_stream()
+            self._file.close()
+        super().close()
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+class _StreamedFile(io.RawIOBase):
+    """A remote file that comes as one stream, up to its ``size`` if that is known.
+
+    A stream that breaks is opened anew and wound on to where it broke.
+    """
+
+    def __init__(self, url: str, size: int | None, position: int = 0) -> None:
+        super().__init__()
+        self._url, self._size = url, size
+        self._position = position
+        self._file = _ask(url, self._open)
+
+    def _open(self) -> Any:
+        fs, path = _filesystem(self._url)
+        options = {"block_size": 0} if protocol(self._url) in _READ_ONLY else {}
+        file = fs.open(path, "rb", **options)
+        try:
+            if self.seekable():
+                file.seek(self._position)
+                return file
+            left = self._position
+            while left:
+                data = file.read(min(left, _COPY_BYTES))
+                if not data:
+                    raise ShortBodyError(f"ended {left} bytes before byte {self._position}")
+                left -= len(data)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return protocol(self._url) not in _READ_ONLY
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if not self.seekable():
+            raise OSError(f"{public_uri(self._url)}: its server gives it only from start to end")
+        with _told(self._url):
+            self._position = int(self._file.seek(offset, whence))
+        return self._position
+
+    def readall(self) -> bytes:
+        return b"".join(iter(partial(self.read, _COPY_BYTES), b""))
+
+    def readinto(self, buffer: Any) -> int:
+        data = _ask(self._url, lambda: self._next(len(buffer)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _next(self, num_bytes: int) -> bytes:
+        if self._file is None:
+            self._file = self._open()
+        try:
+            data = self._file.read(num_bytes)
+            if not data and self._size is not None and self._position < self._size:
+                raise ShortBodyError(f"ended after {self._position} of {self._size} bytes")
+        except BaseException:
+            file, self._file = self._file, None
+            file.close()
+            raise
+        return cast(bytes, data)
+
+    def close(self) -> None:
+        if not self.closed and self._file is not None:
             self._file.close()
         super().close()
 
@@ -566,10 +736,7 @@ def write_bytes(url: str, data: bytes) -> None:
         make_folder(parent(path))
         temporary = _temporary_name(path)
         try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_synced(os.open(temporary, _NEW_FILE, 0o666), data)
             os.replace(temporary, path)  # noqa: PTH105
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -577,8 +744,135 @@ def write_bytes(url: str, data: bytes) -> None:
         _sync_folder(parent(path))
         return
     fs, path = _filesystem(url, to_write=True)
-    with _told(url):
-        _publish(fs, url, path, lambda target: fs.pipe_file(target, data))
+    _publish(fs, url, path, len(data), lambda target: fs.pipe_file(target, data))
+
+
+def create_bytes(url: str, data: bytes) -> bool:
+    """Write a small file only if there is none yet; whether this call made it.
+
+    Of several that try at once, one makes it, and it appears whole: locally, and in ``gs://``,
+    ``s3://`` and ``az://``, where the store itself refuses to replace what is there (an imitation
+    of S3 that knows no ``If-None-Match`` refuses only what was there before). Anywhere else the
+    file is looked for and then written.
+
+    Args:
+        url: The file.
+        data: Its content, unlike what anyone else would write there: where an answer got lost on
+            the way, the content says whose file it is.
+
+    Raises:
+        OutputError: The protocol is read-only.
+        OSError: It cannot be written, or the store cannot say.
+    """
+    if is_local(url):
+        return _create_local(local_path(url), data)
+    fs, path = _filesystem(url, to_write=True)
+    if exists(url):
+        return False
+    if protocol(url) not in _EXCLUSIVE:
+        write_bytes(url, data)
+        return True
+    try:
+        _ask(url, lambda: _create_object(fs, path, data))
+    except FileExistsError:
+        # A request whose answer is lost is sent again, and then finds its own work.
+        try:
+            return read_bytes(url) == data
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def _create_object(fs: Any, path: str, data: bytes) -> None:
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except Exception as error:
+        if status_of(error) == 412:  # s3fs looks for it in the answer's text, which may be lost
+            raise FileExistsError(path) from error
+        raise
+
+
+def _create_local(path: str, data: bytes) -> bool:
+    make_folder(parent(path))
+    temporary = _temporary_name(path)
+    try:
+        _write_synced(os.open(temporary, _NEW_FILE, 0o666), data)
+        try:
+            os.link(temporary, path)  # fails where there is one, and shows the file whole
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _create_without_link(path, data)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    _sync_folder(parent(path))
+    return True
+
+
+def _create_without_link(path: str, data: bytes) -> bool:
+    try:
+        descriptor = os.open(path, _NEW_FILE, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        _write_synced(descriptor, data)
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+    _sync_folder(parent(path))
+    return True
+
+
+def _write_synced(descriptor: int, data: bytes) -> None:
+    """Write a new file, close it, and have it on the disk."""
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# What the system says, and what to do about it.
+_REMEDIES = {
+    errno.ENOSPC: "Make room there",
+    errno.EDQUOT: "Make room there, or have the quota raised",
+    errno.EFBIG: "Raise the limit for the size of files (ulimit -f)",
+    errno.EROFS: "Make it writable again",
+    errno.EACCES: "Mend its permissions",
+    errno.EPERM: "Mend its permissions",
+    errno.ENOENT: "Bring it back, or give another --output",
+    errno.EIO: "Check the disk",
+    errno.EMFILE: "Raise the limit for open files (ulimit -n)",
+}
+
+
+@contextmanager
+def writing_to(output_url: str) -> Iterator[None]:
+    """Say of what goes wrong meanwhile that it ends the run, where that was, and what helps.
+
+    Raises:
+        WriteError: In place of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        uri, number = public_uri(output_url), error.errno
+        # Arrow's text has the system's words in it, and neither the file nor its name apart.
+        reason = os.strerror(number) if number else public_text(str(error))
+        remedy = _REMEDIES.get(number or 0, "Mend that")
+        raise WriteError(
+            f"{uri} cannot be written: {reason}. {remedy}{_room(output_url)}, and run the same "
+            "command again: what is committed stays, and it goes on from there."
+        ) from error
+
+
+def _room(url: str) -> str:
+    """How much is left on the disk that holds a local folder."""
+    with suppress(OSError, ValueError):
+        left = shutil.disk_usage(local_path(url)).free
+        return f" ({left / 2**20:,.1f} MiB are free)"
+    return ""
 
 
 def put_file(source: str, url: str) -> None:
@@ -601,30 +895,56 @@ def put_file(source: str, url: str) -> None:
         _sync_folder(parent(path))
         return
     fs, path = _filesystem(url, to_write=True)
-    with _told(url):
-        _publish(fs, url, path, lambda target: fs.put_file(source, target))
+    size = os.path.getsize(source)  # noqa: PTH202
+    _publish(fs, url, path, size, lambda target: fs.put_file(source, target))
     Path(source).unlink()
 
 
-def _publish(fs: Any, url: str, path: str, upload: Callable[[str], None]) -> None:
-    if protocol(url) in _OBJECT_STORES:
-        upload(path)
-        return
-    # A remote file system (sftp, hdfs, …) shows a file while it grows.
-    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-    temporary = _temporary_name(path)
+def _publish(fs: Any, url: str, path: str, size: int, upload: Callable[[str], None]) -> None:
+    """Upload until the store has ``size`` bytes of it."""
+
+    def once() -> None:
+        if protocol(url) in _OBJECT_STORES:
+            upload(path)
+            _check_size(fs, path, size)
+            return
+        # A remote file system (sftp, hdfs, …) shows a file while it grows.
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        temporary = _temporary_name(path)
+        try:
+            upload(temporary)
+            _check_size(fs, temporary, size)
+            fs.mv(temporary, path)
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to tell
+                fs.rm_file(temporary)
+            raise
+
+    _ask(url, once, _upload_may_pass)
+
+
+def _check_size(fs: Any, path: str, size: int) -> None:
     try:
-        upload(temporary)
-        fs.mv(temporary, path)
-    except BaseException:
-        with suppress(Exception):  # the first error is the one to tell
-            fs.rm_file(temporary)
-        raise
+        stored = _fresh(fs).info(path)["size"]
+    except FileNotFoundError:
+        stored = "none"
+    if stored != size:
+        raise ShortBodyError(f"{size} bytes were written, and the store has {stored} of them")
+
+
+def _upload_may_pass(error: BaseException) -> bool:
+    # Google forgets an upload that goes on for too long, or that it has completed; not the bucket.
+    return may_pass(error) or status_of(error) == 410 or "upload_id=" in str(error)
 
 
 def _temporary_name(path: str) -> str:
     folder, _, name = path.rpartition("/")
     return f"{folder}/.{name[:100]}.{uuid.uuid4().hex}.tmp"
+
+
+def is_temporary_name(name: str) -> bool:
+    """Whether a file of this name is one that was being written when its process was killed."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def _copy_across(source: str, path: str) -> None:
@@ -659,8 +979,7 @@ def make_folder(url: str) -> None:
         return
     fs, path = _filesystem(url, to_write=True)
     if protocol(url) not in _OBJECT_STORES:
-        with _told(url):
-            fs.makedirs(path, exist_ok=True)
+        _ask(url, lambda: fs.makedirs(path, exist_ok=True))
 
 
 def remove(url: str) -> None:
@@ -670,8 +989,7 @@ def remove(url: str) -> None:
             Path(local_path(url)).unlink()
             return
         fs, path = _filesystem(url, to_write=True)
-        with _told(url):
-            fs.rm_file(path)
+        _ask(url, lambda: fs.rm_file(path))
 
 
 def remove_empty_folder(url: str) -> bool:
@@ -693,12 +1011,12 @@ def staging_path(output_url: str, run_id: str) -> str:
     """A local folder for files on their way to ``output_url``; made if need be.
 
     For a local output it lies inside it, so that moving a file into place is a rename on the same
-    file system; else in the system's temporary folder.
+    file system; else among this process's temporary files (``scratch``).
     """
     if is_local(output_url):
         folder = Path(local_path(output_url)) / STAGING_FOLDER / run_id
     else:
-        folder = Path(tempfile.gettempdir()) / f"earmark-{run_id}"
+        folder = scratch_folder() / run_id
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
 
@@ -712,6 +1030,7 @@ def _filesystem(url: str, *, to_write: bool = False) -> tuple[Any, str]:
     Raises:
         UsageError: The protocol is unknown, or needs an extra that is not installed.
         OutputError: It is asked to write where one can only read.
+        OSError: The file system cannot be had.
     """
     name = protocol(url)
     if to_write and name in _READ_ONLY:
@@ -719,27 +1038,74 @@ def _filesystem(url: str, *, to_write: bool = False) -> tuple[Any, str]:
             f"{public_uri(url)}: {name}:// can be read, not written; give a local folder or an "
             "object store (gs://, s3://, az://)"
         )
-    try:
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
-    except ImportError as error:
-        extra = _EXTRAS.get(name)
-        advice = (
-            f"needs the {extra} extra: pip install 'earmark[{extra}]'"
-            if extra
-            else f"needs a package that is not installed ({error})"
-        )
-        raise UsageError(f"{name}:// {advice}") from error
-    except ValueError as error:
-        raise UsageError(
-            f"{public_uri(url)} cannot be opened: {_scrub(str(error), url)}; give a local path, "
-            "or a URL such as gs://, s3://, az:// or https://"
-        ) from None
+    with _told(url):  # a file system of an archive (zip://) opens it here
+        try:
+            return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **_options(name)))
+        except ImportError as error:
+            extra = _EXTRAS.get(name)
+            advice = (
+                f"needs the {extra} extra: pip install 'earmark[{extra}]'"
+                if extra
+                else f"needs a package that is not installed ({error})"
+            )
+            raise UsageError(f"{name}:// {advice}") from error
+        except ValueError as error:
+            raise UsageError(
+                f"{public_uri(url)} cannot be opened: {_scrub(str(error), url)}; give a local path, "
+                "or a URL such as gs://, s3://, az:// or https://"
+            ) from None
+
+
+def _options(name: str) -> dict[str, Any]:
+    """What Earmark asks of a file system; what the user's fsspec configuration says wins.
+
+    For how long a request may take, aiohttp has five minutes: too long for an answer that never
+    begins, too short for an hour of audio that comes as one stream.
+    """
+    own = fsspec.config.conf.get(name, {})
+    if name in _READ_ONLY and "client_kwargs" not in own:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+        return {"client_kwargs": {"timeout": timeout}}
+    if name in ("gs", "gcs") and "requests_timeout" not in own:
+        return {"requests_timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=60, total=600)}
+    if name in ("s3", "s3a") and not own.keys() & {"session", "profile"}:
+        return {"session": _s3_session()}
+    return {}
+
+
+@cache
+def _s3_session() -> Any:
+    from aiobotocore.session import AioSession
+
+    session = AioSession()
+    session.register("after-call.s3", _refuse_empty_answer)
+    return session
+
+
+def _refuse_empty_answer(http_response: Any, parsed: Any, model: Any, **event: Any) -> None:
+    """To botocore an answer whose body has got lost is a listing, or a page of one, of nothing."""
+    is_empty = parsed.keys() <= {"ResponseMetadata", "RequestCharged"}
+    if is_empty and http_response.status_code == 200 and model.name in _S3_WITH_BODY:
+        raise ShortBodyError(f"{model.name} was answered without a word")
 
 
 def is_known(url: str) -> bool:
     """Whether ``url`` is local or has a protocol there is a file system for, installed or not."""
-    name = protocol(url)
-    return name == "file" or name in fsspec.registry or name in fsspec.available_protocols()
+    if is_local(url):
+        return True
+    name = re.split("::|://", url, maxsplit=1)[0]  # fsspec knows it in lower case alone
+    return name in fsspec.registry or name in fsspec.available_protocols()
+
+
+def _ask(
+    url: str,
+    act: Callable[[], _T],
+    may_pass: Callable[[BaseException], bool] = may_pass,
+) -> _T:
+    """What the store answers, asked again while its trouble may pass; errors as ``_told``."""
+    store = re.sub(r"(://[^/?#]*).*", r"\1", public_uri(url), count=1, flags=re.DOTALL)
+    with _told(url):
+        return ask(store, act, may_pass)
 
 
 @contextmanager
@@ -758,6 +1124,7 @@ def _told(url: str) -> Iterator[None]:
         detail = _scrub(str(error), url)
         uri = public_uri(url)
         text = f"{uri}: {reason}" + (f" ({detail})" if detail not in ("", uri) else "")
+        text += "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
         raise kind(text) from None
 
 
@@ -766,18 +1133,33 @@ def _explain(error: Exception, name: str) -> tuple[type[OSError], str]:
     if name in _READ_ONLY and isinstance(error.__cause__, Exception):
         # fsspec's http says "not found" to every failed request; the real answer is the cause.
         real = error.__cause__
-    status = getattr(real, "status", None) or getattr(real, "code", None)
-    if isinstance(real, PermissionError) or str(status) in ("401", "403"):
+    status = status_of(real)
+    # gcsfs tells a 403 by its words alone.
+    forbidden = status in (401, 403) or str(real).startswith("Forbidden: ")
+    if isinstance(real, PermissionError) or forbidden:
         return PermissionError, "access is denied; check the credentials"
     if isinstance(real, TimeoutError):
         return TimeoutError, "the store did not answer in time"
     if isinstance(real, IsADirectoryError):
         return IsADirectoryError, "is a folder, a file was expected"
-    if isinstance(real, FileNotFoundError) or str(status) in ("404", "410"):
+    if isinstance(real, FileExistsError):
+        return FileExistsError, "is there already"
+    if isinstance(real, FileNotFoundError) or status in (404, 410):
         return FileNotFoundError, "there is no such file"
+    if isinstance(real, ShortBodyError):
+        return OSError, "came or went only in part"
+    if status is not None:
+        return OSError, f"the store answered {status}"
     return OSError, f"cannot be reached: {type(real).__name__}"
+
+
+def public_text(text: str) -> str:
+    """``text`` with every URL in it as ``public_uri`` has it."""
+    if "://" not in text:
+        return text
+    return _URL_IN_TEXT.sub(lambda match: public_uri(match.group()), text)
 
 
 def _scrub(text: str, url: str) -> str:
     text = text.replace(url, public_uri(url))
-    return _URL_IN_TEXT.sub(lambda match: public_uri(match.group()), text).strip()
+    return public_text(text).strip()
