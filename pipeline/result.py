@@ -7,20 +7,17 @@ at the end of the graph (``status: done``), followed by ``_SUCCESS``.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
@@ -31,6 +28,7 @@ from transforms.ledger import (
     COMMITS,
     PARTS,
     Commit,
+    are_commits_held,
     list_unit_ids,
     part_url,
     read_commits,
@@ -42,6 +40,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 SUCCESS_FILE = "_SUCCESS"
 RUN_SCHEMA_VERSION = 1
+WRITERS_PATIENCE_S = 60.0
 
 # What a unit's files are called: ``sources.make_unit_id`` and an ending of ours.
 _UNIT_FILE = re.compile(r"^(?P<unit_id>[0-9a-f]{16,64})\.(parquet|json)$")
@@ -72,6 +71,7 @@ class ResultState:
             size, with the reason.
         superseded: Units that another commit replaces and that are still there.
         orphans: Parts without a commit, as URLs.
+        unfinished: Files that were being written when a run was killed, as URLs.
         foreign: Files in our folders that Earmark did not write, as URLs.
         succeeded: ``_SUCCESS`` is there.
     """
@@ -82,6 +82,7 @@ class ResultState:
     damaged: Mapping[str, str] = field(default_factory=dict)
     superseded: frozenset[str] = frozenset()
     orphans: tuple[str, ...] = ()
+    unfinished: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     succeeded: bool = False
 
@@ -93,59 +94,6 @@ class ResultState:
     def fingerprints(self) -> set[str]:
         """Fingerprints of everything committed."""
         return {commit.fingerprint for commit in self.commits.values()}
-
-
-@contextlib.contextmanager
-def hold_output(output: str) -> Iterator[None]:
-    """Keep a local output to this run: two that heal and write one folder would undo each other.
-
-    The folder is made if need be, and goes again if nothing came of the run. The lock is the
-    system's, on the folder itself: it needs no file, and ends with the process, however that ends.
-    Object stores have no such thing; there, units of the same name simply replace each other.
-
-    Raises:
-        OutputError: Another run holds it, or it cannot be made.
-    """
-    if not storage.is_local(output):
-        yield
-        return
-    path = Path(storage.local_path(output))
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    descriptor = _open_folder(path)
-    try:
-        _lock(descriptor, output)
-        yield
-    finally:
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            for folder in made:
-                folder.rmdir()  # only if it is empty
-
-
-def _lock(descriptor: int, output: str) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(
-            f"another run is writing to {output}; wait for it or stop it, then run this command "
-            "again, or give another --output."
-        ) from error
-    except OSError as error:
-        # Some network file systems have no locks; then it is for people to keep runs apart.
-        logger.warning("%s cannot be locked (%s): start no second run on it.", output, error)
-
-
-def _open_folder(path: Path) -> int:
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file; --output needs a folder. Give another path.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. Give another --output, or "
-            "mend its permissions."
-        ) from error
 
 
 def read_result(output: str) -> ResultState:
@@ -190,6 +138,7 @@ def read_result(output: str) -> ResultState:
         damaged={u: reason for u, reason in damaged.items() if u not in superseded},
         superseded=frozenset(superseded),
         orphans=tuple(sorted(orphans)),
+        unfinished=tuple(_list_unfinished(output)),
         foreign=tuple(foreign),
         succeeded=storage.exists(storage.join(output, SUCCESS_FILE)),
     )
@@ -224,12 +173,21 @@ def _list_parts(output: str) -> tuple[dict[tuple[str, str], int], list[str]]:
         if not storage.exists(folder):
             continue
         for file in storage.list_files(folder):
-            match = _UNIT_FILE.match(storage.file_name(file.url))
+            name = storage.file_name(file.url)
+            match = _UNIT_FILE.match(name)
             if match and storage.parent(file.url) == folder:
                 sizes[part, match["unit_id"]] = file.size or 0
-            else:
+            elif not storage.is_temporary_name(name):
                 foreign.append(file.url)
     return sizes, foreign
+
+
+def _list_unfinished(output: str) -> Iterator[str]:
+    """Files that were being written when a run was killed, wherever runs write."""
+    for folder in (output, *(storage.join(output, name) for name in (*PARTS, COMMITS))):
+        for name in storage.list_names(folder):
+            if storage.is_temporary_name(name):
+                yield storage.join(folder, name)
 
 
 def _missing_part(commit: Commit, sizes: Mapping[tuple[str, str], int]) -> str | None:
@@ -242,15 +200,35 @@ def _missing_part(commit: Commit, sizes: Mapping[tuple[str, str], int]) -> str |
     return None
 
 
+def wait_for_writers(output: str) -> None:
+    """Wait for workers of a run that was killed: they see it after some seconds, and may commit.
+
+    Raises:
+        OutputError: They live on.
+    """
+    if not are_commits_held(output):
+        return
+    logger.info("waiting for processes of an earlier run that still write to %s", output)
+    deadline = time.monotonic() + WRITERS_PATIENCE_S
+    while are_commits_held(output):
+        if time.monotonic() > deadline:
+            raise OutputError(
+                f"processes of an earlier run still write to {output}, and did not end within "
+                f"{WRITERS_PATIENCE_S:g} s; stop them, then run this command again."
+            )
+        time.sleep(0.1)
+
+
 def heal(state: ResultState) -> None:
     """Bring a result in order before work starts: what does not count goes.
 
     Damaged units are removed and so done again; leftovers of replaced units, parts without a
-    commit and staged files of runs that died go. Nothing else is touched.
+    commit, files that were being written and staged files of runs that died go. Nothing else is
+    touched.
     """
     for unit_id in (*state.damaged, *sorted(state.superseded)):
         remove_unit(state.output, unit_id)
-    for url in state.orphans:
+    for url in (*state.orphans, *state.unfinished):
         storage.remove(url)
     remove_staging(state.output)
 
@@ -282,7 +260,7 @@ def remove_result(state: ResultState) -> None:
     storage.remove(storage.join(state.output, SUCCESS_FILE))
     for unit_id in (*state.commits, *state.damaged, *sorted(state.superseded)):
         remove_unit(state.output, unit_id)
-    for url in state.orphans:
+    for url in (*state.orphans, *state.unfinished):
         storage.remove(url)
     remove_staging(state.output)
     storage.remove(storage.join(state.output, RUN_FILE))
@@ -423,8 +401,9 @@ class FinishRun:
                 "vanished_items": self.vanished_items,
             },
         }
-        write_run(self.output, run)
-        storage.write_bytes(storage.join(self.output, SUCCESS_FILE), b"")
+        with storage.writing_to(self.output):
+            write_run(self.output, run)
+            storage.write_bytes(storage.join(self.output, SUCCESS_FILE), b"")
 
     def _check(self, new: RunTotals) -> None:
         if new.units != self.num_units:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,26 +24,32 @@ from rich.console import Console
 from pipeline.backlog import count_found_items
 from pipeline.config import DEFAULT_RUNNER, RunConfig, given_output
 from pipeline.graph import RunTotals, build_graph
+from pipeline.output_lock import hold_output
 from pipeline.plan import RunPlan, counted, describe_plan, make_plan
 from pipeline.progress import ProgressCounts, ProgressDisplay, format_audio, format_duration
 from pipeline.result import (
     SUCCESS_FILE,
     FinishRun,
     heal,
-    hold_output,
     read_run,
     remove_result,
     remove_staging,
     utc_now,
+    wait_for_writers,
     write_run,
 )
 from transforms import storage
+from transforms.clip_ids import for_terminal
 from transforms.commit import live_counts
 from transforms.errors import ConfigError, OutputError
 from transforms.ledger import UnitTotals, list_unit_ids, read_commit, read_failures
+from transforms.scratch import sweep, temporary_files_in_scratch
 
 # Listing a remote folder takes a while: what others commit is looked up every few seconds.
 COMMIT_POLL_INTERVAL_S = 5.0
+
+# Names and messages may be long; the whole of them stands in the errors table.
+MAX_EXAMPLE_CHARS = 1000
 
 EXIT_DONE = 0
 EXIT_TOO_MANY_FAILED = 3
@@ -70,12 +78,15 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
     options = pipeline_options(config, beam_options)
     remote = is_remote(options)
-    with hold_output(storage.normalise(given_output(config))):
+    sweep()
+    output = storage.normalise(given_output(config))
+    with hold_output(output, on_lost=_interrupt_main_thread):
+        wait_for_writers(output)
         plan = make_plan(config, is_remote=remote)
         if remote:
             check_reachable(plan)
         for line in describe_plan(plan):
-            console.print(line, markup=False)
+            console.print(for_terminal(line), markup=False)
         finish = prepare_output(plan, config)
         started = time.monotonic()
         if plan.units:
@@ -86,6 +97,11 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
         else:
             finish(RunTotals())
         return report(plan.output, config, time.monotonic() - started)
+
+
+def _interrupt_main_thread() -> None:
+    # A signal, because it ends whatever the main thread is waiting for.
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def pipeline_options(config: RunConfig, beam_options: list[str]) -> PipelineOptions:
@@ -186,14 +202,17 @@ def prepare_output(plan: RunPlan, config: RunConfig) -> FinishRun:
     Raises:
         OutputError: The output cannot be written.
     """
+    is_new = bool(plan.units) or not plan.state.succeeded
+    run = {**plan.run, "status": "running", "started_utc": utc_now()}
     try:
+        if is_new:
+            # First: from here on, whoever looks must not take the result for a whole one.
+            storage.remove(storage.join(plan.output, SUCCESS_FILE))
         if config.overwrite:
             remove_result(plan.state)
         else:
             heal(plan.state)
-        run = {**plan.run, "status": "running", "started_utc": utc_now()}
-        if plan.units or not plan.state.succeeded:
-            storage.remove(storage.join(plan.output, SUCCESS_FILE))
+        if is_new:
             write_run(plan.output, run)
     except OSError as error:
         raise OutputError(
@@ -222,7 +241,8 @@ def run_graph(
     quiet: bool,
 ) -> None:
     """Run the graph to its end, with progress on the terminal."""
-    pipeline = beam.Pipeline(options=options)
+    with temporary_files_in_scratch():  # it makes a folder that would stay if the run is killed
+        pipeline = beam.Pipeline(options=options)
     build_graph(pipeline, plan.units, plan.label, plan.commit, finish)
     total_windows = sum(unit.estimated_windows for unit in plan.units)
     with ProgressDisplay(
@@ -301,14 +321,15 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     engines: list[str] = run["engines"]
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
     for line in closing_lines(output, totals, engines, elapsed_s):
-        console.print(line, markup=False)
+        console.print(for_terminal(line), markup=False)
     failures, items = totals["found_failures"], totals["found_items"]
     # Failures are always said aloud, however quiet the run is to be.
     loud = Console(stderr=True, highlight=False, soft_wrap=True)
     if failures:
         loud.print(
             f"{failures:,} of {counted(items, 'item')} could not be labelled; why stands in "
-            f"{storage.join(output, 'errors')}/*.parquet. --retry-failed tries them again.",
+            f"{for_terminal(storage.join(output, 'errors'))}/*.parquet. "
+            "--retry-failed tries them again.",
             markup=False,
         )
         loud.print(f"One of them: {example_failure(output)}", markup=False)
@@ -329,12 +350,13 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
 
 
 def example_failure(output: str) -> str:
-    """An item that could not be labelled, and why."""
+    """An item that could not be labelled, and why: one line, fit for a terminal."""
     names = set(storage.list_names(storage.join(output, "errors")))
     unit_id = next(name for name in list_unit_ids(output) if f"{name}.parquet" in names)
     row = read_failures(output, unit_id)[0]
     where = "" if row["message"].startswith(row["uri"]) else f"{row['clip_id']}: "
-    return f"{where}{row['message']}"
+    text = for_terminal(f"{where}{row['message']}")
+    return text if len(text) <= MAX_EXAMPLE_CHARS else f"{text[:MAX_EXAMPLE_CHARS]}…"
 
 
 def closing_lines(

@@ -1,5 +1,8 @@
 """A run that is killed or interrupted in the middle: what stays, and what the next run makes of it.
 
+``benchmarks/reliability/kill_runs.py`` does so again and again, with real recordings; a few of its
+rounds are played here, and what it looks for is shown to be found.
+
 The runs under test are real processes, found by a mark in their environment: decoders live in
 sessions of their own, so that a process group would not name them all.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +22,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from benchmarks.reliability.kill_runs import (
+    Bench,
+    BrokenPromiseError,
+    Setup,
+    Untouched,
+    check_same_rows,
+    check_whole,
+    make_bench,
+    random_round,
+    signal_round,
+    together_round,
+)
 from pipeline.config import RunConfig
+from pipeline.result import wait_for_writers
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests.model_factory import write_tiny_model
+from transforms.errors import OutputError
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE_HZ = 16_000
@@ -243,3 +262,145 @@ def test_an_interrupted_run_says_how_to_go_on_and_leaves_nothing_behind(
     assert run_label(config_of(slow_model, clips, out), []) == 0
     assert before.items() < committed_files(out).items()
     assert len(rows_of(out, "clips")) == NUM_CLIPS
+
+
+HOLD = """
+import sys, time
+from transforms.ledger import hold_commits
+hold_commits(sys.argv[1])
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def worker_that_outlives_its_run(tmp_path: Path) -> Iterator[Callable[[float], None]]:
+    """Starts a process that may commit to ``tmp_path / "out"`` for a number of seconds."""
+    started = []
+
+    def start_worker(seconds: float) -> None:
+        command = [sys.executable, "-c", HOLD, str(tmp_path / "out"), str(seconds)]
+        started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout.readline() == "held\n"
+
+    yield start_worker
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_run_waits_for_workers_that_may_still_commit(
+    worker_that_outlives_its_run: Callable[[float], None],
+    slow_model: Path,
+    clips: Path,
+    tmp_path: Path,
+) -> None:
+    worker_that_outlives_its_run(2.0)
+    began_s = time.monotonic()
+    wait_for_writers(str(tmp_path / "out"))
+    assert 1.0 < time.monotonic() - began_s < 30.0
+    assert run_label(config_of(slow_model, clips, tmp_path / "out"), []) == 0
+    wait_for_writers(str(tmp_path / "out"))  # a run that has ended is waited for by nobody
+
+
+def test_a_run_is_refused_when_such_workers_do_not_end(
+    worker_that_outlives_its_run: Callable[[float], None],
+    slow_model: Path,
+    clips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.result.WRITERS_PATIENCE_S", 0.2)
+    worker_that_outlives_its_run(120.0)
+    with pytest.raises(OutputError, match=r"still write to .*; stop them, then run this command"):
+        run_label(config_of(slow_model, clips, tmp_path / "out"), [])
+    assert not list((tmp_path / "out").rglob("*.*"))
+
+
+# --- Rounds of the benchmark ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        folder = tmp_path_factory.mktemp("bench")
+        yield make_bench(folder, sorted(clips.iterdir()), seed=1, windows_per_unit=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("play", [random_round, signal_round, together_round])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_round_of_kills_breaks_no_promise(
+    bench: Bench, play: Callable[[Bench, int], None], number: int
+) -> None:
+    play(bench, number)
+    assert sum(bench.tally.kills.values()) > 0
+
+
+@pytest.fixture(scope="module")
+def whole(slow_model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("whole") / "out"
+    assert run_label(config_of(slow_model, clips, out), []) == 0
+    return out
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+def first(out: Path, pattern: str) -> Path:
+    return min(out.glob(pattern))
+
+
+def moved(table: pa.Table) -> pa.Table:
+    rows = table.to_pylist()
+    rows[0]["embedding"][0] += 2e-5
+    return pa.Table.from_pylist(rows, schema=table.schema)
+
+
+def relabelled(table: pa.Table) -> pa.Table:
+    rows = table.to_pylist()
+    rows[0]["labels"].reverse()
+    return pa.Table.from_pylist(rows, schema=table.schema)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda table: table.slice(1), "39 rows, 40"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "41 rows, 40"),
+        (moved, "off"),
+        (relabelled, "is another"),
+    ],
+    ids=["a row lost", "a row twice", "a number moved", "labels in another order"],
+)
+def test_the_benchmark_finds_other_rows(
+    whole: Path, tmp_path: Path, change: Callable[[pa.Table], pa.Table], words: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    check_same_rows(out, whole)
+    rewrite(first(out, "clips/*"), change)
+    with pytest.raises(BrokenPromiseError, match=words):
+        check_same_rows(out, whole)
+
+
+def test_the_benchmark_finds_files_that_were_left_and_parts_written_again(
+    whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "_commits" / ".x.json.tmp").touch()
+    with pytest.raises(BrokenPromiseError, match=r"too many \['_commits/\.x\.json\.tmp'\]"):
+        check_whole(out, whole, Setup([], tmp_path, tmp_path, 1))
+    untouched = Untouched(out)
+    untouched.look()
+    part = first(out, "windows/*")
+    shutil.copy2(part, tmp_path / "copy")
+    (tmp_path / "copy").replace(part)
+    with pytest.raises(BrokenPromiseError, match="has been written again"):
+        untouched.look()
+    part.unlink()
+    with pytest.raises(BrokenPromiseError, match="is gone"):
+        untouched.look()

@@ -14,7 +14,8 @@ import pytest
 import soundfile
 
 from pipeline.config import RunConfig
-from pipeline.result import hold_output, read_result
+from pipeline.output_lock import hold_output
+from pipeline.result import read_result
 from pipeline.run import is_remote, pipeline_options, run_label
 from pipeline.verify import run_verify, verify_result
 from transforms.errors import ConfigError, InputError, OutputError

@@ -9,8 +9,10 @@ nothing, and a replaced commit that is still there is recognised by the one that
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import uuid
 from collections import Counter
@@ -39,6 +41,7 @@ from transforms.ledger import (
     commit_url,
     container_version,
     file_sha256,
+    hold_commits,
     item_version,
     part_url,
     read_commit,
@@ -187,10 +190,13 @@ class OpenUnit:
 
     def discard(self) -> None:
         """Forget the unit and its staged files."""
-        if self._writer is not None:
-            self._writer.close()
+        with contextlib.suppress(OSError):  # on a full disk closing fails, and why was said
+            if self._writer is not None:
+                self._writer.close()
+        self._writer = None
         for part in PARTS:
-            self._staged_path(part).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # heal removes what cannot be removed now
+                self._staged_path(part).unlink(missing_ok=True)
 
     def _staged_path(self, part: str) -> Path:
         return self._staging / f"{self._unit_id}.{part}.parquet"
@@ -460,6 +466,7 @@ class _CommitUnitsFn(beam.DoFn):
     def __init__(self, settings: CommitSettings) -> None:
         self._settings = settings
         self._open: dict[str, OpenUnit] = {}
+        self._hold: int | None = None
         self._counters = {
             name: Metrics.counter("earmark", name)
             for name in ("units_committed", "clips_labelled", "items_failed", "windows_labelled")
@@ -468,7 +475,9 @@ class _CommitUnitsFn(beam.DoFn):
     def setup(self) -> None:
         # Several instances may write at once: each has a folder of its own.
         name = f"{self._settings.run_id}-{uuid.uuid4().hex[:8]}"
-        self._staging = Path(storage.staging_path(self._settings.output, name))
+        with storage.writing_to(self._settings.output):
+            self._staging = Path(storage.staging_path(self._settings.output, name))
+            self._hold = hold_commits(self._settings.output)
 
     def start_bundle(self) -> None:
         self._discard_open()
@@ -478,10 +487,11 @@ class _CommitUnitsFn(beam.DoFn):
         unit = self._open.get(unit_id)
         if unit is None:
             unit = self._open[unit_id] = OpenUnit(self._settings, self._staging, unit_id)
-        unit.add(event)
+        with storage.writing_to(self._settings.output):
+            unit.add(event)
+            commit = unit.commit() if unit.is_complete else None
         _count_live(event, unit.audio)
-        if unit.is_complete:
-            commit = unit.commit()
+        if commit is not None:
             del self._open[unit_id]
             self._count(commit)
             yield UnitSummary.of(commit)
@@ -505,6 +515,9 @@ class _CommitUnitsFn(beam.DoFn):
     def teardown(self) -> None:
         self._discard_open()
         shutil.rmtree(self._staging, ignore_errors=True)
+        if self._hold is not None:
+            os.close(self._hold)
+            self._hold = None
 
     def _discard_open(self) -> None:
         for unit in self._open.values():

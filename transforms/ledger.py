@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -227,6 +229,39 @@ def read_commits(output: str) -> tuple[dict[str, Commit], list[str]]:
         commits = dict(zip(unit_ids, threads.map(read, unit_ids), strict=True))
     whole = {unit_id: commit for unit_id, commit in commits.items() if commit is not None}
     return whole, [unit_id for unit_id in unit_ids if unit_id not in whole]
+
+
+def hold_commits(output: str) -> int | None:
+    """Say that this process may commit, for as long as the descriptor that is returned is open.
+
+    A run's workers may outlive it by some seconds. The lock is the system's and ends with the
+    process, however that ends; a remote output has none.
+    """
+    if not storage.is_local(output):
+        return None
+    folder = storage.join(output, COMMITS)
+    storage.make_folder(folder)
+    descriptor = os.open(storage.local_path(folder), os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def are_commits_held(output: str) -> bool:
+    """Whether a process lives that may commit here; False where that cannot be known."""
+    folder = storage.join(output, COMMITS)
+    if not storage.is_local(output) or not storage.exists(folder):
+        return False
+    descriptor = os.open(storage.local_path(folder), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def remove_unit(output: str, unit_id: str) -> None:

@@ -1,0 +1,252 @@
+"""One run at a time per output: two that heal and write one folder would undo each other.
+
+A local folder is locked by the system, on the folder itself: that needs no file, and ends with the
+process, however that ends. Object stores have no locks. There a run leaves a small file that says
+who it is, made only if there is none, and rewrites it every few seconds: its heartbeat. A file that
+has not changed for a while was left by a run that died. Nobody's clock is compared with another's:
+whoever finds the file watches it for that while, which is also longer than workers outlive a run
+that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transforms import storage
+from transforms.errors import OutputError, OutputLostError
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "_lock.json"
+HEARTBEAT_S = 10.0
+# Of a holder that is stuck (a store that does not answer, a machine that swaps) four heartbeats
+# may fail to come before it is taken for dead.
+PATIENCE_S = 50.0
+POLL_S = 2.0
+
+
+@contextlib.contextmanager
+def hold_output(output: str, on_lost: Callable[[], None] | None = None) -> Iterator[None]:
+    """Keep an output to this run.
+
+    A local folder is made if need be, and goes again if nothing came of the run.
+
+    Args:
+        output: The result's folder, as ``storage.normalise`` gives it.
+        on_lost: Called from another thread when another run has taken a remote output over while
+            this one was stuck; it must stop this run. None: the run goes on to its end.
+
+    Raises:
+        OutputError: Another run holds it, or it cannot be written.
+        OutputLostError: At the end, if another run has taken it over meanwhile; takes the place
+            of whatever ended the run.
+    """
+    if storage.is_local(output):
+        with _hold_folder(Path(storage.local_path(output)), output):
+            yield
+    else:
+        with _hold_remote(output, on_lost):
+            yield
+
+
+# --- Local ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _hold_folder(path: Path, output: str) -> Iterator[None]:
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    descriptor = _open_folder(path)
+    try:
+        _lock(descriptor, output)
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()  # only if it is empty
+
+
+def _lock(descriptor: int, output: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(_words_for_held(output, "another run")) from error
+    except OSError as error:
+        # Some network file systems have no locks; then it is for people to keep runs apart.
+        logger.warning("%s cannot be locked (%s): start no second run on it.", output, error)
+
+
+def _open_folder(path: Path) -> int:
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; --output needs a folder. Give another path.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}. Give another --output, or "
+            "mend its permissions."
+        ) from error
+
+
+def _words_for_held(output: str, holder: str) -> str:
+    return (
+        f"{holder} is writing to {storage.public_uri(output)}; wait for it or stop it, then run "
+        "this command again, or give another --output."
+    )
+
+
+# --- Remote --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """Who holds an output.
+
+    Attributes:
+        token: Of this one run.
+        machine: The name of the machine it runs on, for messages.
+        process: Its process there, for messages.
+        heartbeat: How often the file has been written.
+    """
+
+    token: str
+    machine: str
+    process: int
+    heartbeat: int = 0
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> _Holder:
+        try:
+            return _Holder(**json.loads(data))
+        except (ValueError, TypeError):
+            return _Holder("?", "?", 0)  # damaged: watched like any other
+
+    def describe(self) -> str:
+        return f"another run (process {self.process} on {self.machine})"
+
+
+@contextlib.contextmanager
+def _hold_remote(output: str, on_lost: Callable[[], None] | None) -> Iterator[None]:
+    url = storage.join(output, LOCK_FILE)
+    holder = _Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid())
+    try:
+        storage.make_folder(output)  # where one cannot write at all, names the output
+        _acquire(url, output, holder)
+    except OSError as error:
+        raise OutputError(
+            f"{storage.public_uri(output)} cannot be written: {error}. Give another --output, or "
+            "mend the rights to it."
+        ) from error
+    heart = _Heart(url, holder, on_lost)
+    heart.start()
+    try:
+        yield
+    finally:
+        heart.stop()
+        if heart.lost:
+            raise OutputLostError(
+                f"another run has taken {storage.public_uri(output)} over while this one was "
+                "stuck; nothing is lost. Let that run end, then run this command again."
+            )
+        try:
+            storage.remove(url)
+        except OSError as error:
+            logger.warning(
+                "%s could not be removed (%s): the next run will watch it for %.0f s.",
+                storage.public_uri(url),
+                error,
+                PATIENCE_S,
+            )
+
+
+def _acquire(url: str, output: str, holder: _Holder) -> None:
+    if storage.create_bytes(url, holder.to_json()):
+        return
+    other = _read_holder(url)
+    if other is not None:
+        _watch(url, output, other)
+    storage.remove(url)
+    if not storage.create_bytes(url, holder.to_json()):
+        raise OutputError(_words_for_held(output, "another run"))
+
+
+def _watch(url: str, output: str, other: _Holder) -> None:
+    """Return when ``other`` shows no sign of life for long enough.
+
+    Raises:
+        OutputError: It is alive, or another has come in its place.
+    """
+    logger.info(
+        "%s holds %s, or was killed while it did; watching it for up to %.0f s.",
+        other.describe(),
+        storage.public_uri(output),
+        PATIENCE_S,
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        now = _read_holder(url)
+        if now is None:
+            return  # it has just ended
+        if now != other:
+            raise OutputError(_words_for_held(output, now.describe()))
+
+
+def _read_holder(url: str) -> _Holder | None:
+    try:
+        return _Holder.from_json(storage.read_bytes(url))
+    except FileNotFoundError:
+        return None
+
+
+class _Heart(threading.Thread):
+    """Rewrites the lock file until it is stopped, or finds another's in its place."""
+
+    def __init__(self, url: str, holder: _Holder, on_lost: Callable[[], None] | None) -> None:
+        super().__init__(name="earmark-heartbeat", daemon=True)
+        self._url = url
+        self._holder = holder
+        self._on_lost = on_lost
+        self._stopped = threading.Event()
+        self.lost = False
+
+    def run(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_S):
+            try:
+                if not self._beat():
+                    return
+            except OSError as error:
+                # The run itself will say so, if it lasts.
+                logger.warning("%s: no heartbeat (%s).", storage.public_uri(self._url), error)
+
+    def _beat(self) -> bool:
+        found = _read_holder(self._url)
+        if found is not None and found.token != self._holder.token:
+            self.lost = True
+            if self._on_lost is not None:
+                self._on_lost()
+            return False
+        heartbeat = self._holder.heartbeat + 1
+        self._holder = dataclasses.replace(self._holder, heartbeat=heartbeat)
+        storage.write_bytes(self._url, self._holder.to_json())
+        return True
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
