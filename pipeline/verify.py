@@ -10,6 +10,7 @@ what is there.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,13 +25,15 @@ from rich.markup import escape
 
 from pipeline.result import RUN_FILE, SUCCESS_FILE, ResultState, read_result
 from transforms import storage
-from transforms.errors import InputError
+from transforms.clip_ids import for_terminal
+from transforms.errors import InputError, OutputError
 from transforms.ledger import (
     Commit,
     PartInfo,
     UnitTotals,
     commit_url,
     file_sha256,
+    list_unit_ids,
     part_url,
     read_part,
 )
@@ -90,7 +93,13 @@ def run_verify(folder: str, quiet: bool = False) -> int:
     output = storage.normalise(folder)
     name = storage.public_uri(output)
     console = Console(stderr=False, highlight=False, soft_wrap=True)
-    state = read_result(output)
+    try:
+        state = read_result(output)
+    except OutputError as error:
+        if not _has_commits(output):
+            raise
+        console.print(f"damaged {error}", markup=False)
+        return EXIT_DAMAGED
     if not state.is_result:
         raise InputError(
             f"{name} holds no result of Earmark: no {RUN_FILE} and no commits. "
@@ -100,7 +109,8 @@ def run_verify(folder: str, quiet: bool = False) -> int:
     for finding in findings:
         if finding.kind is not Kind.STRAY or not quiet:
             where = storage.public_uri(finding.name)
-            words = f"[bold red]{finding.kind.value}[/] {escape(f'{where}: {finding.problem}')}"
+            text = escape(for_terminal(f"{where}: {finding.problem}"))
+            words = f"[bold red]{finding.kind.value}[/] {text}"
             console.print(words, markup=True)
     kinds = {finding.kind for finding in findings} - {Kind.STRAY}
     counts = _counts(state)
@@ -114,6 +124,13 @@ def run_verify(folder: str, quiet: bool = False) -> int:
     if not quiet:
         console.print(f"{name} is whole: {counts}.", markup=False)
     return EXIT_WHOLE
+
+
+def _has_commits(output: str) -> bool:
+    try:
+        return bool(list_unit_ids(output))
+    except OSError:
+        return False
 
 
 def _counts(state: ResultState) -> str:
@@ -261,7 +278,7 @@ def _check_file(url: str, info: PartInfo) -> str | None:
 
 _COLUMNS = {
     "windows": ["clip_id", "window_index"],
-    "clips": ["clip_id", "num_windows"],
+    "clips": ["clip_id", "num_windows", "duration_s"],
     "errors": ["clip_id"],
 }
 
@@ -280,17 +297,45 @@ def _read_checked(
     return table, None
 
 
-def _check_rows(commit: Commit, tables: dict[str, pa.Table]) -> Iterator[Finding]:
+def _miscounted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
+    """Which of a commit's totals its rows do not bear out."""
     totals = commit.totals
+    num_clips = tables["clips"].num_rows
     num_failures = tables["errors"].num_rows if "errors" in tables else 0
-    if (tables["clips"].num_rows, num_failures) != (totals.clips, totals.failures):
-        yield Finding(
-            commit.unit_id,
-            f"it has {tables['clips'].num_rows} clips and {num_failures} failures, and its commit "
-            f"says {totals.clips} and {totals.failures}",
-            Kind.CHANGED,
-            commit.unit_id,
-        )
+    audio_s = pc.sum(tables["clips"]["duration_s"]).as_py() or 0.0
+    for name, found, said in (
+        ("clips", num_clips, totals.clips),
+        ("failures", num_failures, totals.failures),
+        ("items", num_clips + num_failures, totals.items),
+        ("windows", tables["windows"].num_rows, totals.windows),
+    ):
+        if found != said:
+            return f"it has {found} {name}, and its commit says {said}"
+    if not math.isclose(audio_s, totals.audio_s, rel_tol=1e-9, abs_tol=1e-6):
+        return f"it has {audio_s} s of audio, and its commit says {totals.audio_s}"
+    return None
+
+
+def _unlisted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
+    """Which item of the ledger has no row: a run would take it for done, or do it twice."""
+    there = {
+        clip_id
+        for part in ("clips", "errors")
+        if part in tables
+        for clip_id in tables[part]["clip_id"].to_pylist()
+    }
+    listed = {entry.clip_id for entry in commit.ledger.items}
+    if listed - there:
+        return f"its commit lists {min(listed - there)}, which has no row"
+    # A container that broke off has a row of its own, beside those of the items asked for.
+    if listed and commit.ledger.container is None and there - listed:
+        return f"it has a row of {min(there - listed)}, which its commit does not list"
+    return None
+
+
+def _check_rows(commit: Commit, tables: dict[str, pa.Table]) -> Iterator[Finding]:
+    if problem := _miscounted(commit, tables) or _unlisted(commit, tables):
+        yield Finding(commit.unit_id, problem, Kind.CHANGED, commit.unit_id)
     expected = dict(
         zip(
             tables["clips"]["clip_id"].to_pylist(),

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_averysecrettokenofthetests"
@@ -98,7 +98,6 @@ def serve_hub(root: Path, repo_id: str = "org/tiny") -> Iterator[type[FakeHub]]:
 
 def use_hub(hub: type[FakeHub], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make huggingface_hub ask this hub, with the tests' token, and keep what it gets in cache."""
-    constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(
         constants,

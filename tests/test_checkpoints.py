@@ -22,6 +22,7 @@ import transformers
 
 from tests.fake_hub import COMMIT, TOKEN, FakeHub, serve_hub, use_hub
 from tests.test_spectrogram_transformer import TINY, assert_close, make_input, make_pair, randomise
+from transforms import retries
 from transforms.checkpoints import (
     ModelOverrides,
     ModelSpec,
@@ -835,7 +836,11 @@ def test_the_published_checkpoints_are_listed() -> None:
         assert entry.window_s == (10.255 if entry.labels == "audioset" else 1.295)
 
 
-def test_a_name_with_a_signature_is_kept_out_of_words_and_records(tmp_path: Path) -> None:
+def test_a_name_with_a_signature_is_kept_out_of_words_and_records(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_S", 0.0)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.01)
     url = "http://127.0.0.1:9/model.pth?X-Amz-Signature=secretsignature"
     with pytest.raises(ModelError, match=r"model http://127\.0\.0\.1:9/model\.pth: ") as raised:
         resolve_model(url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -13,13 +14,14 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 
 from tests.model_factory import write_tiny_model
+from transforms import inference
 from transforms.checkpoints import ModelSpec, load_model, resolve_model
-from transforms.errors import ConfigError
+from transforms.errors import ConfigError, DeviceError
 from transforms.inference import (
     ASTModelHandler,
     InferenceSettings,
+    SafePredictor,
     TorchEngine,
-    predict_safely,
     resolve_batch_size,
     resolve_device,
     resolve_engine,
@@ -126,11 +128,45 @@ class MemoryLimit:
         MemoryError(),
     ],
 )
-def test_out_of_memory_halves_the_batch_and_keeps_the_order(error: Exception) -> None:
+def test_out_of_memory_halves_the_batch_keeps_the_order_and_is_remembered(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     batch, predict = features(8), MemoryLimit(2, error)
-    predictions = predict_safely(predict, batch, "e")
-    assert predict.sizes == [8, 4, 2, 2, 4, 2, 2]
+    safe = SafePredictor(predict, "torch cuda bf16")
+    predictions = safe(batch)
+    assert predict.sizes == [8, 4, 2, 2, 2, 2]
     np.testing.assert_array_equal([p.embedding for p in predictions], batch[:, 0, :2])
+    predict.sizes = []
+    assert len(safe(batch[:5])) == 5
+    assert predict.sizes == [2, 2, 1]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Out of memory on torch cuda bf16 with 8 windows a batch; going on with 2. To begin so: "
+        "--batch-size 2"
+    ]
+
+
+def test_memory_that_gets_scarcer_is_said_again(caplog: pytest.LogCaptureFixture) -> None:
+    predict = MemoryLimit(4, MemoryError())
+    safe = SafePredictor(predict, "e")
+    assert len(safe(features(8))) == 8
+    predict.limit = 1
+    assert len(safe(features(3))) == 3
+    told = [record.getMessage().partition(";")[2] for record in caplog.records]
+    assert told == [
+        " going on with 4. To begin so: --batch-size 4",
+        " going on with 1. To begin so: --batch-size 1",
+    ]
+
+
+def test_a_single_window_waits_for_memory_and_then_gives_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(inference.time, "sleep", waited.append)
+    safe = SafePredictor(MemoryLimit(0, torch.OutOfMemoryError("CUDA out of memory")), "e")
+    with pytest.raises(DeviceError, match=r"e: out of memory with a single window \(CUDA out of"):
+        safe(features(2))
+    assert waited == [1.0, 5.0, 20.0]
 
 
 def test_a_poisoned_window_is_isolated_and_the_rest_is_kept() -> None:
@@ -141,8 +177,32 @@ def test_a_poisoned_window_is_isolated_and_the_rest_is_kept() -> None:
 
     batch = features(5)
     batch[3] = 99
-    errors = [p.error for p in predict_safely(predict, batch, "e")]
+    safe = SafePredictor(predict, "e")
+    errors = [p.error for p in safe(batch)]
     assert errors == [None, None, None, "ValueError: bad window", None]
+    # After that, a batch of such windows alone is still theirs, not the device's.
+    assert [p.error for p in safe(batch[3:4])] == ["ValueError: bad window"]
+
+
+def test_what_has_never_worked_is_not_the_windows_fault() -> None:
+    def predict(batch: FloatArray) -> list[Prediction]:
+        raise ValueError("no kernel")
+
+    with pytest.raises(DeviceError, match="e: the model cannot be run: ValueError: no kernel"):
+        SafePredictor(predict, "e")(features(3))
+
+
+def test_an_output_of_another_shape_is_an_error(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = TorchEngine._embed
+
+    def one_too_many(self: TorchEngine, batch: FloatArray) -> Any:
+        return embed(self, np.concatenate([batch, batch[:1]]))
+
+    monkeypatch.setattr(TorchEngine, "_embed", one_too_many)
+    with pytest.raises(RuntimeError, match=r"an embedding of shape \(3, 32\), not \(2, 32\)"):
+        engine.predict(features(2))
 
 
 def test_a_device_that_is_not_there_is_an_error() -> None:

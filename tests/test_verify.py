@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import cli
 from pipeline.config import RunConfig
 from pipeline.result import read_result
 from pipeline.run import run_label
@@ -21,6 +27,7 @@ from transforms import storage
 
 RERUN = "un the same earmark label command again"
 CapturedText = pytest.CaptureFixture[str]
+Damage = Callable[[Path], Any]
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +265,219 @@ def test_a_clip_in_two_units_is_found(out: Path) -> None:
     found = [f for f in verify_result(read_result(str(out))) if "twice" in f.problem]
     assert found
     assert {(finding.kind, finding.unit_id) for finding in found} == {(Kind.CHANGED, other)}
+
+
+# --- Every planted damage, by the command itself -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result with every kind of part: four units, two of them with failures, one of a tar."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "clips").mkdir()
+    for index in range(4):
+        write(folder / "clips" / f"{index}.wav", noise(1.0, seed=index), 16_000)
+    for index in range(2):
+        (folder / "clips" / f"bad{index}.wav").write_bytes(b"no audio" * 99)
+    with tarfile.open(folder / "clips" / "a.tar", "w") as archive:
+        archive.add(folder / "clips" / "0.wav", "x.wav")
+        archive.add(folder / "clips" / "bad0.wav", "y.wav")
+    arguments = ["label", str(folder / "clips"), "-o", str(folder / "out"), "-m", str(tiny_model)]
+    settings = ["--set", "units.windows=2", "--set", "decode.processes=1", "-q"]
+    assert cli.main([*arguments, *settings, "--max-failed", "1"]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def planted(mixed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mixed, tmp_path / "out"))
+
+
+def change_commit(change: Callable[[dict[str, Any]], Any], part: str = "clips") -> Damage:
+    """Change the commit of a unit that has a part of this name."""
+
+    def damage(out: Path) -> None:
+        path = out / "_commits" / f"{first(out / part).stem}.json"
+        commit = json.loads(path.read_text())
+        change(commit)
+        path.write_text(json.dumps(commit))
+
+    return damage
+
+
+def add_to(*keys: str) -> Callable[[dict[str, Any]], None]:
+    """Add one to a number in a commit."""
+
+    def change(values: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            values = values[key]
+        values[keys[-1]] += 1
+
+    return change
+
+
+def rewrite_part(part: str, change: Callable[[pa.Table], pa.Table]) -> Damage:
+    """Change a part's rows, and its commit so that sizes and hashes agree."""
+
+    def damage(out: Path) -> None:
+        path = first(out / part)
+        table = pq.read_table(path)
+        pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
+        content = path.read_bytes()
+        commit_path = out / "_commits" / f"{path.stem}.json"
+        commit = json.loads(commit_path.read_text())
+        info = commit["parts"][part]
+        info.update(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        info["num_rows"] = pq.read_metadata(path).num_rows
+        commit_path.write_text(json.dumps(commit))
+
+    return damage
+
+
+def flip(part: str) -> Damage:
+    return lambda out: flip_byte(first(out / part))
+
+
+def cut(part: str, num_bytes: int) -> Damage:
+    def damage(out: Path) -> None:
+        os.truncate(first(out / part), first(out / part).stat().st_size - num_bytes)
+
+    return damage
+
+
+def empty_footer(part: str) -> Damage:
+    """The last bytes are zeros, and the size is the same: as after a power cut."""
+
+    def damage(out: Path) -> None:
+        content = first(out / part).read_bytes()
+        first(out / part).write_bytes(content[:-200] + bytes(200))
+
+    return damage
+
+
+def remove(part: str) -> Damage:
+    return lambda out: first(out / part).unlink()
+
+
+def remove_parts(out: Path) -> None:
+    unit = first(out / "errors").stem
+    for part in ("windows", "clips", "errors"):
+        (out / part / f"{unit}.parquet").unlink()
+
+
+def remove_folder(part: str) -> Damage:
+    return lambda out: shutil.rmtree(out / part)
+
+
+def copy_unit(out: Path) -> None:
+    """Every row of a unit twice, under another name that is whole in itself."""
+    unit, other = first(out / "_commits").stem, "f" * 20
+    for path in [*out.glob(f"*/{unit}.*")]:
+        shutil.copy(path, path.with_name(f"{other}{path.suffix}"))
+    commit = json.loads((out / "_commits" / f"{other}.json").read_text())
+    (out / "_commits" / f"{other}.json").write_text(json.dumps({**commit, "unit_id": other}))
+
+
+def add_part(out: Path) -> None:
+    """A part that its commit does not name."""
+    clean = next(p for p in (out / "clips").iterdir() if not (out / "errors" / p.name).exists())
+    shutil.copy(first(out / "errors"), out / "errors" / clean.name)
+
+
+def change_run(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    def damage(out: Path) -> None:
+        run = json.loads((out / "run.json").read_text())
+        change(run)
+        (out / "run.json").write_text(json.dumps(run))
+
+    return damage
+
+
+def swap_parts(out: Path) -> None:
+    one, other, *_ = sorted((out / "clips").iterdir())
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def double_clip(table: pa.Table) -> pa.Table:
+    return pa.concat_tables([table, table.slice(0, 1)])
+
+
+PLANTED: dict[str, Damage] = {
+    **{f"flipped byte in {part}": flip(part) for part in ("windows", "clips", "errors")},
+    **{f"missing part of {part}": remove(part) for part in ("windows", "clips", "errors")},
+    **{f"missing folder {part}": remove_folder(part) for part in ("windows", "errors")},
+    **{f"{part} cut by {n}": cut(part, n) for part in ("windows", "clips") for n in (1, 8, 500)},
+    **{f"empty footer in {part}": empty_footer(part) for part in ("windows", "clips", "errors")},
+    "extra part without a commit": add_orphan,
+    "extra part beside a commit": add_part,
+    "swapped parts": swap_parts,
+    "commit without parts": remove_parts,
+    "parts without a commit": remove("_commits"),
+    "no commits": remove_folder("_commits"),
+    "cut commit": cut("_commits", 40),
+    "empty commit": lambda out: first(out / "_commits").write_bytes(b""),
+    "commit of another unit": change_commit(lambda c: c.update(unit_id="0" * 20)),
+    "every clip of a unit twice": copy_unit,
+    "a clip twice in a part": rewrite_part("clips", double_clip),
+    "a failure twice in a part": rewrite_part("errors", double_clip),
+    "a window twice in a part": rewrite_part("windows", double_clip),
+    "a clip less": rewrite_part("clips", lambda table: table.slice(1)),
+    "a window less": rewrite_part("windows", lambda table: table.slice(1)),
+    "a failure less": rewrite_part("errors", lambda table: table.slice(1)),
+    **{f"wrong count of {name}": change_commit(add_to("totals", name))
+       for name in ("items", "clips", "failures", "windows", "audio_s")},
+    **{f"wrong rows of {part}": change_commit(add_to("parts", part, "num_rows"), part)
+       for part in ("windows", "clips", "errors")},
+    "wrong size": change_commit(add_to("parts", "clips", "num_bytes")),
+    "wrong hash": change_commit(lambda c: c["parts"]["clips"].update(sha256="0" * 64)),
+    "wrong fingerprint": change_commit(lambda c: c.update(fingerprint="0" * 64)),
+    "an item less in the ledger": change_commit(lambda c: c["ledger"]["items"].pop()),
+    "an item more in the ledger": change_commit(
+        lambda c: c["ledger"]["items"].append({"clip_id": "/never", "version": "1"})
+    ),
+    "no run.json": lambda out: (out / "run.json").unlink(),
+    "garbage in run.json": lambda out: (out / "run.json").write_bytes(b"garbage"),
+    "empty run.json": lambda out: (out / "run.json").write_bytes(b""),
+    "no totals in run.json": change_run(lambda run: run.update(totals=None)),
+    "another fingerprint in run.json": change_run(lambda run: run.update(fingerprint="0" * 64)),
+    **{f"wrong {name} in run.json": change_run(add_to("totals", name))
+       for name in ("items", "clips", "failures", "windows")},
+    "no _SUCCESS": lambda out: (out / "_SUCCESS").unlink(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", PLANTED.values(), ids=PLANTED.keys())
+def test_the_command_finds_every_planted_damage(
+    planted: Path, capsys: CapturedText, damage: Damage
+) -> None:
+    assert cli.main(["verify", str(planted)]) == 0
+    assert "is whole: " in capsys.readouterr().out
+    damage(planted)
+    assert cli.main(["verify", str(planted)]) == 3
+    printed = capsys.readouterr()
+    assert f"{planted} is whole" not in printed.out
+    assert "Traceback" not in printed.err
+    assert str(planted) in printed.out
+    assert cli.main(["verify", str(planted), "-q"]) == 3
+
+
+def test_a_flipped_byte_is_found_wherever_it_is(planted: Path) -> None:
+    for path in sorted(planted.glob("*/*.parquet")):
+        content = path.read_bytes()
+        for at in range(0, len(content), max(1, len(content) // 7)):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
+            assert run_verify(str(planted), quiet=True) == 3, (path, at)
+        path.write_bytes(content)
+    assert run_verify(str(planted), quiet=True) == 0
+
+
+def test_a_run_json_of_somebody_else_without_commits_is_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert cli.main(["verify", str(tmp_path)]) == 2
+    assert cli.main(["verify", str(tmp_path / "run.json")]) == 2
+    assert cli.main(["verify", str(tmp_path / "nowhere")]) == 2
 
 
 def test_advice_is_given_once_and_for_urls_without_a_shell() -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,11 +223,14 @@ def _settle_labels(
     weights: Weights, config: ASTConfig, overrides: ModelOverrides
 ) -> tuple[ASTConfig, tuple[Label, ...]]:
     if overrides.labels is not None:
-        labels = read_labels(overrides.labels, storage.read_bytes)
-        origin = f"model.labels={storage.public_uri(overrides.labels)}"
+        name = storage.public_uri(overrides.labels)
+        labels = read_labels(overrides.labels, storage.read_bytes, name)
+        origin = f"model.labels={name}"
     else:
-        labels = labels_from_names(tuple(config.id2label.values()))
+        names = tuple(config.id2label.values())
         origin = f"id2label in {CONFIG_NAME}"
+        _check_names(weights.location, origin, names)
+        labels = labels_from_names(names)
     if weights.num_labels not in (0, len(labels)):
         weights.location.fail(
             f"{origin} has {len(labels)} labels, and the classifier has {weights.num_labels} "
@@ -235,6 +238,20 @@ def _settle_labels(
             "model.labels=audioset, speech_commands or a file"
         )
     return config.with_labels([label.name for label in labels]), labels
+
+
+def _check_names(location: ModelLocation, origin: str, names: Sequence[str]) -> None:
+    """Every output has a name, and one of its own: rows and exports go by names."""
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if name.strip() and name not in seen:
+            seen[name] = index
+            continue
+        found = f"{name!r} for {seen[name]} and {index}" if name in seen else f"none for {index}"
+        location.fail(
+            f"{origin} has the name {found}; expected one per output, each once. Give the right "
+            "list with --set model.labels="
+        )
 
 
 def _settle_activation(
@@ -315,7 +332,8 @@ def _statistic(location: ModelLocation, name: str, value: Any) -> float:
             f"there is no {FEATURES_NAME}, and so no {name}; add the file, or give --set "
             f"model.{name}= (earmark stats measures it on a dataset)"
         )
-    is_number = type(value) in (int, float) and math.isfinite(value)
+    # JSON has whole numbers that no float can hold, and isfinite cannot tell.
+    is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
     if not is_number or (name == "std" and value <= 0):
         location.fail(
             f"{name} is {value!r}; expected a finite number" + (" above 0" * (name == "std"))
@@ -417,7 +435,15 @@ def load_model(spec: ModelSpec) -> ASTForAudioClassification:
         listing=frozenset(spec.weight_files) if spec.source == "hub" else None,
     )
     with ModelFiles(location) as files:
-        return _build(Weights(files, spec.weight_files), spec.config)
+        model = _build(Weights(files, spec.weight_files), spec.config)
+        # Behind the reading: a file that was replaced before or meanwhile has another hash.
+        sha256 = hash_files(files, spec.weight_files)
+    if sha256 != spec.sha256:
+        location.fail(
+            f"its weights have changed since the run was planned: sha256 is {sha256}, and was "
+            f"{spec.sha256}. Run the same command again, with the model left alone meanwhile"
+        )
+    return model
 
 
 def load_for_finetuning(spec: ModelSpec, config: ASTConfig) -> ASTForAudioClassification:

@@ -4,7 +4,9 @@ The engine computes the pooled embedding on the accelerator, in the precision as
 head runs apart, in float32 on the embedding exactly as it is stored, so that every class's
 score can be had back from stored embeddings. One bad window never takes its batch along: a
 batch that runs out of memory is halved, one that fails otherwise is tried window by window, and
-what fails alone becomes a ``Prediction`` with an ``error``.
+what fails alone becomes a ``Prediction`` with an ``error``. Where no window can be the cause (not
+even one fits into memory, the device is gone, nothing has ever worked) the run ends instead:
+an error row for every item there is would be a lie, and would have to be done again anyway.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +26,7 @@ from apache_beam.ml.inference.base import ModelHandler
 from torch import nn
 
 from transforms.checkpoints import ModelSpec, load_model
-from transforms.errors import ConfigError
+from transforms.errors import ConfigError, DeviceError, EarmarkError
 from transforms.records import FloatArray, Prediction
 from transforms.spectrogram_transformer import ASTForAudioClassification
 
@@ -41,6 +44,9 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 # (about 60 MB a window in float32) stay far below what the smallest devices hold.
 CPU_BATCH_SIZE = 4
 ACCELERATOR_BATCH_SIZE = 64
+
+# How long to wait for others to give memory back, before a single window is tried again.
+MEMORY_WAITS_S = (1.0, 5.0, 20.0)
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,10 @@ def check_settings(settings: InferenceSettings) -> None:
     resolve_precision(settings.precision, resolve_device(settings.device))
 
 
+NOT_FINITE = "the model gave NaN or infinite values"
+GO_ON = "What is committed stays; the same command goes on from there."
+
+
 class TorchEngine(nn.Module):
     """A loaded model on its device, in its precision; shared by the threads of a process.
 
@@ -165,6 +175,7 @@ class TorchEngine(nn.Module):
         self.backbone = model.audio_spectrogram_transformer.to(self.device, self.dtype).eval()
         self.head = model.classifier.to("cpu", torch.float32).eval()
         self.lock = threading.Lock()
+        self.predict_safely = SafePredictor(self.predict, self.name)
 
     @torch.inference_mode()
     def predict(self, features: FloatArray) -> list[Prediction]:
@@ -174,15 +185,22 @@ class TorchEngine(nn.Module):
             features: Shape (batch, num_frames, num_mel_bins), float32, normalised.
 
         Returns:
-            A prediction per window, in order; one whose embedding is not finite has an error.
+            A prediction per window, in order; one that is not finite has an error.
+
+        Raises:
+            RuntimeError: The model's output has another shape than it must.
         """
         pooled, stored = self._embed(features)
+        _check_shape("embedding", pooled, (len(features), *self.head.layernorm.normalized_shape))
+        _check_shape("stored embedding", stored, pooled.shape)
         scores = score_embeddings(self.head, pooled, self.activation)
-        finite = np.isfinite(pooled).all(axis=1) & np.isfinite(scores).all(axis=1)
+        finite = np.ones(len(features), np.bool_)
+        for values in (pooled, stored, scores):
+            finite &= np.isfinite(values).all(axis=1)
         return [
             Prediction(stored[i], scores[i], self.name)
             if finite[i]
-            else failed_prediction(self.name, "the model gave NaN or infinite values")
+            else failed_prediction(self.name, NOT_FINITE)
             for i in range(len(features))
         ]
 
@@ -202,6 +220,11 @@ class TorchEngine(nn.Module):
 
     def _as_stored(self, embedding: torch.Tensor) -> npt.NDArray[np.floating]:
         return embedding.float().cpu().numpy().astype(self.embedding_dtype)
+
+
+def _check_shape(name: str, values: npt.NDArray[np.floating], expected: tuple[int, ...]) -> None:
+    if values.shape != expected:
+        raise RuntimeError(f"the model gave an {name} of shape {values.shape}, not {expected}")
 
 
 def score_embeddings(
@@ -229,34 +252,120 @@ def failed_prediction(engine: str, error: str) -> Prediction:
     return Prediction(np.empty(0, np.float32), np.empty(0, np.float32), engine, error)
 
 
-def predict_safely(
-    predict: Callable[[FloatArray], list[Prediction]], features: FloatArray, engine: str
-) -> list[Prediction]:
-    """Predict a batch whatever happens to single windows of it.
+class SafePredictor:
+    """Predicts batches whatever happens to single windows of them.
 
-    Out of memory halves the batch; any other failure is narrowed down to the windows that
-    cause it, and those become predictions with an error.
+    All windows have one shape, so that the memory of a batch follows from its size alone. Out of
+    memory halves the batch, and what fits is kept to from then on. Any other failure is narrowed
+    down to the windows that cause it, and those become predictions with an error.
 
     Args:
-        predict: The engine's own prediction of a batch.
-        features: Shape (batch, num_frames, num_mel_bins).
-        engine: Name for predictions that carry an error.
+        predict: The engine's own prediction of a batch, of shape (batch, num_frames, num_mel_bins).
+        engine: Its name, for predictions that carry an error and for messages.
     """
-    try:
-        return predict(features)
-    except (RuntimeError, MemoryError, ValueError) as error:
-        if len(features) == 1:
-            return [failed_prediction(engine, f"{type(error).__name__}: {_first_line(error)}")]
-        if _is_out_of_memory(error):
-            logger.warning("Out of memory on a batch of %d: halving it.", len(features))
-            _release_memory()
+
+    def __init__(self, predict: Callable[[FloatArray], list[Prediction]], engine: str) -> None:
+        self._predict = predict
+        self._engine = engine
+        self._most: int | None = None  # windows that a batch may have; None: no limit met yet
+        self._too_many: int | None = None  # the batch that met it, while that is still to be said
+        self._has_worked = False
+
+    def __call__(self, features: FloatArray) -> list[Prediction]:
+        """Predict a batch; a prediction per window, in order.
+
+        Raises:
+            DeviceError: No window can be the cause: there is not enough memory for a single one,
+                the device has failed, or nothing has ever worked.
+        """
+        predictions: list[Prediction] = []
+        while len(predictions) < len(features):
+            start = len(predictions)
+            predictions += self._predict_part(
+                features[start : start + (self._most or len(features))]
+            )
+        if not self._has_worked:
+            raise DeviceError(
+                f"{self._engine}: the model cannot be run: {predictions[0].error}. Check the "
+                "installation of torch and the device's driver, or give another --device. "
+                f"{GO_ON}"
+            )
+        return predictions
+
+    def _predict_part(self, features: FloatArray) -> list[Prediction]:
+        try:
+            predictions = self._predict(features)
+        except EarmarkError:
+            raise
+        except Exception as error:  # whatever a model and the libraries below it may raise
+            if _is_out_of_memory(error):
+                text = _first_line(error)
+            elif isinstance(error, torch.AcceleratorError):
+                # What CUDA says of a kernel sticks to the process: every call from here on fails.
+                raise DeviceError(
+                    f"{self._engine}: the device has failed: {_first_line(error)}. {GO_ON}"
+                ) from error
+            else:
+                return self._narrow_down(features, error)
         else:
-            logger.warning("A batch of %d failed (%s): halving it.", len(features), error)
-    half = len(features) // 2
-    return [
-        *predict_safely(predict, features[:half], engine),
-        *predict_safely(predict, features[half:], engine),
-    ]
+            self._has_worked = True
+            self._tell_limit(len(features))
+            return predictions
+        # Here the error and its traceback, which hold the batch's tensors, are gone.
+        return self._predict_in_parts(features, text)
+
+    def _narrow_down(self, features: FloatArray, error: Exception) -> list[Prediction]:
+        if len(features) == 1:
+            text = f"{type(error).__name__}: {_first_line(error)}"
+            return [failed_prediction(self._engine, text)]
+        half = len(features) // 2
+        return [*self._predict_part(features[:half]), *self._predict_part(features[half:])]
+
+    def _predict_in_parts(self, features: FloatArray, error: str) -> list[Prediction]:
+        """Predict what did not fit into memory."""
+        _release_memory()
+        if len(features) == 1:
+            return self._wait_for_memory(features, error)
+        self._too_many = self._too_many or len(features)
+        half = self._most = len(features) // 2
+        predictions = self._predict_part(features[:half])
+        while len(predictions) < len(features):
+            start = len(predictions)
+            predictions += self._predict_part(features[start : start + self._most])
+        return predictions
+
+    def _wait_for_memory(self, features: FloatArray, error: str) -> list[Prediction]:
+        """Try a single window again after a while: others may be using the same device."""
+        for wait_s in MEMORY_WAITS_S:
+            time.sleep(wait_s)
+            try:
+                predictions = self._predict(features)
+            except (RuntimeError, MemoryError) as again:
+                if not _is_out_of_memory(again):
+                    raise
+            else:
+                self._has_worked = True
+                self._tell_limit(1)
+                return predictions
+            _release_memory()
+        raise DeviceError(
+            f"{self._engine}: out of memory with a single window ({error}). Free the device's "
+            "memory (on a GPU, nvidia-smi lists who uses it), or give another --device. "
+            f"{GO_ON}"
+        )
+
+    def _tell_limit(self, num_windows: int) -> None:
+        """Say once what a batch that was too large has come to."""
+        if self._too_many is not None:
+            logger.warning(
+                "Out of memory on %s with %d windows a batch; going on with %d. To begin so: "
+                "--batch-size %d",
+                self._engine,
+                self._too_many,
+                num_windows,
+                num_windows,
+            )
+            self._too_many = None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -269,6 +378,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _release_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def _first_line(error: Exception) -> str:
@@ -294,8 +405,22 @@ class ASTModelHandler(ModelHandler[Any, Any, TorchEngine]):
         self._settings = settings
 
     def load_model(self) -> TorchEngine:
-        """Load the checkpoint; once per process, by Beam's own keeping."""
-        return TorchEngine(load_model(self._spec), self._spec.activation, self._settings)
+        """Load the checkpoint; once per process, by Beam's own keeping.
+
+        Raises:
+            ModelError: Its files have gone or changed since the run was planned.
+            DeviceError: The device cannot hold it.
+        """
+        model = load_model(self._spec)
+        try:
+            return TorchEngine(model, self._spec.activation, self._settings)
+        except (RuntimeError, MemoryError) as error:
+            device = resolve_device(self._settings.device)
+            raise DeviceError(
+                f"{device}: the model cannot be loaded onto it: {_first_line(error)}. Free the "
+                "device's memory (on a GPU, nvidia-smi lists who uses it), or give another "
+                f"--device. {GO_ON}"
+            ) from error
 
     def run_inference(
         self,
@@ -305,9 +430,7 @@ class ASTModelHandler(ModelHandler[Any, Any, TorchEngine]):
     ) -> Iterable[Prediction | None]:
         """Predict what has features; None stays None."""
         features = [example for example in batch if example is not None]
-        predictions = iter(
-            predict_safely(model.predict, np.stack(features), model.name) if features else ()
-        )
+        predictions = iter(model.predict_safely(np.stack(features)) if features else ())
         return [None if example is None else next(predictions) for example in batch]
 
     def get_num_bytes(self, batch: Sequence[FloatArray | None]) -> int:

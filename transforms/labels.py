@@ -68,7 +68,9 @@ def labels_from_names(names: Sequence[str]) -> tuple[Label, ...]:
 
 
 def read_labels(
-    source: str, read_bytes: Callable[[str], bytes] = lambda path: Path(path).read_bytes()
+    source: str,
+    read_bytes: Callable[[str], bytes] = lambda path: Path(path).read_bytes(),
+    name: str = "",
 ) -> tuple[Label, ...]:
     """Read the list that ``--set model.labels=`` names.
 
@@ -77,25 +79,27 @@ def read_labels(
             (optional) and ``name`` or ``display_name``, any others passed over; or a text file
             with a name per line. UTF-8.
         read_bytes: How to read a file; ``storage.read_bytes`` for URLs.
+        name: What it is called in messages; ``source`` by default, which may be signed.
 
     Raises:
         ModelError: there is no such list, or it is not one name per index, each once.
     """
     if source in KNOWN_LISTS:
         return _bundled(source)
+    name = name or source
     try:
         text = read_bytes(source).decode("utf-8-sig")
     except OSError as error:
         raise ModelError(
-            f"model.labels is {source!r}, which cannot be read ({error}); expected "
+            f"model.labels is {name!r}, which cannot be read ({error}); expected "
             f"{' or '.join(KNOWN_LISTS)}, a CSV file with a name column, or a text file with a "
             "name per line"
         ) from error
     except UnicodeDecodeError as error:
-        raise ModelError(f"model.labels: {source} is not UTF-8 text ({error})") from error
-    is_csv = source.lower().endswith(".csv") or _has_header(text)
-    names = _names_from_csv(text, source) if is_csv else _names_from_lines(text)
-    _check_names(names, source)
+        raise ModelError(f"model.labels: {name} is not UTF-8 text ({error})") from error
+    is_csv = name.lower().endswith(".csv") or _has_header(text)
+    names = _names_from_csv(text, name) if is_csv else _names_from_lines(text)
+    _check_names(names, name)
     return labels_from_names(names)
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from huggingface_hub import errors as hub_errors
 
 from transforms import storage
 from transforms.errors import ModelError
+from transforms.scratch import scratch_folder
 
 Source = Literal["hub", "folder", "original"]
 
@@ -36,6 +38,8 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 
+# Configs have a few kB, an index of weights some hundred: far above them, far below the memory.
+MAX_JSON_BYTES = 64 << 20
 _HUB_TIMEOUT_S = 30.0
 # Everything a request to the hub can raise: with the base class of whichever HTTP library it uses.
 _HUB_ERRORS: tuple[type[Exception], ...] = (
@@ -211,7 +215,10 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
         try:
             if not storage.exists(url):
                 return None
-            return Path(storage.local_path(url)) if storage.is_local(url) else self._fetch(url)
+            if not storage.is_local(url):
+                return self._fetch(url)
+            with storage.open_read(url):  # a file that can be read: a pipe would wait forever
+                return Path(storage.local_path(url))
         except OSError as error:
             self.location.fail(f"{file_name} cannot be read: {error}", error)
 
@@ -227,8 +234,13 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
         path = self.find(file_name)
         if path is None:
             return None
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            self.location.fail(
+                f"{file_name} has {size} bytes; expected at most {MAX_JSON_BYTES}. Is it a config?"
+            )
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
         except (ValueError, OSError, RecursionError) as error:
             self.location.fail(f"{file_name} cannot be read as JSON: {error}. Get it again", error)
         if not isinstance(values, dict):
@@ -244,7 +256,7 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
         return storage.join(location.folder, file_name)
 
     def _fetch(self, url: str) -> Path:
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="earmark-model-"))
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(dir=scratch_folder()))
         path = Path(folder) / storage.file_name(url)
         storage.get_file(url, str(path))
         return path
@@ -261,6 +273,15 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
         if location.listing is None:
             return None
         return _download(location, file_name)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which would otherwise hold the last of two values without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return values
 
 
 def _download(location: ModelLocation, file_name: str) -> Path:
@@ -306,13 +327,12 @@ def _shard_names(location: ModelLocation, index: Mapping[str, Any]) -> tuple[str
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         location.fail(f"{INDEX_NAME} has no weight_map from tensor to file")
-    names = sorted(set(weight_map.values()))
-    for name in names:
+    for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             location.fail(
                 f"{INDEX_NAME} names the file {name!r}; expected a .safetensors beside it"
             )
-    return tuple(names)
+    return tuple(sorted(set(weight_map.values())))
 
 
 def hash_files(files: ModelFiles, names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ no code in them runs.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -83,7 +84,8 @@ class Weights:
 
     def _add_pickle(self, path: Path) -> None:
         try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of kinds of file that are refused here
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             self.location.fail(
                 f"{path.name} holds more than tensors (or is damaged), and loading that would run "
@@ -108,8 +110,29 @@ class Weights:
                     f"{path.name} holds {name!r}, a {type(tensor).__name__}; expected only "
                     "tensors, as state_dict() gives them"
                 )
+            self._check_stored(path, name, tensor)
             self.shapes[name] = tuple(tensor.shape)
             self._readers[name] = tensor.detach
+
+    def _check_stored(self, path: Path, name: str, tensor: Tensor) -> None:
+        """Refuse a tensor of a pickle that is not simply stored: a few bytes can promise terabytes.
+
+        What is sparse, quantised, without data (``meta``) or expanded from fewer values has no
+        place in a checkpoint, and would be filled in only when it is read.
+        """
+        kind = f"{tensor.layout} on {tensor.device}".removeprefix("torch.")
+        is_plain = kind == "strided on cpu" and not tensor.is_quantized
+        if is_plain:
+            num_bytes = tensor.untyped_storage().nbytes()
+            if num_bytes >= tensor.numel() * tensor.element_size():
+                return
+            kind = f"expanded from {num_bytes} bytes to the shape {tuple(tensor.shape)}"
+        elif tensor.is_quantized:
+            kind = "quantised"
+        self.location.fail(
+            f"{path.name} holds the tensor {name!r}, which is {kind}; expected every value to be "
+            "stored. Save the state_dict() of the model itself, or use safetensors"
+        )
 
     def _canonicalise(self) -> Layout:
         """Bring the names to those of a layout: prefixes come and go with how it was saved."""
