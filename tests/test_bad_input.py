@@ -188,7 +188,7 @@ def test_damaged_audio_is_labelled_with_a_warning_or_is_a_row(
     (folder / "zero.wav").write_bytes(b"")
     audio_factory.write(folder / "short.wav", audio_factory.noise(0.01), RATE_HZ)
     samples = audio_factory.noise(2.0)
-    samples[1000] = np.nan
+    samples[100] = np.nan
     soundfile.write(folder / "nan.wav", samples, RATE_HZ, subtype="FLOAT")
     said = earmark(folder)
     assert said.code == 3
@@ -343,7 +343,8 @@ def test_an_output_that_cannot_be_written(earmark: Earmark, tmp_path: Path) -> N
     earmark.refuses(r"output is '' \(--output\); must not be empty", earmark.good, output="")
     step = r"cannot be written: .*Give another --output, or mend its permissions"
     earmark.refuses(rf"file/out {step}", earmark.good, output=tmp_path / "file" / "out")
-    earmark.refuses(f"{NOWHERE}/x.*Check --output", earmark.good, output=f"{NOWHERE}/x")
+    read_only = f"{NOWHERE}/x: http:// can be read, not written; give a local folder"
+    earmark.refuses(read_only, earmark.good, output=f"{NOWHERE}/x")
     earmark.refuses(r"foo://x .*Protocol not known: foo", earmark.good, output="foo://x")
     if Path("/proc/version").exists():  # nobody may write there, root neither
         earmark.refuses(f"/proc/earmark {step}", earmark.good, output="/proc/earmark")

@@ -360,12 +360,15 @@ def test_a_rate_of_zero_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_none_are_an_error_with_their_place(value: float) -> None:
+def test_a_clip_ends_where_the_numbers_end(value: float) -> None:
     samples = audio_factory.tone(2.0, num_channels=2)
     samples[24_000, 1] = value
-    with pytest.raises(DecodeError, match=r"sample at 1\.500 s is NaN or infinite") as error:
-        decode_whole(audio_factory.encode(samples, RATE, "wav_float"))
-    assert error.value.error_type == "NonFiniteSamples"
+    decoded, facts = decode_whole(audio_factory.encode(samples, RATE, "wav_float"))
+    assert (decoded.size, facts.duration_s) == (24_000, 1.5)
+    assert np.isfinite(decoded).all()
+    assert facts.warning == (
+        "decoded 1.5 s, then stopped: the sample at 1.500 s is NaN or infinite"
+    )
 
 
 def test_a_long_clip_ends_where_the_numbers_end() -> None:
@@ -378,6 +381,15 @@ def test_a_long_clip_ends_where_the_numbers_end() -> None:
     assert str(pieces[-1].facts.warning).startswith(
         "decoded 7.0 s, then stopped: the sample at 7.0"
     )
+
+
+@pytest.mark.parametrize("at_s", [0.0, 0.02])
+def test_a_clip_with_too_few_numbers_is_an_error_with_their_place(at_s: float) -> None:
+    samples = audio_factory.tone(2.0)
+    samples[round(at_s * RATE)] = np.nan
+    with pytest.raises(DecodeError, match=rf"sample at {at_s:.3f} s is NaN or infinite") as error:
+        decode_whole(audio_factory.encode(samples, RATE, "wav_float"))
+    assert error.value.error_type == "NonFiniteSamples"
 
 
 @pytest.mark.parametrize(

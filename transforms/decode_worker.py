@@ -173,6 +173,7 @@ def _decode_blocks(
     resampler = _Resampler(sample_rate_hz)
     pieces = _Pieces(piece_samples)
     notes: list[str] = []
+    error: DecodeError | None = None
     for block in segment.cut(budget.count(chain.blocks()), chain.first_frame):
         samples, energy, bad = _finite_part(block.samples)
         levels.add(block.rate, samples, energy)
@@ -182,12 +183,10 @@ def _decode_blocks(
                 f"the sample at {segment.start_s + levels.duration_s:.3f} s is NaN or infinite",
                 error_type="NonFiniteSamples",
             )
-            if not pieces.num_out:
-                raise error
             notes.append(f"decoded {levels.duration_s:.1f} s, then stopped: {error}")
         for samples_out in pieces.push(resampler.push(block.rate, mix_down(samples))):
             yield DecodedPiece(samples_out, levels.facts(sha256, None), False)
-        if bad:
+        if error is not None:
             break
     else:
         notes.extend(segment.shortfall(chain, levels.duration_s))
@@ -199,7 +198,7 @@ def _decode_blocks(
     notes.extend(levels.notes)
     notes.extend(chain.notes())
     if not pieces.num_out and len(last) < round(MIN_CLIP_S * sample_rate_hz):
-        raise _too_short(levels.duration_s, segment, notes)
+        raise error or _too_short(levels.duration_s, segment, notes)
     yield DecodedPiece(last, levels.facts(sha256, "; ".join(notes) or None), True)
 
 
