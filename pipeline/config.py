@@ -183,6 +183,18 @@ class DecodeSection(_Section):
     max_decoder_bytes: Annotated[int, Field(ge=MIN_DECODER_BYTES)] = 2_147_483_648
 
 
+class ReadSection(_Section):
+    """What reading a container may take.
+
+    Attributes:
+        max_page_bytes: Bytes of a page of a Parquet file, decompressed; more is an error.
+        max_expansion: Bytes that a compressed tar may give per byte of it; more is an error.
+    """
+
+    max_page_bytes: Count = 1_073_741_824
+    max_expansion: Annotated[float, Field(ge=1)] = 200.0
+
+
 class UnitsSection(_Section):
     """What is committed at once.
 
@@ -219,6 +231,7 @@ class RunConfig(_Section):
     labels: LabelsSection = LabelsSection()
     embedding: EmbeddingSection = EmbeddingSection()
     inference: InferenceSection = InferenceSection()
+    read: ReadSection = ReadSection()
     decode: DecodeSection = DecodeSection()
     units: UnitsSection = UnitsSection()
     beam: dict[str, BeamValue] = Field(default_factory=dict)
@@ -236,13 +249,17 @@ class RunConfig(_Section):
 
         It is itself a valid YAML configuration.
         """
-        from transforms.storage import public_uri  # brings fsspec along
+        from transforms.storage import public_text, public_uri  # brings fsspec along
 
         plain = self.model_dump(mode="json")
         plain["inputs"] = [public_uri(text) for text in self.inputs]
-        for section, key in ((plain, "output"), (plain["model"], "name")):
+        model, beam = plain["model"], plain["beam"]
+        for section, key in ((plain, "output"), (model, "name"), (model, "labels")):
             if section[key] is not None:
                 section[key] = public_uri(section[key])
+        for name, value in beam.items():
+            if isinstance(value, str):
+                beam[name] = public_text(value)
         return plain
 
 

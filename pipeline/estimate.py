@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -20,11 +21,12 @@ from pipeline.config import RunConfig
 from pipeline.plan import RunPlan, describe_plan, make_plan
 from pipeline.progress import format_audio, format_duration
 from pipeline.run import pipeline_options
-from transforms.clip_ids import WindowEstimate, extension
+from transforms.clip_ids import WindowEstimate, extension, for_terminal
 from transforms.decode import DecodePool
 from transforms.inference import ASTModelHandler, TorchEngine
 from transforms.label_audio import LabelSettings, read_items
 from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit
+from transforms.sources import SourceSettings
 
 SAMPLED_UNITS = 8
 SAMPLED_CLIPS = 32
@@ -88,7 +90,7 @@ def run_plan(config: RunConfig, beam_options: list[str]) -> int:
     pipeline_options(config, beam_options)  # only to refuse what Beam does not know
     plan = make_plan(config, needs_output=False)
     for line in describe_plan(plan):
-        console.print(line, markup=False)
+        console.print(for_terminal(line), markup=False)
     if plan.units:
         estimate = estimate_work(plan)
         engine = ASTModelHandler(plan.label.model, plan.label.inference).load_model()
@@ -165,7 +167,8 @@ def sample_units(
     clips_per_unit = max(1, SAMPLED_CLIPS // max(1, len(chosen)))
     with DecodePool(settings.decode) as pool:
         for unit in chosen:
-            clips = list(islice(_small_clips(_thinned(unit, clips_per_unit)), clips_per_unit))
+            small = _small_clips(_thinned(unit, clips_per_unit), settings.sources)
+            clips = list(islice(small, clips_per_unit))
             for result in pool.stream(unit.unit_id, clips):
                 if isinstance(result, ItemFailure):
                     failed += 1
@@ -185,10 +188,12 @@ def _thinned(unit: WorkUnit, num_items: int) -> WorkUnit:
     return dataclasses.replace(unit, items=unit.items[::step])
 
 
-def _small_clips(unit: WorkUnit) -> Iterator[EncodedClip | Failure]:
-    for clip in read_items(unit):
+def _small_clips(unit: WorkUnit, sources: SourceSettings) -> Iterator[EncodedClip | Failure]:
+    for clip in read_items(unit, sources):
         if _num_bytes(clip) <= MAX_SAMPLED_BYTES:
             yield clip
+        elif isinstance(clip, EncodedClip) and clip.delete_path:
+            Path(str(clip.path)).unlink(missing_ok=True)
 
 
 def _num_bytes(clip: EncodedClip | Failure) -> int:
@@ -201,7 +206,7 @@ def time_window(engine: TorchEngine, settings: LabelSettings) -> float:
     """Seconds per window of one batch, after one to warm up."""
     size = settings.inference.batch_size or 4
     batch = np.zeros((size, settings.fbank.num_frames, settings.fbank.num_mel_bins), np.float32)
-    engine.predict(batch)
+    engine.predict_safely(batch)
     began = time.perf_counter()
-    engine.predict(batch)
+    engine.predict_safely(batch)
     return (time.perf_counter() - began) / size

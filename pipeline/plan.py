@@ -124,12 +124,8 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
         check_removable(state)
     else:
         check_same_results(state, results, model.name)
-    sources = SourceSettings(
-        windows_per_unit=config.units.windows,
-        window_s=label.windows.window_samples / label.windows.sample_rate_hz,
-        hop_s=label.windows.hop_samples / label.windows.sample_rate_hz,
-    )
-    found = find_inputs(inputs, exclude=output or None)
+    sources = label.sources
+    found = find_inputs(inputs, exclude=output or None, max_page_bytes=config.read.max_page_bytes)
     if config.limit is not None:
         found = limit_items(found, config.limit, sources)
     commits = {} if config.overwrite else state.commits
@@ -196,6 +192,11 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
         min_tail_ratio=config.window.min_tail,
         top_k=config.labels.top_k,
         store_scores=config.labels.scores,
+        sources=SourceSettings(
+            windows_per_unit=config.units.windows,
+            max_page_bytes=config.read.max_page_bytes,
+            max_expansion=config.read.max_expansion,
+        ),
     )
 
 

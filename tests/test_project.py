@@ -24,17 +24,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"decode_worker", "fbank", "label_audio", "spectrogram_transformer"},
     "errors": set(),
     "records": set(),
-    "storage": set(),
+    "scratch": set(),
+    "retries": set(),
+    "storage": {"retries", "scratch"},
     "labels": set(),
     # What there is to read: names, a file per kind of container, the inputs, the units cut from
     # them; sources joins them.
-    "clip_ids": set(),
-    "tar_source": {"storage", "clip_ids"},
-    "parquet_source": {"storage", "clip_ids", "tar_source"},
-    "manifests": {"storage", "clip_ids", "parquet_source"},
-    "inputs": {"storage", "clip_ids", "parquet_source", "manifests"},
-    "units": {"storage", "clip_ids", "tar_source", "inputs"},
-    "sources": {"storage", "clip_ids", "tar_source", "parquet_source", "inputs", "units"},
+    "clip_ids": {"storage"},
+    "spooling": {"storage", "scratch", "clip_ids"},
+    "tar_source": {"storage", "clip_ids", "spooling"},
+    "parquet_pages": set(),
+    "parquet_source": {"storage", "clip_ids", "spooling", "parquet_pages", "tar_source"},
+    "manifests": {"storage", "clip_ids", "spooling", "parquet_source"},
+    "inputs": {"storage", "clip_ids", "spooling", "parquet_source", "manifests"},
+    "units": {"storage", "clip_ids", "spooling", "tar_source", "inputs"},
+    "sources": {
+        *("storage", "clip_ids", "spooling", "tar_source", "parquet_source", "inputs", "units"),
+    },
     # Decoding from the inside out: which library reads a file, the libraries, the process that
     # runs them, the pool of such processes.
     "audio_routes": set(),
@@ -42,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode_worker": {"audio_readers"},
     "decode": {"decode_worker"},
     "windows": set(),
+    "feature_statistics": {"fbank"},
     # from_pretrained asks checkpoints where a folder or hub id lies, inside the method.
     "fbank": {"checkpoints"},
     "spectrogram_transformer": {"checkpoints"},
@@ -49,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # weights are sound, what an original file says; checkpoints joins them.
     "public_checkpoints": set(),
     "tensor_names": {"spectrogram_transformer"},
-    "model_files": {"storage"},
+    "model_files": {"storage", "scratch"},
     "model_weights": {"spectrogram_transformer", "tensor_names", "model_files"},
     "original_checkpoints": {
         *("storage", "labels", "spectrogram_transformer"),

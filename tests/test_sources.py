@@ -23,6 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.config import RunConfig
 from transforms import storage
 from transforms.errors import InputError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item, WorkUnit
@@ -1169,3 +1170,43 @@ def test_real_recordings(esc10: list[Path], shared_data: Path) -> None:
     assert sum(len(unit.items) for unit in units) == 320
     assert 3 <= len(units) <= 7
     assert table.exists()
+
+
+def test_the_config_and_reading_agree_on_the_bounds() -> None:
+    config, limits = RunConfig(), SourceSettings().limits
+    assert config.read.model_dump() == {
+        "max_page_bytes": limits.max_page_bytes,
+        "max_expansion": limits.max_expansion,
+    }
+    assert config.decode.max_item_bytes == limits.max_item_bytes
+
+
+def test_remote_files_beyond_the_bound_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for number, size in enumerate((2000, 2001)):
+        put("memory://bound", f"{number}.wav", b"x" * size)
+    using = SourceSettings(spool_bytes=1000, max_item_bytes=2000)
+    (unit,) = plan(find_inputs(["memory://bound"]), SourceSettings())
+    unknown = dataclasses.replace(
+        unit, items=tuple(dataclasses.replace(item, size=None) for item in unit.items)
+    )
+    for one, has in ((unit, "2001 bytes; at most 2000 are allowed"), (unknown, "more than 2000")):
+        clip, failure = read([one], using)
+        assert content(clip) == b"x" * 2000
+        assert (failure.stage, failure.error_type) == ("read", "ItemTooLarge")
+        assert failure.message.startswith(f"the item has {has}")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_large_cells_travel_in_a_file_and_beyond_the_bound_not_at_all(tmp_path: Path) -> None:
+    table = pa.table({"audio": [b"x" * 500, b"y" * 1500, b"z" * 2500]})
+    url = put(str(tmp_path), "t.parquet", parquet_bytes(table))
+    using = SourceSettings(spool_bytes=1000, max_item_bytes=2000)
+    small, large, failure = read_all(url, units=using)
+    assert (small.data, small.path) == (b"x" * 500, None)
+    assert large.data is None and large.delete_path
+    assert content(large) == b"y" * 1500
+    assert (failure.error_type, failure.item.row) == ("ItemTooLarge", 2)
+    assert "the item has 2500 bytes; at most 2000 are allowed" in failure.message

@@ -2,10 +2,11 @@
 
 ``records`` draws what travels and ``errors`` what can go wrong; then ``storage``, ``sources``,
 ``decode``, ``windows``, ``fbank``, ``spectrogram_transformer``, ``checkpoints``, ``labels``,
-``inference``, ``rows``, ``ledger``, ``commit``; ``label_audio`` joins them. Three stand on files of
-their own: ``sources`` on ``inputs``, ``manifests``, ``tar_source``, ``parquet_source``, ``units``,
-and ``clip_ids``; ``decode`` on ``decode_worker``, ``audio_routes`` and ``audio_readers``;
-``checkpoints`` on ``public_checkpoints``, ``tensor_names``, ``model_files``, ``model_weights`` and
+``inference``, ``rows``, ``ledger``, ``commit``; ``label_audio`` joins them. Four stand on files of
+their own: ``storage`` on ``retries`` and ``scratch``; ``sources`` on ``inputs``, ``manifests``,
+``tar_source``, ``parquet_source``, ``parquet_pages``, ``units``, ``spooling`` and ``clip_ids``;
+``decode`` on ``decode_worker``, ``audio_routes`` and ``audio_readers``; ``checkpoints`` on
+``public_checkpoints``, ``tensor_names``, ``model_files``, ``model_weights`` and
 ``original_checkpoints``. Nothing here imports ``pipeline``.
 
 What people use on its own can be imported from here; nothing is loaded until it is asked for.

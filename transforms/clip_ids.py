@@ -16,6 +16,7 @@ from typing import Any
 
 from transforms.errors import ItemError
 from transforms.records import ContainerSlice, Failure, Item, UnitKind
+from transforms.storage import public_text
 
 # What FFmpeg or libsndfile reads, by extension. Left out: ".ts" (mostly TypeScript), ".raw" and
 # ".pcm" (nothing says at which rate).
@@ -90,6 +91,28 @@ class WindowEstimate:
 def printable(text: str) -> str:
     """``text`` as it can be written: a byte of a name that is not UTF-8 becomes ``%XX``."""
     return _without_surrogates(text)
+
+
+# What moves the cursor, colours, ends a line or turns its direction around; lone surrogates.
+_NOT_SHOWN = re.compile(
+    "[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def for_terminal(text: str, *, keep_lines: bool = False) -> str:
+    """``text`` as it may be shown: what a terminal would obey instead of showing it is escaped.
+
+    Args:
+        text: May hold names from anywhere.
+        keep_lines: Line breaks are meant.
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        if keep_lines and match.group() == "\n":
+            return "\n"
+        return match.group().encode("unicode_escape").decode("ascii")
+
+    return _NOT_SHOWN.sub(escaped, text)
 
 
 def make_clip_id(
@@ -191,7 +214,7 @@ def read_failure(item: Item, error: Exception, *, is_container: bool = False) ->
     elif isinstance(error, OSError) and error.strerror and error.errno is not None:
         message = f"{error.strerror}: {printable(str(error.filename or item.uri))}"
     else:
-        message = printable(str(error)) or type(error).__name__
+        message = public_text(printable(str(error))) or type(error).__name__
     return Failure(item, "read", error_type, message, is_container)
 
 
@@ -223,6 +246,7 @@ def _label_names(value: object, *, split: bool) -> list[str]:
         return [name for part in value for name in _label_names(part, split=False)]
     if not isinstance(value, str):
         return [printable(str(value))]
+    value = public_text(value)
     if split and value.lstrip().startswith("["):
         try:
             return _label_names(json.loads(value), split=False)
@@ -235,10 +259,12 @@ def _label_names(value: object, *, split: bool) -> list[str]:
 def make_metadata(values: Mapping[str, object]) -> str | None:
     """What else the input says, as the JSON text of an object; None if it says nothing.
 
-    Nulls are left out, NaN and infinities become null (JSON has none), and bytes are replaced
-    by their number.
+    Nulls are left out, NaN and infinities become null (JSON has none), bytes are replaced by their
+    number, and URLs lose what signs them, wherever in a text they stand.
     """
-    plain = {str(key): _plain(value) for key, value in values.items() if value is not None}
+    plain = {
+        public_text(str(key)): _plain(value) for key, value in values.items() if value is not None
+    }
     if not plain:
         return None
     text = json.dumps(plain, ensure_ascii=False)
@@ -255,14 +281,16 @@ def _is_utf8(text: str) -> bool:
 
 
 def _plain(value: Any) -> object:
-    if value is None or isinstance(value, str | bool | int):
+    if isinstance(value, str):
+        return public_text(value)
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bytes | bytearray | memoryview):
         return f"<{len(value)} bytes>"
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {public_text(str(key)): _plain(part) for key, part in value.items()}
     if isinstance(value, Iterable):
         return [_plain(part) for part in value]
-    return str(value)
+    return public_text(str(value))

@@ -50,7 +50,7 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms import decode_worker
-from transforms.errors import DecodeError, EarmarkError
+from transforms.errors import DecodeError, EarmarkError, item_too_large
 from transforms.records import (
     ClipFacts,
     EncodedClip,
@@ -659,11 +659,8 @@ def _check_size(clip: EncodedClip, max_item_bytes: int) -> None:
         except OSError:  # the child says what is wrong with it
             return
     if num_bytes > max_item_bytes:
-        raise DecodeError(
-            f"the item has {num_bytes} bytes; at most {max_item_bytes} are allowed; to allow "
-            "more, raise decode.max_item_bytes",
-            error_type="ItemTooLarge",
-        )
+        message = item_too_large(max_item_bytes, num_bytes)
+        raise DecodeError(message, error_type="ItemTooLarge")
 
 
 def _item_failure(job: _Job, error: DecodeError) -> ItemFailure:

@@ -19,6 +19,7 @@ from typing import Literal, TypeVar
 from transforms import storage
 from transforms.clip_ids import (
     extension,
+    for_terminal,
     is_audio_name,
     is_shadow_name,
     is_tar_name,
@@ -36,6 +37,7 @@ from transforms.manifests import (
 )
 from transforms.parquet_source import URI_COLUMNS, ParquetIndex, index_parquet
 from transforms.records import Failure, Item
+from transforms.spooling import ReadLimits
 from transforms.storage import FileInfo
 
 _In = TypeVar("_In")
@@ -110,28 +112,38 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find_inputs(inputs: Sequence[str], *, exclude: str | None = None) -> Found:
+def find_inputs(
+    inputs: Sequence[str],
+    *,
+    exclude: str | None = None,
+    max_page_bytes: int = ReadLimits().max_page_bytes,
+) -> Found:
     """List everything the inputs hold.
 
     Args:
         inputs: Files, globs, folders, tars, Parquet files and manifests, as paths or URLs.
         exclude: The output folder, which is never part of the input.
+        max_page_bytes: Bytes of a page, decompressed, of a manifest in Parquet.
 
     Raises:
         InputError: An input does not exist, cannot be listed or holds nothing to label; or one
             clip id is given to two different items.
         UsageError: A protocol is unknown or needs an extra that is not installed.
     """
-    finder = _Finder(exclude)
-    for text in inputs:
-        finder.add(text)
-    return finder.finish()
+    finder = _Finder(exclude, max_page_bytes)
+    try:
+        for text in inputs:
+            finder.add(text)
+        return finder.finish()
+    except InputError as error:
+        raise InputError(for_terminal(str(error))) from error
 
 
 class _Finder:
     """Collects what inputs hold; ``finish`` puts it in order."""
 
-    def __init__(self, exclude: str | None) -> None:
+    def __init__(self, exclude: str | None, max_page_bytes: int) -> None:
+        self._max_page_bytes = max_page_bytes
         self._excluded: list[str] = []
         self._real_folders: dict[str, str] = {}
         if exclude is not None:
@@ -311,7 +323,7 @@ class _Finder:
     def _add_manifest(self, url: str, uri: str) -> None:
         is_empty = True
         wholes: dict[str, ContainerRow] = {}  # each slice of a container may have a row
-        for row in read_manifest(url):
+        for row in read_manifest(url, self._max_page_bytes):
             is_empty = False
             if isinstance(row, Failure):
                 self._failures.append(row)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -43,7 +43,7 @@ from transforms.rows import (
     errors_table,
     windows_table,
 )
-from transforms.sources import make_clip_id, make_unit_id, read_unit
+from transforms.sources import SourceSettings, make_clip_id, make_unit_id, read_unit
 from transforms.windows import CutWindows, WindowSettings
 
 # Files that one unit of LabelAudio groups, so that decoding can look ahead across them.
@@ -61,6 +61,7 @@ class LabelSettings:
         fbank: How to make features.
         inference: How to run the model.
         rows: What rows hold.
+        sources: How the input is cut into units and read.
     """
 
     model: ModelSpec
@@ -69,6 +70,7 @@ class LabelSettings:
     fbank: FbankSettings
     inference: InferenceSettings
     rows: RowSettings
+    sources: SourceSettings = field(default_factory=SourceSettings)
 
 
 def make_settings(
@@ -81,6 +83,7 @@ def make_settings(
     min_tail_ratio: float = 0.1,
     top_k: int = 10,
     store_scores: bool = False,
+    sources: SourceSettings | None = None,
 ) -> LabelSettings:
     """The settings of every step for a checkpoint; by default those of ``earmark label``.
 
@@ -93,21 +96,24 @@ def make_settings(
         min_tail_ratio: Share of the window below which a tail gets no padded window of its own.
         top_k: How many labels a row lists.
         store_scores: Also store every class's score.
+        sources: How the input is cut into units and read; windows and the bound of an item are
+            always those of the other settings.
 
     Raises:
         ConfigError: The window or hop does not fit the checkpoint.
     """
     decode, inference = decode or DecodeSettings(), inference or InferenceSettings()
+    windows = WindowSettings.from_seconds(
+        length_s=window_s,
+        hop_s=hop_s,
+        min_tail_ratio=min_tail_ratio,
+        num_frames=model.num_frames,
+        sample_rate_hz=model.sampling_rate,
+    )
     return LabelSettings(
         model=model,
         decode=dataclasses.replace(decode, sample_rate_hz=model.sampling_rate),
-        windows=WindowSettings.from_seconds(
-            length_s=window_s,
-            hop_s=hop_s,
-            min_tail_ratio=min_tail_ratio,
-            num_frames=model.num_frames,
-            sample_rate_hz=model.sampling_rate,
-        ),
+        windows=windows,
         fbank=FbankSettings(
             sample_rate_hz=model.sampling_rate,
             num_mel_bins=model.config.num_mel_bins,
@@ -123,6 +129,12 @@ def make_settings(
             top_k=top_k,
             store_scores=store_scores,
             embedding_dtype=inference.embedding_dtype,
+        ),
+        sources=dataclasses.replace(
+            sources or SourceSettings(),
+            window_s=windows.window_samples / windows.sample_rate_hz,
+            hop_s=windows.hop_samples / windows.sample_rate_hz,
+            max_item_bytes=decode.max_item_bytes,
         ),
     )
 
@@ -144,7 +156,10 @@ class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]])
         handler = ASTModelHandler(settings.model, settings.inference)
         events: PCollection[UnitEvent] = (
             units
-            | "Decode" >> DecodeAudio(settings.decode, read_items)
+            | "Decode"
+            >> DecodeAudio(
+                settings.decode, functools.partial(read_items, settings=settings.sources)
+            )
             | "Cut into windows" >> CutWindows(settings.windows)
             | "Extract fbank" >> ExtractFbank(settings.fbank)
             | "Key features" >> beam.Map(_key_features)
@@ -154,10 +169,12 @@ class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]])
         return events
 
 
-def read_items(unit: WorkUnit) -> Iterator[EncodedClip | Failure]:
+def read_items(
+    unit: WorkUnit, settings: SourceSettings | None = None
+) -> Iterator[EncodedClip | Failure]:
     """Everything in a unit: what planning knows cannot be read, and the rest as it is read."""
     yield from unit.failures
-    yield from read_unit(unit)
+    yield from read_unit(unit, settings or SourceSettings())
 
 
 def _key_features(

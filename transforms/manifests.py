@@ -1,9 +1,11 @@
 """Manifests: tables that list what to label, a row per item, with labels and metadata.
 
 Part of ``sources``. JSON Lines, CSV (tab-separated too) and Parquet are read as streams. A line
-that cannot be read is a failure that names the file and the line; the run goes on. The tables that
-Earmark writes (``clips``, ``errors``) are manifests: their ``truth`` and ``metadata`` come back as
-they are, and what Earmark found out is left aside.
+that cannot be read is a failure that names the file and the line; the run goes on. A line, a record
+of CSV and a name have bounds, so that memory does not depend on what a file makes of itself.
+
+The tables that Earmark writes (``clips``, ``errors``) are manifests: their ``truth`` and
+``metadata`` come back as they are, and what Earmark found out is left aside.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ import io
 import json
 import math
 import os
+import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
-
-import pyarrow as pa
+from typing import Any, BinaryIO, TextIO
 
 from transforms import storage
 from transforms.clip_ids import (
@@ -32,11 +34,22 @@ from transforms.clip_ids import (
     read_failure,
 )
 from transforms.errors import ContainerError, InputError, ReadError
-from transforms.parquet_source import URI_COLUMNS, open_parquet, resolve
+from transforms.parquet_source import (
+    URI_COLUMNS,
+    UnreadableValue,
+    open_parquet,
+    resolve,
+    row_values,
+)
 from transforms.records import Failure, Item
+from transforms.spooling import ReadLimits
 
 MANIFEST_EXTENSIONS = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv"})
-_MAX_LINE_BYTES = 64 << 20
+_MAX_LINE_BYTES = 16 << 20  # parsed, JSON takes up to 25 times as much
+_MAX_RECORD_LINES = 1000
+_MAX_NAME_CHARS = 32_768  # a signed URL has a few thousand
+_MAX_SHOWN_CHARS = 200
+_MAX_SECONDS = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +88,14 @@ class ContainerRow:
     failure: Failure
 
 
-def read_manifest(url: str) -> Iterator[ManifestRow | ContainerRow | Failure]:
+def read_manifest(
+    url: str, max_page_bytes: int = ReadLimits().max_page_bytes
+) -> Iterator[ManifestRow | ContainerRow | Failure]:
     """The rows of a manifest, in order.
+
+    Args:
+        url: The manifest.
+        max_page_bytes: Bytes of a page, decompressed, if it is a Parquet file.
 
     Raises:
         InputError: It cannot be opened, or has no column that names files.
@@ -88,7 +107,7 @@ def read_manifest(url: str) -> Iterator[ManifestRow | ContainerRow | Failure]:
         endings = ", ".join(sorted(_READERS))
         raise InputError(f"{uri}: a manifest ends in one of {endings}")
     try:
-        for line, values in read(url, uri):
+        for line, values in read(url, uri, max_page_bytes):
             if isinstance(values, ReadError):
                 yield _line_failure(url, line, values)
             else:
@@ -102,8 +121,9 @@ def read_manifest(url: str) -> Iterator[ManifestRow | ContainerRow | Failure]:
 _Lines = Iterator[tuple[str, Mapping[str, Any] | ReadError]]
 
 
-def _read_jsonl(url: str, uri: str) -> _Lines:
+def _read_jsonl(url: str, uri: str, max_page_bytes: int) -> _Lines:
     with storage.open_read(url) as file:
+        _check_encoding(file, uri)
         for number, line in _lines(file):
             name = f"line {number}"
             if isinstance(line, ReadError):
@@ -136,24 +156,91 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | ReadError]]:
         yield number, ReadError(f"is longer than {_MAX_LINE_BYTES} bytes")
 
 
-def _read_csv(url: str, uri: str) -> _Lines:
+def _check_encoding(file: BinaryIO, uri: str) -> None:
+    """Refuse UTF-16 and UTF-32, which have zero bytes where UTF-8 never has."""
+    start: bytes = file.peek(4)[:4]  # type: ignore[attr-defined]
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
+        raise InputError(
+            f"{printable(uri)} is not UTF-8 but probably UTF-16; convert it: "
+            "iconv -f UTF-16 -t UTF-8"
+        )
+
+
+class _CsvLines:
+    """The lines of a CSV file, for the csv module; those of the last record can be given back.
+
+    Attributes:
+        number: Of the last line given, from 1.
+        taken: The lines of the record so far.
+    """
+
+    def __init__(self, text: TextIO, delimiter: str) -> None:
+        self._text = text
+        self._delimiter = delimiter
+        self._again: deque[str] = deque()
+        self.number = 0
+        self.taken: list[str] = []
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        if len(self.taken) >= _MAX_RECORD_LINES:
+            raise csv.Error(_UNCLOSED)
+        if sum(map(len, self.taken)) > _MAX_LINE_BYTES:
+            raise csv.Error(f"a record of more than {_MAX_LINE_BYTES} characters")
+        line = self._again.popleft() if self._again else self._text.readline(_MAX_LINE_BYTES)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.taken.append(line)
+        if len(line) >= _MAX_LINE_BYTES and not line.endswith(("\n", "\r")):
+            while (rest := self._text.readline(_MAX_LINE_BYTES)) and not rest.endswith("\n"):
+                pass
+            raise csv.Error(f"longer than {_MAX_LINE_BYTES} characters")
+        return line
+
+    def give_back(self) -> None:
+        """All but the first line of the record are read again, as the records they may be."""
+        self._again.extendleft(reversed(self.taken[1:]))
+        self.number -= len(self.taken) - 1
+
+    def is_unclosed(self) -> bool:
+        """Whether the record ends inside quotes, which the csv module does not mind."""
+        # Another line is a record of its own, or else becomes part of the open one.
+        return len(list(csv.reader([*self.taken, "."], delimiter=self._delimiter))) == 1
+
+
+_UNCLOSED = f"a quote is not closed, or not within {_MAX_RECORD_LINES} lines"
+
+
+def _read_csv(url: str, uri: str, max_page_bytes: int) -> _Lines:
     delimiter = "\t" if extension(storage.file_name(url)) == ".tsv" else ","
     csv.field_size_limit(_MAX_LINE_BYTES)
     with (
         storage.open_read(url) as file,
         io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text,
     ):
-        reader = csv.reader(text, delimiter=delimiter)
-        header = [name.strip() for name in next(reader, [])]
+        _check_encoding(file, uri)
+        lines = _CsvLines(text, delimiter)
+        reader = csv.reader(lines, delimiter=delimiter)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+        except csv.Error as error:
+            raise InputError(f"{printable(uri)}: its first line is not CSV: {error}") from error
         if not header:
             return
         if not set(header) & set(URI_COLUMNS):
             raise _no_uri_column(uri, header)
         while True:
-            start = reader.line_num + 1
+            start = lines.number + 1
+            lines.taken.clear()
             try:
                 fields = next(reader, None)
+                if len(lines.taken) > 1 and lines.is_unclosed():
+                    raise csv.Error(_UNCLOSED)
             except csv.Error as error:
+                lines.give_back()
                 yield f"line {start}", ReadError(f"is not CSV: {error}")
                 continue
             if fields is None:
@@ -166,20 +253,22 @@ def _read_csv(url: str, uri: str) -> _Lines:
                 yield f"line {start}", {name: value or None for name, value in values}
 
 
-def _read_parquet(url: str, uri: str) -> _Lines:
-    with open_parquet(url, uri) as file:
-        names = file.schema_arrow.names
+def _read_parquet(url: str, uri: str, max_page_bytes: int) -> _Lines:
+    with open_parquet(url, uri) as opened:
+        names = list(opened.names)
         if not set(names) & set(URI_COLUMNS):
             raise _no_uri_column(uri, names)
+        opened.check_num_rows()
         # Of a table of ours, only what names the items; its embeddings would be most of the bytes.
         columns = [name for name in names if name in _COLUMNS_OF_OURS] if _is_ours(names) else None
         row = 0
         try:
-            for batch in file.iter_batches(1024, columns=columns, use_threads=False):
-                for values in batch.to_pylist():
-                    yield f"row {row}", values
-                    row += 1
-        except (OSError, pa.ArrowException, ValueError) as error:
+            for number in range(len(opened.row_groups)):
+                for batch in opened.batches(number, max_page_bytes, columns):
+                    for offset in range(batch.num_rows):
+                        yield f"row {row}", row_values(batch, offset)
+                        row += 1
+        except ContainerError as error:
             raise ContainerError(f"{uri}: cannot be read past row {row}: {error}") from error
 
 
@@ -190,7 +279,7 @@ def _no_uri_column(uri: str, columns: list[str]) -> InputError:
     )
 
 
-_READERS: dict[str, Callable[[str, str], _Lines]] = {
+_READERS: dict[str, Callable[[str, str, int], _Lines]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_jsonl,
@@ -259,7 +348,7 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
     member, row = _text(values, "member"), _row_number(values)
     _check_kind(target, member, row)
     start_s, end_s = _segment(values)
-    own_id = _text(values, "clip_id")
+    own_id = storage.public_text(_text(values, "clip_id") or "")
     if is_ours:
         truth = make_truth(values.get("truth"))
         metadata = values.get("metadata")
@@ -284,19 +373,38 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
     return ManifestRow(item, own_name, f"{line} of {printable(storage.public_uri(url))}")
 
 
+def _shown(value: object) -> str:
+    """A value as messages name it: on one line, and not all of it if it is long."""
+    if isinstance(value, str | bytes):
+        value = value[: _MAX_SHOWN_CHARS + 1]
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
+
+
 def _target(url: str, column: str, path: object) -> str:
-    if not isinstance(path, str):
-        raise ReadError(f"has {column} = {path!r}; expected text")
+    if not isinstance(path, str) or isinstance(path, UnreadableValue):
+        raise ReadError(f"has {column} = {_shown(path)}; expected text")
+    _check_length(column, path)
     try:
         os.fsencode(path)
     except UnicodeEncodeError as error:
-        raise ReadError(f"has {column} = {path!r}, which cannot be a name: {error}") from None
+        raise ReadError(f"has {column} = {_shown(path)}, which cannot be a name: {error}") from None
     if "\0" in path:
-        raise ReadError(f"has {column} = {path!r}, which cannot be a name: it holds a zero byte")
+        raise ReadError(
+            f"has {column} = {_shown(path)}, which cannot be a name: it holds a zero byte"
+        )
     target = resolve(url, path)
     if not storage.is_known(target):
         raise ReadError(f"names {storage.public_uri(target)}, whose protocol is not known")
     return target
+
+
+def _check_length(column: str, text: str) -> None:
+    if len(text) > _MAX_NAME_CHARS:
+        raise ReadError(
+            f"has {column} = {_shown(text)}, of {len(text)} characters; at most "
+            f"{_MAX_NAME_CHARS} are read"
+        )
 
 
 def _check_kind(target: str, member: str | None, row: int | None) -> None:
@@ -340,9 +448,11 @@ def _number(values: dict[str, Any], column: str) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ReadError(f"has {column} = {value!r}; expected a number of seconds") from None
+        raise ReadError(f"has {column} = {_shown(value)}; expected a number of seconds") from None
     if math.isinf(number):
-        raise ReadError(f"has {column} = {value!r}; expected a finite number of seconds")
+        raise ReadError(f"has {column} = {_shown(value)}; expected a finite number of seconds")
+    if abs(number) > _MAX_SECONDS:
+        raise ReadError(f"has {column} = {_shown(value)}; expected at most {_MAX_SECONDS:g} s")
     return None if math.isnan(number) else number  # how pandas writes "nothing"
 
 
@@ -356,13 +466,16 @@ def _row_number(values: dict[str, Any]) -> int | None:
         number = -1.0
     if math.isnan(number):
         return None
-    if number < 0 or not number.is_integer():
-        raise ReadError(f"has row = {value!r}; expected a whole number from 0")
+    if not 0 <= number < sys.maxsize or not number.is_integer():
+        raise ReadError(f"has row = {_shown(value)}; expected a whole number from 0")
     return int(number)
 
 
 def _text(values: dict[str, Any], column: str) -> str | None:
     value = values.pop(column, None)
-    if isinstance(value, dict | list):
-        raise ReadError(f"has {column} = {value!r}; expected text")
-    return None if value in (None, "") else printable(str(value))
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | int | float):
+        raise ReadError(f"has {column} = {_shown(value)}; expected text")
+    _check_length(column, str(value))
+    return printable(str(value))

@@ -3,18 +3,22 @@
 Part of ``sources``. The audio column is found by type: the Hugging Face layout
 ``struct<bytes, path>``, or binary. A row without bytes but with a path stands for the file at
 that path. The other columns are metadata; a ``ClassLabel`` is given by its name.
+
+Memory is bounded by the largest page that ``max_page_bytes`` allows, whatever a file says of
+itself (``parquet_pages``); a cell beyond ``spool_bytes`` travels in a temporary file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,13 +31,18 @@ from transforms.clip_ids import (
     printable,
     read_failure,
 )
-from transforms.errors import ContainerError, ReadError, UsageError
+from transforms.errors import ContainerError, EarmarkError, ReadError
+from transforms.parquet_pages import RowGroup, measure_row_group, read_footer
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
+from transforms.spooling import ReadLimits, check_item_size, fetch, spool
 from transforms.tar_source import container_item
 
 URI_COLUMNS = ("uri", "path", "file", "audio_filepath", "filename")
 _BATCH_BYTES = 16 << 20
 _MAX_BATCH_ROWS = 256
+# A run of nulls, or of one value, has a few bytes however long it is; but an item that is one has
+# more than a byte. A file may hold that many rows whatever its size.
+_MIN_BOUND_ROWS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +77,77 @@ class ParquetIndex:
     row_groups: tuple[tuple[int, int], ...]
 
 
+class OpenParquet:
+    """A Parquet file that is read in bounded memory.
+
+    Attributes:
+        file: As pyarrow gives it.
+        uri: For messages.
+        row_groups: By the footer.
+        names: Of all columns; the second of a name is never looked at.
+    """
+
+    def __init__(
+        self, file: pq.ParquetFile, stream: BinaryIO, row_groups: tuple[RowGroup, ...], uri: str
+    ) -> None:
+        self.file = file
+        self.row_groups = row_groups
+        self.uri = uri
+        self.names = tuple(dict.fromkeys(file.schema_arrow.names))
+        self._stream = stream
+
+    def batches(
+        self, number: int, max_page_bytes: int, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """A row group in batches of about 16 MB.
+
+        Args:
+            number: Of the row group.
+            max_page_bytes: Bytes of a page, decompressed.
+            columns: The columns to read; None for all.
+
+        Raises:
+            ContainerError: A page is larger, the row group is damaged, or rows are missing.
+        """
+        wanted = None if columns is None else frozenset(columns)
+        group, num_rows = self.row_groups[number], 0
+        try:
+            cost = measure_row_group(self._stream, self.file.schema, group, wanted)
+            if cost.largest_bytes > max_page_bytes:
+                raise ContainerError(
+                    f"a page, or a column of lists, has {cost.largest_bytes} bytes decompressed; "
+                    f"at most {max_page_bytes} are allowed; to allow more, raise "
+                    "read.max_page_bytes, or write the file with smaller pages"
+                )
+            size = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // max(1, cost.row_bytes)))
+            for batch in self.file.iter_batches(
+                size, row_groups=[number], columns=columns, use_threads=False
+            ):
+                num_rows += batch.num_rows
+                yield batch
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ContainerError(str(error)) from error
+        if num_rows < group.num_rows:
+            raise ContainerError(f"a row group of {group.num_rows} rows ends after {num_rows}")
+
+    def check_num_rows(self) -> None:
+        """Refuse rows that are nothing but a number in the footer.
+
+        Raises:
+            ContainerError: There are more than a million rows, and fewer bytes than rows.
+        """
+        num_rows = sum(group.num_rows for group in self.row_groups)
+        num_bytes = self._stream.seek(0, io.SEEK_END)
+        if num_rows > max(_MIN_BOUND_ROWS, num_bytes):
+            raise ContainerError(
+                f"{self.uri}: is said to hold {num_rows} rows, and has {num_bytes} bytes; a row "
+                "takes at least one"
+            )
+
+
 @contextmanager
-def open_parquet(url: str, uri: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file, read in bounded memory.
+def open_parquet(url: str, uri: str) -> Iterator[OpenParquet]:
+    """Open a Parquet file.
 
     Raises:
         ContainerError: It cannot be opened, or is not a whole Parquet file.
@@ -82,10 +159,11 @@ def open_parquet(url: str, uri: str) -> Iterator[pq.ParquetFile]:
     with stream:
         try:
             file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-        except (OSError, pa.ArrowException) as error:
+            row_groups = read_footer(stream)
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise ContainerError(f"{uri}: is not a whole Parquet file: {error}") from error
         with file:
-            yield file
+            yield OpenParquet(file, stream, row_groups, uri)
 
 
 def index_parquet(url: str, uri: str) -> ParquetIndex:
@@ -94,20 +172,20 @@ def index_parquet(url: str, uri: str) -> ParquetIndex:
     Raises:
         ContainerError: It cannot be opened, or is not a whole Parquet file.
     """
-    with open_parquet(url, uri) as file:
-        audio = find_audio_column(file.schema_arrow)
+    with open_parquet(url, uri) as opened:
+        audio = find_audio_column(opened.file.schema_arrow)
+        if audio is not None:
+            opened.check_num_rows()
         groups = []
-        for number in range(file.num_row_groups):
-            group = file.metadata.row_group(number)
-            num_bytes = sum(
-                group.column(column).total_uncompressed_size
-                for column in range(group.num_columns)
-                if audio is not None
-                and group.column(column).path_in_schema.split(".")[0] == audio.name
+        for group in opened.row_groups:
+            sizes = (
+                chunk.uncompressed_bytes
+                for chunk in group.chunks
+                if audio is not None and chunk.name == audio.name
             )
             if group.num_rows:
-                groups.append((group.num_rows, num_bytes))
-        return ParquetIndex(audio, tuple(file.schema_arrow.names), tuple(groups))
+                groups.append((group.num_rows, max(0, sum(sizes))))
+        return ParquetIndex(audio, opened.names, tuple(groups))
 
 
 def find_audio_column(schema: pa.Schema) -> AudioColumn | None:
@@ -185,7 +263,9 @@ def _class_names(feature: Any) -> list[str]:
 # --- Reading -------------------------------------------------------------------------------
 
 
-def read_parquet(part: ContainerSlice, wanted: tuple[Item, ...]) -> Iterator[EncodedClip | Failure]:
+def read_parquet(
+    part: ContainerSlice, wanted: tuple[Item, ...], limits: ReadLimits | None = None
+) -> Iterator[EncodedClip | Failure]:
     """The items of a range of rows, in order, then what is broken.
 
     A row group that cannot be read does not keep the next ones from being read; what is missing
@@ -194,20 +274,23 @@ def read_parquet(part: ContainerSlice, wanted: tuple[Item, ...]) -> Iterator[Enc
     Args:
         part: The slice.
         wanted: Items to read, by row; empty means all there are.
+        limits: What reading may take.
     """
+    limits = limits or ReadLimits()
     rows: dict[int, list[Item]] = {}
     for item in wanted:
         rows.setdefault(-1 if item.row is None else item.row, []).append(item)
     damage: list[ContainerError] = []
     try:
-        with open_parquet(part.url, part.uri) as file:
-            audio = find_audio_column(file.schema_arrow)
+        with open_parquet(part.url, part.uri) as opened:
+            audio = find_audio_column(opened.file.schema_arrow)
             if audio is None:
-                names = ", ".join(file.schema_arrow.names)
+                names = ", ".join(opened.names[:20])
                 raise ContainerError(f"{part.uri}: no column holds audio (columns: {names})")
-            for row, values in _rows(file, part, frozenset(rows), damage):
+            opened.check_num_rows()
+            for row, values in _rows(opened, part, frozenset(rows), damage, limits):
                 items = rows.pop(row) if wanted else [None]
-                yield from (_clip(part, audio, row, values, item) for item in items)
+                yield from (_clip(part, audio, row, dict(values), item, limits) for item in items)
     except ContainerError as error:
         damage.append(error)
     told = "; ".join(str(one) for one in damage[:5])
@@ -229,65 +312,95 @@ def _row_error(
 
 
 def _rows(
-    file: pq.ParquetFile,
+    opened: OpenParquet,
     part: ContainerSlice,
     wanted: frozenset[int],
     damage: list[ContainerError],
+    limits: ReadLimits,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Row numbers and their values; what could not be read is added to ``damage``."""
     first = 0
-    for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
+    for number, group in enumerate(opened.row_groups):
         start, stop = first, first + group.num_rows
         first = stop
         low = max(start, part.start)
         high = stop if part.stop is None else min(stop, part.stop)
         if low >= high or (wanted and not any(low <= row < high for row in wanted)):
             continue
-        row_bytes = group.total_byte_size // max(1, group.num_rows)
-        batch_size = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
         row = start
         try:
-            for batch in file.iter_batches(batch_size, row_groups=[number], use_threads=False):
+            for batch in opened.batches(number, limits.max_page_bytes):
                 for offset in range(batch.num_rows):
                     if low <= row < high and (not wanted or row in wanted):
-                        yield row, _values(batch, offset)
+                        yield row, row_values(batch, offset)
                     row += 1
-        except (OSError, pa.ArrowException) as error:
+        except ContainerError as error:
             text = f"{part.uri}: rows {max(row, low)} to {high - 1} cannot be read: {error}"
             damage.append(ContainerError(text))
 
 
-def _values(batch: pa.RecordBatch, offset: int) -> dict[str, Any]:
-    return {name: _value(batch.column(name)[offset]) for name in batch.schema.names}
+def row_values(batch: pa.RecordBatch, offset: int) -> dict[str, Any]:
+    """The values of a row, by column; binary ones as they lie in the batch, not copied."""
+    values: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        values.setdefault(name, _value(column[offset]))
+    return values
+
+
+class UnreadableValue(str):
+    """Stands for a value that Python cannot hold, and says why."""
 
 
 def _value(scalar: pa.Scalar) -> Any:
     try:
+        if not scalar.is_valid:
+            return None
+        if _is_binary(scalar.type):
+            return memoryview(scalar.as_buffer())
+        if _is_audio_struct(scalar.type):
+            return {name: _value(scalar[name]) for name in ("bytes", "path")}
         return scalar.as_py()
-    except (ValueError, OverflowError, pa.ArrowException) as error:
+    except (ValueError, OverflowError, KeyError, pa.ArrowException) as error:
         # Text that is not UTF-8, a date before the year 1: Python has no value for it.
-        return f"<cannot be read: {error}>"
+        return UnreadableValue(f"<cannot be read: {error}>")
 
 
 def _clip(
-    part: ContainerSlice, audio: AudioColumn, row: int, values: dict[str, Any], item: Item | None
+    part: ContainerSlice,
+    audio: AudioColumn,
+    row: int,
+    values: dict[str, Any],
+    item: Item | None,
+    limits: ReadLimits,
 ) -> EncodedClip | Failure:
     value = values.pop(audio.name)
-    if isinstance(value, str):
-        data, path = None, None
+    data: memoryview | None = None
+    path: str | None
+    if isinstance(value, UnreadableValue):
+        path = value
     elif audio.is_struct:
         data, path = (value or {}).get("bytes"), (value or {}).get("path")
     else:
         data, path = value, values.get(audio.path_column) if audio.path_column else None
     item = _make_item(part, row, _with_class_names(values, audio.class_names), path, item)
-    if data is not None:
-        return EncodedClip(item, data=data)
-    if not path:
-        is_told = isinstance(value, str)  # what `_value` says of one that cannot be read
-        text = f": {value}" if is_told else " has neither bytes nor a path"
-        return read_failure(item, ReadError(f"row {row}{text}"))
-    return _clip_at_path(item, part, path)
+    try:
+        if data is not None:
+            return _clip_of_cell(item, data, limits)
+        if not path:
+            raise ReadError(f"row {row} has neither bytes nor a path")
+        if isinstance(path, UnreadableValue):
+            raise ReadError(f"row {row}: {path}")
+        return _clip_at_path(item, part, path, limits)
+    except ReadError as error:
+        return read_failure(item, error)
+
+
+def _clip_of_cell(item: Item, data: memoryview, limits: ReadLimits) -> EncodedClip:
+    check_item_size(len(data), limits)
+    if len(data) <= limits.spool_bytes:
+        return EncodedClip(item, data=bytes(data))
+    path = spool("", lambda file: file.write(data))
+    return EncodedClip(item, path=path, delete_path=True)
 
 
 def _make_item(
@@ -328,18 +441,28 @@ def _named(value: Any, names: Sequence[str]) -> Any:
     return value
 
 
-def _clip_at_path(item: Item, part: ContainerSlice, path: str) -> EncodedClip | Failure:
-    url = resolve(part.url, path)
+def _clip_at_path(item: Item, part: ContainerSlice, path: str, limits: ReadLimits) -> EncodedClip:
     try:
-        if storage.is_local(url):
-            storage.stat(url)
-            return EncodedClip(item, path=storage.local_path(url))
-        return EncodedClip(item, data=storage.read_bytes(url))
-    except (OSError, ValueError, UsageError) as error:
+        url = resolve(part.url, path)
+    except (OSError, ValueError, EarmarkError) as error:
+        raise ReadError(f"row {item.row} has no bytes, and its path {path!r}: {error}") from error
+    if _lies_here(url) and not storage.is_local(part.url):
+        raise ReadError(
+            f"row {item.row} has no bytes, and its path {path!r} lies on this machine, where a "
+            "file from elsewhere cannot point; copy the Parquet file here to allow it"
+        )
+    fetched = fetch(url, None, limits)
+    if fetched.error is not None:
         tried = dataclasses.replace(item, uri=printable(storage.public_uri(url)))
-        failure = read_failure(tried, error)
+        failure = read_failure(tried, fetched.error)
         text = f"row {item.row} has no bytes, and its path {path!r}: {failure.message}"
-        return read_failure(item, ReadError(text, error_type=failure.error_type))
+        raise ReadError(text, error_type=failure.error_type)
+    return EncodedClip(item, data=fetched.data, path=fetched.path, delete_path=fetched.is_temporary)
+
+
+def _lies_here(url: str) -> bool:
+    """Whether its bytes are on this machine, be it behind others (``zip://a.wav::/b.zip``)."""
+    return storage.is_local(url) or storage.is_local(url.rpartition("::")[2])
 
 
 @functools.lru_cache(maxsize=64)  # asked for every row of a manifest
@@ -349,7 +472,7 @@ def _folder_of(url: str) -> str:
 
 def resolve(listing_url: str, path: str) -> str:
     """What ``path`` means inside the file at ``listing_url``: relative to the file's folder."""
-    if not storage.is_local(path) or path.startswith(("/", "~", "file://")):
+    if not storage.is_local(path) or path.startswith(("/", "~", "file://", "local://")):
         return storage.normalise(path)
     url = storage.normalise(storage.join(_folder_of(listing_url), path))
     if storage.is_local(url) or ".." not in path.split("/"):

@@ -7,33 +7,22 @@ Files, globs, folders, tars, Parquet files with audio and manifests all become t
 loose **items**, and **containers** (a tar, a Parquet file) whose items are found while reading.
 
 This is the door; behind it are ``inputs`` (what the inputs hold), ``manifests``, ``units`` (cutting
-it into units), ``tar_source`` and ``parquet_source`` (reading containers) and ``clip_ids`` (names).
+it into units), ``tar_source`` and ``parquet_source`` (reading containers), ``spooling`` (an item's
+bytes, within bounds) and ``clip_ids`` (names).
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import BinaryIO
 
-from transforms import storage
-from transforms.clip_ids import (
-    AUDIO_EXTENSIONS,
-    extension,
-    make_clip_id,
-    make_unit_id,
-    read_failure,
-)
-from transforms.errors import EarmarkError
+from transforms.clip_ids import AUDIO_EXTENSIONS, make_clip_id, make_unit_id, read_failure
 from transforms.inputs import Container, Found, find_inputs
 from transforms.parquet_source import read_parquet
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
+from transforms.spooling import Fetched, copy_file, fetch
 from transforms.tar_source import TarReader
 from transforms.units import SourceSettings, limit_items, plan_units
 
@@ -59,27 +48,29 @@ def read_unit(
     """The items of a unit, in an order that is always the same.
 
     Memory stays bounded: at most ``settings.read_ahead`` + 1 items of ``settings.spool_bytes``
-    each; what is larger lies in a temporary file. A container that breaks off gives the items
-    before, then one failure of its own.
+    each (what is larger lies in a temporary file), and of a Parquet file a few pages. An item
+    beyond ``settings.max_item_bytes`` is a failure, and its bytes are not kept anywhere. A
+    container that breaks off gives the items before, then one failure of its own.
     """
     if unit.container is None:
         yield from _read_files(unit.items, settings)
     elif unit.kind == "tar":
-        yield from TarReader(unit.container, unit.items, settings.spool_bytes).read()
+        yield from TarReader(unit.container, unit.items, settings.limits).read()
     else:
-        yield from read_parquet(unit.container, unit.items)
+        yield from read_parquet(unit.container, unit.items, settings.limits)
 
 
 def _read_files(items: Sequence[Item], settings: SourceSettings) -> Iterator[EncodedClip | Failure]:
     """Local files by their path; remote ones fetched ahead, once for all their segments."""
     groups = deque((url, list(same)) for url, same in groupby(items, key=_url))
-    fetching: deque[tuple[list[Item], Future[_Fetched]]] = deque()
+    fetching: deque[tuple[list[Item], Future[Fetched]]] = deque()
     with ThreadPoolExecutor(settings.read_ahead, "earmark-read") as pool:
         try:
             while groups or fetching:
                 while groups and len(fetching) < settings.read_ahead:
                     url, same = groups.popleft()
-                    fetching.append((same, pool.submit(_fetch, url, settings.spool_bytes)))
+                    future = pool.submit(fetch, url, same[0].size, settings.limits)
+                    fetching.append((same, future))
                 same, future = fetching.popleft()
                 yield from _fetched_clips(same, future)
         finally:
@@ -94,49 +85,8 @@ def _url(item: Item) -> str:
     return item.url or item.uri
 
 
-@dataclass(frozen=True, slots=True)
-class _Fetched:
-    """The bytes of a file, in memory, in a local file, or why there are none."""
-
-    data: bytes | None = None
-    path: str | None = None
-    is_temporary: bool = False
-    error: Exception | None = None
-
-    def discard(self) -> None:
-        if self.is_temporary and self.path is not None:
-            Path(self.path).unlink(missing_ok=True)
-
-
-def _fetch(url: str, spool_bytes: int) -> _Fetched:
-    try:
-        if storage.is_local(url):
-            path = storage.local_path(url)
-            with storage.open_read(path):  # a file, there and readable
-                return _Fetched(path=path)
-        with storage.open_read(url) as file:
-            data = file.read(spool_bytes + 1)
-            if len(data) <= spool_bytes:
-                return _Fetched(data=data)
-            return _Fetched(path=_spool(data, file, url), is_temporary=True)
-    except (OSError, ValueError, EarmarkError) as error:
-        return _Fetched(error=error)
-
-
-def _spool(data: bytes, rest: BinaryIO, url: str) -> str:
-    suffix = extension(storage.file_name(url))
-    with tempfile.NamedTemporaryFile(prefix="earmark-", suffix=suffix, delete=False) as target:
-        try:
-            target.write(data)
-            shutil.copyfileobj(rest, target, 1 << 20)
-        except BaseException:
-            Path(target.name).unlink(missing_ok=True)
-            raise
-    return target.name
-
-
 def _fetched_clips(
-    items: Sequence[Item], future: Future[_Fetched]
+    items: Sequence[Item], future: Future[Fetched]
 ) -> Iterator[EncodedClip | Failure]:
     fetched = future.result()
     left = list(items)
@@ -149,12 +99,10 @@ def _fetched_clips(
                 yield EncodedClip(item, data=fetched.data)
             elif fetched.is_temporary and left:
                 # Each clip's file goes after decoding, so all but the last get their own.
-                with open(str(fetched.path), "rb") as source:
-                    copy = _spool(b"", source, item.uri)
-                yield EncodedClip(item, path=copy, delete_path=True)
+                yield EncodedClip(item, path=copy_file(str(fetched.path)), delete_path=True)
             else:
                 path, temporary = fetched.path, fetched.is_temporary
-                fetched = _Fetched() if temporary else fetched
+                fetched = Fetched() if temporary else fetched
                 yield EncodedClip(item, path=path, delete_path=temporary)
     finally:
         fetched.discard()

@@ -8,20 +8,23 @@ name: links, devices and folders are not followed, and a member's name is only a
 Siblings (``.json``, ``.txt``, ``.cls``) belong to the audio with the same WebDataset key: the
 name up to the first dot after its last slash. Neighbours with the same key make a **group**; an
 archive is only ever cut between groups.
+
+What a tar may take is bounded whatever it says of itself: an item that is too large is passed over
+without being kept, what is read of a group's siblings and of names has a bound, and so has what a
+compressed tar may expand to.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import logging
-import shutil
 import tarfile
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -30,6 +33,7 @@ from transforms import storage
 from transforms.clip_ids import (
     WindowEstimate,
     extension,
+    for_terminal,
     is_audio_name,
     make_clip_id,
     make_metadata,
@@ -40,13 +44,22 @@ from transforms.clip_ids import (
 )
 from transforms.errors import ContainerError, ReadError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
+from transforms.spooling import ReadLimits, check_item_size, copy_file, spool
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_EXTENDED_HEADER = 1 << 20  # long names and pax records; real ones have a few hundred bytes
-_MAX_SIDECAR_BYTES = 16 << 20
+_MAX_NAME_CHARS = 4096  # no system has longer paths
+_MAX_SIZE = 1 << 62
+# What is read of the siblings of one group; beyond that, the metadata only says how large they are.
+_MAX_SIDECAR_BYTES = 4 << 20
+_MAX_SIDECARS = 1000
 # Files named like "take1.5_001.wav" all have the key "take1". Past this many audio members, a
-# group ends where the name without its last extension changes.
+# group ends where the name without its last extension changes, or with the next audio.
 _MAX_GROUP = 64
+# A compressed tar may be all silence as long as it stays below this.
+_MIN_EXPANDED_BYTES = 1 << 30
 _WALK_BLOCK_BYTES = 64 << 10
 _SKIP_BYTES = 1 << 20
 _SIDECARS = frozenset({".json", ".txt", ".cls"})
@@ -63,6 +76,7 @@ _KINDS = {
     tarfile.FIFOTYPE: "pipe",
     tarfile.GNUTYPE_SPARSE: "sparse file",
 }
+_LONG_NAME = "file with a long name"
 _KINDS_WITHOUT_DATA = frozenset({"folder", "symbolic link", "hard link", "device", "pipe"})
 _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
@@ -78,7 +92,8 @@ class TarMember:
     """A member as its headers describe it.
 
     Attributes:
-        name: As stored; bytes that are not UTF-8 are kept as lone surrogates.
+        name: As stored; bytes that are not UTF-8 are kept as lone surrogates. One of more than
+            4096 characters is its beginning and a digest: such a member is not read.
         kind: ``file``, ``folder``, ``symbolic link`` and so on.
         size: Bytes of its content.
         start: Where its first header begins, extended headers included.
@@ -130,11 +145,29 @@ class TarIndex:
 
 
 class _Archive:
-    """The bytes of a (decompressed) tar from a position on; every error a ContainerError."""
+    """The bytes of a (decompressed) tar from a position on; every error a ContainerError.
 
-    def __init__(self, file: BinaryIO, uri: str, *, can_seek: bool) -> None:
+    Args:
+        file: The bytes.
+        uri: For messages.
+        can_seek: Whether ``file`` can.
+        compressed: The file that they are decompressed from, if they are.
+        max_expansion: Bytes that may come of a compressed one, once 1 GiB have.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        uri: str,
+        *,
+        can_seek: bool,
+        compressed: BinaryIO | None = None,
+        max_expansion: float = ReadLimits().max_expansion,
+    ) -> None:
         self._file = file
         self._uri = uri
+        self._compressed = compressed
+        self._max_expansion = max_expansion
         self.can_seek = can_seek
         self.position = 0
         self.global_headers = False
@@ -153,7 +186,19 @@ class _Archive:
         except (OSError, EOFError, zlib.error) as error:
             raise self.error(f"cannot be read past byte {self.position}: {error}") from error
         self.position += size - missing
+        self._check_expansion()
         return b"".join(parts)
+
+    def _check_expansion(self) -> None:
+        if self._compressed is None or self.position <= _MIN_EXPANDED_BYTES:
+            return
+        num_bytes = self._compressed.tell()
+        if self.position > self._max_expansion * num_bytes:
+            raise self.error(
+                f"{num_bytes} compressed bytes gave {self.position}; at most "
+                f"{self._max_expansion:g} per byte are allowed; to allow more, raise "
+                "read.max_expansion"
+            )
 
     def read_exactly(self, size: int, what: str) -> bytes:
         data = self.read(size)
@@ -181,7 +226,9 @@ class _Archive:
 
 
 @contextmanager
-def _open_archive(url: str, uri: str, *, to_walk: bool = False) -> Iterator[_Archive]:
+def _open_archive(
+    url: str, uri: str, max_expansion: float, *, to_walk: bool = False
+) -> Iterator[_Archive]:
     """The archive at byte 0, decompressed if its first bytes are those of gzip."""
     try:
         file = storage.open_read(url, _WALK_BLOCK_BYTES if to_walk else None)
@@ -194,7 +241,13 @@ def _open_archive(url: str, uri: str, *, to_walk: bool = False) -> Iterator[_Arc
             raise ContainerError(f"{uri}: cannot be read: {error}") from error
         if is_gzip:
             with gzip.GzipFile(fileobj=file, mode="rb") as plain:
-                yield _Archive(cast(BinaryIO, plain), uri, can_seek=False)
+                yield _Archive(
+                    cast(BinaryIO, plain),
+                    uri,
+                    can_seek=False,
+                    compressed=file,
+                    max_expansion=max_expansion,
+                )
         else:
             yield _Archive(file, uri, can_seek=file.seekable())
 
@@ -239,7 +292,7 @@ def _parse_header(archive: _Archive, block: bytes) -> tarfile.TarInfo:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise archive.error(f"what is at byte {at} is not a tar header ({error})") from error
-    if info.size < 0:
+    if not 0 <= info.size < _MAX_SIZE:
         raise archive.error(f"the header at byte {at} gives a size of {info.size} bytes")
     return info
 
@@ -266,14 +319,17 @@ def _read_extended(archive: _Archive, info: tarfile.TarInfo) -> dict[str, str]:
 
 def _parse_pax(archive: _Archive, data: bytes) -> dict[str, str]:
     records = {}
-    while data.strip(b"\0"):
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not len(length) + 2 < int(length[:10]) <= len(data):
+    data, at = data.rstrip(b"\0"), 0
+    while at < len(data):
+        # A record is "length key=value\n"; its length counts all of it.
+        digits = data[at : at + 11].partition(b" ")[0]
+        length = int(digits) if digits.isdigit() else 0
+        if not len(digits) + 2 < length <= len(data) - at:
             raise archive.error(f"the pax header before byte {archive.position} is damaged")
-        record = data[len(length) + 1 : int(length) - 1]
+        record = data[at + len(digits) + 1 : at + length - 1]
         key, _, value = record.decode("utf-8", "surrogateescape").partition("=")
         records[key] = value
-        data = data[int(length) :]
+        at += length
     return records
 
 
@@ -288,12 +344,22 @@ def _make_member(
         kind = "sparse file"
     size = info.size
     if "size" in extended:
-        if not extended["size"].isdigit() or len(extended["size"]) > 18:
+        digits = extended["size"]
+        if not (digits.isascii() and digits.isdigit()) or len(digits) > 18:
             raise archive.error(f"the pax header before byte {archive.position} is damaged")
-        size = int(extended["size"])
+        size = int(digits)
     name = extended.get("GNU.sparse.name") or extended.get("path") or info.name
+    if len(name) > _MAX_NAME_CHARS:
+        kind = _LONG_NAME if kind == "file" else kind
+        name = _short_name(name)
     data = 0 if kind in _KINDS_WITHOUT_DATA else _blocks(size)
     return TarMember(name, kind, size, start, archive.position + data)
+
+
+def _short_name(name: str) -> str:
+    """What stands for a name that is too long: how it begins, a digest, and its extension."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{name[:64]}…{digest[:16]}{extension(name)[:16]}"
 
 
 def _blocks(size: int) -> int:
@@ -323,7 +389,8 @@ class _Grouping:
         """Whether ``member`` begins a new group; to be asked of every member in order."""
         key, stem = _key_and_rest(member.name)[0], _stem(member.name)
         is_new = self._key is not None and (
-            key != self._key or (self._num_items >= _MAX_GROUP and stem != self._stem)
+            key != self._key
+            or (self._num_items >= _MAX_GROUP and (stem != self._stem or is_item(member)))
         )
         self._num_items = (0 if is_new else self._num_items) + is_item(member)
         self._key, self._stem = key, stem
@@ -336,7 +403,12 @@ def is_item(member: TarMember) -> bool:
 
 
 def index_tar(
-    url: str, uri: str, estimate: WindowEstimate, max_items: int | None = None
+    url: str,
+    uri: str,
+    estimate: WindowEstimate,
+    max_items: int | None = None,
+    *,
+    max_expansion: float = ReadLimits().max_expansion,
 ) -> TarIndex:
     """Walk over the headers of a tar (of a compressed one: read it) and find where its items lie.
 
@@ -349,14 +421,15 @@ def index_tar(
     damage = None
     has_global_headers = False
     try:
-        with _open_archive(url, uri, to_walk=True) as archive:
-            grouping = _Grouping()
+        with _open_archive(url, uri, max_expansion, to_walk=True) as archive:
+            grouping, num_items = _Grouping(), 0
             for member in _members(archive, None):
                 if grouping.starts_new(member):
                     groups += _index_group(pending, estimate)
                     whole_keys.add(pending)
+                    num_items += sum(is_item(one) for one in pending)
                     pending = []
-                    if max_items is not None and sum(len(g.names) for g in groups) > max_items:
+                    if max_items is not None and num_items > max_items:
                         break
                 pending.append(member)
                 has_global_headers = archive.global_headers
@@ -425,14 +498,13 @@ class _Group:
     held: list[_Held] = field(default_factory=list)
     sidecars: dict[str, bytes] = field(default_factory=dict)
     num_bytes: int = 0
+    sidecar_bytes: int = 0
 
     def discard(self) -> None:
         for one in self.held:
             if one.path is not None:
                 Path(one.path).unlink(missing_ok=True)
 
-
-logger = logging.getLogger(__name__)
 
 # Kinds of members that this process has said it leaves aside.
 _left_aside: set[str] = set()
@@ -444,19 +516,20 @@ class TarReader:
     Args:
         part: The slice.
         wanted: Items to read, by name and occurrence; empty means all there are.
-        spool_bytes: Members above this size (and those of a group that holds as much) go to a
-            temporary file.
+        limits: What reading may take.
     """
 
-    def __init__(self, part: ContainerSlice, wanted: tuple[Item, ...], spool_bytes: int) -> None:
+    def __init__(
+        self, part: ContainerSlice, wanted: tuple[Item, ...], limits: ReadLimits | None = None
+    ) -> None:
         self._part = part
-        self._spool_bytes = spool_bytes
+        self._limits = limits or ReadLimits()
         self._seen = Counter(part.seen_names)
         self._reads_all = not wanted
         self._wanted: dict[tuple[str, int], list[Item]] = {}
         for item in wanted:
             self._wanted.setdefault((item.member or "", occurrence_of(item)), []).append(item)
-        self._torn: dict[str, dict[str, bytes]] = {}
+        self._torn: dict[str, list[TarMember]] = {}
         self._num_items = 0
 
     def read(self) -> Iterator[EncodedClip | Failure]:
@@ -466,7 +539,7 @@ class TarReader:
         try:
             try:
                 self._torn = self._torn_sidecars()
-                with _open_archive(self._part.url, self._part.uri) as archive:
+                with self._open() as archive:
                     archive.move_to(self._part.start)
                     grouping = _Grouping()
                     for member in _members(archive, self._part.stop):
@@ -487,9 +560,13 @@ class TarReader:
             empty = ContainerError(f"{self._part.uri}: no member has an audio or video extension")
             yield read_failure(self._container_item(), empty, is_container=True)
 
+    def _open(self) -> AbstractContextManager[_Archive]:
+        return _open_archive(self._part.url, self._part.uri, self._limits.max_expansion)
+
     def _hold(self, group: _Group, member: TarMember, archive: _Archive) -> None:
-        if _is_sidecar(member) and member.size <= _MAX_SIDECAR_BYTES:
-            group.sidecars[member.name] = archive.read_exactly(member.size, repr(member.name))
+        if _is_sidecar(member) and len(group.sidecars) < _MAX_SIDECARS:
+            group.sidecars[member.name] = _read_sidecar(archive, member, group.sidecar_bytes)
+            group.sidecar_bytes += len(group.sidecars[member.name])
         if not is_item(member):
             self._say_left_aside(member)
             return
@@ -498,14 +575,29 @@ class TarReader:
         if not self._reads_all and (printable(member.name), occurrence) not in self._wanted:
             return
         held = _Held(member, occurrence)
-        if member.kind == "file":
+        if self._refusal(member) is None:
             what = printable(repr(member.name))
-            if max(member.size, group.num_bytes + member.size) > self._spool_bytes:
+            if group.num_bytes + member.size > self._limits.spool_bytes:
                 held.path = _spool(archive, member, what)
             else:
                 held.data = archive.read_exactly(member.size, what)
                 group.num_bytes += member.size
         group.held.append(held)
+
+    def _refusal(self, member: TarMember) -> ReadError | None:
+        """Why an audio member is not read; None if it is."""
+        if member.kind == _LONG_NAME:
+            return ReadError(
+                f"the member's name has more than {_MAX_NAME_CHARS} characters, and is cut here; "
+                "give it a shorter one"
+            )
+        if member.kind != "file":
+            return ReadError(f"the member is a {member.kind}; only regular files are read")
+        try:
+            check_item_size(member.size, self._limits)
+        except ReadError as error:
+            return error
+        return None
 
     def _say_left_aside(self, member: TarMember) -> None:
         """Once for each kind, or a thousand shards with the same siblings would drown all else."""
@@ -514,9 +606,9 @@ class TarReader:
             _left_aside.add(ending)
             logger.info(
                 "%s: members of other kinds are left aside: %s, the first is %r",
-                self._part.uri,
-                ending,
-                printable(member.name),
+                for_terminal(self._part.uri),
+                for_terminal(ending),
+                for_terminal(member.name),
             )
 
     def _emit(self, group: _Group) -> Iterator[EncodedClip | Failure]:
@@ -526,14 +618,15 @@ class TarReader:
                 one = held[0]
                 items = self._items_of(one, group)
                 self._num_items += len(items)
-                if one.data is None and one.path is None:
-                    yield from (_refused(item, one.member) for item in items)
+                refusal = self._refusal(one.member)
+                if refusal is not None:
+                    yield from (read_failure(item, refusal) for item in items)
                 elif one.data is not None:
                     yield from (EncodedClip(item, data=one.data) for item in items)
                 else:
                     for item in items[:-1]:
-                        path = _copy_spooled(cast(str, one.path))
-                        yield EncodedClip(item, path=path, delete_path=True)
+                        copy = copy_file(cast(str, one.path))
+                        yield EncodedClip(item, path=copy, delete_path=True)
                     path, one.path = cast(str, one.path), None
                     yield EncodedClip(items[-1], path=path, delete_path=True)
                 held.pop(0)
@@ -563,7 +656,7 @@ class TarReader:
     def _describe(self, name: str, group: _Group) -> tuple[tuple[str, ...] | None, str | None]:
         """Labels and metadata of the audio member ``name``, from its siblings."""
         key = _key_and_rest(name)[0]
-        sidecars = {**self._torn.get(key, {}), **group.sidecars}
+        sidecars = {**self._read_torn(key), **group.sidecars}
         stems = {_stem(one.member.name) for one in group.held}
         values: dict[str, object] = {}
         truth = None
@@ -584,7 +677,7 @@ class TarReader:
                 values.setdefault(extension(sidecar)[1:] if is_plain else rest, value)
         return truth, make_metadata(values)
 
-    def _torn_sidecars(self) -> dict[str, dict[str, bytes]]:
+    def _torn_sidecars(self) -> dict[str, list[TarMember]]:
         """Siblings that are not neighbours of their audio, by key; for a whole tar one can seek.
 
         A tar that is cut has none (``index_tar`` looks), and to look for them in a compressed or
@@ -595,18 +688,32 @@ class TarReader:
             return {}
         halves = _KeyHalves()
         sidecars: list[TarMember] = []
-        with _open_archive(part.url, part.uri) as archive:
+        with self._open() as archive:
             if not archive.can_seek:
                 return {}
             with suppress(ContainerError):  # the pass that reads the items says so
                 self._collect_halves(archive, halves, sidecars)
-            torn: dict[str, dict[str, bytes]] = {}
-            for member in sidecars:
-                key = _key_and_rest(member.name)[0]
-                if key in halves.torn() and member.size <= _MAX_SIDECAR_BYTES:
-                    archive.move_to(member.stop - _blocks(member.size))
-                    torn.setdefault(key, {})[member.name] = archive.read(member.size)
+        keys = halves.torn()
+        torn: dict[str, list[TarMember]] = {}
+        for member in sidecars:
+            key = _key_and_rest(member.name)[0]
+            if key in keys:
+                torn.setdefault(key, []).append(member)
         return torn
+
+    def _read_torn(self, key: str) -> dict[str, bytes]:
+        """The content of a key's siblings that are not neighbours of their audio."""
+        found: dict[str, bytes] = {}
+        if key not in self._torn:
+            return found
+        num_bytes = 0
+        with self._open() as archive:
+            for member in self._torn[key][:_MAX_SIDECARS]:
+                with suppress(ContainerError):  # cut short: the pass that reads the items says so
+                    archive.move_to(member.stop - _blocks(member.size))
+                    found[member.name] = _read_sidecar(archive, member, num_bytes)
+                    num_bytes += len(found[member.name])
+        return found
 
     @staticmethod
     def _collect_halves(archive: _Archive, halves: _KeyHalves, sidecars: list[TarMember]) -> None:
@@ -631,8 +738,7 @@ class TarReader:
         return self._part.start == 0 and self._part.stop is None
 
     def _container_item(self) -> Item:
-        part = self._part
-        return container_item(part, "bytes")
+        return container_item(self._part, "bytes")
 
 
 def container_item(part: ContainerSlice, unit: str) -> Item:
@@ -664,9 +770,11 @@ def _described(item: Item, truth: tuple[str, ...] | None, metadata: str | None) 
     )
 
 
-def _refused(item: Item, member: TarMember) -> Failure:
-    text = f"the member is a {member.kind}; only regular files are read"
-    return read_failure(item, ReadError(text))
+def _read_sidecar(archive: _Archive, member: TarMember, num_bytes: int) -> bytes:
+    """A sibling's content, or how large it is where ``num_bytes`` leave no room for it."""
+    if num_bytes + member.size > _MAX_SIDECAR_BYTES:
+        return f"<{member.size} bytes>".encode()
+    return archive.read_exactly(member.size, printable(repr(member.name)))
 
 
 def _parse_sidecar(ending: str, data: bytes) -> object:
@@ -684,23 +792,4 @@ def _parse_sidecar(ending: str, data: bytes) -> object:
 
 
 def _spool(archive: _Archive, member: TarMember, what: str) -> str:
-    with tempfile.NamedTemporaryFile(
-        prefix="earmark-", suffix=extension(member.name), delete=False
-    ) as file:
-        try:
-            archive.copy_to(cast(BinaryIO, file), member.size, what)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    return file.name
-
-
-def _copy_spooled(path: str) -> str:
-    with (
-        tempfile.NamedTemporaryFile(
-            prefix="earmark-", suffix=extension(path), delete=False
-        ) as file,
-        open(path, "rb") as source,
-    ):
-        shutil.copyfileobj(source, file)
-    return file.name
+    return spool(member.name, lambda file: archive.copy_to(file, member.size, what))

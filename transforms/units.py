@@ -23,6 +23,7 @@ from transforms.clip_ids import (
 )
 from transforms.inputs import Container, Found, in_threads, plan_order
 from transforms.records import ContainerSlice, Item, WorkUnit
+from transforms.spooling import ReadLimits
 from transforms.tar_source import TarIndex, index_tar
 
 Range = tuple[int, int | None]
@@ -39,6 +40,10 @@ class SourceSettings:
         hop_s: From one window's start to the next's in seconds, for estimates.
         spool_bytes: What is larger goes to a temporary file instead of memory.
         read_ahead: Remote files fetched at the same time, before their turn.
+        max_item_bytes: Encoded bytes of an item; more is an error.
+        max_page_bytes: Bytes of a page of a Parquet file, decompressed; more is an error.
+        max_expansion: Bytes that a compressed tar may give per byte of it, once it has given
+            1 GiB; more is an error.
     """
 
     windows_per_unit: int = 256
@@ -47,10 +52,16 @@ class SourceSettings:
     hop_s: float = 10.255
     spool_bytes: int = 64 << 20
     read_ahead: int = 4
+    max_item_bytes: int = ReadLimits().max_item_bytes
+    max_page_bytes: int = ReadLimits().max_page_bytes
+    max_expansion: float = ReadLimits().max_expansion
 
     def __post_init__(self) -> None:
-        for name in ("windows_per_unit", "max_unit_bytes", "spool_bytes", "read_ahead"):
-            if getattr(self, name) < 1:
+        for name in (
+            *("windows_per_unit", "max_unit_bytes", "spool_bytes", "read_ahead"),
+            *("max_item_bytes", "max_page_bytes", "max_expansion"),
+        ):
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; must be at least 1")
         for name in ("window_s", "hop_s"):
             if not 0 < getattr(self, name) < math.inf:
@@ -60,6 +71,13 @@ class SourceSettings:
     def estimate(self) -> WindowEstimate:
         """How windows are guessed from sizes."""
         return WindowEstimate(self.window_s, self.hop_s)
+
+    @property
+    def limits(self) -> ReadLimits:
+        """What reading may take."""
+        return ReadLimits(
+            self.spool_bytes, self.max_item_bytes, self.max_page_bytes, self.max_expansion
+        )
 
     def is_full(self, windows: int, num_bytes: int) -> bool:
         """Whether this much is a unit."""
@@ -96,7 +114,13 @@ def _limit_container(
         if num_rows <= limit:
             return container, max(1, num_rows)
         return dataclasses.replace(container, stop=limit), limit
-    index = index_tar(container.url, container.uri, settings.estimate, limit)
+    index = index_tar(
+        container.url,
+        container.uri,
+        settings.estimate,
+        limit,
+        max_expansion=settings.max_expansion,
+    )
     starts = [start for group in index.groups for start in group.starts]
     if len(starts) <= limit:
         return container, len(starts) + (index.damage is not None or not starts)
