@@ -71,8 +71,9 @@ def ask(store: str, act: Callable[[], _T], may_pass: Callable[[BaseException], b
     """The result of ``act``, tried again while its error may pass.
 
     After ``RETRY_S`` (``FIRST_CONTACT_S`` for a store that has never answered, be it with an error;
-    and ``MIN_TRIES``) the error is raised, with a note of how often it was tried. A store that has been given up on is then asked once each time, until it answers or
-    ``RETRY_S`` have gone by: a run with many items must not wait out each of them.
+    and ``MIN_TRIES``) the error is raised, with a note of how often it was tried. A store that has
+    been given up on is then asked once each time, until it answers or ``RETRY_S`` have gone by: a
+    run with many items must not wait out each of them.
 
     Args:
         store: Whom ``act`` asks.

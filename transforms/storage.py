@@ -1051,8 +1051,8 @@ def _filesystem(url: str, *, to_write: bool = False) -> tuple[Any, str]:
             raise UsageError(f"{name}:// {advice}") from error
         except ValueError as error:
             raise UsageError(
-                f"{public_uri(url)} cannot be opened: {_scrub(str(error), url)}; give a local path, "
-                "or a URL such as gs://, s3://, az:// or https://"
+                f"{public_uri(url)} cannot be opened: {_scrub(str(error), url)}; give a local "
+                "path, or a URL such as gs://, s3://, az:// or https://"
             ) from None
 
 
