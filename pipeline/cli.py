@@ -331,6 +331,51 @@ def verify(context: typer.Context, folder: ResultFolder, quiet: Quiet = None) ->
 
 
 @app.command()
+def stats(
+    context: typer.Context,
+    inputs: Inputs = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="A folder to write preprocessor_config.json to."
+        ),
+    ] = None,
+    as_original: Annotated[
+        bool,
+        typer.Option(
+            "--as-original",
+            help="As the script does that the published figures were made with: mixed, masked, "
+            "padding counted.",
+        ),
+    ] = False,
+    config: ConfigFile = None,
+    set: Assignments = None,
+    workers: Workers = None,
+    window_s: WindowS = None,
+    hop_s: HopS = None,
+    limit: Limit = None,
+    overwrite: Overwrite = None,
+    max_failed: MaxFailed = None,
+    quiet: Quiet = None,
+) -> Job:
+    """Measure the mean and standard deviation of a dataset's features, to normalise them with.
+
+    [b]--set model.preprocessor=DIR[/b] makes label use what is written.
+    """
+    parameters, beam_options = dict(context.params), context.obj
+
+    def job() -> int:
+        parameters.pop("as_original")
+        run_config = _read_config(parameters, needs_output=False, needs_model=False)
+        _configure_logging(run_config.quiet)
+        from pipeline.stats import run_stats
+
+        return run_stats(run_config, beam_options, as_original=as_original)
+
+    return job
+
+
+@app.command()
 def models(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
@@ -391,7 +436,7 @@ def _labelling_job(context: typer.Context) -> Job:
     name, parameters, beam_options = context.info_name, dict(context.params), context.obj
 
     def job() -> int:
-        config = _read_config(parameters, needs_output=name == "label")
+        config = _read_config(parameters, needs_output=name == "label", needs_model=True)
         _configure_logging(config.quiet)
         if name == "label":
             from pipeline.run import run_label
@@ -404,7 +449,7 @@ def _labelling_job(context: typer.Context) -> Job:
     return job
 
 
-def _read_config(parameters: dict[str, Any], *, needs_output: bool) -> RunConfig:
+def _read_config(parameters: dict[str, Any], *, needs_output: bool, needs_model: bool) -> RunConfig:
     """Load the configuration, and check that nothing is missing that no default can give."""
     from pipeline.config import (
         OPTION_KEYS,
@@ -418,14 +463,15 @@ def _read_config(parameters: dict[str, Any], *, needs_output: bool) -> RunConfig
     inputs = parameters.pop("inputs")
     options = {f"--{name.replace('_', '-')}": value for name, value in parameters.items()}
     options["INPUT"] = inputs or None
-    if options.keys() != OPTION_KEYS.keys():
-        raise ValueError(f"options and config keys differ: {options.keys() ^ OPTION_KEYS.keys()}")
+    if not options.keys() <= OPTION_KEYS.keys():
+        raise ValueError(f"options without a key: {options.keys() - OPTION_KEYS.keys()}")
     config = load_config(path, sets or (), options)
     # Before torch and Beam are loaded, which takes seconds.
     given_inputs(config)
     if needs_output:
         given_output(config)
-    given_model(config)
+    if needs_model:
+        given_model(config)
     return config
 
 

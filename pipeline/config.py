@@ -80,6 +80,7 @@ class ModelSection(_Section):
         name: Hub id (optionally ``@revision``), folder, or original ``.pth``.
         activation: Of the scores.
         labels: The name of a label list that ships with Earmark, or a file with one.
+        preprocessor: A ``preprocessor_config.json``, or its folder, to take mean and std from.
         mean: Of the training set's log-mel features; the features are normalised with it.
         std: Their standard deviation.
         frequency_stride: Of the patches, in mel bins.
@@ -94,6 +95,7 @@ class ModelSection(_Section):
     name: str | None = None
     activation: Literal["sigmoid", "softmax"] | None = None
     labels: str | None = None
+    preprocessor: str | None = None
     mean: float | None = None
     std: Positive | None = None
     frequency_stride: Count | None = None
@@ -254,7 +256,12 @@ class RunConfig(_Section):
         plain = self.model_dump(mode="json")
         plain["inputs"] = [public_uri(text) for text in self.inputs]
         model, beam = plain["model"], plain["beam"]
-        for section, key in ((plain, "output"), (model, "name"), (model, "labels")):
+        for section, key in (
+            (plain, "output"),
+            (model, "name"),
+            (model, "labels"),
+            (model, "preprocessor"),
+        ):
             if section[key] is not None:
                 section[key] = public_uri(section[key])
         for name, value in beam.items():

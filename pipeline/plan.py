@@ -29,13 +29,15 @@ from pipeline.result import (
     software_versions,
 )
 from transforms import storage
-from transforms.checkpoints import ModelOverrides, ModelSpec, resolve_model
+from transforms.checkpoints import ModelOverrides, ModelSpec, load_features, resolve_model
 from transforms.commit import CommitSettings
 from transforms.decode import DecodeSettings
+from transforms.errors import ModelError
 from transforms.fbank import FEATURES_VERSION
 from transforms.inference import InferenceSettings, check_settings
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.ledger import UnitSummary
+from transforms.model_files import FEATURES_NAME
 from transforms.records import WorkUnit
 from transforms.sources import Found, SourceSettings, find_inputs, limit_items
 
@@ -157,8 +159,29 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
 
 
 def _overrides(config: RunConfig) -> ModelOverrides:
-    values = config.model.model_dump(exclude={"name"})
+    values = config.model.model_dump(exclude={"name", "preprocessor"})
+    if config.model.preprocessor is not None:
+        features = read_features(config.model.preprocessor)
+        for name in ("mean", "std"):
+            values[name] = features[name] if values[name] is None else values[name]
     return ModelOverrides(**values)
+
+
+def read_features(place: str) -> Mapping[str, Any]:
+    """The settings in a ``preprocessor_config.json``, which may be named by its folder.
+
+    Raises:
+        ModelError: There is none, or it holds no mean and std.
+    """
+    folder = place.removesuffix(f"/{FEATURES_NAME}") if place != FEATURES_NAME else "."
+    features = load_features(folder)
+    for name in ("mean", "std"):
+        if not isinstance(features.get(name), int | float):
+            raise ModelError(
+                f"{storage.public_uri(place)} holds no {name}; expected a "
+                f"{FEATURES_NAME} as earmark stats writes it"
+            )
+    return features
 
 
 def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
@@ -177,26 +200,37 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
     )
     return make_settings(
         model,
-        decode=DecodeSettings(
-            num_processes=config.decode.processes or 0,
-            clips_ahead=config.decode.clips_ahead or 0,
-            stall_timeout_s=config.decode.stall_timeout_s,
-            max_item_bytes=config.decode.max_item_bytes,
-            max_item_s=config.decode.max_item_s,
-            max_decode_ratio=config.decode.max_decode_ratio,
-            max_decoder_bytes=config.decode.max_decoder_bytes,
-        ),
+        decode=make_decode_settings(config),
         inference=inference,
         window_s=config.window.length_s,
         hop_s=config.window.hop_s,
         min_tail_ratio=config.window.min_tail,
         top_k=config.labels.top_k,
         store_scores=config.labels.scores,
-        sources=SourceSettings(
-            windows_per_unit=config.units.windows,
-            max_page_bytes=config.read.max_page_bytes,
-            max_expansion=config.read.max_expansion,
-        ),
+        sources=make_source_settings(config),
+    )
+
+
+def make_decode_settings(config: RunConfig) -> DecodeSettings:
+    """How to decode; the rate is the model's, and set where the model is known."""
+    return DecodeSettings(
+        num_processes=config.decode.processes or 0,
+        clips_ahead=config.decode.clips_ahead or 0,
+        stall_timeout_s=config.decode.stall_timeout_s,
+        max_item_bytes=config.decode.max_item_bytes,
+        max_item_s=config.decode.max_item_s,
+        max_decode_ratio=config.decode.max_decode_ratio,
+        max_decoder_bytes=config.decode.max_decoder_bytes,
+    )
+
+
+def make_source_settings(config: RunConfig) -> SourceSettings:
+    """How to cut inputs into units and read them; windows are set where they are known."""
+    return SourceSettings(
+        windows_per_unit=config.units.windows,
+        max_item_bytes=config.decode.max_item_bytes,
+        max_page_bytes=config.read.max_page_bytes,
+        max_expansion=config.read.max_expansion,
     )
 
 
@@ -275,17 +309,8 @@ def describe_plan(plan: RunPlan) -> list[str]:
         f"{windows.window_samples / windows.sample_rate_hz:g} s every "
         f"{windows.hop_samples / windows.sample_rate_hz:g} s.",
         *model.notes,
-        f"Found: {describe_found(found)}.",
+        *describe_inputs(found),
     ]
-    if found.duplicates:
-        lines.append(
-            f"Listed again, and counted once: {counted(found.duplicates, 'item')}, such as "
-            f"{', '.join(found.duplicate_examples)}."
-        )
-    if found.skipped_by_extension:
-        kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.skipped_by_extension.most_common(8))
-        lines.append(f"Files of other kinds, left aside: {kinds}.")
-    lines += found.notes
     if plan.state.commits:
         lines.append(describe_done(plan))
     for unit_id, reason in list(plan.state.damaged.items())[:5]:
@@ -306,6 +331,20 @@ def counted(number: int, noun: str) -> str:
     if number != 1:
         noun = " or ".join(f"{word}s" for word in noun.split(" or "))
     return f"{number:,} {noun}"
+
+
+def describe_inputs(found: Found) -> list[str]:
+    """What the inputs hold, in a few lines."""
+    lines = [f"Found: {describe_found(found)}."]
+    if found.duplicates:
+        lines.append(
+            f"Listed again, and counted once: {counted(found.duplicates, 'item')}, such as "
+            f"{', '.join(found.duplicate_examples)}."
+        )
+    if found.skipped_by_extension:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.skipped_by_extension.most_common(8))
+        lines.append(f"Files of other kinds, left aside: {kinds}.")
+    return [*lines, *found.notes]
 
 
 def describe_found(found: Found) -> str:

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
 from transforms.clip_ids import for_terminal
+from transforms.live_counts import live_counts
 
 POLL_INTERVAL_S = 0.25
 LINE_INTERVAL_S = 10.0
@@ -62,6 +63,24 @@ class ProgressCounts:
     units: int = 0
 
 
+class LiveReader:
+    """What this process has done since the reader was made."""
+
+    def __init__(self) -> None:
+        self._start = dataclasses.replace(live_counts)
+
+    def __call__(self) -> ProgressCounts:
+        """The counts by now."""
+        start, now = self._start, live_counts
+        return ProgressCounts(
+            clips=now.clips - start.clips,
+            windows=now.windows - start.windows,
+            audio_s=now.audio_s - start.audio_s,
+            failures=now.failures - start.failures,
+            units=now.units - start.units,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Moment:
     """Counts, and the time they took.
@@ -87,10 +106,12 @@ class Expected:
     Attributes:
         windows: Estimated from the plan; None if not known.
         items: Items found; None where containers have not been read yet.
+        doing: What is being done, for a line at the start.
     """
 
     windows: int | None = None
     items: int | None = None
+    doing: str = "labelling"
 
 
 def format_duration(seconds: float) -> str:
@@ -287,7 +308,7 @@ class _Lines:
     def start(self) -> None:
         windows = self._expected.windows
         about = f" about {windows:,} windows" if windows is not None else ""
-        self._print(f"labelling{about}")
+        self._print(f"{self._expected.doing}{about}")
 
     def update(self, moment: Moment) -> None:
         if moment.elapsed_s >= self._next_s:
@@ -326,6 +347,7 @@ class ProgressDisplay:
             called before the last reading, that makes it look again.
         total_windows: Windows to label, estimated; None if not known.
         total_items: Items to label; None if not known.
+        doing: What is being done, for a line at the start.
         quiet: Show nothing.
         console: Where to show it; stderr by default.
     """
@@ -336,11 +358,12 @@ class ProgressDisplay:
         read: Callable[[], ProgressCounts],
         total_windows: int | None = None,
         total_items: int | None = None,
+        doing: str = "labelling",
         quiet: bool = False,
         console: Console | None = None,
     ) -> None:
         self._read = read
-        self._display = _make_display(Expected(total_windows, total_items), quiet, console)
+        self._display = _make_display(Expected(total_windows, total_items, doing), quiet, console)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="earmark-progress", daemon=True)
         self._began_s = 0.0

@@ -8,7 +8,6 @@ does the rest; its last step writes the totals.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import signal
 import threading
@@ -26,7 +25,13 @@ from pipeline.config import DEFAULT_RUNNER, RunConfig, given_output
 from pipeline.graph import RunTotals, build_graph
 from pipeline.output_lock import hold_output
 from pipeline.plan import RunPlan, counted, describe_plan, make_plan
-from pipeline.progress import ProgressCounts, ProgressDisplay, format_audio, format_duration
+from pipeline.progress import (
+    LiveReader,
+    ProgressCounts,
+    ProgressDisplay,
+    format_audio,
+    format_duration,
+)
 from pipeline.result import (
     SUCCESS_FILE,
     FinishRun,
@@ -40,7 +45,6 @@ from pipeline.result import (
 )
 from transforms import storage
 from transforms.clip_ids import for_terminal
-from transforms.commit import live_counts
 from transforms.errors import ConfigError, OutputError
 from transforms.ledger import UnitTotals, list_unit_ids, read_commit, read_failures
 from transforms.scratch import sweep, temporary_files_in_scratch
@@ -84,7 +88,7 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
         wait_for_writers(output)
         plan = make_plan(config, is_remote=remote)
         if remote:
-            check_reachable(plan)
+            check_reachable(plan.inputs, plan.output)
         for line in describe_plan(plan):
             console.print(for_terminal(line), markup=False)
         finish = prepare_output(plan, config)
@@ -181,19 +185,27 @@ def is_remote(options: PipelineOptions) -> bool:
     return name in REMOTE_RUNNERS or not LOCAL_MASTER.match(master or "local")
 
 
-def check_reachable(plan: RunPlan) -> None:
+def check_reachable(inputs: Sequence[str], output: str | None) -> None:
     """Refuse local paths where other machines do the work.
+
+    Args:
+        inputs: What is to be read.
+        output: What is to be written; None if it was not given.
 
     Raises:
         ConfigError: A remote runner is to read or write this machine's files.
     """
-    for name, urls in (("--output", [plan.output]), ("INPUT", list(plan.inputs))):
-        for url in urls:
-            if storage.is_local(url):
-                raise ConfigError(
-                    f"{name} is the local path {url}, and the runner works on other machines; "
-                    "give a URL that they can reach (gs://…), or --runner=FnApiRunner."
-                )
+    if output is None:
+        raise ConfigError(
+            "no output is given, and the runner works on other machines; give a URL that they can "
+            "reach (--output gs://…), or --runner=FnApiRunner."
+        )
+    for name, url in (("--output", output), *(("INPUT", url) for url in inputs)):
+        if storage.is_local(url):
+            raise ConfigError(
+                f"{name} is the local path {url}, and the runner works on other machines; "
+                "give a URL that they can reach (gs://…), or --runner=FnApiRunner."
+            )
 
 
 def prepare_output(plan: RunPlan, config: RunConfig) -> FinishRun:
@@ -256,28 +268,13 @@ def run_graph(
 
 def _progress_reader(options: PipelineOptions, output: str) -> Callable[[], ProgressCounts]:
     """Counts of this process where it does the work, else what has been committed by now."""
-    runner = runner_name(options)
+    return LiveReader() if is_in_process(options) else _CommitReader(output)
+
+
+def is_in_process(options: PipelineOptions) -> bool:
+    """Whether this process itself does the work."""
     num_workers = options.view_as(DirectOptions).direct_num_workers
-    if runner == DEFAULT_RUNNER.lower() and num_workers == 1:
-        return _LiveReader()
-    return _CommitReader(output)
-
-
-class _LiveReader:
-    """Counts since it was made, from the sink of this process."""
-
-    def __init__(self) -> None:
-        self._start = dataclasses.replace(live_counts)
-
-    def __call__(self) -> ProgressCounts:
-        start, now = self._start, live_counts
-        return ProgressCounts(
-            clips=now.clips - start.clips,
-            windows=now.windows - start.windows,
-            audio_s=now.audio_s - start.audio_s,
-            failures=now.failures - start.failures,
-            units=now.units - start.units,
-        )
+    return runner_name(options) == DEFAULT_RUNNER.lower() and num_workers == 1
 
 
 class _CommitReader:

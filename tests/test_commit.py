@@ -34,6 +34,7 @@ from transforms.ledger import (
     read_commit,
     read_commits,
 )
+from transforms.live_counts import live_counts
 from transforms.records import (
     Carried,
     ClipRow,
@@ -315,7 +316,7 @@ def test_no_audio_is_counted_twice(events: list[UnitEvent], counted: list[float]
 
 
 def test_live_counts_agree_with_what_is_committed(settings: CommitSettings) -> None:
-    before = dataclasses.replace(commit_step.live_counts)
+    before = dataclasses.replace(live_counts)
     # Two windows of 10 s in each clip of 12 s.
     events = [
         *unit_events(file_unit("u1", 3), failed=[1]),
@@ -324,7 +325,7 @@ def test_live_counts_agree_with_what_is_committed(settings: CommitSettings) -> N
     with TestPipeline() as p:
         _ = p | beam.Create([events]) | beam.FlatMap(lambda es: es) | CommitUnits(settings)
     totals = [commit.totals for commit in read_commits(settings.output)[0].values()]
-    now = commit_step.live_counts
+    now = live_counts
     assert now.units - before.units == 2
     assert now.clips - before.clips == sum(t.clips for t in totals) == 4
     assert now.audio_s - before.audio_s == sum(t.audio_s for t in totals) == 48.0

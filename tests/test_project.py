@@ -48,7 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode_worker": {"audio_readers"},
     "decode": {"decode_worker"},
     "windows": set(),
-    "feature_statistics": {"fbank"},
+    "live_counts": set(),
+    "feature_statistics": {"fbank", "live_counts"},
     # from_pretrained asks checkpoints where a folder or hub id lies, inside the method.
     "fbank": {"checkpoints"},
     "spectrogram_transformer": {"checkpoints"},
@@ -69,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"checkpoints", "spectrogram_transformer"},
     "rows": {"labels"},
     "ledger": {"storage"},
-    "commit": {"storage", "rows", "ledger"},
+    "commit": {"storage", "rows", "ledger", "live_counts"},
     "label_audio": {path.stem for path in STEPS},
 }
 

@@ -48,6 +48,7 @@ from transforms.ledger import (
     read_part,
     remove_unit,
 )
+from transforms.live_counts import live_counts
 from transforms.records import (
     ClipRow,
     ItemFailure,
@@ -346,29 +347,6 @@ def _part_info(path: Path) -> PartInfo:
     with path.open("rb") as file:
         digest = file_sha256(file)
     return PartInfo(path.stat().st_size, digest, pq.read_metadata(path).num_rows)
-
-
-@dataclass
-class LiveCounts:
-    """What the sink of this process has taken in so far, for a progress display.
-
-    Attributes:
-        clips: Clips labelled.
-        windows: Windows labelled.
-        failures: Items that could not be labelled.
-        units: Units committed.
-        audio_s: Seconds of audio labelled, none of them counted twice where windows overlap; with
-            every clip in, the sum of the clips' durations.
-    """
-
-    clips: int = 0
-    windows: int = 0
-    failures: int = 0
-    units: int = 0
-    audio_s: float = 0.0
-
-
-live_counts = LiveCounts()
 
 
 class AudioProgress:

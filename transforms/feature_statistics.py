@@ -1,0 +1,318 @@
+"""Mean and standard deviation of a dataset's features, which a model for it is normalised with.
+
+In the flow, ``MeasureFeatures`` follows ``windows`` where ``fbank`` would: it makes the features of
+each window and gives what can be added up, in any order and any grouping.
+
+The features are log-mel values before normalising. By default every frame that audio fills counts
+once, and padding does not. ``as_original`` follows the script that the published statistics were
+made with (``get_norm_stats.py`` of github.com/YuanGongND/ast): half of the windows are mixed with
+another, bands of mels and frames are masked with 0, padding counts, and the result is the mean of
+the means and of the standard deviations of batches of 1,000 windows. Its figures differ from the
+dataset's own, and are for those who compare with published ones. Where the script draws partners
+and batches at random over the whole dataset, here the partner is the window before in the same
+unit and all that is drawn follows from the clip's name, so that every run gives the same figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import apache_beam as beam
+import numpy as np
+import numpy.typing as npt
+from apache_beam.pvalue import PCollection
+
+from transforms.errors import FeatureError
+from transforms.fbank import FbankSettings, extract_fbank
+from transforms.live_counts import live_counts
+from transforms.records import Failure, FloatArray, ItemFailure, UnitEnd, Window
+
+# Of the original script: batches, share of windows that are mixed, the shape of the Beta
+# distribution that the mixture is drawn from, and the widest masks in mels and frames.
+ORIGINAL_BATCH_WINDOWS = 1000
+ORIGINAL_MIX_RATIO = 0.5
+ORIGINAL_MIX_BETA = 10.0
+ORIGINAL_MASKED_MELS = 24
+ORIGINAL_MASKED_FRAMES = 192
+
+_Element = Window | ItemFailure | UnitEnd
+_Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Count, mean and spread of values, which can be added without loss of precision.
+
+    Attributes:
+        count: How many values.
+        mean: Their mean.
+        squares: The sum of their squared distances from the mean.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @staticmethod
+    def of(values: npt.NDArray[np.floating]) -> Moments:
+        """The moments of an array of any shape, in float64."""
+        if values.size == 0:
+            return Moments()
+        doubles = values.astype(np.float64)
+        mean = float(doubles.mean())
+        return Moments(doubles.size, mean, float(np.square(doubles - mean).sum()))
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of both together (Chan, Golub and LeVeque, 1979)."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        share = other.count / count
+        distance = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + distance * share,
+            self.squares + other.squares + distance * distance * self.count * share,
+        )
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the values themselves (divided by their count)."""
+        return math.sqrt(self.squares / self.count) if self.count else math.nan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeatureStatistics:
+    """What is known of the features of some windows.
+
+    Attributes:
+        moments: Of every log-mel value of the frames that count.
+        windows: Windows measured.
+        clips: Clips that have been read to their end.
+        audio_s: Their length in seconds.
+        failures: Items that could not be measured.
+        broken_containers: Of the failures, containers that could not be read to their end.
+        example: One of the failures in words, or None.
+        drawn: ``as_original`` only: a number per window that says in which batch it comes.
+        means: ``as_original`` only: each window's mean, shape (windows,).
+        squares: ``as_original`` only: each window's ``Moments.squares``, shape (windows,).
+    """
+
+    moments: Moments = field(default_factory=Moments)
+    windows: int = 0
+    clips: int = 0
+    audio_s: float = 0.0
+    failures: int = 0
+    broken_containers: int = 0
+    example: str | None = None
+    drawn: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    means: _Doubles = field(default_factory=lambda: np.empty(0))
+    squares: _Doubles = field(default_factory=lambda: np.empty(0))
+
+
+def sum_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
+    """Add statistics up, partial sums included, in any order."""
+    found = list(parts)
+    # The smallest, so that the order of the parts does not matter here either.
+    examples = [part.example for part in found if part.example is not None]
+    return FeatureStatistics(
+        moments=sum((part.moments for part in found), Moments()),
+        windows=sum(part.windows for part in found),
+        clips=sum(part.clips for part in found),
+        audio_s=math.fsum(part.audio_s for part in found),
+        failures=sum(part.failures for part in found),
+        broken_containers=sum(part.broken_containers for part in found),
+        example=min(examples, default=None),
+        drawn=np.concatenate([np.empty(0, np.uint64), *(part.drawn for part in found)]),
+        means=np.concatenate([np.empty(0), *(part.means for part in found)]),
+        squares=np.concatenate([np.empty(0), *(part.squares for part in found)]),
+    )
+
+
+def mean_and_std(statistics: FeatureStatistics) -> tuple[float, float]:
+    """The figures to normalise with; of windows measured ``as_original``, as the script has them.
+
+    Raises:
+        FeatureError: Nothing was measured.
+    """
+    if statistics.moments.count == 0:
+        raise FeatureError("no window has features, so that there is no mean of them.")
+    if statistics.drawn.size == 0:
+        return statistics.moments.mean, statistics.moments.std
+    order = np.argsort(statistics.drawn, kind="stable")
+    values_per_window = statistics.moments.count // statistics.windows
+    means, stds = [], []
+    for start in range(0, order.size, ORIGINAL_BATCH_WINDOWS):
+        batch = order[start : start + ORIGINAL_BATCH_WINDOWS]
+        moments = sum(
+            (
+                Moments(values_per_window, float(statistics.means[i]), float(statistics.squares[i]))
+                for i in batch
+            ),
+            Moments(),
+        )
+        means.append(moments.mean)
+        stds.append(math.sqrt(moments.squares / (moments.count - 1)))  # torch.std's own
+    return math.fsum(means) / len(means), math.fsum(stds) / len(stds)
+
+
+def measure_window(samples: FloatArray, settings: FbankSettings) -> Moments:
+    """Moments of the log-mel values of the frames that the samples fill.
+
+    Args:
+        samples: Mono, float32, between one frame and ``settings.max_samples`` of them.
+        settings: What features to make; its mean and std do not matter.
+
+    Raises:
+        FeatureError: See ``extract_fbank``.
+    """
+    log_mel = extract_fbank(samples, without_normalising(settings))
+    return Moments.of(log_mel[: settings.count_frames(samples.size)])
+
+
+def measure_as_original(
+    samples: FloatArray,
+    partner: FloatArray | None,
+    rng: np.random.Generator,
+    settings: FbankSettings,
+) -> Moments:
+    """Moments of a window as the original script sees it.
+
+    Args:
+        samples: As for ``measure_window``.
+        partner: Another window to mix with; None if there is none.
+        rng: Draws whether and how to mix, and what to mask.
+        settings: What features to make; its mean and std do not matter.
+
+    Raises:
+        FeatureError: See ``extract_fbank``.
+    """
+    audio = samples - samples.mean()
+    is_mixed = rng.random() < ORIGINAL_MIX_RATIO
+    share = rng.beta(ORIGINAL_MIX_BETA, ORIGINAL_MIX_BETA)
+    if is_mixed and partner is not None:
+        other = np.zeros_like(audio)
+        size = min(partner.size, audio.size)
+        other[:size] = partner[:size] - partner.mean()
+        audio = share * audio + (1.0 - share) * other
+        audio -= audio.mean()
+    features = extract_fbank(audio.astype(np.float32), without_normalising(settings))
+    _mask(features, ORIGINAL_MASKED_MELS, rng)
+    _mask(features.T, ORIGINAL_MASKED_FRAMES, rng)
+    return Moments.of(features)
+
+
+def without_normalising(settings: FbankSettings) -> FbankSettings:
+    """Settings that leave log-mel values as they are: (x − 0) / (2 · 0.5)."""
+    return dataclasses.replace(settings, mean=0.0, std=0.5)
+
+
+def _mask(features: FloatArray, widest: int, rng: np.random.Generator) -> None:
+    """Set a band of columns to 0, of up to ``widest`` (torchaudio's ``mask_along_axis``)."""
+    width = rng.random() * widest
+    start = int(rng.random() * max(0.0, features.shape[1] - width))
+    features[:, start : start + int(width)] = 0.0
+
+
+class MeasureFeatures(beam.PTransform[PCollection[_Element], PCollection[FeatureStatistics]]):
+    """Measure the features of each window.
+
+    In: ``Window`` with samples, ``ItemFailure``, ``UnitEnd``, those of a unit in order. Out:
+    ``FeatureStatistics`` to be added up with ``sum_statistics``.
+
+    Args:
+        settings: What features to make.
+        as_original: As the original script measures them.
+    """
+
+    def __init__(self, settings: FbankSettings, *, as_original: bool = False) -> None:
+        super().__init__()
+        self._settings = settings
+        self._as_original = as_original
+
+    def expand(self, elements: PCollection[_Element]) -> PCollection[FeatureStatistics]:
+        """Apply the transform."""
+        step = beam.ParDo(_MeasureFn(self._settings, self._as_original))
+        # Said to Beam explicitly: it reads no annotations that are kept as text.
+        step = step.with_input_types(_Element).with_output_types(FeatureStatistics)
+        measured: PCollection[FeatureStatistics] = elements | "Measure windows" >> step
+        return measured
+
+
+class _MeasureFn(beam.DoFn):
+    def __init__(self, settings: FbankSettings, as_original: bool) -> None:
+        self._settings = settings
+        self._as_original = as_original
+        self._previous: dict[str, FloatArray] = {}  # by unit
+        self._failed: set[tuple[str, int]] = set()
+
+    def start_bundle(self) -> None:
+        self._previous, self._failed = {}, set()
+
+    def process(self, element: _Element) -> Iterator[FeatureStatistics]:
+        for statistics in self._measure(element):
+            live_counts.windows += statistics.windows
+            live_counts.clips += statistics.clips
+            live_counts.failures += statistics.failures
+            live_counts.audio_s += statistics.audio_s
+            yield statistics
+
+    def _measure(self, element: _Element) -> Iterator[FeatureStatistics]:
+        if isinstance(element, ItemFailure):
+            yield _of_failure(element.failure)
+        elif isinstance(element, UnitEnd):
+            self._previous.pop(element.unit.unit_id, None)
+        else:
+            yield from self._measure_window(element)
+
+    def _measure_window(self, window: Window) -> Iterator[FeatureStatistics]:
+        key = (window.unit_id, window.item_index)
+        try:
+            yield self._statistics_of(window)
+        except FeatureError as error:
+            # A clip is one item, however many of its windows have no features.
+            if key not in self._failed:
+                self._failed.add(key)
+                yield _of_failure(
+                    Failure(window.item, error.stage, type(error).__name__, str(error))
+                )
+        if window.facts is not None:
+            is_whole = key not in self._failed
+            self._failed.discard(key)
+            if is_whole:
+                yield FeatureStatistics(clips=1, audio_s=window.facts.duration_s)
+
+    def _statistics_of(self, window: Window) -> FeatureStatistics:
+        samples = window.data
+        if samples is None:
+            raise FeatureError(window.error or "the window holds no samples.")
+        if not self._as_original:
+            return FeatureStatistics(measure_window(samples, self._settings), windows=1)
+        name = f"{window.item.clip_id}\n{window.window_index}"
+        drawn = int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:8])
+        moments = measure_as_original(
+            samples,
+            self._previous.get(window.unit_id),
+            np.random.default_rng(drawn),
+            self._settings,
+        )
+        self._previous[window.unit_id] = samples
+        return FeatureStatistics(
+            moments,
+            windows=1,
+            drawn=np.array([drawn], np.uint64),
+            means=np.array([moments.mean]),
+            squares=np.array([moments.squares]),
+        )
+
+
+def _of_failure(failure: Failure) -> FeatureStatistics:
+    return FeatureStatistics(
+        failures=1,
+        broken_containers=int(failure.is_container),
+        example=f"{failure.item.clip_id}: {failure.message}",
+    )

@@ -1,0 +1,28 @@
+"""What this process has done so far, for a progress display that runs beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class LiveCounts:
+    """What the last step of this process has taken in so far.
+
+    Attributes:
+        clips: Clips labelled.
+        windows: Windows labelled.
+        failures: Items that could not be labelled.
+        units: Units committed.
+        audio_s: Seconds of audio labelled, none of them counted twice where windows overlap; with
+            every clip in, the sum of the clips' durations.
+    """
+
+    clips: int = 0
+    windows: int = 0
+    failures: int = 0
+    units: int = 0
+    audio_s: float = 0.0
+
+
+live_counts = LiveCounts()
