@@ -57,6 +57,8 @@ setup(
         "typer>=0.29,<1",
         "rich>=13.9",
         "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "matplotlib>=3.9",
         "huggingface_hub>=0.30",
     ],
     extras_require={

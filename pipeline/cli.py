@@ -376,6 +376,63 @@ def stats(
 
 
 @app.command()
+def evaluate(
+    context: typer.Context,
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR", help="A result; the scores of several are averaged.", show_default=False
+        ),
+    ],
+    truth: Annotated[
+        str | None,
+        typer.Option(
+            "--truth",
+            "-t",
+            metavar="FILE",
+            help="A manifest with labels, or AudioSet's segments CSV (default: what the result "
+            "itself has as truth).",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Where the result's model lies now, if it moved."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Where to (default: DIR/evaluation)."
+        ),
+    ] = None,
+    known_labels_only: Annotated[
+        bool,
+        typer.Option(
+            "--known-labels-only", help="Leave out labels of the truth that the model has not."
+        ),
+    ] = False,
+    quiet: Quiet = None,
+) -> Job:
+    """Compare labels with the truth: accuracy, mAP, AUC, d', per class; JSON and a picture."""
+    _refuse_beam_options(context)
+
+    def job() -> int:
+        from pipeline.evaluate import run_evaluate
+
+        return run_evaluate(
+            folders,
+            truth=truth,
+            model=model,
+            output=output,
+            known_labels_only=known_labels_only,
+            quiet=bool(quiet),
+        )
+
+    return job
+
+
+@app.command()
 def models(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,

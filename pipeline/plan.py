@@ -116,7 +116,7 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
     inputs = [storage.normalise(text) for text in given_inputs(config)]
     wants_output = needs_output or config.output is not None
     output = storage.normalise(given_output(config)) if wants_output else ""
-    model = resolve_model(given_model(config), _overrides(config))
+    model = resolve_model(given_model(config), make_overrides(config))
     label = make_label_settings(config, model)
     if not is_remote:
         check_settings(label.inference)
@@ -158,7 +158,12 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
     )
 
 
-def _overrides(config: RunConfig) -> ModelOverrides:
+def make_overrides(config: RunConfig) -> ModelOverrides:
+    """What the config says of the model instead of the checkpoint.
+
+    Raises:
+        ModelError: ``model.preprocessor`` cannot be read.
+    """
     values = config.model.model_dump(exclude={"name", "preprocessor"})
     if config.model.preprocessor is not None:
         features = read_features(config.model.preprocessor)

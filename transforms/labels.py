@@ -67,6 +67,21 @@ def labels_from_names(names: Sequence[str]) -> tuple[Label, ...]:
     )
 
 
+def find_label(text: str, labels: Sequence[Label]) -> int | None:
+    """The index of the label that a text means: by name, by id, or by a name spelled likewise.
+
+    Args:
+        text: A name or an id.
+        labels: A model's labels.
+    """
+    named = [label.index for label in labels if label.name == text]
+    named += [label.index for label in labels if label.id == text]
+    if named:
+        return named[0]
+    spelled = [label.index for label in labels if _spelling(label.name) == _spelling(text)]
+    return spelled[0] if len(spelled) == 1 else None
+
+
 def read_labels(
     source: str,
     read_bytes: Callable[[str], bytes] = lambda path: Path(path).read_bytes(),

@@ -1,0 +1,519 @@
+"""``earmark evaluate``: how right the labels of a result are.
+
+    results ─▶ every class's score per clip ─┐
+                                             ├─ join ─▶ metrics ─▶ table, JSON, picture
+    truth ─▶ labels per clip ────────────────┘
+
+Where ``--scores`` stored every class's score, they are read; else they come from the windows'
+embeddings and the model's head, exactly as the run had them. The scores of several results of the
+same clips and labels are averaged, as ensembles are evaluated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import RunConfig
+from pipeline.metrics import ClassMetrics, Metrics, compute_metrics
+from pipeline.plan import counted, make_overrides
+from pipeline.result import ResultState, read_result
+from pipeline.truth import Matches, Place, Truth, TruthRow, find_classes, match_rows, place_of
+from pipeline.truth import read_truth as read_truth_file
+from transforms import storage
+from transforms.checkpoints import load_model, resolve_model
+from transforms.clip_ids import for_terminal
+from transforms.errors import ConfigError, InputError, ModelError, OutputError
+from transforms.inference import score_embeddings
+from transforms.labels import Label
+from transforms.ledger import open_part
+
+JSON_FILE = "evaluation.json"
+PICTURE_FILE = "evaluation.png"
+BATCH_ROWS = 4096
+# More classes than these are shown by their best and worst; the JSON has them all.
+MAX_SHOWN_CLASSES = 40
+NUM_BEST_AND_WORST = 10
+MAX_EXAMPLES = 3
+
+_CLIP_COLUMNS = ["clip_id", "uri", "member", "row", "start_s", "end_s", "truth"]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredClips:
+    """Every class's score of every clip of a result.
+
+    Attributes:
+        folder: The result.
+        model: The model's name.
+        labels: What the scores are of.
+        places: Where each clip's truth is found.
+        truth: What the result itself says of each clip, or None.
+        scores: Shape (clips, labels), float32.
+        failed: Where the truth of items is found that could not be labelled.
+    """
+
+    folder: str
+    model: str
+    labels: tuple[Label, ...]
+    places: tuple[Place, ...]
+    truth: tuple[tuple[str, ...] | None, ...]
+    scores: npt.NDArray[np.float32]
+    failed: tuple[Place, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What came of it.
+
+    Attributes:
+        metrics: The figures.
+        truth: Which classes each clip has, shape (clips, labels).
+        scores: Shape (clips, labels).
+        notes: What was left out, in words.
+        counts: What matched and what did not, by name.
+    """
+
+    metrics: Metrics
+    truth: npt.NDArray[np.bool_]
+    scores: npt.NDArray[np.float32]
+    notes: tuple[str, ...]
+    counts: Mapping[str, int]
+
+
+def run_evaluate(
+    folders: Sequence[str],
+    *,
+    truth: str | None = None,
+    model: str | None = None,
+    output: str | None = None,
+    known_labels_only: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Evaluate results; print the table, write JSON and a picture.
+
+    Args:
+        folders: Results of the same clips; the scores of several are averaged.
+        truth: A manifest or AudioSet's segments CSV; None for the results' own ``truth``.
+        model: Where the model of the results lies now; None for where it was.
+        output: Where to write to; None for ``evaluation`` below the first result.
+        known_labels_only: Leave out what the truth names and the model does not know.
+        quiet: Print the figures alone.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: A result, the truth or the model is not right.
+    """
+    results = [read_scores(folder, model) for folder in folders]
+    scored = average_scores(results)
+    known = own_truth(scored) if truth is None else read_truth_file(truth)
+    evaluation = evaluate(scored, known, known_labels_only=known_labels_only)
+    console = Console(highlight=False, soft_wrap=True)
+    for line in describe_evaluation(evaluation, scored):
+        console.print(for_terminal(line), markup=False)
+    if not quiet:
+        Console(highlight=False).print(class_table(evaluation.metrics))
+    place = storage.normalise(output) if output else storage.join(results[0].folder, "evaluation")
+    for url in write_evaluation(place, evaluation, scored, results, truth):
+        console.print(for_terminal(f"Written: {storage.public_uri(url)}"), markup=False)
+    return 0
+
+
+# --- Scores --------------------------------------------------------------------------------
+
+
+def read_scores(folder: str, model: str | None = None) -> ScoredClips:
+    """Every class's score of every clip of a result.
+
+    Raises:
+        InputError: There is no result.
+        OutputError: It is damaged.
+        ModelError: The scores were not stored, and the model they come from cannot be had.
+    """
+    state = read_result(storage.normalise(folder))
+    if state.run is None or not state.commits:
+        raise InputError(
+            f"{storage.public_uri(folder)} holds no result of Earmark; name the --output of "
+            "earmark label"
+        )
+    if state.damaged:
+        raise OutputError(
+            f"{storage.public_uri(folder)} is damaged; see earmark verify "
+            f"{storage.public_uri(folder)}"
+        )
+    labels = _read_labels(state)
+    score = _reader_of_scores(state, model)
+    places: list[Place] = []
+    truth: list[tuple[str, ...] | None] = []
+    scores, failed = [], []
+    for unit_id in sorted(state.commits):
+        clips = _read(state, "clips", unit_id, _CLIP_COLUMNS).to_pylist()
+        places += [_place(row) for row in clips]
+        truth += [None if row["truth"] is None else tuple(row["truth"]) for row in clips]
+        scores.append(score(unit_id, [row["clip_id"] for row in clips]))
+        if "errors" in state.commits[unit_id].parts:
+            rows = _read(state, "errors", unit_id, _CLIP_COLUMNS[:-1]).to_pylist()
+            failed += [_place(row) for row in rows]
+    return ScoredClips(
+        folder=state.output,
+        model=state.run["model"]["name"],
+        labels=labels,
+        places=tuple(places),
+        truth=tuple(truth),
+        scores=np.concatenate(scores),
+        failed=tuple(failed),
+    )
+
+
+def _place(row: Mapping[str, Any]) -> Place:
+    return place_of(**{name: row[name] for name in _CLIP_COLUMNS[:-1]})
+
+
+def _read(state: ResultState, part: str, unit_id: str, columns: list[str]) -> pa.Table:
+    with open_part(state.output, part, unit_id) as file:
+        return file.read(columns=columns, use_threads=False)
+
+
+def _read_labels(state: ResultState) -> tuple[Label, ...]:
+    with open_part(state.output, "clips", min(state.commits)) as file:
+        entries = json.loads((file.schema_arrow.metadata or {})[b"earmark.labels"])
+    return tuple(Label(**entry) for entry in entries)
+
+
+_ScoresOfUnit = Callable[[str, list[str]], npt.NDArray[np.float32]]
+
+
+def _reader_of_scores(state: ResultState, model: str | None) -> _ScoresOfUnit:
+    """From a unit and its clip ids to the clips' scores, in their order."""
+    with open_part(state.output, "clips", min(state.commits)) as file:
+        is_stored = "scores" in file.schema_arrow.names
+    if is_stored:
+        return lambda unit_id, _: _matrix(_read(state, "clips", unit_id, ["scores"])["scores"])
+    run = state.run or {}
+    if not run["scores_from_embedding"]:
+        raise ModelError(
+            f"{storage.public_uri(state.output)} holds neither every class's score nor the "
+            "embedding that they come from (embedding.pooling is not pooler_output); label again "
+            "with --scores"
+        )
+    head, activation = _load_head(run, model), run["model"]["activation"]
+
+    def score(unit_id: str, clip_ids: list[str]) -> npt.NDArray[np.float32]:
+        index_of = {clip_id: index for index, clip_id in enumerate(clip_ids)}
+        total = np.zeros((len(clip_ids), run["model"]["num_labels"]))
+        counts = np.zeros(len(clip_ids))
+        with open_part(state.output, "windows", unit_id) as file:
+            columns = ["clip_id", "embedding"]
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+                table = pa.Table.from_batches([batch])
+                scores = score_embeddings(head, _matrix(table["embedding"]), activation)
+                clips = [index_of[clip_id] for clip_id in table["clip_id"].to_pylist()]
+                # As rows.ClipAggregate has it.
+                if activation == "sigmoid":
+                    np.maximum.at(total, clips, scores)
+                else:
+                    np.add.at(total, clips, scores)
+                np.add.at(counts, clips, 1)
+        return (total if activation == "sigmoid" else total / counts[:, None]).astype(np.float32)
+
+    return score
+
+
+def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    array = column.combine_chunks()
+    values: npt.NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(array), -1)
+
+
+def _load_head(run: Mapping[str, Any], model: str | None) -> Any:
+    """The head of the model that a run was made with."""
+    config = RunConfig.model_validate(run["config"])
+    # Files that only say what the result holds itself need not be there any more.
+    kept = config.model.model_copy(update={"preprocessor": None, "labels": None})
+    config = config.model_copy(update={"model": kept})
+    name = model or config.model.name
+    if name is None:
+        raise ConfigError("the result does not say which model it was made with; pass --model")
+    revision = run["model"]["revision"]
+    if model is None and revision and "@" not in name:
+        name = f"{name}@{revision}"
+    spec = resolve_model(name, make_overrides(config))
+    if spec.sha256 != run["model"]["sha256"]:
+        raise ModelError(
+            f"{spec.name} is not the model that the result was made with: its weights have the "
+            f"sha256 {spec.sha256[:12]}…, and the result's {run['model']['sha256'][:12]}…. Pass "
+            "that one as --model, or label again with --scores"
+        )
+    return load_model(spec).classifier
+
+
+def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
+    """The mean of the scores of several results, over the clips that all of them have.
+
+    Raises:
+        InputError: Their labels differ, or they have no clip in common.
+    """
+    first = results[0]
+    for other in results[1:]:
+        if [label.name for label in other.labels] != [label.name for label in first.labels]:
+            raise InputError(
+                f"{storage.public_uri(other.folder)} has other labels than "
+                f"{storage.public_uri(first.folder)}; only the scores of the same labels, in the "
+                "same order, can be averaged"
+            )
+    indices = [{place.clip_id: i for i, place in enumerate(r.places)} for r in results]
+    shared = [place for place in first.places if all(place.clip_id in index for index in indices)]
+    if not shared:
+        raise InputError("the results have no clip in common; their clip_ids must be the same")
+    taken = [
+        result.scores[[index[place.clip_id] for place in shared]]
+        for result, index in zip(results, indices, strict=True)
+    ]
+    return dataclasses.replace(
+        first,
+        places=tuple(shared),
+        truth=tuple(first.truth[indices[0][place.clip_id]] for place in shared),
+        scores=np.stack(taken).mean(axis=0, dtype=np.float64).astype(np.float32),
+    )
+
+
+# --- Truth ---------------------------------------------------------------------------------
+
+
+def own_truth(scored: ScoredClips) -> Truth:
+    """What the result's own column says.
+
+    Raises:
+        InputError: Nothing.
+    """
+    rows = [
+        TruthRow(place, labels, "its truth column")
+        for place, labels in zip(scored.places, scored.truth, strict=True)
+        if labels is not None
+    ]
+    if not rows:
+        raise InputError(
+            f"{storage.public_uri(scored.folder)} holds no truth of its own; pass --truth with a "
+            "manifest that has labels"
+        )
+    return Truth(tuple(rows))
+
+
+def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = False) -> Evaluation:
+    """Compare scores with the truth.
+
+    Raises:
+        InputError: Nothing matches, or the truth names labels that the model does not know.
+    """
+    class_of = find_classes(truth.rows, scored.labels)
+    unknown = sorted(name for name, index in class_of.items() if index is None)
+    if unknown and not known_labels_only:
+        raise InputError(
+            f"the truth names {counted(len(unknown), 'label')} that {scored.model} does not know: "
+            f"{_some(unknown)}; its {len(scored.labels)} labels are such as "
+            f"{_some([label.name for label in scored.labels])}. Mend the names, or pass "
+            "--known-labels-only to leave them out"
+        )
+    matches = match_rows(truth.rows, scored.places)
+    kept, rows = [], []
+    for clip, index in enumerate(matches.row_of_clip):
+        if index is None:
+            continue
+        classes = [class_of[name] for name in truth.rows[index].labels]
+        known = [number for number in classes if number is not None]
+        if known or not classes:  # a clip of nothing but unknown labels says nothing
+            kept.append(clip)
+            rows.append(known)
+    if not kept:
+        raise InputError(
+            f"no clip of {storage.public_uri(scored.folder)} has a row in the truth; one of them "
+            f"is {scored.places[0].clip_id}, and the truth has {_where(truth.rows[0])}"
+        )
+    positives = np.zeros((len(kept), len(scored.labels)), np.bool_)
+    for number, known in enumerate(rows):
+        positives[number, known] = True
+    scores = scored.scores[kept]
+    metrics = compute_metrics(positives, scores, [label.name for label in scored.labels])
+    notes, counts = _unmatched(scored, truth, matches, unknown)
+    return Evaluation(metrics, positives, scores, notes, {"clips": len(kept), **counts})
+
+
+def _unmatched(
+    scored: ScoredClips, truth: Truth, matches: Matches, unknown: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """What did not find its like, in words and numbers."""
+    clips = [
+        str(place.clip_id)
+        for place, index in zip(scored.places, matches.row_of_clip, strict=True)
+        if index is None
+    ]
+    lost = [truth.rows[index] for index in matches.rows_without_clip]
+    failed = {index for index in match_rows(lost, scored.failed).row_of_clip if index is not None}
+    absent = [_where(row) for index, row in enumerate(lost) if index not in failed]
+    kinds = {
+        "clips_without_truth": (clips, "of the result's clips without a row in the truth"),
+        "rows_that_failed": (
+            [_where(lost[index]) for index in sorted(failed)],
+            "of the truth's rows are items that could not be labelled",
+        ),
+        "rows_without_clip": (absent, "of the truth's rows without a clip in the result"),
+        "rows_without_label": ([""] * truth.unlabelled, "of the truth's rows have no label"),
+        "unreadable_rows": (list(truth.unreadable), "of the truth's lines cannot be read"),
+        "unknown_labels": (list(unknown), "of the truth's labels are unknown to the model"),
+        "ambiguous_names": (
+            list(matches.ambiguous_stems),
+            "file names mean more than one row or clip",
+        ),
+    }
+    notes = [
+        f"Left out: {len(names):,} {words}" + (f", such as {_some(names)}." if names[0] else ".")
+        for names, words in kinds.values()
+        if names
+    ]
+    return tuple(notes), {name: len(names) for name, (names, _) in kinds.items()}
+
+
+def _where(row: TruthRow) -> str:
+    return row.place.clip_id or row.place.stems[0]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = ", …" if len(names) > MAX_EXAMPLES else ""
+    return ", ".join(names[:MAX_EXAMPLES]) + more
+
+
+# --- Telling -------------------------------------------------------------------------------
+
+
+def describe_evaluation(evaluation: Evaluation, scored: ScoredClips) -> list[str]:
+    """The figures in words."""
+    metrics = evaluation.metrics
+    with_figure = sum(entry.average_precision is not None for entry in metrics.classes)
+    lines = [
+        f"{scored.model}: {counted(metrics.clips, 'clip')}, "
+        f"{with_figure} of {len(metrics.classes)} classes in the truth.",
+        *([f"accuracy {metrics.accuracy:.4f}"] if metrics.accuracy is not None else []),
+        f"mAP {_number(metrics.mean_average_precision)}"
+        + (
+            f" ({metrics.mean_average_precision_all:.4f} if those without a clip count as 0)"
+            if with_figure < len(metrics.classes)
+            else ""
+        ),
+        f"AUC {_number(metrics.mean_auc)}",
+        f"d' {_number(metrics.d_prime)}",
+    ]
+    return [*lines, *evaluation.notes]
+
+
+def class_table(metrics: Metrics) -> Table:
+    """A row per class, best average precision first; of many classes, the best and the worst."""
+    entries = sorted(
+        (entry for entry in metrics.classes if entry.positives),
+        key=lambda entry: entry.average_precision or 0.0,
+        reverse=True,
+    )
+    titles = ["class", "clips", "AP", "AUC"]
+    if metrics.accuracy is not None:
+        titles += ["recall", "precision"]
+    table = Table(*titles[:1], box=None, pad_edge=False)
+    for title in titles[1:]:
+        table.add_column(title, justify="right")
+    is_long = len(entries) > MAX_SHOWN_CLASSES
+    for entry in entries[:NUM_BEST_AND_WORST] if is_long else entries:
+        table.add_row(*_cells(entry, metrics))
+    if is_long:
+        table.add_row("…")
+        for entry in entries[-NUM_BEST_AND_WORST:]:
+            table.add_row(*_cells(entry, metrics))
+    return table
+
+
+def _cells(entry: ClassMetrics, metrics: Metrics) -> list[str]:
+    figures = [entry.average_precision, entry.auc]
+    if metrics.accuracy is not None:
+        figures += [entry.recall, entry.precision]
+    name = for_terminal(entry.name)
+    return [name, f"{entry.positives:,}", *(_number(figure) for figure in figures)]
+
+
+def _number(figure: float | None) -> str:
+    return "–" if figure is None else f"{figure:.4f}"
+
+
+def write_evaluation(
+    place: str,
+    evaluation: Evaluation,
+    scored: ScoredClips,
+    results: Sequence[ScoredClips],
+    truth: str | None,
+) -> list[str]:
+    """Write the JSON and the picture; gives their URLs.
+
+    Raises:
+        OutputError: They cannot be written.
+    """
+    from pipeline.evaluation_picture import draw_evaluation  # brings matplotlib along
+
+    contents = {
+        JSON_FILE: json.dumps(
+            as_json(evaluation, scored, results, truth), indent=1, ensure_ascii=False
+        ).encode(),
+        PICTURE_FILE: draw_evaluation(evaluation.metrics, evaluation.truth, evaluation.scores),
+    }
+    urls = []
+    for name, data in contents.items():
+        urls.append(storage.join(place, name))
+        try:
+            storage.write_bytes(urls[-1], data)
+        except OSError as error:
+            raise OutputError(
+                f"{storage.public_uri(place)} cannot be written: {error}. Give another --output."
+            ) from error
+    return urls
+
+
+def as_json(
+    evaluation: Evaluation,
+    scored: ScoredClips,
+    results: Sequence[ScoredClips],
+    truth: str | None,
+) -> dict[str, Any]:
+    """The evaluation as JSON has it: no infinity, no NaN."""
+    metrics = evaluation.metrics
+    return {
+        "results": [storage.public_uri(result.folder) for result in results],
+        "models": [result.model for result in results],
+        "truth": None if truth is None else storage.public_uri(storage.normalise(truth)),
+        "counts": dict(evaluation.counts),
+        "accuracy": metrics.accuracy,
+        "mean_average_precision": metrics.mean_average_precision,
+        "mean_average_precision_all": metrics.mean_average_precision_all,
+        "mean_auc": metrics.mean_auc,
+        "d_prime": _finite(metrics.d_prime),
+        "classes": [
+            {
+                **dataclasses.asdict(entry),
+                "id": label.id,
+                "recall": entry.recall,
+                "precision": entry.precision,
+            }
+            for entry, label in zip(metrics.classes, scored.labels, strict=True)
+        ],
+        "confusion": None if metrics.confusion is None else metrics.confusion.tolist(),
+    }
+
+
+def _finite(figure: float | None) -> float | None:
+    return figure if figure is not None and math.isfinite(figure) else None
