@@ -390,7 +390,7 @@ def test_results_that_cannot_be_evaluated(
         ([results["patches"], "-t", truth], "holds neither every class's score nor the embedding"),
         ([tmp_path / "nowhere", "-t", truth], "holds no result of Earmark"),
         ([results["softmax"], "-t", tmp_path / "no.csv"], "cannot be read|no such file"),
-        ([results["softmax"], "-t", results["softmax"] / "run.json"], "holds no labels; .* is not JSON"),
+        ([results["softmax"], "-t", results["softmax"] / "run.json"], "no labels; .* is not JSON"),
     ]
     for arguments, words in cases:
         said = earmark("evaluate", *arguments)

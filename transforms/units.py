@@ -216,7 +216,9 @@ def _plan_container(
         for start, stop in gaps:
             yield _container_unit(container, start, stop, windows, items=container.items)
         return
-    index = index_tar(container.url, container.uri, settings.estimate)
+    index = index_tar(
+        container.url, container.uri, settings.estimate, max_expansion=settings.max_expansion
+    )
     if container.items:
         yield from _plan_members(container, index, settings)
     else:
