@@ -26,6 +26,8 @@ from pathlib import Path
 
 from transforms import storage
 from transforms.errors import OutputError, OutputLostError
+from transforms.retries import patient_for
+from transforms.scratch import is_still
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ HEARTBEAT_S = 10.0
 # may fail to come before it is taken for dead.
 PATIENCE_S = 50.0
 POLL_S = 2.0
+# Whoever ends a run waits no longer than this for its file to go.
+STOP_S = 10.0
+MAKE_TRIES = 5
 
 
 @contextlib.contextmanager
@@ -66,16 +71,37 @@ def hold_output(output: str, on_lost: Callable[[], None] | None = None) -> Itera
 
 @contextlib.contextmanager
 def _hold_folder(path: Path, output: str) -> Iterator[None]:
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    descriptor = _open_folder(path)
+    made: list[Path] = []
+    descriptor = _locked_folder(path, output, made)
     try:
-        _lock(descriptor, output)
         yield
     finally:
+        # Before the lock goes: who has it next must see that the folder has gone.
+        _remove_empty(made)
         os.close(descriptor)
-        with contextlib.suppress(OSError):
-            for folder in made:
-                folder.rmdir()  # only if it is empty
+
+
+def _locked_folder(path: Path, output: str, made: list[Path]) -> int:
+    """A descriptor that carries the lock; adds the folders that were made for it to ``made``."""
+    while True:
+        descriptor = _open_folder(path, made)
+        try:
+            _lock(descriptor, output)
+            # A run that came to nothing may have removed the folder after it was opened here; its
+            # lock would keep nobody out.
+            if is_still(path, descriptor, follow_symlinks=True):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            _remove_empty(made)
+            raise
+        os.close(descriptor)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()  # only if it is empty
 
 
 def _lock(descriptor: int, output: str) -> None:
@@ -88,17 +114,26 @@ def _lock(descriptor: int, output: str) -> None:
         logger.warning("%s cannot be locked (%s): start no second run on it.", output, error)
 
 
-def _open_folder(path: Path) -> int:
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is a file; --output needs a folder. Give another path.")
+def _open_folder(path: Path, made: list[Path]) -> int:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; --output needs a folder. Give another path.")
+        for _ in range(MAKE_TRIES - 1):
+            with contextlib.suppress(FileNotFoundError):  # another run has just removed its own
+                return _make_and_open(path, made)
+        return _make_and_open(path, made)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}. Give another --output, or "
             "mend its permissions."
         ) from error
+
+
+def _make_and_open(path: Path, made: list[Path]) -> int:
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    made[:] = sorted({*made, *missing}, reverse=True)  # the deepest first
+    path.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _words_for_held(output: str, holder: str) -> str:
@@ -164,13 +199,11 @@ def _hold_remote(output: str, on_lost: Callable[[], None] | None) -> Iterator[No
                 f"another run has taken {storage.public_uri(output)} over while this one was "
                 "stuck; nothing is lost. Let that run end, then run this command again."
             )
-        try:
-            storage.remove(url)
-        except OSError as error:
+        if heart.left_because is not None:
             logger.warning(
                 "%s could not be removed (%s): the next run will watch it for %.0f s.",
                 storage.public_uri(url),
-                error,
+                heart.left_because,
                 PATIENCE_S,
             )
 
@@ -216,7 +249,18 @@ def _read_holder(url: str) -> _Holder | None:
 
 
 class _Heart(threading.Thread):
-    """Rewrites the lock file until it is stopped, or finds another's in its place."""
+    """Rewrites the lock file until it is stopped, and then removes it.
+
+    Ends, too, where it finds another's in its place.
+
+    It alone touches the file, so that no late heartbeat brings it back, and nobody has to wait for
+    a store that does not answer. What fails is not asked again for longer than until the next
+    heartbeat is due.
+
+    Attributes:
+        lost: Whether another run's file has been found.
+        left_because: Why the file is still there at the end; None if it has gone.
+    """
 
     def __init__(self, url: str, holder: _Holder, on_lost: Callable[[], None] | None) -> None:
         super().__init__(name="earmark-heartbeat", daemon=True)
@@ -225,15 +269,21 @@ class _Heart(threading.Thread):
         self._on_lost = on_lost
         self._stopped = threading.Event()
         self.lost = False
+        self.left_because: str | None = None
 
     def run(self) -> None:
-        while not self._stopped.wait(HEARTBEAT_S):
+        with patient_for(HEARTBEAT_S):
+            while not self._stopped.wait(HEARTBEAT_S):
+                try:
+                    if not self._beat():
+                        return
+                except OSError as error:
+                    # The run itself will say so, if it lasts.
+                    logger.warning("%s: no heartbeat (%s).", storage.public_uri(self._url), error)
             try:
-                if not self._beat():
-                    return
+                storage.remove(self._url)
             except OSError as error:
-                # The run itself will say so, if it lasts.
-                logger.warning("%s: no heartbeat (%s).", storage.public_uri(self._url), error)
+                self.left_because = str(error)
 
     def _beat(self) -> bool:
         found = _read_holder(self._url)
@@ -248,5 +298,8 @@ class _Heart(threading.Thread):
         return True
 
     def stop(self) -> None:
+        """Let the file be removed, for ``STOP_S`` at most."""
         self._stopped.set()
-        self.join()
+        self.join(STOP_S)
+        if self.is_alive():
+            self.left_because = f"the store has not answered for {STOP_S:.0f} s"

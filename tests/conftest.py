@@ -19,6 +19,8 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "MAX_WAIT_S", 0.001)
     monkeypatch.setattr(retries, "_gave_up_at", {})
     monkeypatch.setattr(retries, "_have_answered", set())
+    monkeypatch.setattr(retries, "_answered_at", {})
+    monkeypatch.setattr(retries, "_said_at", {})
 
 
 @pytest.fixture(scope="session")

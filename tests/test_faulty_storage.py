@@ -7,6 +7,7 @@ import contextlib
 import functools
 import http.server
 import io
+import itertools
 import json
 import random
 import re
@@ -176,6 +177,7 @@ def test_a_large_upload_is_whole_or_not_there(store: ObjectStore, tmp_path: Path
 @pytest.mark.usefixtures("alone")
 def test_giving_up_says_what_and_how_often(store: ObjectStore) -> None:
     storage.write_bytes(f"{store.url}/a", b"1")
+    tried = r"; tried [3-9]\d* times in \d+ s; check the network, and try again later$"
     retries_s = 0.05
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retries, "RETRY_S", retries_s)
@@ -186,7 +188,7 @@ def test_giving_up_says_what_and_how_often(store: ObjectStore) -> None:
             lambda: storage.list_names(store.url),
         ):
             retries._gave_up_at.clear()
-            with pytest.raises(OSError, match=rf"^{store.url}.*; tried [3-9]\d* times in \d+ s$"):
+            with pytest.raises(OSError, match=rf"^{store.url}.*{tried}"):
                 act()
     assert store.objects() == {"a": b"1"}
 
@@ -321,6 +323,154 @@ def test_a_server_without_ranges_gives_the_whole_file_or_an_error(
                 with pytest.raises(OSError, match=r"a\.bin: .*; tried \d+ times"):
                     storage.get_file(url, str(tmp_path / "short"))
         assert not (tmp_path / "short").exists()
+
+
+# --- A web server whose file changes -----------------------------------------------------------
+
+
+class _Changing(http.server.BaseHTTPRequestHandler):
+    """Serves ``content`` in ranges with the ``validators``; calls ``on_get`` before each answer."""
+
+    protocol_version = "HTTP/1.1"
+    content = b""
+    validators: dict[str, str]
+    on_get: Callable[[], None]
+    has_ranges = True
+    breaks_after: int | None = None
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+    def do_HEAD(self) -> None:
+        # As from a server in front, which knows the file by another etag.
+        self._head(200, len(self.content), {"ETag": '"in-front"'})
+
+    def do_GET(self) -> None:
+        type(self).on_get()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted is None or not self.has_ranges:
+            self._head(200, len(self.content), self.validators)
+            self.wfile.write(self.content[: self.breaks_after])
+            self.close_connection = True
+            return
+        start, end = int(wanted[1]), int(wanted[2]) + 1
+        total = len(self.content)
+        if start >= total:
+            self._head(416, 0, {"Content-Range": f"bytes */{total}"})
+            return
+        part = self.content[start:end]
+        span = f"bytes {start}-{start + len(part) - 1}/{total}"
+        self._head(206, len(part), {**self.validators, "Content-Range": span})
+        self.wfile.write(part)
+
+    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self.send_response_only(status)
+        for name, value in {"Content-Length": str(length), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+
+class _QuietServer(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no news."""
+
+
+@pytest.fixture
+def changing() -> Iterator[tuple[type[_Changing], str]]:
+    handler = type(
+        "Handler", (_Changing,), {"validators": {}, "on_get": staticmethod(lambda: None)}
+    )
+    server = _QuietServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield handler, f"http://127.0.0.1:{server.server_port}/a.wav"
+    server.shutdown()
+    server.server_close()
+
+
+MONDAY, TUESDAY = "Mon, 05 Jan 2026 00:00:00 GMT", "Tue, 06 Jan 2026 00:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "size", "said"),
+    [
+        ({"ETag": '"one"'}, {"ETag": '"two"'}, 200_000, "its ETag was one, and is two"),
+        (
+            {"Last-Modified": MONDAY},
+            {"Last-Modified": TUESDAY},
+            200_000,
+            f"its Last-Modified was {MONDAY}, and is {TUESDAY}",
+        ),
+        ({}, {}, 200_001, "it had 200000 bytes, and has 200001"),
+        ({}, {}, 100_000, "it had 200000 bytes, and has 100000"),
+    ],
+)
+def test_a_file_on_the_web_that_changes_between_two_blocks_is_an_error(
+    changing: tuple[type[_Changing], str],
+    before: dict[str, str],
+    after: dict[str, str],
+    size: int,
+    said: str,
+) -> None:
+    server, url = changing
+    server.content, server.validators = b"1" * 200_000, before
+    with storage.open_read(url, 70_000) as file:
+        assert file.read(100_000) == b"1" * 100_000
+        server.content, server.validators = b"2" * size, after
+        with pytest.raises(OSError, match="changed") as caught:
+            file.read()
+    assert str(caught.value) == f"{url}: has been changed while it was read ({said})"
+
+
+def test_a_file_on_the_web_that_stays_is_read_whatever_packs_it(
+    changing: tuple[type[_Changing], str],
+) -> None:
+    server, url = changing
+    server.content = random.Random(1).randbytes(200_000)
+    etags = itertools.cycle(['"one"', 'W/"one"', '"one-gzip"', '"one;gzip"'])
+    server.on_get = staticmethod(lambda: setattr(server, "validators", {"ETag": next(etags)}))
+    with storage.open_read(url, 30_000) as file:
+        assert file.read() == server.content
+
+
+def test_a_stream_that_breaks_is_not_gone_on_with_in_another_file(
+    changing: tuple[type[_Changing], str],
+) -> None:
+    server, url = changing
+    server.has_ranges = False
+    server.breaks_after = 150_000
+    etags = iter(['"one"', '"one"', '"one"'])
+    server.content, server.validators = b"1" * 200_000, {"ETag": '"one"'}
+
+    def change() -> None:
+        if next(etags, None) is None:
+            server.content, server.validators = b"2" * 200_000, {"ETag": '"two"'}
+
+    server.on_get = staticmethod(change)
+    with storage.open_read(url, 70_000) as file, pytest.raises(OSError, match="changed") as caught:
+        file.read()
+    said = "has been changed while it was read (its ETag was one, and is two)"
+    assert str(caught.value) == f"{url}: {said}"
+
+
+def test_a_file_that_always_fails_holds_up_nothing_but_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "FILE_S", 0.05)
+    names = [f"{number}.bin" for number in range(8)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    with web_server(tmp_path) as proxy:
+        proxy.faults = Faults(rate=1, kinds=("500",), target=lambda method, path: path > "/2")
+        began_s = time.monotonic()
+        assert storage.read_bytes(f"{proxy.url}/0.bin") == b"0.bin"
+        for name in names[2:]:
+            with pytest.raises(OSError, match=r"the store answered 500.*its store answers for"):
+                storage.read_bytes(f"{proxy.url}/{name}")
+            assert proxy.url not in retries._gave_up_at
+        assert time.monotonic() - began_s < 20  # patience with the store would be 120 s each
+        assert storage.read_bytes(f"{proxy.url}/1.bin") == b"1.bin"
 
 
 # --- Whole runs -------------------------------------------------------------------------------

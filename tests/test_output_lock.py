@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import cli, output_lock
 from pipeline.output_lock import LOCK_FILE, hold_output
-from transforms import storage
+from transforms import retries, storage
 from transforms.errors import OutputError, OutputLostError
 
 
@@ -58,7 +65,7 @@ def test_a_second_run_on_a_remote_output_is_refused_while_the_first_is_alive(out
 def test_what_a_run_elsewhere_left_is_taken_over_after_watching_it(
     out: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, output_lock.__name__)
     leave_behind(out)
     began_s = time.monotonic()
     with hold_output(out):
@@ -125,3 +132,156 @@ def test_an_output_that_cannot_be_written_is_refused(
 
 def _fail(*_: object) -> None:
     raise OSError("the store is down")
+
+
+def test_a_store_that_stays_silent_does_not_hold_up_the_end(
+    out: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(output_lock, "STOP_S", 0.2)
+    answers = threading.Event()
+    real = storage.remove
+    with monkeypatch.context() as patch, contextlib.ExitStack() as held:
+        held.enter_context(hold_output(out))
+        patch.setattr(storage, "remove", lambda url: (answers.wait(20), real(url)))
+        began_s = time.monotonic()
+        held.close()
+        assert time.monotonic() - began_s < 5
+    assert f"{out}/{LOCK_FILE} could not be removed (the store has not answered for 0 s)" in (
+        caplog.text
+    )
+    answers.set()
+
+
+def test_the_heart_asks_no_longer_than_until_its_next_beat(
+    out: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_S", 120.0)
+    monkeypatch.setattr(retries, "MAX_WAIT_S", 20.0)
+    url = out.replace("memory://", "refusing://")
+    with hold_output(url):
+        _RefusingFileSystem.is_down = True
+        began_s = time.monotonic()
+    _RefusingFileSystem.is_down = False
+    assert time.monotonic() - began_s < 3
+    assert "the next run will watch it" in caplog.text
+    assert "cannot be reached: Connection refused" in caplog.text
+    storage.remove(storage.join(url, LOCK_FILE))
+
+
+class _RefusingFileSystem(MemoryFileSystem):
+    protocol = "refusing"
+    is_down = False
+
+    def _refuse(self) -> None:
+        if self.is_down:
+            raise ConnectionRefusedError(111, "Connection refused")
+
+    def rm_file(self, path: str) -> None:
+        self._refuse()
+        super().rm_file(path)
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        self._refuse()
+        return super().info(path, **kwargs)
+
+
+fsspec.register_implementation("refusing", _RefusingFileSystem, clobber=True)
+
+
+# --- Local ---------------------------------------------------------------------------------
+
+
+def test_a_folder_that_was_removed_while_it_was_opened_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "new" / "out"
+    real, num_opened = os.open, 0
+
+    def open_late(path: Any, *args: Any) -> int:
+        nonlocal num_opened
+        descriptor = real(path, *args)
+        if str(path) == str(out):
+            num_opened += 1
+            if num_opened == 1:  # another run ends here, and its folders go
+                out.rmdir()
+                out.parent.rmdir()
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_late)
+    with hold_output(str(out)):
+        assert num_opened == 2
+        with pytest.raises(OutputError, match="another run"), hold_output(str(out)):
+            pytest.fail("both hold it")
+        assert out.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_come_to_nothing_at_the_same_time_never_hold_a_folder_together(
+    tmp_path: Path,
+) -> None:
+    out, held, together = tmp_path / "out", threading.Semaphore(1), []
+
+    def hold(_: int) -> int:
+        try:
+            with hold_output(str(out)):
+                if not held.acquire(blocking=False):
+                    together.append(1)
+                    return 0
+                held.release()
+                return 1
+        except OutputError:
+            return 0
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(hold, range(2000))) > 0
+    assert together == []
+
+
+def test_a_link_to_a_folder_can_be_held(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with (
+        hold_output(str(tmp_path / "link")),
+        pytest.raises(OutputError, match="another run"),
+        hold_output(str(tmp_path / "real")),
+    ):
+        pytest.fail("both hold it")
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x" * 300, "File name too long"), ("a/" * 2500 + "b", "File name too long")],
+    ids=["name", "path"],
+)
+def test_a_name_that_no_folder_can_have_is_refused_with_words(
+    tmp_path: Path, name: str, reason: str
+) -> None:
+    with pytest.raises(OutputError) as refused, hold_output(f"{tmp_path}/{name}"):
+        pytest.fail("held")
+    assert str(refused.value) == (
+        f"{tmp_path}/{name} cannot be written: {reason}. Give another --output, or mend its "
+        "permissions."
+    )
+
+
+def test_a_folder_that_one_may_not_enter_is_refused_with_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    folder.chmod(0)
+    if os.geteuid() == 0:  # whom no permissions stop
+        real = os.stat
+
+        def stat(path: Any, **kwargs: Any) -> os.stat_result:
+            if str(path).startswith(f"{folder}/"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, **kwargs)
+
+        monkeypatch.setattr(os, "stat", stat)
+    with (
+        pytest.raises(OutputError, match=r"/closed/x cannot be written: Permission denied\. Give"),
+        hold_output(f"{folder}/x"),
+    ):
+        pytest.fail("held")

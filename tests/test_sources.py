@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import http.server
 import io
 import itertools
 import json
@@ -12,7 +13,8 @@ import os
 import pickle
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import RunConfig
-from transforms import storage
+from transforms import spooling, storage
 from transforms.errors import InputError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item, WorkUnit
 from transforms.sources import (
     Found,
+    ReadLimits,
     SourceSettings,
     find_inputs,
     limit_items,
@@ -308,7 +311,7 @@ def test_large_remote_files_are_spooled_and_fetched_once_for_their_segments() ->
     small = put("memory://spool", "b.wav", b"y")
     rows = [{"uri": "a.wav", "start_s": n, "end_s": n + 1} for n in range(3)] + [{"uri": "b.wav"}]
     listed = put("memory://spool", "l.jsonl", "\n".join(map(json.dumps, rows)))
-    using = SourceSettings(spool_bytes=1000)
+    using = SourceSettings(limits=ReadLimits(spool_bytes=1000))
     clips = read_all(listed, units=using)
     assert [clip.delete_path for clip in clips] == [True, True, True, False]
     assert len({clip.path for clip in clips}) == 4
@@ -324,7 +327,7 @@ def test_an_abandoned_reader_leaves_no_temporary_file(
         put("memory://leave", f"{number}.wav", b"x" * 5000)
     put("memory://leave", "x.tar", tar_bytes([("a.wav", b"x" * 5000), ("a.2.wav", b"x" * 5000)]))
     for unit in plan(find_inputs(["memory://leave"]), SourceSettings()):
-        reader = read_unit(unit, SourceSettings(spool_bytes=1000))
+        reader = read_unit(unit, SourceSettings(limits=ReadLimits(spool_bytes=1000)))
         content(next(reader))  # type: ignore[arg-type]
         reader.close()  # type: ignore[attr-defined]
     assert list(tmp_path.iterdir()) == []
@@ -623,7 +626,7 @@ def test_a_tar_without_audio_is_a_failure(folder: str) -> None:
 
 def test_large_members_are_spooled(folder: str) -> None:
     url = put(folder, "x.tar", tar_bytes([("a.wav", b"x" * 3000), ("b.wav", b"y")]))
-    using = SourceSettings(spool_bytes=1000)
+    using = SourceSettings(limits=ReadLimits(spool_bytes=1000))
     clips = read_all(url, units=using)
     assert [(clip.data is None, clip.delete_path) for clip in clips] == [
         (True, True),
@@ -772,6 +775,125 @@ def test_parquet_is_cut_at_row_groups(folder: str, rows_per_unit: int) -> None:
     covered = [(part.start, part.stop) for part in parts[::2]]
     assert plan(found, using, covered={url: covered}) == units[1::2]
     assert plan(found, using, covered={url: [(0, None)]}) == []
+
+
+class _RangeServer(http.server.ThreadingHTTPServer):
+    """Serves one file by ranges; counts requests for bytes, and the bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), _RangeHandler)
+        self.data, self.num_requests, self.num_bytes = data, 0, 0
+
+
+class _RangeHandler(http.server.BaseHTTPRequestHandler):
+    server: _RangeServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(is_get=False)
+
+    def do_GET(self) -> None:
+        self._answer(is_get=True)
+
+    def _answer(self, *, is_get: bool) -> None:
+        data = self.server.data
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked else 0
+        part = data[start : int(asked[2]) + 1 if asked and asked[2] else None]
+        self.send_response(206 if asked else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", '"1"')
+        self.send_header("Content-Length", str(len(part)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
+        self.end_headers()
+        if is_get:
+            self.server.num_requests += 1
+            self.server.num_bytes += len(part)
+            self.wfile.write(part)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[bytes], _RangeServer]]:
+    servers: list[_RangeServer] = []
+
+    def start(data: bytes) -> _RangeServer:
+        server = _RangeServer(data)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+@pytest.mark.parametrize(
+    ("page_bytes", "row_group"), [(16 << 10, 200), (2 << 20, 200), (2 << 20, 50)]
+)
+def test_no_byte_of_a_remote_parquet_file_is_asked_for_twice(
+    serve: Callable[[bytes], _RangeServer],
+    monkeypatch: pytest.MonkeyPatch,
+    page_bytes: int,
+    row_group: int,
+    is_held: bool,
+) -> None:
+    """Of one whose row groups are too large to be held, the headers of its pages are."""
+    if not is_held:
+        monkeypatch.setattr(spooling, "_MAX_HELD_BYTES", 0)
+    cells = [{"bytes": os.urandom(100_000), "path": f"{n}.wav"} for n in range(200)]
+    buffer = io.BytesIO()
+    options = {"data_page_size": page_bytes, "write_batch_size": 1, "use_dictionary": False}
+    table = pa.table({"audio": cells, "note": [f"note {n}" for n in range(200)]})
+    pq.write_table(table, buffer, row_group_size=row_group, **options)
+    server = serve(buffer.getvalue())
+    url = f"http://127.0.0.1:{server.server_port}/t.parquet"
+    items = read_all(url, units=SourceSettings())
+    assert as_dict(items) == {f"{url}#row={n}": cell["bytes"] for n, cell in enumerate(cells)}
+    ratio = server.num_bytes / len(server.data)
+    # Pages of 100 kB lie closer together than the blocks in which headers are asked for.
+    assert ratio < (1.05 if is_held else 1.2 if page_bytes > 1 << 20 else 2)
+    assert server.num_requests < (40 if is_held else 300)
+
+
+def test_ranges_that_are_held_are_read_as_the_file_is(tmp_path: Path) -> None:
+    data = os.urandom(300_000)
+    url = put(f"memory://held-{next(_numbers)}", "x", data)
+    with spooling.RangeReader(url) as reader:
+        for ranges in ([], [(0, 10)], [(5, 9), (7, 20), (100_000, 900_000)], [(-5, 3), (9, 4)]):
+            assert reader.hold(ranges)
+            for start, length in ((0, 300_000), (3, 30), (99_990, 20), (299_999, 5), (300_000, 1)):
+                reader.seek(start)
+                got = b"".join(iter(lambda: reader.read(4096), b""))[:length]
+                assert got == data[start : start + length]
+        assert not reader.hold([(0, 1 << 40)])
+        assert reader.seek(-4, io.SEEK_END) == len(data) - 4
+        assert reader.read() == data[-4:]
+
+
+def test_without_room_to_hold_them_row_groups_are_read_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(spooling, "_HELD_IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(spooling, "scratch_folder", lambda: tmp_path / "gone")
+    cells = [os.urandom(5000) for _ in range(4)]
+    url = put(
+        f"memory://no-room-{next(_numbers)}", "t.parquet", parquet_bytes(pa.table({"audio": cells}))
+    )
+    assert [content(clip) for clip in read_all(url)] == cells
+
+
+def test_a_value_that_cannot_be_held_does_not_cost_a_manifest_its_rows(tmp_path: Path) -> None:
+    broken = pa.Array.from_buffers(pa.string(), 3, pa.array([b"fine", b"\xff", None]).buffers())
+    table = pa.table({"uri": ["a.wav", "b.wav", "c.wav"], "note": broken})
+    url = put(str(tmp_path), "list.parquet", parquet_bytes(table))
+    first, second, third = find_inputs([url]).items
+    assert (first.metadata, third.metadata) == ('{"note": "fine"}', None)
+    assert second.metadata is not None and "<cannot be read: " in second.metadata
 
 
 def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
@@ -1187,7 +1309,7 @@ def test_remote_files_beyond_the_bound_are_not_kept(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for number, size in enumerate((2000, 2001)):
         put("memory://bound", f"{number}.wav", b"x" * size)
-    using = SourceSettings(spool_bytes=1000, max_item_bytes=2000)
+    using = SourceSettings(limits=ReadLimits(spool_bytes=1000, max_item_bytes=2000))
     (unit,) = plan(find_inputs(["memory://bound"]), SourceSettings())
     unknown = dataclasses.replace(
         unit, items=tuple(dataclasses.replace(item, size=None) for item in unit.items)
@@ -1203,7 +1325,7 @@ def test_remote_files_beyond_the_bound_are_not_kept(
 def test_large_cells_travel_in_a_file_and_beyond_the_bound_not_at_all(tmp_path: Path) -> None:
     table = pa.table({"audio": [b"x" * 500, b"y" * 1500, b"z" * 2500]})
     url = put(str(tmp_path), "t.parquet", parquet_bytes(table))
-    using = SourceSettings(spool_bytes=1000, max_item_bytes=2000)
+    using = SourceSettings(limits=ReadLimits(spool_bytes=1000, max_item_bytes=2000))
     small, large, failure = read_all(url, units=using)
     assert (small.data, small.path) == (b"x" * 500, None)
     assert large.data is None and large.delete_path

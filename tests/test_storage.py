@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import fsspec
@@ -75,6 +76,17 @@ AZURE = "https://acc.blob.core.windows.net/c/a.wav"
         ("https://user:pass@h/a.wav", "https://h/a.wav"),
         ("https://ghp_secret@h/a.wav", "https://h/a.wav"),
         ("sftp://user:pass@h/a.wav", "sftp://h/a.wav"),
+        ("sftp://user:p@ss@h/a@2x.wav", "sftp://h/a@2x.wav"),
+        ("https://user:p@ss@h/a@2x.wav", "https://h/a@2x.wav"),
+        ("simplecache::https://ghp_secret@h/a.wav", "simplecache::https://h/a.wav"),
+        ("https://h/a.wav?id=1&password=x&jwt=y&client_secret=z", "https://h/a.wav?id=1"),
+        ("https://h/a.wav?id=1;sig=x;v=2", "https://h/a.wav?id=1;v=2"),
+        ("https://h/a.wav?sig=x;v=2", "https://h/a.wav?v=2"),
+        ("https://h/a;sig=x/b;v=2.wav", "https://h/a/b;v=2.wav"),
+        ("https://h/a.wav#access_token=x&state=7", "https://h/a.wav#state=7"),
+        ("https://h/a.wav?id=1#access_token=x", "https://h/a.wav?id=1"),
+        ("https://h/a.wav#", "https://h/a.wav#"),
+        ("https://h/a.wav?#t=3", "https://h/a.wav?#t=3"),
         # What is not a signature is part of the name.
         ("sftp://user@h/a.wav", "sftp://user@h/a.wav"),
         ("https://h/get?id=7&expires=soon&st=1&se=2", "https://h/get?id=7&expires=soon&st=1&se=2"),
@@ -82,6 +94,8 @@ AZURE = "https://acc.blob.core.windows.net/c/a.wav"
         ("abfs://c@acc.dfs.core.windows.net/a", "abfs://c@acc.dfs.core.windows.net/a"),
         ("hf://datasets/u/r@main/a.wav", "hf://datasets/u/r@main/a.wav"),
         ("s3://b/what?.wav", "s3://b/what?.wav"),
+        ("gs://b/a;sig=1#token=2.wav", "gs://b/a;sig=1#token=2.wav"),
+        ("https://h/a;v=1.wav?q=1;2#t=1,2", "https://h/a;v=1.wav?q=1;2#t=1,2"),
         ("/data/a?token=x.wav", "/data/a?token=x.wav"),
     ],
 )
@@ -186,6 +200,34 @@ def test_glob_files(folder: str) -> None:
     assert matches("**/*.wav") == ["a/1.wav", "b/3.wav", "b/c/4.wav"]
     assert matches("[b]") == ["b/3.wav", "b/c/4.wav"]
     assert matches("*.flac") == []
+
+
+def test_a_pattern_of_any_depth_follows_each_link_once(tmp_path: Path) -> None:
+    for name in ("x.wav", "a/y.wav", "a/b/z.wav", "a/b/n.txt", "a/.hidden/q.wav", "a/.k.wav"):
+        storage.write_bytes(f"{tmp_path}/{name}", b"1")
+    for number in range(4):  # followed round and round, these are a million folders
+        (tmp_path / "a" / "b" / f"loop{number}").symlink_to(tmp_path)
+
+    def found(pattern: str) -> list[str]:
+        return [info.url[len(str(tmp_path)) + 1 :] for info in storage.glob_files(pattern)]
+
+    assert found(f"{tmp_path}/**/*.wav") == ["a/b/z.wav", "a/y.wav", "x.wav"]
+    assert found(f"{tmp_path}/**") == ["a/b/n.txt", "a/b/z.wav", "a/y.wav", "x.wav"]
+    assert found(f"{tmp_path}/*/b/**") == ["a/b/n.txt", "a/b/z.wav"]
+    assert found(f"{tmp_path}/**/b/*.wav") == ["a/b/z.wav"]
+    assert found(f"{tmp_path}/nowhere/**") == []
+    assert found(f"{tmp_path}/a/**.wav") == ["a/y.wav"]  # no component of its own: a plain star
+
+
+def test_an_encoded_signature_in_a_librarys_words_is_scrubbed() -> None:
+    url = "s3://bucket/a b.wav?X-Amz-Signature=0a1b2c3d4e&X-Amz-Credential=KEY%2F2026&v=1"
+    query = quote(url.partition("?")[2], safe="")
+    words = storage._scrub(
+        f"no connection to http://host/bucket/a%20b.wav%3F{query} (2 tries)", url
+    )
+    assert "0a1b2c3d4e" not in words
+    assert "KEY" not in words
+    assert words.endswith("(2 tries)")
 
 
 def test_stat_many_gives_errors_in_place(folder: str) -> None:
@@ -390,6 +432,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
         "deep/a.wav",
         "gone.wav",
         "link/b.wav",
+        "pipe.wav",
     ]
 
 
@@ -543,7 +586,6 @@ def test_a_store_is_asked_again_until_it_answers_or_patience_ends(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(retries, "RETRY_S", 0.2)
-    monkeypatch.setattr(retries, "NOTICE_S", 0.0)
     errors: list[Exception] = [TimeoutError("a")] * 4
 
     def act() -> str:
@@ -552,13 +594,12 @@ def test_a_store_is_asked_again_until_it_answers_or_patience_ends(
         return "done"
 
     assert retries.ask("store", act, retries.may_pass) == "done"
-    assert [record.getMessage() for record in caplog.records] == [
-        "store: TimeoutError (1 times by now); trying again for up to 0 s"
-    ]
+    assert caplog.records == []
     errors = [TimeoutError("b")] * 100_000
     with pytest.raises(TimeoutError, match="b") as caught:
         retries.ask("store", act, retries.may_pass)
-    assert re.fullmatch(r"tried \d+ times in 0 s", caught.value.__notes__[-1])
+    (note,) = caught.value.__notes__
+    assert re.fullmatch(r"tried \d+ times in 0 s; check the network, and try again later", note)
     left = len(errors)
     with pytest.raises(TimeoutError, match="b"):
         retries.ask("store", act, retries.may_pass)
@@ -586,11 +627,149 @@ def test_who_has_never_answered_is_given_up_on_sooner(monkeypatch: pytest.Monkey
 
     refused = ConnectionRefusedError("refused")
     assert seconds_until_given_up("never", refused) < 0.3
+    tls = OSError("certificate")
+    tls.__cause__ = type("ClientSSLError", (Exception,), {})()
+    with pytest.raises(OSError, match="certificate"):  # lasting, and no answer of the store
+        retries.ask("unsafe", lambda: _raise(tls), retries.may_pass)
+    assert seconds_until_given_up("unsafe", refused) < 0.3
     # An answer is an answer, whatever it says.
     assert seconds_until_given_up("busy", _HttpError(503, "busy"), refused) > 0.3
     with pytest.raises(FileNotFoundError):
         retries.ask("there", Path("/nowhere/at/all").read_bytes, retries.may_pass)
     assert seconds_until_given_up("there", refused) > 0.3
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_who_stays_silent_at_first_contact_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_S", 60.0)
+    monkeypatch.setattr(retries, "FIRST_CONTACT_S", 0.05)
+    tries = itertools.count(1)
+
+    def time_out() -> None:
+        next(tries)
+        time.sleep(0.06)
+        raise TimeoutError("silent")
+
+    with pytest.raises(TimeoutError) as caught:
+        retries.ask("silent", time_out, retries.may_pass)
+    assert next(tries) == 2
+    assert caught.value.__notes__ == ["check the address and the network"]
+
+
+def test_waiting_is_told_once_per_store_and_while_a_request_hangs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_S", 60.0)
+    monkeypatch.setattr(retries, "MAX_WAIT_S", 0.01)
+    monkeypatch.setattr(retries, "NOTICE_S", 0.1)
+
+    def hang(number: int) -> str:
+        time.sleep(0.3)
+        return "done"
+
+    def ask(number: int) -> str:
+        return retries.ask("slow", lambda: hang(number), retries.may_pass)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(ask, range(4))) == {"done"}
+    assert [record.getMessage() for record in caplog.records] == [
+        "slow: no answer for 0 s; still waiting"
+    ]
+    caplog.clear()
+    # What refuses is named by what lies at the bottom of the error.
+    refused = FileNotFoundError("http says so to everything")
+    refused.__cause__ = ConnectionRefusedError(111, "Connect call failed")
+    until = time.monotonic() + 0.3
+
+    def refuse() -> str:
+        if time.monotonic() < until:
+            raise refused
+        return "done"
+
+    describe = lambda error: f"cannot be reached: {retries.cause_words(error)}"  # noqa: E731
+    assert retries.ask("off", refuse, retries.may_pass, file="off/a", describe=describe) == "done"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(
+        r"off/a: cannot be reached: Connection refused \(tried \d+ times in 0 s\); "
+        r"trying again for up to 15 s",
+        said,
+    )
+
+
+def test_a_file_that_fails_while_its_store_answers_is_given_up_on_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_S", 1.0)
+    monkeypatch.setattr(retries, "FILE_S", 0.01)
+    monkeypatch.setattr(retries, "MAX_WAIT_S", 0.01)
+    is_up = True
+
+    def other() -> None:
+        if not is_up:
+            raise ConnectionRefusedError("down")
+
+    def tries_until_given_up(file: str, status: int = 500) -> tuple[int, str]:
+        tries = itertools.count()
+
+        def fail() -> None:
+            next(tries)
+            raise _HttpError(status, "broken")
+
+        with pytest.raises(_HttpError) as caught:
+            retries.ask("store", fail, retries.may_pass, file=file, other=other)
+        return next(tries), caught.value.__notes__[-1]
+
+    num_tries, note = tries_until_given_up("a")
+    assert retries.FILE_TRIES <= num_tries < 20
+    assert note.endswith("its store answers for others, so look at this one, and try again later")
+    assert tries_until_given_up("a")[0] == 1  # for a while, as a store would be
+    assert retries.FILE_TRIES <= tries_until_given_up("b")[0] < 20
+    # Too many requests are no trouble of one file, and a store that is down is none, either.
+    assert tries_until_given_up("c", 429)[0] > 40
+    retries._gave_up_at.clear()
+    is_up = False
+    assert tries_until_given_up("d")[0] > 40
+    assert tries_until_given_up("e")[0] == 1
+
+
+def test_others_that_are_answered_meanwhile_tell_a_files_trouble_from_the_stores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_S", 60.0)
+    monkeypatch.setattr(retries, "FILE_S", 0.01)
+    monkeypatch.setattr(retries, "MAX_WAIT_S", 0.01)
+    tries = itertools.count()
+
+    def fail() -> None:
+        if next(tries) == 3:
+            retries.ask("store", lambda: None, retries.may_pass, file="good")
+        raise _HttpError(500, "broken")
+
+    with pytest.raises(_HttpError):
+        retries.ask("store", fail, retries.may_pass, file="bad")
+    assert next(tries) < 20
+    assert "store" not in retries._gave_up_at
+
+
+def test_whoever_has_little_patience_asks_once_and_gives_up_on_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retries, "RETRY_S", 60.0)
+    tries = itertools.count(1)
+
+    def fail() -> None:
+        next(tries)
+        raise TimeoutError("silent")
+
+    with pytest.raises(TimeoutError), retries.patient_for(0):
+        retries.ask("store", fail, retries.may_pass)
+    assert next(tries) == 2
+    assert retries._gave_up_at == {}
 
 
 def test_an_unreachable_store_is_not_an_absent_file(monkeypatch: pytest.MonkeyPatch) -> None:

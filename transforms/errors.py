@@ -14,6 +14,7 @@
     ├── ContainerError        a tar, Parquet file or manifest ends early: a row, and exit code 3
     ├── DeviceError           the model cannot be run on the device at all: exit code 1
     ├── WriteError            the output cannot be written any more: exit code 1
+    ├── AnswerError           standard output cannot be written: exit code 1
     ├── OutputLostError       another run has taken the output over: exit code 1
     └── AccountingError       rows and items do not add up: exit code 1
 
@@ -100,12 +101,23 @@ class WriteError(EarmarkError):
     """The output cannot be written any more: full, read-only, gone."""
 
 
+class AnswerError(EarmarkError):
+    """Standard output, which a command's answer goes to, cannot be written."""
+
+
 class OutputLostError(EarmarkError):
     """Another run has taken the output over, because this one seemed dead."""
 
 
 class AccountingError(EarmarkError):
     """Items found and rows written do not add up."""
+
+
+def in_words(error: OSError) -> str:
+    """What the system said of a file, as ``name: reason``; other stores' words as they are."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
 
 
 def item_too_large(max_item_bytes: int, num_bytes: int | None = None) -> str:

@@ -276,7 +276,7 @@ class SafePredictor:
 
         Raises:
             DeviceError: No window can be the cause: there is not enough memory for a single one,
-                the device has failed, or nothing has ever worked.
+                the device has failed, or nothing has ever worked, a silent window included.
         """
         predictions: list[Prediction] = []
         while len(predictions) < len(features):
@@ -284,6 +284,9 @@ class SafePredictor:
             predictions += self._predict_part(
                 features[start : start + (self._most or len(features))]
             )
+        if not self._has_worked:
+            # Any of these windows may be at fault, but not this one.
+            self._predict_part(np.zeros_like(features[:1]))
         if not self._has_worked:
             raise DeviceError(
                 f"{self._engine}: the model cannot be run: {predictions[0].error}. Check the "
@@ -298,15 +301,9 @@ class SafePredictor:
         except EarmarkError:
             raise
         except Exception as error:  # whatever a model and the libraries below it may raise
-            if _is_out_of_memory(error):
-                text = _first_line(error)
-            elif isinstance(error, torch.AcceleratorError):
-                # What CUDA says of a kernel sticks to the process: every call from here on fails.
-                raise DeviceError(
-                    f"{self._engine}: the device has failed: {_first_line(error)}. {GO_ON}"
-                ) from error
-            else:
+            if not _is_out_of_memory(error):
                 return self._narrow_down(features, error)
+            text = _first_line(error)
         else:
             self._has_worked = True
             self._tell_limit(len(features))
@@ -315,6 +312,11 @@ class SafePredictor:
         return self._predict_in_parts(features, text)
 
     def _narrow_down(self, features: FloatArray, error: Exception) -> list[Prediction]:
+        if isinstance(error, torch.AcceleratorError):
+            # What CUDA says of a kernel sticks to the process: every call from here on fails.
+            raise DeviceError(
+                f"{self._engine}: the device has failed: {_first_line(error)}. {GO_ON}"
+            ) from error
         if len(features) == 1:
             text = f"{type(error).__name__}: {_first_line(error)}"
             return [failed_prediction(self._engine, text)]
@@ -340,9 +342,11 @@ class SafePredictor:
             time.sleep(wait_s)
             try:
                 predictions = self._predict(features)
-            except (RuntimeError, MemoryError) as again:
+            except EarmarkError:
+                raise
+            except Exception as again:  # as in _predict_part
                 if not _is_out_of_memory(again):
-                    raise
+                    return self._narrow_down(features, again)
             else:
                 self._has_worked = True
                 self._tell_limit(1)

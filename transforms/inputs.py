@@ -28,7 +28,7 @@ from transforms.clip_ids import (
     printable,
     read_failure,
 )
-from transforms.errors import ContainerError, InputError
+from transforms.errors import ContainerError, InputError, in_words
 from transforms.manifests import (
     MANIFEST_EXTENSIONS,
     ContainerRow,
@@ -445,7 +445,9 @@ class _Finder:
 def _why(uri: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return f"{uri} does not exist; check the path (a relative one starts at the current folder)"
-    text = printable(str(error))
+    text = printable(in_words(error) if isinstance(error, OSError) else str(error))
+    if isinstance(error, PermissionError):
+        text += "; give this user the right to read it, or give another input"
     return text if uri in text else f"{uri} cannot be read: {text}"
 
 

@@ -103,6 +103,7 @@ def make_settings(
         ConfigError: The window or hop does not fit the checkpoint.
     """
     decode, inference = decode or DecodeSettings(), inference or InferenceSettings()
+    sources = sources or SourceSettings()
     windows = WindowSettings.from_seconds(
         length_s=window_s,
         hop_s=hop_s,
@@ -131,10 +132,10 @@ def make_settings(
             embedding_dtype=inference.embedding_dtype,
         ),
         sources=dataclasses.replace(
-            sources or SourceSettings(),
+            sources,
             window_s=windows.window_samples / windows.sample_rate_hz,
             hop_s=windows.hop_samples / windows.sample_rate_hz,
-            max_item_bytes=decode.max_item_bytes,
+            limits=dataclasses.replace(sources.limits, max_item_bytes=decode.max_item_bytes),
         ),
     )
 

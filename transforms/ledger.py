@@ -197,6 +197,7 @@ def read_commit(output: str, unit_id: str) -> Commit:
 
     Raises:
         OutputError: The file is not a commit.
+        OSError: The file cannot be read.
     """
     url = commit_url(output, unit_id)
     try:
@@ -211,24 +212,33 @@ def list_unit_ids(output: str) -> list[str]:
     return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
 
-def read_commits(output: str) -> tuple[dict[str, Commit], list[str]]:
+def read_commits(output: str) -> tuple[dict[str, Commit], dict[str, OutputError | OSError]]:
     """Every commit of a result.
 
     Returns:
-        The commits by unit, and the ids of units whose commit file is damaged.
+        The commits by unit, and why there is none of the other units: ``OutputError`` where the
+        file is damaged, ``OSError`` where the store does not give it out.
+
+    Raises:
+        OSError: The commits cannot be listed.
     """
     unit_ids = list_unit_ids(output)
 
-    def read(unit_id: str) -> Commit | None:
+    def read(unit_id: str) -> Commit | OutputError | OSError:
         try:
             return read_commit(output, unit_id)
-        except OutputError:
-            return None
+        except (OutputError, OSError) as error:
+            return error
 
+    commits: dict[str, Commit] = {}
+    errors: dict[str, OutputError | OSError] = {}
     with ThreadPoolExecutor(16) as threads:
-        commits = dict(zip(unit_ids, threads.map(read, unit_ids), strict=True))
-    whole = {unit_id: commit for unit_id, commit in commits.items() if commit is not None}
-    return whole, [unit_id for unit_id in unit_ids if unit_id not in whole]
+        for unit_id, found in zip(unit_ids, threads.map(read, unit_ids), strict=True):
+            if isinstance(found, Commit):
+                commits[unit_id] = found
+            else:
+                errors[unit_id] = found
+    return commits, errors
 
 
 def hold_commits(output: str) -> int | None:
@@ -249,10 +259,13 @@ def hold_commits(output: str) -> int | None:
 
 def are_commits_held(output: str) -> bool:
     """Whether a process lives that may commit here; False where that cannot be known."""
-    folder = storage.join(output, COMMITS)
-    if not storage.is_local(output) or not storage.exists(folder):
+    if not storage.is_local(output):
         return False
-    descriptor = os.open(storage.local_path(folder), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        folder = storage.local_path(storage.join(output, COMMITS))
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # not there, or not readable: who reads the result will say so
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
@@ -39,7 +40,7 @@ from transforms.parquet_source import (
     UnreadableValue,
     open_parquet,
     resolve,
-    row_values,
+    rows_of,
 )
 from transforms.records import Failure, Item
 from transforms.spooling import ReadLimits
@@ -260,13 +261,15 @@ def _read_parquet(url: str, uri: str, max_page_bytes: int) -> _Lines:
             raise _no_uri_column(uri, names)
         opened.check_num_rows()
         # Of a table of ours, only what names the items; its embeddings would be most of the bytes.
-        columns = [name for name in names if name in _COLUMNS_OF_OURS] if _is_ours(names) else None
+        columns = (
+            [name for name in names if name in _COLUMNS_OF_OURS] if _is_ours(set(names)) else None
+        )
         row = 0
         try:
             for number in range(len(opened.row_groups)):
                 for batch in opened.batches(number, max_page_bytes, columns):
-                    for offset in range(batch.num_rows):
-                        yield f"row {row}", row_values(batch, offset)
+                    for values in rows_of(batch):
+                        yield f"row {row}", values
                         row += 1
         except ContainerError as error:
             raise ContainerError(f"{uri}: cannot be read past row {row}: {error}") from error
@@ -298,13 +301,12 @@ _USED_OF_OURS = frozenset({"member", "row", "start_s", "end_s", "truth", "metada
 _COLUMNS_OF_OURS = _ERRORS_TABLE | _CLIPS_TABLE | _USED_OF_OURS
 
 
-def _is_ours(columns: Iterable[str]) -> bool:
-    names = frozenset(columns)
-    return names >= _ERRORS_TABLE or names >= _CLIPS_TABLE
+def _is_ours(columns: Set[str]) -> bool:
+    return columns >= _ERRORS_TABLE or columns >= _CLIPS_TABLE
 
 
 def _line_failure(url: str, line: str, error: ReadError) -> Failure:
-    uri = printable(storage.public_uri(url))
+    uri = _shown_uri(url)
     clip_id = make_clip_id(uri, line.replace(" ", "="))
     item = Item(clip_id=clip_id, uri=uri, url=url)
     return read_failure(item, ReadError(f"{line} of {uri} {error}"))
@@ -327,7 +329,7 @@ def _read_row(
     """The item that a row names, or why it names none."""
     given = {name: value for name, value in values.items() if value is not None}
     try:
-        return _make_row(url, line, given, _is_ours(values))
+        return _make_row(url, line, given, _is_ours(values.keys()))
     except _WholeContainerError as error:
         failure = _line_failure(url, line, error)
         # An errors table has a row of that kind for a container that could not be read to its end.
@@ -346,9 +348,10 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
     target = _target(url, column, values.pop(column))
     uri = storage.public_uri(target)
     member, row = _text(values, "member"), _row_number(values)
-    _check_kind(target, member, row)
+    _check_kind(target, uri, member, row)
     start_s, end_s = _segment(values)
     own_id = storage.public_text(_text(values, "clip_id") or "")
+    name = make_clip_id(uri, member, row=row, start_s=start_s, end_s=end_s)
     if is_ours:
         truth = make_truth(values.get("truth"))
         metadata = values.get("metadata")
@@ -358,7 +361,7 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
         truth = make_truth(values.pop("labels", None), values.pop("label", None))
         metadata = make_metadata(values)
     item = Item(
-        clip_id=own_id or make_clip_id(uri, member, row=row, start_s=start_s, end_s=end_s),
+        clip_id=own_id or name,
         uri=printable(uri),
         url=target,
         member=member,
@@ -368,9 +371,14 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
         truth=truth,
         metadata=metadata,
     )
-    occurrence = occurrence_of(item)
-    own_name = make_clip_id(uri, member, occurrence, row=row, start_s=start_s, end_s=end_s)
-    return ManifestRow(item, own_name, f"{line} of {printable(storage.public_uri(url))}")
+    if own_id and (occurrence := occurrence_of(item)) > 1:
+        name = make_clip_id(uri, member, occurrence, row=row, start_s=start_s, end_s=end_s)
+    return ManifestRow(item, name, f"{line} of {_shown_uri(url)}")
+
+
+@functools.lru_cache(maxsize=64)  # asked for every row of a manifest
+def _shown_uri(url: str) -> str:
+    return printable(storage.public_uri(url))
 
 
 def _shown(value: object) -> str:
@@ -407,8 +415,7 @@ def _check_length(column: str, text: str) -> None:
         )
 
 
-def _check_kind(target: str, member: str | None, row: int | None) -> None:
-    uri = storage.public_uri(target)
+def _check_kind(target: str, uri: str, member: str | None, row: int | None) -> None:
     name = storage.file_name(uri)
     is_tar, is_parquet = is_tar_name(name), extension(name) == ".parquet"
     if member is not None and row is not None:

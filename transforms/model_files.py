@@ -220,7 +220,11 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
             with storage.open_read(url):  # a file that can be read: a pipe would wait forever
                 return Path(storage.local_path(url))
         except OSError as error:
-            self.location.fail(f"{file_name} cannot be read: {error}", error)
+            self.location.fail(
+                f"{file_name} cannot be read: {error.strerror or error}. Mend that (permissions, "
+                "the network, the disk), or give another --model",
+                error,
+            )
 
     def need(self, file_name: str) -> Path:
         """The local path of a file without which there is no model."""

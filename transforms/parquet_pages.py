@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
@@ -26,7 +27,9 @@ import pyarrow.parquet as pq
 _FIRST_READ_BYTES = 1 << 10  # most headers have fewer than 100 bytes
 _MAX_HEADER_BYTES = 16 << 20  # Arrow's own bound
 _MAX_DEPTH = 16
+_MAX_KEPT_BYTES = 8 << 20
 _TAIL_BYTES = 8  # the footer's length and the magic number
+_NUMBER_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _LIST_VALUE_BYTES = 8  # at least that much memory for each value of a list
 
 # Thrift's types.
@@ -98,11 +101,20 @@ def read_footer(stream: BinaryIO) -> tuple[RowGroup, ...]:
     stream.seek(max(0, end - _TAIL_BYTES))
     length = int.from_bytes(stream.read(4), "little")
     stream.seek(max(0, end - _TAIL_BYTES - length))
+    data = stream.read(length)
+    return _parse_footer(data) if len(data) > _MAX_KEPT_BYTES else _parse_footer_once(data)
+
+
+def _parse_footer(data: bytes) -> tuple[RowGroup, ...]:
     try:
-        footer = _CompactReader(stream.read(length)).read_struct(_FOOTER)
+        footer = _CompactReader(data).read_struct(_FOOTER)
         return tuple(_row_group(group) for group in footer.get(_ROW_GROUPS, ()))
     except (IndexError, TypeError, AttributeError) as error:
         raise ValueError("the footer is damaged") from error
+
+
+# Each unit of a file opens it again. By its bytes, so that a file that changed is another.
+_parse_footer_once = lru_cache(maxsize=4)(_parse_footer)
 
 
 def _row_group(fields: dict[int, Any]) -> RowGroup:
@@ -133,10 +145,13 @@ class RowGroupCost:
         largest_bytes: Of its largest page, or its largest column of lists (a row of it may go
             over many pages), decompressed.
         row_bytes: Of a row, by the page with the largest rows of each column.
+        entry_bytes: Of a row that has the largest entry of each column's dictionary; no more than
+            that, as only the dictionary's size is known.
     """
 
     largest_bytes: int
     row_bytes: int
+    entry_bytes: int
 
 
 def measure_row_group(
@@ -159,21 +174,25 @@ def measure_row_group(
     """
     if len(group.chunks) != len(schema):
         raise ValueError(f"a row group has {len(group.chunks)} columns, the file {len(schema)}")
-    largest = row_bytes = 0
+    largest = row_bytes = entry_bytes = 0
     for index, chunk in enumerate(group.chunks):
         if columns is not None and chunk.name not in columns:
             continue
         if not 0 <= chunk.codec < _NUM_CODECS:
             raise ValueError(f"column {chunk.name} has the unknown codec {chunk.codec}")
-        is_list = schema.column(index).max_repetition_level > 0
-        total = densest = found = 0
+        column = schema.column(index)
+        is_list = column.max_repetition_level > 0
+        total = densest = found = entry = 0
         for size, num_values, is_dictionary in _pages(stream, chunk):
             found += 0 if is_dictionary else num_values
             taken = max(size, num_values * _LIST_VALUE_BYTES) if is_list else size
             total += taken
             largest = max(largest, taken)
-            # Each row may be the whole of a dictionary's largest entry.
-            densest = max(densest, size if is_dictionary else size // max(1, num_values))
+            if is_dictionary:
+                # One entry may be all of it, but for numbers.
+                entry = max(entry, min(size, _NUMBER_BYTES.get(column.physical_type, size)))
+            else:
+                densest = max(densest, size // max(1, num_values))
         if is_list:
             largest, densest = max(largest, total), max(densest, total // max(1, group.num_rows))
         elif found > group.num_rows:
@@ -181,7 +200,8 @@ def measure_row_group(
                 f"column {chunk.name} has {found} values in a row group of {group.num_rows} rows"
             )
         row_bytes += densest
-    return RowGroupCost(largest, row_bytes)
+        entry_bytes += entry
+    return RowGroupCost(largest, row_bytes, entry_bytes)
 
 
 def _pages(stream: BinaryIO, chunk: ColumnChunk) -> Iterator[tuple[int, int, bool]]:
@@ -294,6 +314,10 @@ class _CompactReader:
         return value
 
     def _varint(self) -> int:
+        first = self._data[self.position]
+        if first < 0x80:  # most are that small
+            self.position += 1
+            return first
         value = shift = 0
         while True:
             byte = self._byte()

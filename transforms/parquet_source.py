@@ -16,9 +16,9 @@ import io
 import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,12 +34,16 @@ from transforms.clip_ids import (
 from transforms.errors import ContainerError, EarmarkError, ReadError
 from transforms.parquet_pages import RowGroup, measure_row_group, read_footer
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
-from transforms.spooling import ReadLimits, check_item_size, fetch, spool
+from transforms.spooling import RangeReader, ReadLimits, check_item_size, fetch, spool
 from transforms.tar_source import container_item
 
 URI_COLUMNS = ("uri", "path", "file", "audio_filepath", "filename")
 _BATCH_BYTES = 16 << 20
-_MAX_BATCH_ROWS = 256
+# Where each row may be the largest entry of a dictionary, which is hardly ever so.
+_MAX_DICTIONARY_BATCH_BYTES = 64 << 20
+_MAX_BATCH_ROWS = 1024
+_BUFFER_BYTES = 64 << 10
+_UNREADABLE = (ValueError, OverflowError, KeyError, pa.ArrowException)
 # A run of nulls, or of one value, has a few bytes however long it is; but an item that is one has
 # more than a byte. A file may hold that many rows whatever its size.
 _MIN_BOUND_ROWS = 1_000_000
@@ -88,9 +92,15 @@ class OpenParquet:
     """
 
     def __init__(
-        self, file: pq.ParquetFile, stream: BinaryIO, row_groups: tuple[RowGroup, ...], uri: str
+        self,
+        file: pq.ParquetFile,
+        stream: BinaryIO,
+        reader: RangeReader | None,
+        row_groups: tuple[RowGroup, ...],
+        uri: str,
     ) -> None:
         self.file = file
+        self._reader = reader
         self.row_groups = row_groups
         self.uri = uri
         self.names = tuple(dict.fromkeys(file.schema_arrow.names))
@@ -100,6 +110,9 @@ class OpenParquet:
         self, number: int, max_page_bytes: int, columns: Sequence[str] | None = None
     ) -> Iterator[pa.RecordBatch]:
         """A row group in batches of about 16 MB.
+
+        A remote one is fetched once, for its headers and its values; if it is too large for that,
+        the headers are asked for first, in small blocks.
 
         Args:
             number: Of the row group.
@@ -112,6 +125,12 @@ class OpenParquet:
         wanted = None if columns is None else frozenset(columns)
         group, num_rows = self.row_groups[number], 0
         try:
+            if self._reader is not None:
+                self._reader.hold(
+                    (chunk.start, chunk.stop)
+                    for chunk in group.chunks
+                    if wanted is None or chunk.name in wanted
+                )
             cost = measure_row_group(self._stream, self.file.schema, group, wanted)
             if cost.largest_bytes > max_page_bytes:
                 raise ContainerError(
@@ -119,7 +138,12 @@ class OpenParquet:
                     f"at most {max_page_bytes} are allowed; to allow more, raise "
                     "read.max_page_bytes, or write the file with smaller pages"
                 )
-            size = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // max(1, cost.row_bytes)))
+            size = min(
+                _MAX_BATCH_ROWS,
+                _BATCH_BYTES // max(1, cost.row_bytes),
+                _MAX_DICTIONARY_BATCH_BYTES // max(1, cost.entry_bytes),
+            )
+            size = max(1, size)
             for batch in self.file.iter_batches(
                 size, row_groups=[number], columns=columns, use_threads=False
             ):
@@ -152,8 +176,13 @@ def open_parquet(url: str, uri: str) -> Iterator[OpenParquet]:
     Raises:
         ContainerError: It cannot be opened, or is not a whole Parquet file.
     """
+    reader: RangeReader | None = None
     try:
-        stream = storage.open_read(url)
+        if storage.is_local(url):
+            stream = storage.open_read(url)
+        else:
+            reader = RangeReader(url)
+            stream = cast(BinaryIO, io.BufferedReader(reader, _BUFFER_BYTES))
     except OSError as error:
         raise ContainerError(f"{uri}: {error.strerror or error}") from error
     with stream:
@@ -163,7 +192,7 @@ def open_parquet(url: str, uri: str) -> Iterator[OpenParquet]:
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ContainerError(f"{uri}: is not a whole Parquet file: {error}") from error
         with file:
-            yield OpenParquet(file, stream, row_groups, uri)
+            yield OpenParquet(file, stream, reader, row_groups, uri)
 
 
 def index_parquet(url: str, uri: str) -> ParquetIndex:
@@ -347,6 +376,23 @@ def row_values(batch: pa.RecordBatch, offset: int) -> dict[str, Any]:
     return values
 
 
+def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The values of each row, as ``row_values`` gives them."""
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name not in columns:
+            columns[name] = _values(column)
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    if not _is_binary(column.type) and not _is_audio_struct(column.type):
+        with suppress(*_UNREADABLE):
+            return list(column.to_pylist())
+    return [_value(scalar) for scalar in column]
+
+
 class UnreadableValue(str):
     """Stands for a value that Python cannot hold, and says why."""
 
@@ -360,7 +406,7 @@ def _value(scalar: pa.Scalar) -> Any:
         if _is_audio_struct(scalar.type):
             return {name: _value(scalar[name]) for name in ("bytes", "path")}
         return scalar.as_py()
-    except (ValueError, OverflowError, KeyError, pa.ArrowException) as error:
+    except _UNREADABLE as error:
         # Text that is not UTF-8, a date before the year 1: Python has no value for it.
         return UnreadableValue(f"<cannot be read: {error}>")
 

@@ -6,13 +6,17 @@ s3fs five, http never); those stay, and this one goes by time, so that the two d
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import errno
 import itertools
 import json
 import logging
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, TypeVar
 
 import tenacity
@@ -21,10 +25,15 @@ logger = logging.getLogger(__name__)
 
 # Google's own client gives up after this long, too.
 RETRY_S = 120.0
-# Who has never answered this process is more likely misspelt or switched off than busy.
+# Who has never answered this process is more likely misspelt or switched off than busy. A try that
+# hangs is not interrupted: it ends with its own timeout, and is then the last.
 FIRST_CONTACT_S = 15.0
 # A request that hangs until its timeout may take up all of RETRY_S; it is still asked again.
 MIN_TRIES = 3
+# A file that fails while its store answers for others is its own trouble. Of ten thousand files one
+# would fail this often by chance where every third request does.
+FILE_S = 15.0
+FILE_TRIES = 8
 # Half a second at first, then twice as long each time, up to this; each wait is drawn at random
 # from zero up to that, so that many workers do not come back all at once.
 FIRST_WAIT_S = 0.5
@@ -58,52 +67,218 @@ _LASTING_NAMES = {
     "ClientConnectorDNSError",
 }
 
+# An answer has begun, whatever then became of it.
+_ANSWERING_NAMES = {
+    *("ClientPayloadError", "ChunkedEncodingError", "ContentDecodingError"),
+    *("IncompleteRead", "IncompleteReadError", "ResponseStreamingError", "ShortBodyError"),
+}
+
 _T = TypeVar("_T")
+# By store, or by file where only that was given up on; in seconds of ``time.monotonic``.
 _gave_up_at: dict[str, float] = {}
+_said_at: dict[str, float] = {}
+_answered_at: dict[str, float] = {}
+# Those that have answered this process, be it with an error.
 _have_answered: set[str] = set()
+_patience_of_caller_s: contextvars.ContextVar[float | None] = contextvars.ContextVar(
+    "patience_of_caller_s", default=None
+)
 
 
 class ShortBodyError(OSError):
     """Fewer bytes have come, or been stored, than there are."""
 
 
-def ask(store: str, act: Callable[[], _T], may_pass: Callable[[BaseException], bool]) -> _T:
+@contextlib.contextmanager
+def patient_for(patience_s: float) -> Iterator[None]:
+    """While it lasts, what this thread asks is asked again for so long at most; 0 is asked once.
+
+    For what does not matter enough to wait for. No store is given up on for it.
+    """
+    token = _patience_of_caller_s.set(patience_s)
+    try:
+        yield
+    finally:
+        _patience_of_caller_s.reset(token)
+
+
+def ask(
+    store: str,
+    act: Callable[[], _T],
+    may_pass: Callable[[BaseException], bool],
+    *,
+    file: str | None = None,
+    other: Callable[[], object] | None = None,
+    describe: Callable[[BaseException], str] = lambda error: cause_words(error),
+) -> _T:
     """The result of ``act``, tried again while its error may pass.
 
-    After ``RETRY_S`` (``FIRST_CONTACT_S`` for a store that has never answered, be it with an error;
-    and ``MIN_TRIES``) the error is raised, with a note of how often it was tried. A store that has
-    been given up on is then asked once each time, until it answers or ``RETRY_S`` have gone by: a
-    run with many items must not wait out each of them.
+    The error is raised, with a note of how often it was tried and what to do, after
+
+    - ``FIRST_CONTACT_S``, for a store that has never answered, be it with an error,
+    - ``FILE_S`` and ``FILE_TRIES``, for a file whose store answers for others meanwhile,
+    - ``RETRY_S`` and ``MIN_TRIES``, else.
+
+    Whoever has been given up on, a store or a file, is then asked once each time, until it answers
+    or ``RETRY_S`` have gone by: a run with many items must not wait out each of them.
 
     Args:
         store: Whom ``act`` asks.
         act: One request or several; must do no harm when done twice.
         may_pass: Which errors are worth another try; ``may_pass`` below, or more.
+        file: What ``act`` reads, if it reads one file; None asks for the whole patience.
+        other: Asks the store for something else that it has given before, if there is such a thing.
+        describe: An error in words, without a secret.
     """
+    call = _Call(store, file, other, describe)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_pass),
         wait=_wait_s,
-        stop=partial(_is_enough, store),
-        before_sleep=_Notice(store),
-        retry_error_callback=partial(_give_up, store),
+        stop=call.is_enough,
+        retry_error_callback=call.give_up,
     )
+    timer = threading.Timer(NOTICE_S, call.say)
+    timer.daemon = True
+    if _patience_of_caller_s.get() is None:
+        timer.start()
     try:
         result = retrying(act)
     except Exception as error:
-        if not may_pass(error):
-            _remember_answer(store)
+        if is_answer(error) and not may_pass(error):
+            call.remember_answer()
         raise
-    _remember_answer(store)
+    finally:
+        timer.cancel()
+    call.remember_answer()
     return result
 
 
-def _remember_answer(store: str) -> None:
-    _gave_up_at.pop(store, None)
-    _have_answered.add(store)
+class _Call:
+    """One ``ask`` under way."""
+
+    def __init__(
+        self,
+        store: str,
+        file: str | None,
+        other: Callable[[], object] | None,
+        describe: Callable[[BaseException], str],
+    ) -> None:
+        self._store, self._file, self._other, self._describe = store, file, other, describe
+        self._began_s = time.monotonic()
+        self._num_tries = 0
+        self._error: BaseException | None = None
+        self._is_the_files = False
+
+    def is_enough(self, state: tenacity.RetryCallState) -> bool:
+        """Whether this error is the last."""
+        self._error, self._num_tries = _error_of(state), state.attempt_number
+        if is_answer(self._error):
+            _have_answered.add(self._store)
+        elapsed_s = (state.seconds_since_start or 0.0) + state.upcoming_sleep
+        own_s = _patience_of_caller_s.get()
+        if own_s is not None:
+            return elapsed_s > own_s
+        if _was_given_up_on(self._store) or _was_given_up_on(self._file):
+            return True
+        if elapsed_s > self._patience_s():
+            return self._num_tries >= MIN_TRIES or self._store not in _have_answered
+        self._is_the_files = elapsed_s > FILE_S and self._fails_alone()
+        return self._is_the_files
+
+    def _patience_s(self) -> float:
+        return RETRY_S if self._store in _have_answered else min(RETRY_S, FIRST_CONTACT_S)
+
+    def _fails_alone(self) -> bool:
+        """Whether the store answers for others; asked where nobody else does."""
+        if self._file is None or self._num_tries < FILE_TRIES or self._error is None:
+            return False
+        if status_of(self._error) == 429:  # it is not the file of which there is too much
+            return False
+        if _answered_at.get(self._store, self._began_s) > self._began_s:
+            return True
+        if self._other is None:
+            return False
+        try:
+            self._other()
+        except Exception as error:
+            return is_answer(error) and not may_pass(error)
+        return True
+
+    def give_up(self, state: tenacity.RetryCallState) -> Any:
+        """Raise the last error, and remember whose trouble it was."""
+        error, elapsed_s = _error_of(state), state.seconds_since_start or 0.0
+        key = self._file if self._is_the_files and self._file is not None else self._store
+        is_new = not (_was_given_up_on(self._store) or _was_given_up_on(self._file))
+        if is_new and _patience_of_caller_s.get() is None:
+            _gave_up_at[key] = time.monotonic()
+        tries = f"tried {state.attempt_number} times in {elapsed_s:.0f} s; "
+        error.add_note((tries if state.attempt_number > 1 else "") + self._next_step())
+        raise error
+
+    def _next_step(self) -> str:
+        if self._is_the_files:
+            return "its store answers for others, so look at this one, and try again later"
+        if self._store not in _have_answered:
+            return "check the address and the network"
+        if self._error is not None and is_answer(self._error):
+            return "try again later"
+        return "check the network, and try again later"
+
+    def remember_answer(self) -> None:
+        """The store is there, and so is the file."""
+        _gave_up_at.pop(self._store, None)
+        if self._file is not None:
+            _gave_up_at.pop(self._file, None)
+        _have_answered.add(self._store)
+        _answered_at[self._store] = time.monotonic()
+
+    def say(self) -> None:
+        """Why nothing goes on, once for all that wait for one store; from another thread."""
+        now_s = time.monotonic()
+        said_at = _said_at.get(self._store)
+        if said_at is not None and now_s - said_at < RETRY_S:
+            return
+        _said_at[self._store] = now_s
+        place, elapsed_s = self._file or self._store, now_s - self._began_s
+        if self._error is None:
+            logger.warning("%s: no answer for %.0f s; still waiting", place, elapsed_s)
+            return
+        logger.warning(
+            "%s: %s (tried %d times in %.0f s); trying again for up to %.0f s",
+            place,
+            self._describe(self._error),
+            self._num_tries,
+            elapsed_s,
+            self._patience_s(),
+        )
 
 
-def _patience_s(store: str) -> float:
-    return RETRY_S if store in _have_answered else min(RETRY_S, FIRST_CONTACT_S)
+def _was_given_up_on(key: str | None) -> bool:
+    at = _gave_up_at.get(key) if key is not None else None
+    return at is not None and time.monotonic() - at < RETRY_S
+
+
+def is_answer(error: BaseException) -> bool:
+    """Whether the error comes from the store itself, and not from the way to it."""
+    links = list(_chain(error))
+    if status_of(error) is not None:
+        return True
+    if any(kind.__name__ in _ANSWERING_NAMES for link in links for kind in type(link).__mro__):
+        return True
+    # fsspec's http says "not found" to everything; what it was lies behind.
+    answers = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)
+    return isinstance(links[-1], answers)
+
+
+def cause_words(error: BaseException) -> str:
+    """What lies at the bottom of an error: the system's words, or else its name."""
+    cause = list(_chain(error))[-1]
+    real = getattr(cause, "os_error", cause)
+    if isinstance(real, socket.gaierror):
+        return str(real.strerror or "no such host")
+    if isinstance(real, OSError) and real.errno is not None and real.errno in errno.errorcode:
+        return os.strerror(real.errno)
+    return type(cause).__name__
 
 
 def may_pass(error: BaseException) -> bool:
@@ -175,41 +350,3 @@ def _error_of(state: tenacity.RetryCallState) -> BaseException:
 def _wait_s(state: tenacity.RetryCallState) -> float:
     drawn = tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=MAX_WAIT_S)(state)
     return max(drawn, _retry_after_s(_error_of(state)))
-
-
-def _is_enough(store: str, state: tenacity.RetryCallState) -> bool:
-    if status_of(_error_of(state)) is not None:
-        _have_answered.add(store)
-    given_up_at = _gave_up_at.get(store)
-    if given_up_at is not None and time.monotonic() - given_up_at < RETRY_S:
-        return True
-    elapsed_s = (state.seconds_since_start or 0.0) + state.upcoming_sleep
-    return state.attempt_number >= MIN_TRIES and elapsed_s > _patience_s(store)
-
-
-def _give_up(store: str, state: tenacity.RetryCallState) -> Any:
-    error, elapsed_s = _error_of(state), state.seconds_since_start or 0.0
-    if state.attempt_number > 1:
-        _gave_up_at[store] = time.monotonic()
-        error.add_note(f"tried {state.attempt_number} times in {elapsed_s:.0f} s")
-    raise error
-
-
-class _Notice:
-    """Says once why nothing goes on, where that takes long."""
-
-    def __init__(self, store: str) -> None:
-        self._store = store
-        self._said = False
-
-    def __call__(self, state: tenacity.RetryCallState) -> None:
-        elapsed_s = (state.seconds_since_start or 0.0) + state.upcoming_sleep
-        if elapsed_s > NOTICE_S and not self._said:
-            self._said = True
-            logger.warning(
-                "%s: %s (%d times by now); trying again for up to %.0f s",
-                self._store,
-                type(_error_of(state)).__name__,
-                state.attempt_number,
-                _patience_s(self._store),
-            )

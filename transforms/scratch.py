@@ -127,7 +127,7 @@ def _make() -> _Held:
         except FileNotFoundError:
             continue  # swept before it could be locked
         try:
-            if _is_locked_by_us(descriptor, if_there_are_no_locks=True) and _is_still(
+            if _is_locked_by_us(descriptor, if_there_are_no_locks=True) and is_still(
                 path, descriptor
             ):
                 return _Held(path, descriptor)
@@ -148,9 +148,11 @@ def _is_locked_by_us(descriptor: int, *, if_there_are_no_locks: bool = False) ->
     return True
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
+def is_still(path: Path, descriptor: int, *, follow_symlinks: bool = False) -> bool:
+    """Whether what was opened is what has this name now; a folder may have been removed since."""
     with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+        now = path.stat(follow_symlinks=follow_symlinks)
+        return os.path.samestat(now, os.fstat(descriptor))
     return False
 
 

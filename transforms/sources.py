@@ -22,7 +22,7 @@ from transforms.clip_ids import AUDIO_EXTENSIONS, make_clip_id, make_unit_id, re
 from transforms.inputs import Container, Found, find_inputs
 from transforms.parquet_source import read_parquet
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
-from transforms.spooling import Fetched, copy_file, fetch
+from transforms.spooling import Fetched, ReadLimits, copy_file, fetch
 from transforms.tar_source import TarReader
 from transforms.units import SourceSettings, limit_items, plan_units
 
@@ -30,6 +30,7 @@ __all__ = [
     "AUDIO_EXTENSIONS",
     "Container",
     "Found",
+    "ReadLimits",
     "SourceSettings",
     "find_inputs",
     "limit_items",
@@ -47,9 +48,9 @@ def read_unit(
 ) -> Iterator[EncodedClip | Failure]:
     """The items of a unit, in an order that is always the same.
 
-    Memory stays bounded: at most ``settings.read_ahead`` + 1 items of ``settings.spool_bytes``
+    Memory stays bounded: at most ``settings.read_ahead`` + 1 items of ``limits.spool_bytes``
     each (what is larger lies in a temporary file), and of a Parquet file a few pages. An item
-    beyond ``settings.max_item_bytes`` is a failure, and its bytes are not kept anywhere. A
+    beyond ``limits.max_item_bytes`` is a failure, and its bytes are not kept anywhere. A
     container that breaks off gives the items before, then one failure of its own.
     """
     if unit.container is None:

@@ -6,13 +6,16 @@ source tells it, and while they are taken where it does not.
 
 from __future__ import annotations
 
+import bisect
+import io
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from transforms import storage
 from transforms.clip_ids import AUDIO_EXTENSIONS, extension
@@ -20,6 +23,10 @@ from transforms.errors import EarmarkError, ReadError, item_too_large
 from transforms.scratch import scratch_folder
 
 _COPY_BYTES = 1 << 20
+_SMALL_BLOCK_BYTES = 64 << 10
+_MAX_HELD_BYTES = 256 << 20
+_HELD_IN_MEMORY_BYTES = 16 << 20
+_HELD_PIECE_BYTES = 4 << 20  # asked for at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,11 @@ class ReadLimits:
     max_item_bytes: int = 64 << 30
     max_page_bytes: int = 1 << 30
     max_expansion: float = 200.0
+
+    def __post_init__(self) -> None:
+        for name in ("spool_bytes", "max_item_bytes", "max_page_bytes", "max_expansion"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; must be at least 1")
 
 
 def check_item_size(num_bytes: int | None, limits: ReadLimits) -> None:
@@ -131,3 +143,119 @@ def _copy_rest(data: bytes, rest: BinaryIO, target: BinaryIO, limits: ReadLimits
             raise _too_large(limits, None)
         target.write(data)
         data = rest.read(_COPY_BYTES)
+
+
+class RangeReader(io.RawIOBase):
+    """A remote file in which one jumps about; of what is held, no byte is asked for twice.
+
+    Ranges that are held are fetched in one go, into memory or a temporary file without a name.
+    The rest is asked for in small blocks, or in larger ones as it is read in larger pieces.
+
+    Args:
+        url: The file.
+
+    Raises:
+        OSError: It cannot be opened. Errors while reading are ``OSError`` too.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._file = storage.open_read(url, _SMALL_BLOCK_BYTES)
+        self._held: IO[bytes] | None = None
+        self._starts: list[int] = []  # of the ranges held, in order, ...
+        self._places: list[tuple[int, int]] = []  # ... where each ends, and lies in what is held
+        self._position = 0
+
+    def hold(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        """Fetch ranges of bytes [start, stop) and keep them, until others are held.
+
+        Returns:
+            Whether they are held: no more than 256 MiB are, nor where there is no room.
+
+        Raises:
+            OSError: They cannot be read.
+        """
+        self.release()
+        merged = _merged(ranges)
+        if sum(stop - start for start, stop in merged) > _MAX_HELD_BYTES:
+            return False
+        try:
+            held = tempfile.SpooledTemporaryFile(  # noqa: SIM115
+                _HELD_IN_MEMORY_BYTES, dir=str(scratch_folder())
+            )
+        except OSError:
+            return False
+        self._held = held
+        return all(self._hold_range(held, start, stop) for start, stop in merged)
+
+    def _hold_range(self, held: IO[bytes], start: int, stop: int) -> bool:
+        place, position = held.tell(), start
+        self._file.seek(start)
+        while data := self._file.read(min(stop - position, _HELD_PIECE_BYTES)):
+            try:
+                held.write(data)
+                held.flush()
+            except OSError:  # no room for it
+                self.release()
+                return False
+            position += len(data)
+        self._starts.append(start)
+        self._places.append((position, place))
+        return True
+
+    def release(self) -> None:
+        """Hold nothing."""
+        if self._held is not None:
+            with suppress(OSError):  # what could not be written is tried again
+                self._held.close()
+        self._held, self._starts, self._places = None, [], []
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Whether the store can."""
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to another position, which is returned."""
+        if whence == os.SEEK_CUR:
+            offset, whence = self._position + offset, os.SEEK_SET
+        self._position = self._file.seek(offset, whence)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to the end or start of what is held; the number of bytes, 0 at the end."""
+        index = bisect.bisect_right(self._starts, self._position) - 1
+        source: IO[bytes] = self._file
+        position, length = self._position, len(buffer)
+        if index >= 0 and self._held is not None and position < self._places[index][0]:
+            stop, place = self._places[index]
+            length = min(length, stop - position)
+            source, position = self._held, place + position - self._starts[index]
+        elif index + 1 < len(self._starts):
+            length = min(length, self._starts[index + 1] - position)
+        source.seek(position)
+        data = source.read(length)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        """Close the file, and let go of what is held."""
+        if not self.closed:
+            self.release()
+            self._file.close()
+        super().close()
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in order that neither touch nor overlap."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted((max(0, start), stop) for start, stop in ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        elif start < stop:
+            merged.append((start, stop))
+    return merged

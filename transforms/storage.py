@@ -12,6 +12,9 @@ Guarantees:
   other error is raised. (``fsspec``'s own ``exists`` says no to every error.)
 - **Passing trouble passes.** What a store refuses for the moment (429, 5xx, a connection that
   breaks, no answer in time) is asked for again, as ``retries`` has it.
+- **A file that changes while it is read is no patchwork.** Google's generation, S3's etag and a web
+  server's validators are compared with every answer; elsewhere, only the version of a stream that
+  broke and is opened again.
 - **A short answer is never taken for the whole.** What is read is held against the size that the
   store gives, what is written against the size that it then has. Only where a web server gives no
   size and does not say where a body ends, nobody can tell.
@@ -42,13 +45,14 @@ from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import aiohttp
 import fsspec
+from fsspec.utils import glob_translate
 
 from transforms.errors import OutputError, UsageError, WriteError
-from transforms.retries import ShortBodyError, ask, may_pass, status_of
+from transforms.retries import ShortBodyError, ask, cause_words, may_pass, status_of
 from transforms.scratch import scratch_folder
 
 # gcsfs would first ask Google by gRPC what kind of bucket it is, which takes a minute where that
@@ -85,8 +89,9 @@ _SECRET_PREFIXES = ("x-amz-", "x-goog-")
 _SECRET_NAMES = {
     "awsaccesskeyid", "googleaccessid", "key-pair-id", "signature", "sig", "token", "access_token",
     "access-token", "accesstoken", "auth_token", "auth-token", "authtoken", "id_token",
-    "refresh_token", "oauth_token", "sas_token", "security_token", "session_token", "api_key",
-    "api-key", "apikey",
+    "refresh_token", "oauth_token", "sas_token", "security_token", "session_token", "api_token",
+    "private_token", "api_key", "api-key", "apikey", "password", "passwd", "pwd", "secret",
+    "client_secret", "jwt", "authorization", "jsessionid",
 }
 _BESIDE_SIGNATURE = {
     "expires", "policy", "hash-algorithm", "security-token",
@@ -195,33 +200,54 @@ def _without_query(url: str) -> str:
 def public_uri(url: str) -> str:
     """``url`` without what signs it; fit to be written and printed.
 
-    Drops the known signature parameters (AWS, Google Cloud, CloudFront, Azure SAS, tokens) and
-    ``user:password@``. Nothing else: any other query string is part of the name. Local paths
+    Drops the known signature parameters (AWS, Google Cloud, CloudFront, Azure SAS, tokens,
+    passwords) and ``user:password@``; over ``http(s)`` also those in a fragment (``#token=``) and
+    in a path (``;sig=``). Nothing else: any other query string is part of the name. Local paths
     come back unchanged.
     """
     if is_local(url):
         return url
-    url = re.sub(r"(://)[^/?#@]*:[^/?#@]*@", r"\1", url)
-    url = re.sub(r"^(https?://)[^/?#@]*@", r"\1", url, flags=re.IGNORECASE)
+    url = re.sub(r"((?:^|::)https?://)[^/?#]*@", r"\1", url, flags=re.IGNORECASE)
+    url = re.sub(r"(://)[^/?#@]*:[^/]*@", r"\1", url)
+    is_web = re.match(r"(?:.*::)?https?://", url, re.IGNORECASE | re.DOTALL) is not None
     base, mark, query = url.partition("?")
-    if not mark:
-        return url
-    query, hash_mark, fragment = query.partition("#")
-    pairs = query.split("&")
+    hash_mark = fragment = ""
+    if mark:
+        query, hash_mark, fragment = query.partition("#")
+    elif is_web:
+        base, hash_mark, fragment = base.partition("#")
+    secret = _secret_names(re.split("[&;]", query))
+    if is_web:
+        base = re.sub(
+            r";([^;/=]*)=[^;/]*", lambda pair: "" if _is_secret(pair[1], secret) else pair[0], base
+        )
+        fragment_left = _without_secrets(fragment, secret | _secret_names(fragment.split("&")))
+        hash_mark, fragment = hash_mark if fragment_left or not fragment else "", fragment_left
+    query_left = _without_secrets(query, secret)
+    return base + (mark if query_left or not query else "") + query_left + hash_mark + fragment
+
+
+def _secret_names(pairs: list[str]) -> set[str]:
+    """What is a secret beside these parameters."""
     names = {_parameter_name(pair) for pair in pairs}
     secret = _SECRET_NAMES.copy()
     if names & {"signature", "key-pair-id"}:
         secret |= _BESIDE_SIGNATURE
     if "sig" in names:
         secret |= _BESIDE_SIG
-    kept = [
-        pair
-        for pair in pairs
-        if not (name := _parameter_name(pair)).startswith(_SECRET_PREFIXES) and name not in secret
-    ]
-    if len(kept) == len(pairs):
-        return url
-    return base + ("?" + "&".join(kept) if kept else "") + hash_mark + fragment
+    return secret
+
+
+def _without_secrets(text: str, secret: set[str]) -> str:
+    """Parameters as they were, each with what parts it from the one before, but the secret ones."""
+    pairs = re.findall(r"(?:^|[&;])[^&;]*", text)
+    kept = [pair for pair in pairs if not _is_secret(pair.lstrip("&;"), secret)]
+    return text if len(kept) == len(pairs) else "".join(kept).lstrip("&;")
+
+
+def _is_secret(pair: str, secret: set[str]) -> bool:
+    name = _parameter_name(pair)
+    return name.startswith(_SECRET_PREFIXES) or name in secret
 
 
 def _parameter_name(pair: str) -> str:
@@ -245,7 +271,7 @@ def stat(url: str) -> FileInfo:
         if stat_module.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder, a file was expected", path)
         return FileInfo(path, status.st_size, str(status.st_mtime_ns))
-    details = _ask(url, lambda: _details(url))
+    details = _ask_file(url, lambda: _details(url))
     if details["type"] == "directory":
         raise IsADirectoryError(f"{public_uri(url)} is a folder, a file was expected")
     return FileInfo(url, details.get("size"), _version(details))
@@ -287,7 +313,7 @@ def _kind(url: str) -> str | None:
         if is_local(url):
             mode = os.stat(local_path(url)).st_mode  # noqa: PTH116
             return "directory" if stat_module.S_ISDIR(mode) else "file"
-        return cast(str, _ask(url, lambda: _details(url))["type"])
+        return cast(str, _ask_file(url, lambda: _details(url))["type"])
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -296,8 +322,8 @@ def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> I
     """Every file below the folder ``url``, sorted by name.
 
     Locally, links to folders are followed, and each real folder is listed once, under its own
-    path where that lies below ``url``; so a loop of links ends. A link to nothing is listed
-    (reading it will say what is wrong); pipes, sockets and devices are not files.
+    path where that lies below ``url``; so a loop of links ends. Links to nothing, pipes, sockets
+    and devices are listed, without a size (reading them will say what is wrong).
 
     Args:
         url: The folder; nothing below it means no files.
@@ -356,16 +382,15 @@ def _walk_local(root: str, report: Callable[[OSError], None]) -> Iterator[FileIn
             except OSError as error:
                 report(error)
                 continue
-            if info is not None:
-                yield info
+            yield info
 
 
-def _entry_info(entry: os.DirEntry[str]) -> FileInfo | None:
-    """A file, or a link to nothing; None for a pipe, a socket or a device."""
+def _entry_info(entry: os.DirEntry[str]) -> FileInfo:
+    """A file; or a link to nothing, a pipe, a socket or a device, without a size."""
     if entry.is_file():
         status = entry.stat()
         return FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
-    return FileInfo(entry.path, None, None) if entry.is_symlink() else None
+    return FileInfo(entry.path, None, None)
 
 
 def _walk_remote(
@@ -416,12 +441,24 @@ def glob_files(
     """
     folders: list[str] = []
     files: dict[str, FileInfo] = {}
-    if is_local(pattern):
-        for path in glob.iglob(local_path(pattern), recursive=True):  # noqa: PTH207
+    any_depth = "**" in pattern.split("/")
+    if is_local(pattern) and any_depth:
+        # Python's own would follow links round and round.
+        wanted = local_path(pattern)
+        matches_pattern = re.compile(glob_translate(wanted)).match
+        top = re.split(r"[*?[]", wanted, maxsplit=1)[0].rpartition("/")[0] or "/"
+        for info in list_files(top, on_error) if Path(top).is_dir() else ():
+            is_hidden = "/." in info.url[len(top) :] and "/." not in wanted[len(top) :]
+            if not is_hidden and matches_pattern(info.url):
+                files[info.url] = info
+    elif is_local(pattern):
+        for path in glob.iglob(local_path(pattern)):  # noqa: PTH207
             if Path(path).is_dir():
                 folders.append(path)
             elif Path(path).is_file():
                 files[path] = stat(path)
+            else:  # as in a folder
+                files[path] = FileInfo(path, None, None)
     else:
         fs, root = _filesystem(pattern)
         matches = _ask(pattern, lambda: _fresh(fs).glob(root, detail=True))
@@ -432,7 +469,7 @@ def glob_files(
                 folders.append(url)
             else:
                 files[url] = FileInfo(url, details.get("size"), _version(details))
-    if "**" not in pattern:
+    if not any_depth:
         for folder in folders:
             files.update((info.url, info) for info in list_files(folder, on_error))
     for url in sorted(files):
@@ -533,11 +570,14 @@ def _regular_file(url: str) -> str:
 
 def _open_remote(url: str, block_bytes: int | None) -> io.RawIOBase | io.BytesIO:
     fs, path = _filesystem(url)
-    options = {} if block_bytes is None else {"block_size": block_bytes}
+    options: dict[str, Any] = {} if block_bytes is None else {"block_size": block_bytes}
     if protocol(url) == "memory":
         # Its open files share one position; a copy has its own.
-        return io.BytesIO(_ask(url, lambda: fs.cat_file(path)))
-    file = _ask(url, lambda: _fresh(fs).open(path, "rb", **options))
+        return io.BytesIO(_ask_file(url, lambda: fs.cat_file(path)))
+    content = _WebContent()
+    if protocol(url) in _READ_ONLY:
+        options["raise_for_status"] = content.check
+    file = _ask_file(url, lambda: _fresh(fs).open(path, "rb", **options))
     details = getattr(file, "details", None) or {}
     if details.get("type") == "directory":
         file.close()
@@ -545,13 +585,88 @@ def _open_remote(url: str, block_bytes: int | None) -> io.RawIOBase | io.BytesIO
     if details.get("contentEncoding") == "gzip":
         # Google unpacks it on the way: the size it gives is that of something else.
         file.close()
-        return io.BytesIO(_ask(url, lambda: fs.cat_file(path)))
+        return io.BytesIO(_ask_file(url, lambda: fs.cat_file(path)))
     size = getattr(file, "size", None)
     has_ranges = getattr(type(file), "_fetch_range", None) not in (None, _NO_RANGES)
     if size is not None and has_ranges:
-        return _RangedFile(file, url, size)
+        content.size = size
+        return _RangedFile(file, url, size, content)
     file.close()
-    return _StreamedFile(url, _ask(url, lambda: _details(url)).get("size"))
+    details = _ask_file(url, lambda: _details(url))
+    content.version = None if protocol(url) in _READ_ONLY else _version(details)
+    return _StreamedFile(url, details.get("size"), content)
+
+
+class ChangedError(OSError):
+    """The file is not what it was when it was opened."""
+
+
+class _WebContent:
+    """What the answers to the requests of one open file must agree on.
+
+    Answers are compared with each other, and not with what ``HEAD`` said: some servers have that
+    answered by another, which knows the file by another etag.
+
+    Attributes:
+        size: Of the whole file, in bytes; None if nobody has said.
+        version: Of a file that is not on the web, as ``_version`` has it; None if there is none.
+    """
+
+    def __init__(self) -> None:
+        self.size: int | None = None
+        self.version: str | None = None
+        self._validators: dict[str, str] = {}
+
+    async def check(self, response: Any) -> None:
+        """Look at an answer before its body; aiohttp calls this.
+
+        Raises:
+            ChangedError: It is about another content than the ones before.
+        """
+        if response.method == "HEAD" or response.status not in (200, 206, 416):
+            return
+        self._check_size(_whole_size(response))
+        if response.status == 416:
+            return
+        for name in ("ETag", "Last-Modified"):
+            found = _comparable(response.headers.get(name))
+            known = self._validators.setdefault(name, found) if found else found
+            if found != known:
+                raise ChangedError(f"its {name} was {known}, and is {found}")
+
+    def _check_size(self, size: int | None) -> None:
+        if size is None:
+            return
+        if self.size is None:
+            self.size = size
+        if size != self.size:
+            raise ChangedError(f"it had {self.size} bytes, and has {size}")
+
+    def check_version(self, details: dict[str, Any]) -> None:
+        """Look at what a store other than the web says of it, when it is opened again.
+
+        Raises:
+            ChangedError: It is another.
+        """
+        found = _version(details)
+        if None not in (found, self.version) and found != self.version:
+            raise ChangedError(f"its version was {self.version}, and is {found}")
+
+
+def _whole_size(response: Any) -> int | None:
+    """The size of the file that an answer is about, if it says so, and means the file itself."""
+    if response.headers.get("Content-Encoding", "identity") not in ("identity", ""):
+        return None
+    if response.status == 200:
+        length = response.headers.get("Content-Length", "")
+    else:
+        length = response.headers.get("Content-Range", "").rpartition("/")[2]
+    return int(length) if length.isdecimal() else None
+
+
+def _comparable(validator: str | None) -> str | None:
+    """Without what says how the content was packed on its way: it is the same content."""
+    return validator and re.sub(r'^W/|"|[-;](?:gzip|br|zstd|deflate)(?="?$)', "", validator)
 
 
 class _RangedFile(io.RawIOBase):
@@ -561,9 +676,9 @@ class _RangedFile(io.RawIOBase):
     web server that turns out to give no ranges, the rest comes as a stream.
     """
 
-    def __init__(self, file: Any, url: str, size: int) -> None:
+    def __init__(self, file: Any, url: str, size: int, content: _WebContent) -> None:
         super().__init__()
-        self._file, self._url, self._size = file, url, size
+        self._file, self._url, self._size, self._content = file, url, size, content
         self._position = 0
         self._start, self._block = 0, b""
         self._stream: _StreamedFile | None = None
@@ -603,12 +718,12 @@ class _RangedFile(io.RawIOBase):
 
     def _read_block(self, start: int, end: int) -> bytes:
         if self._stream is None:
-            block = _ask(self._url, lambda: self._fetch(start, end))
+            block = _ask_file(self._url, lambda: self._fetch(start, end))
             if block is not None:
                 return block
         if self._stream is None or self._stream.tell() != start:
             self._close_stream()
-            self._stream = _StreamedFile(self._url, self._size, start)
+            self._stream = _StreamedFile(self._url, self._size, self._content, start)
         return self._stream.read(end - start) or b""
 
     def _fetch(self, start: int, end: int) -> bytes | None:
@@ -649,20 +764,24 @@ class _RangedFile(io.RawIOBase):
 class _StreamedFile(io.RawIOBase):
     """A remote file that comes as one stream, up to its ``size`` if that is known.
 
-    A stream that breaks is opened anew and wound on to where it broke.
+    A stream that breaks is opened anew and wound on to where it broke; a file that is not the same
+    by then is an error.
     """
 
-    def __init__(self, url: str, size: int | None, position: int = 0) -> None:
+    def __init__(self, url: str, size: int | None, content: _WebContent, position: int = 0) -> None:
         super().__init__()
-        self._url, self._size = url, size
+        self._url, self._size, self._content = url, size, content
         self._position = position
-        self._file = _ask(url, self._open)
+        self._file = _ask_file(url, self._open)
 
     def _open(self) -> Any:
         fs, path = _filesystem(self._url)
-        options = {"block_size": 0} if protocol(self._url) in _READ_ONLY else {}
+        is_web = protocol(self._url) in _READ_ONLY
+        options = {"block_size": 0, "raise_for_status": self._content.check} if is_web else {}
         file = fs.open(path, "rb", **options)
         try:
+            if not is_web and self._content.version is not None:
+                self._content.check_version(_details(self._url))
             if self.seekable():
                 file.seek(self._position)
                 return file
@@ -697,7 +816,7 @@ class _StreamedFile(io.RawIOBase):
         return b"".join(iter(partial(self.read, _COPY_BYTES), b""))
 
     def readinto(self, buffer: Any) -> int:
-        data = _ask(self._url, lambda: self._next(len(buffer)))
+        data = _ask_file(self._url, lambda: self._next(len(buffer)))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -1064,10 +1183,10 @@ def _options(name: str) -> dict[str, Any]:
     """
     own = fsspec.config.conf.get(name, {})
     if name in _READ_ONLY and "client_kwargs" not in own:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=30)
         return {"client_kwargs": {"timeout": timeout}}
     if name in ("gs", "gcs") and "requests_timeout" not in own:
-        return {"requests_timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=60, total=600)}
+        return {"requests_timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=30, total=600)}
     if name in ("s3", "s3a") and not own.keys() & {"session", "profile"}:
         return {"session": _s3_session()}
     return {}
@@ -1103,9 +1222,36 @@ def _ask(
     may_pass: Callable[[BaseException], bool] = may_pass,
 ) -> _T:
     """What the store answers, asked again while its trouble may pass; errors as ``_told``."""
-    store = re.sub(r"(://[^/?#]*).*", r"\1", public_uri(url), count=1, flags=re.DOTALL)
     with _told(url):
-        return ask(store, act, may_pass)
+        return ask(_store(url), act, may_pass, describe=partial(_reason, url))
+
+
+# By store, one file that it has given; to ask for it tells a store's trouble from another file's.
+_given: dict[str, str] = {}
+
+
+def _ask_file(url: str, act: Callable[[], _T]) -> _T:
+    """``_ask`` for what reads one file: less patient where the store answers for others."""
+    store = _store(url)
+    with _told(url):
+        result = ask(
+            store,
+            act,
+            may_pass,
+            file=public_uri(url),
+            other=partial(_details, _given[store]) if store in _given else None,
+            describe=partial(_reason, url),
+        )
+    _given[store] = url
+    return result
+
+
+def _store(url: str) -> str:
+    return re.sub(r"(://[^/?#]*).*", r"\1", public_uri(url), count=1, flags=re.DOTALL)
+
+
+def _reason(url: str, error: BaseException) -> str:
+    return _explain(error, protocol(url))[1]
 
 
 @contextmanager
@@ -1128,7 +1274,7 @@ def _told(url: str) -> Iterator[None]:
         raise kind(text) from None
 
 
-def _explain(error: Exception, name: str) -> tuple[type[OSError], str]:
+def _explain(error: BaseException, name: str) -> tuple[type[OSError], str]:
     real = error
     if name in _READ_ONLY and isinstance(error.__cause__, Exception):
         # fsspec's http says "not found" to every failed request; the real answer is the cause.
@@ -1148,9 +1294,11 @@ def _explain(error: Exception, name: str) -> tuple[type[OSError], str]:
         return FileNotFoundError, "there is no such file"
     if isinstance(real, ShortBodyError):
         return OSError, "came or went only in part"
+    if isinstance(real, ChangedError):
+        return OSError, "has been changed while it was read"
     if status is not None:
         return OSError, f"the store answered {status}"
-    return OSError, f"cannot be reached: {type(real).__name__}"
+    return OSError, f"cannot be reached: {cause_words(real)}"
 
 
 def public_text(text: str) -> str:
@@ -1161,5 +1309,18 @@ def public_text(text: str) -> str:
 
 
 def _scrub(text: str, url: str) -> str:
+    """What a library says of ``url``, without what signs it, however the library writes it."""
     text = text.replace(url, public_uri(url))
+    for secret in _secret_values(url):
+        # Where a store takes the query for a part of the object's name, it is encoded once more.
+        for written in (secret, quote(secret, safe=""), quote(secret), unquote(secret)):
+            text = text.replace(written, "…")
     return public_text(text).strip()
+
+
+def _secret_values(url: str) -> list[str]:
+    """The values of the parameters that ``public_uri`` drops; those too short to tell are none."""
+    pairs = re.split("[?&;#]", url)[1:]
+    secret = _secret_names(pairs)
+    values = [pair.partition("=")[2] for pair in pairs if _is_secret(pair, secret)]
+    return sorted((value for value in values if len(value) >= 6), key=len, reverse=True)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from transforms import storage
@@ -38,29 +38,19 @@ class SourceSettings:
         max_unit_bytes: A unit ends once it holds this many encoded bytes.
         window_s: Length of a window in seconds, for estimates.
         hop_s: From one window's start to the next's in seconds, for estimates.
-        spool_bytes: What is larger goes to a temporary file instead of memory.
         read_ahead: Remote files fetched at the same time, before their turn.
-        max_item_bytes: Encoded bytes of an item; more is an error.
-        max_page_bytes: Bytes of a page of a Parquet file, decompressed; more is an error.
-        max_expansion: Bytes that a compressed tar may give per byte of it, once it has given
-            1 GiB; more is an error.
+        limits: What reading may take.
     """
 
     windows_per_unit: int = 256
     max_unit_bytes: int = 1 << 30
     window_s: float = 10.255
     hop_s: float = 10.255
-    spool_bytes: int = 64 << 20
     read_ahead: int = 4
-    max_item_bytes: int = ReadLimits().max_item_bytes
-    max_page_bytes: int = ReadLimits().max_page_bytes
-    max_expansion: float = ReadLimits().max_expansion
+    limits: ReadLimits = field(default_factory=ReadLimits)
 
     def __post_init__(self) -> None:
-        for name in (
-            *("windows_per_unit", "max_unit_bytes", "spool_bytes", "read_ahead"),
-            *("max_item_bytes", "max_page_bytes", "max_expansion"),
-        ):
+        for name in ("windows_per_unit", "max_unit_bytes", "read_ahead"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; must be at least 1")
         for name in ("window_s", "hop_s"):
@@ -71,13 +61,6 @@ class SourceSettings:
     def estimate(self) -> WindowEstimate:
         """How windows are guessed from sizes."""
         return WindowEstimate(self.window_s, self.hop_s)
-
-    @property
-    def limits(self) -> ReadLimits:
-        """What reading may take."""
-        return ReadLimits(
-            self.spool_bytes, self.max_item_bytes, self.max_page_bytes, self.max_expansion
-        )
 
     def is_full(self, windows: int, num_bytes: int) -> bool:
         """Whether this much is a unit."""
@@ -119,7 +102,7 @@ def _limit_container(
         container.uri,
         settings.estimate,
         limit,
-        max_expansion=settings.max_expansion,
+        max_expansion=settings.limits.max_expansion,
     )
     starts = [start for group in index.groups for start in group.starts]
     if len(starts) <= limit:
@@ -217,7 +200,7 @@ def _plan_container(
             yield _container_unit(container, start, stop, windows, items=container.items)
         return
     index = index_tar(
-        container.url, container.uri, settings.estimate, max_expansion=settings.max_expansion
+        container.url, container.uri, settings.estimate, max_expansion=settings.limits.max_expansion
     )
     if container.items:
         yield from _plan_members(container, index, settings)
