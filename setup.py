@@ -37,7 +37,7 @@ setup(
     # pipeline.config.config_folder() knows both places.
     package_dir={"pipeline.configs": "configs"},
     package_data={"pipeline.configs": ["*.yaml"], "transforms": ["label_lists/*.csv"]},
-    entry_points={"console_scripts": ["earmark = pipeline.cli:main"]},
+    entry_points={"console_scripts": ["earmark = pipeline.__main__:main"]},
     install_requires=[
         "apache-beam==2.77.*",
         # torchaudio 2.11 is its last release; this is the range of torch it loads beside.

@@ -1,8 +1,34 @@
-"""``python -m pipeline``: the same as ``earmark``."""
+"""The command's entry, also as ``python -m pipeline``: an interrupt is one from the first line on.
 
+Importing the command line takes a while, and whoever presses Ctrl-C meanwhile shall not see a
+traceback. So this module imports next to nothing.
+"""
+
+import contextlib
+import os
+import signal
 import sys
+from types import FrameType
 
-from pipeline.cli import main
+EXIT_INTERRUPTED = 130
+INTERRUPTED = "interrupted; the same command goes on from here"
+
+
+def main() -> int:
+    """Run the command line; gives the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_at_once)
+    from pipeline.cli import main as run
+
+    return run()
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    """Before ``cli`` has set handlers of its own, and once it has done its work."""
+    with contextlib.suppress(OSError):  # standard error may be closed
+        os.write(2, f"earmark: {INTERRUPTED}\n".encode())
+    os._exit(EXIT_INTERRUPTED)
+
 
 if __name__ == "__main__":
     sys.exit(main())

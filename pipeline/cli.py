@@ -25,18 +25,26 @@ import typer
 from typer.exceptions import TyperException
 
 from pipeline import __version__
+from pipeline.__main__ import EXIT_INTERRUPTED, INTERRUPTED
+from pipeline.streams import usable_streams
 from transforms import errors
-from transforms.errors import EarmarkError, OutputLostError, UsageError
+from transforms.errors import (
+    AnswerError,
+    EarmarkError,
+    OutputError,
+    OutputLostError,
+    UsageError,
+    in_words,
+)
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 EXIT_UNEXPECTED = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 MODELS_WIDTH = 200  # more than the table needs
-INTERRUPTED = "interrupted; the same command goes on from here"
 GO_ON = "Once that is mended, run the same command again: it goes on from what is done."
+AGAIN = "Once that is mended, run the same command again."
 SEE_DEBUG = "EARMARK_DEBUG=1 shows where it comes from."
 
 Job = Callable[[], int]
@@ -367,6 +375,7 @@ def stats(
     def job() -> int:
         parameters.pop("as_original")
         run_config = _read_config(parameters, needs_output=False, needs_model=False)
+        _check_output_lasts(run_config.output)
         _configure_logging(run_config.quiet)
         from pipeline.stats import run_stats
 
@@ -418,6 +427,7 @@ def evaluate(
     _refuse_beam_options(context)
 
     def job() -> int:
+        _check_output_lasts(output)
         from pipeline.evaluate import run_evaluate
 
         return run_evaluate(
@@ -479,6 +489,7 @@ def export(
     _refuse_beam_options(context)
 
     def job() -> int:
+        _check_output_lasts(output)
         from pipeline.export import run_export
 
         return run_export(
@@ -494,6 +505,7 @@ def _labelling_job(context: typer.Context) -> Job:
 
     def job() -> int:
         config = _read_config(parameters, needs_output=name == "label", needs_model=True)
+        _check_output_lasts(config.output)
         _configure_logging(config.quiet)
         if name == "label":
             from pipeline.run import run_label
@@ -530,6 +542,32 @@ def _read_config(parameters: dict[str, Any], *, needs_output: bool, needs_model:
     if needs_model:
         given_model(config)
     return config
+
+
+def _check_output_lasts(output: str | None) -> None:
+    """Refuse what only programs that go on can use.
+
+    Raises:
+        OutputError: The output is this process's own memory.
+    """
+    if output is not None and output.lower().startswith("memory:"):
+        raise OutputError(
+            f"--output is {output}, and memory:// is gone when the command ends; give a folder."
+        )
+
+
+def _check_current_folder() -> None:
+    """Relative paths mean nothing without it, and some libraries abort the process.
+
+    Raises:
+        UsageError: It has been removed.
+    """
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError as error:
+        raise UsageError(
+            "the current folder has been removed; change to another one, then run the command again"
+        ) from error
 
 
 def _refuse_beam_options(context: typer.Context) -> None:
@@ -626,11 +664,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 unexpected, 2 wrong usage, 3 done but not all is well, 130
         interrupted.
     """
-    arguments, beam_options = split_beam_options(sys.argv[1:] if argv is None else argv)
+    with usable_streams():
+        return _main(*split_beam_options(sys.argv[1:] if argv is None else argv))
+
+
+def _main(arguments: list[str], beam_options: list[str]) -> int:
     interrupts = _Interrupts()
     try:
         with interrupts:
-            return _run(arguments, beam_options)
+            code = _run(arguments, beam_options)
+        if interrupts.came and code == EXIT_INTERRUPTED:  # typer took it, and said nothing
+            return _fail(EXIT_INTERRUPTED, INTERRUPTED)
+        return code
     except KeyboardInterrupt:
         return _fail(EXIT_INTERRUPTED, INTERRUPTED)
     except TyperException as error:
@@ -643,10 +688,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # buffered must not raise again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_UNEXPECTED
+    except AnswerError as error:
+        return _fail(EXIT_UNEXPECTED, str(error))
     except Exception as error:  # the last door: whatever it is must become an exit code
         if interrupts.came and not isinstance(error, OutputLostError):
             return _fail(EXIT_INTERRUPTED, INTERRUPTED)
-        return _fail(EXIT_UNEXPECTED, _words_of(error))
+        goes_on = next((word for word in arguments if not word.startswith("-")), "") == "label"
+        return _fail(EXIT_UNEXPECTED, _words_of(error, GO_ON if goes_on else AGAIN))
 
 
 def _run(arguments: list[str], beam_options: list[str]) -> int:
@@ -657,6 +705,7 @@ def _run(arguments: list[str], beam_options: list[str]) -> int:
     # --help and --version have done their work by now, and give an exit code instead of a job.
     code: int = parsed or 0
     if callable(parsed):
+        _check_current_folder()
         _configure_logging(quiet=False)
         code = parsed()
     sys.stdout.flush()  # here a reader that has gone is an error to handle, at exit only a noise
@@ -698,10 +747,14 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
-def _words_of(error: Exception) -> str:
+def _words_of(error: Exception, again: str) -> str:
     """What went wrong, and the next step.
 
     Beam says where in its graph an error arose, and gives a worker's as a whole traceback.
+
+    Args:
+        error: What reached the last door.
+        again: The next step where the system, a disk or a store is to blame.
     """
     if isinstance(error, EarmarkError):
         return RUNNING_STEP.sub("", f"{error}\n{SEE_DEBUG}")
@@ -711,7 +764,9 @@ def _words_of(error: Exception) -> str:
     if hasattr(errors, kind):
         return f"{text}\n{SEE_DEBUG}"
     if issubclass(getattr(builtins, kind, Exception), OSError):
-        return f"{text}\n{GO_ON}"
+        if isinstance(error, OSError) and error.filename is not None:
+            text = in_words(error)
+        return f"{text}\n{again}"
     return f"{kind}: {text}\n{SEE_DEBUG}"
 
 

@@ -28,7 +28,13 @@ from pydantic import (
 from transforms.errors import ConfigError, InputError, OutputError
 
 DEFAULT_RUNNER = "FnApiRunner"
+NOT_WRITTEN = "<not written>"  # stands for the value of an option that signs or unlocks
 MIN_DECODER_BYTES = 256 << 20  # the libraries themselves, and what ordinary audio takes
+
+# Beam's options whose values are secrets, by their names: s3_secret_access_key, azure_connection_…
+_SECRET_OPTION = re.compile(
+    r"secret|password|token|key|connection_string|credential", re.IGNORECASE
+)
 
 # What each command-line option sets; the command line has no settings of its own.
 OPTION_KEYS: Mapping[str, str] = {
@@ -247,15 +253,16 @@ class RunConfig(_Section):
         return self
 
     def resolved(self) -> dict[str, Any]:
-        """The whole configuration as plain dicts and lists, fit to be written: no signed URLs.
+        """The whole configuration as plain dicts and lists, fit to be written: no secrets.
 
+        URLs are without what signs them, and ``NOT_WRITTEN`` stands for Beam's keys and passwords.
         It is itself a valid YAML configuration.
         """
-        from transforms.storage import public_text, public_uri  # brings fsspec along
+        from transforms.storage import public_uri  # brings fsspec along
 
         plain = self.model_dump(mode="json")
         plain["inputs"] = [public_uri(text) for text in self.inputs]
-        model, beam = plain["model"], plain["beam"]
+        model = plain["model"]
         for section, key in (
             (plain, "output"),
             (model, "name"),
@@ -264,10 +271,19 @@ class RunConfig(_Section):
         ):
             if section[key] is not None:
                 section[key] = public_uri(section[key])
-        for name, value in beam.items():
-            if isinstance(value, str):
-                beam[name] = public_text(value)
+        plain["beam"] = {name: _public_option(name, value) for name, value in self.beam.items()}
         return plain
+
+
+def _public_option(name: str, value: BeamValue) -> BeamValue:
+    """The value of a Beam option as it may be written."""
+    from transforms.storage import public_text
+
+    if _SECRET_OPTION.search(name) and not isinstance(value, bool | None):
+        return NOT_WRITTEN
+    if isinstance(value, list):
+        return [public_text(item) if isinstance(item, str) else item for item in value]
+    return public_text(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

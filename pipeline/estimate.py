@@ -15,13 +15,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from pipeline.config import RunConfig
 from pipeline.plan import RunPlan, describe_plan, make_plan
 from pipeline.progress import format_audio, format_duration
 from pipeline.run import pipeline_options
-from transforms.clip_ids import WindowEstimate, extension, for_terminal
+from pipeline.streams import answer
+from transforms.clip_ids import WindowEstimate, extension
 from transforms.decode import DecodePool
 from transforms.inference import ASTModelHandler, TorchEngine
 from transforms.label_audio import LabelSettings, read_items
@@ -86,17 +86,16 @@ def run_plan(config: RunConfig, beam_options: list[str]) -> int:
     Raises:
         UsageError: Something is wrong with the command.
     """
-    console = Console(highlight=False, soft_wrap=True)
     pipeline_options(config, beam_options)  # only to refuse what Beam does not know
     plan = make_plan(config, needs_output=False)
     for line in describe_plan(plan):
-        console.print(for_terminal(line), markup=False)
+        answer(line)
     if plan.units:
         estimate = estimate_work(plan)
         engine = ASTModelHandler(plan.label.model, plan.label.inference).load_model()
         window_s = time_window(engine, plan.label)
         for line in describe_estimate(estimate, window_s, engine.name):
-            console.print(line, markup=False)
+            answer(line)
     return 0
 
 

@@ -143,12 +143,12 @@ def read_scores(folder: str, model: str | None = None) -> ScoredClips:
         ModelError: The scores were not stored, and the model they come from cannot be had.
     """
     state = read_result(storage.normalise(folder))
-    if state.run is None or not state.commits:
+    if state.run is None or not (state.commits or state.unreadable):
         raise InputError(
             f"{storage.public_uri(folder)} holds no result of Earmark; name the --output of "
             "earmark label"
         )
-    if state.damaged:
+    if state.damaged or state.unreadable:
         raise OutputError(
             f"{storage.public_uri(folder)} is damaged; see earmark verify "
             f"{storage.public_uri(folder)}"

@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,9 +29,10 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from pipeline.streams import say
 from transforms import storage
 from transforms.clip_ids import make_clip_id
-from transforms.errors import InputError, OutputError, UsageError
+from transforms.errors import InputError, OutputError, UsageError, in_words
 from transforms.ledger import COMMITS, PARTS, open_part, part_url, read_commits
 
 logger = logging.getLogger(__name__)
@@ -284,11 +284,16 @@ class _Result:
     def __init__(self, folder: str) -> None:
         self.folder = storage.normalise(folder)
         name = storage.public_uri(self.folder)
-        commits, damaged = read_commits(self.folder)
-        if damaged:
+        try:
+            commits, without = read_commits(self.folder)
+        except OSError as error:
             raise OutputError(
-                f"{name}: {len(damaged)} commits are damaged, the first is {damaged[0]}.json; "
-                "run earmark verify"
+                f"{in_words(error)}. Check the folder {name} and the rights to it."
+            ) from error
+        if without:
+            raise OutputError(
+                f"{name}: {len(without)} commits are damaged or cannot be read, the first is "
+                f"{next(iter(without))}.json; run earmark verify"
             )
         if not commits:
             raise InputError(f"{name} {_why_empty(self.folder)}")
@@ -488,5 +493,5 @@ def run_export(
     if not quiet:
         files = "1 file" if num_files == 1 else f"{num_files:,} files"
         place = storage.public_uri(target)
-        print(f"exported {num_labels:,} labels to {files} in {place}", file=sys.stderr)
+        say(f"exported {num_labels:,} labels to {files} in {place}")
     return 0

@@ -39,7 +39,7 @@ from transforms.label_audio import LabelSettings, make_settings
 from transforms.ledger import UnitSummary
 from transforms.model_files import FEATURES_NAME
 from transforms.records import WorkUnit
-from transforms.sources import Found, SourceSettings, find_inputs, limit_items
+from transforms.sources import Found, ReadLimits, SourceSettings, find_inputs, limit_items
 
 # The fields of a config that the forward pass depends on; others (dropouts, what to return) may
 # differ between two folders of the same model.
@@ -233,9 +233,11 @@ def make_source_settings(config: RunConfig) -> SourceSettings:
     """How to cut inputs into units and read them; windows are set where they are known."""
     return SourceSettings(
         windows_per_unit=config.units.windows,
-        max_item_bytes=config.decode.max_item_bytes,
-        max_page_bytes=config.read.max_page_bytes,
-        max_expansion=config.read.max_expansion,
+        limits=ReadLimits(
+            max_item_bytes=config.decode.max_item_bytes,
+            max_page_bytes=config.read.max_page_bytes,
+            max_expansion=config.read.max_expansion,
+        ),
     )
 
 

@@ -16,19 +16,20 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline import __version__
 from pipeline.graph import RunTotals
 from transforms import storage
-from transforms.errors import AccountingError, OutputError
+from transforms.errors import AccountingError, OutputError, in_words
 from transforms.ledger import (
     COMMITS,
     PARTS,
     Commit,
     are_commits_held,
+    commit_url,
     list_unit_ids,
     part_url,
     read_commits,
@@ -69,6 +70,8 @@ class ResultState:
         commits: Commits whose parts are there in the size they vouch for, by unit.
         damaged: Units whose commit cannot be read or whose parts are missing or of another
             size, with the reason.
+        unreadable: Units whose commit the store does not give out, with the reason: nothing is
+            known of them, so no run goes on beside them.
         superseded: Units that another commit replaces and that are still there.
         orphans: Parts without a commit, as URLs.
         unfinished: Files that were being written when a run was killed, as URLs.
@@ -80,6 +83,7 @@ class ResultState:
     run: Mapping[str, Any] | None = None
     commits: Mapping[str, Commit] = field(default_factory=dict)
     damaged: Mapping[str, str] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
     superseded: frozenset[str] = frozenset()
     orphans: tuple[str, ...] = ()
     unfinished: tuple[str, ...] = ()
@@ -89,7 +93,7 @@ class ResultState:
     @property
     def is_result(self) -> bool:
         """Whether Earmark has written here before."""
-        return self.run is not None or bool(self.commits) or bool(self.damaged)
+        return self.run is not None or any((self.commits, self.damaged, self.unreadable))
 
     def fingerprints(self) -> set[str]:
         """Fingerprints of everything committed."""
@@ -100,29 +104,38 @@ def read_result(output: str) -> ResultState:
     """Read the state of an output folder; an absent or empty one is an empty state.
 
     Raises:
-        OutputError: The folder cannot be reached or is a file, or ``run.json`` is not Earmark's.
+        OutputError: The folder cannot be read or is a file, or ``run.json`` is not Earmark's.
     """
     try:
-        if not storage.exists(output):
-            return ResultState(output)
+        return _read_result(output)
     except OSError as error:
         raise OutputError(
-            f"{error}. Check --output {storage.public_uri(output)} and the rights to it, or give "
-            "another."
+            f"{in_words(error)}. Check the folder {storage.public_uri(output)} and the rights to "
+            "it, or give another."
         ) from error
+
+
+def _read_result(output: str) -> ResultState:
+    if not storage.exists(output):
+        return ResultState(output)
     if not storage.is_folder(output):
         raise OutputError(f"{output} is a file; --output needs a folder. Give another path.")
     run = read_run(output)
-    commits, unreadable = read_commits(output)
+    commits, without = read_commits(output)
     sizes, foreign = _list_parts(output)
     superseded = {old for commit in commits.values() for old in commit.replaces}
-    superseded &= commits.keys() | set(unreadable)
-    damaged = dict.fromkeys(unreadable, "its commit cannot be read")
+    superseded &= commits.keys() | without.keys()
+    unreadable = {
+        unit_id: f"its commit cannot be read: {error.strerror or error}"
+        for unit_id, error in without.items()
+        if isinstance(error, OSError)
+    }
+    damaged = dict.fromkeys(without.keys() - unreadable.keys(), "its commit cannot be read")
     for unit_id, commit in commits.items():
         reason = _missing_part(commit, sizes)
         if reason:
             damaged[unit_id] = reason
-    known = commits.keys() | set(unreadable)
+    known = commits.keys() | without.keys()
     orphans = [part_url(output, part, unit_id) for part, unit_id in sizes if unit_id not in known]
     # A part that its commit does not name (an ``errors`` part, after a change by hand) is no
     # less an orphan than one without a commit.
@@ -136,6 +149,7 @@ def read_result(output: str) -> ResultState:
         run=run,
         commits={u: c for u, c in commits.items() if u not in damaged and u not in superseded},
         damaged={u: reason for u, reason in damaged.items() if u not in superseded},
+        unreadable={u: reason for u, reason in unreadable.items() if u not in superseded},
         superseded=frozenset(superseded),
         orphans=tuple(sorted(orphans)),
         unfinished=tuple(_list_unfinished(output)),
@@ -226,7 +240,11 @@ def heal(state: ResultState) -> None:
     commit, files that were being written and staged files of runs that died go. Nothing else is
     touched.
     """
-    for unit_id in (*state.damaged, *sorted(state.superseded)):
+    _remove_units_and_leftovers(state, (*state.damaged, *sorted(state.superseded)))
+
+
+def _remove_units_and_leftovers(state: ResultState, unit_ids: Iterable[str]) -> None:
+    for unit_id in unit_ids:
         remove_unit(state.output, unit_id)
     for url in (*state.orphans, *state.unfinished):
         storage.remove(url)
@@ -258,11 +276,8 @@ def remove_result(state: ResultState) -> None:
     """Remove what Earmark wrote (``--overwrite``), and nothing else."""
     check_removable(state)
     storage.remove(storage.join(state.output, SUCCESS_FILE))
-    for unit_id in (*state.commits, *state.damaged, *sorted(state.superseded)):
-        remove_unit(state.output, unit_id)
-    for url in (*state.orphans, *state.unfinished):
-        storage.remove(url)
-    remove_staging(state.output)
+    unit_ids = (*state.commits, *state.damaged, *state.unreadable, *sorted(state.superseded))
+    _remove_units_and_leftovers(state, unit_ids)
     storage.remove(storage.join(state.output, RUN_FILE))
     for folder in (*PARTS, COMMITS):
         storage.remove_empty_folder(storage.join(state.output, folder))
@@ -283,8 +298,15 @@ def check_same_results(state: ResultState, results: Mapping[str, Any], model_nam
         model_name: Of the model now; a hash alone would not tell people which is which.
 
     Raises:
-        OutputError: The folder's commits were made with something else; says what differs.
+        OutputError: The folder's commits were made with something else, or not all of them can be
+            read; says what differs.
     """
+    for unit_id, reason in state.unreadable.items():
+        raise OutputError(
+            f"{storage.public_uri(commit_url(state.output, unit_id))}: {reason}. Make it readable "
+            "(permissions, the network, the disk), give another --output, or start anew with "
+            "--overwrite."
+        )
     fingerprint = make_fingerprint(results)
     others = state.fingerprints() - {fingerprint}
     if not others:

@@ -18,7 +18,6 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 from apache_beam.runners.runner import create_runner
-from rich.console import Console
 
 from pipeline.backlog import count_found_items
 from pipeline.config import DEFAULT_RUNNER, RunConfig, given_output
@@ -43,6 +42,7 @@ from pipeline.result import (
     wait_for_writers,
     write_run,
 )
+from pipeline.streams import say
 from transforms import storage
 from transforms.clip_ids import for_terminal
 from transforms.errors import ConfigError, OutputError
@@ -79,7 +79,6 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
         UsageError: Something is wrong with the command; nothing was written.
         AccountingError: Items and rows do not add up.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
     options = pipeline_options(config, beam_options)
     remote = is_remote(options)
     sweep()
@@ -90,7 +89,7 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
         if remote:
             check_reachable(plan.inputs, plan.output)
         for line in describe_plan(plan):
-            console.print(for_terminal(line), markup=False)
+            say(line, quiet=config.quiet)
         finish = prepare_output(plan, config)
         started = time.monotonic()
         if plan.units:
@@ -316,32 +315,24 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     run = read_run(output) or {}
     totals: Mapping[str, Any] = run["totals"]
     engines: list[str] = run["engines"]
-    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
     for line in closing_lines(output, totals, engines, elapsed_s):
-        console.print(for_terminal(line), markup=False)
+        say(line, quiet=config.quiet)
     failures, items = totals["found_failures"], totals["found_items"]
     # Failures are always said aloud, however quiet the run is to be.
-    loud = Console(stderr=True, highlight=False, soft_wrap=True)
     if failures:
-        loud.print(
+        say(
             f"{failures:,} of {counted(items, 'item')} could not be labelled; why stands in "
-            f"{for_terminal(storage.join(output, 'errors'))}/*.parquet. "
-            "--retry-failed tries them again.",
-            markup=False,
+            f"{storage.join(output, 'errors')}/*.parquet. --retry-failed tries them again."
         )
-        loud.print(f"One of them: {example_failure(output)}", markup=False)
+        say(f"One of them: {example_failure(output)}")
     if totals["broken_containers"]:
-        loud.print(
+        say(
             f"Among the failures: {counted(totals['broken_containers'], 'container')} (tar, "
-            "Parquet, manifest) not read to the end; what could be read of them is labelled.",
-            markup=False,
+            "Parquet, manifest) not read to the end; what could be read of them is labelled."
         )
         return EXIT_TOO_MANY_FAILED
     if items and failures / items > config.max_failed:
-        loud.print(
-            f"That is more than --max-failed allows ({config.max_failed:.4g} of the items).",
-            markup=False,
-        )
+        say(f"That is more than --max-failed allows ({config.max_failed:.4g} of the items).")
         return EXIT_TOO_MANY_FAILED
     return EXIT_DONE
 

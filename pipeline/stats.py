@@ -20,7 +20,6 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
-from rich.console import Console
 
 from pipeline.backlog import count_found_items, find_backlog
 from pipeline.config import RunConfig, given_inputs
@@ -34,8 +33,8 @@ from pipeline.run import (
     is_remote,
     pipeline_options,
 )
+from pipeline.streams import answer, say
 from transforms import storage
-from transforms.clip_ids import for_terminal
 from transforms.decode import DecodeAudio, DecodeSettings
 from transforms.errors import InputError, OutputError
 from transforms.fbank import ASTFeatureExtractor, FbankSettings
@@ -141,14 +140,13 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
         UsageError: Something is wrong with the command; nothing was written.
         InputError: Nothing in the input could be measured.
     """
-    log = Console(stderr=True, highlight=False, soft_wrap=True, quiet=config.quiet)
     options = pipeline_options(config, beam_options)
     sweep()
     plan = make_stats_plan(config, as_original=as_original)
     if is_remote(options):
         check_reachable(plan.inputs, plan.output)
     for line in describe_inputs(plan.found):
-        log.print(for_terminal(line), markup=False)
+        say(line, quiet=config.quiet)
     began_s = time.monotonic()
     with ProgressDisplay(
         read=LiveReader(),
@@ -162,15 +160,14 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
     if statistics.mean is None or statistics.std is None:
         raise InputError(
             f"none of {counted(statistics.failures, 'item')} could be measured; one of them: "
-            f"{for_terminal(str(statistics.example))}"
+            f"{statistics.example}"
         )
-    console = Console(highlight=False, soft_wrap=True)
     for line in describe_statistics(statistics, as_original=as_original):
-        console.print(for_terminal(line), markup=False)
+        answer(line)
     if plan.output is not None:
         url = write_features(plan.output, plan.fbank, statistics, overwrite=config.overwrite)
-        console.print(f"Written: {storage.public_uri(url)}", markup=False)
-    log.print(f"Took {format_duration(elapsed_s)}.", markup=False)
+        answer(f"Written: {storage.public_uri(url)}")
+    say(f"Took {format_duration(elapsed_s)}.", quiet=config.quiet)
     return _exit_code(statistics, config.max_failed)
 
 

@@ -11,6 +11,7 @@ what is there.
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,14 +21,13 @@ from enum import Enum
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
-from rich.markup import escape
 
 from pipeline.result import RUN_FILE, SUCCESS_FILE, ResultState, read_result
+from pipeline.streams import answer
 from transforms import storage
-from transforms.clip_ids import for_terminal
 from transforms.errors import InputError, OutputError
 from transforms.ledger import (
+    COMMITS,
     Commit,
     PartInfo,
     UnitTotals,
@@ -92,13 +92,14 @@ def run_verify(folder: str, quiet: bool = False) -> int:
     """
     output = storage.normalise(folder)
     name = storage.public_uri(output)
-    console = Console(stderr=False, highlight=False, soft_wrap=True)
     try:
         state = read_result(output)
     except OutputError as error:
         if not _has_commits(output):
             raise
-        console.print(f"damaged {error}", markup=False)
+        is_unreadable = isinstance(error.__cause__, OSError)
+        kind = Kind.UNREADABLE if is_unreadable else Kind.INCOMPLETE
+        answer(str(error), kind=kind.value)
         return EXIT_DAMAGED
     if not state.is_result:
         raise InputError(
@@ -109,28 +110,28 @@ def run_verify(folder: str, quiet: bool = False) -> int:
     for finding in findings:
         if finding.kind is not Kind.STRAY or not quiet:
             where = storage.public_uri(finding.name)
-            text = escape(for_terminal(f"{where}: {finding.problem}"))
-            words = f"[bold red]{finding.kind.value}[/] {text}"
-            console.print(words, markup=True)
+            answer(f"{where}: {finding.problem}", kind=finding.kind.value)
     kinds = {finding.kind for finding in findings} - {Kind.STRAY}
     counts = _counts(state)
     if kinds:
         is_unfinished = Kind.UNFINISHED in kinds <= {Kind.UNFINISHED, Kind.LEFTOVER}
         word = "unfinished: what is committed is whole," if is_unfinished else "damaged; it holds"
-        console.print(f"{name} is {word} {counts}.", markup=False)
+        answer(f"{name} is {word} {counts}.")
         for advice in make_advice(output, findings):
-            console.print(advice, markup=False)
+            answer(advice)
         return EXIT_DAMAGED
     if not quiet:
-        console.print(f"{name} is whole: {counts}.", markup=False)
+        answer(f"{name} is whole: {counts}.")
     return EXIT_WHOLE
 
 
 def _has_commits(output: str) -> bool:
     try:
         return bool(list_unit_ids(output))
-    except OSError:
-        return False
+    except OSError:  # of a folder that is there, something must be said
+        return storage.is_local(output) and os.path.lexists(
+            storage.local_path(storage.join(output, COMMITS))
+        )
 
 
 def _counts(state: ResultState) -> str:
@@ -180,6 +181,8 @@ def verify_result(state: ResultState) -> Iterator[Finding]:
     """Everything that is wrong with a result, and the files that are not Earmark's."""
     for unit_id, reason in state.damaged.items():
         yield Finding(unit_id, reason)
+    for unit_id, reason in state.unreadable.items():
+        yield Finding(commit_url(state.output, unit_id), reason, Kind.UNREADABLE)
     for unit_id in sorted(state.superseded):
         yield Finding(
             unit_id, "it has been replaced by another unit, and is still there", Kind.LEFTOVER
@@ -223,7 +226,7 @@ def _check_run(state: ResultState) -> Iterator[Finding]:
             Kind.UNFINISHED,
         )
         return
-    if state.damaged or state.superseded:
+    if state.damaged or state.unreadable or state.superseded:
         return  # the sums cannot agree, and the reason has been given
     counted = sum((commit.totals for commit in state.commits.values()), UnitTotals())
     written = state.run.get("totals") or {}
@@ -254,7 +257,7 @@ def check_unit(output: str, commit: Commit) -> tuple[list[Finding], list[str]]:
         except pa.ArrowException as error:
             problem = f"it cannot be read: {error}"
         except OSError as error:
-            kind, problem = Kind.UNREADABLE, f"it cannot be read: {error}"
+            kind, problem = Kind.UNREADABLE, f"it cannot be read: {error.strerror or error}"
         if problem is not None:
             unit_id = commit.unit_id if kind is Kind.CHANGED else None
             findings.append(Finding(url, problem, kind, unit_id))

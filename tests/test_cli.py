@@ -35,6 +35,8 @@ from pipeline.progress import (
     seconds_left,
     share_done,
 )
+from pipeline.verify import run_verify
+from tests.audio_factory import noise, write
 from transforms.errors import AccountingError, ConfigError, InputError, ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -424,6 +426,176 @@ def test_output_that_nobody_reads_is_no_traceback() -> None:
         command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stderr == ""
+
+
+# --- The process: its streams, its folder, its signals --------------------------------------
+
+
+def in_shell(command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a shell's line, in which ``$E`` is the command."""
+    environment = {**os.environ, "E": f"{sys.executable} -m pipeline", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, shell=True, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    write(folder / "a.wav", noise(1.0), 16_000)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "streams",
+    [
+        "<&- >&- 2>&-",
+        pytest.param(">&-", marks=pytest.mark.slow),
+        pytest.param("2>/dev/full", marks=pytest.mark.slow),
+    ],
+    ids=["none at all", "no stdout", "a full log"],
+)
+def test_a_run_needs_no_standard_streams(
+    clips: Path, tiny_model: Path, tmp_path: Path, streams: str
+) -> None:
+    out = tmp_path / "out"
+    label = f"$E label {clips} -o {out} -m {tiny_model} --device cpu --set decode.processes=1"
+    done = in_shell(f"{label} {streams}")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert run_verify(str(out), quiet=True) == 0
+
+
+def test_a_log_that_cannot_be_written_costs_its_lines_alone() -> None:
+    script = (
+        "import logging, sys; from rich.console import Console\n"
+        "from pipeline.streams import answer, say, usable_streams\n"
+        "with usable_streams():\n"
+        "    say('x' * 9999); print('lost', file=sys.stderr, flush=True)\n"
+        "    Console(stderr=True).print('lost'); logging.warning('lost'); answer('found')\n"
+    )
+    done = in_shell(f'{sys.executable} -c "{script}" 2>/dev/full')
+    assert (done.returncode, done.stdout) == (0, "found\n")
+
+
+@pytest.mark.parametrize("arguments", ["models", "models --json", "--help", "--version"])
+def test_an_answer_that_cannot_be_written_names_standard_output(arguments: str) -> None:
+    done = in_shell(f"$E {arguments} > /dev/full")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "earmark: standard output cannot be written: No space left on device. Mend that, or send "
+        "it elsewhere.\n",
+    )
+
+
+def test_files_never_get_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pipeline.streams import usable_streams\n"
+        "with usable_streams():\n"
+        "    file = open(sys.argv[1], 'w'); print('lost'); print('lost', file=sys.stderr)\n"
+        "    os.write(1, b'lost'); os.write(2, b'lost'); file.write(str(file.fileno() > 2))\n"
+    )
+    path = tmp_path / "file"
+    done = in_shell(f'{sys.executable} -c "{script}" {path} <&- >&- 2>&-')
+    assert done.returncode == 0
+    assert path.read_text() == "True"
+
+
+def test_a_current_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = in_shell(f"rmdir {gone}; $E plan {tmp_path} -m {tmp_path}", cwd=gone)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "earmark: the current folder has been removed; change to another one, then run the "
+        "command again\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["label", "in", "-m", "m"], ["plan", "in", "-m", "m"], ["stats", "in"]),
+        *(["export", "x", "-f", "csv"], ["evaluate", "x"]),
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_process_s_memory_is_no_output(
+    calls: Calls, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert cli.main([*command, "-o", "memory://out"]) == 2
+    assert "memory:// is gone when the command ends" in capsys.readouterr().err
+    assert calls == []
+
+
+@pytest.mark.parametrize("command", [["verify", "label"], ["export", "x", "-f", "csv"]])
+def test_only_a_command_that_goes_on_says_so(
+    calls: Calls, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    calls.error = OSError(5, "Input/output error", "/x/y")
+    assert cli.main(command) == 1
+    assert capsys.readouterr().err == (
+        "earmark: /x/y: Input/output error\nOnce that is mended, run the same command again.\n"
+    )
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.2, 0.5])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_from_the_first_line_on(
+    tmp_path: Path, tiny_model: Path, number: signal.Signals, delay_s: float
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "label", tmp_path, "-o", tmp_path / "out",
+         "-m", tiny_model],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        while not catches(process.pid, signal.SIGTERM):  # which Python by itself does not
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(delay_s)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert said == ("", "earmark: interrupted; the same command goes on from here\n")
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal by now."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+# What a terminal obeys: it clears the screen, sets a title, rings.
+EVIL = "evil\x1b[2J\x1b]0;owned\x07\x9b31m[bold] :dog:"
+
+
+def test_names_of_folders_do_not_command_the_terminal(
+    clips: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, few = tmp_path / EVIL, ["--device", "cpu", "--set", "decode.processes=1"]
+    clips = clips.rename(clips.with_name(f"clips {EVIL}"))
+    (clips / f"{EVIL}.wav").write_bytes(b"no audio")
+    assert cli.main(["label", f"{clips}/", "-o", str(out), "-m", str(tiny_model), *few]) == 3
+    assert cli.main(["verify", str(out)]) == 0
+    assert cli.main(["export", str(out), "-f", "csv"]) == 0
+    assert cli.main(["stats", f"{clips}/", "-o", str(out / "stats"), *few[2:]]) == 3
+    next((out / "clips").iterdir()).unlink()
+    assert cli.main(["verify", str(out)]) == 3
+    assert cli.main(["export", str(out), "-f", "csv"]) == 2
+    (out / "run.json").write_text("{}")
+    assert cli.main(["verify", str(out)]) == 3
+    assert cli.main(["verify", str(tmp_path / f"none {EVIL}")]) == 2
+    for said in capsys.readouterr():
+        lines = [line for line in said.splitlines() if "evil" in line]
+        assert len(lines) >= 4
+        assert all("evil\\x1b[2J\\x1b]0;owned\\x07\\x9b31m[bold] :dog:" in line for line in lines)
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
 
 
 def at(

@@ -140,7 +140,8 @@ def test_a_damaged_commit_is_told_apart(settings: CommitSettings) -> None:
     commit_events(settings, unit_events(file_unit("u1", 1)))
     (Path(settings.output) / "_commits" / "u2.json").write_text("{")
     whole, damaged = read_commits(settings.output)
-    assert (list(whole), damaged) == (["u1"], ["u2"])
+    assert (list(whole), list(damaged)) == (["u1"], ["u2"])
+    assert isinstance(damaged["u2"], OutputError)
     with pytest.raises(OutputError, match=r"u2\.json: not a commit of Earmark"):
         read_commit(settings.output, "u2")
 

@@ -173,7 +173,7 @@ def rows_of(out: Path, unit_id: str) -> dict[str, list[dict[str, Any]]]:
 def assert_vouched_for(out: Path) -> None:
     """Every commit's parts are as it says, to the byte, of replaced units too."""
     commits, damaged = read_commits(str(out))
-    assert damaged == []
+    assert damaged == {}
     for unit_id, commit in commits.items():
         for part, info in commit.parts.items():
             with (out / part / f"{unit_id}.parquet").open("rb") as file:

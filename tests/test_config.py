@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.config import (
     KEYS,
+    NOT_WRITTEN,
     OPTION_KEYS,
     RunConfig,
     config_folder,
@@ -295,3 +296,21 @@ def test_a_config_cannot_be_changed(section: str | None) -> None:
     target, name = (config, "limit") if section is None else (config.window, "hop_s")
     with pytest.raises(ValidationError, match="frozen"):
         setattr(target, name, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "written"),
+    [
+        ("s3_secret_access_key", "abc", NOT_WRITTEN),
+        ("Some_PASSWORD", 1234, NOT_WRITTEN),
+        ("google_application_credentials", ["a", "b"], NOT_WRITTEN),
+        ("use_token", True, True),
+        ("secret", None, None),
+        ("experiments", ["a", 1, "https://h/x?sig=S&v=2"], ["a", 1, "https://h/x?v=2"]),
+        ("max_workers", 3, 3),
+    ],
+)
+def test_beams_options_are_written_without_secrets(name: str, value: Any, written: Any) -> None:
+    resolved = RunConfig(beam={name: value}).resolved()
+    assert resolved["beam"] == {name: written}
+    assert RunConfig.model_validate(resolved).resolved() == resolved

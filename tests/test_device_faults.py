@@ -22,6 +22,7 @@ from pipeline.verify import run_verify
 from tests.audio_factory import noise, write
 from tests.model_factory import write_tiny_model
 from transforms import inference
+from transforms.errors import DeviceError
 from transforms.inference import NOT_FINITE, SafePredictor, TorchEngine
 from transforms.records import FloatArray, Prediction
 
@@ -404,6 +405,79 @@ def test_a_model_that_never_works_ends_the_run_at_its_first_batch(
     assert not (label.out / "_SUCCESS").exists()
     assert label(clips) == 0
     assert len(label.rows("clips")) == 9
+
+
+def test_a_first_window_for_which_the_model_raises_is_not_taken_for_a_model_that_never_works() -> (
+    None
+):
+    calls: list[int] = []
+
+    def predict(features: FloatArray) -> list[Prediction]:
+        calls.append(len(features))
+        if features.max() > 1:
+            raise IndexError("index 7 is out of bounds")
+        return [Prediction(row[0], row[0], "e") for row in features]
+
+    safe = SafePredictor(predict, "torch cpu fp32")
+    bad, good = np.full((1, 2, 2), 9, np.float32), np.ones((1, 2, 2), np.float32)
+    assert [p.error for p in safe(bad)] == ["IndexError: index 7 is out of bounds"]
+    assert [p.error for p in safe(good)] == [None]
+    assert [p.error for p in safe(bad)] == ["IndexError: index 7 is out of bounds"]
+    assert calls == [1, 1, 1, 1]  # the second is a silent window, asked for once
+
+
+def test_a_bad_first_clip_costs_itself_alone_with_batches_of_one(
+    label: Label, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    write(folder / "0.wav", np.zeros((round(WINDOW_S * RATE), 1), np.float32), RATE)
+    write(folder / "1.wav", noise(1.0, seed=1), RATE)
+
+    def fault(embed: Embed) -> Embed:
+        def choosy(engine: TorchEngine, features: FloatArray) -> Any:
+            if features.std() < 1e-3 and features.any():  # digital silence is not zero, normalised
+                raise IndexError("index 7 is out of bounds")
+            return embed(engine, features)
+
+        return choosy
+
+    break_engine(monkeypatch, fault)
+    assert label(folder, "--batch-size", "1", "--max-failed", "1") == 0, label.said
+    (error,) = label.rows("errors").values()
+    assert error["clip_id"] == str(folder / "0.wav")
+    assert error["message"].endswith("IndexError: index 7 is out of bounds")
+    assert list(label.rows("clips")) == [("1.wav", 0)]
+
+
+@pytest.mark.parametrize(
+    ("second", "outcome"),
+    [
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), None),
+        (RuntimeError("could not create a primitive"), "RuntimeError: could not create"),
+        (KeyError("mask"), "KeyError: 'mask'"),
+    ],
+)
+def test_what_comes_after_waiting_for_memory_is_judged_like_anything_else(
+    monkeypatch: pytest.MonkeyPatch, second: Exception, outcome: str | None
+) -> None:
+    monkeypatch.setattr(inference, "MEMORY_WAITS_S", (0.0, 0.0))
+    errors = iter([OUT_OF_MEMORY, second])
+
+    def predict(features: FloatArray) -> list[Prediction]:
+        error = next(errors, None)
+        if error is not None:
+            raise error
+        return [Prediction(row[0], row[0], "e") for row in features]
+
+    safe = SafePredictor(predict, "torch cuda bf16")
+    window = np.ones((1, 2, 2), np.float32)
+    if outcome is None:
+        with pytest.raises(DeviceError, match="the device has failed: CUDA error: unspecified"):
+            safe(window)
+        return
+    (prediction,) = safe(window)
+    assert str(prediction.error).startswith(outcome)
 
 
 def test_a_device_that_fails_ends_the_run_even_after_it_has_worked() -> None:

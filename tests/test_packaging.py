@@ -79,7 +79,7 @@ def test_the_wheel_says_what_it_is(installed: Path) -> None:
     assert {"apache-beam==2.77.*", "torchaudio==2.11.*", "torch<2.13,>=2.11"} <= requirements
     assert (info / "entry_points.txt").read_text(encoding="utf-8").split("\n")[:2] == [
         "[console_scripts]",
-        "earmark = pipeline.cli:main",
+        "earmark = pipeline.__main__:main",
     ]
     assert list(info.rglob("LICENSE"))
 

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import cli
+from pipeline.config import NOT_WRITTEN, load_config
 from tests.audio_factory import encode, noise
 from tests.fake_hub import TOKEN, serve_hub, use_hub
 from transforms import retries
@@ -380,6 +381,42 @@ def test_the_hubs_token_leaves_no_trace(
         assert command("label", clip, "-m", "org/other", "--overwrite") == 2, command.last
     assert command("label", clip, "-m", "org/another", "--overwrite") == 2, command.last
     command.check()
+
+
+def test_beams_keys_and_passwords_are_not_written(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav())
+    beam = {
+        "s3_secret_access_key": "secretkeysecret",
+        "s3_session_token": "secrettokensecret",
+        "azure_connection_string": "AccountName=a;AccountKey=secretaccountsecret==",
+        "experiments": ["plain", f"https://h.example/x?id=42&{AZURE}"],
+        "job_name": f"see https://h.example/y?{AWS}",
+        "s3_disable_ssl": True,
+    }
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({"inputs": [str(tmp_path / "a.wav")], "beam": beam}))
+    behind = ["--", "--s3_access_key_id=secretbehindsecret", f"--labels=https://h.example/z?{AWS}"]
+    arguments = ["label", "-c", str(config), "-o", str(command.out), "-m", str(command.model)]
+    assert cli.main([*arguments, "--set", "decode.processes=1", *behind]) == 0
+    run = json.loads((command.out / "run.json").read_text())
+    assert run["config"]["beam"] == {
+        "s3_secret_access_key": NOT_WRITTEN,
+        "s3_session_token": NOT_WRITTEN,
+        "azure_connection_string": NOT_WRITTEN,
+        "experiments": ["plain", "https://h.example/x?id=42"],
+        "job_name": "see https://h.example/y",
+        "s3_disable_ssl": True,
+    }
+    captured = command.capfd.readouterr()
+    command.said = captured.out + captured.err
+    command.check()
+    written = everything_in(command.out)
+    for place, content in {**written, "what was printed": command.said.encode()}.items():
+        for secret in (b"secretkey", b"secrettoken", b"secretaccount", b"secretbehind"):
+            assert secret not in content, place
+    # What was written is a configuration still.
+    config.write_text(json.dumps(run["config"]))
+    assert load_config(str(config)).resolved() == run["config"]
 
 
 # --- Something fails -----------------------------------------------------------------------

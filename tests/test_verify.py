@@ -19,11 +19,13 @@ import pytest
 
 from pipeline import cli
 from pipeline.config import RunConfig
+from pipeline.export import run_export
 from pipeline.result import read_result
 from pipeline.run import run_label
 from pipeline.verify import Finding, Kind, make_advice, run_verify, verify_result
 from tests.audio_factory import noise, write
 from transforms import storage
+from transforms.errors import OutputError
 
 RERUN = "un the same earmark label command again"
 CapturedText = pytest.CaptureFixture[str]
@@ -240,6 +242,55 @@ def test_an_unreadable_part_is_not_said_to_have_changed(
     assert RERUN not in text
 
 
+def test_a_commit_that_cannot_be_read_is_one_unit_and_nobody_goes_on_beside_it(
+    label: Callable[[Path], int],
+    out: Path,
+    capsys: CapturedText,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commit = first(out / "_commits")
+    read_bytes = storage.read_bytes
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def refuse(url: str) -> bytes:
+        if Path(url) == commit:
+            raise PermissionError(13, "Permission denied", url)
+        return read_bytes(url)
+
+    monkeypatch.setattr(storage, "read_bytes", refuse)
+    state = read_result(str(out))
+    assert (len(state.commits), dict(state.damaged)) == (1, {})
+    assert set(state.unreadable) == {commit.stem}
+    assert kinds(out) == [Kind.UNREADABLE]
+    assert run_verify(str(out)) == 3
+    text = capsys.readouterr().out
+    assert f"unreadable {commit}: its commit cannot be read: Permission denied\n" in text
+    assert "Make readable" in text
+    assert RERUN not in text
+    # A run would do the unit again, and throw away what may well be whole.
+    with pytest.raises(OutputError, match=r"\.json: its commit cannot be read: Permission denied"):
+        label(out)
+    with pytest.raises(OutputError, match="1 commits are damaged or cannot be read"):
+        run_export(str(out), "csv")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    assert run_verify(str(out)) == 0
+
+
+def test_commits_that_cannot_be_listed_are_told_in_words(
+    label: Callable[[Path], int], out: Path, capsys: CapturedText
+) -> None:
+    commits = out / "_commits"
+    shutil.rmtree(commits)
+    commits.symlink_to(commits)  # who lists it meets an error, whatever his rights
+    words = f"{commits}: Too many levels of symbolic links. Check the folder"
+    assert run_verify(str(out)) == 3
+    assert capsys.readouterr().out.startswith(f"unreadable {words}")
+    for command in (label, lambda out: run_export(str(out), "csv")):
+        with pytest.raises(OutputError, match=re.escape(words)):
+            command(out)
+
+
 def test_rows_that_do_not_add_up_and_other_settings_name_the_commit(
     label: Callable[[Path], int], out: Path
 ) -> None:
@@ -320,7 +371,9 @@ def rewrite_part(part: str, change: Callable[[pa.Table], pa.Table]) -> Damage:
     """Change a part's rows, and its commit so that sizes and hashes agree."""
 
     def damage(out: Path) -> None:
-        path = first(out / part)
+        # Which unit is the first depends on the clips' times; one of failures alone has no clip.
+        paths = sorted((out / part).glob("*.parquet"))
+        path = next(path for path in paths if pq.read_metadata(path).num_rows)
         table = pq.read_table(path)
         pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
         content = path.read_bytes()

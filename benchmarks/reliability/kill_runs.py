@@ -66,7 +66,7 @@ FOLDERS = ("windows", "clips", "errors", "_commits")
 TOLERANCE = 1e-5
 PATIENCE_S = 300.0
 GOES_BY_ITSELF_S = 30.0  # decoders see that their parent has gone
-LONG_RECORDING_BYTES = 66 << 20  # beyond ``SourceSettings.spool_bytes``
+LONG_RECORDING_BYTES = 66 << 20  # beyond ``ReadLimits.spool_bytes``
 WINDOWS_PER_UNIT = 20
 AIMED_RECORDINGS = 8  # three units: loose files, a tar, a compressed tar
 COLD_EVERY = 5
@@ -504,12 +504,11 @@ def signal_round(bench: Bench, number: int) -> None:
     rng = random.Random(f"{bench.seed} signal {number}")
     out, untouched = bench.new_output(), Untouched(bench.folder / "out")
     kind = (signal.SIGINT, signal.SIGTERM)[number % 2]
-    total = num_commits(bench.whole)
-    with bench.start(out, cold=number < 2) as run:
-        must(bench.wait_for_commits(run, rng.randint(1, total - 4)), "it ended too early")
-        time.sleep(rng.uniform(0, 0.5))
-        run.send(kind, to_group=kind == signal.SIGINT)
-        code, words = run.wait(), run.words()
+    code, words = _interrupt(bench, out, kind, rng, cold=number < 2)
+    while code == 0:  # the signal came after the run had ended
+        bench.tally.kills[f"too late, {kind.name}"] += 1
+        shutil.rmtree(out)
+        code, words = _interrupt(bench, out, kind, rng, cold=False)
     must(code == 130, f"{kind.name}: exit code {code} instead of 130: {words[-1500:]}")
     must(words.endswith(INTERRUPTED), f"{kind.name}: it does not say how to go on: {words[-500:]}")
     must("Traceback" not in words, f"{kind.name}: a traceback: {words[-1500:]}")
@@ -520,6 +519,18 @@ def signal_round(bench: Bench, number: int) -> None:
     bench.finish(out)
     untouched.look()
     check_whole(out, bench.whole, bench.setup)
+
+
+def _interrupt(
+    bench: Bench, out: Path, kind: signal.Signals, rng: random.Random, *, cold: bool
+) -> tuple[int, str]:
+    """Start a run and interrupt it after some commits; its exit code and words."""
+    total = num_commits(bench.whole)
+    with bench.start(out, cold=cold) as run:
+        must(bench.wait_for_commits(run, rng.randint(1, total - 4)), "it ended too early")
+        time.sleep(rng.uniform(0, 0.5))
+        run.send(kind, to_group=kind == signal.SIGINT)
+        return run.wait(), run.words()
 
 
 def together_round(bench: Bench, number: int) -> None:

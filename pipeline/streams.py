@@ -1,0 +1,122 @@
+"""The three standard streams: what is said on them, and what becomes of a run if one is unusable.
+
+``answer`` prints what was asked for to standard output, ``say`` all else to standard error; names
+in it cannot command the terminal. Within ``usable_streams`` a stream that is closed is no file's
+to take, a log that cannot be written (a full disk) costs its lines and never the run, and an
+answer that cannot be written is an error that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
+
+from transforms.errors import AnswerError
+
+
+def say(text: str, *, quiet: bool = False) -> None:
+    """A line on standard error, unless the run is to be quiet."""
+    if not quiet:
+        from transforms.clip_ids import for_terminal  # brings numpy along
+
+        print(for_terminal(text), file=sys.stderr)
+
+
+def answer(text: str, *, kind: str = "") -> None:
+    """A line on standard output; ``kind`` stands before it, in red where there are colours."""
+    from rich.console import Console
+
+    from transforms.clip_ids import for_terminal
+
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
+    if kind:
+        console.print(f"{kind} ", style="bold red", end="", markup=False)
+    console.print(for_terminal(text), markup=False)
+
+
+def open_closed_streams() -> None:
+    """Put /dev/null where a standard stream is closed.
+
+    Else the next file that is opened gets its number, and what is printed goes into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # the lowest free number is taken: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    # Python has None for a stream that was closed when it started.
+    sys.stdin = sys.stdin or os.fdopen(0, "r", encoding="utf-8", closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+@contextlib.contextmanager
+def usable_streams() -> Iterator[None]:
+    """See the module; afterwards the streams are as they were."""
+    open_closed_streams()
+    before = sys.stdout, sys.stderr
+    sys.stdout = cast(TextIO, _Answers(sys.stdout))
+    sys.stderr = cast(TextIO, _Log(sys.stderr))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            _drop_the_rest(stream)
+
+
+def _drop_the_rest(stream: TextIO) -> None:
+    """What could not be written must not raise again when Python exits."""
+    try:
+        stream.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+class _Stream:
+    """A stream, but for what its errors become."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or meet the error."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._meet(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or meet the error."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._meet(error)
+
+    def _meet(self, error: OSError) -> None:
+        """A log that nobody can read any more is no reason for a run to end."""
+
+
+class _Log(_Stream):
+    """Standard error."""
+
+
+class _Answers(_Stream):
+    """Standard output."""
+
+    def _meet(self, error: OSError) -> None:
+        if isinstance(error, BrokenPipeError):
+            raise error  # who reads it has had enough
+        raise AnswerError(
+            f"standard output cannot be written: {error.strerror or error}. Mend that, or send "
+            "it elsewhere."
+        ) from error
