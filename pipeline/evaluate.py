@@ -28,8 +28,16 @@ from pipeline.config import RunConfig
 from pipeline.metrics import ClassMetrics, Metrics, compute_metrics
 from pipeline.plan import counted, make_overrides
 from pipeline.result import ResultState, read_result
-from pipeline.truth import Matches, Place, Truth, TruthRow, find_classes, match_rows, place_of
-from pipeline.truth import read_truth as read_truth_file
+from pipeline.truth import (
+    Matches,
+    Place,
+    Truth,
+    TruthRow,
+    find_classes,
+    match_rows,
+    place_of,
+    read_truth,
+)
 from transforms import storage
 from transforms.checkpoints import load_model, resolve_model
 from transforms.clip_ids import for_terminal
@@ -118,7 +126,7 @@ def run_evaluate(
     """
     results = [read_scores(folder, model) for folder in folders]
     scored = average_scores(results)
-    known = own_truth(scored) if truth is None else read_truth_file(truth)
+    known = own_truth(scored) if truth is None else read_truth(truth)
     evaluation = evaluate(scored, known, known_labels_only=known_labels_only)
     console = Console(highlight=False, soft_wrap=True)
     for line in describe_evaluation(evaluation, scored):
