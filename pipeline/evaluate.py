@@ -6,7 +6,8 @@
 
 Where ``--scores`` stored every class's score, they are read; else they come from the windows'
 embeddings and the model's head, exactly as the run had them. The scores of several results of the
-same clips and labels are averaged, as ensembles are evaluated.
+same clips and labels are averaged, as ensembles are evaluated; results that have no clip in common,
+as the folds of a cross-validation, are taken together.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class ScoredClips:
         truth: What the result itself says of each clip, or None.
         scores: Shape (clips, labels), float32.
         failed: Where the truth of items is found that could not be labelled.
+        combined: What has been made of several results, in words; empty for one.
     """
 
     folder: str
@@ -78,6 +80,7 @@ class ScoredClips:
     truth: tuple[tuple[str, ...] | None, ...]
     scores: npt.NDArray[np.float32]
     failed: tuple[Place, ...]
+    combined: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +114,8 @@ def run_evaluate(
     """Evaluate results; print the table, write JSON and a picture.
 
     Args:
-        folders: Results of the same clips; the scores of several are averaged.
+        folders: Results. The scores of several of the same clips are averaged; those of different
+            clips are taken together.
         truth: A manifest or AudioSet's segments CSV; None for the results' own ``truth``.
         model: Where the model of the results lies now; None for where it was.
         output: Where to write to; None for ``evaluation`` below the first result.
@@ -125,7 +129,7 @@ def run_evaluate(
         UsageError: A result, the truth or the model is not right.
     """
     results = [read_scores(folder, model) for folder in folders]
-    scored = average_scores(results)
+    scored = combine_results(results)
     known = own_truth(scored) if truth is None else read_truth(truth)
     evaluation = evaluate(scored, known, known_labels_only=known_labels_only)
     console = Console(highlight=False, soft_wrap=True)
@@ -267,24 +271,52 @@ def _load_head(run: Mapping[str, Any], model: str | None) -> Any:
     return load_model(spec).classifier
 
 
-def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
-    """The mean of the scores of several results, over the clips that all of them have.
+def combine_results(results: Sequence[ScoredClips]) -> ScoredClips:
+    """One result made of several: the mean of their scores, or all of their clips.
 
     Raises:
-        InputError: Their labels differ, or they have no clip in common.
+        InputError: Their labels differ, or some share clips and others do not.
     """
     first = results[0]
     for other in results[1:]:
         if [label.name for label in other.labels] != [label.name for label in first.labels]:
             raise InputError(
                 f"{storage.public_uri(other.folder)} has other labels than "
-                f"{storage.public_uri(first.folder)}; only the scores of the same labels, in the "
-                "same order, can be averaged"
+                f"{storage.public_uri(first.folder)}; only results of the same labels, in the same "
+                "order, can be evaluated together"
             )
+    if len(results) == 1:
+        return first
+    clip_ids = [place.clip_id for result in results for place in result.places]
+    return pool_results(results) if len(set(clip_ids)) == len(clip_ids) else average_scores(results)
+
+
+def pool_results(results: Sequence[ScoredClips]) -> ScoredClips:
+    """All clips of results that have none in common, such as the folds of a cross-validation."""
+    return dataclasses.replace(
+        results[0],
+        places=tuple(place for result in results for place in result.places),
+        truth=tuple(labels for result in results for labels in result.truth),
+        scores=np.concatenate([result.scores for result in results]),
+        failed=tuple(place for result in results for place in result.failed),
+        combined=f"{len(results)} results without a clip in common, taken together",
+    )
+
+
+def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
+    """The mean of the scores of several results, over the clips that all of them have.
+
+    Raises:
+        InputError: They have no clip in common.
+    """
+    first = results[0]
     indices = [{place.clip_id: i for i, place in enumerate(r.places)} for r in results]
     shared = [place for place in first.places if all(place.clip_id in index for index in indices)]
     if not shared:
-        raise InputError("the results have no clip in common; their clip_ids must be the same")
+        raise InputError(
+            "some of the results share clips, but none is in all of them; their clip_ids must be "
+            "the same for the mean of scores, and all different for folds to be taken together"
+        )
     taken = [
         result.scores[[index[place.clip_id] for place in shared]]
         for result, index in zip(results, indices, strict=True)
@@ -294,6 +326,7 @@ def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
         places=tuple(shared),
         truth=tuple(first.truth[indices[0][place.clip_id]] for place in shared),
         scores=np.stack(taken).mean(axis=0, dtype=np.float64).astype(np.float32),
+        combined=f"mean of the scores of {len(results)} results",
     )
 
 
@@ -411,7 +444,8 @@ def describe_evaluation(evaluation: Evaluation, scored: ScoredClips) -> list[str
     with_figure = sum(entry.average_precision is not None for entry in metrics.classes)
     lines = [
         f"{scored.model}: {counted(metrics.clips, 'clip')}, "
-        f"{with_figure} of {len(metrics.classes)} classes in the truth.",
+        f"{with_figure} of {len(metrics.classes)} classes in the truth"
+        + (f"; {scored.combined}." if scored.combined else "."),
         *([f"accuracy {metrics.accuracy:.4f}"] if metrics.accuracy is not None else []),
         f"mAP {_number(metrics.mean_average_precision)}"
         + (
@@ -504,6 +538,7 @@ def as_json(
         "results": [storage.public_uri(result.folder) for result in results],
         "models": [result.model for result in results],
         "truth": None if truth is None else storage.public_uri(storage.normalise(truth)),
+        "combined": scored.combined or None,
         "counts": dict(evaluation.counts),
         "accuracy": metrics.accuracy,
         "mean_average_precision": metrics.mean_average_precision,

@@ -16,9 +16,10 @@ import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
 from pipeline import cli
-from pipeline.evaluate import average_scores, read_scores
+from pipeline.evaluate import combine_results, read_scores
 from tests import audio_factory
 from tests.model_factory import TINY_LABELS, write_tiny_model
+from transforms.errors import InputError
 from transforms.labels import audioset_labels
 
 RATE_HZ = 16_000
@@ -300,12 +301,36 @@ def test_results_of_other_labels_or_clips_cannot_be_averaged(
     said = earmark("evaluate", results["softmax"], tmp_path / "out")
     assert said.code == 2
     assert "has other labels than" in said.err
-    one = read_scores(str(results["softmax"]))
+    one, another = (read_scores(str(results[name])) for name in ("softmax", "other"))
     moved = shutil.copytree(clips, tmp_path / "moved")
     arguments = ["-o", tmp_path / "two", "-m", write_tiny_model(tmp_path / "n"), "-q"]
     assert earmark("label", moved, *arguments).code == 0
-    with pytest.raises(Exception, match="no clip in common"):
-        average_scores([one, read_scores(str(tmp_path / "two"))])
+    with pytest.raises(InputError, match="none is in all of them"):
+        combine_results([one, another, read_scores(str(tmp_path / "two"))])
+
+
+def test_results_without_a_clip_in_common_are_taken_together(
+    earmark: Command, results: dict[str, Path], clips: Path, models: list[Path], tmp_path: Path
+) -> None:
+    halves = [sorted(clips.glob("*.wav"))[start::2] for start in (0, 1)]
+    for number, half in enumerate(halves):
+        arguments = ["-o", tmp_path / f"{number}", "-m", models[0], "-q"]
+        assert earmark("label", *half, *arguments).code == 0
+    manifest = tmp_path / "truth.csv"
+    lines = [f"{clips / f'clip{i}.wav'},{label_of(i)}\n" for i in range(NUM_CLIPS)]
+    manifest.write_text("uri,label\n" + "".join(lines))
+    folds = [tmp_path / "0", tmp_path / "1"]
+    said = earmark("evaluate", *folds, "-t", manifest, "-o", tmp_path / "out")
+    assert said.code == 0, said.err
+    assert "2 results without a clip in common, taken together" in said.out
+    whole = earmark("evaluate", results["softmax"], "-t", manifest, "-o", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    pooled, expected = figures(tmp_path / "out"), figures(tmp_path / "whole")
+    assert pooled["counts"] == expected["counts"]
+    assert pooled["confusion"] == expected["confusion"]
+    assert pooled["mean_average_precision"] == pytest.approx(
+        expected["mean_average_precision"], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
