@@ -15,6 +15,7 @@ from transforms.spectrogram_transformer import (
     ASTConfig,
     ASTForAudioClassification,
     ASTModel,
+    initialise_from_scratch,
     resize_position_embeddings,
 )
 
@@ -262,6 +263,178 @@ def test_the_published_models_have_the_published_number_of_parameters() -> None:
 def test_the_number_of_tokens_is_that_of_the_paper(stride: int, frames: int, tokens: int) -> None:
     config = ASTConfig(frequency_stride=stride, time_stride=stride, max_length=frames)
     assert config.num_tokens == tokens
+
+
+# --- Some of the patches -------------------------------------------------------------------
+
+
+def draw_patches(config: ASTConfig, batch_size: int, count: int) -> torch.Tensor:
+    """Indices of ``count`` patches of each clip, in any order."""
+    order = torch.rand(
+        batch_size, config.num_tokens - 2, generator=torch.Generator().manual_seed(2)
+    )
+    return order.argsort(dim=1)[:, :count]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_keeping_some_patches_is_what_a_mask_over_the_others_does(layers: int) -> None:
+    ours, theirs = make_pair("eager", num_hidden_layers=layers)
+    features = make_input(ours.config)
+    kept = draw_patches(ours.config, 3, 40)
+    mask = torch.zeros(3, ours.config.num_tokens, dtype=torch.long)
+    mask[:, :2] = 1
+    mask.scatter_(1, kept + 2, 1)
+    expected = theirs(features, attention_mask=mask).logits
+    assert_close(ours.compute_logits(features, kept), expected, atol=1e-5)
+    tokens = ours.audio_spectrogram_transformer.forward_tokens(features, kept)
+    of_all = theirs.audio_spectrogram_transformer(features, attention_mask=mask)
+    index = torch.cat((torch.tensor([[0, 1]]).expand(3, -1), kept + 2), dim=1)
+    wanted = of_all.last_hidden_state.gather(1, index[:, :, None].expand(-1, -1, 64))
+    assert_close(tokens, wanted, atol=1e-5)
+    assert (expected - ours(features).logits).abs().max() > 1e-3
+
+
+def test_all_patches_are_kept_where_nothing_is_said() -> None:
+    ours, _ = make_pair()
+    features = make_input(ours.config)
+    base = ours.audio_spectrogram_transformer
+    assert torch.equal(base.forward_tokens(features), base(features).last_hidden_state)
+    assert torch.equal(ours.compute_logits(features), ours.classifier(ours.embed(features)))
+    every = torch.arange(ours.config.num_tokens - 2).expand(3, -1)
+    assert torch.equal(ours.embed(features, every), ours.embed(features))
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [torch.zeros(2, 5, dtype=torch.long), torch.zeros(5, dtype=torch.long), torch.zeros(3, 5)],
+)
+def test_kept_patches_of_another_shape_or_type_are_refused(kept: torch.Tensor) -> None:
+    ours, _ = make_pair()
+    with pytest.raises(ValueError, match=r"kept is .*; expected int64 indices .* \(3, K\)"):
+        ours.embed(make_input(ours.config), kept)
+
+
+# --- Training ------------------------------------------------------------------------------
+
+
+def gradients(
+    model: ASTForAudioClassification, *, precise: bool = False
+) -> dict[str, torch.Tensor]:
+    """Of the mean loss of three clips, in bfloat16 or in float32."""
+    features = make_input(model.config)
+    with (
+        torch.enable_grad(),
+        torch.autocast("cpu", torch.bfloat16, enabled=not precise),
+    ):
+        logits = model.compute_logits(features)
+        loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor([0, 3, 1]))
+    model.zero_grad()
+    loss.backward()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Between two gradients, relative to the second's length."""
+    assert ours.keys() == theirs.keys()
+    one = torch.cat([gradient.flatten() for gradient in ours.values()])
+    other = torch.cat([gradient.flatten() for gradient in theirs.values()])
+    return float((one - other).norm() / other.norm())
+
+
+def test_half_precision_trains_on_the_cpu_without_the_fused_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, _ = make_pair()
+    exact = gradients(ours.train(), precise=True)
+    fused_in_evaluation = gradients(ours.eval())
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: calls.append(1) or fused(*args, **kwargs),
+    )
+    in_steps = gradients(ours.train())
+    assert calls == []
+    assert distance(in_steps, exact) < 0.02
+    assert distance(in_steps, exact) < 1.2 * distance(fused_in_evaluation, exact)
+    ours.eval()(make_input(ours.config))
+    gradients(ours.train(), precise=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours.train()(make_input(ours.config))
+    assert len(calls) == 6  # two layers each
+
+
+def test_many_tokens_are_fused_in_training_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = make_pair(max_length=512, num_hidden_layers=1)
+    assert ours.config.num_tokens == 602
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: calls.append(1) or fused(*args, **kwargs),
+    )
+    gradients(ours.train())
+    assert len(calls) == 1
+
+
+# --- Fresh weights -------------------------------------------------------------------------
+
+
+def make_fresh(seed: int = 0, **fields: Any) -> ASTForAudioClassification:
+    model = ASTForAudioClassification(ASTConfig(**{**TINY, **fields}))
+    initialise_from_scratch(model, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def test_fresh_weights_have_the_spread_that_is_asked_for() -> None:
+    model = make_fresh(hidden_size=192, intermediate_size=768)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "layernorm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        elif "projection" in name:  # torch's own for convolutions: U(±1/√fan-in)
+            assert parameter.abs().max() <= 1 / 16, name
+            assert parameter.std().item() == pytest.approx(1 / 16 / math.sqrt(3), rel=0.02)
+        else:
+            assert parameter.abs().max() <= 0.04, name
+            # Cut off at ±2 standard deviations, a normal keeps 0.8796 of its own.
+            assert parameter.std().item() == pytest.approx(0.02 * 0.8796, rel=0.15), name
+
+
+def test_fresh_weights_follow_from_the_generator_alone() -> None:
+    torch.manual_seed(0)
+    first = make_fresh(seed=3).state_dict()
+    torch.manual_seed(1)
+    again, other = make_fresh(seed=3).state_dict(), make_fresh(seed=4).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["classifier.dense.weight"], other["classifier.dense.weight"])
+
+
+def test_nothing_of_the_weights_before_is_left() -> None:
+    model = ASTForAudioClassification(ASTConfig(**TINY))
+    randomise(model)
+    initialise_from_scratch(model, generator=torch.Generator().manual_seed(0))
+    expected = make_fresh(seed=0).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_two_prefix_tokens_learn_apart_only_from_fresh_weights() -> None:
+    def prefix_gradients(model: ASTForAudioClassification) -> tuple[torch.Tensor, torch.Tensor]:
+        found = gradients(model.eval(), precise=True)
+        prefix = "audio_spectrogram_transformer.embeddings."
+        return found[prefix + "cls_token"], found[prefix + "distillation_token"]
+
+    cls, distillation = prefix_gradients(ASTForAudioClassification(ASTConfig(**TINY)))
+    assert_close(cls, distillation, atol=1e-9)
+    cls, distillation = prefix_gradients(make_fresh())
+    assert (cls - distillation).norm() > 0.1 * cls.norm()
 
 
 # --- Properties ----------------------------------------------------------------------------

@@ -11,8 +11,9 @@ head turns the embedding into one logit per label. ``checkpoints`` finds and che
 Guarantees: the names, fields, arguments and outputs of transformers' AST, and its numbers to
 float32 rounding. It is stricter in one thing: an input must have exactly ``max_length`` frames
 and ``num_mel_bins`` bins (transformers takes up to nine frames more or fewer at stride 10, which
-shifts what the position embeddings mean or is cut without a word). It gives more in another:
-the original code's two LayerNorm epsilons, and attentions whenever they are asked for.
+shifts what the position embeddings mean or is cut without a word). It gives more in others:
+the original code's two LayerNorm epsilons, attentions whenever they are asked for, and, for
+training, a pass over some of the patches only.
 
 Shapes in comments: B clips, T frames, F mel bins, N tokens, D hidden size, H heads, K head width.
 
@@ -23,6 +24,7 @@ Sources: Gong et al. 2021, arXiv:2104.01778; YuanGongND/ast src/models/ast_model
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +47,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
 }
+
+# Up to how many tokens training in half precision on a CPU attends step by step. The fused
+# kernel's backward pass is slow there: for one block of 32 clips with 3 heads it takes 38 ms where
+# the steps take 12 at 79 tokens, and 61 ms where they take 34 at 130 (one core, bfloat16, forward
+# and backward). Beyond, the scores that the steps keep, N² per head, cost more than they save.
+_MAX_STEPWISE_TOKENS = 320
 
 _POSITIVE_INTEGERS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size",
@@ -374,8 +382,13 @@ class ASTEmbeddings(nn.Module):
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_values: Tensor) -> Tensor:
-        """Turn features (B, T, F) into tokens (B, N, D)."""
+    def forward(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Turn features (B, T, F) into tokens (B, N, D), or (B, 2 + K, D) where K patches stay.
+
+        Args:
+            input_values: Normalised features.
+            kept: Which patches stay, as ``ASTModel.forward_tokens`` says.
+        """
         patches = self.patch_embeddings(input_values)
         batch_size = patches.shape[0]
         prefix = (
@@ -383,12 +396,30 @@ class ASTEmbeddings(nn.Module):
             self.distillation_token.expand(batch_size, -1, -1),
         )
         x = torch.cat((*prefix, patches), dim=1)  # (B, N, D)
-        embedded: Tensor = self.dropout(x + self.position_embeddings)
+        x = x + self.position_embeddings
+        if kept is not None:  # only now, so that each patch has the embedding of its own place
+            x = _keep_patches(x, kept)  # (B, 2 + K, D)
+        embedded: Tensor = self.dropout(x)
         return embedded
 
 
+def _keep_patches(x: Tensor, kept: Tensor) -> Tensor:
+    """The prefix tokens and some of the patches: (B, N, D) and indices (B, K) to (B, 2 + K, D)."""
+    if kept.ndim != 2 or kept.shape[0] != x.shape[0] or kept.dtype != torch.int64:
+        raise ValueError(
+            f"kept is {kept.dtype} of the shape {tuple(kept.shape)}; expected int64 indices of "
+            f"patches of the shape ({x.shape[0]}, K), K of them per clip"
+        )
+    index = kept.unsqueeze(2).expand(-1, -1, x.shape[2])  # (B, K, D)
+    patches = x[:, NUM_PREFIX_TOKENS:].gather(1, index)
+    return torch.cat((x[:, :NUM_PREFIX_TOKENS], patches), dim=1)
+
+
 class ASTAttention(nn.Module):
-    """Multi-head self-attention: fused, or step by step where the weights are asked for."""
+    """Multi-head self-attention: fused, or step by step.
+
+    Step by step where the weights are asked for, and where that trains faster.
+    """
 
     def __init__(self, config: ASTConfig) -> None:
         super().__init__()
@@ -423,14 +454,24 @@ class ASTAttention(nn.Module):
         value = self._split_heads(self.v_proj(hidden_states))  # (B, H, N, K)
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if output_attentions:
+        if output_attentions or self._trains_faster_in_steps(key):
             weights = F.dropout(_attention_weights(query, key, attention_mask), dropout)
             context = weights @ value  # (B, H, Q, K)
         else:
             context = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attention_mask, dropout_p=dropout
             )
-        return self.o_proj(context.transpose(1, 2).flatten(2)), weights
+        output = self.o_proj(context.transpose(1, 2).flatten(2))
+        return output, weights if output_attentions else None
+
+    def _trains_faster_in_steps(self, key: Tensor) -> bool:
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and key.device.type == "cpu"
+            and key.dtype != torch.float32  # in float32 the fused kernel is as fast
+            and key.shape[2] <= _MAX_STEPWISE_TOKENS
+        )
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, H, tokens, K)
@@ -541,13 +582,37 @@ class ASTModel(nn.Module):
         )
         return output if _either(return_dict, config.return_dict) else output.to_tuple()
 
-    def embed(self, input_values: Tensor) -> Tensor:
-        """Compute ``pooler_output`` alone, shape (B, D).
+    def forward_tokens(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Compute ``last_hidden_state`` alone, of every patch or of some.
+
+        Args:
+            input_values: Normalised features, exactly (B, max_length, num_mel_bins).
+            kept: Indices of the patches that each clip keeps, frequency-major from 0, shape
+                (B, K), int64; None for all. The prefix tokens stay, and each patch keeps the
+                position embedding of its place: what comes out is what a mask over the others
+                would give, at the price of 2 + K tokens.
+
+        Returns:
+            Shape (B, 2 + K, D), patches in the order of ``kept``; (B, N, D) where it is None.
+
+        Raises:
+            ValueError: the input or ``kept`` has another shape.
+
+        Source: patchout, Koutini et al. 2021, arXiv:2110.05069.
+        """
+        x = self.embeddings(input_values, kept)  # (B, tokens, D)
+        for layer in self.layers:
+            x, _ = layer(x)
+        tokens: Tensor = self.layernorm(x)
+        return tokens
+
+    def embed(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Compute ``pooler_output`` alone, shape (B, D); arguments as ``forward_tokens``'s.
 
         Nothing reads the last block's other tokens, so only the two that are pooled go through
         its queries and its MLP: 7 % fewer operations at 1214 tokens, the same numbers.
         """
-        x = self.embeddings(input_values)  # (B, N, D)
+        x = self.embeddings(input_values, kept)  # (B, N, D)
         for layer in self.layers[:-1]:
             x, _ = layer(x)
         x, _ = self.layers[-1](x, num_queries=NUM_PREFIX_TOKENS)  # (B, 2, D)
@@ -639,9 +704,20 @@ class ASTForAudioClassification(nn.Module):
         )
         return output if _either(return_dict, self.config.return_dict) else output.to_tuple()
 
-    def embed(self, input_values: Tensor) -> Tensor:
-        """Compute the embedding alone, shape (B, D); ``classifier`` turns it into logits."""
-        return self.audio_spectrogram_transformer.embed(input_values)
+    def embed(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Compute the embedding alone, shape (B, D); ``classifier`` turns it into logits.
+
+        Arguments and errors: as ``ASTModel.forward_tokens``.
+        """
+        return self.audio_spectrogram_transformer.embed(input_values, kept)
+
+    def compute_logits(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Compute the logits alone, shape (B, num_labels), from every patch or from some.
+
+        Arguments and errors: as ``ASTModel.forward_tokens``.
+        """
+        logits: Tensor = self.classifier(self.embed(input_values, kept))
+        return logits
 
     @classmethod
     def from_pretrained(
@@ -758,6 +834,44 @@ def _initialise(module: nn.Module, std: float) -> None:
         nn.init.normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def initialise_from_scratch(
+    module: nn.Module, std: float = 0.02, generator: torch.Generator | None = None
+) -> None:
+    """Draw every weight anew, in place, for training that starts from no checkpoint.
+
+    A fresh AST has tokens and position embeddings of zero, as in transformers, where a checkpoint
+    fills them. Trained from there it does badly: the class and the distillation token, being
+    equal, get equal gradients and stay one token for ever, and no patch knows its place before
+    position embeddings have grown. So these are drawn too. The patch projection is drawn as torch
+    draws convolutions, by its fan-in, so that patches of any size make tokens of one size. Biases
+    are zero.
+
+    Args:
+        module: An AST with or without its head, or another module of the same kinds of layers.
+        std: Standard deviation of linear weights, tokens and position embeddings before they are
+            cut off at two of it; above 0.
+        generator: Where to draw from; None for torch's own.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            _draw_truncated(part.weight, std, generator)
+        elif isinstance(part, nn.Conv2d):
+            nn.init.kaiming_uniform_(part.weight, a=math.sqrt(5), generator=generator)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+        else:  # tokens and position embeddings stand in no layer
+            for parameter in part.parameters(recurse=False):
+                _draw_truncated(parameter, std, generator)
+            continue
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
+def _draw_truncated(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
+    nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
 
 
 def _either(argument: bool | None, default: bool) -> bool:
