@@ -48,7 +48,8 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         if self.status != 200:
             self.reply(self.status, b"", {"X-Error-Message": f"broken for {TOKEN}"})
             return
-        if path in (model, f"{model}/revision/main", f"{model}/revision/v1"):
+        revisions = (f"{model}/revision/{name}" for name in (COMMIT, "main", "v1"))
+        if path in (model, *revisions):
             siblings = [{"rfilename": file.name} for file in sorted(self.root.iterdir())]
             info = {"id": self.repo_id, "sha": COMMIT, "siblings": siblings,
                     "cardData": {"license": "bsd-3-clause"}}  # fmt: skip

@@ -29,6 +29,7 @@ from transforms.checkpoints import (
     load_for_finetuning,
     load_model,
     resolve_model,
+    save_model,
     save_pretrained,
 )
 from transforms.errors import ModelError
@@ -179,6 +180,52 @@ def test_weights_in_half_precision_become_float32(folder: Path, dtype: torch.dty
     model = load_model(resolve_model(str(folder)))
     assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype)[6:]
     assert states_equal(model, make_model().to(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_in_half_precision_is_the_same_model_here_and_in_transformers(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = make_model()
+    save_pretrained(model, tmp_path / "half", **STATS, dtype=dtype)
+    save_pretrained(model, tmp_path / "whole", **STATS)
+    assert states_equal(model, make_model())  # saving leaves it as it was
+    stored = safetensors.torch.load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+    ours = load_model(resolve_model(str(tmp_path / "half")))
+    assert states_equal(ours, make_model().to(dtype).float())
+    features = make_input(ours.config)
+    # The second is what anyone would write: the config says in which type to compute.
+    for options in ({"dtype": torch.float32}, {}):
+        theirs = transformers.ASTForAudioClassification.from_pretrained(
+            tmp_path / "half", **options
+        )
+        with torch.no_grad():
+            assert_close(ours(features).logits, theirs(features).logits, atol=1e-5)
+
+
+def test_a_base_model_is_saved_in_half_precision_too(tmp_path: Path) -> None:
+    base = make_model().audio_spectrogram_transformer
+    save_model(base, tmp_path, dtype=torch.float16)
+    again = ASTModel.from_pretrained(tmp_path)
+    assert states_equal(again, make_model().audio_spectrogram_transformer.half().float())
+
+
+def test_a_weight_too_large_for_half_precision_is_named_and_nothing_is_written(
+    tmp_path: Path,
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.classifier.dense.bias[2] = -70_000
+    with pytest.raises(
+        ModelError, match=r"'classifier\.dense\.bias' holds 70000; float16 goes to 65504\. Save it"
+    ):
+        save_pretrained(model, tmp_path / "half", **STATS, dtype=torch.float16)
+    assert not (tmp_path / "half").exists()
+    save_pretrained(model, tmp_path / "half", **STATS, dtype=torch.bfloat16)
+    assert load_model(resolve_model(str(tmp_path / "half"))).classifier.dense.bias[2] == -70_144
 
 
 # --- Names of tensors ----------------------------------------------------------------------
@@ -630,6 +677,24 @@ def test_the_activation_comes_from_the_checkpoint_or_the_user(
     edit_json(folder / "config.json", problem_type=problem_type)
     spec = resolve_model(str(folder), ModelOverrides(activation=override))
     assert spec.activation == expected
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "activation"),
+    [("single_label_classification", "softmax"), ("multi_label_classification", "sigmoid")],
+)
+def test_what_a_model_was_trained_for_is_saved_with_it(
+    tmp_path: Path, problem_type: str, activation: str
+) -> None:
+    names = ("dog", "sea, waves", "Türklingel", 'µ "x"', "0")
+    model = make_model(id2label=dict(enumerate(names)), problem_type=problem_type)
+    save_pretrained(model, tmp_path, **STATS, dtype=torch.float16)
+    spec = resolve_model(str(tmp_path))
+    assert (spec.activation, spec.notes) == (activation, ())
+    assert tuple(label.name for label in spec.labels) == names
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (theirs.problem_type, theirs.id2label) == (problem_type, dict(enumerate(names)))
+    assert theirs.label2id == {name: index for index, name in enumerate(names)}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ gives goes to the workers, where ``inference`` calls ``load_model``.
 
 This file says what a checkpoint means. Where its files are is ``model_files``, what their tensors
 are called ``tensor_names``, whether they are sound ``model_weights``, what is known of the authors'
-own files ``original_checkpoints``, and which models there are ``public_checkpoints``.
+own files ``original_checkpoints``, and which models there are ``public_checkpoints`` and
+``bundled``. Image models, which training can start from, are ``image_checkpoints``.
 
 Guarantees: what can fail, fails in ``resolve_model``, with a ``ModelError`` that says what to do.
 Labels, their order, window and statistics are the checkpoint's, or what the user gave instead.
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from transforms import storage
 from transforms.errors import ModelError
@@ -62,8 +64,10 @@ Activation = Literal["sigmoid", "softmax"]
 # Far above any AST: a damaged config must not fill the memory or overflow.
 MAX_LAYERS = 1_000
 MAX_SIZE = 1 << 20
+# Image transformers of AST's shape, which it can start from (``image_checkpoints``).
+IMAGE_MODEL_TYPES = ("deit", "vit")
 # What makes a block what it is: a checkpoint cannot start a model that differs in one of these.
-_FIXED_FIELDS = (
+FIXED_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
     "patch_size", "qkv_bias",
 )  # fmt: skip
@@ -121,9 +125,9 @@ class ModelSpec:
 
     Attributes:
         name: What the user gave, without secrets.
-        source: ``hub``, ``folder`` or ``original``.
-        location: Hub id, folder or ``.pth`` file to load from; may carry a signature, so it is
-            never written or printed.
+        source: ``bundled``, ``hub``, ``folder`` or ``original``.
+        location: Bundled model's name, hub id, folder or ``.pth`` file to load from; may carry a
+            signature, so it is never written or printed.
         revision: The hub's commit, or None.
         sha256: Hex digest of the weights file; of several files, that of the sorted lines
             ``name digest``.
@@ -177,9 +181,10 @@ class ModelSpec:
 # --- Reading the config --------------------------------------------------------------------
 
 
-def _make_config(
+def make_config(
     location: ModelLocation, values: Mapping[str, Any], overrides: ModelOverrides
 ) -> ASTConfig:
+    """The config that these values describe, or ``ModelError``; what the user gave wins."""
     try:
         config = ASTConfig.from_dict({**values, **overrides.config_fields()})
     except (TypeError, ValueError) as error:
@@ -198,6 +203,12 @@ def _need_config(files: ModelFiles) -> dict[str, Any]:
         files.location.fail(
             f"there is no {CONFIG_NAME}; expected a folder with {CONFIG_NAME}, {WEIGHTS_NAME} and "
             f"{FEATURES_NAME}" + (" (only the local cache was looked at)" if offline else "")
+        )
+    if values.get("model_type") in IMAGE_MODEL_TYPES:
+        files.location.fail(
+            f"model_type in {CONFIG_NAME} is {values['model_type']!r}, a transformer for images; "
+            "expected audio-spectrogram-transformer. It knows no sounds yet: train it first "
+            "(earmark train --model)"
         )
     if "model_type" not in values:
         files.location.fail(
@@ -351,8 +362,8 @@ def resolve_model(name: str, overrides: ModelOverrides = ModelOverrides()) -> Mo
     kept in the hub's local cache.
 
     Args:
-        name: Hub id (``org/name`` or ``org/name@revision``), local or remote folder, or original
-            ``.pth`` file.
+        name: Of a model that ships with Earmark (``esc10``), a hub id (``org/name`` or
+            ``org/name@revision``), local or remote folder, or original ``.pth`` file.
         overrides: What to take instead of what the checkpoint says.
 
     Raises:
@@ -372,7 +383,7 @@ def resolve_model(name: str, overrides: ModelOverrides = ModelOverrides()) -> Mo
             if missing:
                 fail_missing(location, missing)
         config, labels = _settle_labels(
-            weights, _make_config(location, values, overrides), overrides
+            weights, make_config(location, values, overrides), overrides
         )
         check_tensors(weights, config, tensor_names(config, "memory").keys())
         check_finite(weights, config)
@@ -459,22 +470,43 @@ def load_for_finetuning(spec: ModelSpec, config: ASTConfig) -> ASTForAudioClassi
     Raises:
         ModelError: the checkpoint's files have gone, or its blocks are others.
     """
-    for field in _FIXED_FIELDS:
-        found, expected = getattr(config, field), getattr(spec.config, field)
+    check_blocks(spec.name, spec.config, config)
+    state: dict[str, Tensor] = load_model(spec).state_dict()
+    if config.id2label != spec.config.id2label:
+        state = {name: tensor for name, tensor in state.items() if name.startswith(BASE)}
+    return start_model(state, spec.config, config)
+
+
+def check_blocks(name: str, source: ASTConfig, config: ASTConfig) -> None:
+    """A checkpoint's blocks are those of the model that is to start from it.
+
+    Raises:
+        ModelError: a field that makes a block what it is differs.
+    """
+    for field in FIXED_FIELDS:
+        found, expected = getattr(config, field), getattr(source, field)
         if found != expected:
             raise ModelError(
-                f"model {spec.name}: {field} is {expected}, and the model to fine-tune has "
+                f"model {name}: {field} is {expected}, and the model to fine-tune has "
                 f"{found}; only strides, max_length, num_mel_bins and labels may differ"
             )
-    state = load_model(spec).state_dict()
-    name = f"{BASE}embeddings.position_embeddings"
-    state[name] = resize_position_embeddings(state[name], spec.config.patch_grid, config.patch_grid)
+
+
+def start_model(
+    state: Mapping[str, Tensor], source: ASTConfig, config: ASTConfig
+) -> ASTForAudioClassification:
+    """Build a model from another's tensors, with position embeddings resized to its own patches.
+
+    Args:
+        state: Tensors under the names of ``ASTForAudioClassification``'s state dict; without those
+            of a head, the model's stays as it starts: random, from torch's own generator.
+        source: What they are the tensors of; its blocks are those of ``config``.
+        config: Of the model wanted.
+    """
     model = ASTForAudioClassification(config)
-    if config.id2label != spec.config.id2label:
-        state |= {
-            key: tensor for key, tensor in model.state_dict().items() if not key.startswith(BASE)
-        }
-    model.load_state_dict(state)
+    name = f"{BASE}embeddings.position_embeddings"
+    resized = resize_position_embeddings(state[name], source.patch_grid, config.patch_grid)
+    model.load_state_dict({**model.state_dict(), **state, name: resized})
     return model
 
 
@@ -518,7 +550,7 @@ def load_config(name: str, revision: str | None = None) -> ASTConfig:
     with ModelFiles(location) as files:
         if location.source == "original":
             return _config_and_weights(files)[0]
-        return _make_config(location, _need_config(files), ModelOverrides())
+        return make_config(location, _need_config(files), ModelOverrides())
 
 
 def load_features(name: str, revision: str | None = None) -> dict[str, Any]:
@@ -551,7 +583,7 @@ def _config_and_weights(files: ModelFiles) -> tuple[ASTConfig, Weights]:
             fail_missing(files.location, missing)
         if "id2label" not in values:
             values["num_labels"] = weights.num_labels
-    return _make_config(files.location, values, ModelOverrides()), weights
+    return make_config(files.location, values, ModelOverrides()), weights
 
 
 def _build(weights: Weights, config: ASTConfig) -> ASTForAudioClassification:
@@ -567,7 +599,12 @@ def _build(weights: Weights, config: ASTConfig) -> ASTForAudioClassification:
 
 
 def save_pretrained(
-    model: ASTForAudioClassification, folder: str | Path, *, mean: float, std: float
+    model: ASTForAudioClassification,
+    folder: str | Path,
+    *,
+    mean: float,
+    std: float,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model's folder that Earmark and transformers load back, features and all.
 
@@ -583,7 +620,13 @@ def save_pretrained(
         folder: Local folder or URL; made if it is not there.
         mean: Of the training features, before normalising.
         std: Of the training features, before normalising.
+        dtype: Float type of the weights in the file, as for ``save_model``.
+
+    Raises:
+        ModelError: a weight is too large for ``dtype``.
     """
+    # Before anything is written: weights that cannot be saved leave the folder as it was.
+    weights = _weights_content(model, dtype)
     features = {
         "do_normalize": True,
         "feature_extractor_type": "ASTFeatureExtractor",
@@ -598,11 +641,33 @@ def save_pretrained(
         "std": std,
     }
     _write_json(folder, FEATURES_NAME, features)
-    save_model(model, folder)
+    _write_model(model, folder, weights)
 
 
-def save_model(model: ASTForAudioClassification | ASTModel, folder: str | Path) -> None:
-    """Write weights and config, in transformers' names on disk; as ``save_pretrained``."""
+def save_model(
+    model: ASTForAudioClassification | ASTModel,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write weights and config, in transformers' names on disk; as ``save_pretrained``.
+
+    Args:
+        model: On any device, in any float type.
+        folder: Local folder or URL; made if it is not there.
+        dtype: Float type of the weights in the file; None leaves them the model's. Whatever it
+            is, ``dtype`` in the config is the model's: transformers computes in that type, and in
+            float16 it would refuse the float32 features that its own extractor makes.
+
+    Raises:
+        ModelError: a weight is too large for ``dtype``.
+    """
+    _write_model(model, folder, _weights_content(model, dtype))
+
+
+def _weights_content(
+    model: ASTForAudioClassification | ASTModel, dtype: torch.dtype | None
+) -> bytes:
+    """The bytes of ``model.safetensors``."""
     if isinstance(model, ASTModel):
         state = {BASE + name: tensor for name, tensor in model.state_dict().items()}
         stored = to_layout(state, model.config, "disk")
@@ -610,10 +675,33 @@ def save_model(model: ASTForAudioClassification | ASTModel, folder: str | Path) 
         stored = {name.removeprefix(BASE): tensor for name, tensor in stored.items()}
     else:
         stored = to_layout(model.state_dict(), model.config, "disk")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()}
-    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    storage.write_bytes(storage.join(_url(folder), WEIGHTS_NAME), content)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    tensors = {
+        name: _as_stored(name, tensor.detach().cpu(), dtype).contiguous()
+        for name, tensor in stored.items()
+    }
+    content: bytes = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    return content
+
+
+def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None:
+        return tensor
+    converted = tensor.to(dtype)
+    too_large = torch.isfinite(tensor) & ~torch.isfinite(converted)
+    if too_large.any():
+        kind = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"the tensor {name!r} holds {tensor[too_large].abs().max().item():.6g}; {kind} goes to "
+            f"{torch.finfo(dtype).max:.6g}. Save it as float32"
+        )
+    return converted
+
+
+def _write_model(
+    model: ASTForAudioClassification | ASTModel, folder: str | Path, weights: bytes
+) -> None:
+    storage.write_bytes(storage.join(_url(folder), WEIGHTS_NAME), weights)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     values = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": dtype}
     _write_json(folder, CONFIG_NAME, values)
 

@@ -1,8 +1,8 @@
 """Where a model lies, and its files on this machine.
 
-A model is an id on the hub, a local or remote folder, or an original ``.pth`` file:
-``locate_model`` tells which. ``ModelFiles`` then finds what is asked for, and downloads it where it
-must. Tensors are read in ``model_weights``.
+A model is one that ships with Earmark, an id on the hub, a local or remote folder, or an original
+``.pth`` file: ``locate_model`` tells which. ``ModelFiles`` then finds what is asked for, and
+downloads it where it must. Tensors are read in ``model_weights``.
 
 Guarantees: a hub revision is pinned to its commit. What was fetched from a remote folder is gone
 after use; what came from the hub stays in the hub's own cache. No token and no signature stands in
@@ -27,10 +27,11 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from transforms import storage
+from transforms.bundled import bundled_model, bundled_names
 from transforms.errors import ModelError
 from transforms.scratch import scratch_folder
 
-Source = Literal["hub", "folder", "original"]
+Source = Literal["bundled", "hub", "folder", "original"]
 
 CONFIG_NAME = "config.json"
 FEATURES_NAME = "preprocessor_config.json"
@@ -56,10 +57,10 @@ class ModelLocation:
 
     Attributes:
         name: What the user gave, without secrets.
-        source: ``hub``, ``folder`` or ``original``.
-        url: Hub id, folder or ``.pth`` file; may carry a signature.
+        source: ``bundled``, ``hub``, ``folder`` or ``original``.
+        url: Bundled model's name, hub id, folder or ``.pth`` file; may carry a signature.
         revision: The hub's commit, or None.
-        license: Of the weights, as the hub says.
+        license: Of the weights, as the hub or the bundled model's card says.
         listing: Names of a hub model's files; None where only the local cache could be looked at,
             and for what is not on the hub.
         notes: What a user should know of how it was found.
@@ -76,6 +77,9 @@ class ModelLocation:
     @property
     def folder(self) -> str:
         """Where its files are; of a ``.pth`` file, what it lies in."""
+        if self.source == "bundled":
+            # By name: a worker has its own Earmark, which may be installed elsewhere.
+            return storage.normalise(str(bundled_model(self.url).folder))
         return storage.parent(self.url) if self.source == "original" else self.url
 
     def fail(self, text: str, cause: BaseException | None = None) -> NoReturn:
@@ -88,10 +92,13 @@ def locate_model(
 ) -> ModelLocation:
     """Tell what kind of name it is; what exists locally comes before the hub.
 
+    The name of a model that ships with Earmark means that model in every folder, so that a command
+    does not mean something else where a folder happens to bear the name; ``./name`` is the folder.
+
     Args:
-        name: Hub id (``org/name`` or ``org/name@revision``), local or remote folder, or original
-            ``.pth`` file.
-        revision: Of a hub id, instead of the one in the name; a folder or file has none.
+        name: Of a bundled model (``esc10``), a hub id (``org/name`` or ``org/name@revision``),
+            local or remote folder, or original ``.pth`` file.
+        revision: Of a hub id, instead of the one in the name; nothing else has any.
         wanted: The file that must be in the hub's local cache to go on without a network.
 
     Raises:
@@ -100,6 +107,8 @@ def locate_model(
     public = storage.public_uri(name)
     if not name:
         raise ModelError("model is empty; give a hub id (org/name), a folder or a .pth file")
+    if name in bundled_names():
+        return _locate_bundled(name)
     if storage.file_name(name).endswith((".pth", ".pt")):
         return ModelLocation(public, "original", storage.normalise(name))
     if not storage.is_local(name) or storage.is_folder(name):
@@ -114,8 +123,16 @@ def locate_model(
         raise ModelError(
             f"model {public}: there is no such folder. Legal names: a hub id (org/name or "
             "org/name@revision), a local or remote folder, an original .pth file"
+            + "".join(f", {known} (ships with Earmark)" for known in bundled_names())
         )
     return _locate_on_hub(public, hub_id, revision or revision_in_name or None, wanted)
+
+
+def _locate_bundled(name: str) -> ModelLocation:
+    notes: tuple[str, ...] = ()
+    if storage.is_folder(name):
+        notes = (f"{name} is the model that ships with Earmark; the folder here is ./{name}",)
+    return ModelLocation(name, "bundled", name, license=bundled_model(name).license, notes=notes)
 
 
 def _locate_on_hub(name: str, hub_id: str, revision: str | None, wanted: str) -> ModelLocation:

@@ -205,28 +205,34 @@ def _check_shape(
 def read_state(weights: Weights, config: ASTConfig, wanted: Iterable[str]) -> dict[str, Tensor]:
     """Read the wanted tensors, as float32 under our names."""
     names = tensor_names(config, weights.layout)
-    state = {}
-    for ours in wanted:
-        tensor = weights.read(names[ours])
-        if not tensor.is_floating_point():
-            weights.location.fail(
-                f"the tensor {names[ours].name!r} is {tensor.dtype}; expected a float type. "
-                "Quantised checkpoints cannot be read: use the one they were made from"
-            )
-        # A copy: safetensors maps the file, which may change or go while the model lives.
-        state[ours] = tensor.to(torch.float32, copy=True)
-    return state
+    return {ours: read_tensor(weights, names[ours]) for ours in wanted}
+
+
+def read_tensor(weights: Weights, stored: StoredTensor) -> Tensor:
+    """Read one tensor, as float32."""
+    tensor = weights.read(stored)
+    if not tensor.is_floating_point():
+        weights.location.fail(
+            f"the tensor {stored.name!r} is {tensor.dtype}; expected a float type. "
+            "Quantised checkpoints cannot be read: use the one they were made from"
+        )
+    # A copy: safetensors maps the file, which may change or go while the model lives.
+    return tensor.to(torch.float32, copy=True)
 
 
 def check_finite(weights: Weights, config: ASTConfig) -> None:
     """No weight is NaN or infinite."""
-    for name, stored in tensor_names(config, weights.layout).items():
+    for stored in tensor_names(config, weights.layout).values():
         # One tensor at a time: a checkpoint need not fit into the launcher's memory twice.
-        tensor = read_state(weights, config, [name])[name]
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            weights.location.fail(
-                f"the tensor {stored.name!r} holds {bad} values that are NaN or infinite, of "
-                f"{tensor.numel()}; its training diverged or the file is damaged. Use another "
-                "checkpoint"
-            )
+        check_values(weights, stored, read_tensor(weights, stored))
+
+
+def check_values(weights: Weights, stored: StoredTensor, tensor: Tensor) -> None:
+    """No value of a tensor that was read is NaN or infinite."""
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        weights.location.fail(
+            f"the tensor {stored.name!r} holds {bad} values that are NaN or infinite, of "
+            f"{tensor.numel()}; its training diverged or the file is damaged. Use another "
+            "checkpoint"
+        )

@@ -1,0 +1,193 @@
+"""The models that ship with Earmark, so that it labels without a network.
+
+Each is a folder in ``bundled_models/``, inside the package: ``config.json``, ``model.safetensors``,
+``preprocessor_config.json`` and a model card, ``README.md``. What is known of a model is read from
+that folder, so that nothing is said twice: labels and window from its config, and licence, dataset
+and figure from the front matter of its card, as model hubs read it:
+
+    ---
+    license: cc-by-nc-4.0
+    model-index:
+    - name: …
+      results:
+      - dataset: {name: ESC-10, …}
+        metrics: [{type: accuracy, value: 0.9}]
+    ---
+
+Its place: ``model_files`` finds a model by its name here, ``earmark models`` lists them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from transforms.errors import ModelError
+from transforms.public_checkpoints import window_length_s
+
+BUNDLED_FOLDER = Path(__file__).resolve().parent / "bundled_models"
+# What is labelled with where no model is named.
+DEFAULT_MODEL = "esc10"
+
+_CONFIG_NAME = "config.json"
+_CARD_NAME = "README.md"
+_FENCE = "---"
+
+
+@dataclass(frozen=True)
+class BundledModel:
+    """A model that ships with Earmark.
+
+    Attributes:
+        name: What to give as ``--model``.
+        folder: Where its files are, in this installation.
+        labels: Names of what it tells apart, in the order of its outputs.
+        max_length: Frames of a window.
+        dataset: What it was trained on and measured with.
+        metric: What was measured.
+        value: What it came to, in [0, 1].
+        license: Of the weights.
+    """
+
+    name: str
+    folder: Path
+    labels: tuple[str, ...]
+    max_length: int
+    dataset: str
+    metric: str
+    value: float
+    license: str
+
+    @property
+    def num_labels(self) -> int:
+        """How many sounds it tells apart."""
+        return len(self.labels)
+
+    @property
+    def window_s(self) -> float:
+        """Length of a window in seconds: 25 ms frames every 10 ms."""
+        return window_length_s(self.max_length)
+
+
+def bundled_names() -> tuple[str, ...]:
+    """Names of the models that this installation holds, sorted."""
+    return tuple(sorted(path.parent.name for path in BUNDLED_FOLDER.glob(f"*/{_CONFIG_NAME}")))
+
+
+def bundled_folder(name: str) -> Path | None:
+    """The folder of a bundled model, or None where none has this very name."""
+    return BUNDLED_FOLDER / name if name in bundled_names() else None
+
+
+def bundled_model(name: str) -> BundledModel:
+    """What is known of a bundled model.
+
+    Raises:
+        ModelError: there is none of this name, or its files are damaged.
+    """
+    folder = bundled_folder(name)
+    if folder is None:
+        known = ", ".join(bundled_names()) or "none at all"
+        raise ModelError(
+            f"model {name}: this installation of Earmark does not hold it; it holds {known}. "
+            "Install the same version of Earmark everywhere, or give another --model"
+        )
+    config, card = _read_config(folder), _read_front_matter(folder)
+    dataset, metric, value = _read_result(folder, card)
+    license_name = card.get("license")
+    if not isinstance(license_name, str) or not license_name:
+        _fail(folder, f"license in {_CARD_NAME} is {license_name!r}; expected its name")
+    return BundledModel(
+        name=name,
+        folder=folder,
+        labels=tuple(config["id2label"][str(n)] for n in range(len(config["id2label"]))),
+        max_length=config["max_length"],
+        dataset=dataset,
+        metric=metric,
+        value=value,
+        license=license_name,
+    )
+
+
+def bundled_models() -> tuple[BundledModel, ...]:
+    """Every model that ships with Earmark.
+
+    Raises:
+        ModelError: the files of one are damaged.
+    """
+    return tuple(bundled_model(name) for name in bundled_names())
+
+
+def describe_default() -> str:
+    """One line for whoever named no model: what the default one knows, and how to get more.
+
+    Raises:
+        ModelError: this installation does not hold it.
+    """
+    model = bundled_model(DEFAULT_MODEL)
+    return (
+        f"No model is given: taking {model.name}, which ships with Earmark and knows "
+        f"{model.num_labels} sounds ({', '.join(model.labels)}). For AudioSet's 527: --config "
+        "audioset, which needs the network once, or --model with a downloaded copy"
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The values of ``config.json``; only what is read here is checked."""
+    try:
+        values = json.loads((folder / _CONFIG_NAME).read_bytes())
+        names = values["id2label"]
+        has_names = names.keys() == {str(n) for n in range(len(names))}
+        if not has_names or type(values["max_length"]) is not int:
+            raise ValueError("id2label or max_length is not what it should be")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _fail(folder, f"{_CONFIG_NAME} cannot be read as an AST's: {error!r}", error)
+    return dict(values)
+
+
+def _read_front_matter(folder: Path) -> Mapping[str, Any]:
+    """The YAML between the first two lines ``---`` of the model card."""
+    try:
+        lines = (folder / _CARD_NAME).read_text(encoding="utf-8").splitlines()
+        if lines[:1] != [_FENCE] or _FENCE not in lines[1:]:
+            raise ValueError(f"there is no front matter between two lines {_FENCE}")
+        card = yaml.safe_load("\n".join(lines[1 : lines.index(_FENCE, 1)]))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        _fail(folder, f"{_CARD_NAME} cannot be read as a model card: {error}", error)
+    if not isinstance(card, dict):
+        _fail(folder, f"the front matter of {_CARD_NAME} is {card!r}; expected keys and values")
+    return card
+
+
+def _read_result(folder: Path, card: Mapping[str, Any]) -> tuple[str, str, float]:
+    """Dataset, metric and value of the card's first result."""
+    try:
+        result = card["model-index"][0]["results"][0]
+        dataset, metric = result["dataset"]["name"], result["metrics"][0]
+        name, value = metric["type"], metric["value"]
+    except (KeyError, IndexError, TypeError) as error:
+        _fail(
+            folder,
+            f"{_CARD_NAME} has no model-index with a result's dataset.name, metrics.type and "
+            f"metrics.value: {error!r}",
+            error,
+        )
+    is_ratio = type(value) in (int, float) and 0 <= value <= 1
+    if not (isinstance(dataset, str) and isinstance(name, str) and is_ratio):
+        _fail(
+            folder,
+            f"the result in {_CARD_NAME} is {dataset!r}, {name!r}, {value!r}; expected a name, a "
+            "metric and a number in [0, 1]",
+        )
+    return dataset, name, value
+
+
+def _fail(folder: Path, text: str, cause: BaseException | None = None) -> NoReturn:
+    raise ModelError(
+        f"model {folder.name}, which ships with Earmark: {text}. Install Earmark again"
+    ) from cause
