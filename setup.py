@@ -32,11 +32,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["pipeline", "pipeline.configs", "transforms"],
+    packages=["pipeline", "pipeline.configs", "pipeline.training", "transforms"],
     # configs/ lies at the top of the checkout, and inside the package once installed;
     # pipeline.config.config_folder() knows both places.
     package_dir={"pipeline.configs": "configs"},
-    package_data={"pipeline.configs": ["*.yaml"], "transforms": ["label_lists/*.csv"]},
+    package_data={
+        "pipeline.configs": ["*.yaml", "train/*.yaml"],
+        "transforms": ["label_lists/*.csv", "bundled_models/*/*"],
+    },
     entry_points={"console_scripts": ["earmark = pipeline.__main__:main"]},
     install_requires=[
         "apache-beam==2.77.*",

@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -38,7 +38,8 @@ from transforms.errors import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig
+    from pipeline.config import RunConfig, Schema
+    from pipeline.train_config import TrainConfig
 
 EXIT_UNEXPECTED = 1
 EXIT_USAGE = 2
@@ -46,6 +47,8 @@ MODELS_WIDTH = 200  # more than the table needs
 GO_ON = "Once that is mended, run the same command again: it goes on from what is done."
 AGAIN = "Once that is mended, run the same command again."
 SEE_DEBUG = "EARMARK_DEBUG=1 shows where it comes from."
+
+GOES_ON = ("label", "train")  # commands that do only what is missing
 
 Job = Callable[[], int]
 
@@ -74,9 +77,11 @@ app = typer.Typer(
 )
 
 OUTPUT_PANEL, MODEL_PANEL, WINDOWS_PANEL, RUN_PANEL = "Output", "Model", "Windows", "Run"
+CLIPS_PANEL, TRAINING_PANEL = "Clips", "Training"
 
-# Each option is a key of the config (pipeline.config.OPTION_KEYS), which checks its value and
-# knows its default: None is "not given". The defaults said here are held to those by a test.
+# Each option is a key of the config (OPTION_KEYS of pipeline.config and pipeline.train_config),
+# which checks its value and knows its default: None is "not given". The defaults said here are
+# held to those by a test.
 Inputs = Annotated[
     list[str] | None,
     typer.Argument(
@@ -231,6 +236,159 @@ MaxFailed = Annotated[
 Quiet = Annotated[
     bool | None,
     typer.Option("--quiet/--no-quiet", "-q", help="Only warnings and errors (default no)."),
+]
+TrainInputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--train",
+        "-t",
+        metavar="INPUT",
+        help="What to learn from: a manifest, tar or audio-Parquet with labels; repeatable.",
+        show_default=False,
+        rich_help_panel=CLIPS_PANEL,
+    ),
+]
+ValidationInputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--validation",
+        "-v",
+        metavar="INPUT",
+        help="What to measure each epoch with: other clips with labels; repeatable.",
+        show_default=False,
+        rich_help_panel=CLIPS_PANEL,
+    ),
+]
+HoldOut = Annotated[
+    str | None,
+    typer.Option(
+        "--hold-out",
+        metavar="COLUMN=VALUE",
+        help="Measure with those clips of --train that have this value, like fold=1.",
+        rich_help_panel=CLIPS_PANEL,
+    ),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="FOLDER",
+        help="Local folder that decoded clips are kept in (default: in the output).",
+        rich_help_panel=CLIPS_PANEL,
+    ),
+]
+TrainLimit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        metavar="N",
+        help="Take at most N items (default: all).",
+        rich_help_panel=CLIPS_PANEL,
+    ),
+]
+TrainMaxFailed = Annotated[
+    float | None,
+    typer.Option(
+        "--max-failed",
+        metavar="RATIO",
+        help="Share of failed items above which nothing is trained (default 0.05).",
+        rich_help_panel=CLIPS_PANEL,
+    ),
+]
+TrainOutput = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="The folder of the model that comes out; [b]label --model DIR[/b] takes it.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+StartModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="What to start from: hub id (optionally @revision), folder, or original .pth "
+        "(default: a small model from scratch).",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="LIST",
+        help="The labels, in order: a file, audioset or speech_commands (default: those of the "
+        "clips).",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+TrainPrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="TYPE",
+        help="auto, fp32, bf16 or fp16 (default auto: what the chip has natively).",
+        rich_help_panel=TRAINING_PANEL,
+    ),
+]
+TrainDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="auto, cpu, cuda or mps (default auto); asked for and absent is an error.",
+        rich_help_panel=TRAINING_PANEL,
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs",
+        metavar="N",
+        help="Times that the clips are gone through (default 25).",
+        rich_help_panel=TRAINING_PANEL,
+    ),
+]
+TrainBatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N",
+        help="Clips per step (default 48).",
+        rich_help_panel=TRAINING_PANEL,
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        "--learning-rate",
+        metavar="RATE",
+        help="At its highest (default 1e-05).",
+        rich_help_panel=TRAINING_PANEL,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        help="What everything that is drawn follows from (default 0).",
+        rich_help_panel=TRAINING_PANEL,
+    ),
+]
+TrainConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="A YAML file, or the name of a recipe that ships with Earmark: esc10, esc50, "
+        "speech_commands, audioset_balanced, audioset_full.",
+    ),
 ]
 ResultFolder = Annotated[
     str, typer.Argument(metavar="DIR", help="A result's folder.", show_default=False)
@@ -443,6 +601,48 @@ def evaluate(
 
 
 @app.command()
+def train(
+    context: typer.Context,
+    train: TrainInputs = None,
+    validation: ValidationInputs = None,
+    hold_out: HoldOut = None,
+    output: TrainOutput = None,
+    model: StartModel = None,
+    labels: Labels = None,
+    config: TrainConfigFile = None,
+    set: Assignments = None,
+    epochs: Epochs = None,
+    batch_size: TrainBatchSize = None,
+    learning_rate: LearningRate = None,
+    seed: Seed = None,
+    device: TrainDevice = None,
+    precision: TrainPrecision = None,
+    cache: Cache = None,
+    limit: TrainLimit = None,
+    overwrite: Overwrite = None,
+    max_failed: TrainMaxFailed = None,
+    quiet: Quiet = None,
+) -> Job:
+    """Train a model on clips with labels: one's own, from a checkpoint or from scratch.
+
+    Run the same command again to go on after an interruption, from the last epoch that was
+    finished.
+    """
+    _refuse_beam_options(context)
+    parameters = dict(context.params)
+
+    def job() -> int:
+        train_config = _read_train_config(parameters)
+        _check_output_lasts(train_config.output)
+        _configure_logging(train_config.quiet)
+        from pipeline.train import run_train
+
+        return run_train(train_config)
+
+    return job
+
+
+@app.command()
 def models(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
@@ -521,20 +721,15 @@ def _labelling_job(context: typer.Context) -> Job:
 def _read_config(parameters: dict[str, Any], *, needs_output: bool, needs_model: bool) -> RunConfig:
     """Load the configuration, and check that nothing is missing that no default can give."""
     from pipeline.config import (
-        OPTION_KEYS,
+        RUN_SCHEMA,
         given_inputs,
         given_model,
         given_output,
         load_config,
     )
 
-    path, sets = parameters.pop("config"), parameters.pop("set")
-    inputs = parameters.pop("inputs")
-    options = {f"--{name.replace('_', '-')}": value for name, value in parameters.items()}
-    options["INPUT"] = inputs or None
-    if not options.keys() <= OPTION_KEYS.keys():
-        raise ValueError(f"options without a key: {options.keys() - OPTION_KEYS.keys()}")
-    config = load_config(path, sets or (), options)
+    given = _split_parameters(parameters, RUN_SCHEMA, {"inputs": "INPUT"})
+    config = load_config(*given)
     # Before torch and Beam are loaded, which takes seconds.
     given_inputs(config)
     if needs_output:
@@ -542,6 +737,40 @@ def _read_config(parameters: dict[str, Any], *, needs_output: bool, needs_model:
     if needs_model:
         given_model(config)
     return config
+
+
+def _read_train_config(parameters: dict[str, Any]) -> TrainConfig:
+    """Load a training's configuration, and check that what no default can give is there."""
+    from pipeline.config import given_output, load_config
+    from pipeline.train_config import TRAIN_SCHEMA, given_train
+
+    given = _split_parameters(parameters, TRAIN_SCHEMA, {})
+    config = load_config(*given, schema=TRAIN_SCHEMA)
+    given_train(config)
+    given_output(config)
+    return config
+
+
+def _split_parameters(
+    parameters: Mapping[str, Any], schema: Schema[Any], names: Mapping[str, str]
+) -> tuple[str | None, Sequence[str], dict[str, Any]]:
+    """What ``load_config`` takes, from what typer parsed.
+
+    Args:
+        parameters: Parameter to value; None, and a list of nothing, mean not given.
+        schema: What can be set; every parameter must be one of its options.
+        names: What parameters are called that are no ``--option``.
+    Returns:
+        The YAML file or None, the assignments, and flags with their values.
+    """
+    options = {
+        names.get(name, f"--{name.replace('_', '-')}"): None if value in ([], ()) else value
+        for name, value in parameters.items()
+        if name not in ("config", "set")
+    }
+    if not options.keys() <= schema.option_keys.keys():
+        raise ValueError(f"options without a key: {options.keys() - schema.option_keys.keys()}")
+    return parameters["config"], parameters["set"] or (), options
 
 
 def _check_output_lasts(output: str | None) -> None:
@@ -579,12 +808,33 @@ def _refuse_beam_options(context: typer.Context) -> None:
 
 
 def _print_models_json() -> int:
+    from transforms.bundled import bundled_models
     from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
 
-    entries = [
-        {**dataclasses.asdict(entry), "window_s": entry.window_s} for entry in PUBLIC_CHECKPOINTS
+    bundled = [
+        {
+            "name": model.name,
+            "source": "bundled",
+            "max_length": model.max_length,
+            "window_s": model.window_s,
+            "labels": model.dataset,
+            "num_labels": model.num_labels,
+            "metric": model.metric,
+            "published": model.value,
+            "license": model.license,
+        }
+        for model in bundled_models()
     ]
-    print(json.dumps(entries, indent=2))
+    public = [
+        {
+            "name": entry.hub_id,
+            "source": "hub",
+            **dataclasses.asdict(entry),
+            "window_s": entry.window_s,
+        }
+        for entry in PUBLIC_CHECKPOINTS
+    ]
+    print(json.dumps([*bundled, *public], indent=2))
     return 0
 
 
@@ -592,20 +842,28 @@ def _print_models() -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from transforms.bundled import bundled_models
     from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
 
     console = Console(highlight=False)
     table = Table("--model", "window", "trained on", "published", "licence", title="Public models")
+    bundled = bundled_models()
+    models = [
+        *((m.name, m.window_s, m.dataset, m.num_labels, m.metric, m.value, m.license)
+          for m in bundled),
+        *((m.hub_id, m.window_s, m.labels, m.num_labels, m.metric, m.published, m.license)
+          for m in PUBLIC_CHECKPOINTS),
+    ]  # fmt: skip
     lines = []
-    for entry in PUBLIC_CHECKPOINTS:
+    for name, window_s, labels, num_labels, metric, value, license_name in models:
         facts = [
-            f"{entry.window_s:.3f} s",
-            f"{entry.labels} ({entry.num_labels} labels)",
-            f"{entry.metric} {entry.published:.4f}",
-            entry.license,
+            f"{window_s:.3f} s",
+            f"{labels} ({num_labels} labels)",
+            f"{metric} {value:.4f}",
+            license_name,
         ]
-        table.add_row(entry.hub_id, *facts)
-        lines.append(f"{entry.hub_id}\n  {' · '.join(facts)}")
+        table.add_row(name, *facts)
+        lines.append(f"{name}\n  {' · '.join(facts)}")
     wide = console.options.update(width=MODELS_WIDTH)
     if not console.is_terminal:  # a pipe has no width to fit into
         console = Console(width=MODELS_WIDTH, highlight=False)
@@ -614,8 +872,12 @@ def _print_models() -> int:
         console.print(table)
     else:  # an id is there to be copied: it is never cut or folded
         console.print("\n".join(lines), soft_wrap=True, markup=False)
+    source = "the Hugging Face hub"
+    if bundled:
+        inside = ", ".join(model.name for model in bundled)
+        source = f"inside Earmark for {inside}, {source} for the others"
     console.print(
-        "Source: the Hugging Face hub. A folder (config.json, model.safetensors, "
+        f"Source: {source}. A folder (config.json, model.safetensors, "
         "preprocessor_config.json) or an original .pth file can be used as well."
     )
     return 0
@@ -693,7 +955,7 @@ def _main(arguments: list[str], beam_options: list[str]) -> int:
     except Exception as error:  # the last door: whatever it is must become an exit code
         if interrupts.came and not isinstance(error, OutputLostError):
             return _fail(EXIT_INTERRUPTED, INTERRUPTED)
-        goes_on = next((word for word in arguments if not word.startswith("-")), "") == "label"
+        goes_on = next((word for word in arguments if not word.startswith("-")), "") in GOES_ON
         return _fail(EXIT_UNEXPECTED, _words_of(error, GO_ON if goes_on else AGAIN))
 
 

@@ -1,9 +1,11 @@
-"""The run's configuration: every key, and how defaults, YAML, ``--set`` and options join.
+"""A run's configuration: every key, and how defaults, YAML, ``--set`` and options join.
 
     defaults ◀─ YAML (--config) ◀─ --set key=value ◀─ explicit options ─▶ RunConfig
 
 What stands further right wins. ``configs/default.yaml`` says what each key means. Everything
 that is wrong is reported at once, with where each value came from, before any work starts.
+What there is to set is a ``Schema``: this one's is ``RUN_SCHEMA``, and ``train_config`` has
+another.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Protocol, Self, TypeVar, overload
 
 import yaml
 from pydantic import (
@@ -58,6 +61,10 @@ OPTION_KEYS: Mapping[str, str] = {
 }
 
 
+# Where the YAML files of a command lie within config_folder(), by the command that takes them.
+CONFIG_FOLDERS: Mapping[str, str] = {"label": "", "train": "train"}
+
+
 def _as_tuple(value: object) -> object:
     """One text stands for a list of one; YAML has lists where the config has tuples."""
     if isinstance(value, str):
@@ -73,18 +80,17 @@ BeamScalar = bool | int | float | str | None
 BeamValue = BeamScalar | list[BeamScalar]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """Strict, so that ``top_k: true`` or ``hop_s: "5"`` is an error rather than a guess."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ModelSection(_Section):
-    """What to run, and what overrides the checkpoint's own word; null leaves it its word.
+class CheckpointSection(Section):
+    """Which checkpoint, and what overrides its own word; null leaves it its word.
 
     Attributes:
         name: Hub id (optionally ``@revision``), folder, or original ``.pth``.
-        activation: Of the scores.
         labels: The name of a label list that ships with Earmark, or a file with one.
         preprocessor: A ``preprocessor_config.json``, or its folder, to take mean and std from.
         mean: Of the training set's log-mel features; the features are normalised with it.
@@ -99,7 +105,6 @@ class ModelSection(_Section):
     """
 
     name: str | None = None
-    activation: Literal["sigmoid", "softmax"] | None = None
     labels: str | None = None
     preprocessor: str | None = None
     mean: float | None = None
@@ -113,7 +118,17 @@ class ModelSection(_Section):
     head_layer_norm_eps: Positive | None = None
 
 
-class WindowSection(_Section):
+class ModelSection(CheckpointSection):
+    """What to run.
+
+    Attributes:
+        activation: Of the scores.
+    """
+
+    activation: Literal["sigmoid", "softmax"] | None = None
+
+
+class WindowSection(Section):
     """How clips are cut.
 
     Attributes:
@@ -127,7 +142,7 @@ class WindowSection(_Section):
     min_tail: Ratio = 0.1
 
 
-class LabelsSection(_Section):
+class LabelsSection(Section):
     """What is stored of the scores.
 
     Attributes:
@@ -139,7 +154,7 @@ class LabelsSection(_Section):
     scores: bool = False
 
 
-class EmbeddingSection(_Section):
+class EmbeddingSection(Section):
     """What is stored as the embedding.
 
     Attributes:
@@ -151,7 +166,7 @@ class EmbeddingSection(_Section):
     dtype: Literal["float32", "float16"] = "float32"
 
 
-class InferenceSection(_Section):
+class InferenceSection(Section):
     """How the model is run.
 
     Attributes:
@@ -169,7 +184,7 @@ class InferenceSection(_Section):
     workers: Count = 1
 
 
-class DecodeSection(_Section):
+class DecodeSection(Section):
     """How decoding looks ahead, and what an item may cost.
 
     Attributes:
@@ -191,7 +206,7 @@ class DecodeSection(_Section):
     max_decoder_bytes: Annotated[int, Field(ge=MIN_DECODER_BYTES)] = 2_147_483_648
 
 
-class ReadSection(_Section):
+class ReadSection(Section):
     """What reading a container may take.
 
     Attributes:
@@ -203,7 +218,7 @@ class ReadSection(_Section):
     max_expansion: Annotated[float, Field(ge=1)] = 200.0
 
 
-class UnitsSection(_Section):
+class UnitsSection(Section):
     """What is committed at once.
 
     Attributes:
@@ -213,7 +228,7 @@ class UnitsSection(_Section):
     windows: Count = 256
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """All that a run can be told; see ``configs/default.yaml`` for every key's meaning.
 
     Attributes:
@@ -246,10 +261,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
-        values = flatten(self.model_dump(mode="json"))
-        problems = list(_broken_rules(values, {}))
-        if problems:
-            raise ValueError("; ".join(problems))
+        RUN_SCHEMA.check_rules(self)
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -258,21 +270,29 @@ class RunConfig(_Section):
         URLs are without what signs them, and ``NOT_WRITTEN`` stands for Beam's keys and passwords.
         It is itself a valid YAML configuration.
         """
-        from transforms.storage import public_uri  # brings fsspec along
-
-        plain = self.model_dump(mode="json")
-        plain["inputs"] = [public_uri(text) for text in self.inputs]
-        model = plain["model"]
-        for section, key in (
-            (plain, "output"),
-            (model, "name"),
-            (model, "labels"),
-            (model, "preprocessor"),
-        ):
-            if section[key] is not None:
-                section[key] = public_uri(section[key])
+        places = ("inputs", "output", "model.name", "model.labels", "model.preprocessor")
+        plain = without_signatures(self, places)
         plain["beam"] = {name: _public_option(name, value) for name, value in self.beam.items()}
         return plain
+
+
+def without_signatures(config: BaseModel, places: Iterable[str]) -> dict[str, Any]:
+    """A configuration as plain dicts and lists, its URLs without what signs them.
+
+    Args:
+        config: With sections one level deep.
+        places: The dotted keys that hold a path or URL, a list of them, or None.
+    """
+    from transforms.storage import public_uri  # brings fsspec along
+
+    flat = flatten(config.model_dump(mode="json"))
+    for key in places:
+        value = flat[key]
+        if isinstance(value, list):
+            flat[key] = [public_uri(text) for text in value]
+        elif value is not None:
+            flat[key] = public_uri(value)
+    return _nest(flat)
 
 
 def _public_option(name: str, value: BeamValue) -> BeamValue:
@@ -287,7 +307,7 @@ def _public_option(name: str, value: BeamValue) -> BeamValue:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """What must hold between keys.
 
     Attributes:
@@ -299,19 +319,23 @@ class _Rule:
     broken: Callable[..., str | None]
 
 
-def _empty_input(inputs: Sequence[str]) -> str | None:
-    if all(text.strip() for text in inputs):
+def empty_input(inputs: str | Sequence[str]) -> str | None:
+    """A rule: no text of a list is empty; one text stands for a list of one."""
+    texts = (inputs,) if isinstance(inputs, str) else inputs
+    if all(text.strip() for text in texts):
         return None
     return "must hold no empty text, as an unset variable gives it; the current folder is ."
 
 
-def _empty_output(output: str | None) -> str | None:
+def empty_output(output: str | None) -> str | None:
+    """A rule: a path that is given is not empty."""
     if output is None or output.strip():
         return None
     return "must not be empty, as an unset variable gives it; the current folder is ."
 
 
-def _hop_leaves_gaps(hop_s: float | None, length_s: float | None) -> str | None:
+def hop_leaves_gaps(hop_s: float | None, length_s: float | None) -> str | None:
+    """A rule: windows follow one another without a gap."""
     if hop_s is None or length_s is None or hop_s <= length_s:
         return None
     return f"must be in (0, {length_s:g}] (window.length_s), else audio between windows is lost"
@@ -336,24 +360,13 @@ def _int8_without_openvino(precision: str, engine: str) -> str | None:
 
 
 RULES = (
-    _Rule(("inputs",), _empty_input),
-    _Rule(("output",), _empty_output),
-    _Rule(("window.hop_s", "window.length_s"), _hop_leaves_gaps),
-    _Rule(("retry_failed", "overwrite"), _retries_what_it_removes),
-    _Rule(("inference.engine", "inference.device"), _openvino_elsewhere),
-    _Rule(("inference.precision", "inference.engine"), _int8_without_openvino),
+    Rule(("inputs",), empty_input),
+    Rule(("output",), empty_output),
+    Rule(("window.hop_s", "window.length_s"), hop_leaves_gaps),
+    Rule(("retry_failed", "overwrite"), _retries_what_it_removes),
+    Rule(("inference.engine", "inference.device"), _openvino_elsewhere),
+    Rule(("inference.precision", "inference.engine"), _int8_without_openvino),
 )
-
-
-def _broken_rules(values: Mapping[str, Any], origins: Mapping[str, str]) -> Iterator[str]:
-    """What the values have wrong between them; rules on absent keys are passed over."""
-    for rule in RULES:
-        if not all(key in values for key in rule.keys):
-            continue
-        wanted = rule.broken(*(values[key] for key in rule.keys))
-        if wanted is not None:
-            key = rule.keys[0]
-            yield f"{_describe(key, values[key], origins.get(key))}; {wanted}"
 
 
 def _describe(key: str, value: object, origin: str | None) -> str:
@@ -364,11 +377,11 @@ def _describe(key: str, value: object, origin: str | None) -> str:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values; ``beam`` counts as a section."""
+    """Dotted keys to values. What holds names is a section, also ``beam``; no value is a dict."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         key = f"{prefix}{name}"
-        if key in SECTIONS:
+        if isinstance(value, Mapping):
             flat |= flatten(value, f"{key}.")
         else:
             flat[key] = value
@@ -387,25 +400,85 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-# `beam` holds what Beam knows; the others are models of their own.
-SECTIONS = frozenset(
-    name
-    for name, field in RunConfig.model_fields.items()
-    if name == "beam" or isinstance(field.default, _Section)
-)
-_DEFAULTS = flatten(RunConfig().model_dump(mode="json"))
-KEYS = tuple(_DEFAULTS)
+C = TypeVar("C", bound=Section)
 
 
-def _is_key(key: str) -> bool:
-    return key in KEYS or (key.startswith("beam.") and key != "beam.")
+@dataclass(frozen=True)
+class Schema(Generic[C]):
+    """What can be set for a command, and by which options.
+
+    Attributes:
+        command: The command that reads it; its YAML files lie in ``CONFIG_FOLDERS[command]``.
+        model: The whole configuration, valid with nothing given.
+        option_keys: What each command-line option sets; there is nothing else that one could set.
+        rules: What must hold between keys.
+    """
+
+    command: str
+    model: type[C]
+    option_keys: Mapping[str, str]
+    rules: tuple[Rule, ...]
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """Dotted keys to their defaults, in the order of the model."""
+        return flatten(self.model().model_dump(mode="json"))
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Every dotted key; those of an open section are not known."""
+        return tuple(self.defaults)
+
+    @cached_property
+    def open_sections(self) -> frozenset[str]:
+        """Sections whose keys someone else knows: ``beam``."""
+        fields = self.model.model_fields.items()
+        return frozenset(name for name, field in fields if field.default_factory is dict)
+
+    @cached_property
+    def sections(self) -> frozenset[str]:
+        """Names of all sections: open ones, and those that are models of their own."""
+        fields = self.model.model_fields.items()
+        closed = {name for name, field in fields if isinstance(field.default, Section)}
+        return self.open_sections | closed
+
+    def has_key(self, key: str) -> bool:
+        """Whether a dotted key can be set."""
+        section, _, name = key.partition(".")
+        return key in self.keys or (section in self.open_sections and bool(name))
+
+    def broken_rules(self, values: Mapping[str, Any], origins: Mapping[str, str]) -> Iterator[str]:
+        """What the values have wrong between them; rules on absent keys are passed over."""
+        for rule in self.rules:
+            if not all(key in values for key in rule.keys):
+                continue
+            wanted = rule.broken(*(values[key] for key in rule.keys))
+            if wanted is not None:
+                key = rule.keys[0]
+                yield f"{_describe(key, values[key], origins.get(key))}; {wanted}"
+
+    def check_rules(self, config: C) -> None:
+        """Refuse a configuration that breaks a rule, however it was made.
+
+        Raises:
+            ValueError: Names what is wrong between keys.
+        """
+        problems = list(self.broken_rules(flatten(config.model_dump(mode="json")), {}))
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+RUN_SCHEMA = Schema("label", RunConfig, OPTION_KEYS, RULES)
+SECTIONS = RUN_SCHEMA.sections
+KEYS = RUN_SCHEMA.keys
 
 
 def _unknown(key: str, origin: str, among: Iterable[str]) -> str:
     """Say that there is no such key, and which one was probably meant."""
-    # The last part alone counts as well: `hop_s` means `window.hop_s`.
-    meant = {known.rpartition(".")[2]: known for known in among}
-    meant |= {known: known for known in among}
+    # The last part alone counts as well: `hop_s` means `window.hop_s`, the first that ends so.
+    meant = {known: known for known in among}
+    for known in among:
+        meant.setdefault(known.rpartition(".")[2], known)
     close = get_close_matches(key, meant, n=1) or get_close_matches(
         key.rpartition(".")[2], meant, n=1
     )
@@ -440,8 +513,9 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError)
 class _YamlSettings:
     """Reads one YAML file into settings that know their line, and problems."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: Schema[Any]) -> None:
         self.path = path
+        self._schema = schema
         self.settings: list[_Setting] = []
         self.problems: list[str] = []
         self._seen: set[str] = set()
@@ -468,23 +542,24 @@ class _YamlSettings:
         if key in self._seen:
             self.problems.append(f"{key} ({origin}) is there twice; keep one of them")
         self._seen.add(key)
-        if key in SECTIONS and isinstance(node, yaml.MappingNode):
+        sections = self._schema.sections
+        if key in sections and isinstance(node, yaml.MappingNode):
             self._read_section(node, f"{key}.")
-        elif key in SECTIONS:
+        elif key in sections:
             value = self._construct(node)
             if value is not None:  # a section whose keys are all commented out is empty
                 self.problems.append(f"{_describe(key, value, origin)}; must hold keys and values")
-        elif _is_key(key):
+        elif self._schema.has_key(key):
             self.settings.append(_Setting(key, self._construct(node), origin))
         else:
-            sections_only = isinstance(node, yaml.MappingNode)
-            self.problems.append(_unknown(key, origin, SECTIONS if sections_only else KEYS))
+            meant = sections if isinstance(node, yaml.MappingNode) else self._schema.keys
+            self.problems.append(_unknown(key, origin, meant))
 
     def _construct(self, node: yaml.Node) -> Any:
         return self._loader.construct_object(node, deep=True)
 
 
-def _read_assignments(sets: Iterable[str]) -> tuple[list[_Setting], list[str]]:
+def _read_assignments(sets: Iterable[str], schema: Schema[Any]) -> tuple[list[_Setting], list[str]]:
     """Read each ``key=value`` of ``--set``."""
     settings, problems = [], []
     for assignment in sets:
@@ -492,11 +567,12 @@ def _read_assignments(sets: Iterable[str]) -> tuple[list[_Setting], list[str]]:
         key, origin = key.strip(), f"--set {assignment}"
         if not equals:
             problems.append(f"{origin} has no '='; must be key=value, like window.hop_s=5")
-        elif key in SECTIONS:
-            example = next((known for known in KEYS if known.startswith(f"{key}.")), "beam.runner")
+        elif key in schema.sections:
+            own = (known for known in schema.keys if known.startswith(f"{key}."))
+            example = next(own, "beam.runner")
             problems.append(f"{key} ({origin}) is a section; must be a key of it, like {example}")
-        elif not _is_key(key):
-            problems.append(_unknown(key, origin, KEYS))
+        elif not schema.has_key(key):
+            problems.append(_unknown(key, origin, schema.keys))
         else:
             try:
                 settings.append(_Setting(key, yaml.load(text, Loader=_Loader), origin))
@@ -513,86 +589,108 @@ _EXPECTED = {
     "greater_than": "greater than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
     "int_type": "a whole number",
+    "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le:g}",
     "literal_error": "{expected}",
     "string_type": "text (in quotes, if YAML takes it for something else)",
     "tuple_type": "a list of text",
 }
-_EXPECTED_OF_BEAM = "a number, text, true, false, null, or a list of these"
+_EXPECTED_IN_OPEN_SECTION = "a number, text, true, false, null, or a list of these"
 
 
-def _field_problems(error: ValidationError) -> dict[str, str]:
+def _field_problems(error: ValidationError, schema: Schema[Any]) -> dict[str, str]:
     """Each wrong key with what it must be; a value of several possible types has several."""
     wanted: dict[str, dict[str, None]] = {}
     for detail in error.errors(include_url=False):
         if not detail["loc"]:
             continue  # a rule between keys: told apart, with origins
         loc = [str(part) for part in detail["loc"]]
-        key = loc[0] if loc[0] not in SECTIONS else ".".join(loc[:2])
-        template = _EXPECTED.get(detail["type"])
-        text = template.format(**detail.get("ctx", {})) if template else detail["msg"]
+        key = ".".join(loc[:2]) if loc[0] in schema.sections else loc[0]
+        if loc[0] in schema.open_sections:
+            text = _EXPECTED_IN_OPEN_SECTION
+        else:
+            template = _EXPECTED.get(detail["type"])
+            text = template.format(**detail.get("ctx", {})) if template else detail["msg"]
         wanted.setdefault(key, {})[text] = None
-    return {
-        key: f"must be {_EXPECTED_OF_BEAM if key.startswith('beam.') else ' or '.join(texts)}"
-        for key, texts in wanted.items()
-    }
+    return {key: f"must be {' or '.join(texts)}" for key, texts in wanted.items()}
+
+
+@overload
+def load_config(
+    path: str | None = None,
+    sets: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> RunConfig: ...
+
+
+@overload
+def load_config(
+    path: str | None = None,
+    sets: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    *,
+    schema: Schema[C],
+) -> C: ...
 
 
 def load_config(
     path: str | None = None,
     sets: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
-) -> RunConfig:
+    *,
+    schema: Schema[Any] = RUN_SCHEMA,
+) -> Any:
     """Join the defaults, a YAML file, ``--set`` assignments and options, and check them all.
 
     Args:
         path: A YAML file, or the name of one that ships with Earmark (``audioset``).
         sets: ``key=value`` texts with dotted keys; values are read as YAML.
-        options: Flag (a key of ``OPTION_KEYS``) to value; None means not given.
+        options: Flag (a key of ``schema.option_keys``) to value; None means not given.
+        schema: What can be set.
     Returns:
-        The checked configuration.
+        The checked configuration, a ``schema.model``.
     Raises:
         ConfigError: Lists everything that is wrong, with where each came from.
     """
     settings: list[_Setting] = []
     problems: list[str] = []
     if path is not None:
-        file = _YamlSettings(find_config(path))
+        file = _YamlSettings(find_config(path, schema), schema)
         settings += file.settings
         problems += file.problems
-    assigned, wrong = _read_assignments(sets)
+    assigned, wrong = _read_assignments(sets, schema)
     settings += assigned
     problems += wrong
     settings += [
-        _Setting(OPTION_KEYS[flag], value, flag)
+        _Setting(schema.option_keys[flag], value, flag)
         for flag, value in (options or {}).items()
         if value is not None
     ]
-    return _validate(settings, problems)
+    return _validate(settings, problems, schema)
 
 
-def _validate(settings: Sequence[_Setting], problems: Sequence[str]) -> RunConfig:
+def _validate(settings: Sequence[_Setting], problems: Sequence[str], schema: Schema[C]) -> C:
     """Check what the layers set, the last of each key, and report all that is wrong."""
     given = {setting.key: setting.value for setting in settings}
     origins = {setting.key: setting.origin for setting in settings}
-    problems, config, wrong = list(problems), RunConfig(), dict[str, str]()
+    problems, config, wrong = list(problems), schema.model(), dict[str, str]()
     try:
-        config = RunConfig.model_validate(_nest(given))
+        config = schema.model.model_validate(_nest(given))
     except ValidationError as error:
-        wrong = _field_problems(error)
+        wrong = _field_problems(error, schema)
     problems += [
         f"{_describe(key, given.get(key), origins.get(key))}; {wanted}"
         for key, wanted in wrong.items()
     ]
-    values = {key: value for key, value in (_DEFAULTS | given).items() if key not in wrong}
-    problems += _broken_rules(values, origins)
+    values = {key: value for key, value in (schema.defaults | given).items() if key not in wrong}
+    problems += schema.broken_rules(values, origins)
     if problems:
-        raise ConfigError(_list_problems(problems))
+        raise ConfigError(_list_problems(problems, schema))
     return config
 
 
-def _list_problems(problems: Sequence[str]) -> str:
-    where = f"Every key is described in {config_folder() / 'default.yaml'}."
+def _list_problems(problems: Sequence[str], schema: Schema[Any]) -> str:
+    where = f"Every key is described in {_folder_of(schema.command) / 'default.yaml'}."
     if len(problems) == 1:
         return f"{problems[0]}\n{where}"
     lines = "".join(f"\n  - {problem}" for problem in problems)
@@ -606,30 +704,43 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else here.parent / "configs"
 
 
-def shipped_configs() -> list[str]:
-    """Names of the YAML files that ship with Earmark, without ``.yaml``."""
-    return sorted(path.stem for path in config_folder().glob("*.yaml"))
+def _folder_of(command: str) -> Path:
+    """The folder of the YAML files that ship with Earmark for a command."""
+    return config_folder() / CONFIG_FOLDERS[command]
 
 
-def find_config(name: str) -> Path:
+def shipped_configs(command: str = "label") -> list[str]:
+    """Names of the YAML files that ship with Earmark for a command, without ``.yaml``."""
+    return sorted(path.stem for path in _folder_of(command).glob("*.yaml"))
+
+
+def find_config(name: str, schema: Schema[Any] = RUN_SCHEMA) -> Path:
     """The file that ``--config`` means: a path, else the name of one that ships with Earmark.
 
     Raises:
-        ConfigError: There is neither.
+        ConfigError: There is neither; a name that means a file for another command is said to.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    shipped = shipped_configs()
+    shipped = shipped_configs(schema.command)
     stem = name.removesuffix(".yaml")
     if stem in shipped:
-        return config_folder() / f"{stem}.yaml"
+        return _folder_of(schema.command) / f"{stem}.yaml"
     close = get_close_matches(stem, shipped, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
+    for command in CONFIG_FOLDERS:
+        if stem in shipped_configs(command):
+            hint = f" {stem} is one for earmark {command}.{hint}"
     raise ConfigError(
         f"--config is {name}; must be a YAML file, or one that ships with Earmark: "
         f"{', '.join(shipped)}.{hint}"
     )
+
+
+class _HasOutput(Protocol):
+    @property
+    def output(self) -> str | None: ...
 
 
 def given_inputs(config: RunConfig) -> tuple[str, ...]:
@@ -646,8 +757,8 @@ def given_inputs(config: RunConfig) -> tuple[str, ...]:
     return config.inputs
 
 
-def given_output(config: RunConfig) -> str:
-    """The result's folder, which no default can give.
+def given_output(config: _HasOutput) -> str:
+    """The folder to write to, which no default can give.
 
     Raises:
         OutputError: There is none.

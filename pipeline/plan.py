@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.backlog import Backlog, count_vanished_failures, find_backlog
-from pipeline.config import RunConfig, given_inputs, given_model, given_output
+from pipeline.config import (
+    DecodeSection,
+    ReadSection,
+    RunConfig,
+    given_inputs,
+    given_model,
+    given_output,
+)
 from pipeline.graph import RunTotals
 from pipeline.result import (
     RUN_SCHEMA_VERSION,
@@ -205,7 +212,7 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
     )
     return make_settings(
         model,
-        decode=make_decode_settings(config),
+        decode=make_decode_settings(config.decode),
         inference=inference,
         window_s=config.window.length_s,
         hop_s=config.window.hop_s,
@@ -216,16 +223,25 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
     )
 
 
-def make_decode_settings(config: RunConfig) -> DecodeSettings:
+def make_decode_settings(section: DecodeSection) -> DecodeSettings:
     """How to decode; the rate is the model's, and set where the model is known."""
     return DecodeSettings(
-        num_processes=config.decode.processes or 0,
-        clips_ahead=config.decode.clips_ahead or 0,
-        stall_timeout_s=config.decode.stall_timeout_s,
-        max_item_bytes=config.decode.max_item_bytes,
-        max_item_s=config.decode.max_item_s,
-        max_decode_ratio=config.decode.max_decode_ratio,
-        max_decoder_bytes=config.decode.max_decoder_bytes,
+        num_processes=section.processes or 0,
+        clips_ahead=section.clips_ahead or 0,
+        stall_timeout_s=section.stall_timeout_s,
+        max_item_bytes=section.max_item_bytes,
+        max_item_s=section.max_item_s,
+        max_decode_ratio=section.max_decode_ratio,
+        max_decoder_bytes=section.max_decoder_bytes,
+    )
+
+
+def make_read_limits(decode: DecodeSection, read: ReadSection) -> ReadLimits:
+    """What reading an input may take."""
+    return ReadLimits(
+        max_item_bytes=decode.max_item_bytes,
+        max_page_bytes=read.max_page_bytes,
+        max_expansion=read.max_expansion,
     )
 
 
@@ -233,11 +249,7 @@ def make_source_settings(config: RunConfig) -> SourceSettings:
     """How to cut inputs into units and read them; windows are set where they are known."""
     return SourceSettings(
         windows_per_unit=config.units.windows,
-        limits=ReadLimits(
-            max_item_bytes=config.decode.max_item_bytes,
-            max_page_bytes=config.read.max_page_bytes,
-            max_expansion=config.read.max_expansion,
-        ),
+        limits=make_read_limits(config.decode, config.read),
     )
 
 

@@ -312,13 +312,9 @@ def check_same_results(state: ResultState, results: Mapping[str, Any], model_nam
     if not others:
         return
     run = state.run or {"results": {}, "model": {}}
-    before, now = _flatten(run["results"]), _flatten(results)
-    differences = [
-        f"  {key}: {_short(before.get(key))} there, {_short(now.get(key))} now"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
-    if before.get("model_sha256") != now.get("model_sha256"):
+    before = run["results"]
+    differences = describe_differences(before, results)
+    if before.get("model_sha256") != results.get("model_sha256"):
         differences.insert(0, f"  model: {run['model'].get('name')} there, {model_name} now")
     if not differences:
         differences = [f"  fingerprint: {min(others)} there, {fingerprint} now"]
@@ -327,6 +323,16 @@ def check_same_results(state: ResultState, results: Mapping[str, Any], model_nam
         + "\n".join(differences)
         + "\nGive another --output, go back to those settings, or start anew with --overwrite."
     )
+
+
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each setting that differs from what a folder was made with."""
+    there, here = _flatten(before), _flatten(now)
+    return [
+        f"  {key}: {_short(there.get(key))} there, {_short(here.get(key))} now"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
+    ]
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
         output=output,
         found=found,
         units=find_backlog(found, {}, sources, retry_from=None).units,
-        decode=make_decode_settings(config),
+        decode=make_decode_settings(config.decode),
         sources=sources,
         windows=windows,
         fbank=fbank,

@@ -21,7 +21,14 @@ import typer
 from rich.console import Console
 
 from pipeline import __version__, cli
-from pipeline.config import OPTION_KEYS, RunConfig, flatten
+from pipeline.config import (
+    OPTION_KEYS,
+    RUN_SCHEMA,
+    RunConfig,
+    Schema,
+    flatten,
+    shipped_configs,
+)
 from pipeline.progress import (
     Expected,
     Moment,
@@ -35,12 +42,14 @@ from pipeline.progress import (
     seconds_left,
     share_done,
 )
+from pipeline.train_config import TRAIN_SCHEMA, TrainConfig
 from pipeline.verify import run_verify
 from tests.audio_factory import noise, write
 from transforms.errors import AccountingError, ConfigError, InputError, ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = ["in", "-o", "out", "-m", "model"]
+TRAIN = ["train", "-t", "in", "-o", "out", "--hold-out", "fold=1"]
 
 
 class Calls(list[tuple[Any, ...]]):
@@ -65,6 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         ("pipeline.estimate", "run_plan"),
         ("pipeline.verify", "run_verify"),
         ("pipeline.export", "run_export"),
+        ("pipeline.train", "run_train"),
     ):
         fake = ModuleType(module)
         setattr(fake, name, calls.take)
@@ -115,6 +125,53 @@ def test_every_option_reaches_its_key(calls: Calls) -> None:
     assert values == flatten(RunConfig().resolved()) | expected | {"inputs": ["a.wav", "b/"]}
 
 
+def test_every_option_of_train_reaches_its_key(calls: Calls) -> None:
+    given = {
+        "--hold-out": "fold=1",
+        "--output": "out",
+        "--model": "m",
+        "--labels": "audioset",
+        "--epochs": "3",
+        "--batch-size": "16",
+        "--learning-rate": "0.5",
+        "--seed": "7",
+        "--device": "cpu",
+        "--precision": "bf16",
+        "--cache": "c",
+        "--limit": "9",
+        "--overwrite": None,
+        "--max-failed": "0.5",
+        "--quiet": None,
+    }
+    words = [word for pair in given.items() for word in pair if word is not None]
+    assert cli.main(["train", "-t", "a.csv", "--train", "b.tar", *words]) == 0
+    (config,) = calls[-1]
+    values = flatten(config.resolved())
+    expected = {
+        key: True if given[flag] is None else type(values[key])(given[flag])
+        for flag, key in TRAIN_SCHEMA.option_keys.items()
+        if flag in given
+    }
+    defaults = flatten(TrainConfig().resolved())
+    assert values == defaults | expected | {"train": ["a.csv", "b.tar"]}
+    assert set(given) == set(TRAIN_SCHEMA.option_keys) - {"--train", "--validation"}
+
+
+def test_train_takes_several_validation_inputs(calls: Calls) -> None:
+    assert cli.main([*TRAIN[:5], "-v", "x.csv", "--validation", "y.csv"]) == 0
+    (config,) = calls[-1]
+    assert config.validation == ("x.csv", "y.csv")
+
+
+def test_what_is_trained_on_can_come_from_the_yaml(calls: Calls, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: a.csv\nvalidation: [b.csv]\noutput: y\ntraining: {epochs: 2}\n")
+    assert cli.main(["train", "-c", str(path), "--epochs", "4"]) == 0
+    (config,) = calls[-1]
+    assert (config.train, config.validation, config.output) == (("a.csv",), ("b.csv",), "y")
+    assert config.training.epochs == 4
+
+
 def test_overwrite_reaches_its_key(calls: Calls) -> None:
     assert label_config(calls, *REQUIRED, "--overwrite").overwrite is True
 
@@ -126,19 +183,32 @@ def test_the_options_of_the_commands_are_those_of_the_config() -> None:
         assert {"INPUT"} | {f"--{name.replace('_', '-')}" for name in names} == flags
 
 
-def test_the_help_tells_the_config_s_defaults() -> None:
-    values = flatten(RunConfig().resolved())
-    label = typer.main.get_command(cli.app).commands["label"]  # type: ignore[attr-defined]
+def test_the_options_of_train_are_those_of_its_config() -> None:
+    names = set(inspect.signature(cli.train).parameters) - {"context", "config", "set"}
+    assert {f"--{name.replace('_', '-')}" for name in names} == set(TRAIN_SCHEMA.option_keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"), [("label", RUN_SCHEMA), ("train", TRAIN_SCHEMA)], ids=["label", "train"]
+)
+def test_the_help_tells_the_config_s_defaults(name: str, schema: Schema[Any]) -> None:
+    command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
     told = {
-        OPTION_KEYS[parameter.opts[0]]: match.group(1)
-        for parameter in label.params
-        if (match := re.search(r"\(default ([\w.]+)", parameter.help or ""))
+        schema.option_keys[parameter.opts[0]]: match.group(1)
+        for parameter in command.params
+        if (match := re.search(r"\(default ([\w.-]*\w)", parameter.help or ""))
     }
     assert told == {
-        key: {False: "no"}.get(values[key], str(values[key]))
-        for key in OPTION_KEYS.values()
-        if values[key] not in (None, [])
+        key: "no" if value is False else str(value)
+        for key in schema.option_keys.values()
+        if (value := schema.defaults[key]) not in (None, [])
     }
+
+
+def test_the_help_of_train_names_every_recipe() -> None:
+    command = typer.main.get_command(cli.app).commands["train"]  # type: ignore[attr-defined]
+    (option,) = [parameter for parameter in command.params if "--config" in parameter.opts]
+    assert set(shipped_configs("train")) - {"default"} <= set(re.findall(r"\w+", option.help))
 
 
 def test_the_yaml_gives_what_the_command_line_leaves_out(calls: Calls, tmp_path: Path) -> None:
@@ -192,6 +262,14 @@ def test_beam_options_are_handed_on_as_they_are(calls: Calls, command: str) -> N
         (["label", "in", "-m", "model"], "no output is given"),
         (["label", "in", "-o", "out"], "no model is given; .*earmark models"),
         (["plan", "in"], "no model is given"),
+        (["train", "-o", "out"], "nothing to learn from is given; .*--train INPUT"),
+        (["train", "-t", "in", "--hold-out", "a=1"], "no output is given"),
+        (["train", "-t", "in", "-o", "out"], r"training.keep is best; needs .*--hold-out COLUMN"),
+        ([*TRAIN, "--hold-out", "fold"], r"hold_out is fold \(--hold-out\); must be COLUMN=VALUE"),
+        ([*TRAIN, "--config", "esc5"], "Did you mean esc50"),
+        ([*TRAIN, "--config", "audioset"], "audioset is one for earmark label"),
+        ([*TRAIN, "--learning-rate", "-1"], r"learning_rate is -1.0 \(--learning-rate\); must be"),
+        ([*TRAIN, "--", "--runner=X"], "earmark train runs no pipeline.*--runner=X"),
         (["verify"], "Missing argument 'DIR'"),
         (["export", "x"], "Missing option '--format'"),
         (["verify", "x", "--", "--runner=X"], "earmark verify runs no pipeline.*--runner=X"),
@@ -364,10 +442,11 @@ def test_models_lists_the_public_ones(capsys: pytest.CaptureFixture[str]) -> Non
     table = capsys.readouterr().out
     assert cli.main(["models", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
-    assert [entry["hub_id"] for entry in entries] == [e.hub_id for e in PUBLIC_CHECKPOINTS]
+    from_hub = [entry["hub_id"] for entry in entries if entry["source"] == "hub"]
+    assert from_hub == [e.hub_id for e in PUBLIC_CHECKPOINTS]
     for entry in entries:
         assert {"window_s", "num_labels", "license", "published"} <= set(entry)
-        line = next(line for line in table.splitlines() if f" {entry['hub_id']} " in line)
+        line = next(line for line in table.splitlines() if f" {entry['name']} " in line)
         assert entry["license"] in line
         assert f"{entry['window_s']:.3f} s" in line
 
@@ -392,9 +471,12 @@ def test_models_are_named_whole_on_a_terminal_of_any_width(
         assert all(len(line) <= width for line in text.splitlines())
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize(
+    ("command", "flag"), [("label", "--top-k"), ("train", "--hold-out")], ids=["label", "train"]
+)
+def test_help_imports_nothing_heavy(command: str, flag: str) -> None:
     script = (
-        "import sys; from pipeline.cli import main; code = main(['label', '--help']);"
+        f"import sys; from pipeline.cli import main; code = main(['{command}', '--help']);"
         "heavy = {'torch', 'apache_beam', 'pyarrow', 'av', 'soundfile', 'fsspec', 'numpy'}"
         " & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else code)"
@@ -403,7 +485,20 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "--top-k" in done.stdout
+    assert flag in done.stdout
+
+
+def test_wrong_usage_of_train_is_told_before_anything_heavy_is_loaded() -> None:
+    script = (
+        "import sys; from pipeline.cli import main; code = main(['train', '-t', 'x.csv']);"
+        "heavy = {'torch', 'apache_beam', 'pyarrow', 'av', 'soundfile'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "training.keep is best" in done.stderr
 
 
 def test_python_m_pipeline_is_the_command() -> None:
@@ -519,6 +614,7 @@ def test_a_current_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     [
         *(["label", "in", "-m", "m"], ["plan", "in", "-m", "m"], ["stats", "in"]),
         *(["export", "x", "-f", "csv"], ["evaluate", "x"]),
+        ["train", "-t", "in", "--hold-out", "fold=1"],
     ],
     ids=lambda command: command[0],
 )
@@ -528,6 +624,17 @@ def test_the_process_s_memory_is_no_output(
     assert cli.main([*command, "-o", "memory://out"]) == 2
     assert "memory:// is gone when the command ends" in capsys.readouterr().err
     assert calls == []
+
+
+def test_a_training_that_a_disk_stopped_goes_on(
+    calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls.error = OSError(28, "No space left on device", "/x/y")
+    assert cli.main(TRAIN) == 1
+    assert capsys.readouterr().err == (
+        "earmark: /x/y: No space left on device\n"
+        "Once that is mended, run the same command again: it goes on from what is done.\n"
+    )
 
 
 @pytest.mark.parametrize("command", [["verify", "label"], ["export", "x", "-f", "csv"]])

@@ -182,6 +182,12 @@ def test_rules_between_keys_hold_without_a_file_too() -> None:
         RunConfig.model_validate({"window": {"length_s": 5.0, "hop_s": 6.0}})
 
 
+def test_one_input_may_have_blanks_in_its_name() -> None:
+    assert load_config(sets=["inputs=a b.wav"]).inputs == ("a b.wav",)
+    (problem,) = problems(sets=["inputs=[a, ' ']"])
+    assert problem.startswith("inputs is [a, ' '] (--set inputs=[a, ' ']); must hold no empty text")
+
+
 def test_a_hop_as_long_as_the_window_is_fine() -> None:
     assert load_config(sets=["window.length_s=5", "window.hop_s=5"]).window.hop_s == 5.0
 
@@ -217,6 +223,11 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 def test_a_shipped_config_goes_by_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     assert find_config(name) == config_folder() / "audioset.yaml"
+
+
+def test_a_recipe_for_training_is_none_for_labelling() -> None:
+    with pytest.raises(ConfigError, match=r"esc50 is one for earmark train\.$"):
+        load_config("esc50")
 
 
 def test_a_file_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What is installed: the wheel holds the packages, the configs and the label lists, and works."""
+"""What is installed: the wheel holds packages, configs, label lists and models, and works."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from pathlib import Path
 import pytest
 
 import pipeline
+from tests.model_factory import TINY_LABELS, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL_CARD = """---
+license: cc0-1.0
+model-index:
+- results: [{dataset: {name: none}, metrics: [{type: accuracy, value: 0.2}]}]
+---
+"""
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +34,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(
             ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
+    # Beside what ships: a model of the test's own, which the others cannot be mistaken for.
+    model = write_tiny_model(source / "transforms" / "bundled_models" / "tiny")
+    (model / "README.md").write_text(MODEL_CARD)
     target = tmp_path_factory.mktemp("wheel")
     built = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index",
@@ -51,15 +61,30 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_all_that_the_checkout_has(installed: Path) -> None:
     expected = {
-        *(f"pipeline/{path.name}" for path in (ROOT / "pipeline").glob("*.py")),
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "pipeline").rglob("*.py")),
         *(f"transforms/{path.name}" for path in (ROOT / "transforms").glob("*.py")),
-        *(f"pipeline/configs/{path.name}" for path in (ROOT / "configs").iterdir()),
+        *(
+            f"pipeline/{path.relative_to(ROOT)}"
+            for path in (ROOT / "configs").rglob("*")
+            if path.is_file()
+        ),
         *(
             f"transforms/label_lists/{path.name}"
             for path in (ROOT / "transforms" / "label_lists").iterdir()
         ),
+        *(
+            str(path.relative_to(ROOT))
+            for path in (ROOT / "transforms" / "bundled_models").rglob("*")
+            if path.is_file()
+        ),
+        *(
+            f"transforms/bundled_models/tiny/{name}"
+            for name in "README.md config.json model.safetensors preprocessor_config.json".split()
+        ),
     }
     assert "pipeline/configs/default.yaml" in expected
+    assert "pipeline/configs/train/esc50.yaml" in expected
+    assert "pipeline/training/__init__.py" in expected
     assert "transforms/label_lists/audioset.csv" in expected
     found = {
         str(path.relative_to(installed))
@@ -107,6 +132,17 @@ def test_an_installed_earmark_finds_its_configs(installed: Path, tmp_path: Path)
     )
 
 
+def test_an_installed_earmark_finds_its_recipes(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "from pipeline.config import find_config, load_config;"
+        "from pipeline.train_config import TRAIN_SCHEMA as schema;"
+        "print(find_config('esc50', schema), load_config('esc50', schema=schema).model.max_length)"
+    )
+    assert run_from(installed, tmp_path, code) == (
+        f"{installed}/pipeline/configs/train/esc50.yaml 512"
+    )
+
+
 def test_a_checkout_finds_its_configs(tmp_path: Path) -> None:
     code = "from pipeline.config import config_folder; print(config_folder())"
     assert run_from(ROOT, tmp_path, code) == str(ROOT / "configs")
@@ -115,3 +151,14 @@ def test_a_checkout_finds_its_configs(tmp_path: Path) -> None:
 def test_an_installed_earmark_finds_its_label_lists(installed: Path, tmp_path: Path) -> None:
     code = "from transforms.labels import audioset_labels; print(len(audioset_labels()))"
     assert run_from(installed, tmp_path, code) == "527"
+
+
+def test_an_installed_earmark_labels_with_the_models_it_holds(
+    installed: Path, tmp_path: Path
+) -> None:
+    code = (
+        "from transforms.checkpoints import load_model, resolve_model;"
+        "spec = resolve_model('tiny'); load_model(spec);"
+        "print(spec.source, spec.license, len(spec.labels))"
+    )
+    assert run_from(installed, tmp_path, code) == f"bundled cc0-1.0 {len(TINY_LABELS)}"

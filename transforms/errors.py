@@ -13,6 +13,7 @@
     │   └── InferenceError      the model gives no usable answer for it
     ├── ContainerError        a tar, Parquet file or manifest ends early: a row, and exit code 3
     ├── DeviceError           the model cannot be run on the device at all: exit code 1
+    ├── TrainingError         a training cannot go on: exit code 1
     ├── WriteError            the output cannot be written any more: exit code 1
     ├── AnswerError           standard output cannot be written: exit code 1
     ├── OutputLostError       another run has taken the output over: exit code 1
@@ -95,6 +96,10 @@ class ContainerError(EarmarkError):
 
 class DeviceError(EarmarkError):
     """The model cannot be run, whatever the window: no memory for one, or the device has failed."""
+
+
+class TrainingError(EarmarkError):
+    """A training cannot go on: its loss is not a number any more."""
 
 
 class WriteError(EarmarkError):

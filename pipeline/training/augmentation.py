@@ -1,0 +1,329 @@
+"""Change clips at random while a model learns from them, so that it learns no clip by heart.
+
+    waveforms ─shift, speed, gain, sign─▶ ─mix with another clip─▶ KaldiFbank, not normalised
+        ─equalizer─mask mels, frames─▶ ─normalise─▶ ─noise─roll─▶ features for the model
+
+The order, and what masks, noise and mixing do, is the original's (YuanGongND/ast
+``src/dataloader.py``), which mixes, masks, normalises, adds noise and rolls; the rest stands where
+it means the most. A piece whose setting is 0 or false gives back what it was given, bit for bit.
+
+Everything is drawn from a generator that is handed in, on the CPU whatever the device of the batch
+is, so the same generator gives the same batch on every device.
+
+Shapes in comments: B clips, n samples, T frames, F mel bins.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import soxr
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (the field's name for it)
+
+from pipeline.train_config import AugmentationSection
+from transforms.fbank import LOG_FLOOR, FbankSettings
+
+# Control points of the equalizer's curve lie about so many mel bins apart: 6 of them over 128.
+_MELS_PER_CONTROL_POINT = 20
+# Log-mel values up to here are at the floor: nothing sounds there. The margin is float32's.
+_FLOOR = math.log(LOG_FLOOR)
+_FLOOR_MARGIN = 1e-4
+# soxr's quickest recipe, cubic interpolation: half the time of the next better one, and what it
+# adds near half the rate is one more change to a clip that is meant to be changed.
+_RESAMPLING = "QQ"
+
+
+@dataclass(frozen=True)
+class Augment:
+    """All of it, as one section of the configuration says.
+
+    Attributes:
+        section: What to do, and how much.
+        fbank: The model's features; its mean and std normalise.
+    """
+
+    section: AugmentationSection
+    fbank: FbankSettings
+
+    def waveforms(
+        self, waveforms: Tensor, lengths: Tensor, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Shift, stretch, amplify and invert clips; ``mix`` comes after it.
+
+        Args:
+            waveforms: Shape (B, n), float32; 0 behind a clip's end.
+            lengths: Samples of each clip, shape (B,), int64.
+            rng: Draws everything.
+
+        Returns:
+            Both, of the same shapes. No clip becomes too short for features by it.
+        """
+        section = self.section
+        if section.circular_shift:
+            waveforms = shift_circularly(waveforms, lengths, rng)
+        changed, changed_lengths = change_speed(waveforms, lengths, section.speed, rng)
+        # Zeros behind the end of a clip that would be shorter than a frame count as its silence.
+        least = lengths.clamp(max=self.fbank.frame_samples)
+        changed = change_gain(changed, section.gain_db, rng)
+        if section.invert:
+            changed = invert(changed, rng)
+        return changed, torch.maximum(changed_lengths, least)
+
+    def features(self, log_mel: Tensor, lengths: Tensor, rng: np.random.Generator) -> Tensor:
+        """Equalize, mask, normalise, add noise and roll.
+
+        Args:
+            log_mel: What ``KaldiFbank`` gives with ``feature_statistics.without_normalising``,
+                shape (B, T, F); padding is 0.
+            lengths: Samples of each clip, shape (B,), int64, on the same device.
+            rng: Draws everything.
+
+        Returns:
+            Normalised features of the same shape.
+        """
+        section, fbank = self.section, self.fbank
+        frames = count_frames(lengths, fbank)
+        x = equalize(log_mel, frames, section.equalizer_db, rng)
+        x = mask_mels(x, section.masked_mels, rng)
+        x = mask_frames(x, section.masked_frames, rng)
+        x = (x - fbank.mean) / (2.0 * fbank.std)
+        x = add_noise(x, section.feature_noise, rng)
+        return roll_frames(x, section.shift_frames, rng)
+
+
+def shift_circularly(waveforms: Tensor, lengths: Tensor, rng: np.random.Generator) -> Tensor:
+    """Roll each clip within its own length, by any number of samples; padding stays behind it."""
+    shifted = waveforms.clone()
+    for row, length in enumerate(lengths.tolist()):
+        shift = int(rng.integers(max(1, length)))
+        shifted[row, :length] = torch.roll(waveforms[row, :length], shift)
+    return shifted
+
+
+def change_speed(
+    waveforms: Tensor, lengths: Tensor, speed: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Play each clip faster or slower, pitch and all, by a factor exp(U(-speed, speed)).
+
+    Args:
+        waveforms: Shape (B, n), float32.
+        lengths: Samples of each clip, shape (B,).
+        speed: The logarithm of the largest factor: 0.1 is up to 10.5 % faster.
+        rng: Draws a factor per clip.
+
+    Returns:
+        Waveforms of the same shape, cut at n or with 0 behind the end, and the new lengths.
+    """
+    if speed == 0.0:
+        return waveforms, lengths
+    factors = np.exp(rng.uniform(-speed, speed, lengths.shape[0]))
+    num_samples = waveforms.shape[1]
+    originals = waveforms.cpu().numpy()  # soxr knows numpy alone
+    changed = np.zeros_like(originals)
+    new_lengths = []
+    for row, (length, factor) in enumerate(zip(lengths.tolist(), factors.tolist(), strict=True)):
+        clip = soxr.resample(originals[row, :length], factor, 1.0, quality=_RESAMPLING)
+        clip = clip[:num_samples]
+        changed[row, : clip.size] = clip
+        new_lengths.append(clip.size)
+    return (
+        torch.from_numpy(changed).to(waveforms.device),
+        torch.tensor(new_lengths, dtype=lengths.dtype, device=lengths.device),
+    )
+
+
+def change_gain(waveforms: Tensor, gain_db: float, rng: np.random.Generator) -> Tensor:
+    """Make each clip louder or softer, by U(-gain_db, gain_db) decibels."""
+    if gain_db == 0.0:
+        return waveforms
+    factors = 10.0 ** (rng.uniform(-gain_db, gain_db, waveforms.shape[0]) / 20.0)
+    return waveforms * _like(waveforms, factors)[:, None]
+
+
+def invert(waveforms: Tensor, rng: np.random.Generator) -> Tensor:
+    """Turn the sign of half of the clips, which no ear hears."""
+    signs = np.where(rng.random(waveforms.shape[0]) < 0.5, -1.0, 1.0)
+    return waveforms * _like(waveforms, signs)[:, None]
+
+
+def mix(
+    waveforms: Tensor,
+    lengths: Tensor,
+    targets: Tensor,
+    partners: Tensor,
+    partner_lengths: Tensor,
+    partner_targets: Tensor,
+    ratio: float,
+    beta: float,
+    rng: np.random.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix clips with partners, sounds and labels alike.
+
+    A clip's share λ is drawn from Beta(beta, beta) and the partner has 1 - λ of sound and labels;
+    of a label that both have it is the sum. As in the original, each is centred on its mean
+    before and the mixture after, a longer partner is cut and a shorter one followed by silence.
+
+    Args:
+        waveforms: Shape (B, n), float32.
+        lengths: Samples of each clip, shape (B,).
+        targets: Share of each label, shape (B, labels), float32.
+        partners: A clip for each to mix with, as ``waveforms``.
+        partner_lengths: As ``lengths``.
+        partner_targets: As ``targets``.
+        ratio: Share of clips that are mixed; the others stay as they are, bit for bit.
+        beta: Both parameters of the distribution; 10 in the original, where λ is mostly near ½.
+        rng: Draws which clips are mixed, and their λ.
+
+    Returns:
+        Waveforms, lengths and targets; the lengths are the clips' own.
+
+    Raises:
+        ValueError: the partners' shapes are not the clips' own.
+
+    Source: YuanGongND/ast ``src/dataloader.py``, after Tokozume et al. 2018, arXiv:1711.10282,
+        and Zhang et al. 2018, arXiv:1710.09412.
+    """
+    for name, ours, theirs in (
+        ("partners", waveforms, partners),
+        ("partner_lengths", lengths, partner_lengths),
+        ("partner_targets", targets, partner_targets),
+    ):
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"{name} has the shape {tuple(theirs.shape)}; expected {tuple(ours.shape)}, one "
+                "partner per clip"
+            )
+    drawn = rng.random(waveforms.shape[0]) < ratio
+    shares = _like(waveforms, rng.beta(beta, beta, waveforms.shape[0]))[:, None]  # (B, 1)
+    if not drawn.any():
+        return waveforms, lengths, targets
+    is_inside = _positions(waveforms) < lengths[:, None]  # (B, n)
+    is_in_both = is_inside & (_positions(waveforms) < partner_lengths[:, None])
+    # The partner's mean is that of all of it, also of what is cut.
+    others = torch.where(is_in_both, _centred(partners, partner_lengths), 0.0)
+    mixed = shares * _centred(waveforms, lengths) + (1.0 - shares) * others
+    mixed = _centred(mixed, lengths)
+    mixed_targets = shares * targets + (1.0 - shares) * partner_targets
+    is_mixed = torch.from_numpy(drawn).to(waveforms.device)[:, None]
+    return (
+        torch.where(is_mixed, mixed, waveforms),
+        lengths,
+        torch.where(is_mixed, mixed_targets, targets),
+    )
+
+
+def _centred(waveforms: Tensor, lengths: Tensor) -> Tensor:
+    """Each clip less the mean of its own samples; 0 behind its end."""
+    is_inside = _positions(waveforms) < lengths[:, None]
+    sums = torch.where(is_inside, waveforms, 0.0).sum(dim=1, keepdim=True)
+    means = sums / lengths.clamp(min=1)[:, None]
+    return torch.where(is_inside, waveforms - means, 0.0)
+
+
+def _positions(waveforms: Tensor) -> Tensor:
+    return torch.arange(waveforms.shape[1], device=waveforms.device)
+
+
+def count_frames(lengths: Tensor, fbank: FbankSettings) -> Tensor:
+    """Frames that clips of so many samples fill: ``FbankSettings.count_frames``, limited to T."""
+    frames = (lengths - fbank.frame_samples).div(fbank.hop_samples, rounding_mode="floor") + 1
+    return frames.clamp(0, fbank.num_frames)
+
+
+def equalize(
+    log_mel: Tensor, frames: Tensor, equalizer_db: float, rng: np.random.Generator
+) -> Tensor:
+    """Hear each clip through another microphone: a smooth random gain over the mels.
+
+    The gain is linear between control points about 20 mels apart, which are normal with mean 0.
+    Padding stays padding, and what is at the logarithm's floor stays there: nothing sounds in it.
+
+    Args:
+        log_mel: Natural logarithms of power, not normalised, shape (B, T, F).
+        frames: Frames inside each clip, shape (B,), on the same device.
+        equalizer_db: Standard deviation of the control points in decibels.
+        rng: Draws the control points.
+    """
+    if equalizer_db == 0.0:
+        return log_mel
+    num_clips, num_frames, num_mels = log_mel.shape
+    num_points = max(2, round(num_mels / _MELS_PER_CONTROL_POINT))
+    # Decibels of power are ten times its decimal logarithm; features have the natural one.
+    points = rng.standard_normal((num_clips, 1, num_points)) * equalizer_db * math.log(10.0) / 10.0
+    gain = F.interpolate(
+        _like(log_mel, points), size=num_mels, mode="linear", align_corners=True
+    )  # (B, 1, F)
+    is_inside = torch.arange(num_frames, device=log_mel.device) < frames[:, None]  # (B, T)
+    sounds = is_inside[:, :, None] & (log_mel > _FLOOR + _FLOOR_MARGIN)  # (B, T, F)
+    return torch.where(sounds, (log_mel + gain).clamp_min(_FLOOR), log_mel)
+
+
+def mask_mels(features: Tensor, widest: int, rng: np.random.Generator) -> Tensor:
+    """Set a band of mels of each clip to 0; features (B, T, F) not normalised, see ``_mask``."""
+    return _mask(features, 2, widest, rng)
+
+
+def mask_frames(features: Tensor, widest: int, rng: np.random.Generator) -> Tensor:
+    """Set a stretch of frames of each clip to 0; features (B, T, F) not normalised, see ``_mask``.
+
+    It may lie in padding, which has the same value.
+    """
+    return _mask(features, 1, widest, rng)
+
+
+def _mask(features: Tensor, axis: int, widest: int, rng: np.random.Generator) -> Tensor:
+    """Set one band per clip to 0, anywhere along an axis.
+
+    Width and start are drawn as torchaudio's ``mask_along_axis`` draws them: as real numbers,
+    each rounded down, so that a band of ``widest`` itself comes up with probability 0 and the last
+    place of the axis is never reached.
+
+    Source: SpecAugment, Park et al. 2019, arXiv:1904.08779.
+    """
+    if widest == 0:
+        return features
+    num_clips, size = features.shape[0], features.shape[axis]
+    widths = rng.random(num_clips) * widest
+    starts = np.floor(rng.random(num_clips) * np.maximum(0.0, size - widths))
+    ends = starts + np.floor(widths)
+    shape = [num_clips, 1, 1]
+    first = torch.from_numpy(starts).to(features.device, torch.int64).view(shape)
+    behind = torch.from_numpy(ends).to(features.device, torch.int64).view(shape)
+    shape = [1, 1, 1]
+    shape[axis] = size
+    position = torch.arange(size, device=features.device).view(shape)
+    return features.masked_fill((position >= first) & (position < behind), 0.0)
+
+
+def add_noise(features: Tensor, feature_noise: float, rng: np.random.Generator) -> Tensor:
+    """Add to each value U(0, 1), times U(0, 1) per clip, times ``feature_noise``.
+
+    Normalised features of shape (B, T, F); 0.1 in the original's recipe for Speech Commands.
+    """
+    if feature_noise == 0.0:
+        return features
+    strengths = rng.random(features.shape[0]) * feature_noise
+    noise = torch.from_numpy(rng.random(tuple(features.shape), dtype=np.float32))
+    return features + noise.to(features) * _like(features, strengths)[:, None, None]
+
+
+def roll_frames(features: Tensor, shift_frames: int, rng: np.random.Generator) -> Tensor:
+    """Roll each clip's features along time by -shift_frames to shift_frames, padding and all."""
+    if shift_frames == 0:
+        return features
+    shifts = rng.integers(-shift_frames, shift_frames + 1, features.shape[0])
+    rolled = [
+        torch.roll(clip, shift, dims=0)
+        for clip, shift in zip(features, shifts.tolist(), strict=True)
+    ]
+    return torch.stack(rolled)
+
+
+def _like(tensor: Tensor, values: npt.NDArray[np.float64]) -> Tensor:
+    """Drawn values as a tensor of another's type, on its device."""
+    return torch.from_numpy(values).to(tensor)

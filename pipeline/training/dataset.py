@@ -1,0 +1,475 @@
+"""Labelled clips: which to train on, which to validate with, and what their labels are.
+
+    Found ─clip_cache─▶ CachedClips ─split_clips─▶ training clips ───┬─resolve_labels─▶ ClipSets
+                                               └─▶ validation clips ─┘
+
+Clips and labels that do not go together are an error before anything is trained, which names the
+clip, the label and what helps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.plan import counted
+from pipeline.train_config import split_hold_out
+from pipeline.training.clip_cache import CachedClip, CachedClips, SampleFile, check_failures
+from transforms.errors import ConfigError, InputError
+from transforms.labels import find_label, labels_from_names
+from transforms.records import FloatArray, Item
+
+Loss: TypeAlias = Literal["cross_entropy", "binary_cross_entropy"]
+
+_NUM_EXAMPLES = 5
+
+
+# --- Training and validation ---------------------------------------------------------------
+
+
+def split_clips(
+    cached: CachedClips, hold_out: str | None
+) -> tuple[tuple[CachedClip, ...], tuple[CachedClip, ...]]:
+    """Divide clips into those to train on and those to validate with.
+
+    Args:
+        cached: The clips.
+        hold_out: ``COLUMN=VALUE``: clips whose metadata has this value in this column, compared as
+            text, are for validation. None: no clip is.
+
+    Raises:
+        ConfigError: It has not this form.
+        InputError: There is no such column, no clip has the value, or all have it.
+    """
+    if hold_out is None:
+        return cached.clips, ()
+    column, value = split_hold_out(hold_out)
+    if not column or not value:
+        raise ConfigError(
+            f"hold_out is {hold_out!r}; expected COLUMN=VALUE, such as fold=4. Give it with "
+            "--hold-out."
+        )
+    columns = [_metadata_of(clip.item) for clip in cached.clips]
+    texts = [_texts(values[column]) if column in values else () for values in columns]
+    train = [clip for clip, of in zip(cached.clips, texts, strict=True) if value not in of]
+    held = [clip for clip, of in zip(cached.clips, texts, strict=True) if value in of]
+    if not held:
+        raise InputError(_why_none_is_held_out(hold_out, column, columns, texts))
+    if not train:
+        raise InputError(
+            f"--hold-out {hold_out} holds out all of {counted(len(held), 'clip')}, and nothing is "
+            f"left to train on; give a value of {column} that only some clips have"
+        )
+    return tuple(train), tuple(held)
+
+
+def _metadata_of(item: Item) -> Mapping[str, object]:
+    if item.metadata is None:
+        return {}
+    try:
+        values = json.loads(item.metadata)
+    except ValueError as error:
+        raise InputError(f"the metadata of {item.clip_id} is not JSON: {error}; mend it") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """How a value may be written: as text, a number with nothing behind the point without it."""
+    if isinstance(value, str):
+        return (value.strip(),)
+    text = json.dumps(value, ensure_ascii=False)
+    is_whole = isinstance(value, float) and value.is_integer()
+    return (str(int(value)), text) if is_whole and isinstance(value, float) else (text,)
+
+
+def _why_none_is_held_out(
+    hold_out: str,
+    column: str,
+    columns: Sequence[Mapping[str, object]],
+    texts: Sequence[tuple[str, ...]],
+) -> str:
+    known = list(dict.fromkeys(name for values in columns for name in values))
+    if not known:
+        return (
+            f"--hold-out {hold_out}: the inputs say nothing of their clips but labels; expected a "
+            f"manifest with a column {column}"
+        )
+    if column not in known:
+        return (
+            f"--hold-out {hold_out}: no clip has a column {column}; the columns there are: "
+            f"{_some(known, 20)}"
+        )
+    values = sorted({of[0] for of in texts if of})
+    return (
+        f"--hold-out {hold_out}: no clip has this value; of the {counted(len(values), 'value')} of "
+        f"{column}: {_some(values)}"
+    )
+
+
+def _some(texts: Sequence[str], num_shown: int = _NUM_EXAMPLES) -> str:
+    more = f" and {len(texts) - num_shown:,} more" if len(texts) > num_shown else ""
+    return ", ".join(texts[:num_shown]) + more
+
+
+# --- Labels --------------------------------------------------------------------------------
+
+
+class ResolvedLabels(NamedTuple):
+    """Which labels are learnt.
+
+    Attributes:
+        names: In the order of the model's outputs.
+        warnings: What the user should be told of them.
+    """
+
+    names: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def resolve_labels(
+    train: Sequence[CachedClip],
+    validation: Sequence[CachedClip] = (),
+    names: Sequence[str] | None = None,
+    *,
+    loss: Loss = "cross_entropy",
+    is_held_out: bool = False,
+) -> ResolvedLabels:
+    """The labels that a model is to learn, once it is clear that clips and labels go together.
+
+    Args:
+        train: Clips to train on.
+        validation: Clips to validate with; their labels must be among those to learn.
+        names: The labels of the model or of a list, in its order; None for those that the training
+            clips have, sorted.
+        loss: ``cross_entropy``: each clip has exactly one label.
+        is_held_out: The validation clips were split off the training clips.
+
+    Raises:
+        InputError: A clip has no label, one that is not known, or more or fewer than the loss
+            allows; or a label cannot be both learnt and checked.
+    """
+    known = tuple(names) if names is not None else _sorted_names(train)
+    sets = [("training", train), *([("validation", validation)] if validation else [])]
+    for which, clips in sets:
+        _check_labelled(clips, which)
+    for which, clips in sets:
+        _check_known(clips, which, known, is_from_clips=names is None)
+    if not known:
+        raise InputError(
+            f"{counted(len(train), 'training clip')} say that they have no label at all; give "
+            "clips that have one, or the list of labels with --labels"
+        )
+    if loss == "cross_entropy":
+        for which, clips in sets:
+            _check_one_label(clips, which, known)
+        if len(known) < 2:
+            raise InputError(
+                f"there is one label to learn, {known[0]!r}, and with training.loss=cross_entropy "
+                "a model of one label always says it; give clips with at least two labels, or "
+                "--set training.loss=binary_cross_entropy"
+            )
+    find = _finder(known)
+    counts = np.bincount([i for clip in train for i in find(clip)], minlength=len(known))
+    checks = np.bincount([i for clip in validation for i in find(clip)], minlength=len(known))
+    if is_held_out:
+        _check_learnable(known, counts, checks)
+    if names is None and loss == "cross_entropy":
+        _check_not_single(known, counts, checks)
+    return ResolvedLabels(known, tuple(_label_warnings(known, counts)))
+
+
+def _sorted_names(clips: Sequence[CachedClip]) -> tuple[str, ...]:
+    return tuple(sorted({name for clip in clips for name in clip.item.truth or ()}))
+
+
+def _finder(names: Sequence[str]) -> Callable[[CachedClip], tuple[int, ...]]:
+    """From a clip to the indices of its labels, each once, those that are not known left out."""
+    labels = labels_from_names(names)
+    # Texts are few and clips are many.
+    find = functools.lru_cache(maxsize=None)(lambda text: find_label(text, labels))
+
+    def indices(clip: CachedClip) -> tuple[int, ...]:
+        found = [find(text) for text in clip.item.truth or ()]
+        return tuple(dict.fromkeys(index for index in found if index is not None))
+
+    return indices
+
+
+def _check_labelled(clips: Sequence[CachedClip], which: str) -> None:
+    without = [clip.item.clip_id for clip in clips if clip.item.truth is None]
+    if not without:
+        return
+    if len(without) == len(clips):
+        raise InputError(
+            f"none of {counted(len(clips), f'{which} clip')} has a label; expected a manifest with "
+            "a column label (one name) or labels (several), or a Parquet file or tar that has it "
+            f"beside the audio. The first clip: {without[0]}"
+        )
+    raise InputError(
+        f"{len(without):,} of {counted(len(clips), f'{which} clip')} have no label: "
+        f"{_some(without)}. Label them, or leave them out of the input"
+    )
+
+
+def _check_known(
+    clips: Sequence[CachedClip], which: str, names: Sequence[str], *, is_from_clips: bool
+) -> None:
+    labels = labels_from_names(names)
+    texts = dict.fromkeys(text for clip in clips for text in clip.item.truth or ())
+    unknown = {text for text in texts if find_label(text, labels) is None}
+    if not unknown:
+        return
+    first: dict[str, str] = {}
+    for clip in clips:
+        for text in clip.item.truth or ():
+            if text in unknown:
+                first.setdefault(text, clip.item.clip_id)
+    described = [
+        f"{text!r} of {first[text]}{_closest(text, names)}"
+        for text in sorted(unknown)[:_NUM_EXAMPLES]
+    ]
+    more = f" and {len(unknown) - _NUM_EXAMPLES:,} more" if len(unknown) > _NUM_EXAMPLES else ""
+    number = sum(any(text in unknown for text in clip.item.truth or ()) for clip in clips)
+    if is_from_clips:
+        where = "that no training clip has"
+        advice = "Give training clips with them, or leave those clips out"
+    else:
+        where = f"that are not among the {counted(len(names), 'label')} to learn"
+        advice = "Mend them, leave those clips out, or give the list of labels that is meant"
+    raise InputError(
+        f"{number:,} of {counted(len(clips), f'{which} clip')} have labels {where}: "
+        f"{_some(described)}{more}. {advice}"
+    )
+
+
+def _closest(text: str, names: Sequence[str]) -> str:
+    by_lower = {name.casefold(): name for name in names}
+    close = difflib.get_close_matches(text.casefold(), by_lower, n=1, cutoff=0.5)
+    return f" (the closest is {by_lower[close[0]]!r})" if close else ""
+
+
+def _check_one_label(clips: Sequence[CachedClip], which: str, names: Sequence[str]) -> None:
+    find = _finder(names)
+    others = [(clip, len(find(clip))) for clip in clips]
+    others = [(clip, number) for clip, number in others if number != 1]
+    if others:
+        clip, number = others[0]
+        raise InputError(
+            f"{len(others):,} of {counted(len(clips), f'{which} clip')} have not exactly one "
+            f"label, which training.loss=cross_entropy needs; {clip.item.clip_id} has "
+            f"{number or 'none'}. Give --set training.loss=binary_cross_entropy where a clip may "
+            "have several labels or none"
+        )
+
+
+def _check_learnable(
+    names: Sequence[str], counts: npt.NDArray[np.int64], checks: npt.NDArray[np.int64]
+) -> None:
+    lost = [name for name, n, c in zip(names, counts, checks, strict=True) if c and not n]
+    if lost:
+        raise InputError(
+            f"all clips of {counted(len(lost), 'label')} are held out, and none is left to learn "
+            f"from: {_some(lost)}. Hold out another value, or leave those clips out"
+        )
+
+
+def _check_not_single(
+    names: Sequence[str], counts: npt.NDArray[np.int64], checks: npt.NDArray[np.int64]
+) -> None:
+    single = [name for name, n in zip(names, counts + checks, strict=True) if n == 1]
+    if single:
+        raise InputError(
+            f"{counted(len(single), 'label')} of {len(names):,} have one clip, which cannot be "
+            f"both learnt from and checked with: {_some(single)}. Add clips, leave those out, or "
+            "give the list of labels with --labels to say that it is meant"
+        )
+
+
+def _label_warnings(names: Sequence[str], counts: npt.NDArray[np.int64]) -> Iterator[str]:
+    pairs = list(zip(names, counts, strict=True))
+    single = [name for name, number in pairs if number == 1]
+    if single:
+        yield f"{counted(len(single), 'label')} with one training clip: {_some(single)}."
+    absent = [name for name, number in pairs if number == 0]
+    if absent:
+        yield f"{counted(len(absent), 'label')} without a training clip: {_some(absent)}."
+    spellings = Counter(_spelling(name) for name in names)
+    alike = [name for name in names if spellings[_spelling(name)] > 1]
+    if alike:
+        yield f"Labels that differ in spelling alone are learnt as different ones: {_some(alike)}."
+
+
+def _spelling(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+# --- Clips with labels ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledClip:
+    """A clip to train on or to validate with.
+
+    Attributes:
+        item: What it is.
+        labels: Indices of its labels, each once.
+        offset: Its first sample in the cache's flat file.
+        num_samples: How many samples it has.
+    """
+
+    item: Item
+    labels: tuple[int, ...]
+    offset: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """Clips with labels; reading one decodes nothing. Pickled, it carries no samples.
+
+    Attributes:
+        file: Where the samples are.
+        sample_rate_hz: Their rate.
+        clips: The clips, in the cache's order.
+        label_names: What the labels' indices mean.
+    """
+
+    file: SampleFile
+    sample_rate_hz: int
+    clips: tuple[LabelledClip, ...]
+    label_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def samples(self, index: int, start: int = 0, stop: int | None = None) -> FloatArray:
+        """Samples [start, stop) of a clip, float32; all of them by default.
+
+        Raises:
+            ValueError: The clip has not so many.
+        """
+        return self.file.read_clip(self.clips[index], start, stop)
+
+    def targets(self) -> FloatArray:
+        """1 where a clip has a label, else 0; shape (clips, labels), float32, made once."""
+        return self._targets
+
+    @functools.cached_property
+    def _targets(self) -> FloatArray:
+        targets = np.zeros((len(self.clips), len(self.label_names)), np.float32)
+        for row, clip in zip(targets, self.clips, strict=True):
+            row[list(clip.labels)] = 1.0
+        targets.setflags(write=False)
+        return targets
+
+    def counts(self) -> dict[str, int]:
+        """How many clips have each label."""
+        numbers = Counter(index for clip in self.clips for index in clip.labels)
+        return {name: numbers[index] for index, name in enumerate(self.label_names)}
+
+
+def label_clips(
+    cached: CachedClips, clips: Sequence[CachedClip], label_names: Sequence[str]
+) -> ClipSet:
+    """Clips of a cache with their labels, which ``resolve_labels`` has checked."""
+    find = _finder(label_names)
+    return ClipSet(
+        file=cached.file,
+        sample_rate_hz=cached.sample_rate_hz,
+        clips=tuple(
+            LabelledClip(clip.item, find(clip), clip.offset, clip.num_samples) for clip in clips
+        ),
+        label_names=tuple(label_names),
+    )
+
+
+class ClipSets(NamedTuple):
+    """What a model is trained on and validated with.
+
+    Attributes:
+        train: Clips to train on.
+        validation: Clips to validate with, or None.
+        warnings: What the user should be told.
+    """
+
+    train: ClipSet
+    validation: ClipSet | None
+    warnings: tuple[str, ...]
+
+
+def make_clip_sets(
+    cached: CachedClips,
+    cached_validation: CachedClips | None = None,
+    *,
+    hold_out: str | None = None,
+    label_names: Sequence[str] | None = None,
+    loss: Loss = "cross_entropy",
+    max_failed: float = 0.0,
+) -> ClipSets:
+    """Divide the clips, settle the labels, and put both together.
+
+    Args:
+        cached: Clips to train on, and those to hold out.
+        cached_validation: Clips to validate with, where they are an input of their own.
+        hold_out: Which clips are for validation (see ``split_clips``); not with the former.
+        label_names: The labels to learn (see ``resolve_labels``).
+        loss: What the model is trained with.
+        max_failed: Share of the items of either that may have failed (see ``check_failures``).
+
+    Raises:
+        ConfigError: ``hold_out`` has not its form.
+        InputError: See ``check_failures``, ``split_clips`` and ``resolve_labels``.
+        ValueError: Both ``cached_validation`` and ``hold_out`` are given.
+    """
+    if cached_validation is not None and hold_out is not None:
+        raise ValueError(f"both validation clips and hold_out={hold_out!r} are given")
+    check_failures(cached, max_failed)
+    if cached_validation is not None:
+        check_failures(cached_validation, max_failed)
+    train, held = split_clips(cached, hold_out)
+    checked = held if cached_validation is None else cached_validation.clips
+    names, warnings = resolve_labels(
+        train, checked, label_names, loss=loss, is_held_out=hold_out is not None
+    )
+    return ClipSets(
+        train=label_clips(cached, train, names),
+        validation=label_clips(cached_validation or cached, checked, names) if checked else None,
+        warnings=(
+            *warnings,
+            *_shared_warnings(train, checked),
+            *_odd_warnings([*train, *checked]),
+        ),
+    )
+
+
+def _shared_warnings(train: Sequence[CachedClip], checked: Sequence[CachedClip]) -> Iterator[str]:
+    """Validation clips that are training clips too, to the last byte."""
+    known = {_content_of(clip) for clip in train}
+    shared = [clip.item.clip_id for clip in checked if _content_of(clip) in known]
+    if shared:
+        yield (
+            f"{len(shared):,} of {counted(len(checked), 'validation clip')} have the same content "
+            f"as a training clip, so that the figures promise too much: {_some(shared)}."
+        )
+
+
+def _content_of(clip: CachedClip) -> tuple[str, float | None, float | None]:
+    return clip.content_sha256, clip.item.start_s, clip.item.end_s
+
+
+def _odd_warnings(clips: Sequence[CachedClip]) -> Iterator[str]:
+    """Clips that were decoded in part, or with something wrong."""
+    odd = [clip for clip in clips if clip.warning is not None]
+    if odd:
+        yield (
+            f"{counted(len(odd), 'clip')} could be decoded with a warning; one of them: "
+            f"{odd[0].item.clip_id}: {odd[0].warning}."
+        )

@@ -1,0 +1,289 @@
+"""The stage that teaches labels: from a checkpoint, from scratch, or from pre-trained weights.
+
+    batch ─▶ features ─mask, noise, shift─▶ model ─▶ loss ─▶ step ─▶ weights ─▶ averages of them
+
+Optimizer, schedule and averaging are torch's own. Per epoch the model is validated, and with
+averaging its average too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the field's name for it)
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipeline.metrics import Metrics
+from pipeline.train_config import (
+    AveragingSection,
+    OptimizerSection,
+    ScheduleSection,
+)
+from pipeline.training.augmentation import Augment
+from pipeline.training.batches import Batch, BatchLoader, BatchSettings
+from pipeline.training.dataset import ClipSet
+from pipeline.training.loop import Row
+from pipeline.training.masked_patches import draw_kept
+from pipeline.training.schedule import schedule_factor
+from pipeline.training.steps import (
+    Precision,
+    Stepper,
+    autocast,
+    checked_loss,
+    make_optimizer,
+    weighted_mean,
+)
+from pipeline.training.validation import Scorer, validate
+from transforms.fbank import KaldiFbank
+from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS, ASTForAudioClassification
+
+Loss = Literal["cross_entropy", "binary_cross_entropy"]
+
+
+@dataclass(frozen=True)
+class FinetuningSettings:
+    """How labels are taught.
+
+    Attributes:
+        epochs: How many.
+        loss: Of logits against targets.
+        optimizer: Which, and its rates.
+        schedule: How the learning rate changes.
+        averaging: What average of the weights is kept, if any.
+        trained_layers: Blocks at the top that learn; None for everything.
+        precision: Of the forward pass; weights and loss are float32.
+        validate_every: Epochs from one validation to the next; the last epoch always has one.
+        metric: What decides which epoch is the best.
+    """
+
+    epochs: int
+    loss: Loss
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    averaging: AveragingSection
+    trained_layers: int | None
+    precision: Precision
+    validate_every: int
+    metric: Literal["accuracy", "mean_average_precision"]
+
+
+def classification_loss(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+    """The loss of a batch, in float32.
+
+    Args:
+        logits: Shape (B, labels).
+        targets: Share of each label, shape (B, labels), in [0, 1]; for cross-entropy each row
+            adds up to 1.
+        loss: Which.
+    """
+    if loss == "cross_entropy":
+        return F.cross_entropy(logits.float(), targets)
+    return F.binary_cross_entropy_with_logits(logits.float(), targets)
+
+
+def freeze_all_but(model: ASTForAudioClassification, trained_layers: int | None) -> None:
+    """Leave as they are the embeddings and all blocks but the top ones.
+
+    Args:
+        model: Its head always learns.
+        trained_layers: How many blocks at the top learn, with the final norm; None for all, and
+            the embeddings too; 0 for the head alone.
+    """
+    if trained_layers is None:
+        return
+    base = model.audio_spectrogram_transformer
+    base.requires_grad_(False)
+    if trained_layers:
+        for layer in base.layers[-trained_layers:]:
+            layer.requires_grad_(True)
+        base.layernorm.requires_grad_(True)
+
+
+class Averages:
+    """The average of a model's weights that a recipe asks for, if any.
+
+    Args:
+        model: Whose weights are averaged.
+        section: Which average.
+    """
+
+    def __init__(self, model: ASTForAudioClassification, section: AveragingSection) -> None:
+        self._section = section
+        self._averaged: AveragedModel | None = None
+        if section.moving_decay is not None:
+            moving = get_ema_multi_avg_fn(section.moving_decay)  # type: ignore[no-untyped-call]
+            self._averaged = AveragedModel(model, multi_avg_fn=moving)
+        elif section.first_epoch is not None:
+            self._averaged = AveragedModel(model)
+
+    @property
+    def model(self) -> ASTForAudioClassification | None:
+        """A model with the average, once there is one."""
+        if self._averaged is None or not int(self._averaged.n_averaged):
+            return None
+        return cast(ASTForAudioClassification, self._averaged.module)
+
+    def after_step(self, model: nn.Module) -> None:
+        """Take the weights into a moving average."""
+        if self._averaged is not None and self._section.moving_decay is not None:
+            self._averaged.update_parameters(model)
+
+    def after_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Take the weights into a mean over epochs; ``epoch`` counts from 0."""
+        first, last = self._section.first_epoch, self._section.last_epoch
+        if self._averaged is None or first is None or last is None:
+            return
+        if first <= epoch + 1 <= last:
+            self._averaged.update_parameters(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average; empty without one."""
+        return {} if self._averaged is None else self._averaged.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        if self._averaged is not None:
+            self._averaged.load_state_dict(state)
+
+
+class FinetuningStage:
+    """Teaches the labels of clips; see the module.
+
+    Args:
+        model: On its device; it is changed.
+        train: What to learn from.
+        validation: What to measure on; None for nothing.
+        augment: What is done to clips.
+        log_mel: Makes log-mel features that are not normalised, on the model's device.
+        scorer: How to validate.
+        batches: How batches are made.
+        settings: How to teach.
+        num_loaders: Processes that make batches.
+        on_best: Told the model when its validation is the best so far.
+    """
+
+    name = "training"
+
+    def __init__(
+        self,
+        model: ASTForAudioClassification,
+        train: ClipSet,
+        validation: ClipSet | None,
+        augment: Augment,
+        log_mel: KaldiFbank,
+        scorer: Scorer,
+        batches: BatchSettings,
+        settings: FinetuningSettings,
+        *,
+        num_loaders: int,
+        on_best: Callable[[ASTForAudioClassification], None],
+    ) -> None:
+        self.epochs = settings.epochs
+        self.best: tuple[int, float] | None = None
+        self.model = model
+        self._validation, self._augment, self._log_mel = validation, augment, log_mel
+        self._scorer, self._batches, self._settings = scorer, batches, settings
+        self._on_best = on_best
+        self._loader = BatchLoader(train, augment, batches, num_loaders)
+        freeze_all_but(model, settings.trained_layers)
+        self.averages = Averages(model, settings.averaging)
+        steps = self._loader.num_steps
+        self._stepper = Stepper(
+            model,
+            make_optimizer(model, settings.optimizer),
+            lambda step: schedule_factor(settings.schedule, step, steps, settings.epochs),
+            num_steps=steps * settings.epochs,
+            max_gradient_norm=settings.optimizer.max_gradient_norm,
+            scaled=settings.precision == "fp16",
+        )
+
+    def run_epoch(self, epoch: int, on_step: Callable[[int, int, float], None]) -> Row:
+        """As ``Stage.run_epoch``."""
+        # Dropout is all that still draws from torch's own state.
+        torch.manual_seed(int(self._batches.rng("weights", epoch).integers(2**63)))
+        self.model.train()
+        losses = [
+            (self._run_step(batch, epoch, step, on_step), len(batch.lengths))
+            for step, batch in enumerate(self._loader.epoch(epoch))
+        ]
+        self.averages.after_epoch(self.model, epoch)
+        return {
+            "learning_rate": self._last_rate,
+            "train_loss": weighted_mean(losses),
+            **self._validate(epoch),
+        }
+
+    def _run_step(
+        self, batch: Batch, epoch: int, step: int, on_step: Callable[[int, int, float], None]
+    ) -> float:
+        device = next(self.model.parameters()).device
+        waveforms, lengths, targets = (tensor.to(device) for tensor in batch)
+        rng = self._batches.rng("features", epoch, step)
+        with torch.no_grad():
+            features = self._augment.features(self._log_mel(waveforms, lengths), lengths, rng)
+        kept = self._draw_kept(len(lengths), self._batches.rng("tokens", epoch, step))
+        with autocast(device, self._settings.precision):
+            logits = self.model.compute_logits(features, None if kept is None else kept.to(device))
+        loss = classification_loss(logits, targets, self._settings.loss)
+        self._last_rate = self._stepper.learning_rate
+        value = checked_loss(loss, self.name, epoch, step, self._last_rate)
+        self._stepper.step(loss)
+        self.averages.after_step(self.model)
+        on_step(step + 1, self._loader.num_steps, value)
+        return value
+
+    def _draw_kept(self, batch_size: int, rng: np.random.Generator) -> Tensor | None:
+        ratio = self._augment.section.patch_drop
+        if not ratio:
+            return None
+        num_patches = self.model.config.num_tokens - NUM_PREFIX_TOKENS
+        return draw_kept(batch_size, num_patches, ratio, rng)
+
+    def _validate(self, epoch: int) -> Row:
+        is_due = (epoch + 1) % self._settings.validate_every == 0 or epoch + 1 == self.epochs
+        if self._validation is None or not is_due:
+            return {}
+        metrics = validate(self.model, self._validation, self._scorer)
+        figures = _figures(metrics, "validation")
+        figure = getattr(metrics, self._settings.metric)
+        if figure is not None and (self.best is None or figure > self.best[1]):
+            self.best = epoch + 1, figure
+            self._on_best(self.model)
+        averaged = self.averages.model
+        if averaged is not None:
+            figures |= _figures(validate(averaged, self._validation, self._scorer), "averaged")
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``Stage.state_dict``."""
+        return {
+            "model": self.model.state_dict(),
+            "stepper": self._stepper.state_dict(),
+            "averages": self.averages.state_dict(),
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As ``Stage.load_state_dict``."""
+        self.model.load_state_dict(state["model"])
+        self._stepper.load_state_dict(state["stepper"])
+        self.averages.load_state_dict(state["averages"])
+        self.best = state["best"]
+
+
+def _figures(metrics: Metrics, whose: str) -> Row:
+    return {
+        f"{whose}_accuracy": metrics.accuracy,
+        f"{whose}_mean_average_precision": metrics.mean_average_precision,
+    }
+
+
+def copy_for_saving(model: ASTForAudioClassification) -> ASTForAudioClassification:
+    """The model as it is now, on the CPU and out of training."""
+    return copy.deepcopy(model).cpu().eval()

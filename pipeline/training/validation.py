@@ -1,0 +1,106 @@
+"""Score clips with a model in training, as ``earmark label`` would with the finished one.
+
+The same windows, features and aggregate: a clip's scores are the maximum over its windows where
+labels are independent, the mean where they exclude each other. What it prints in an epoch is what
+``earmark evaluate`` finds afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from pipeline.metrics import Metrics, compute_metrics
+from pipeline.training.batches import window_batches
+from pipeline.training.dataset import ClipSet
+from transforms.fbank import KaldiFbank
+from transforms.spectrogram_transformer import ASTForAudioClassification
+from transforms.windows import WindowSettings, cut_windows
+
+# Windows whose samples are held at once; 10 s of float32 are 0.64 MB.
+_WINDOWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What is needed to score clips, beside the model.
+
+    Attributes:
+        fbank: Makes normalised features, on the model's device.
+        windows: How clips are cut.
+        batch_size: Windows per call of the model.
+        activation: From logits to scores, which also decides the aggregate.
+    """
+
+    fbank: KaldiFbank
+    windows: WindowSettings
+    batch_size: int
+    activation: Literal["sigmoid", "softmax"]
+
+
+def validate(model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer) -> Metrics:
+    """The figures of a model on clips whose labels are known."""
+    scores = score_clips(model, clips, scorer)
+    return compute_metrics(clips.targets() > 0, scores, clips.label_names)
+
+
+def score_clips(
+    model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer
+) -> npt.NDArray[np.float32]:
+    """Every clip's score of every label, shape (clips, labels)."""
+    scores = np.empty((len(clips), len(clips.label_names)), np.float32)
+    was_training = model.training
+    model.eval()
+    for first, stretches, counts in _groups(clips, scorer.windows):
+        rows = _score_windows(model, stretches, scorer)
+        start = 0
+        for clip, count in enumerate(counts, start=first):
+            rows_of_clip = rows[start : start + count]
+            is_max = scorer.activation == "sigmoid"
+            scores[clip] = rows_of_clip.max(axis=0) if is_max else rows_of_clip.mean(axis=0)
+            start += count
+    model.train(was_training)
+    return scores
+
+
+def _groups(
+    clips: ClipSet, windows: WindowSettings
+) -> Iterator[tuple[int, list[npt.NDArray[np.float32]], list[int]]]:
+    """Windows of whole clips, about ``_WINDOWS_AT_ONCE`` together: first clip, windows, counts."""
+    first, stretches, counts = 0, list[npt.NDArray[np.float32]](), list[int]()
+    for index, clip in enumerate(clips.clips):
+        cuts = cut_windows(clips.samples(index, 0, clip.num_samples), windows)
+        stretches += [cut.samples for cut in cuts]
+        counts.append(len(cuts))
+        if len(stretches) >= _WINDOWS_AT_ONCE:
+            yield first, stretches, counts
+            first, stretches, counts = index + 1, [], []
+    if counts:
+        yield first, stretches, counts
+
+
+@torch.no_grad()
+def _score_windows(
+    model: ASTForAudioClassification, stretches: list[npt.NDArray[np.float32]], scorer: Scorer
+) -> npt.NDArray[np.float32]:
+    device = next(model.parameters()).device
+    rows = []
+    for waveforms, lengths in window_batches(
+        stretches, scorer.batch_size, scorer.windows.window_samples
+    ):
+        features = scorer.fbank(waveforms.to(device), lengths.to(device))
+        logits = model.classifier(model.embed(features)).float()
+        is_sigmoid = scorer.activation == "sigmoid"
+        rows.append((logits.sigmoid() if is_sigmoid else logits.softmax(dim=1)).cpu().numpy())
+    return np.concatenate(rows)
+
+
+def parameters_are_finite(model: nn.Module) -> bool:
+    """Whether every weight is a number; one that is not never becomes one again."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())

@@ -1,0 +1,161 @@
+"""The learning rate step by step, against torch's own schedulers and the original code's loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.train_config import ScheduleSection
+from pipeline.training.schedule import schedule_factor
+
+
+def rates_of_epochs(
+    schedule: ScheduleSection, learning_rate: float, epochs: int, steps_per_epoch: int = 3
+) -> list[float]:
+    """The rate in the last step of each epoch."""
+    ends = range(steps_per_epoch - 1, epochs * steps_per_epoch, steps_per_epoch)
+    return [learning_rate * schedule_factor(schedule, end, steps_per_epoch, epochs) for end in ends]
+
+
+def rates_of_torch(make_scheduler: Any, epochs: int) -> list[float]:
+    """What a scheduler of torch, stepped after each epoch, makes of a rate of 1."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make_scheduler(optimizer)
+    rates = []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def rates_of_the_original(
+    *, warmup: bool, start: int, every: int, factor: float, epochs: int, steps_per_epoch: int
+) -> list[float]:
+    """The rate of every step, by the control flow of the original's traintest.py."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(
+        optimizer, list(range(start, 1000, every)), gamma=factor
+    )
+    rates, global_step = [], 0
+    for _ in range(epochs):
+        for _ in range(steps_per_epoch):
+            if global_step <= 1000 and global_step % 50 == 0 and warmup:
+                optimizer.param_groups[0]["lr"] = global_step / 1000
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            global_step += 1
+        scheduler.step()
+    return rates
+
+
+def make_multistep(start: int, every: int, factor: float, warmup: int = 0) -> ScheduleSection:
+    return ScheduleSection(
+        kind="multistep",
+        warmup_steps=warmup,
+        warmup_interval=50,
+        decay_start_epoch=start,
+        decay_every_epochs=every,
+        decay_factor=factor,
+    )
+
+
+# The last column of the original's exp/test-full-*/result.csv, epoch by epoch.
+def test_audioset_s_rates_are_the_published_ones() -> None:
+    schedule = make_multistep(2, 1, 0.5, warmup=1000)
+    assert rates_of_epochs(schedule, 1e-5, 5, steps_per_epoch=2000) == pytest.approx(
+        [1e-5, 1e-5, 5e-6, 2.5e-6, 1.25e-6], rel=1e-12
+    )
+
+
+def test_balanced_audioset_s_rate_halves_every_five_epochs_from_the_tenth() -> None:
+    schedule = make_multistep(10, 5, 0.5, warmup=1000)
+    expected = [5e-5] * 10 + [2.5e-5] * 5 + [1.25e-5] * 5 + [6.25e-6] * 5
+    assert rates_of_epochs(schedule, 5e-5, 25, steps_per_epoch=1800) == pytest.approx(
+        expected, rel=1e-12
+    )
+
+
+def test_esc_50_s_rate_falls_by_15_percent_after_every_epoch_from_the_fifth() -> None:
+    rates = rates_of_epochs(make_multistep(5, 1, 0.85), 1e-5, 25)
+    assert rates == pytest.approx([1e-5] * 4 + [1e-5 * 0.85**n for n in range(21)], rel=1e-12)
+    assert rates[5] == pytest.approx(8.5e-6, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("start", "every", "factor"), [(5, 1, 0.85), (10, 5, 0.5), (2, 1, 0.5), (1, 3, 0.1), (40, 1, 1)]
+)
+def test_multistep_is_torch_s_multi_step_lr(start: int, every: int, factor: float) -> None:
+    expected = rates_of_torch(
+        lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, list(range(start, 1000, every)), gamma=factor
+        ),
+        epochs=30,
+    )
+    found = rates_of_epochs(make_multistep(start, every, factor), 1.0, 30)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("epochs", [1, 7, 200])
+def test_cosine_is_torch_s_cosine_annealing(epochs: int) -> None:
+    expected = rates_of_torch(
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs), epochs
+    )
+    found = rates_of_epochs(ScheduleSection(kind="cosine"), 1.0, epochs)
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert found[0] == 1.0
+    assert found[-1] > 0.0
+
+
+@pytest.mark.parametrize("warmup", [0, 1000])
+def test_every_step_is_that_of_the_original_s_loop(warmup: int) -> None:
+    expected = rates_of_the_original(
+        warmup=warmup > 0, start=2, every=1, factor=0.5, epochs=4, steps_per_epoch=1203
+    )
+    schedule = make_multistep(2, 1, 0.5, warmup=warmup)
+    found = [schedule_factor(schedule, step, 1203, 4) for step in range(4 * 1203)]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_first_interval_of_the_warmup_runs_at_a_rate_of_zero() -> None:
+    schedule = make_multistep(2, 1, 0.5, warmup=1000)
+    steps = (0, 49, 50, 99, 100, 999, 1000, 1001)
+    found = [schedule_factor(schedule, step, 2000, 5) for step in steps]
+    assert found == [0.0, 0.0, 0.05, 0.05, 0.1, 0.95, 1.0, 1.0]
+
+
+def test_a_warmup_updated_at_every_step_rises_evenly() -> None:
+    schedule = ScheduleSection(kind="cosine", warmup_steps=4, warmup_interval=1)
+    found = [schedule_factor(schedule, step, 10, 1) for step in range(7)]
+    assert found == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_warmup_that_its_interval_does_not_divide_ends_all_the_same() -> None:
+    schedule = ScheduleSection(kind="cosine", warmup_steps=70, warmup_interval=50)
+    found = [schedule_factor(schedule, step, 100, 1) for step in (49, 50, 70, 71)]
+    assert found == [0.0, 50 / 70, 50 / 70, 1.0]
+
+
+def test_warmup_and_decay_multiply() -> None:
+    schedule = ScheduleSection(kind="cosine", warmup_steps=30, warmup_interval=1)
+    assert schedule_factor(schedule, 15, 10, 2) == pytest.approx(0.5 * 0.5, rel=1e-12)
+
+
+def test_torch_s_lambda_scheduler_takes_the_factor_through_all_steps() -> None:
+    schedule = ScheduleSection(kind="cosine", warmup_steps=4, warmup_interval=2)
+    found = rates_of_torch(
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: schedule_factor(schedule, step, 3, 5)
+        ),
+        epochs=15,  # it is stepped after each of the 15 steps here, and asks for the 16th, too
+    )
+    assert found == [schedule_factor(schedule, step, 3, 5) for step in range(15)]
+    assert schedule_factor(schedule, 15, 3, 5) == 0.0
+
+
+@pytest.mark.parametrize("step", [-1, 16])
+def test_a_step_that_there_is_not_is_refused(step: int) -> None:
+    with pytest.raises(ValueError, match=rf"step is {step}; must be in \[0, 15\]: 5 epochs of 3"):
+        schedule_factor(ScheduleSection(), step, 3, 5)
