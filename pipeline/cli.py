@@ -548,7 +548,10 @@ def evaluate(
     folders: Annotated[
         list[str],
         typer.Argument(
-            metavar="DIR", help="A result; the scores of several are averaged.", show_default=False
+            metavar="DIR",
+            help="A result. The scores of several of the same clips are averaged; several without "
+            "a clip in common, such as folds, are taken together.",
+            show_default=False,
         ),
     ],
     truth: Annotated[

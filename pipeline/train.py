@@ -59,7 +59,7 @@ from pipeline.training.validation import Scorer
 from transforms import storage
 from transforms.checkpoints import save_pretrained
 from transforms.decode import DecodeSettings
-from transforms.errors import OutputError
+from transforms.errors import ConfigError, InputError, OutputError
 from transforms.fbank import FbankSettings, KaldiFbank
 from transforms.feature_statistics import without_normalising
 from transforms.inference import resolve_device, resolve_precision
@@ -91,10 +91,13 @@ _CURVES_EVERY_S = 30.0
 # Sections of the configuration that the result depends on.
 _DECISIVE = (
     *("model", "architecture", "training", "optimizer", "schedule", "augmentation", "averaging"),
-    *("pretraining", "window", "hold_out", "limit"),
+    *("pretraining", "window", "cache", "hold_out", "limit"),
 )
 # Keys in them that it does not depend on, or that stand elsewhere with more precision.
-_INDECISIVE = {("training", "device"), ("training", "loader_processes"), ("model", "name")}
+_INDECISIVE = {
+    *(("training", "device"), ("training", "loader_processes")),
+    *(("model", "name"), ("cache", "folder")),
+}
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ def run_train(config: TrainConfig) -> int:
     Raises:
         UsageError: Something is wrong with the command or the data; no training was changed.
         TrainingError: The loss is not a number any more.
+        WriteError: The disk is full or fails; the last whole state stays.
     """
     sweep()
     output = local_output(config)
@@ -180,6 +184,8 @@ def run_train(config: TrainConfig) -> int:
         plan = make_train_plan(config, output)
         for line in describe_train_plan(plan):
             say(line, quiet=config.quiet)
+        if config.overwrite:
+            check_removable(plan)
         record = None if config.overwrite else find_training(plan)
         if record is not None and is_done(record) and record["inputs"] == plan.inputs_digest:
             return say_done(output)
@@ -226,6 +232,7 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
     precision = resolve_precision(config.training.precision, device)
     initial = resolve_initial(config.model, config.architecture)
     shape = initial.config
+    check_possible(config, device, shape.num_hidden_layers)
     sample_rate_hz = FbankSettings().sample_rate_hz
     windows = WindowSettings.from_seconds(
         length_s=config.window.length_s,
@@ -258,6 +265,25 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
         device=device,
         precision=precision,
     )
+
+
+def check_possible(config: TrainConfig, device: str, num_layers: int) -> None:
+    """Refuse what neither the config alone nor the model alone shows to be impossible.
+
+    Raises:
+        ConfigError: Half precision that this device has not, or more layers than the model.
+    """
+    if config.training.precision == "fp16" and device == "cpu":
+        raise ConfigError(
+            "training.precision is fp16, and the device is the CPU, where it cannot be trained in; "
+            "expected auto, fp32 or bf16. Give another --precision, or a --device that is there."
+        )
+    trained = config.training.trained_layers
+    if trained is not None and trained > num_layers:
+        raise ConfigError(
+            f"training.trained_layers is {trained}; the model has {num_layers} layers. Give at "
+            "most that many, or null to train all of it."
+        )
 
 
 def _find(
@@ -363,6 +389,29 @@ def say_done(output: str) -> int:
     return 0
 
 
+def check_removable(plan: TrainPlan) -> None:
+    """Refuse to remove what no training wrote, or what this one starts from.
+
+    Raises:
+        OutputError: The output holds such a file.
+    """
+    written = [name for name in _WRITTEN if storage.exists(storage.join(plan.output, name))]
+    if written and TRAIN_NAME not in written:
+        raise OutputError(
+            f"{plan.output} holds {written[0]} and no {TRAIN_NAME}, so that no training of Earmark "
+            "wrote it, and --overwrite does not remove it. Give another --output, or remove it "
+            "yourself."
+        )
+    source = plan.initial.folder
+    if written and source is not None:
+        output = Path(storage.local_path(plan.output)).resolve()
+        if Path(source).resolve().is_relative_to(output):
+            raise OutputError(
+                f"--model {plan.initial.name} lies in {plan.output}, which --overwrite removes "
+                "before it is read. Give another --output."
+            )
+
+
 def remove_training(output: str) -> None:
     """Remove what a training wrote, and nothing else."""
     for name in _WRITTEN:
@@ -393,9 +442,13 @@ def prepare_clips(plan: TrainPlan, config: TrainConfig) -> PreparedClips:
         loss=config.training.loss,
         max_failed=config.max_failed,
     )
+    if sets.validation is not None:
+        check_metric(sets.validation, config.training.metric)
+    say(describe_clips(sets), quiet=config.quiet)
+    # Said aloud, however quiet the run is to be.
     failures = [failure for cached in caches for failure in cached.failures]
-    for line in describe_clips(sets, failures):
-        say(line, quiet=config.quiet)
+    for line in (*sets.warnings, *describe_failures(failures)):
+        say(line)
     contents = {
         clip.item.clip_id: clip.content_sha256 for cached in caches for clip in cached.clips
     }
@@ -418,21 +471,44 @@ def _digest(clips: ClipSet, contents: Mapping[str, str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe_clips(sets: ClipSets, failures: Sequence[ItemFailure]) -> list[str]:
-    """What there is to learn from, in a few lines."""
-    held = "none" if sets.validation is None else counted(len(sets.validation), "clip")
-    lines = [
-        f"Training on {counted(len(sets.train), 'clip')} with "
-        f"{counted(len(sets.train.label_names), 'label')}; for validation: {held}.",
-        *sets.warnings,
-    ]
-    if failures:
-        first = failures[0].failure
-        lines.append(
-            f"{counted(len(failures), 'item')} could not be decoded and go to {ERRORS_NAME}; one "
-            f"of them: {first.item.clip_id}: {first.message}"
+def check_metric(clips: ClipSet, metric: str) -> None:
+    """Find out before the first epoch whether the metric can be had from the validation clips.
+
+    Raises:
+        InputError: It cannot.
+    """
+    others = [clip for clip in clips.clips if len(clip.labels) != 1]
+    if metric == "accuracy" and others:
+        raise InputError(
+            f"training.metric is accuracy, and {len(others):,} of "
+            f"{counted(len(clips), 'validation clip')} have not exactly one label, such as "
+            f"{others[0].item.clip_id}. Give --set training.metric=mean_average_precision."
         )
-    return lines
+    if not any(clip.labels for clip in clips.clips):
+        raise InputError(
+            f"none of {counted(len(clips), 'validation clip')} has a label of its own, so that "
+            f"there is no {metric} to measure; validate with clips that have some."
+        )
+
+
+def describe_clips(sets: ClipSets) -> str:
+    """What there is to learn from, in a line."""
+    held = "none" if sets.validation is None else counted(len(sets.validation), "clip")
+    return (
+        f"Training on {counted(len(sets.train), 'clip')} with "
+        f"{counted(len(sets.train.label_names), 'label')}; for validation: {held}."
+    )
+
+
+def describe_failures(failures: Sequence[ItemFailure]) -> list[str]:
+    """What could not be decoded, in a line if there is any."""
+    if not failures:
+        return []
+    first = failures[0].failure
+    return [
+        f"{counted(len(failures), 'item')} could not be decoded and go to {ERRORS_NAME}; one "
+        f"of them: {first.item.clip_id}: {first.message}"
+    ]
 
 
 def _cache(plan: TrainPlan, found: Found, config: TrainConfig, doing: str) -> CachedClips:
@@ -488,6 +564,11 @@ def validation_manifest(clips: ClipSet) -> bytes:
 # --- Training ------------------------------------------------------------------------------
 
 
+def _write(url: str, content: bytes) -> None:
+    with storage.writing_to(url):
+        storage.write_bytes(url, content)
+
+
 class Recorder:
     """Keeps the output up to date: the record, the figures, the weights.
 
@@ -516,21 +597,22 @@ class Recorder:
         """Write ``train.json`` with what has become known."""
         self._record |= more
         text = json.dumps(self._record, indent=2, ensure_ascii=False)
-        storage.write_bytes(storage.join(self._plan.output, TRAIN_NAME), text.encode() + b"\n")
+        _write(storage.join(self._plan.output, TRAIN_NAME), text.encode() + b"\n")
 
     def write_history(self, history: list[Row], *, draw: bool) -> None:
         """Write the table, and the curves if it is time."""
-        storage.write_bytes(storage.join(self._plan.output, HISTORY_NAME), history_table(history))
+        _write(storage.join(self._plan.output, HISTORY_NAME), history_table(history))
         if draw or time.monotonic() - self._drawn_s >= _CURVES_EVERY_S:
             curves = draw_curves(history)
-            storage.write_bytes(storage.join(self._plan.output, CURVES_NAME), curves)
+            _write(storage.join(self._plan.output, CURVES_NAME), curves)
             self._drawn_s = time.monotonic()
 
     def write_model(self, model: ASTForAudioClassification, folder: str = "") -> None:
         """Write a model's folder: the output itself, or one in it."""
         place = storage.join(self._plan.output, folder) if folder else self._plan.output
         mean, std = self._statistics
-        save_pretrained(copy_for_saving(model), place, mean=mean, std=std, dtype=self._dtype)
+        with storage.writing_to(place):
+            save_pretrained(copy_for_saving(model), place, mean=mean, std=std, dtype=self._dtype)
 
 
 def train(plan: TrainPlan, prepared: PreparedClips, config: TrainConfig) -> None:
@@ -549,22 +631,37 @@ def train(plan: TrainPlan, prepared: PreparedClips, config: TrainConfig) -> None
         quiet=config.quiet,
     )
     recorder.write_record()
-    write_errors(prepared.caches, storage.join(plan.output, ERRORS_NAME))
+    errors = storage.join(plan.output, ERRORS_NAME)
+    with storage.writing_to(errors):
+        write_errors(prepared.caches, errors)
     if clips.validation is not None:
-        url = storage.join(plan.output, VALIDATION_NAME)
-        storage.write_bytes(url, validation_manifest(clips.validation))
+        manifest = validation_manifest(clips.validation)
+        _write(storage.join(plan.output, VALIDATION_NAME), manifest)
     model = build_model(
-        plan.initial, clips.train.label_names, config.training.loss, config.training.seed
+        plan.initial,
+        clips.train.label_names,
+        config.training.loss,
+        config.training.seed,
+        keeps_head=config.training.head == "keep",
     ).to(device)
     stages, teaching = make_stages(plan, clips, config, model, statistics, recorder)
     with EpochDisplay(stages, config.training.metric, quiet=config.quiet) as display:
+
+        def on_resume(stage: Stage, num_epochs: int) -> None:
+            done = f"{num_epochs} of {counted(stage.epochs, 'epoch')} done"
+            say(f"Going on with {stage.name}: {done} before.", quiet=config.quiet)
 
         def on_epoch(stage: Stage, row: Row, history: list[Row]) -> None:
             recorder.write_history(history, draw=False)
             display.on_epoch(stage, row, teaching.best)
 
         progress = run_stages(
-            stages, plan.output, plan.fingerprint, on_step=display.on_step, on_epoch=on_epoch
+            stages,
+            plan.output,
+            plan.fingerprint,
+            on_resume=on_resume,
+            on_step=display.on_step,
+            on_epoch=on_epoch,
         )
     finish(plan, config, recorder, teaching, progress)
     for line in describe_training(config, teaching, progress):
@@ -613,6 +710,7 @@ def make_stages(
             plan.windows,
             config.training.batch_size,
             "softmax" if config.training.loss == "cross_entropy" else "sigmoid",
+            plan.precision,  # type: ignore[arg-type]
         ),
         batches,
         FinetuningSettings(
@@ -662,7 +760,7 @@ def finish(
     kept = storage.join(plan.output, config.training.keep)
     for name in (FEATURES_NAME, WEIGHTS_NAME, CONFIG_NAME):  # in the order that they are saved in
         content = storage.read_bytes(storage.join(kept, name))
-        storage.write_bytes(storage.join(plan.output, name), content)
+        _write(storage.join(plan.output, name), content)
     best = teaching.best
     recorder.write_record(
         status="done",

@@ -438,7 +438,152 @@ def test_a_finished_training_is_not_done_again(
     assert len(history(tmp_path / "model")) == 2
 
 
+def test_a_new_head_is_new_though_the_labels_are_the_same(train: Train, tmp_path: Path) -> None:
+    assert train(tmp_path / "first", training__epochs=1).code == 0
+    still = {"training__epochs": 1, "optimizer__learning_rate": 1e-12}
+    for head in ("new", "keep"):
+        said = train(tmp_path / head, "--model", tmp_path / "first", training__head=head, **still)
+        assert said.code == 0, said.err
+    name = "classifier.dense.weight"
+    first, kept, new = (weights(tmp_path / folder)[name] for folder in ("first", "keep", "new"))
+    torch.testing.assert_close(kept, first)
+    assert not torch.allclose(new, first, atol=1e-3)
+
+
+def test_an_original_checkpoint_is_described_by_the_config(
+    train: Train, manifest: Path, tmp_path: Path, shared_data: Path
+) -> None:
+    names = tmp_path / "names.txt"
+    others = [f"other {index}" for index in range(527 - len(KINDS))]
+    names.write_text("\n".join([*KINDS, *others]))
+    said = train(
+        tmp_path / "out",
+        *("--model", shared_data / "original_ast" / "audio_model.pth", "--labels", names),
+        *("--limit", 4, "--train", manifest, "--hold-out", "fold=3"),
+        model__num_attention_heads=3,
+        model__frequency_stride=10,
+        model__time_stride=10,
+        model__mean=-4.2677393,
+        model__std=4.5689974,
+        training__head="keep",
+        training__trained_layers=0,
+        training__epochs=1,
+        optimizer__learning_rate=1e-12,
+    )
+    assert said.code == 0, said.err
+    original = torch.load(shared_data / "original_ast" / "audio_model.pth", weights_only=True)
+    trained = weights(tmp_path / "out")
+    torch.testing.assert_close(
+        trained["classifier.dense.weight"], original["module.mlp_head.1.weight"].float()
+    )
+
+
+def test_what_is_gone_on_with_is_said(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.save_progress
+
+    def save_and_stop(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_progress", save_and_stop)
+    assert train(tmp_path / "out", training__epochs=3).code == 130
+    monkeypatch.undo()
+    said = train(tmp_path / "out", training__epochs=3)
+    assert (said.code, "Going on with training: 1 of 3 epochs done before." in said.err) == (
+        0,
+        True,
+    )
+
+
 # --- What is wrong is said, and nothing is overwritten -------------------------------------
+
+
+def test_overwriting_removes_no_model_that_no_training_wrote(train: Train, tmp_path: Path) -> None:
+    foreign = write_tiny_model(tmp_path / "mine")
+    before = everything_in(foreign)
+    said = train(foreign, "--overwrite", training__epochs=1)
+    assert said.code == 2
+    assert "no train.json" in said.err
+    assert everything_in(foreign) == before
+
+
+@pytest.mark.parametrize("part", ["", "best"])
+def test_overwriting_does_not_remove_what_training_starts_from(
+    train: Train, tmp_path: Path, part: str
+) -> None:
+    assert train(tmp_path / "model", training__epochs=1).code == 0
+    before = everything_in(tmp_path / "model")
+    said = train(
+        tmp_path / "model", "--overwrite", "--model", tmp_path / "model" / part, training__epochs=1
+    )
+    assert said.code == 2
+    assert "which --overwrite removes" in said.err
+    assert everything_in(tmp_path / "model") == before
+
+
+def test_a_metric_that_cannot_be_had_is_said_before_training(
+    train: Train, manifest: Path, tmp_path: Path
+) -> None:
+    several = manifest.with_name("several.csv")
+    rows = list(csv.DictReader(manifest.open(newline="")))
+    lines = [
+        f"{row['uri']},{row['label']}{';noise' if row['label'] == 'tone' else ''},{row['fold']}\n"
+        for row in rows
+    ]
+    several.write_text("uri,labels,fold\n" + "".join(lines))
+    settings = {"training__loss": "binary_cross_entropy", "training__epochs": 1}
+    said = train(tmp_path / "out", "--train", several, **settings)
+    assert said.code == 2
+    assert "2 of 6 validation clips have not exactly one label, such as" in said.err
+    assert "training.metric=mean_average_precision" in said.err
+    assert not (tmp_path / "out" / "train.json").exists()
+    said = train(
+        tmp_path / "out",
+        *("--train", several),
+        training__metric="mean_average_precision",
+        training__sampler="balanced",
+        **settings,
+    )
+    assert said.code == 0, said.err
+    assert [row["validation_accuracy"] for row in history(tmp_path / "out")] == [""]
+
+
+def test_weights_that_the_last_step_ruins_are_not_saved(train: Train, tmp_path: Path) -> None:
+    said = train(
+        tmp_path / "out",
+        optimizer__learning_rate=1e37,
+        optimizer__weight_decay=1e6,
+        training__epochs=1,
+        training__batch_size=100,
+        training__keep="last",
+    )
+    assert said.code == 1
+    assert "NaN or infinite by the end of epoch 1" in said.err
+    assert not (tmp_path / "out" / loop.STATE_NAME).exists()
+    assert not (tmp_path / "out" / "last").exists()
+
+
+@pytest.mark.parametrize(("changes", "said_of_it"), [
+    ({"training__precision": "fp16"}, "training.precision is fp16, and the device is the CPU"),
+    ({"training__trained_layers": 9}, "training.trained_layers is 9; the model has 2 layers"),
+])  # fmt: skip
+def test_what_the_device_or_the_model_has_not_is_said(
+    train: Train, tmp_path: Path, changes: dict[str, Any], said_of_it: str
+) -> None:
+    checkpoint = write_tiny_model(tmp_path / "tiny")
+    said = train(tmp_path / "out", "--model", checkpoint, training__epochs=1, **changes)
+    assert (said.code, said_of_it in said.err) == (2, True), said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_another_type_are_another_training(train: Train, tmp_path: Path) -> None:
+    assert train(tmp_path / "model", training__epochs=1).code == 0
+    said = train(tmp_path / "model", training__epochs=1, cache__dtype="int16")
+    assert (said.code, 'cache.dtype: "float32" there, "int16" now' in said.err) == (2, True), (
+        said.err
+    )
 
 
 def test_another_training_is_left_alone(train: Train, tmp_path: Path, manifest: Path) -> None:
@@ -486,14 +631,14 @@ def test_a_full_disk_is_said_and_training_goes_on_once_there_is_room(
 
     def write(url: str, data: bytes) -> None:
         if full and url.endswith(loop.STATE_NAME) and storage.exists(url):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), url)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as writing itself says it
         real(url, data)
 
     monkeypatch.setattr(storage, "write_bytes", write)
     said = train(tmp_path / "model", training__epochs=3)
     assert said.code == 1
     assert "No space left on device" in said.err
-    assert loop.STATE_NAME in said.err
+    assert f"{tmp_path / 'model' / loop.STATE_NAME} cannot be written" in said.err
     full.clear()
     assert train(tmp_path / "model", training__epochs=3).code == 0
     monkeypatch.undo()
@@ -540,7 +685,8 @@ def test_a_label_that_the_model_does_not_know_is_named(
 def test_an_item_that_cannot_be_read_is_a_row(train: Train, manifest: Path, tmp_path: Path) -> None:
     broken = manifest.with_name("broken.csv")
     broken.write_text(manifest.read_text() + "gone.wav,tone,0\n")
-    said = train(tmp_path / "out", "--train", broken, training__epochs=1)
+    # However quiet it is to be.
+    said = train(tmp_path / "out", "--train", broken, "-q", training__epochs=1)
     assert said.code == 0, said.err
     assert "1 item could not be decoded" in said.err
     rows = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()

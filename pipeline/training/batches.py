@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 
 from pipeline.training.augmentation import Augment, mix
-from pipeline.training.dataset import ClipSet
+from pipeline.training.dataset import ClipSet, PackedClips, pack_clips
 
 Purpose = Literal["order", "clips", "features", "tokens", "weights"]
 _PURPOSES: dict[Purpose, int] = {"order": 0, "clips": 1, "features": 2, "tokens": 3, "weights": 4}
@@ -69,38 +69,31 @@ class BatchSettings:
 
 
 def order_of_epoch(
-    targets: npt.NDArray[np.float32], settings: BatchSettings, epoch: int
+    clips: PackedClips, settings: BatchSettings, epoch: int
 ) -> npt.NDArray[np.int64]:
-    """Indices of an epoch's clips, in order.
-
-    Args:
-        targets: Labels of every clip, shape (clips, labels).
-        settings: How to draw.
-        epoch: Counted from 0.
-    """
+    """Indices of an epoch's clips, in order; ``epoch`` counts from 0."""
     rng = settings.rng("order", epoch)
     if settings.sampler == "shuffle":
-        return rng.permutation(targets.shape[0])
+        return rng.permutation(len(clips))
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-    weights = balancing_weights(targets)
-    drawn = WeightedRandomSampler(weights.tolist(), targets.shape[0], generator=generator)
-    return np.fromiter(drawn, np.int64, targets.shape[0])
+    weights = balancing_weights(clips)
+    drawn = WeightedRandomSampler(weights.tolist(), len(clips), generator=generator)
+    return np.fromiter(drawn, np.int64, len(clips))
 
 
-def balancing_weights(targets: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def balancing_weights(clips: PackedClips) -> npt.NDArray[np.float64]:
     """How often to draw each clip: Σ over its labels of 1000 / (clips of the label + 0.01).
 
     Source: YuanGongND/ast egs/audioset/gen_weight_file.py.
     """
-    has_label = (targets > 0).astype(np.float64)
-    weights: npt.NDArray[np.float64] = has_label @ (
-        _BALANCE / (has_label.sum(axis=0) + _BALANCE_OFFSET)
-    )
-    return weights
+    of_label = _BALANCE / (np.bincount(clips.labels, minlength=clips.num_labels) + _BALANCE_OFFSET)
+    owners = np.repeat(np.arange(len(clips)), np.diff(clips.bounds))
+    sums = np.bincount(owners, of_label[clips.labels], minlength=len(clips))
+    return sums.astype(np.float64)
 
 
 def make_batch(
-    clips: ClipSet, indices: npt.NDArray[np.int64], augment: Augment, window_samples: int,
+    clips: PackedClips, indices: npt.NDArray[np.int64], augment: Augment, window_samples: int,
     rng: np.random.Generator,
 ) -> Batch:  # fmt: skip
     """The batch of some clips: cut, changed and mixed as the augmentation says.
@@ -122,7 +115,7 @@ def make_batch(
 
 
 def _augmented(
-    clips: ClipSet, indices: npt.NDArray[np.int64], augment: Augment, window_samples: int,
+    clips: PackedClips, indices: npt.NDArray[np.int64], augment: Augment, window_samples: int,
     rng: np.random.Generator,
 ) -> Batch:  # fmt: skip
     waveforms = np.zeros((indices.size, window_samples), np.float32)
@@ -134,14 +127,14 @@ def _augmented(
     changed, lengths_now = augment.waveforms(
         torch.from_numpy(waveforms), torch.from_numpy(lengths), rng
     )
-    return Batch(changed, lengths_now, torch.from_numpy(clips.targets()[indices]))
+    return Batch(changed, lengths_now, torch.from_numpy(clips.targets(indices)))
 
 
 def _draw_stretch(
-    clips: ClipSet, index: int, window_samples: int, rng: np.random.Generator
+    clips: PackedClips, index: int, window_samples: int, rng: np.random.Generator
 ) -> npt.NDArray[np.float32]:
     """All of a clip, or of a longer one a window from anywhere in it."""
-    num_samples = clips.clips[index].num_samples
+    num_samples = int(clips.num_samples[index])
     spare = num_samples - window_samples
     start = int(rng.integers(spare + 1)) if spare > 0 else 0
     return clips.samples(index, start, min(start + window_samples, num_samples))
@@ -161,9 +154,10 @@ class BatchLoader:
         self, clips: ClipSet, augment: Augment, settings: BatchSettings, num_processes: int
     ) -> None:
         self.num_steps = settings.steps(len(clips))
-        self._sampler = _StepsOfEpoch(self.num_steps)
+        packed = pack_clips(clips)
+        self._sampler = _StepsOfEpoch(packed, settings)
         self._loader: DataLoader[Batch] = DataLoader(
-            _Batches(clips, augment, settings),
+            _Batches(packed, augment, settings),
             batch_size=None,
             sampler=self._sampler,
             num_workers=num_processes,
@@ -178,33 +172,37 @@ class BatchLoader:
         return iter(self._loader)
 
 
-class _StepsOfEpoch(Sampler[tuple[int, int]]):
-    def __init__(self, num_steps: int) -> None:
-        self.epoch = 0
-        self._num_steps = num_steps
+_Step = tuple[int, int, npt.NDArray[np.int64]]
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(self.epoch, step) for step in range(self._num_steps)])
+
+class _StepsOfEpoch(Sampler[_Step]):
+    """Epoch, step, and which clips make its batch."""
+
+    def __init__(self, clips: PackedClips, settings: BatchSettings) -> None:
+        self.epoch = 0
+        self._clips, self._settings = clips, settings
+
+    def __iter__(self) -> Iterator[_Step]:
+        size = self._settings.batch_size
+        order = order_of_epoch(self._clips, self._settings, self.epoch)
+        for step in range(len(self)):
+            yield self.epoch, step, order[step * size : (step + 1) * size]
 
     def __len__(self) -> int:
-        return self._num_steps
+        return self._settings.steps(len(self._clips))
 
 
 class _Batches(Dataset[Batch]):
-    """Batches by epoch and step; the order of the last epoch asked for is kept."""
+    """Batches by epoch, step and clips."""
 
-    def __init__(self, clips: ClipSet, augment: Augment, settings: BatchSettings) -> None:
+    def __init__(self, clips: PackedClips, augment: Augment, settings: BatchSettings) -> None:
         self._clips, self._augment, self._settings = clips, augment, settings
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        epoch, step = key
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, order_of_epoch(self._clips.targets(), self._settings, epoch)
-        start = step * self._settings.batch_size
+    def __getitem__(self, key: _Step) -> Batch:
+        epoch, step, indices = key
         return make_batch(
             self._clips,
-            self._order[1][start : start + self._settings.batch_size],
+            indices,
             self._augment,
             self._settings.window_samples,
             self._settings.rng("clips", epoch, step),

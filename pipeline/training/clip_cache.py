@@ -152,10 +152,13 @@ class SampleFile:
                 f"{clip.item.clip_id}: samples {start} to {stop} were asked for; it has "
                 f"{clip.num_samples}"
             )
+        return self.read(clip.offset + start, clip.offset + stop)
+
+    def read(self, start: int, stop: int) -> FloatArray:
+        """A copy of the samples [start, stop) of the file, whatever clip they are of."""
         if self._samples is None:
             self._samples = np.memmap(self.path, _STORED[self.dtype], mode="r")
-        first = clip.offset + start
-        samples = np.array(self._samples[first : first + stop - start], np.float32)
+        samples = np.array(self._samples[start:stop], np.float32)
         if self.dtype == "int16":
             samples /= np.float32(_INT16_SCALE)
         return samples

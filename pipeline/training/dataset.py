@@ -376,6 +376,58 @@ class ClipSet:
         return {name: numbers[index] for index, name in enumerate(self.label_names)}
 
 
+@dataclass(frozen=True)
+class PackedClips:
+    """What making batches needs of clips, in arrays.
+
+    Of millions of clips it takes tens of bytes each where a ``ClipSet`` takes a kilobyte, and
+    every process that makes batches has its own.
+
+    Attributes:
+        file: Where the samples are.
+        offsets: Each clip's first sample in the file, shape (clips,), int64.
+        num_samples: How many it has, shape (clips,), int64.
+        labels: Indices of the labels of all clips, one clip's behind the other's, int32.
+        bounds: Where a clip's labels begin, shape (clips + 1,), int64; the last is where they end.
+        num_labels: How many labels there are to have.
+    """
+
+    file: SampleFile
+    offsets: npt.NDArray[np.int64]
+    num_samples: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int32]
+    bounds: npt.NDArray[np.int64]
+    num_labels: int
+
+    def __len__(self) -> int:
+        return self.offsets.size
+
+    def samples(self, index: int, start: int, stop: int) -> FloatArray:
+        """Samples [start, stop) of a clip, float32; it must have so many."""
+        offset = int(self.offsets[index])
+        return self.file.read(offset + start, offset + stop)
+
+    def targets(self, indices: npt.NDArray[np.int64]) -> FloatArray:
+        """1 where a clip has a label, else 0; shape (indices, labels), float32."""
+        targets = np.zeros((indices.size, self.num_labels), np.float32)
+        for row, index in zip(targets, indices, strict=True):
+            row[self.labels[self.bounds[index] : self.bounds[index + 1]]] = 1.0
+        return targets
+
+
+def pack_clips(clips: ClipSet) -> PackedClips:
+    """The same clips without what only people need to know of them."""
+    counts = [len(clip.labels) for clip in clips.clips]
+    return PackedClips(
+        file=clips.file,
+        offsets=np.array([clip.offset for clip in clips.clips], np.int64),
+        num_samples=np.array([clip.num_samples for clip in clips.clips], np.int64),
+        labels=np.array([index for clip in clips.clips for index in clip.labels], np.int32),
+        bounds=np.cumsum([0, *counts], dtype=np.int64),
+        num_labels=len(clips.label_names),
+    )
+
+
 def label_clips(
     cached: CachedClips, clips: Sequence[CachedClip], label_names: Sequence[str]
 ) -> ClipSet:

@@ -32,6 +32,7 @@ from pipeline.training.loop import Row
 from pipeline.training.masked_patches import draw_kept
 from pipeline.training.schedule import schedule_factor
 from pipeline.training.steps import (
+    IF_DIVERGED,
     Precision,
     Stepper,
     autocast,
@@ -39,7 +40,8 @@ from pipeline.training.steps import (
     make_optimizer,
     weighted_mean,
 )
-from pipeline.training.validation import Scorer, validate
+from pipeline.training.validation import Scorer, parameters_are_finite, validate
+from transforms.errors import TrainingError
 from transforms.fbank import KaldiFbank
 from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS, ASTForAudioClassification
 
@@ -212,6 +214,7 @@ class FinetuningStage:
             (self._run_step(batch, epoch, step, on_step), len(batch.lengths))
             for step, batch in enumerate(self._loader.epoch(epoch))
         ]
+        self._check_weights(epoch)
         self.averages.after_epoch(self.model, epoch)
         return {
             "learning_rate": self._last_rate,
@@ -237,6 +240,14 @@ class FinetuningStage:
         self.averages.after_step(self.model)
         on_step(step + 1, self._loader.num_steps, value)
         return value
+
+    def _check_weights(self, epoch: int) -> None:
+        """A step may ruin them though its loss was a number; nothing of it is to be saved."""
+        if not parameters_are_finite(self.model):
+            raise TrainingError(
+                f"{self.name} has made weights NaN or infinite by the end of epoch {epoch + 1}, at "
+                f"a learning rate of {self._last_rate:.3g}; expected finite numbers. {IF_DIVERGED}"
+            )
 
     def _draw_kept(self, batch_size: int, rng: np.random.Generator) -> Tensor | None:
         ratio = self._augment.section.patch_drop

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.training.loop import Row
 
@@ -52,7 +53,9 @@ def draw_curves(history: Sequence[Row]) -> bytes:
         loss, metric, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
         _draw_losses(loss, history)
         _draw_metrics(metric, history)
-        _draw(rate, history, "learning_rate", "learning rate")
+        for stage in _stages(history):
+            _draw(rate, history, "learning_rate", stage, stage=stage)
+        rate.xaxis.set_major_locator(MaxNLocator(integer=True))
         rate.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
         for axes in (loss, metric, rate):
             for end in _ends_of_stages(history):
@@ -63,8 +66,8 @@ def draw_curves(history: Sequence[Row]) -> bytes:
 
 
 def _draw_losses(axes: Axes, history: Sequence[Row]) -> None:
-    for stage in dict.fromkeys(row["stage"] for row in history):
-        _draw(axes, history, "train_loss", f"{stage}", stage=stage)
+    for stage in _stages(history):
+        _draw(axes, history, "train_loss", stage, stage=stage)
     axes.set(ylabel="training loss", title="Training")
     axes.legend(frameon=False)
 
@@ -80,7 +83,13 @@ def _draw_metrics(axes: Axes, history: Sequence[Row]) -> None:
         axes.text(0.5, 0.5, "no validation set", ha="center", transform=axes.transAxes, color="0.5")
 
 
-def _draw(axes: Axes, history: Sequence[Row], column: str, name: str, stage: object = None) -> None:
+def _stages(history: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(str(row["stage"]) for row in history))
+
+
+def _draw(
+    axes: Axes, history: Sequence[Row], column: str, name: str, stage: str | None = None
+) -> None:
     points = [
         (number, float(value))
         for number, row in enumerate(history, start=1)

@@ -39,6 +39,7 @@ from transforms.image_checkpoints import (
     resolve_image_model,
 )
 from transforms.labels import read_labels
+from transforms.model_files import locate_model
 from transforms.spectrogram_transformer import (
     ASTConfig,
     ASTForAudioClassification,
@@ -88,6 +89,14 @@ class Initial:
     notes: tuple[str, ...] = ()
 
     @property
+    def folder(self) -> str | None:
+        """Where the weights lie on this machine: a folder or a file; None if they do not."""
+        origin = self.spec or self.image
+        if origin is None or origin.source == "hub" or not storage.is_local(origin.location):
+            return None
+        return storage.local_path(storage.normalise(origin.location))
+
+    @property
     def described(self) -> str:
         """In a few words."""
         if self.kind == "scratch":
@@ -124,6 +133,9 @@ def resolve_initial(model: CheckpointSection, architecture: ArchitectureSection)
             notes=image.notes,
         )
     facts = {name: getattr(model, name) for name in _FACTS}
+    if locate_model(model.name).source == "original":
+        # It says neither of these of itself, so they are both what it is and what is wanted.
+        facts |= {name: getattr(model, name) for name in (*_CHANGEABLE, "labels")}
     mean, std = statistics or (None, None)
     spec = resolve_model(model.name, ModelOverrides(mean=mean, std=std, **facts))
     return Initial(
@@ -140,7 +152,7 @@ def resolve_initial(model: CheckpointSection, architecture: ArchitectureSection)
 
 
 def build_model(
-    initial: Initial, label_names: tuple[str, ...], loss: str, seed: int
+    initial: Initial, label_names: tuple[str, ...], loss: str, seed: int, *, keeps_head: bool
 ) -> ASTForAudioClassification:
     """The model before its first step, on the CPU.
 
@@ -149,6 +161,7 @@ def build_model(
         label_names: The head's outputs, in order.
         loss: What it will be trained with; the saved config says so.
         seed: Of the weights that no checkpoint gives.
+        keeps_head: Start with the checkpoint's head, whose labels these are.
 
     Raises:
         ModelError: The checkpoint does not fit the shape.
@@ -161,7 +174,11 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if initial.spec is not None:
-            return load_for_finetuning(initial.spec, config)
+            started = load_for_finetuning(initial.spec, config)
+            if not keeps_head and label_names == initial.labels:
+                # It has taken the head over, as the labels happen to be the same.
+                started.classifier = ASTForAudioClassification(config).classifier
+            return started
         if initial.image is not None:
             return load_image_model(initial.image.location, config, initial.image.revision)
         model = ASTForAudioClassification(config)

@@ -69,6 +69,7 @@ def run_stages(
     folder: str,
     fingerprint: str,
     *,
+    on_resume: Callable[[Stage, int], None],
     on_step: Callable[[Stage, int, int, int, float], None],
     on_epoch: Callable[[Stage, Row, list[Row]], None],
 ) -> Progress:
@@ -78,12 +79,15 @@ def run_stages(
         stages: In order.
         folder: Where the state is kept.
         fingerprint: Of what is trained; a state of another training is not taken over.
+        on_resume: Told the stage that an earlier run was at, and its epochs that are done.
         on_step: Told the stage, the epoch (from 0), the step (from 1), the number of steps and
             the loss.
         on_epoch: Told the stage, the epoch's figures and all figures so far, before the state is
             written: what it writes is written again if the epoch is done again.
     """
     progress = load_progress(stages, folder, fingerprint)
+    if progress.history:
+        on_resume(stages[progress.stage], progress.epoch)
     while progress.stage < len(stages):
         stage = stages[progress.stage]
         while progress.epoch < stage.epochs:
@@ -103,7 +107,11 @@ def run_stages(
 
 
 def save_progress(progress: Progress, stage: Stage, folder: str, fingerprint: str) -> None:
-    """Write the state, whole or not at all."""
+    """Write the state, whole or not at all.
+
+    Raises:
+        WriteError: It cannot be written; the one before it stays.
+    """
     content = io.BytesIO()
     state = {
         "version": _STATE_VERSION,
@@ -114,7 +122,9 @@ def save_progress(progress: Progress, stage: Stage, folder: str, fingerprint: st
         "state": stage.state_dict(),
     }
     torch.save(state, content)
-    storage.write_bytes(storage.join(folder, STATE_NAME), content.getvalue())
+    url = storage.join(folder, STATE_NAME)
+    with storage.writing_to(url):
+        storage.write_bytes(url, content.getvalue())
 
 
 def load_progress(stages: Sequence[Stage], folder: str, fingerprint: str) -> Progress:
@@ -127,7 +137,9 @@ def load_progress(stages: Sequence[Stage], folder: str, fingerprint: str) -> Pro
     if not storage.exists(url):
         return Progress()
     try:
-        state = torch.load(io.BytesIO(storage.read_bytes(url)), weights_only=True)
+        # To the CPU: what loads it has a device of its own, and room there for one copy.
+        content = io.BytesIO(storage.read_bytes(url))
+        state = torch.load(content, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise OutputError(
             f"{url} cannot be read as the state of a training ({type(error).__name__}). Start anew "

@@ -13,6 +13,10 @@ from pipeline.train_config import OptimizerSection
 from transforms.errors import TrainingError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+IF_DIVERGED = (
+    "Lower optimizer.learning_rate, set optimizer.max_gradient_norm to 1, or use --precision fp32; "
+    "then start anew with --overwrite. What was saved of the epochs before stays."
+)
 _AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,7 +79,8 @@ class Stepper:
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: factor(min(step, num_steps - 1))
         )
-        self._scaler = torch.amp.GradScaler(enabled=scaled)  # type: ignore[attr-defined]
+        device = next(modules.parameters()).device
+        self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)  # type: ignore[attr-defined]
 
     @property
     def learning_rate(self) -> float:
@@ -118,9 +123,7 @@ def checked_loss(loss: Tensor, stage: str, epoch: int, step: int, learning_rate:
     if not math.isfinite(value):
         raise TrainingError(
             f"the loss of {stage} is {value} in epoch {epoch + 1}, step {step + 1}, at a learning "
-            f"rate of {learning_rate:.3g}; expected a finite number. Lower "
-            "optimizer.learning_rate, set optimizer.max_gradient_norm to 1, or use --precision "
-            "fp32; then start anew with --overwrite. What was saved of the epochs before stays."
+            f"rate of {learning_rate:.3g}; expected a finite number. {IF_DIVERGED}"
         )
     return value
 

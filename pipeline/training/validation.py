@@ -1,12 +1,13 @@
 """Score clips with a model in training, as ``earmark label`` would with the finished one.
 
-The same windows, features and aggregate: a clip's scores are the maximum over its windows where
-labels are independent, the mean where they exclude each other. What it prints in an epoch is what
-``earmark evaluate`` finds afterwards.
+The same windows, features, precision and aggregate: a clip's scores are the maximum over its
+windows where labels are independent, the mean where they exclude each other. What it prints in an
+epoch is what ``earmark evaluate`` finds afterwards.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -19,8 +20,11 @@ from torch import nn
 from pipeline.metrics import Metrics, compute_metrics
 from pipeline.training.batches import window_batches
 from pipeline.training.dataset import ClipSet
+from pipeline.training.steps import IF_DIVERGED, Precision
+from transforms.errors import TrainingError
 from transforms.fbank import KaldiFbank
-from transforms.spectrogram_transformer import ASTForAudioClassification
+from transforms.inference import TORCH_DTYPES
+from transforms.spectrogram_transformer import ASTForAudioClassification, ASTModel
 from transforms.windows import WindowSettings, cut_windows
 
 # Windows whose samples are held at once; 10 s of float32 are 0.64 MB.
@@ -36,17 +40,31 @@ class Scorer:
         windows: How clips are cut.
         batch_size: Windows per call of the model.
         activation: From logits to scores, which also decides the aggregate.
+        precision: Of the backbone.
     """
 
     fbank: KaldiFbank
     windows: WindowSettings
     batch_size: int
     activation: Literal["sigmoid", "softmax"]
+    precision: Precision
 
 
 def validate(model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer) -> Metrics:
-    """The figures of a model on clips whose labels are known."""
+    """The figures of a model on clips whose labels are known.
+
+    Raises:
+        TrainingError: A score is NaN.
+    """
     scores = score_clips(model, clips, scorer)
+    is_bad = ~np.isfinite(scores).all(axis=1)
+    if is_bad.any():
+        first = clips.clips[int(is_bad.argmax())].item.clip_id
+        raise TrainingError(
+            f"{int(is_bad.sum()):,} of {len(clips):,} validation clips have scores that are NaN or "
+            f"infinite, in {scorer.precision}: {first} is the first; expected finite numbers. "
+            f"{IF_DIVERGED}"
+        )
     return compute_metrics(clips.targets() > 0, scores, clips.label_names)
 
 
@@ -57,8 +75,9 @@ def score_clips(
     scores = np.empty((len(clips), len(clips.label_names)), np.float32)
     was_training = model.training
     model.eval()
+    backbone = _in_precision(model, scorer.precision)
     for first, stretches, counts in _groups(clips, scorer.windows):
-        rows = _score_windows(model, stretches, scorer)
+        rows = _score_windows(model, backbone, stretches, scorer)
         start = 0
         for clip, count in enumerate(counts, start=first):
             rows_of_clip = rows[start : start + count]
@@ -85,17 +104,28 @@ def _groups(
         yield first, stretches, counts
 
 
+def _in_precision(model: ASTForAudioClassification, precision: Precision) -> ASTModel:
+    """The backbone as ``earmark label`` runs it: its very weights in half precision."""
+    backbone = model.audio_spectrogram_transformer
+    if precision == "fp32":
+        return backbone
+    return copy.deepcopy(backbone).to(TORCH_DTYPES[precision])
+
+
 @torch.no_grad()
 def _score_windows(
-    model: ASTForAudioClassification, stretches: list[npt.NDArray[np.float32]], scorer: Scorer
+    model: ASTForAudioClassification,
+    backbone: ASTModel,
+    stretches: list[npt.NDArray[np.float32]],
+    scorer: Scorer,
 ) -> npt.NDArray[np.float32]:
-    device = next(model.parameters()).device
+    weight = next(backbone.parameters())
     rows = []
     for waveforms, lengths in window_batches(
         stretches, scorer.batch_size, scorer.windows.window_samples
     ):
-        features = scorer.fbank(waveforms.to(device), lengths.to(device))
-        logits = model.classifier(model.embed(features)).float()
+        features = scorer.fbank(waveforms.to(weight.device), lengths.to(weight.device))
+        logits = model.classifier(backbone.embed(features.to(weight.dtype)).float())
         is_sigmoid = scorer.activation == "sigmoid"
         rows.append((logits.sigmoid() if is_sigmoid else logits.softmax(dim=1)).cpu().numpy())
     return np.concatenate(rows)
