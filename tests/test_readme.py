@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -18,7 +19,8 @@ import pytest
 import typer
 
 from pipeline import cli
-from pipeline.config import load_config
+from pipeline.config import load_config, shipped_configs
+from tests.bird_factory import write_birds
 from tests.fake_hub import serve_hub
 from tests.model_factory import write_tiny_model
 from transforms.labels import audioset_labels
@@ -122,6 +124,75 @@ def test_the_python_prints_the_labels_of_a_sound(environment: dict[str, str]) ->
     assert {name for name, _ in best} <= {label.name for label in audioset_labels()}
 
 
+@pytest.fixture
+def birds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a ``birds.csv`` of five folds."""
+    folder = tmp_path / "birds"
+    write_birds(folder, num_folds=5)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run_here(command: list[str], model: Path) -> None:
+    """A command of the README in this process: from a small model, and for two epochs only."""
+    program, *arguments = [str(model) if word == MODEL else word for word in command]
+    assert program == "earmark"
+    short = ["--epochs", "2"] if arguments[0] == "train" else []
+    assert cli.main([*arguments, *short]) == 0
+
+
+def test_the_training_commands_go_from_a_manifest_to_a_figure(
+    birds: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    commands = block("train-commands").replace("\\\n", " ").splitlines()
+    assert [shlex.split(line)[1] for line in commands] == ["stats", "train", "label", "evaluate"]
+    for line in commands:
+        run_here(shlex.split(line), tiny_model)
+    record = json.loads((birds / "birds-model" / "train.json").read_text())
+    measured = json.loads((birds / "birds-stats" / "preprocessor_config.json").read_text())
+    assert (record["mean"], record["std"]) == (measured["mean"], measured["std"])
+    assert record["clips"] == {"train": 18, "validation": 6}
+    figures = json.loads((birds / "held-out" / "evaluation" / "evaluation.json").read_text())
+    assert figures["counts"]["clips"] == 6
+    assert figures["accuracy"] == record["best"]["accuracy"]
+    assert f"accuracy {figures['accuracy']:.4f}" in capfd.readouterr().out
+
+    tree = README.split("<!-- train-output -->\n```\nbirds-model/\n")[1].split("```")[0]
+    drawn = {name for line in tree.splitlines() for name in re.split(r" {2,}", line)[1].split()}
+    written = {path.name + "/" * path.is_dir() for path in (birds / "birds-model").iterdir()}
+    assert drawn - written == {"averaged/", "errors.parquet"}
+    assert written <= drawn
+
+
+@pytest.mark.slow
+def test_the_loop_of_a_cross_validation_gives_one_figure_over_all_clips(
+    birds: Path, tiny_model: Path
+) -> None:
+    shell = f'earmark() {{ printf "%s\\n" "earmark $*"; }}\n{block("cross-validation")}'
+    lines = run(["bash", "-euc", shell], dict(os.environ)).stdout.splitlines()
+    assert len(lines) == 11
+    for line in lines:
+        run_here(shlex.split(line), tiny_model)
+    (evaluation,) = birds.glob("*/evaluation/evaluation.json")
+    figures = json.loads(evaluation.read_text())
+    assert figures["counts"]["clips"] == 24
+    assert figures["combined"] == "5 results without a clip in common, taken together"
+    assert len(list((birds / "decoded").iterdir())) == 1
+
+
+def test_the_recipes_are_those_that_ship_with_the_figures_that_they_name() -> None:
+    rows = re.findall(
+        r"^\| \[`(\w+)`\]\(configs/train/(\w+)\.yaml\) .* \| (mAP|accuracy) (0\.\d{4}) \|$",
+        README,
+        re.MULTILINE,
+    )
+    assert [name for name, _, _, _ in rows] == sorted(set(shipped_configs("train")) - {"default"})
+    for name, file, metric, figure in rows:
+        assert name == file
+        head = (ROOT / "configs" / "train" / f"{file}.yaml").read_text(encoding="utf-8")
+        assert (figure if metric == "mAP" else f"{100 * float(figure):.2f} %") in head
+
+
 def test_the_test_command_is_what_ci_runs() -> None:
     install, tests = block("test-command").splitlines()
     assert install == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]'"
@@ -155,7 +226,7 @@ def test_every_option_in_the_readme_exists() -> None:
 def test_every_command_in_the_readme_exists() -> None:
     commands: Any = typer.main.get_command(cli.app)
     mentioned = set(re.findall(r"(?:`|/)earmark ([a-z]+)", README))
-    assert {"label", "plan", "verify", "export", "models"} <= mentioned <= set(commands.commands)
+    assert mentioned == set(commands.commands)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
