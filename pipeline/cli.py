@@ -367,7 +367,7 @@ LearningRate = Annotated[
     typer.Option(
         "--learning-rate",
         metavar="RATE",
-        help="At its highest (default 1e-05).",
+        help="At its highest (default: 0.001 from scratch, else 0.0001).",
         rich_help_panel=TRAINING_PANEL,
     ),
 ]

@@ -88,8 +88,8 @@ class Moment:
     Attributes:
         counts: What has been done.
         elapsed_s: Seconds since the display began.
-        working_s: Seconds since the first window was labelled: loading the model, which comes
-            before, says nothing of the speed.
+        working_s: Seconds since the first window (without windows: clip) was done: loading the
+            model, which comes before, says nothing of the speed.
         is_complete: Whether the run has come to its end: these counts are all there is.
     """
 
@@ -107,11 +107,13 @@ class Expected:
         windows: Estimated from the plan; None if not known.
         items: Items found; None where containers have not been read yet.
         doing: What is being done, for a line at the start.
+        has_windows: Whether clips are cut into windows; where not, they alone are counted.
     """
 
     windows: int | None = None
     items: int | None = None
     doing: str = "labelling"
+    has_windows: bool = True
 
 
 def format_duration(seconds: float) -> str:
@@ -211,6 +213,8 @@ def _count_parts(moment: Moment, expected: Expected) -> dict[str, str]:
         "windows": f"{_windows(moment, expected)} windows",
         "audio": f"{format_audio(counts.audio_s)} of audio",
     }
+    if not expected.has_windows:
+        del parts["windows"]
     times = speed(moment)
     if times is not None:
         parts["speed"] = f"{times:,.0f}× real time" if times >= 10 else f"{times:.1f}× real time"
@@ -221,6 +225,15 @@ def _count_parts(moment: Moment, expected: Expected) -> dict[str, str]:
 
 def _of(done: int, total: int | None) -> str:
     return f"{done:,}" if total is None else f"{done:,}/{total:,}"
+
+
+def _how_much(expected: Expected) -> str:
+    """`` about 320 windows``, `` 1,200 clips``; nothing where it is not known."""
+    if expected.has_windows:
+        return "" if expected.windows is None else f" about {expected.windows:,} windows"
+    if expected.items is None:
+        return ""
+    return f" {expected.items:,} {'clip' if expected.items == 1 else 'clips'}"
 
 
 def _windows(moment: Moment, expected: Expected) -> str:
@@ -306,9 +319,7 @@ class _Lines:
         self._next_s = LINE_INTERVAL_S
 
     def start(self) -> None:
-        windows = self._expected.windows
-        about = f" about {windows:,} windows" if windows is not None else ""
-        self._print(f"{self._expected.doing}{about}")
+        self._print(f"{self._expected.doing}{_how_much(self._expected)}")
 
     def update(self, moment: Moment) -> None:
         if moment.elapsed_s >= self._next_s:
@@ -348,6 +359,7 @@ class ProgressDisplay:
         total_windows: Windows to label, estimated; None if not known.
         total_items: Items to label; None if not known.
         doing: What is being done, for a line at the start.
+        has_windows: Whether clips are cut into windows; where not, they alone are counted.
         quiet: Show nothing.
         console: Where to show it; stderr by default.
     """
@@ -359,15 +371,17 @@ class ProgressDisplay:
         total_windows: int | None = None,
         total_items: int | None = None,
         doing: str = "labelling",
+        has_windows: bool = True,
         quiet: bool = False,
         console: Console | None = None,
     ) -> None:
         self._read = read
-        self._display = _make_display(Expected(total_windows, total_items, doing), quiet, console)
+        expected = Expected(total_windows, total_items, doing, has_windows)
+        self._display = _make_display(expected, quiet, console)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="earmark-progress", daemon=True)
         self._began_s = 0.0
-        self._first_window_s: float | None = None
+        self._began_work_s: float | None = None
 
     def __enter__(self) -> Self:
         self._began_s = time.monotonic()
@@ -397,9 +411,9 @@ class ProgressDisplay:
 
     def _moment(self) -> Moment:
         now, counts = time.monotonic(), self._read()
-        if self._first_window_s is None and counts.windows:
-            self._first_window_s = now
-        working_s = 0.0 if self._first_window_s is None else now - self._first_window_s
+        if self._began_work_s is None and (counts.windows or counts.clips):
+            self._began_work_s = now
+        working_s = 0.0 if self._began_work_s is None else now - self._began_work_s
         return Moment(counts, now - self._began_s, working_s)
 
 

@@ -19,6 +19,7 @@ The output is a folder that ``--model`` and transformers take:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -28,7 +29,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
@@ -48,9 +50,9 @@ from pipeline.train_config import TrainConfig
 from pipeline.training.augmentation import Augment
 from pipeline.training.batches import BatchSettings
 from pipeline.training.clip_cache import CachedClips, cache_clips, cache_key, write_errors
-from pipeline.training.dataset import ClipSet, ClipSets, make_clip_sets
+from pipeline.training.dataset import ClipSet, ClipSets, check_found, make_clip_sets
 from pipeline.training.display import EpochDisplay
-from pipeline.training.finetuning import FinetuningSettings, FinetuningStage, copy_for_saving
+from pipeline.training.finetuning import Best, FinetuningSettings, FinetuningStage, copy_for_saving
 from pipeline.training.history import CURVES_NAME, HISTORY_NAME, draw_curves, history_table
 from pipeline.training.initial import Initial, build_model, measure_statistics, resolve_initial
 from pipeline.training.loop import STATE_NAME, Progress, Row, Stage, run_stages
@@ -88,6 +90,10 @@ _WRITTEN = (
 _MAX_LOADERS = 8
 _CURVES_EVERY_S = 30.0
 
+# Where none is given: with these a few hundred clips are learnt within the default epochs. What a
+# checkpoint knows is soon lost at the rate that fresh weights need.
+_LEARNING_RATES = {"scratch": 1e-3, "checkpoint": 1e-4, "image": 1e-4}
+
 # Sections of the configuration that the result depends on.
 _DECISIVE = (
     *("model", "architecture", "training", "optimizer", "schedule", "augmentation", "averaging"),
@@ -113,6 +119,7 @@ class TrainPlan:
         sources: How to read.
         windows: How clips are cut.
         cache: The folder of decoded audio.
+        learning_rate: At its highest, of the teaching of labels.
         results: What the result depends on; ``data`` is among it once the clips are known.
         device: That the model is trained on.
         precision: Of the forward pass.
@@ -126,6 +133,7 @@ class TrainPlan:
     sources: SourceSettings
     windows: WindowSettings
     cache: str
+    learning_rate: float
     results: Mapping[str, Any]
     device: str
     precision: str
@@ -196,7 +204,7 @@ def run_train(config: TrainConfig) -> int:
         if config.overwrite:
             remove_training(output)
         if record is None or not is_done(record):
-            train(plan, clips, config)
+            train(plan, clips, config, record)
         else:
             say_done(output)
         if config.cache.folder is None:
@@ -228,9 +236,10 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
     Raises:
         UsageError: The config, the model, an input or the output is not right.
     """
-    device = resolve_device(config.training.device)
+    device = resolve_device(config.training.device, "training.device")
     precision = resolve_precision(config.training.precision, device)
-    initial = resolve_initial(config.model, config.architecture)
+    keeps_head = config.training.head == "keep"
+    initial = resolve_initial(config.model, config.architecture, keeps_head=keeps_head)
     shape = initial.config
     check_possible(config, device, shape.num_hidden_layers)
     sample_rate_hz = FbankSettings().sample_rate_hz
@@ -251,7 +260,11 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
     found_validation = (
         _find(config.validation, config, output, sources) if config.validation else None
     )
+    check_found(found, "training", config.hold_out)
+    if found_validation is not None:
+        check_found(found_validation, "validation")
     cache = config.cache.folder or storage.join(output, CACHE_NAME)
+    learning_rate = config.optimizer.learning_rate or _LEARNING_RATES[initial.kind]
     return TrainPlan(
         output=output,
         found=found,
@@ -261,7 +274,8 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
         sources=sources,
         windows=windows,
         cache=storage.normalise(cache),
-        results=what_changes_training(config, initial, precision),
+        learning_rate=learning_rate,
+        results=what_changes_training(config, initial, precision, learning_rate),
         device=device,
         precision=precision,
     )
@@ -297,7 +311,9 @@ def _find(
     return found if config.limit is None else limit_items(found, config.limit, sources)
 
 
-def what_changes_training(config: TrainConfig, initial: Initial, precision: str) -> dict[str, Any]:
+def what_changes_training(
+    config: TrainConfig, initial: Initial, precision: str, learning_rate: float
+) -> dict[str, Any]:
     """Everything in the settings that the trained weights depend on, by name."""
     resolved = config.resolved()
     values: dict[str, Any] = {}
@@ -307,6 +323,7 @@ def what_changes_training(config: TrainConfig, initial: Initial, precision: str)
             section = {k: v for k, v in section.items() if (name, k) not in _INDECISIVE}
         values[name] = section
     values["training"]["precision"] = precision
+    values["optimizer"]["learning_rate"] = learning_rate
     return {**values, "initial": initial.name, "initial_sha256": initial.sha256}
 
 
@@ -316,7 +333,7 @@ def describe_train_plan(plan: TrainPlan) -> list[str]:
     lines = [
         f"Model: {initial.described}, {shape.num_hidden_layers} layers of {shape.hidden_size}, "
         f"windows of {plan.windows.window_samples / plan.windows.sample_rate_hz:g} s; on "
-        f"{plan.device} in {plan.precision}.",
+        f"{plan.device} in {plan.precision}, learning rate {plan.learning_rate:g}.",
         *initial.notes,
         *describe_inputs(plan.found),
     ]
@@ -431,9 +448,9 @@ def prepare_clips(plan: TrainPlan, config: TrainConfig) -> PreparedClips:
     Raises:
         InputError: Labels or audio are not such that they can be learnt.
     """
-    caches = [_cache(plan, plan.found, config, "decoding")]
+    caches = [_cache(plan, plan.found, config)]
     if plan.found_validation is not None:
-        caches.append(_cache(plan, plan.found_validation, config, "decoding for validation"))
+        caches.append(_cache(plan, plan.found_validation, config, " for validation"))
     keeps_head = config.training.head == "keep"
     sets = make_clip_sets(
         *caches,
@@ -511,28 +528,73 @@ def describe_failures(failures: Sequence[ItemFailure]) -> list[str]:
     ]
 
 
-def _cache(plan: TrainPlan, found: Found, config: TrainConfig, doing: str) -> CachedClips:
-    def count(num_samples: int, failed: bool) -> None:
+class _DecodingDisplay:
+    """Shows decoding from its first clip on; where nothing is decoded, nothing. A context.
+
+    Args:
+        found: What is to be decoded.
+        sample_rate_hz: Of what it is decoded to.
+        purpose: What for, with a space before it; or nothing.
+        quiet: Show nothing.
+    """
+
+    def __init__(self, found: Found, sample_rate_hz: int, purpose: str, *, quiet: bool) -> None:
+        self._total, self._sample_rate_hz = count_found_items(found), sample_rate_hz
+        self._purpose, self._quiet = purpose, quiet
+        self._num_kept = 0
+        self._shown: ProgressDisplay | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def on_kept(self, num_items: int) -> None:
+        """An earlier process has done so many."""
+        self._num_kept = num_items
+        done = f"{counted(num_items, 'item')} done before"
+        say(f"Going on with decoding{self._purpose}: {done}.", quiet=self._quiet)
+
+    def on_clip(self, num_samples: int, failed: bool) -> None:
+        """Another one is done."""
+        if self._shown is None:
+            self._shown = ProgressDisplay(
+                read=LiveReader(),
+                total_items=None if self._total is None else self._total - self._num_kept,
+                doing=f"decoding{self._purpose}",
+                has_windows=False,
+                quiet=self._quiet,
+            )
+            self._stack.enter_context(self._shown)
         live_counts.failures += failed
         live_counts.clips += not failed
-        live_counts.windows += not failed
-        live_counts.audio_s += num_samples / plan.decode.sample_rate_hz
+        live_counts.audio_s += num_samples / self._sample_rate_hz
 
-    with ProgressDisplay(
-        read=LiveReader(),
-        total_windows=count_found_items(found) or 0,
-        total_items=count_found_items(found),
-        doing=doing,
-        quiet=config.quiet,
-    ):
-        return cache_clips(
+
+def _cache(plan: TrainPlan, found: Found, config: TrainConfig, purpose: str = "") -> CachedClips:
+    rate_hz = plan.decode.sample_rate_hz
+    with _DecodingDisplay(found, rate_hz, purpose, quiet=config.quiet) as display:
+        cached = cache_clips(
             found,
             plan.cache,
             decode=plan.decode,
             sources=plan.sources,
             dtype=config.cache.dtype,
-            on_clip=count,
+            on_clip=display.on_clip,
+            on_kept=display.on_kept,
         )
+    if cached.is_reused:
+        clips = counted(len(cached.clips), "clip")
+        say(f"Decoded already{purpose}: {clips}.", quiet=config.quiet)
+    return cached
 
 
 def remove_caches(caches: Sequence[CachedClips]) -> None:
@@ -615,14 +677,24 @@ class Recorder:
             save_pretrained(copy_for_saving(model), place, mean=mean, std=std, dtype=self._dtype)
 
 
-def train(plan: TrainPlan, prepared: PreparedClips, config: TrainConfig) -> None:
-    """Run the stages and write what comes of them."""
+def train(
+    plan: TrainPlan,
+    prepared: PreparedClips,
+    config: TrainConfig,
+    record: Mapping[str, Any] | None,
+) -> None:
+    """Run the stages and write what comes of them.
+
+    Args:
+        plan: What is trained.
+        prepared: The clips.
+        config: As given.
+        record: What an earlier run has written of this very training; None if there is none.
+    """
     began_s = time.monotonic()
     clips = prepared.sets
     device = torch.device(plan.device)
-    statistics = plan.initial.statistics or measure_statistics(
-        clips.train, plan.windows, plan.initial.config
-    )
+    statistics = settle_statistics(plan, clips.train, record, quiet=config.quiet)
     recorder = Recorder(
         plan,
         _record(plan, clips, config, statistics),
@@ -644,7 +716,7 @@ def train(plan: TrainPlan, prepared: PreparedClips, config: TrainConfig) -> None
         config.training.seed,
         keeps_head=config.training.head == "keep",
     ).to(device)
-    stages, teaching = make_stages(plan, clips, config, model, statistics, recorder)
+    stages, teaching = make_stages(plan, clips, config, model, statistics)
     with EpochDisplay(stages, config.training.metric, quiet=config.quiet) as display:
 
         def on_resume(stage: Stage, num_epochs: int) -> None:
@@ -655,6 +727,11 @@ def train(plan: TrainPlan, prepared: PreparedClips, config: TrainConfig) -> None
             recorder.write_history(history, draw=False)
             display.on_epoch(stage, row, teaching.best)
 
+        def on_saved(stage: Stage, num_epochs: int) -> None:
+            # The state of an epoch has its weights, too: a kill between both is made good here.
+            if stage is teaching and teaching.best and teaching.best.epoch == num_epochs:
+                recorder.write_model(teaching.model, "best")
+
         progress = run_stages(
             stages,
             plan.output,
@@ -662,6 +739,7 @@ def train(plan: TrainPlan, prepared: PreparedClips, config: TrainConfig) -> None
             on_resume=on_resume,
             on_step=display.on_step,
             on_epoch=on_epoch,
+            on_saved=on_saved,
         )
     finish(plan, config, recorder, teaching, progress)
     for line in describe_training(config, teaching, progress):
@@ -670,13 +748,25 @@ def train(plan: TrainPlan, prepared: PreparedClips, config: TrainConfig) -> None
     say(f"Took {format_duration(time.monotonic() - began_s)}.", quiet=config.quiet)
 
 
+def settle_statistics(
+    plan: TrainPlan, clips: ClipSet, record: Mapping[str, Any] | None, *, quiet: bool
+) -> tuple[float, float]:
+    """Mean and standard deviation to normalise with: given, measured before, or measured now."""
+    if plan.initial.statistics is not None:
+        return plan.initial.statistics
+    if record is not None and {"mean", "std"} <= record.keys():
+        return float(record["mean"]), float(record["std"])
+    about = counted(len(clips), "clip")
+    say(f"Measuring mean and standard deviation of {about}…", quiet=quiet)
+    return measure_statistics(clips, plan.windows, plan.initial.config)
+
+
 def make_stages(
     plan: TrainPlan,
     clips: ClipSets,
     config: TrainConfig,
     model: ASTForAudioClassification,
     statistics: tuple[float, float],
-    recorder: Recorder,
 ) -> tuple[list[Stage], FinetuningStage]:
     """The stages in order; the last one teaches labels."""
     device = torch.device(plan.device)
@@ -717,6 +807,7 @@ def make_stages(
             epochs=config.training.epochs,
             loss=config.training.loss,
             optimizer=config.optimizer,
+            learning_rate=plan.learning_rate,
             schedule=config.schedule,
             averaging=config.averaging,
             trained_layers=config.training.trained_layers,
@@ -725,7 +816,6 @@ def make_stages(
             metric=config.training.metric,
         ),
         num_loaders=num_loaders,
-        on_best=lambda best: recorder.write_model(best, "best"),
     )
     if not config.pretraining.epochs:
         return [teaching], teaching
@@ -765,7 +855,9 @@ def finish(
     recorder.write_record(
         status="done",
         finished=utc_now(),
-        best=None if best is None else {"epoch": best[0], config.training.metric: best[1]},
+        best=None
+        if best is None
+        else {"epoch": best.epoch, config.training.metric: best.figure, "loss": best.loss},
         last=progress.history[-1],
     )
     storage.remove(storage.join(plan.output, STATE_NAME))
@@ -777,17 +869,34 @@ def describe_training(
     """What came of it, in words."""
     metric, last = config.training.metric, progress.history[-1]
     name = "accuracy" if metric == "accuracy" else "mAP"
-    lines = [f"Trained {counted(teaching.epochs, 'epoch')}; the model has the weights: "
-             f"{config.training.keep}."]  # fmt: skip
-    if teaching.best is not None:
+    best = teaching.best
+    lines = [
+        f"Trained {counted(teaching.epochs, 'epoch')}. The model has {describe_kept(config, best)}."
+    ]
+    if best is not None:
         lines.append(
-            f"Validation {name}: {teaching.best[1]:.4f} at best (epoch {teaching.best[0]}), "
+            f"Validation {name}: {best.figure:.4f} at best (epoch {best.epoch}), "
             f"{last[f'validation_{metric}']:.4f} in the last epoch."
         )
     averaged = last.get(f"averaged_{metric}")
     if averaged is not None:
         lines.append(f"Validation {name} of the averaged weights: {averaged:.4f}.")
     return lines
+
+
+def describe_kept(config: TrainConfig, best: Best | None) -> str:
+    """Which weights the output's model has, in words."""
+    averaging = config.averaging
+    if config.training.keep == "best" and best is not None:
+        return f"the weights of the best epoch ({best.epoch})"
+    if config.training.keep == "last":
+        return f"the weights of the last epoch ({config.training.epochs})"
+    if averaging.moving_decay is not None:
+        return f"the moving average of the weights (decay {averaging.moving_decay:g} per step)"
+    return (
+        f"the average of the weights after the epochs {averaging.first_epoch} to "
+        f"{averaging.last_epoch}"
+    )
 
 
 def _record(

@@ -143,14 +143,15 @@ class OptimizerSection(Section):
 
     Attributes:
         name: With adam, weight decay is part of the gradient; with adamw it is not.
-        learning_rate: At its highest; the schedule multiplies it.
+        learning_rate: At its highest; the schedule multiplies it. null follows what training
+            starts from.
         betas: Decay of the gradient's mean and of its square's, per step.
         weight_decay: Share of a weight that is taken off it, times the learning rate.
         max_gradient_norm: Length that a gradient is cut down to; null leaves it.
     """
 
     name: Literal["adam", "adamw"] = "adam"
-    learning_rate: Positive = 1e-5
+    learning_rate: Positive | None = None
     betas: Betas = (0.95, 0.999)
     weight_decay: NotNegative = 5e-7
     max_gradient_norm: Positive | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,6 +21,9 @@ import safetensors.torch
 import torch
 import transformers
 
+from pipeline.config import CheckpointSection
+from pipeline.train_config import ArchitectureSection
+from pipeline.training.initial import build_model, resolve_initial
 from tests.fake_hub import COMMIT, TOKEN, FakeHub, serve_hub, use_hub
 from tests.test_spectrogram_transformer import TINY, assert_close, make_input, make_pair, randomise
 from transforms import retries
@@ -383,6 +387,73 @@ def test_an_original_checkpoint_says_all_that_it_lacks(tmp_path: Path) -> None:
     some = ModelOverrides(frequency_stride=10, time_stride=10, mean=0.0)
     with pytest.raises(ModelError, match=r"Missing: model\.labels \([^;]*; it[^;]*; model\.std \("):
         resolve_model(str(path), some)
+
+
+def test_an_original_checkpoint_needs_no_labels_where_its_head_is_thrown_away(
+    tmp_path: Path,
+) -> None:
+    model = make_model(num_labels=7, layer_norm_eps=1e-6, head_layer_norm_eps=1e-5)
+    path = write_pth(tmp_path / "audio_model.pth", model)
+    shape = {"frequency_stride": 10, "time_stride": 10, "num_attention_heads": 4}
+    given = ModelOverrides(**shape, mean=-3.5, std=2.5, max_length=128)
+    spec = resolve_model(str(path), given, needs_labels=False)
+    assert [label.name for label in spec.labels] == [f"LABEL_{index}" for index in range(7)]
+    assert states_equal(load_model(spec), model)
+    # Whatever else is missing is missing all the same, and labels that are given must be right.
+    with pytest.raises(ModelError, match=r"Missing: model\.mean \([^;]*; model\.std \([^;]*$"):
+        resolve_model(str(path), ModelOverrides(**shape, max_length=128), needs_labels=False)
+    wrong = dataclasses.replace(given, labels="audioset")
+    with pytest.raises(ModelError, match="has 527 labels, and the classifier has 7 outputs"):
+        resolve_model(str(path), wrong, needs_labels=False)
+
+
+ORIGINAL: dict[str, Any] = {
+    "num_attention_heads": 3,
+    "frequency_stride": 10,
+    "time_stride": 10,
+    "max_length": 1024,
+    "mean": -4.25,
+    "std": 4.5,
+}
+
+
+@pytest.mark.parametrize("labels", [None, "cat\ndog\n"])
+def test_a_training_with_a_new_head_needs_no_names_for_the_old_one_s_outputs(
+    shared_data: Path, tmp_path: Path, labels: str | None
+) -> None:
+    path = shared_data / "original_ast" / "audio_model.pth"
+    if labels is not None:
+        (tmp_path / "labels.txt").write_text(labels)
+    wanted = None if labels is None else str(tmp_path / "labels.txt")
+    section = CheckpointSection(name=str(path), labels=wanted, **ORIGINAL)
+    initial = resolve_initial(section, ArchitectureSection(), keeps_head=False)
+    assert initial.wanted_labels == (None if labels is None else ("cat", "dog"))
+    assert not any(note.startswith("Scores are") for note in initial.notes)
+    started = build_model(initial, ("cat", "dog"), "cross_entropy", 0, keeps_head=False)
+    assert started.classifier.dense.weight.shape == (2, 192)
+    theirs = load_model(resolve_model(str(path), ModelOverrides(labels="audioset", **ORIGINAL)))
+    assert states_equal(started.audio_spectrogram_transformer, theirs.audio_spectrogram_transformer)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (None, r"Missing: model\.labels \(.*; it has 527 outputs\)\. Give each"),
+        ("cat\ndog\n", r"has 2 labels, and the classifier has 527 outputs"),
+    ],
+)
+def test_a_training_that_keeps_the_head_needs_the_names_of_its_outputs(
+    shared_data: Path, tmp_path: Path, labels: str | None, words: str
+) -> None:
+    if labels is not None:
+        (tmp_path / "labels.txt").write_text(labels)
+    section = CheckpointSection(
+        name=str(shared_data / "original_ast" / "audio_model.pth"),
+        labels=None if labels is None else str(tmp_path / "labels.txt"),
+        **ORIGINAL,
+    )
+    with pytest.raises(ModelError, match=words):
+        resolve_initial(section, ArchitectureSection(), keeps_head=True)
 
 
 def test_a_window_that_no_recipe_has_must_be_given(tmp_path: Path) -> None:

@@ -138,3 +138,18 @@ def test_what_is_complete_has_no_time_left() -> None:
     assert format_line(done, Expected(80, None)) == (
         "100% · 40 clips · 60 windows · 10.0 min of audio · 5.0× real time · 2:05 elapsed"
     )
+
+
+def test_where_clips_are_not_cut_into_windows_clips_alone_are_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reader = iter([ProgressCounts(320, 0, 1600.0)] * 1000)
+    with ProgressDisplay(
+        read=lambda: next(reader), total_items=320, doing="decoding", has_windows=False
+    ):
+        pass
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "decoding 320 clips"
+    assert last.startswith("100% · 320/320 clips · 26.7 min of audio · ")
+    half = Moment(ProgressCounts(160), elapsed_s=11.0, working_s=10.0)
+    assert seconds_left(half, Expected(None, 320, has_windows=False)) == 10.0

@@ -49,9 +49,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": {"decode_worker"},
     "windows": set(),
     "live_counts": set(),
+    "fbank_settings": set(),
     "feature_statistics": {"fbank", "live_counts"},
     # from_pretrained asks checkpoints where a folder or hub id lies, inside the method.
-    "fbank": {"checkpoints"},
+    "fbank": {"checkpoints", "fbank_settings"},
     "spectrogram_transformer": {"checkpoints"},
     # A checkpoint: which there are, which ship with Earmark, what its tensors are called, where its
     # files lie, whether its weights are sound, what an original file says; checkpoints joins them.
@@ -162,6 +163,9 @@ def test_a_library_has_one_door(library: str) -> None:
         ("pipeline/cli.py", {"torch", "apache_beam", "pyarrow", "numpy", "rich"}),
         ("pipeline/config.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("pipeline/train_config.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("pipeline/training/packed_clips.py", {"torch", "apache_beam", "pyarrow"}),
+        ("pipeline/training/batches.py", {"apache_beam", "pyarrow"}),
+        ("pipeline/training/augmentation.py", {"apache_beam", "pyarrow"}),
         ("pipeline/progress.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("transforms/records.py", {"torch", "apache_beam", "pyarrow"}),
         ("transforms/storage.py", {"torch", "apache_beam", "pyarrow"}),
@@ -169,6 +173,7 @@ def test_a_library_has_one_door(library: str) -> None:
         ("transforms/public_checkpoints.py", {"torch", "apache_beam"}),
         ("transforms/bundled.py", {"torch", "apache_beam"}),
         ("transforms/model_files.py", {"torch", "apache_beam"}),
+        ("transforms/fbank_settings.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("transforms/decode.py", {"torch"}),
         ("transforms/decode_worker.py", {"torch", "apache_beam"}),
         ("transforms/audio_readers.py", {"torch", "apache_beam", "av"}),

@@ -4,9 +4,11 @@ weights that learn to tell tones from noise."""
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +24,9 @@ import safetensors.torch
 import torch
 
 from pipeline import cli
-from pipeline.training import loop
+from pipeline import train as train_module
+from pipeline.training import finetuning, loop
+from pipeline.training.validation import Validation
 from tests import audio_factory
 from tests.model_factory import TINY_LABELS, write_tiny_model
 from transforms import storage
@@ -174,6 +178,14 @@ def test_a_model_learns_and_label_and_evaluate_find_what_training_said(
     assert record["clips"] == {"train": 18, "validation": 6}
     assert record["best"]["accuracy"] == max(float(row["validation_accuracy"]) for row in rows)
     assert record["best"]["accuracy"] == 1.0
+    ties = [row for row in rows if float(row["validation_accuracy"]) == 1.0]
+    assert len(ties) > 1
+    lowest = min(float(row["validation_loss"]) for row in ties)
+    assert record["best"]["loss"] == lowest
+    best_epoch = record["best"]["epoch"]
+    assert float(rows[best_epoch - 1]["validation_loss"]) == lowest
+    assert f"The model has the weights of the best epoch ({best_epoch})." in said.out
+    assert_same_weights(tmp_path / "model", tmp_path / "model" / "best")
 
     model, result = tmp_path / "model", tmp_path / "result"
     held_out = model / "validation.jsonl"
@@ -245,6 +257,50 @@ def test_a_training_that_was_interrupted_ends_where_an_uninterrupted_one_does(
     assert not (tmp_path / "resumed" / loop.STATE_NAME).exists()
 
 
+@pytest.mark.parametrize("dies", ["before the state is written", "before best/ is written"])
+def test_the_best_weights_are_those_of_an_epoch_that_the_state_knows(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    """An epoch done again may have another result (on a GPU), and not be the best any more."""
+    assert train(tmp_path / "whole", training__epochs=3).code == 0
+    best = json.loads((tmp_path / "whole" / "train.json").read_text())["best"]["epoch"]
+    killed = tmp_path / "killed"
+    save, write_model = loop.save_progress, train_module.Recorder.write_model
+
+    def save_or_die(progress: loop.Progress, *others: Any) -> None:
+        if dies == "before the state is written" and progress.epoch == best:
+            raise KeyboardInterrupt
+        save(progress, *others)
+
+    def write_or_die(self: Any, model: Any, folder: str = "") -> None:
+        done = len(history(killed))
+        if dies == "before best/ is written" and (folder, done) == ("best", best):
+            raise KeyboardInterrupt
+        write_model(self, model, folder)
+
+    monkeypatch.setattr(loop, "save_progress", save_or_die)
+    monkeypatch.setattr(train_module.Recorder, "write_model", write_or_die)
+    assert train(killed, training__epochs=3).code == 130
+    whole = weights(tmp_path / "whole" / "best")
+    name = "classifier.dense.weight"
+    is_there = (killed / "best").exists()
+    assert not is_there or not torch.equal(weights(killed / "best")[name], whole[name])
+    monkeypatch.undo()
+    if dies == "before best/ is written":
+        real = finetuning.validate
+
+        def much_worse(*arguments: Any) -> Validation:
+            validation = real(*arguments)
+            metrics = dataclasses.replace(validation.metrics, accuracy=0.0)
+            return Validation(metrics, 99.0)
+
+        monkeypatch.setattr(finetuning, "validate", much_worse)
+    assert train(killed, training__epochs=3).code == 0
+    assert json.loads((killed / "train.json").read_text())["best"]["epoch"] == best
+    assert_same_weights(killed / "best", tmp_path / "whole" / "best")
+    assert_same_weights(killed, tmp_path / "whole" / "best")
+
+
 @pytest.mark.slow
 def test_a_training_that_was_killed_ends_where_an_uninterrupted_one_does(
     train: Train, manifest: Path, tmp_path: Path
@@ -311,11 +367,10 @@ def test_the_mean_over_epochs_is_the_mean_of_their_weights(train: Train, tmp_pat
     assert said.code == 0, said.err
     for name, mean in weights(tmp_path / "mean").items():
         torch.testing.assert_close(mean, (after[0][name] + after[1][name]) / 2)
-    assert [row["averaged_accuracy"] != "" for row in history(tmp_path / "mean")] == [
-        False,
-        True,
-        True,
-    ]
+    for column in ("averaged_accuracy", "averaged_loss"):
+        is_given = [row[column] != "" for row in history(tmp_path / "mean")]
+        assert is_given == [False, True, True]
+    assert "The model has the average of the weights after the epochs 2 to 3." in said.out
 
 
 def changed_tensors(before: Path, after: Path) -> set[str]:
@@ -409,6 +464,82 @@ def test_statistics_are_measured_where_none_are_given(
     said = train(tmp_path / "given", training__epochs=1, model__preprocessor=tmp_path / "stats")
     assert said.code == 0, said.err
     assert_same_weights(tmp_path / "given", tmp_path / "model")
+
+
+def test_statistics_are_measured_once(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.save_progress
+
+    def save_and_stop(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_progress", save_and_stop)
+    said = train(tmp_path / "out", training__epochs=2)
+    assert said.code == 130
+    assert said.err.count("Measuring mean and standard deviation of 18 clips…\n") == 1
+    monkeypatch.undo()
+    before = json.loads((tmp_path / "out" / "train.json").read_text())
+
+    def measure(*arguments: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(train_module, "measure_statistics", measure)
+    said = train(tmp_path / "out", training__epochs=2)
+    assert said.code == 0, said.err
+    assert "Measuring" not in said.err
+    after = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert (after["mean"], after["std"]) == (before["mean"], before["std"])
+
+
+@pytest.mark.parametrize(("start", "rate"), [("scratch", 1e-3), ("checkpoint", 1e-4)])
+def test_the_learning_rate_follows_what_training_starts_from(
+    train: Train, tmp_path: Path, start: str, rate: float
+) -> None:
+    model = ("--model", write_tiny_model(tmp_path / "tiny")) if start == "checkpoint" else ()
+    out = tmp_path / "out"
+    said = train(out, *model, training__epochs=1, optimizer__learning_rate="null")
+    assert said.code == 0, said.err
+    assert f", learning rate {rate:g}.\n" in said.err
+    record = json.loads((out / "train.json").read_text())
+    assert record["results"]["optimizer"]["learning_rate"] == rate
+    assert record["config"]["optimizer"]["learning_rate"] is None
+    assert float(history(out)[0]["learning_rate"]) <= rate
+    said = train(out, *model, training__epochs=1, optimizer__learning_rate=rate)
+    assert (said.code, "is trained already" in said.out) == (0, True)
+
+
+def test_clips_that_were_decoded_for_another_training_are_said_to_be(
+    train: Train, tmp_path: Path
+) -> None:
+    cache = ("--cache", tmp_path / "cache")
+    first = train(tmp_path / "first", *cache, training__epochs=1)
+    second = train(tmp_path / "second", *cache, training__epochs=1)
+    assert (first.code, second.code) == (0, 0)
+    assert "decoding 24 clips\n" in first.err
+    assert "24/24 clips · 12 s of audio" in first.err
+    assert "Decoded already" not in first.err
+    assert "Decoded already: 24 clips.\n" in second.err
+    assert "decoding" not in second.err
+    assert "/24" not in second.err
+
+
+def test_decoding_that_was_interrupted_is_gone_on_with(
+    train: Train, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_module._DecodingDisplay.on_clip
+
+    def stop(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module._DecodingDisplay, "on_clip", stop)
+    assert train(tmp_path / "out", training__epochs=1).code == 130
+    monkeypatch.undo()
+    said = train(tmp_path / "out", training__epochs=1)
+    assert said.code == 0, said.err
+    assert re.search(r"24/24 clips|Going on with decoding: 1 item done before", said.err), said.err
 
 
 def test_half_precision_takes_half_the_room_and_scores_alike(train: Train, tmp_path: Path) -> None:
@@ -565,6 +696,53 @@ def test_weights_that_the_last_step_ruins_are_not_saved(train: Train, tmp_path: 
     assert not (tmp_path / "out" / "last").exists()
 
 
+def test_a_device_that_is_not_there_is_named_by_the_training_s_key(
+    train: Train, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    said = train(tmp_path / "out", "--device", "cuda", training__epochs=1)
+    assert (said.code, "training.device is cuda; this machine has" in said.err) == (2, True)
+
+
+@pytest.mark.parametrize("which", ["--train", "--validation"])
+def test_a_folder_without_labels_is_refused_before_it_is_decoded(
+    train: Train, manifest: Path, tmp_path: Path, which: str
+) -> None:
+    folder = tmp_path / "birds"
+    folder.mkdir()
+    (folder / "broken.wav").write_bytes(b"what no decoder takes")
+    (folder / "birds.csv").write_text("uri,label\nbroken.wav,wren\n")
+    (folder / "notes.txt").write_text("heard at dawn")
+    options = ("--train", folder) if which == "--train" else ("--validation", folder)
+    said = train(tmp_path / "out", *options, training__epochs=1, **(
+        {"training__keep": "last", "hold_out": "null"} if which == "--train" else {}
+    ))  # fmt: skip
+    assert said.code == 2
+    name = "training" if which == "--train" else "validation"
+    assert f"none of 1 {name} clip has a label; expected a manifest" in said.err
+    assert "Of the files in the folder 1 .csv were left aside" in said.err
+    assert "give that file instead of the folder" in said.err
+    assert ".txt" not in said.err.partition("left aside, as")[2]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("hold_out", "said_of_it"),
+    [
+        ("Fold=1", "no clip has a column Fold; the columns there are: fold"),
+        ("fold=7", "no clip has this value; of the 4 values of fold: 0, 1, 2, 3"),
+    ],
+)
+def test_what_cannot_be_held_out_is_said_before_anything_is_decoded(
+    train: Train, tmp_path: Path, hold_out: str, said_of_it: str
+) -> None:
+    said = train(tmp_path / "out", "--hold-out", hold_out, training__epochs=1)
+    assert (said.code, said_of_it in said.err) == (2, True), said.err
+    assert "decoding" not in said.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("changes", "said_of_it"), [
     ({"training__precision": "fp16"}, "training.precision is fp16, and the device is the CPU"),
     ({"training__trained_layers": 9}, "training.trained_layers is 9; the model has 2 layers"),
@@ -649,7 +827,7 @@ def test_a_full_disk_is_said_and_training_goes_on_once_there_is_room(
 @pytest.mark.parametrize(
     ("rows", "said_of_it"),
     [
-        ("uri,fold\ntone0.wav,0\nclicks0.wav,1\n", "none of 1 training clip has a label"),
+        ("uri,fold\ntone0.wav,0\nclicks0.wav,1\n", "none of 2 training clips has a label"),
         (
             "uri,label,fold\ntone0.wav,tone,0\ntone1.wav,tone,1\nclicks0.wav,clicks,0\n"
             "noise0.wav,noise,0\nnoise1.wav,noise,1\n",

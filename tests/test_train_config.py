@@ -52,7 +52,7 @@ def test_the_command_line_wins_over_set_over_yaml_over_default(tmp_path: Path) -
         options={"--epochs": 5, "--learning-rate": None},
     )
     assert (config.training.epochs, config.training.seed, config.training.batch_size) == (5, 2, 2)
-    assert config.optimizer.learning_rate == 1e-5
+    assert config.optimizer.learning_rate is None
 
 
 @pytest.mark.parametrize(

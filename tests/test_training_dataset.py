@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import fcntl
 import io
+import itertools
 import json
 import os
 import pickle
@@ -14,9 +15,9 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from pipeline.training import clip_cache
 from pipeline.training.clip_cache import (
     CachedClip,
     CachedClips,
@@ -63,10 +65,17 @@ def cache(
     sources: SourceSettings = SOURCES,
     dtype: CacheDtype = "float32",
     on_clip: Any = None,
+    on_kept: Any = None,
 ) -> CachedClips:
     found = inputs if isinstance(inputs, Found) else find_inputs([str(path) for path in inputs])
     return cache_clips(
-        found, str(folder), decode=decode, sources=sources, dtype=dtype, on_clip=on_clip
+        found,
+        str(folder),
+        decode=decode,
+        sources=sources,
+        dtype=dtype,
+        on_clip=on_clip,
+        on_kept=on_kept,
     )
 
 
@@ -376,35 +385,322 @@ def test_nothing_that_can_be_decoded_is_a_cache_too(tmp_path: Path) -> None:
 
 # --- Killed, full, or not there ------------------------------------------------------------
 
+
+class Killed(BaseException):
+    """Stands for a signal that comes at a point that no signal could be made to meet."""
+
+
+def write_mixed(folder: Path) -> list[Path]:
+    """Nine items in five units: 0 1 | bad 2 | 3 | two of a tar | two rows of a Parquet file."""
+    write_folder(folder, 4)
+    (folder / "1b.wav").write_bytes(b"no audio")
+    with tarfile.open(folder / "t.tar", "w") as archive:
+        for name, data in (("x.wav", wav(7)), ("x.json", b'{"label": "cat"}'), ("y.wav", wav(8))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    audio = [{"bytes": wav(seed), "path": f"{seed}.wav"} for seed in (9, 10)]
+    pq.write_table(pa.table({"audio": audio, "label": ["dog", "\u00e4"]}), folder / "p.parquet")
+    return [folder]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_mixed(tmp_path_factory.mktemp("mixed") / "audio")
+
+
+def contents(cached: CachedClips) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(cached.folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    mixed: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[CacheDtype, dict[str, bytes]]:
+    """The files of the cache that comes of it."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    files = {dtype: contents(cache(mixed, root, dtype=dtype)) for dtype in get_args(CacheDtype)}
+    assert sorted(files["int16"]) == ["clips.parquet", "failures.parquet", "samples.bin"]
+    assert len(files["float32"]["samples.bin"]) == 8 * 9_600 * 4
+    return files
+
+
+class GoingOn(NamedTuple):
+    """What came of going on."""
+
+    files: dict[str, bytes]
+    kept: list[int]
+    told: list[tuple[int, bool]]
+
+
+def go_on(inputs: list[Path], root: Path, dtype: CacheDtype = "float32") -> GoingOn:
+    kept: list[int] = []
+    told: list[tuple[int, bool]] = []
+    cached = cache(
+        inputs, root, dtype=dtype, on_kept=kept.append, on_clip=lambda *done: told.append(done)
+    )
+    assert not cached.is_reused
+    assert finished(root) == [Path(cached.folder).name]
+    assert not unfinished(root)
+    return GoingOn(contents(cached), kept, told)
+
+
+def kill_at(patch: pytest.MonkeyPatch, function: str, call: int) -> None:
+    """End a process at a call of one of the cache's functions, counted from 1."""
+    real, calls = getattr(clip_cache, function), itertools.count(1)
+
+    def die_some_time(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise Killed
+        return real(*arguments)
+
+    patch.setattr(clip_cache, function, die_some_time)
+
+
+def be_killed(
+    inputs: list[Path],
+    root: Path,
+    function: str = "_give_name",
+    call: int = 1,
+    dtype: CacheDtype = "float32",
+) -> Path:
+    """Decode until a process ends; gives what it has left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip_cache, "LOG_INTERVAL_S", 0.0)
+        kill_at(patch, function, call)
+        with pytest.raises(Killed):
+            cache(inputs, root, dtype=dtype)
+    assert finished(root) == []
+    (left,) = unfinished(root)
+    return left
+
+
+@pytest.mark.parametrize("dtype", get_args(CacheDtype))
+@pytest.mark.parametrize(
+    ("function", "call", "num_kept"),
+    [
+        ("_clip_row", 3, 2),  # between two clips: the first of the second unit that can be decoded
+        ("_encoded", 8, 2),  # in a clip, of which there is a piece
+        ("_encoded", 14, 5),  # in a clip of a tar
+        ("_clip_row", 8, 7),  # in a unit, whose other clip is decoded again
+        ("_write_table", 1, 9),  # after the last clip
+        ("_write_table", 2, 9),  # between the tables
+        ("_give_name", 1, 9),  # when all is there but the name
+    ],
+)
+def test_after_a_kill_decoding_goes_on_and_ends_with_the_same_files(
+    mixed: list[Path],
+    uninterrupted: dict[CacheDtype, dict[str, bytes]],
+    tmp_path: Path,
+    function: str,
+    call: int,
+    num_kept: int,
+    dtype: CacheDtype,
+) -> None:
+    be_killed(mixed, tmp_path, function, call, dtype)
+    after = go_on(mixed, tmp_path, dtype)
+    assert after.files == uninterrupted[dtype]
+    assert (after.kept, len(after.told)) == ([num_kept], 9 - num_kept)
+
+
+def test_decoding_goes_on_after_several_kills(
+    mixed: list[Path], uninterrupted: dict[CacheDtype, dict[str, bytes]], tmp_path: Path
+) -> None:
+    for call in (4, 2, 3):
+        be_killed(mixed, tmp_path, "_clip_row", call)
+    after = go_on(mixed, tmp_path)
+    assert after.files == uninterrupted["float32"]
+    assert after.kept == [7]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "num_kept"),
+    [
+        ("units.jsonl", lambda data: data[:-1], 7),
+        ("units.jsonl", lambda data: data[:-200], 7),
+        ("units.jsonl", lambda data: data + b'{"unit_id": "0', 9),
+        ("units.jsonl", lambda data: data[:-200] + bytes(200), 7),
+        ("units.jsonl", lambda data: data[:-200] + bytes(199) + b"\n", 7),
+        ("samples.bin", lambda data: data[:-1], 7),
+        ("samples.bin", lambda data: data + b"more", 9),
+        ("samples.bin", lambda data: b"", 0),
+        ("samples.bin", None, 0),
+    ],
+)
+def test_what_a_dying_machine_has_torn_is_not_gone_on_with(
+    mixed: list[Path],
+    uninterrupted: dict[CacheDtype, dict[str, bytes]],
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[bytes], bytes] | None,
+    num_kept: int,
+) -> None:
+    path = be_killed(mixed, tmp_path) / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(damage(data))
+    after = go_on(mixed, tmp_path)
+    assert after.files == uninterrupted["float32"]
+    assert (after.kept, len(after.told)) == ([num_kept] if num_kept else [], 9 - num_kept)
+
+
+def test_samples_are_safe_before_the_log_says_so(
+    mixed: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, int]] = []
+    real = os.fsync
+
+    def note(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.name == "samples.bin":
+            assert len(Path(path.parent, "units.jsonl").read_bytes().splitlines()) == len(synced)
+            synced.append((path.name, path.stat().st_size))
+        real(descriptor)
+
+    monkeypatch.setattr(clip_cache, "LOG_INTERVAL_S", 0.0)
+    monkeypatch.setattr(os, "fsync", note)
+    cache(mixed, tmp_path)
+    num_clips = [2, 3, 4, 6, 8, 8]  # after each unit, and at the end
+    assert synced == [("samples.bin", num * 9_600 * 4) for num in num_clips]
+
+
+def test_a_changed_input_is_not_gone_on_with(tmp_path: Path) -> None:
+    inputs = write_mixed(tmp_path / "audio")
+    be_killed(inputs, tmp_path / "cache")
+    (tmp_path / "audio" / "0.wav").write_bytes(wav(99))
+    after = go_on(inputs, tmp_path / "cache")
+    assert (after.kept, len(after.told)) == ([], 9)
+    assert after.files == contents(cache(inputs, tmp_path / "other"))
+
+
+def test_units_that_are_cut_elsewhere_are_decoded_anew(mixed: list[Path], tmp_path: Path) -> None:
+    be_killed(mixed, tmp_path / "cache")
+    larger = SourceSettings(windows_per_unit=3)
+    kept: list[int] = []
+    cached = cache(mixed, tmp_path / "cache", sources=larger, on_kept=kept.append)
+    assert kept == []
+    assert contents(cached) == contents(cache(mixed, tmp_path / "other", sources=larger))
+
+
+def test_what_failed_is_tried_again_when_decoding_goes_on(tmp_path: Path) -> None:
+    inputs, root = write_mixed(tmp_path / "audio"), tmp_path / "cache"
+    found = find_inputs([str(path) for path in inputs])
+    moved = (tmp_path / "audio" / "3.wav").rename(tmp_path / "3.wav")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip_cache, "LOG_INTERVAL_S", 0.0)
+        kill_at(patch, "_give_name", 1)
+        with pytest.raises(Killed):
+            cache(found, root)
+    moved.rename(tmp_path / "audio" / "3.wav")
+    kept: list[int] = []
+    cached = cache(found, root, on_kept=kept.append)
+    assert kept == [2]  # the units before the first that has a failure
+    assert [event.failure.error_type for event in cached.failures] == ["NotAudio"]
+    assert contents(cached) == contents(cache(found, tmp_path / "other"))
+
+
+def test_of_several_the_one_that_holds_most_is_gone_on_with(
+    mixed: list[Path], uninterrupted: dict[CacheDtype, dict[str, bytes]], tmp_path: Path
+) -> None:
+    for name, call in (("less", 5), ("most", 8), ("least", 3)):
+        left = be_killed(mixed, tmp_path / name, "_clip_row", call)
+        left.rename(tmp_path / left.name)
+    root = tmp_path / "cache"
+    root.mkdir()
+    for left in unfinished(tmp_path):
+        left.rename(root / left.name)
+    after = go_on(mixed, root)
+    assert after.files == uninterrupted["float32"]
+    assert after.kept == [7]
+
+
+def test_what_one_process_goes_on_with_another_leaves_alone(
+    mixed: list[Path], uninterrupted: dict[CacheDtype, dict[str, bytes]], tmp_path: Path
+) -> None:
+    be_killed(mixed, tmp_path, "_clip_row", 8)
+    kept: list[int] = []
+    others: list[CachedClips] = []
+
+    def meanwhile(num_samples: int, failed: bool) -> None:
+        if not others:
+            others.append(cache(mixed, tmp_path, on_kept=lambda num: kept.append(-num)))
+
+    mine = cache(mixed, tmp_path, on_kept=kept.append, on_clip=meanwhile)
+    assert kept == [7]
+    assert mine.clips == others[0].clips
+    assert contents(mine) == uninterrupted["float32"]
+    assert not unfinished(tmp_path)
+
+
+def test_a_stale_cache_that_was_set_aside_is_not_gone_on_with(
+    mixed: list[Path], uninterrupted: dict[CacheDtype, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Even if its process died before it had removed the log, and the next before it was gone."""
+    log = (be_killed(mixed, tmp_path) / "units.jsonl").read_bytes()
+    cached = cache(mixed, tmp_path)
+    (Path(cached.folder) / "units.jsonl").write_bytes(log)
+    (Path(cached.folder) / "clips.parquet").write_bytes(b"")  # damaged
+    with pytest.MonkeyPatch.context() as patch:
+
+        def die(path: Path, **_: Any) -> None:
+            raise Killed
+
+        patch.setattr(clip_cache.shutil, "rmtree", die)
+        with pytest.raises(Killed):
+            cache(mixed, tmp_path)
+    assert len(unfinished(tmp_path)) == 2
+    after = go_on(mixed, tmp_path)
+    assert after.files == uninterrupted["float32"]
+    assert after.kept == [9]  # of the new one
+
+
 KILLED = """
 import os, signal, sys
-from pipeline.training.clip_cache import cache_clips
+from pipeline.training import clip_cache
 from transforms.decode import DecodeSettings
 from transforms.sources import SourceSettings, find_inputs
-done = []
+clip_cache.LOG_INTERVAL_S = 0.0
+left = int(sys.argv[3])
 def on_clip(num_samples, failed):
-    done.append(num_samples)
-    if len(done) == 3:
+    global left
+    left -= 1
+    if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-cache_clips(find_inputs([sys.argv[1]]), sys.argv[2], decode=DecodeSettings(num_processes=1),
-            sources=SourceSettings(), on_clip=on_clip)
+clip_cache.cache_clips(
+    find_inputs([sys.argv[1]]), sys.argv[2], on_clip=on_clip, on_kept=lambda num: print(num),
+    decode=DecodeSettings(num_processes=1), sources=SourceSettings(windows_per_unit=2),
+)
 """
 
 
 @pytest.mark.slow
-def test_a_kill_half_way_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
-    folder, caches = write_folder(tmp_path / "audio"), tmp_path / "cache"
-    command = [sys.executable, "-c", KILLED, str(folder), str(caches)]
-    killed = subprocess.run(command, cwd=ROOT, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert finished(caches) == []
-    (left,) = unfinished(caches)
-    assert (left / "samples.bin").stat().st_size == 3 * 9_600 * 4
-    cached = cache([folder], caches)
-    assert not cached.is_reused
-    assert len(cached.clips) == 5
-    assert finished(caches) == [Path(cached.folder).name]
-    assert not unfinished(caches)
+def test_killed_by_a_signal_decoding_goes_on(
+    mixed: list[Path], uninterrupted: dict[CacheDtype, dict[str, bytes]], tmp_path: Path
+) -> None:
+    said = []
+    for num_clips in (3, 2, 0):
+        command = [sys.executable, "-c", KILLED, *mixed, tmp_path, str(num_clips)]
+        process = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE)
+        said.append((process.returncode, process.stdout))
+    # Of the second, the clip after which it came had ended its unit, which was not in the log yet.
+    assert said == [(-signal.SIGKILL, b""), (-signal.SIGKILL, b""), (0, b"2\n")]
+    (whole,) = tmp_path.iterdir()
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == uninterrupted["float32"]
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_go_on_without_disturbing_each_other(
+    mixed: list[Path], uninterrupted: dict[CacheDtype, dict[str, bytes]], tmp_path: Path
+) -> None:
+    be_killed(mixed, tmp_path, "_clip_row", 4)
+    command = [sys.executable, "-c", KILLED, *mixed, tmp_path, "0"]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(said) == [b"", b"4\n"]
+    (whole,) = tmp_path.iterdir()
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == uninterrupted["float32"]
 
 
 def test_what_a_living_process_writes_and_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
@@ -424,7 +720,7 @@ def test_what_a_living_process_writes_and_what_is_not_ours_is_left_alone(tmp_pat
     assert not dead.exists()
 
 
-def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interruption_before_anything_lasts_leaves_nothing(tmp_path: Path) -> None:
     def interrupt(num_samples: int, failed: bool) -> None:
         raise KeyboardInterrupt
 

@@ -355,7 +355,9 @@ def _statistic(location: ModelLocation, name: str, value: Any) -> float:
 # --- What others call ----------------------------------------------------------------------
 
 
-def resolve_model(name: str, overrides: ModelOverrides = ModelOverrides()) -> ModelSpec:
+def resolve_model(
+    name: str, overrides: ModelOverrides = ModelOverrides(), *, needs_labels: bool = True
+) -> ModelSpec:
     """Find a checkpoint, check everything about it that can be wrong, and describe it.
 
     A remote folder or file is fetched for the check, and again by ``load_model``; a hub model is
@@ -365,6 +367,8 @@ def resolve_model(name: str, overrides: ModelOverrides = ModelOverrides()) -> Mo
         name: Of a model that ships with Earmark (``esc10``), a hub id (``org/name`` or
             ``org/name@revision``), local or remote folder, or original ``.pth`` file.
         overrides: What to take instead of what the checkpoint says.
+        needs_labels: Whether it must be known what the outputs mean. If not, those of an original
+            checkpoint that nobody names are called ``LABEL_0`` and so on, as transformers does.
 
     Raises:
         ModelError: it cannot be had, is damaged, or does not fit its description; the message
@@ -378,7 +382,11 @@ def resolve_model(name: str, overrides: ModelOverrides = ModelOverrides()) -> Mo
         if location.source == "original":
             given = {**values, **overrides.config_fields()}
             values, missing, found = complete_original(weights, given)
-            missing += _missing_meaning(weights, values, features, overrides)
+            is_named = "id2label" in values or overrides.labels is not None
+            if not is_named and not needs_labels:
+                values["num_labels"] = weights.num_labels
+                is_named = True
+            missing += _missing_meaning(weights, features, overrides, is_named=is_named)
             notes += found
             if missing:
                 fail_missing(location, missing)
@@ -407,13 +415,10 @@ def resolve_model(name: str, overrides: ModelOverrides = ModelOverrides()) -> Mo
 
 
 def _missing_meaning(
-    weights: Weights,
-    values: Mapping[str, Any],
-    features: Mapping[str, Any],
-    overrides: ModelOverrides,
+    weights: Weights, features: Mapping[str, Any], overrides: ModelOverrides, *, is_named: bool
 ) -> list[str]:
     missing = []
-    if "id2label" not in values and overrides.labels is None:
+    if not is_named:
         missing.append(
             f"model.labels (audioset, speech_commands or a file; it has {weights.num_labels} "
             "outputs)"

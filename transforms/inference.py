@@ -74,8 +74,12 @@ class InferenceSettings:
     embedding_dtype: Literal["float32", "float16"] = "float32"
 
 
-def resolve_device(device: DeviceName) -> str:
+def resolve_device(device: DeviceName, key: str = "inference.device") -> str:
     """The device to run on, as torch names it.
+
+    Args:
+        device: What is asked for.
+        key: The configuration's key that says so, for the error.
 
     Raises:
         ConfigError: The device was asked for by name and this machine has none.
@@ -86,7 +90,7 @@ def resolve_device(device: DeviceName) -> str:
     if (device == "cuda" and not has_cuda) or (device == "mps" and not has_mps):
         found = [name for name, there in (("cuda", has_cuda), ("mps", has_mps)) if there]
         raise ConfigError(
-            f"inference.device is {device}; this machine has {', '.join([*found, 'cpu'])}. "
+            f"{key} is {device}; this machine has {', '.join([*found, 'cpu'])}. "
             "Use --device auto, or install the driver and a torch built for it."
         )
     return device

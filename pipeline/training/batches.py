@@ -1,7 +1,8 @@
 """Which clips an epoch consists of, in which order, and the batches made of them.
 
 A batch is a pure function of the seed, the stage, the epoch and the step. So an epoch can be made
-again after an interruption, and it does not matter which process makes which batch.
+again after an interruption, and it does not matter which process makes which batch. Such a process
+imports this module and no more than what it needs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 
 from pipeline.training.augmentation import Augment, mix
-from pipeline.training.dataset import ClipSet, PackedClips, pack_clips
+from pipeline.training.packed_clips import PackedClips
 
 Purpose = Literal["order", "clips", "features", "tokens", "weights"]
 _PURPOSES: dict[Purpose, int] = {"order": 0, "clips": 1, "features": 2, "tokens": 3, "weights": 4}
@@ -151,13 +152,12 @@ class BatchLoader:
     """
 
     def __init__(
-        self, clips: ClipSet, augment: Augment, settings: BatchSettings, num_processes: int
+        self, clips: PackedClips, augment: Augment, settings: BatchSettings, num_processes: int
     ) -> None:
         self.num_steps = settings.steps(len(clips))
-        packed = pack_clips(clips)
-        self._sampler = _StepsOfEpoch(packed, settings)
+        self._sampler = _StepsOfEpoch(clips, settings)
         self._loader: DataLoader[Batch] = DataLoader(
-            _Batches(packed, augment, settings),
+            _Batches(clips, augment, settings),
             batch_size=None,
             sampler=self._sampler,
             num_workers=num_processes,

@@ -3,6 +3,7 @@
     Found ─find_backlog─▶ WorkUnit ─DecodePool─▶ Waveform pieces ─▶ FOLDER/<key>/samples.bin
                                                                                  clips.parquet
                                                                                  failures.parquet
+                                                     until then: units.jsonl, a line per unit
 
 Part of ``dataset``. A cache holds whole clips, mono at the model's rate, one after the other in one
 flat file that is mapped into memory: neither hours-long clips nor a data set larger than the memory
@@ -14,9 +15,12 @@ Guarantees:
   at [-1, 1).
 * A cache's name is a digest of what is in it: a file that has changed makes another one. Labels and
   metadata that a manifest gives are always those of now, without decoding again.
-* A cache has its name only once it is whole. What a killed process leaves is removed by the next
-  one; what a living one is writing is left alone.
-* Every item found is a clip or a failure. What failed is tried again when a cache is used again.
+* A cache has its name only once it is whole. What a living process is writing is left alone; what
+  a dead one has left is gone on with where it is of the same name, and else removed.
+* Going on gives the files that an uninterrupted run gives, to the last byte. A unit that was not
+  finished is decoded anew, and so is what was finished less than ``LOG_INTERVAL_S`` ago.
+* Every item found is a clip or a failure. What failed is tried again when a cache is used again or
+  gone on with.
 """
 
 from __future__ import annotations
@@ -32,30 +36,34 @@ import logging
 import os
 import re
 import shutil
+import time
 import uuid
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.backlog import count_found_items, find_backlog
 from pipeline.plan import counted
+from pipeline.training.packed_clips import INT16_SCALE, STORED_DTYPES, CacheDtype, SampleFile
 from transforms import storage
 from transforms.decode import DecodePool, DecodeSettings
 from transforms.errors import AccountingError, ConfigError, InputError, OutputError, WriteError
 from transforms.label_audio import read_items
 from transforms.records import (
+    ClipFacts,
     ContainerSlice,
     Failure,
     FloatArray,
     Item,
     ItemFailure,
+    UnitEnd,
     Waveform,
     WorkUnit,
 )
@@ -65,16 +73,21 @@ from transforms.sources import Found, SourceSettings, make_unit_id, plan_units
 
 logger = logging.getLogger(__name__)
 
-CacheDtype: TypeAlias = Literal["float32", "int16"]
 OnClip: TypeAlias = Callable[[int, bool], None]
+OnKept: TypeAlias = Callable[[int], None]
+Decoded: TypeAlias = Waveform | ItemFailure | UnitEnd
 
 CACHE_VERSION = 1  # raise it when the same input gives other samples or other files
 SAMPLES_NAME = "samples.bin"
 CLIPS_NAME = "clips.parquet"
 FAILURES_NAME = "failures.parquet"
+LOG_NAME = "units.jsonl"
+# How often what was decoded is made to last: what a death costs, and how often the disk is waited
+# for.
+LOG_INTERVAL_S = 5.0
+# Of millions of rows, so many are in memory at once.
+_ROWS_AT_ONCE = 10_000
 
-_INT16_SCALE = 32_768.0
-_STORED: dict[CacheDtype, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int16": np.dtype("<i2")}
 _UNFINISHED = re.compile(r"\.[0-9a-f]{20}\.[0-9a-f]{32}\.tmp")
 
 
@@ -98,70 +111,6 @@ class CachedClip:
     num_samples: int
     content_sha256: str
     warning: str | None = None
-
-
-class Located(Protocol):
-    """A clip that knows where it lies in a flat file of samples."""
-
-    @property
-    def item(self) -> Item:
-        """What it is."""
-
-    @property
-    def offset(self) -> int:
-        """Its first sample in the file."""
-
-    @property
-    def num_samples(self) -> int:
-        """How many samples it has."""
-
-
-class SampleFile:
-    """The flat file of a cache, mapped when it is first read; what is pickled is its name alone.
-
-    Args:
-        path: The file.
-        dtype: What its samples are stored as.
-    """
-
-    def __init__(self, path: Path, dtype: CacheDtype) -> None:
-        self.path = path
-        self.dtype: CacheDtype = dtype
-        self._samples: npt.NDArray[Any] | None = None
-
-    def __reduce__(self) -> tuple[type[SampleFile], tuple[Path, CacheDtype]]:
-        return SampleFile, (self.path, self.dtype)
-
-    def __repr__(self) -> str:
-        return f"SampleFile({str(self.path)!r}, {self.dtype!r})"
-
-    def read_clip(self, clip: Located, start: int, stop: int | None) -> FloatArray:
-        """A copy of the samples [start, stop) of a clip, float32, nominally in [-1, 1].
-
-        Args:
-            clip: Where it lies.
-            start: First sample, counted from the start of the clip.
-            stop: One past the last; None for the clip's end.
-
-        Raises:
-            ValueError: The clip has not so many.
-        """
-        stop = clip.num_samples if stop is None else stop
-        if not 0 <= start <= stop <= clip.num_samples:
-            raise ValueError(
-                f"{clip.item.clip_id}: samples {start} to {stop} were asked for; it has "
-                f"{clip.num_samples}"
-            )
-        return self.read(clip.offset + start, clip.offset + stop)
-
-    def read(self, start: int, stop: int) -> FloatArray:
-        """A copy of the samples [start, stop) of the file, whatever clip they are of."""
-        if self._samples is None:
-            self._samples = np.memmap(self.path, _STORED[self.dtype], mode="r")
-        samples = np.array(self._samples[start:stop], np.float32)
-        if self.dtype == "int16":
-            samples /= np.float32(_INT16_SCALE)
-        return samples
 
 
 @dataclass(frozen=True)
@@ -202,8 +151,11 @@ def cache_clips(
     sources: SourceSettings,
     dtype: CacheDtype = "float32",
     on_clip: OnClip | None = None,
+    on_kept: OnKept | None = None,
 ) -> CachedClips:
     """Decode everything that was found into a cache, or use the one that is there.
+
+    Where an earlier process was interrupted in decoding the same, it is gone on from there.
 
     Args:
         found: What the inputs hold.
@@ -213,13 +165,15 @@ def cache_clips(
         dtype: What samples are stored as.
         on_clip: Called while decoding with each item's number of samples, and whether it failed;
             not called where the cache is there.
+        on_kept: Called once before decoding, with the number of items that an interrupted process
+            has decoded; ``on_clip`` is not called for these. Not called where there are none.
 
     Raises:
         OutputError: The folder is not local or cannot be written.
         WriteError: The disk is full or fails; nothing is left of what was begun.
         ConfigError: There is no such dtype.
     """
-    if dtype not in _STORED:
+    if dtype not in STORED_DTYPES:
         known = " or ".join(get_args(CacheDtype))
         raise ConfigError(f"cache.dtype is {dtype!r}; must be {known}. Set it in the config.")
     root = _make_root(folder)
@@ -227,10 +181,12 @@ def cache_clips(
     units = find_backlog(found, {}, sources, retry_from=None).units
     cached = _read_cache(root / key, found, decode.sample_rate_hz, dtype)
     with DecodePool(decode) as pool:
-        is_usable = cached is not None and _fails_again(cached, found, pool, sources)
-        if cached is None or not is_usable:
-            events = _decode_units([unit for unit in units if not unit.failures], pool, sources)
-            _write_cache(root, key, events, dtype, count_found_items(found), on_clip)
+        work = _Work(found, [unit for unit in units if not unit.failures], sources, pool)
+        is_usable = cached is not None and work.fails_again(
+            [event.failure for event in cached.failures]
+        )
+        if not is_usable:
+            _write_cache(root, key, work, dtype, on_clip, on_kept)
             cached = _read_cache(root / key, found, decode.sample_rate_hz, dtype)
     if cached is None:
         raise WriteError(
@@ -242,9 +198,7 @@ def cache_clips(
         for unit in units
         for index, failure in enumerate(unit.failures)
     ]
-    return dataclasses.replace(
-        cached, failures=(*listed, *cached.failures), is_reused=bool(is_usable)
-    )
+    return dataclasses.replace(cached, failures=(*listed, *cached.failures), is_reused=is_usable)
 
 
 def _make_root(folder: str) -> Path:
@@ -287,9 +241,54 @@ def cache_key(
 # --- Decoding ------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What there is to decode, and what with.
+
+    Attributes:
+        found: What the inputs hold.
+        units: The same, cut into units; without what planning already knows to have failed.
+        sources: How to read.
+        pool: Decodes.
+    """
+
+    found: Found
+    units: Sequence[WorkUnit]
+    sources: SourceSettings
+    pool: DecodePool
+
+    def decode(self, first_unit: int) -> Iterator[Decoded]:
+        """Everything of the units from this one on, in order."""
+        return _decode_units(self.units[first_unit:], self.pool, self.sources)
+
+    def fails_again(self, failures: Sequence[Failure]) -> bool:
+        """Whether what has failed before still does: a mended file, a store that is back.
+
+        Of a container that broke off nobody knows how much is missing, so it has to be read anew.
+        """
+        if any(failure.is_container for failure in failures):
+            return False
+        failed = {failure.item.clip_id: failure.item for failure in failures}
+        inside: dict[str, list[Item]] = defaultdict(list)
+        for item in failed.values():
+            if not _is_loose(item):
+                inside[item.uri].append(item)
+        loose = [item for item in self.found.items if item.clip_id in failed]
+        containers = []
+        for container in self.found.containers:
+            own = {item.clip_id for item in container.items}
+            items = [item for item in inside[container.uri] if not own or item.clip_id in own]
+            if items:
+                containers.append(dataclasses.replace(container, items=tuple(items)))
+        units = plan_units(loose, containers, self.sources)
+        events = _decode_units(units, self.pool, self.sources)
+        # What is over a bound may give pieces before it fails.
+        return not any(isinstance(event, Waveform) and event.facts is not None for event in events)
+
+
 def _decode_units(
     units: Sequence[WorkUnit], pool: DecodePool, sources: SourceSettings
-) -> Iterator[Waveform | ItemFailure]:
+) -> Iterator[Decoded]:
     """Everything of all units, in order; the unit after the one given out is being decoded."""
     streams: deque[tuple[WorkUnit, Iterator[Waveform | ItemFailure]]] = deque()
     for unit in units:
@@ -300,9 +299,7 @@ def _decode_units(
         yield from _events_of(*started)
 
 
-def _events_of(
-    unit: WorkUnit, stream: Iterator[Waveform | ItemFailure]
-) -> Iterator[Waveform | ItemFailure]:
+def _events_of(unit: WorkUnit, stream: Iterator[Waveform | ItemFailure]) -> Iterator[Decoded]:
     """What comes of one unit, its items counted.
 
     Raises:
@@ -316,32 +313,7 @@ def _events_of(
         raise AccountingError(
             f"unit {unit.unit_id} lists {len(unit.items)} items, and {num_items} came out of it"
         )
-
-
-def _fails_again(
-    cached: CachedClips, found: Found, pool: DecodePool, sources: SourceSettings
-) -> bool:
-    """Whether what failed when the cache was made still does: a mended right, a store that is back.
-
-    Of a container that broke off nobody knows how much is missing, so it has to be read anew.
-    """
-    failed = {event.failure.item.clip_id: event.failure for event in cached.failures}
-    if any(failure.is_container for failure in failed.values()):
-        return False
-    inside: dict[str, list[Item]] = defaultdict(list)
-    for failure in failed.values():
-        if not _is_loose(failure.item):
-            inside[failure.item.uri].append(failure.item)
-    loose = [item for item in found.items if item.clip_id in failed]
-    containers = []
-    for container in found.containers:
-        own = {item.clip_id for item in container.items}
-        items = [item for item in inside[container.uri] if not own or item.clip_id in own]
-        if items:
-            containers.append(dataclasses.replace(container, items=tuple(items)))
-    events = _decode_units(plan_units(loose, containers, sources), pool, sources)
-    # What is over a bound may give pieces before it fails.
-    return not any(isinstance(event, Waveform) and event.facts is not None for event in events)
+    yield UnitEnd(unit, num_items)
 
 
 # --- Writing -------------------------------------------------------------------------------
@@ -350,99 +322,141 @@ def _fails_again(
 def _write_cache(
     root: Path,
     key: str,
-    events: Iterator[Waveform | ItemFailure],
+    work: _Work,
     dtype: CacheDtype,
-    total_items: int | None,
     on_clip: OnClip | None,
+    on_kept: OnKept | None,
 ) -> None:
     """Write a cache under another name, and give it its own once it is whole."""
     stale = root / key if (root / key).exists() else None
     with _writing_to(root):
-        _sweep(root)
-        folder, lock = _make_unfinished(root, key)
+        folder, lock = _take_over(root, key) or _make_unfinished(root, key)
     try:
-        writer = _CacheWriter(folder, dtype, total_items)
-        with contextlib.closing(writer):
-            for event in events:
+        kept = _find_kept(folder, work, dtype)
+        if kept.num_items and on_kept is not None:
+            on_kept(kept.num_items)
+        with contextlib.closing(
+            _CacheWriter(folder, dtype, kept, count_found_items(work.found))
+        ) as writer:
+            for event in work.decode(kept.num_units):
                 done = writer.add(event)
                 if done is not None and on_clip is not None:
                     on_clip(*done)
             writer.finish()
         with _writing_to(root):
             _give_name(folder, root / key, stale)
+    except BaseException as error:
+        # It can be gone on with, but a disk that is full must not be left so.
+        if isinstance(error, WriteError) or not _size_of_log(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
 class _CacheWriter:
-    """Writes samples as they come, and at the end what they are of.
+    """Writes samples as they come, a line for each unit, and at the end what the samples are of.
+
+    A line is written once its unit's samples are safe, so that what the log has is there, however
+    the process or the machine dies.
 
     Args:
         folder: Where to.
         dtype: What samples are stored as.
+        kept: What is there already; anything beyond it is cut off.
         total_items: How many items there are, or None; for what is said when the disk is full.
     """
 
-    def __init__(self, folder: Path, dtype: CacheDtype, total_items: int | None) -> None:
+    def __init__(
+        self, folder: Path, dtype: CacheDtype, kept: _Kept, total_items: int | None
+    ) -> None:
         self._folder = folder
         self._dtype: CacheDtype = dtype
         self._total_items = total_items
-        self._clips: list[CachedClip] = []
-        self._failures: list[ItemFailure] = []
-        self._offset = 0  # of the clip that is being written
-        self._num_samples = 0  # of all that is written
-        with self._writing():
-            self._file = open(folder / SAMPLES_NAME, "wb", buffering=0)  # noqa: SIM115
+        self._num_done = kept.num_items
+        self._offset = kept.num_samples  # of the clip that is being written
+        self._num_samples = kept.num_samples  # of all that is written
+        self._clips: list[Mapping[str, Any]] = []  # of the unit that is being written
+        self._failures: list[Mapping[str, Any]] = []
+        self._lines: list[str] = []  # of units that are written and not in the log yet
+        self._logged_at_s = time.monotonic()
+        with self._writing(), contextlib.ExitStack() as opened:
+            self._samples = opened.enter_context(
+                _open_at(folder / SAMPLES_NAME, kept.num_samples * STORED_DTYPES[dtype].itemsize)
+            )
+            self._log = opened.enter_context(_open_at(folder / LOG_NAME, kept.num_log_bytes))
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the files."""
+        self._opened.close()
 
-    def add(self, event: Waveform | ItemFailure) -> tuple[int, bool] | None:
-        """Take a piece or a failure; at an item's end its samples and whether it failed."""
+    def add(self, event: Decoded) -> tuple[int, bool] | None:
+        """Take what comes next; at an item's end its samples and whether it failed."""
+        if isinstance(event, UnitEnd):
+            self._end_unit(event.unit)
+            return None
         if isinstance(event, ItemFailure):
             with self._writing():  # pieces of it may have come before
-                self._file.truncate(self._offset * _STORED[self._dtype].itemsize)
-                self._file.seek(0, os.SEEK_END)
+                self._samples.truncate(self._offset * STORED_DTYPES[self._dtype].itemsize)
             self._num_samples = self._offset
-            self._failures.append(event)
+            self._failures.append(_failure_row(event))
+            self._num_done += 1
             return 0, True
         with self._writing():
-            _write_all(self._file, _encoded(event.samples, self._dtype))
+            _write_all(self._samples, _encoded(event.samples, self._dtype))
         self._num_samples += event.samples.size
         if event.facts is None:
             return None
-        clip = CachedClip(
-            item=event.item,
-            offset=self._offset,
-            num_samples=self._num_samples - self._offset,
-            content_sha256=event.facts.content_sha256,
-            warning=event.facts.warning,
-        )
+        num_samples = self._num_samples - self._offset
+        self._clips.append(_clip_row(event.item, event.facts, self._offset, num_samples))
         self._offset = self._num_samples
-        self._clips.append(clip)
-        return clip.num_samples, False
+        self._num_done += 1
+        return num_samples, False
 
     def finish(self) -> None:
         """Everything has come: write what the samples are of."""
         with self._writing():
-            os.fsync(self._file.fileno())
-            _write_table(_clips_table(self._clips), self._folder / CLIPS_NAME)
-            _write_table(_failures_table(self._failures), self._folder / FAILURES_NAME)
+            self._write_log()
+            for name, kind, schema in (
+                (CLIPS_NAME, "clips", _CLIPS_SCHEMA),
+                (FAILURES_NAME, "failures", _FAILURES_SCHEMA),
+            ):
+                entries = _read_log(self._folder)
+                rows = (row for entry, _ in entries for row in entry[kind])
+                _write_table(rows, schema, self._folder / name)
+
+    def _end_unit(self, unit: WorkUnit) -> None:
+        entry = {
+            "unit_id": unit.unit_id,
+            "num_samples": self._num_samples,
+            "clips": self._clips,
+            "failures": self._failures,
+        }
+        self._lines.append(json.dumps(entry) + "\n")
+        self._clips, self._failures = [], []
+        if time.monotonic() - self._logged_at_s >= LOG_INTERVAL_S:
+            with self._writing():
+                self._write_log()
+
+    def _write_log(self) -> None:
+        os.fsync(self._samples.fileno())
+        _write_all(self._log, "".join(self._lines).encode())
+        os.fsync(self._log.fileno())
+        self._lines = []
+        self._logged_at_s = time.monotonic()
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         return _writing_to(self._folder.parent, self._needs)
 
     def _needs(self) -> str:
         """How much was written, how much it may become, and how to make it less."""
-        num_bytes = self._num_samples * _STORED[self._dtype].itemsize
-        num_done = len(self._clips) + len(self._failures)
+        num_bytes = self._num_samples * STORED_DTYPES[self._dtype].itemsize
         text = ""
-        if num_bytes and num_done:
-            text = f" {_in_mib(num_bytes)} held {counted(num_done, 'item')}"
+        if num_bytes and self._num_done:
+            text = f" {_in_mib(num_bytes)} held {counted(self._num_done, 'item')}"
             if self._total_items:
-                needed = _in_mib(num_bytes * self._total_items / num_done)
+                needed = _in_mib(num_bytes * self._total_items / self._num_done)
                 text += f" of {self._total_items:,}, so about {needed} are needed"
             text += "."
         if self._dtype == "float32":
@@ -481,9 +495,9 @@ _IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def _encoded(samples: FloatArray, dtype: CacheDtype) -> bytes:
     if dtype == "int16":
-        steps = np.rint(samples * np.float32(_INT16_SCALE))
-        samples = np.clip(steps, -_INT16_SCALE, _INT16_SCALE - 1)
-    return samples.astype(_STORED[dtype]).tobytes()
+        steps = np.rint(samples * np.float32(INT16_SCALE))
+        samples = np.clip(steps, -INT16_SCALE, INT16_SCALE - 1)
+    return samples.astype(STORED_DTYPES[dtype]).tobytes()
 
 
 def _write_all(file: io.FileIO, data: bytes) -> None:
@@ -492,9 +506,22 @@ def _write_all(file: io.FileIO, data: bytes) -> None:
         left = left[file.write(left) :]
 
 
-def _write_table(table: pa.Table, path: Path) -> None:
+def _open_at(path: Path, num_bytes: int) -> io.FileIO:
+    """Open a file to append to what it holds up to here."""
+    file = open(path, "ab", buffering=0)  # noqa: SIM115
+    try:
+        file.truncate(num_bytes)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _write_table(rows: Iterator[Mapping[str, Any]], schema: pa.Schema, path: Path) -> None:
     with open(path, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            while some := list(islice(rows, _ROWS_AT_ONCE)):
+                writer.write_table(pa.Table.from_pylist(some, schema=schema))
         file.flush()
         os.fsync(file.fileno())
 
@@ -538,34 +565,87 @@ def _item_values(item: Item) -> dict[str, Any]:
     return {field.name: getattr(item, field.name) for field in _ITEM_FIELDS}
 
 
-def _clips_table(clips: Iterable[CachedClip]) -> pa.Table:
-    rows = [
-        {
-            **_item_values(clip.item),
-            "offset": clip.offset,
-            "num_samples": clip.num_samples,
-            "content_sha256": clip.content_sha256,
-            "warning": clip.warning,
-        }
-        for clip in clips
-    ]
-    return pa.Table.from_pylist(rows, schema=_CLIPS_SCHEMA)
+def _clip_row(item: Item, facts: ClipFacts, offset: int, num_samples: int) -> dict[str, Any]:
+    return {
+        **_item_values(item),
+        "offset": offset,
+        "num_samples": num_samples,
+        "content_sha256": facts.content_sha256,
+        "warning": facts.warning,
+    }
 
 
-def _failures_table(failures: Iterable[ItemFailure]) -> pa.Table:
-    rows = [
-        {
-            **_item_values(event.failure.item),
-            "unit_id": event.unit_id,
-            "item_index": event.item_index,
-            "stage": event.failure.stage,
-            "error_type": event.failure.error_type,
-            "message": event.failure.message,
-            "is_container": event.failure.is_container,
-        }
-        for event in failures
-    ]
-    return pa.Table.from_pylist(rows, schema=_FAILURES_SCHEMA)
+def _failure_row(event: ItemFailure) -> dict[str, Any]:
+    return {
+        **_item_values(event.failure.item),
+        "unit_id": event.unit_id,
+        "item_index": event.item_index,
+        "stage": event.failure.stage,
+        "error_type": event.failure.error_type,
+        "message": event.failure.message,
+        "is_container": event.failure.is_container,
+    }
+
+
+# --- Going on ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What an unfinished cache holds for good.
+
+    Attributes:
+        num_units: So many units of the work, from the first on.
+        num_items: Clips and failures in them.
+        num_samples: Samples of the clips.
+        num_log_bytes: Bytes of the units' lines.
+    """
+
+    num_units: int = 0
+    num_items: int = 0
+    num_samples: int = 0
+    num_log_bytes: int = 0
+
+
+def _find_kept(folder: Path, work: _Work, dtype: CacheDtype) -> _Kept:
+    """What can be gone on from: whole units of this work, with failures that still are some."""
+    given = _given_items(work.found)
+    samples = folder / SAMPLES_NAME
+    num_bytes = samples.stat().st_size if samples.exists() else 0
+    kept = before_failures = _Kept()
+    failures: list[Failure] = []
+    for unit, (entry, num_log_bytes) in zip(work.units, _read_log(folder), strict=False):
+        is_there = entry["num_samples"] * STORED_DTYPES[dtype].itemsize <= num_bytes
+        if entry["unit_id"] != unit.unit_id or not is_there:
+            break
+        kept = _Kept(
+            num_units=kept.num_units + 1,
+            num_items=kept.num_items + len(entry["clips"]) + len(entry["failures"]),
+            num_samples=entry["num_samples"],
+            num_log_bytes=num_log_bytes,
+        )
+        failures += [_failure_of(row, given).failure for row in entry["failures"]]
+        if not failures:
+            before_failures = kept
+    return kept if not failures or work.fails_again(failures) else before_failures
+
+
+def _read_log(folder: Path) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """What each line says, and where it ends; up to one that was not written to its end."""
+    path = folder / LOG_NAME
+    if not path.exists():
+        return
+    num_bytes = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                entry = json.loads(line)
+            except ValueError:  # of a machine that died before the disk had it
+                return
+            num_bytes += len(line)
+            yield entry, num_bytes
 
 
 # --- Names of folders ----------------------------------------------------------------------
@@ -587,18 +667,46 @@ def _make_unfinished(root: Path, key: str) -> tuple[Path, int]:
         os.close(descriptor)  # being swept just now
 
 
-def _sweep(root: Path) -> None:
-    """Remove what processes have left by being killed; the system ends a lock with its process."""
-    for folder in root.iterdir():
+def _take_over(root: Path, key: str) -> tuple[Path, int] | None:
+    """The unfinished cache of this name that holds most, of those that dead processes have left.
+
+    All others of theirs are removed. The system ends a lock with its process, however that ends.
+
+    Returns:
+        The folder and the descriptor of its lock, which is ours now; None if there is none.
+    """
+    taken: tuple[Path, int] | None = None
+    for folder, descriptor in _abandoned(root):
+        num_bytes = _size_of_log(folder) if folder.name.split(".")[1] == key else 0
+        if num_bytes and (taken is None or num_bytes > _size_of_log(taken[0])):
+            taken, unwanted = (folder, descriptor), taken
+        else:
+            unwanted = folder, descriptor
+        if unwanted is not None:
+            shutil.rmtree(unwanted[0], ignore_errors=True)
+            os.close(unwanted[1])
+    return taken
+
+
+def _abandoned(root: Path) -> Iterator[tuple[Path, int]]:
+    """What dead processes have left, each with the descriptor of a lock that is ours."""
+    for folder in list(root.iterdir()):
         if _UNFINISHED.fullmatch(folder.name) is None:
             continue
-        with contextlib.suppress(OSError):  # somebody else may be sweeping too
+        try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                if _is_locked_by_us(descriptor):
-                    shutil.rmtree(folder)
-            finally:
-                os.close(descriptor)
+        except OSError:
+            continue  # gone, or finished meanwhile; or no folder at all
+        # The one who held the lock may have given it its name since.
+        if _is_locked_by_us(descriptor) and is_still(folder, descriptor):
+            yield folder, descriptor
+        else:
+            os.close(descriptor)
+
+
+def _size_of_log(folder: Path) -> int:
+    path = folder / LOG_NAME
+    return path.stat().st_size if path.exists() else 0
 
 
 def _is_locked_by_us(descriptor: int, *, if_there_are_no_locks: bool = False) -> bool:
@@ -615,9 +723,11 @@ def _is_locked_by_us(descriptor: int, *, if_there_are_no_locks: bool = False) ->
 def _give_name(folder: Path, name: Path, stale: Path | None) -> None:
     """Rename a whole cache; in place of one that is stale, but not of one made meanwhile."""
     if stale is not None:
-        # Under such a name it is swept if this process dies before it has removed it.
+        # Under such a name it is removed if this process dies before it has done so: without a
+        # log, nobody goes on with it.
         aside = name.with_name(f".{name.name}.{uuid.uuid4().hex}.tmp")
         with contextlib.suppress(FileNotFoundError):
+            (stale / LOG_NAME).unlink(missing_ok=True)
             stale.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -625,6 +735,8 @@ def _give_name(folder: Path, name: Path, stale: Path | None) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        shutil.rmtree(folder, ignore_errors=True)
+    (name / LOG_NAME).unlink(missing_ok=True)  # not before: it is all that a successor has
     descriptor = os.open(name.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):  # some file systems cannot sync a folder
@@ -642,17 +754,19 @@ def _read_cache(
     """A cache that is whole; None where there is none, or it has been damaged."""
     if not folder.exists():
         return None
-    given = {item.clip_id: item for item in found.items}
-    for container in found.containers:
-        given |= {item.clip_id: item for item in container.items}
+    given = _given_items(found)
     try:
-        rows = pq.read_table(folder / CLIPS_NAME, schema=_CLIPS_SCHEMA).to_pylist()
-        failed = pq.read_table(folder / FAILURES_NAME, schema=_FAILURES_SCHEMA).to_pylist()
+        clips = tuple(
+            _clip_of(row, given) for row in _read_table(folder / CLIPS_NAME, _CLIPS_SCHEMA)
+        )
+        failures = tuple(
+            _failure_of(row, given) for row in _read_table(folder / FAILURES_NAME, _FAILURES_SCHEMA)
+        )
         num_bytes = (folder / SAMPLES_NAME).stat().st_size
     except (OSError, pa.ArrowException) as error:
         logger.warning("%s is damaged (%s): the clips are decoded anew.", folder, error)
         return None
-    expected = sum(row["num_samples"] for row in rows) * _STORED[dtype].itemsize
+    expected = sum(clip.num_samples for clip in clips) * STORED_DTYPES[dtype].itemsize
     if num_bytes != expected:
         logger.warning(
             "%s is damaged (%s has %d bytes, and its clips %d): the clips are decoded anew.",
@@ -663,10 +777,31 @@ def _read_cache(
         folder=str(folder),
         sample_rate_hz=sample_rate_hz,
         file=SampleFile(folder / SAMPLES_NAME, dtype),
-        clips=tuple(_clip_of(row, given) for row in rows),
-        failures=tuple(_failure_of(row, given) for row in failed),
+        clips=clips,
+        failures=failures,
         is_reused=True,
     )
+
+
+def _given_items(found: Found) -> dict[str, Item]:
+    """The items that the inputs name, by their clip ids."""
+    given = {item.clip_id: item for item in found.items}
+    for container in found.containers:
+        given |= {item.clip_id: item for item in container.items}
+    return given
+
+
+def _read_table(path: Path, schema: pa.Schema) -> Iterator[Mapping[str, Any]]:
+    """The rows, of which a few are in memory at once.
+
+    Raises:
+        ArrowInvalid: The file has other columns.
+    """
+    with pq.ParquetFile(path) as file:
+        if not file.schema_arrow.equals(schema):
+            raise pa.ArrowInvalid(f"{path.name} has the columns {file.schema_arrow.names}")
+        for batch in file.iter_batches(_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
 
 
 def _clip_of(row: Mapping[str, Any], given: Mapping[str, Item]) -> CachedClip:
@@ -692,14 +827,14 @@ def _failure_of(row: Mapping[str, Any], given: Mapping[str, Item]) -> ItemFailur
 
 def _item_of(row: Mapping[str, Any], given: Mapping[str, Item]) -> Item:
     """The item as the inputs describe it now."""
+    now = given.get(row["clip_id"])
+    if now is not None and _is_loose(now):
+        return now
     truth = None if row["truth"] is None else tuple(row["truth"])
     values = {field.name: row[field.name] for field in _ITEM_FIELDS}
     stored = Item(**{**values, "truth": truth})
-    now = given.get(stored.clip_id)
     if now is None:
         return stored
-    if _is_loose(now):
-        return now
     return dataclasses.replace(
         stored,
         truth=stored.truth if now.truth is None else now.truth,

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +24,19 @@ import numpy.typing as npt
 
 from pipeline.plan import counted
 from pipeline.train_config import split_hold_out
-from pipeline.training.clip_cache import CachedClip, CachedClips, SampleFile, check_failures
+from pipeline.training.clip_cache import CachedClip, CachedClips, check_failures
+from pipeline.training.packed_clips import PackedClips, SampleFile
 from transforms.errors import ConfigError, InputError
 from transforms.labels import find_label, labels_from_names
+from transforms.manifests import MANIFEST_EXTENSIONS
 from transforms.records import FloatArray, Item
+from transforms.sources import Found
 
 Loss: TypeAlias = Literal["cross_entropy", "binary_cross_entropy"]
 
 _NUM_EXAMPLES = 5
+# Files of these kinds may be manifests; in a folder they are left aside.
+_MAYBE_MANIFESTS = MANIFEST_EXTENSIONS | {".parquet"}
 
 
 # --- Training and validation ---------------------------------------------------------------
@@ -51,24 +58,35 @@ def split_clips(
     """
     if hold_out is None:
         return cached.clips, ()
+    are_held = which_are_held_out([clip.item for clip in cached.clips], hold_out)
+    train = itertools.compress(cached.clips, map(operator.not_, are_held))
+    return tuple(train), tuple(itertools.compress(cached.clips, are_held))
+
+
+def which_are_held_out(items: Sequence[Item], hold_out: str) -> list[bool]:
+    """Of each item whether it is for validation; see ``split_clips``.
+
+    Raises:
+        ConfigError: ``hold_out`` has not its form.
+        InputError: There is no such column, no item has the value, or all have it.
+    """
     column, value = split_hold_out(hold_out)
     if not column or not value:
         raise ConfigError(
             f"hold_out is {hold_out!r}; expected COLUMN=VALUE, such as fold=4. Give it with "
             "--hold-out."
         )
-    columns = [_metadata_of(clip.item) for clip in cached.clips]
+    columns = [_metadata_of(item) for item in items]
     texts = [_texts(values[column]) if column in values else () for values in columns]
-    train = [clip for clip, of in zip(cached.clips, texts, strict=True) if value not in of]
-    held = [clip for clip, of in zip(cached.clips, texts, strict=True) if value in of]
-    if not held:
+    are_held = [value in of for of in texts]
+    if not any(are_held):
         raise InputError(_why_none_is_held_out(hold_out, column, columns, texts))
-    if not train:
+    if all(are_held):
         raise InputError(
-            f"--hold-out {hold_out} holds out all of {counted(len(held), 'clip')}, and nothing is "
+            f"--hold-out {hold_out} holds out all of {counted(len(items), 'clip')}, and nothing is "
             f"left to train on; give a value of {column} that only some clips have"
         )
-    return tuple(train), tuple(held)
+    return are_held
 
 
 def _metadata_of(item: Item) -> Mapping[str, object]:
@@ -117,6 +135,48 @@ def _why_none_is_held_out(
 def _some(texts: Sequence[str], num_shown: int = _NUM_EXAMPLES) -> str:
     more = f" and {len(texts) - num_shown:,} more" if len(texts) > num_shown else ""
     return ", ".join(texts[:num_shown]) + more
+
+
+def check_found(found: Found, which: str, hold_out: str | None = None) -> None:
+    """Refuse before decoding what cannot be learnt from, or measured with, after it.
+
+    That is known where nothing lies in a container: what a manifest says of files is all that is
+    said of them. Whatever decodes or fails, ``split_clips`` or ``resolve_labels`` would refuse it.
+
+    Args:
+        found: What the inputs hold.
+        which: What they are for: ``training`` or ``validation``.
+        hold_out: Which of them are for validation (see ``split_clips``).
+
+    Raises:
+        ConfigError: ``hold_out`` has not its form.
+        InputError: Nothing has a label, or ``hold_out`` cannot be followed.
+    """
+    if found.containers or not found.items:
+        return
+    sets = {which: list(found.items)}
+    # A column to hold out by is the smaller question where there are no labels at all.
+    if hold_out is not None and any(item.truth is not None for item in found.items):
+        are_held = which_are_held_out(found.items, hold_out)
+        sets = {
+            which: list(itertools.compress(found.items, map(operator.not_, are_held))),
+            "validation": list(itertools.compress(found.items, are_held)),
+        }
+    for name, items in sets.items():
+        if all(item.truth is None for item in items):
+            raise InputError(_nothing_labelled(items, name) + _manifest_hint(found))
+
+
+def _manifest_hint(found: Found) -> str:
+    """That a manifest may be among the files of a folder that were left aside, if one may be."""
+    skipped = found.skipped_by_extension
+    kinds = [f"{skipped[kind]:,} {kind}" for kind in sorted(_MAYBE_MANIFESTS & set(skipped))]
+    if not kinds:
+        return ""
+    return (
+        f". Of the files in the folder {', '.join(kinds)} were left aside, as manifests count only "
+        "when they are named: if the labels are there, give that file instead of the folder"
+    )
 
 
 # --- Labels --------------------------------------------------------------------------------
@@ -203,16 +263,20 @@ def _finder(names: Sequence[str]) -> Callable[[CachedClip], tuple[int, ...]]:
     return indices
 
 
+def _nothing_labelled(items: Sequence[Item], which: str) -> str:
+    return (
+        f"none of {counted(len(items), f'{which} clip')} has a label; expected a manifest with a "
+        "column label (one name) or labels (several), or a Parquet file or tar that has it beside "
+        f"the audio. The first clip: {items[0].clip_id}"
+    )
+
+
 def _check_labelled(clips: Sequence[CachedClip], which: str) -> None:
     without = [clip.item.clip_id for clip in clips if clip.item.truth is None]
     if not without:
         return
     if len(without) == len(clips):
-        raise InputError(
-            f"none of {counted(len(clips), f'{which} clip')} has a label; expected a manifest with "
-            "a column label (one name) or labels (several), or a Parquet file or tar that has it "
-            f"beside the audio. The first clip: {without[0]}"
-        )
+        raise InputError(_nothing_labelled([clip.item for clip in clips], which))
     raise InputError(
         f"{len(without):,} of {counted(len(clips), f'{which} clip')} have no label: "
         f"{_some(without)}. Label them, or leave them out of the input"
@@ -374,45 +438,6 @@ class ClipSet:
         """How many clips have each label."""
         numbers = Counter(index for clip in self.clips for index in clip.labels)
         return {name: numbers[index] for index, name in enumerate(self.label_names)}
-
-
-@dataclass(frozen=True)
-class PackedClips:
-    """What making batches needs of clips, in arrays.
-
-    Of millions of clips it takes tens of bytes each where a ``ClipSet`` takes a kilobyte, and
-    every process that makes batches has its own.
-
-    Attributes:
-        file: Where the samples are.
-        offsets: Each clip's first sample in the file, shape (clips,), int64.
-        num_samples: How many it has, shape (clips,), int64.
-        labels: Indices of the labels of all clips, one clip's behind the other's, int32.
-        bounds: Where a clip's labels begin, shape (clips + 1,), int64; the last is where they end.
-        num_labels: How many labels there are to have.
-    """
-
-    file: SampleFile
-    offsets: npt.NDArray[np.int64]
-    num_samples: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int32]
-    bounds: npt.NDArray[np.int64]
-    num_labels: int
-
-    def __len__(self) -> int:
-        return self.offsets.size
-
-    def samples(self, index: int, start: int, stop: int) -> FloatArray:
-        """Samples [start, stop) of a clip, float32; it must have so many."""
-        offset = int(self.offsets[index])
-        return self.file.read(offset + start, offset + stop)
-
-    def targets(self, indices: npt.NDArray[np.int64]) -> FloatArray:
-        """1 where a clip has a label, else 0; shape (indices, labels), float32."""
-        targets = np.zeros((indices.size, self.num_labels), np.float32)
-        for row, index in zip(targets, indices, strict=True):
-            row[self.labels[self.bounds[index] : self.bounds[index + 1]]] = 1.0
-        return targets
 
 
 def pack_clips(clips: ClipSet) -> PackedClips:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.metrics import Metrics
 from pipeline.train_config import (
     AveragingSection,
     OptimizerSection,
@@ -27,7 +26,7 @@ from pipeline.train_config import (
 )
 from pipeline.training.augmentation import Augment
 from pipeline.training.batches import Batch, BatchLoader, BatchSettings
-from pipeline.training.dataset import ClipSet
+from pipeline.training.dataset import ClipSet, pack_clips
 from pipeline.training.loop import Row
 from pipeline.training.masked_patches import draw_kept
 from pipeline.training.schedule import schedule_factor
@@ -40,7 +39,7 @@ from pipeline.training.steps import (
     make_optimizer,
     weighted_mean,
 )
-from pipeline.training.validation import Scorer, parameters_are_finite, validate
+from pipeline.training.validation import Scorer, Validation, parameters_are_finite, validate
 from transforms.errors import TrainingError
 from transforms.fbank import KaldiFbank
 from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS, ASTForAudioClassification
@@ -55,7 +54,8 @@ class FinetuningSettings:
     Attributes:
         epochs: How many.
         loss: Of logits against targets.
-        optimizer: Which, and its rates.
+        optimizer: Which, and how it averages.
+        learning_rate: At its highest.
         schedule: How the learning rate changes.
         averaging: What average of the weights is kept, if any.
         trained_layers: Blocks at the top that learn; None for everything.
@@ -67,12 +67,35 @@ class FinetuningSettings:
     epochs: int
     loss: Loss
     optimizer: OptimizerSection
+    learning_rate: float
     schedule: ScheduleSection
     averaging: AveragingSection
     trained_layers: int | None
     precision: Precision
     validate_every: int
     metric: Literal["accuracy", "mean_average_precision"]
+
+
+class Best(NamedTuple):
+    """The epoch that validation says is the best.
+
+    Attributes:
+        epoch: Which, from 1.
+        figure: Its metric.
+        loss: Its validation loss.
+    """
+
+    epoch: int
+    figure: float
+    loss: float
+
+
+def is_better(now: Best, before: Best | None) -> bool:
+    """Whether an epoch is the best so far: by the metric, and if it ties by the lower loss.
+
+    On few clips the metric has few values, and ties are common; the loss still tells them apart.
+    """
+    return before is None or (now.figure, -now.loss) > (before.figure, -before.loss)
 
 
 def classification_loss(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
@@ -167,7 +190,6 @@ class FinetuningStage:
         batches: How batches are made.
         settings: How to teach.
         num_loaders: Processes that make batches.
-        on_best: Told the model when its validation is the best so far.
     """
 
     name = "training"
@@ -184,21 +206,19 @@ class FinetuningStage:
         settings: FinetuningSettings,
         *,
         num_loaders: int,
-        on_best: Callable[[ASTForAudioClassification], None],
     ) -> None:
         self.epochs = settings.epochs
-        self.best: tuple[int, float] | None = None
+        self.best: Best | None = None
         self.model = model
         self._validation, self._augment, self._log_mel = validation, augment, log_mel
         self._scorer, self._batches, self._settings = scorer, batches, settings
-        self._on_best = on_best
-        self._loader = BatchLoader(train, augment, batches, num_loaders)
+        self._loader = BatchLoader(pack_clips(train), augment, batches, num_loaders)
         freeze_all_but(model, settings.trained_layers)
         self.averages = Averages(model, settings.averaging)
         steps = self._loader.num_steps
         self._stepper = Stepper(
             model,
-            make_optimizer(model, settings.optimizer),
+            make_optimizer(model, settings.optimizer, settings.learning_rate),
             lambda step: schedule_factor(settings.schedule, step, steps, settings.epochs),
             num_steps=steps * settings.epochs,
             max_gradient_norm=settings.optimizer.max_gradient_norm,
@@ -260,12 +280,12 @@ class FinetuningStage:
         is_due = (epoch + 1) % self._settings.validate_every == 0 or epoch + 1 == self.epochs
         if self._validation is None or not is_due:
             return {}
-        metrics = validate(self.model, self._validation, self._scorer)
-        figures = _figures(metrics, "validation")
-        figure = getattr(metrics, self._settings.metric)
-        if figure is not None and (self.best is None or figure > self.best[1]):
-            self.best = epoch + 1, figure
-            self._on_best(self.model)
+        validation = validate(self.model, self._validation, self._scorer)
+        figures = _figures(validation, "validation")
+        figure = getattr(validation.metrics, self._settings.metric)
+        if figure is not None:
+            now = Best(epoch + 1, figure, validation.loss)
+            self.best = now if is_better(now, self.best) else self.best
         averaged = self.averages.model
         if averaged is not None:
             figures |= _figures(validate(averaged, self._validation, self._scorer), "averaged")
@@ -277,7 +297,7 @@ class FinetuningStage:
             "model": self.model.state_dict(),
             "stepper": self._stepper.state_dict(),
             "averages": self.averages.state_dict(),
-            "best": self.best,
+            "best": None if self.best is None else tuple(self.best),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -285,13 +305,14 @@ class FinetuningStage:
         self.model.load_state_dict(state["model"])
         self._stepper.load_state_dict(state["stepper"])
         self.averages.load_state_dict(state["averages"])
-        self.best = state["best"]
+        self.best = None if state["best"] is None else Best(*state["best"])
 
 
-def _figures(metrics: Metrics, whose: str) -> Row:
+def _figures(validation: Validation, whose: str) -> Row:
     return {
-        f"{whose}_accuracy": metrics.accuracy,
-        f"{whose}_mean_average_precision": metrics.mean_average_precision,
+        f"{whose}_loss": validation.loss,
+        f"{whose}_accuracy": validation.metrics.accuracy,
+        f"{whose}_mean_average_precision": validation.metrics.mean_average_precision,
     }
 
 

@@ -23,8 +23,10 @@ COLUMNS = (
     "epoch",
     "learning_rate",
     "train_loss",
+    "validation_loss",
     "validation_accuracy",
     "validation_mean_average_precision",
+    "averaged_loss",
     "averaged_accuracy",
     "averaged_mean_average_precision",
     "seconds",
@@ -68,7 +70,9 @@ def draw_curves(history: Sequence[Row]) -> bytes:
 def _draw_losses(axes: Axes, history: Sequence[Row]) -> None:
     for stage in _stages(history):
         _draw(axes, history, "train_loss", stage, stage=stage)
-    axes.set(ylabel="training loss", title="Training")
+    for whose, model_name in _MODELS.items():
+        _draw(axes, history, f"{whose}_loss", f"validation, {model_name}")
+    axes.set(ylabel="loss", title="Training")
     axes.legend(frameon=False)
 
 

@@ -71,7 +71,8 @@ class Initial:
         spec: The checkpoint, if it is an AST.
         image: The checkpoint, if it is an image model.
         config: The shape to train, with labels that are still to be replaced.
-        labels: The checkpoint's own label names.
+        labels: The checkpoint's own label names; where its head is not kept, and nobody names its
+            outputs, ``LABEL_0`` and so on.
         wanted_labels: The label names that ``model.labels`` gives, or None.
         statistics: Mean and standard deviation to normalise with; None: still to be measured.
         notes: What is worth saying.
@@ -104,8 +105,15 @@ class Initial:
         return f"from {self.name}" + (", an image model" if self.kind == "image" else "")
 
 
-def resolve_initial(model: CheckpointSection, architecture: ArchitectureSection) -> Initial:
+def resolve_initial(
+    model: CheckpointSection, architecture: ArchitectureSection, *, keeps_head: bool = True
+) -> Initial:
     """Find out what to start from, and the shape to train.
+
+    Args:
+        model: The checkpoint, and what is wanted of the model.
+        architecture: Of a model from scratch.
+        keeps_head: Whether to start with the checkpoint's head, so that its outputs need names.
 
     Raises:
         ModelError: The checkpoint, the label list or the shape is not right.
@@ -134,10 +142,14 @@ def resolve_initial(model: CheckpointSection, architecture: ArchitectureSection)
         )
     facts = {name: getattr(model, name) for name in _FACTS}
     if locate_model(model.name).source == "original":
-        # It says neither of these of itself, so they are both what it is and what is wanted.
-        facts |= {name: getattr(model, name) for name in (*_CHANGEABLE, "labels")}
+        # It says neither of these of itself, so they are both what it is and what is wanted; but
+        # the labels of a new head are not those of the old one.
+        kept = ("labels",) if keeps_head else ()
+        facts |= {name: getattr(model, name) for name in (*_CHANGEABLE, *kept)}
     mean, std = statistics or (None, None)
-    spec = resolve_model(model.name, ModelOverrides(mean=mean, std=std, **facts))
+    # What becomes of the outputs is for training.loss to say; what the checkpoint has is not used.
+    overrides = ModelOverrides(activation="sigmoid", mean=mean, std=std, **facts)
+    spec = resolve_model(model.name, overrides, needs_labels=keeps_head)
     return Initial(
         "checkpoint",
         spec.name,

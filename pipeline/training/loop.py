@@ -2,7 +2,9 @@
 
 After every epoch the whole state is written, in one file that is replaced whole: weights,
 optimizer, averages, history. All that is drawn follows from the seed and the epoch's number, so an
-epoch that was cut short is done again from the state before it, with the same result.
+epoch that was cut short is done again from the state before it. On a CPU it has the same result. A
+GPU adds numbers up in another order each time, so weights are kept only of epochs that the state
+knows to be done.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from transforms import storage
 from transforms.errors import OutputError
 
 STATE_NAME = "_resume.pt"
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 Row = dict[str, float | int | str | None]
 
@@ -72,6 +74,7 @@ def run_stages(
     on_resume: Callable[[Stage, int], None],
     on_step: Callable[[Stage, int, int, int, float], None],
     on_epoch: Callable[[Stage, Row, list[Row]], None],
+    on_saved: Callable[[Stage, int], None],
 ) -> Progress:
     """Run every epoch that is not done yet.
 
@@ -84,10 +87,14 @@ def run_stages(
             the loss.
         on_epoch: Told the stage, the epoch's figures and all figures so far, before the state is
             written: what it writes is written again if the epoch is done again.
+        on_saved: Told the stage and its epochs that are done, which the state has by now: this
+            epoch is never done again. It is told again of the last one when an earlier run is gone
+            on with, which may have been killed before.
     """
     progress = load_progress(stages, folder, fingerprint)
     if progress.history:
         on_resume(stages[progress.stage], progress.epoch)
+        on_saved(stages[progress.stage], progress.epoch)
     while progress.stage < len(stages):
         stage = stages[progress.stage]
         while progress.epoch < stage.epochs:
@@ -102,6 +109,7 @@ def run_stages(
             progress.epoch += 1
             on_epoch(stage, row, progress.history)
             save_progress(progress, stage, folder, fingerprint)
+            on_saved(stage, progress.epoch)
         progress.stage, progress.epoch = progress.stage + 1, 0
     return progress
 

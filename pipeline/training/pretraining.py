@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.train_config import OptimizerSection, PretrainingSection, ScheduleSection
 from pipeline.training.augmentation import Augment
 from pipeline.training.batches import Batch, BatchLoader, BatchSettings
-from pipeline.training.dataset import ClipSet
+from pipeline.training.dataset import ClipSet, pack_clips
 from pipeline.training.loop import Row
 from pipeline.training.masked_patches import MaskedPatchDecoder, draw_kept, masked_patch_loss
 from pipeline.training.schedule import schedule_factor
@@ -68,7 +68,7 @@ class PretrainingStage:
         self._augment = dataclasses.replace(augment, section=section_of_clips)
         self._log_mel, self._batches, self._precision = log_mel, batches, precision
         self._masked_ratio = section.masked_ratio
-        self._loader = BatchLoader(train, self._augment, batches, num_loaders)
+        self._loader = BatchLoader(pack_clips(train), self._augment, batches, num_loaders)
         self._encoder = model.audio_spectrogram_transformer
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(
@@ -79,18 +79,13 @@ class PretrainingStage:
         ).to(device)
         self._both = nn.ModuleList([self._encoder, self._decoder])
         steps = self._loader.num_steps
-        optimizer = OptimizerSection(
-            name="adamw",
-            learning_rate=section.learning_rate,
-            betas=_BETAS,
-            weight_decay=section.weight_decay,
-        )
+        optimizer = OptimizerSection(name="adamw", betas=_BETAS, weight_decay=section.weight_decay)
         schedule = ScheduleSection(
             kind="cosine", warmup_steps=section.warmup_epochs * steps, warmup_interval=1
         )
         self._stepper = Stepper(
             self._both,
-            make_optimizer(self._both, optimizer),
+            make_optimizer(self._both, optimizer, section.learning_rate),
             lambda step: schedule_factor(schedule, step, steps, section.epochs),
             num_steps=steps * section.epochs,
             max_gradient_norm=_MAX_GRADIENT_NORM,

@@ -26,17 +26,24 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, section: OptimizerSection, learning_rate: float
+) -> torch.optim.Optimizer:
     """torch's Adam, or AdamW.
 
     Adam's weight decay is an L2 penalty on every weight, as in the original. AdamW's goes to
     matrices alone: biases, norms, tokens and positions are left out, as is usual for transformers.
+
+    Args:
+        model: What is not frozen of it is changed.
+        section: Which optimizer, and how.
+        learning_rate: At its highest; the section's own may be null.
     """
     betas = section.betas[0], section.betas[1]
     if section.name == "adam":
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return torch.optim.Adam(
-            weights, section.learning_rate, betas=betas, weight_decay=section.weight_decay
+            weights, learning_rate, betas=betas, weight_decay=section.weight_decay
         )
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -48,7 +55,7 @@ def make_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.O
         {"params": matrices, "weight_decay": section.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, section.learning_rate, betas=betas)
+    return torch.optim.AdamW(groups, learning_rate, betas=betas)
 
 
 class Stepper:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from transforms.windows import WindowSettings, cut_windows
 
 # Windows whose samples are held at once; 10 s of float32 are 0.64 MB.
 _WINDOWS_AT_ONCE = 256
+# Scores are taken no nearer to 0 and 1 than this, where their logarithm would be infinite.
+_SCORE_MARGIN = 1e-7
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,19 @@ class Scorer:
     precision: Precision
 
 
-def validate(model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer) -> Metrics:
+class Validation(NamedTuple):
+    """How a model does on clips whose labels are known.
+
+    Attributes:
+        metrics: Accuracy and the like.
+        loss: See ``loss_of_scores``.
+    """
+
+    metrics: Metrics
+    loss: float
+
+
+def validate(model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer) -> Validation:
     """The figures of a model on clips whose labels are known.
 
     Raises:
@@ -65,7 +79,34 @@ def validate(model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer) -
             f"infinite, in {scorer.precision}: {first} is the first; expected finite numbers. "
             f"{IF_DIVERGED}"
         )
-    return compute_metrics(clips.targets() > 0, scores, clips.label_names)
+    return Validation(
+        compute_metrics(clips.targets() > 0, scores, clips.label_names),
+        loss_of_scores(scores, clips.targets(), scorer.activation),
+    )
+
+
+def loss_of_scores(
+    scores: npt.NDArray[np.float32],
+    targets: npt.NDArray[np.float32],
+    activation: Literal["sigmoid", "softmax"],
+) -> float:
+    """The loss that clips' scores have, which are those of all their windows together.
+
+    Args:
+        scores: Shape (clips, labels), in [0, 1].
+        targets: 1 where a clip has a label, else 0, of the same shape; with ``softmax`` each row
+            has a single 1.
+        activation: With ``softmax`` cross-entropy: -ln(score of the true label). With ``sigmoid``
+            binary cross-entropy, the mean over the labels.
+
+    Returns:
+        The mean over the clips; at most about 16.1, as scores count as 1e-7 away from 0 and 1.
+    """
+    likely = np.clip(scores.astype(np.float64), _SCORE_MARGIN, 1.0 - _SCORE_MARGIN)
+    has_label = targets > 0
+    if activation == "softmax":
+        return float(-np.log(likely[has_label]).mean())
+    return float(-np.log(np.where(has_label, likely, 1.0 - likely)).mean())
 
 
 def score_clips(
