@@ -15,6 +15,7 @@ from pipeline.progress import (
     ProgressDisplay,
     format_bar_text,
     format_line,
+    seconds_left,
     share_done,
 )
 

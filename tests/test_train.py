@@ -707,19 +707,16 @@ def test_a_device_that_is_not_there_is_named_by_the_training_s_key(
 
 @pytest.mark.parametrize("which", ["--train", "--validation"])
 def test_a_folder_without_labels_is_refused_before_it_is_decoded(
-    train: Train, manifest: Path, tmp_path: Path, which: str
+    train: Train, tmp_path: Path, which: str
 ) -> None:
     folder = tmp_path / "birds"
     folder.mkdir()
     (folder / "broken.wav").write_bytes(b"what no decoder takes")
     (folder / "birds.csv").write_text("uri,label\nbroken.wav,wren\n")
     (folder / "notes.txt").write_text("heard at dawn")
-    options = ("--train", folder) if which == "--train" else ("--validation", folder)
-    said = train(tmp_path / "out", *options, training__epochs=1, **(
-        {"training__keep": "last", "hold_out": "null"} if which == "--train" else {}
-    ))  # fmt: skip
+    said = train(tmp_path / "out", which, folder, training__epochs=1)
     assert said.code == 2
-    name = "training" if which == "--train" else "validation"
+    name = {"--train": "training", "--validation": "validation"}[which]
     assert f"none of 1 {name} clip has a label; expected a manifest" in said.err
     assert "Of the files in the folder 1 .csv were left aside" in said.err
     assert "give that file instead of the folder" in said.err

@@ -106,7 +106,7 @@ class Initial:
 
 
 def resolve_initial(
-    model: CheckpointSection, architecture: ArchitectureSection, *, keeps_head: bool = True
+    model: CheckpointSection, architecture: ArchitectureSection, *, keeps_head: bool
 ) -> Initial:
     """Find out what to start from, and the shape to train.
 
