@@ -73,6 +73,8 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
+            "openvino>=2025.1",
+            "nncf>=2.16",
             "transformers>=4.50",
             "kaldi-native-fbank>=1.20",
             "pandas>=2.2",

@@ -175,6 +175,9 @@ class InferenceSection(Section):
         engine: What executes the model.
         batch_size: Windows per call; null lets the device decide.
         workers: Processes, one device each where there are several.
+        compile: Whether torch compiles the model; null is on cuda alone.
+        check_windows: Windows per process that are computed in float32 too.
+        calibration_windows: Windows that int8 is calibrated on.
     """
 
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
@@ -182,6 +185,9 @@ class InferenceSection(Section):
     engine: Literal["auto", "torch", "openvino"] = "auto"
     batch_size: Count | None = None
     workers: Count = 1
+    compile: bool | None = None
+    check_windows: Annotated[int, Field(ge=0)] = 32
+    calibration_windows: Count = 128
 
 
 class DecodeSection(Section):
@@ -359,6 +365,12 @@ def _int8_without_openvino(precision: str, engine: str) -> str | None:
     return "must be auto, fp32, bf16 or fp16 with inference.engine: torch; int8 needs openvino"
 
 
+def _int8_elsewhere(precision: str, device: str) -> str | None:
+    if precision != "int8" or device in ("auto", "cpu"):
+        return None
+    return f"must be auto, fp32, bf16 or fp16 with inference.device: {device}; int8 is for the CPU"
+
+
 RULES = (
     Rule(("inputs",), empty_input),
     Rule(("output",), empty_output),
@@ -366,6 +378,7 @@ RULES = (
     Rule(("retry_failed", "overwrite"), _retries_what_it_removes),
     Rule(("inference.engine", "inference.device"), _openvino_elsewhere),
     Rule(("inference.precision", "inference.engine"), _int8_without_openvino),
+    Rule(("inference.precision", "inference.device"), _int8_elsewhere),
 )
 
 

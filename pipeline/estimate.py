@@ -6,7 +6,6 @@ kind of file is taken over to the rest. The model is timed on one batch.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.calibration import calibrate, thinned
 from pipeline.config import RunConfig
 from pipeline.plan import RunPlan, describe_plan, make_plan
 from pipeline.progress import format_audio, format_duration
 from pipeline.run import pipeline_options
 from pipeline.streams import answer
+from transforms.backbones import resolve_batch_size, resolve_device
 from transforms.clip_ids import WindowEstimate, extension
 from transforms.decode import DecodePool
-from transforms.inference import ASTModelHandler, TorchEngine
+from transforms.inference import ASTModelHandler, Engine
 from transforms.label_audio import LabelSettings, read_items
 from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit
 from transforms.sources import SourceSettings
@@ -91,6 +92,7 @@ def run_plan(config: RunConfig, beam_options: list[str]) -> int:
     for line in describe_plan(plan):
         answer(line)
     if plan.units:
+        plan = calibrate(plan, config.inference.calibration_windows)
         estimate = estimate_work(plan)
         engine = ASTModelHandler(plan.label.model, plan.label.inference).load_model()
         window_s = time_window(engine, plan.label)
@@ -166,7 +168,7 @@ def sample_units(
     clips_per_unit = max(1, SAMPLED_CLIPS // max(1, len(chosen)))
     with DecodePool(settings.decode) as pool:
         for unit in chosen:
-            small = _small_clips(_thinned(unit, clips_per_unit), settings.sources)
+            small = _small_clips(thinned(unit, clips_per_unit), settings.sources)
             clips = list(islice(small, clips_per_unit))
             for result in pool.stream(unit.unit_id, clips):
                 if isinstance(result, ItemFailure):
@@ -179,12 +181,6 @@ def sample_units(
                         1, _num_bytes(clip), duration_s, guess.of_duration(duration_s)
                     )
     return dict(samples), failed
-
-
-def _thinned(unit: WorkUnit, num_items: int) -> WorkUnit:
-    """The unit with no more of its listed items than are wanted, spread evenly."""
-    step = max(1, len(unit.items) // num_items)
-    return dataclasses.replace(unit, items=unit.items[::step])
 
 
 def _small_clips(unit: WorkUnit, sources: SourceSettings) -> Iterator[EncodedClip | Failure]:
@@ -201,9 +197,10 @@ def _num_bytes(clip: EncodedClip | Failure) -> int:
     return clip.item.size or 0
 
 
-def time_window(engine: TorchEngine, settings: LabelSettings) -> float:
+def time_window(engine: Engine, settings: LabelSettings) -> float:
     """Seconds per window of one batch, after one to warm up."""
-    size = settings.inference.batch_size or 4
+    device = resolve_device(settings.inference.device)
+    size = resolve_batch_size(settings.inference.batch_size, device)
     batch = np.zeros((size, settings.fbank.num_frames, settings.fbank.num_mel_bins), np.float32)
     engine.predict_safely(batch)
     began = time.perf_counter()

@@ -21,7 +21,7 @@ import apache_beam as beam
 
 from transforms.commit import CommitSettings, CommitUnits, SkipCommitted
 from transforms.label_audio import LabelSettings, LabelUnits
-from transforms.ledger import UnitSummary, UnitTotals
+from transforms.ledger import Checks, UnitSummary, UnitTotals, add_checks
 from transforms.records import WorkUnit
 
 
@@ -33,23 +33,26 @@ class RunTotals:
         units: How many units.
         totals: What they held.
         engines: Everything that computed them; more than one is a mixture, and reported.
+        checks: How far each was from float32, where that was looked at.
     """
 
     units: int = 0
     totals: UnitTotals = field(default_factory=UnitTotals)
     engines: tuple[str, ...] = ()
+    checks: Checks = field(default_factory=dict)
 
     def __add__(self, other: RunTotals) -> RunTotals:
         return RunTotals(
             self.units + other.units,
             self.totals + other.totals,
             tuple(sorted({*self.engines, *other.engines})),
+            add_checks(self.checks, other.checks),
         )
 
     @staticmethod
     def of(summary: UnitSummary) -> RunTotals:
         """The totals of one unit."""
-        return RunTotals(1, summary.totals, summary.engines)
+        return RunTotals(1, summary.totals, summary.engines, summary.checks)
 
 
 def sum_totals(totals: Iterable[RunTotals]) -> RunTotals:

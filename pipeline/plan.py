@@ -36,12 +36,13 @@ from pipeline.result import (
     software_versions,
 )
 from transforms import storage
+from transforms.backbones import InferenceSettings
 from transforms.checkpoints import ModelOverrides, ModelSpec, load_features, resolve_model
 from transforms.commit import CommitSettings
 from transforms.decode import DecodeSettings
-from transforms.errors import ModelError
+from transforms.engines import check_settings
+from transforms.errors import ConfigError, ModelError
 from transforms.fbank import FEATURES_VERSION
-from transforms.inference import InferenceSettings, check_settings
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.ledger import UnitSummary
 from transforms.model_files import FEATURES_NAME
@@ -127,6 +128,11 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
     label = make_label_settings(config, model)
     if not is_remote:
         check_settings(label.inference)
+    elif label.inference.precision == "int8":
+        raise ConfigError(
+            "inference.precision is int8, which is calibrated on this machine, and the runner "
+            "works on others; use --precision bf16, or --runner=FnApiRunner."
+        )
     results = what_changes_results(config, label)
     state = read_result(output) if output else ResultState(output)
     if config.overwrite:
@@ -209,6 +215,9 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
         batch_size=config.inference.batch_size,
         pooling=config.embedding.pooling,
         embedding_dtype=config.embedding.dtype,
+        compile=config.inference.compile,
+        check_windows=config.inference.check_windows,
+        num_processes=config.inference.workers,
     )
     return make_settings(
         model,

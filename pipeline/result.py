@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline import __version__
+from pipeline.checks import checks_record
 from pipeline.graph import RunTotals
 from transforms import storage
 from transforms.errors import AccountingError, OutputError, in_words
@@ -419,6 +420,7 @@ class FinishRun:
             "status": "done",
             "finished_utc": utc_now(),
             "engines": list(total.engines),
+            "checks": checks_record(total.checks),
             "totals": {
                 **asdict(total.totals),
                 "units": total.units,

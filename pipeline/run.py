@@ -20,6 +20,8 @@ from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions,
 from apache_beam.runners.runner import create_runner
 
 from pipeline.backlog import count_found_items
+from pipeline.calibration import calibrate
+from pipeline.checks import describe_checks, precision_warnings
 from pipeline.config import DEFAULT_RUNNER, RunConfig, given_output
 from pipeline.graph import RunTotals, build_graph
 from pipeline.output_lock import hold_output
@@ -90,6 +92,7 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
             check_reachable(plan.inputs, plan.output)
         for line in describe_plan(plan):
             say(line, quiet=config.quiet)
+        plan = calibrate(plan, config.inference.calibration_windows)
         finish = prepare_output(plan, config)
         started = time.monotonic()
         if plan.units:
@@ -317,6 +320,11 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     engines: list[str] = run["engines"]
     for line in closing_lines(output, totals, engines, elapsed_s):
         say(line, quiet=config.quiet)
+    checks = run.get("checks", {})
+    for line in describe_checks(checks):
+        say(line, quiet=config.quiet)
+    for line in precision_warnings(checks):  # however quiet the run is to be
+        say(line)
     failures, items = totals["found_failures"], totals["found_items"]
     # Failures are always said aloud, however quiet the run is to be.
     if failures:
@@ -363,8 +371,10 @@ def closing_lines(
             f"Not in this input, or beyond its limit: {counted(totals['vanished_items'], 'item')} "
             "of earlier runs; their rows are kept."
         )
-    if len(engines) > 1:
-        lines.append(f"Computed by a mixture: {', '.join(engines)}.")
+    if engines:
+        lines.append(
+            f"Computed by {'a mixture: ' if len(engines) > 1 else ''}{', '.join(engines)}."
+        )
     if totals["clips"]:
         lines.append(
             f"Labels: {storage.join(output, 'clips')}/*.parquet (a row per clip), "

@@ -59,12 +59,12 @@ from pipeline.training.loop import STATE_NAME, Progress, Row, Stage, run_stages
 from pipeline.training.pretraining import PretrainingStage
 from pipeline.training.validation import Scorer
 from transforms import storage
+from transforms.backbones import resolve_device, resolve_precision
 from transforms.checkpoints import save_pretrained
 from transforms.decode import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.fbank import FbankSettings, KaldiFbank
 from transforms.feature_statistics import without_normalising
-from transforms.inference import resolve_device, resolve_precision
 from transforms.live_counts import live_counts
 from transforms.model_files import CONFIG_NAME, FEATURES_NAME, WEIGHTS_NAME
 from transforms.records import ItemFailure

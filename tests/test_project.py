@@ -74,7 +74,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("checkpoints", "spectrogram_transformer"),
         *("tensor_names", "model_files", "model_weights"),
     },
-    "inference": {"checkpoints", "spectrogram_transformer"},
+    # What runs the model: the interface and torch, OpenVINO, all engines; what is kept from run to
+    # run, how far from float32 it is; inference joins them.
+    "caches": set(),
+    "backbones": {"spectrogram_transformer"},
+    "openvino_engine": {"backbones", "caches", "checkpoints", "spectrogram_transformer"},
+    "engines": {"backbones", "openvino_engine", "checkpoints", "spectrogram_transformer"},
+    "precision_check": {"backbones", "caches"},
+    "inference": {
+        *("checkpoints", "spectrogram_transformer", "backbones", "engines", "precision_check"),
+    },
     "rows": {"labels"},
     "ledger": {"storage"},
     "commit": {"storage", "rows", "ledger", "live_counts"},
@@ -85,6 +94,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 DOORS = {
     "torchaudio": {"transforms/fbank.py"},
     "fsspec": {"transforms/storage.py"},
+    "openvino": set(),  # by name alone, in transforms/openvino_engine.py: it may not be installed
+    "nncf": set(),
     "gcsfs": set(),
 }
 

@@ -31,6 +31,7 @@ from transforms import storage
 from transforms.errors import AccountingError
 from transforms.ledger import (
     PARTS,
+    CheckFigures,
     Commit,
     Ledger,
     LedgerItem,
@@ -38,6 +39,7 @@ from transforms.ledger import (
     PartInfo,
     UnitSummary,
     UnitTotals,
+    add_checks,
     commit_url,
     container_version,
     file_sha256,
@@ -120,6 +122,7 @@ class OpenUnit:
         self._clips: list[ClipRow] = []
         self._failures: list[ItemFailure] = []
         self._engines: set[str] = set()
+        self._checks: dict[str, CheckFigures] = {}
         self._end: UnitEnd | None = None
         self.audio = AudioProgress()
 
@@ -129,6 +132,9 @@ class OpenUnit:
             self._windows.append(event)
             self._windows_of[event.item_index] += 1
             self._engines.add(event.prediction.engine)
+            if event.prediction.check is not None:
+                figures = CheckFigures.of(event.prediction.check)
+                self._checks = add_checks(self._checks, {event.prediction.engine: figures})
             if len(self._windows) >= ROW_GROUP_ROWS:
                 self._flush_windows()
         elif isinstance(event, ClipRow):
@@ -181,6 +187,7 @@ class OpenUnit:
             parts={part: _part_info(path) for part, path in staged.items()},
             totals=self._totals(staged),
             engines=tuple(sorted(self._engines.union(replaced.engines if replaced else ()))),
+            checks=add_checks(self._checks, replaced.checks if replaced else {}),
         )
         for part, path in staged.items():
             storage.put_file(str(path), part_url(output, part, self._unit_id))

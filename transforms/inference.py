@@ -1,23 +1,22 @@
-"""Run AST on features: the engine that computes embeddings, and the handler RunInference calls.
+"""Run AST on features: the engine that computes predictions, and the handler RunInference calls.
 
-The engine computes the pooled embedding on the accelerator, in the precision asked for. The
-head runs apart, in float32 on the embedding exactly as it is stored, so that every class's
-score can be had back from stored embeddings. One bad window never takes its batch along: a
-batch that runs out of memory is halved, one that fails otherwise is tried window by window, and
-what fails alone becomes a ``Prediction`` with an ``error``. Where no window can be the cause (not
-even one fits into memory, the device is gone, nothing has ever worked) the run ends instead:
-an error row for every item there is would be a lie, and would have to be done again anyway.
+The backbone (``backbones``, ``engines``) computes the pooled embedding on the accelerator, in the
+precision asked for. The head runs apart, in float32 on the embedding exactly as it is stored, so
+that every class's score can be had back from stored embeddings. One bad window never takes its
+batch along: a batch that runs out of memory is halved, one that fails otherwise is tried window by
+window, and what fails alone becomes a ``Prediction`` with an ``error``. Where no window can be the
+cause (not even one fits into memory, the device is gone, nothing has ever worked) the run ends
+instead: an error row for every item there is would be a lie, and have to be done again anyway.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,163 +24,74 @@ import torch
 from apache_beam.ml.inference.base import ModelHandler
 from torch import nn
 
+from transforms.backbones import (
+    Activation,
+    Backbone,
+    DeviceName,
+    InferenceSettings,
+    TorchBackbone,
+    embed_windows,
+    first_line,
+    resolve_batch_size,
+    resolve_device,
+    true_float32,
+)
 from transforms.checkpoints import ModelSpec, load_model
-from transforms.errors import ConfigError, DeviceError, EarmarkError
+from transforms.engines import choose_engine, load_backbone
+from transforms.errors import DeviceError, EarmarkError
+from transforms.precision_check import PrecisionCheck, surroundings
 from transforms.records import FloatArray, Prediction
 from transforms.spectrogram_transformer import ASTForAudioClassification
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
-DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-EngineName = Literal["auto", "torch", "openvino"]
-Activation = Literal["sigmoid", "softmax"]
-Pooling = Literal["pooler_output", "patch_mean"]
-
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Large enough to keep the device busy, small enough that AST base's activations
-# (about 60 MB a window in float32) stay far below what the smallest devices hold.
-CPU_BATCH_SIZE = 4
-ACCELERATOR_BATCH_SIZE = 64
-
 # How long to wait for others to give memory back, before a single window is tried again.
 MEMORY_WAITS_S = (1.0, 5.0, 20.0)
-
-
-@dataclass(frozen=True)
-class InferenceSettings:
-    """How to run the model.
-
-    Attributes:
-        precision: Of the backbone; the head is always float32. ``auto``: bf16 where the chip
-            has it natively, fp16 on older GPUs, else fp32.
-        device: ``auto`` takes cuda, then mps, then cpu. One that is asked for by name and absent
-            is an error, never a silent fall-back.
-        engine: What executes the model; ``auto`` takes the best that is installed.
-        batch_size: Windows per call; None lets the device decide.
-        pooling: What is stored as the embedding: AST's own (the mean of the class and
-            distillation tokens) or the mean of the patch tokens. Scores always come from
-            AST's own.
-        embedding_dtype: Type the embedding is stored in.
-    """
-
-    precision: Precision = "auto"
-    device: DeviceName = "auto"
-    engine: EngineName = "auto"
-    batch_size: int | None = None
-    pooling: Pooling = "pooler_output"
-    embedding_dtype: Literal["float32", "float16"] = "float32"
-
-
-def resolve_device(device: DeviceName, key: str = "inference.device") -> str:
-    """The device to run on, as torch names it.
-
-    Args:
-        device: What is asked for.
-        key: The configuration's key that says so, for the error.
-
-    Raises:
-        ConfigError: The device was asked for by name and this machine has none.
-    """
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if device == "auto":
-        return "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    if (device == "cuda" and not has_cuda) or (device == "mps" and not has_mps):
-        found = [name for name, there in (("cuda", has_cuda), ("mps", has_mps)) if there]
-        raise ConfigError(
-            f"{key} is {device}; this machine has {', '.join([*found, 'cpu'])}. "
-            "Use --device auto, or install the driver and a torch built for it."
-        )
-    return device
-
-
-def resolve_precision(precision: Precision, device: str) -> str:
-    """The precision to run in: ``fp32``, ``bf16`` or ``fp16``.
-
-    Raises:
-        ConfigError: int8, which the torch engine does not offer.
-    """
-    if precision == "int8":
-        raise ConfigError(
-            "inference.precision is int8; the torch engine offers fp32, bf16 and fp16. "
-            "Use --precision auto."
-        )
-    if precision != "auto":
-        return precision
-    if device == "cuda":
-        # Before compute capability 8.0 (Ampere) bf16 is emulated, and slower than fp16.
-        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    if device == "cpu" and _cpu_has_native_bf16():
-        return "bf16"
-    return "fp32"
-
-
-def _cpu_has_native_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def resolve_engine(engine: EngineName) -> str:
-    """The engine to run.
-
-    Raises:
-        ConfigError: The engine was asked for by name and cannot run here.
-    """
-    if engine == "openvino":
-        installed = importlib.util.find_spec("openvino") is not None
-        raise ConfigError(
-            "inference.engine is openvino, which this version cannot run "
-            f"(openvino is {'installed' if installed else 'not installed'}). Use --engine auto."
-        )
-    return "torch"
-
-
-def resolve_batch_size(batch_size: int | None, device: str) -> int:
-    """The number of windows per call."""
-    if batch_size is not None:
-        return batch_size
-    return CPU_BATCH_SIZE if device == "cpu" else ACCELERATOR_BATCH_SIZE
-
-
-def check_settings(settings: InferenceSettings) -> None:
-    """Find out before any work whether this machine can do what is asked for.
-
-    Raises:
-        ConfigError: It cannot; names the setting and what is there.
-    """
-    resolve_engine(settings.engine)
-    resolve_precision(settings.precision, resolve_device(settings.device))
-
 
 NOT_FINITE = "the model gave NaN or infinite values"
 GO_ON = "What is committed stays; the same command goes on from there."
 
 
-class TorchEngine(nn.Module):
-    """A loaded model on its device, in its precision; shared by the threads of a process.
+class Engine:
+    """A backbone with its head, in the words of predictions; shared by the threads of a process.
+
+    Args:
+        backbone: What computes embeddings.
+        head: The classifier; it runs on the CPU, in float32.
+        activation: ``sigmoid`` for independent classes, ``softmax`` for exclusive ones.
+        embedding_dtype: Type the embedding is stored in, ``float32`` or ``float16``.
+        check: What looks at the first predictions, or None.
 
     Attributes:
         name: What commits record: engine, device and precision.
     """
 
     def __init__(
-        self, model: ASTForAudioClassification, activation: Activation, settings: InferenceSettings
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        activation: Activation,
+        embedding_dtype: str = "float32",
+        check: PrecisionCheck | None = None,
     ) -> None:
-        super().__init__()
-        self.device = torch.device(resolve_device(settings.device))
-        precision = resolve_precision(settings.precision, self.device.type)
-        self.dtype = TORCH_DTYPES[precision]
-        self.name = f"{resolve_engine(settings.engine)} {self.device.type} {precision}"
-        self.pooling = settings.pooling
-        self.embedding_dtype = np.dtype(settings.embedding_dtype)
+        self.name = backbone.name
+        self.backbone = backbone
+        self.head = head.to("cpu", torch.float32).eval()
         self.activation = activation
-        self.backbone = model.audio_spectrogram_transformer.to(self.device, self.dtype).eval()
-        self.head = model.classifier.to("cpu", torch.float32).eval()
+        self.embedding_dtype = np.dtype(embedding_dtype)
         self.lock = threading.Lock()
-        self.predict_safely = SafePredictor(self.predict, self.name)
+        self.predict_safely = SafePredictor(self.predict, self.name, self._shrink)
+        self._check = check
 
-    @torch.inference_mode()
+    def label(self, features: FloatArray) -> list[Prediction]:
+        """Predictions of a batch, whatever happens to single windows; the first ones are checked.
+
+        Raises:
+            DeviceError: No window can be the cause; see ``SafePredictor``.
+        """
+        predictions = self.predict_safely(features)
+        return predictions if self._check is None else self._check(features, predictions)
+
     def predict(self, features: FloatArray) -> list[Prediction]:
         """Embeddings and scores of a batch.
 
@@ -208,22 +118,79 @@ class TorchEngine(nn.Module):
             for i in range(len(features))
         ]
 
+    def _shrink(self, batch_size: int) -> None:
+        with self.lock:
+            self.backbone.shrink(batch_size)
+
     def _embed(
         self, features: FloatArray
     ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
         """Pooled embeddings and those to store (the same, unless patches are pooled)."""
         with self.lock:
-            batch = torch.from_numpy(features).to(self.device, self.dtype)
-            if self.pooling == "pooler_output":
-                pooled = self._as_stored(self.backbone.embed(batch))
-                return pooled, pooled
-            output = self.backbone(batch)
-            # Tokens 0 and 1 are the class and distillation tokens.
-            patches = output.last_hidden_state[:, 2:].mean(dim=1)
-            return self._as_stored(output.pooler_output), self._as_stored(patches)
+            embeddings = embed_windows(self.backbone, features)
+        pooled = embeddings.pooled.astype(self.embedding_dtype)
+        if embeddings.patch_mean is None:
+            return pooled, pooled
+        return pooled, embeddings.patch_mean.astype(self.embedding_dtype)
 
-    def _as_stored(self, embedding: torch.Tensor) -> npt.NDArray[np.floating]:
-        return embedding.float().cpu().numpy().astype(self.embedding_dtype)
+
+def load_engine(
+    model: ASTForAudioClassification, spec: ModelSpec, settings: InferenceSettings
+) -> Engine:
+    """The engine that the settings ask for.
+
+    Args:
+        model: The checkpoint as ``load_model`` gives it; it is the engine's from here on.
+        spec: The checkpoint.
+        settings: How to run it.
+
+    Raises:
+        ConfigError: The settings cannot be met.
+        DeviceError: An engine that was asked for by name cannot run this model.
+        RuntimeError: The device cannot hold it; also MemoryError.
+    """
+    backbone = load_backbone(model.audio_spectrogram_transformer, spec, settings)
+    return Engine(
+        backbone,
+        model.classifier,
+        spec.activation,
+        settings.embedding_dtype,
+        _make_check(spec, settings, backbone.name),
+    )
+
+
+def load_reference(spec: ModelSpec, settings: InferenceSettings) -> Engine:
+    """Plain torch in float32 on the same device, which other engines are checked against."""
+    model = load_model(spec)
+    plain = replace(settings, compile=False, num_processes=1)
+    backbone = TorchBackbone(model.audio_spectrogram_transformer, plain, "fp32")
+    return Engine(backbone, model.classifier, spec.activation)
+
+
+def _make_check(spec: ModelSpec, settings: InferenceSettings, name: str) -> PrecisionCheck | None:
+    choice = choose_engine(settings)
+    if settings.check_windows == 0 or name == f"torch {choice.device} fp32":
+        return None
+
+    def load_predict() -> Callable[[FloatArray], list[Prediction]]:
+        reference = load_reference(spec, settings)
+
+        def predict(features: FloatArray) -> list[Prediction]:
+            with true_float32():
+                return reference.predict(features)
+
+        return predict
+
+    depends_on = {
+        "model_sha256": spec.sha256,
+        "activation": spec.activation,
+        "engine": name,
+        "pooling": settings.pooling,
+        "embedding_dtype": settings.embedding_dtype,
+        "calibration": settings.quantised and settings.quantised.digest,
+        **surroundings(choice.device),
+    }
+    return PrecisionCheck(load_predict, settings.check_windows, depends_on)
 
 
 def _check_shape(name: str, values: npt.NDArray[np.floating], expected: tuple[int, ...]) -> None:
@@ -266,11 +233,18 @@ class SafePredictor:
     Args:
         predict: The engine's own prediction of a batch, of shape (batch, num_frames, num_mel_bins).
         engine: Its name, for predictions that carry an error and for messages.
+        shrink: Told how many windows a batch may have from now on, where one did not fit.
     """
 
-    def __init__(self, predict: Callable[[FloatArray], list[Prediction]], engine: str) -> None:
+    def __init__(
+        self,
+        predict: Callable[[FloatArray], list[Prediction]],
+        engine: str,
+        shrink: Callable[[int], None] | None = None,
+    ) -> None:
         self._predict = predict
         self._engine = engine
+        self._shrink = shrink
         self._most: int | None = None  # windows that a batch may have; None: no limit met yet
         self._too_many: int | None = None  # the batch that met it, while that is still to be said
         self._has_worked = False
@@ -307,7 +281,7 @@ class SafePredictor:
         except Exception as error:  # whatever a model and the libraries below it may raise
             if not _is_out_of_memory(error):
                 return self._narrow_down(features, error)
-            text = _first_line(error)
+            text = first_line(error)
         else:
             self._has_worked = True
             self._tell_limit(len(features))
@@ -319,10 +293,10 @@ class SafePredictor:
         if isinstance(error, torch.AcceleratorError):
             # What CUDA says of a kernel sticks to the process: every call from here on fails.
             raise DeviceError(
-                f"{self._engine}: the device has failed: {_first_line(error)}. {GO_ON}"
+                f"{self._engine}: the device has failed: {first_line(error)}. {GO_ON}"
             ) from error
         if len(features) == 1:
-            text = f"{type(error).__name__}: {_first_line(error)}"
+            text = f"{type(error).__name__}: {first_line(error)}"
             return [failed_prediction(self._engine, text)]
         half = len(features) // 2
         return [*self._predict_part(features[:half]), *self._predict_part(features[half:])]
@@ -334,6 +308,8 @@ class SafePredictor:
             return self._wait_for_memory(features, error)
         self._too_many = self._too_many or len(features)
         half = self._most = len(features) // 2
+        if self._shrink is not None:
+            self._shrink(half)
         predictions = self._predict_part(features[:half])
         while len(predictions) < len(features):
             start = len(predictions)
@@ -377,9 +353,10 @@ class SafePredictor:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # The CPU allocator raises a plain RuntimeError ("DefaultCPUAllocator: can't allocate memory").
+    # The CPU allocator raises a plain RuntimeError ("DefaultCPUAllocator: can't allocate memory"),
+    # and so does OpenVINO (it passes on "std::bad_alloc").
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in ("out of memory", "can't allocate memory")
+        words in str(error) for words in ("out of memory", "can't allocate memory", "bad_alloc")
     )
 
 
@@ -390,11 +367,7 @@ def _release_memory() -> None:
         torch.mps.empty_cache()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-class ASTModelHandler(ModelHandler[Any, Any, TorchEngine]):
+class ASTModelHandler(ModelHandler[Any, Any, Engine]):
     """Gives ``RunInference`` an AST checkpoint: features in, predictions out.
 
     An example is an array of shape (num_frames, num_mel_bins), or None, which gives None back:
@@ -412,7 +385,7 @@ class ASTModelHandler(ModelHandler[Any, Any, TorchEngine]):
         self._spec = spec
         self._settings = settings
 
-    def load_model(self) -> TorchEngine:
+    def load_model(self) -> Engine:
         """Load the checkpoint; once per process, by Beam's own keeping.
 
         Raises:
@@ -421,11 +394,13 @@ class ASTModelHandler(ModelHandler[Any, Any, TorchEngine]):
         """
         model = load_model(self._spec)
         try:
-            return TorchEngine(model, self._spec.activation, self._settings)
+            return load_engine(model, self._spec, self._settings)
+        except EarmarkError:
+            raise
         except (RuntimeError, MemoryError) as error:
             device = resolve_device(self._settings.device)
             raise DeviceError(
-                f"{device}: the model cannot be loaded onto it: {_first_line(error)}. Free the "
+                f"{device}: the model cannot be loaded onto it: {first_line(error)}. Free the "
                 "device's memory (on a GPU, nvidia-smi lists who uses it), or give another "
                 f"--device. {GO_ON}"
             ) from error
@@ -433,12 +408,12 @@ class ASTModelHandler(ModelHandler[Any, Any, TorchEngine]):
     def run_inference(
         self,
         batch: Sequence[FloatArray | None],
-        model: TorchEngine,
+        model: Engine,
         inference_args: dict[str, Any] | None = None,
     ) -> Iterable[Prediction | None]:
         """Predict what has features; None stays None."""
         features = [example for example in batch if example is not None]
-        predictions = iter(model.predict_safely(np.stack(features)) if features else ())
+        predictions = iter(model.label(np.stack(features)) if features else ())
         return [None if example is None else next(predictions) for example in batch]
 
     def get_num_bytes(self, batch: Sequence[FloatArray | None]) -> int:

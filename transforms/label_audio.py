@@ -19,10 +19,11 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.pvalue import PCollection, TaggedOutput
 
 from transforms import storage
+from transforms.backbones import InferenceSettings
 from transforms.checkpoints import ModelSpec
 from transforms.decode import DecodeAudio, DecodeSettings
 from transforms.fbank import ExtractFbank, FbankSettings
-from transforms.inference import ASTModelHandler, InferenceSettings
+from transforms.inference import ASTModelHandler
 from transforms.records import (
     ClipRow,
     EncodedClip,

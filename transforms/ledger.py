@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -31,6 +31,7 @@ from transforms.errors import OutputError
 from transforms.records import (
     Item,
     UnitKind,
+    WindowCheck,
 )
 
 PARTS = ("windows", "clips", "errors")
@@ -80,6 +81,70 @@ class UnitTotals:
 
 
 @dataclass(frozen=True)
+class CheckFigures:
+    """How far an engine's answers were from plain torch in float32; adds up over windows and units.
+
+    Attributes:
+        windows: Windows that were checked.
+        reused: Of them, those that an earlier run had measured.
+        same_top: Of them, those with the same best class.
+        max_score_difference: The largest absolute difference of a class's score.
+        min_cosine: The smallest cosine of two embeddings.
+        sum_cosine: The sum of the cosines.
+        oldest_utc: When the first of them was measured, in ISO 8601; empty if none was.
+        error: Why windows could not be checked, or None.
+    """
+
+    windows: int = 0
+    reused: int = 0
+    same_top: int = 0
+    max_score_difference: float = 0.0
+    min_cosine: float = 1.0
+    sum_cosine: float = 0.0
+    oldest_utc: str = ""
+    error: str | None = None
+
+    def __add__(self, other: CheckFigures) -> CheckFigures:
+        return CheckFigures(
+            windows=self.windows + other.windows,
+            reused=self.reused + other.reused,
+            same_top=self.same_top + other.same_top,
+            max_score_difference=max(self.max_score_difference, other.max_score_difference),
+            min_cosine=min(self.min_cosine, other.min_cosine),
+            sum_cosine=self.sum_cosine + other.sum_cosine,
+            oldest_utc=min(filter(None, (self.oldest_utc, other.oldest_utc)), default=""),
+            error=self.error or other.error,
+        )
+
+    @staticmethod
+    def of(check: WindowCheck) -> CheckFigures:
+        """The figures of one window."""
+        if check.error is not None:
+            return CheckFigures(error=check.error)
+        return CheckFigures(
+            windows=1,
+            reused=int(check.reused),
+            same_top=int(check.same_top),
+            max_score_difference=check.score_difference,
+            min_cosine=check.cosine,
+            sum_cosine=check.cosine,
+            oldest_utc=check.measured_utc,
+        )
+
+
+Checks = Mapping[str, CheckFigures]  # by the engine's name
+
+
+def add_checks(*several: Checks) -> dict[str, CheckFigures]:
+    """The sum of figures, engine by engine."""
+    total: dict[str, CheckFigures] = {}
+    for checks in several:
+        for engine, figures in checks.items():
+            total[engine] = total.get(engine, CheckFigures()) + figures
+    return total
+
+
+@dataclass(frozen=True)
 class LedgerSlice:
     """The part of a container that a commit covers; units as in ``ContainerSlice``."""
 
@@ -123,6 +188,7 @@ class Commit:
         parts: By name; ``errors`` only where there is one.
         totals: What it held.
         engines: What computed it: engine, device and precision.
+        checks: How far they were from float32, where that was looked at.
     """
 
     unit_id: str
@@ -132,6 +198,7 @@ class Commit:
     parts: Mapping[str, PartInfo]
     totals: UnitTotals
     engines: tuple[str, ...]
+    checks: Checks = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """The commit file's content."""
@@ -160,6 +227,9 @@ class Commit:
                 parts={name: PartInfo(**part) for name, part in raw["parts"].items()},
                 totals=UnitTotals(**raw["totals"]),
                 engines=tuple(raw["engines"]),
+                checks={  # commits of earlier versions have none
+                    name: CheckFigures(**figures) for name, figures in raw.get("checks", {}).items()
+                },
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a commit of Earmark: {type(error).__name__}: {error}") from error
@@ -324,13 +394,15 @@ class UnitSummary:
         unit_id: The unit.
         totals: What it held.
         engines: What computed it.
+        checks: How far they were from float32.
     """
 
     unit_id: str
     totals: UnitTotals
     engines: tuple[str, ...] = ()
+    checks: Checks = field(default_factory=dict)
 
     @staticmethod
     def of(commit: Commit) -> UnitSummary:
         """The summary of a commit."""
-        return UnitSummary(commit.unit_id, commit.totals, commit.engines)
+        return UnitSummary(commit.unit_id, commit.totals, commit.engines, commit.checks)

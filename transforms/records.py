@@ -300,6 +300,27 @@ class UnitEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowCheck:
+    """A window's answer beside that of plain torch in float32.
+
+    Attributes:
+        score_difference: The largest absolute difference of a class's score.
+        cosine: Cosine of the two embeddings, in [-1, 1].
+        same_top: Whether both have the same best class.
+        measured_utc: When, in ISO 8601.
+        reused: Whether an earlier run measured it.
+        error: Why it could not be measured, or None; the other fields then mean nothing.
+    """
+
+    score_difference: float = 0.0
+    cosine: float = 1.0
+    same_top: bool = True
+    measured_utc: str = ""
+    reused: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """What the model says of one window.
 
@@ -308,12 +329,14 @@ class Prediction:
         scores: Shape (num_labels,), float32, after the activation.
         engine: What computed it, as the commit records it: ``torch cpu fp32``.
         error: Why there is no usable answer, or None; the arrays are then empty.
+        check: How far it is from the reference, where that was looked at.
     """
 
     embedding: npt.NDArray[np.floating]
     scores: FloatArray
     engine: str
     error: str | None = None
+    check: WindowCheck | None = None
 
     def __repr__(self) -> str:
         return (

@@ -21,9 +21,9 @@ from pipeline.metrics import Metrics, compute_metrics
 from pipeline.training.batches import window_batches
 from pipeline.training.dataset import ClipSet
 from pipeline.training.steps import IF_DIVERGED, Precision
+from transforms.backbones import TORCH_DTYPES
 from transforms.errors import TrainingError
 from transforms.fbank import KaldiFbank
-from transforms.inference import TORCH_DTYPES
 from transforms.spectrogram_transformer import ASTForAudioClassification, ASTModel
 from transforms.windows import WindowSettings, cut_windows
 

@@ -1,0 +1,160 @@
+"""int8: calibrate the model on the audio that is to be labelled, before the work starts.
+
+    found inputs ─every n-th─▶ clips ─decode, cut, fbank─▶ windows ─quantise─▶ model in the cache
+
+What the scales of int8 are fitted to decides what it costs in precision, so they are fitted to the
+user's own audio. A result keeps its calibration: ``run.json`` names it, and a run that goes on
+takes the model that was made then, as long as this machine still has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.backlog import find_backlog
+from pipeline.plan import RunPlan
+from transforms.backbones import QuantisedModel
+from transforms.checkpoints import load_model
+from transforms.decode import DecodePool
+from transforms.errors import FeatureError, InputError
+from transforms.fbank import extract_fbank
+from transforms.label_audio import LabelSettings, read_items
+from transforms.openvino_engine import find_quantised, quantise
+from transforms.records import EncodedClip, FloatArray, ItemFailure, WorkUnit
+from transforms.scratch import scratch_folder
+from transforms.windows import WindowCutter
+
+logger = logging.getLogger(__name__)
+
+# Units that are looked into; each costs the start of a download.
+MAX_UNITS = 32
+
+
+def calibrate(plan: RunPlan, num_windows: int) -> RunPlan:
+    """The plan with a model in int8, where that is asked for and there is something to do.
+
+    Args:
+        plan: The plan as ``make_plan`` gives it.
+        num_windows: Windows to calibrate on, at most.
+
+    Raises:
+        InputError: Not one window can be had of the inputs.
+        RuntimeError: The model cannot be quantised.
+    """
+    inference = plan.label.inference
+    if inference.precision != "int8":
+        return plan
+    before = (plan.state.run or {}).get("calibration")
+    if not plan.units:
+        return _with_record(plan, before)
+    quantised = _find_earlier(plan, before)
+    if quantised is None:
+        quantised = _quantise(plan, num_windows)
+        if before is not None and before["digest"] != quantised.digest:
+            logger.warning(
+                "The model in int8 that this result was begun with is not on this machine, and the "
+                "inputs have changed since: what is left is computed by one that is calibrated "
+                "anew. To have one for all: --overwrite"
+            )
+    label = dataclasses.replace(
+        plan.label, inference=dataclasses.replace(inference, quantised=quantised)
+    )
+    record = {"digest": quantised.digest, "windows": quantised.windows}
+    return _with_record(dataclasses.replace(plan, label=label), record)
+
+
+def _with_record(plan: RunPlan, record: Mapping[str, Any] | None) -> RunPlan:
+    return dataclasses.replace(plan, run={**plan.run, "calibration": record})
+
+
+def _find_earlier(plan: RunPlan, before: Mapping[str, Any] | None) -> QuantisedModel | None:
+    if before is None or not plan.kept.units:
+        return None
+    pooling = plan.label.inference.pooling
+    return find_quantised(plan.label.model, pooling, before["digest"], before["windows"])
+
+
+def _quantise(plan: RunPlan, num_windows: int) -> QuantisedModel:
+    # All that was found, not only what is left of it: so that a run that goes on finds the same.
+    units = find_backlog(plan.found, {}, plan.label.sources).units
+    windows = sample_windows(units, plan.label, num_windows)
+    if not len(windows):
+        raise InputError(
+            "inference.precision is int8, and not one clip that it could be calibrated on can be "
+            "decoded; see earmark plan, or use --precision auto."
+        )
+    logger.info("calibrating the model for int8 on %d windows", len(windows))
+    transformer = load_model(plan.label.model).audio_spectrogram_transformer
+    return quantise(
+        transformer, plan.label.model, plan.label.inference.pooling, windows, scratch_folder()
+    )
+
+
+def sample_windows(
+    units: Sequence[WorkUnit], settings: LabelSettings, num_windows: int
+) -> FloatArray:
+    """Features of windows spread evenly over units, and over the items that these list.
+
+    A window of each clip; where clips are few, further ones from their beginnings.
+
+    Returns:
+        Shape (windows, num_frames, num_mel_bins), float32; at most ``num_windows``.
+    """
+    chosen = units[:: max(1, math.ceil(len(units) / MAX_UNITS))]
+    per_unit = math.ceil(num_windows / max(1, len(chosen)))
+    features: list[FloatArray] = []
+    with DecodePool(settings.decode) as pool:
+        for unit in chosen:
+            features += _sample_unit(pool, thinned(unit, per_unit), settings, per_unit)
+    shape = (settings.fbank.num_frames, settings.fbank.num_mel_bins)
+    return np.stack(features[:num_windows]) if features else np.empty((0, *shape), np.float32)
+
+
+def thinned(unit: WorkUnit, num_items: int) -> WorkUnit:
+    """The unit with no more of its listed items than are wanted, spread evenly."""
+    step = max(1, len(unit.items) // num_items)
+    return dataclasses.replace(unit, items=unit.items[::step])
+
+
+def _sample_unit(
+    pool: DecodePool, unit: WorkUnit, settings: LabelSettings, num_windows: int
+) -> list[FloatArray]:
+    firsts: list[FloatArray] = []
+    others: list[FloatArray] = []
+    for clip in read_items(unit, settings.sources):
+        if not isinstance(clip, EncodedClip):
+            continue
+        most = num_windows - len(others)
+        windows = list(_clip_features(pool, unit.unit_id, clip, settings, most))
+        firsts += windows[:1]
+        others += windows[1:]
+        if len(firsts) >= num_windows:
+            break
+    return [*firsts, *others][:num_windows]
+
+
+def _clip_features(
+    pool: DecodePool, unit_id: str, clip: EncodedClip, settings: LabelSettings, most: int
+) -> Iterator[FloatArray]:
+    """Features of a clip's first windows; it is not decoded any further."""
+    cutter = WindowCutter(settings.windows)
+    stream = pool.stream(unit_id, [clip])
+    with contextlib.closing(stream):
+        for piece in stream:
+            if isinstance(piece, ItemFailure):
+                return
+            cuts = cutter.push(piece.samples)
+            cuts += [cutter.finish()] if piece.facts is not None else []
+            for cut in cuts[:most]:
+                with contextlib.suppress(FeatureError):
+                    yield extract_fbank(cut.samples, settings.fbank)
+            most -= len(cuts)
+            if most <= 0:
+                return

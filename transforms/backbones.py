@@ -1,0 +1,300 @@
+"""What executes AST's backbone: the interface, and plain torch behind it.
+
+A backbone turns features into pooled embeddings, and knows nothing of heads, scores or windows
+that fail: that is ``inference``'s. ``openvino_engine`` is another one, and ``engines`` has them
+all. What is asked for, and what of it this machine has, is settled here for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from transforms.errors import ConfigError
+from transforms.records import FloatArray
+from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS, ASTModel
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+EngineName = Literal["auto", "torch", "openvino"]
+Activation = Literal["sigmoid", "softmax"]
+Pooling = Literal["pooler_output", "patch_mean"]
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Large enough to keep the device busy, small enough that AST base's activations
+# (about 60 MB a window in float32) stay far below what the smallest devices hold.
+CPU_BATCH_SIZE = 4
+ACCELERATOR_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class QuantisedModel:
+    """A backbone in int8, made for one dataset; see ``openvino_engine.quantise``.
+
+    Attributes:
+        path: The model's ``.xml`` on this machine.
+        digest: Hex digest of the windows it was calibrated on.
+        windows: How many they were.
+    """
+
+    path: str
+    digest: str
+    windows: int
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How to run the model.
+
+    Attributes:
+        precision: Of the backbone; the head is always float32. ``auto``: bf16 where the chip
+            has it natively, fp16 on older GPUs, else fp32.
+        device: ``auto`` takes cuda, then mps, then cpu. One that is asked for by name and absent
+            is an error, never a silent fall-back.
+        engine: What executes the model; ``auto`` takes the best that is installed.
+        batch_size: Windows per call; None lets the device decide.
+        pooling: What is stored as the embedding: AST's own (the mean of the class and
+            distillation tokens) or the mean of the patch tokens. Scores always come from
+            AST's own.
+        embedding_dtype: Type the embedding is stored in.
+        compile: Whether torch compiles the model; None: on cuda.
+        check_windows: Windows of each process that plain torch computes in float32 too, where the
+            engine or the precision is another; 0 for none.
+        num_processes: Processes that share this machine's cores.
+        quantised: The model to run in int8; nothing else needs one.
+    """
+
+    precision: Precision = "auto"
+    device: DeviceName = "auto"
+    engine: EngineName = "auto"
+    batch_size: int | None = None
+    pooling: Pooling = "pooler_output"
+    embedding_dtype: Literal["float32", "float16"] = "float32"
+    compile: bool | None = None
+    check_windows: int = 0
+    num_processes: int = 1
+    quantised: QuantisedModel | None = None
+
+
+def resolve_device(device: DeviceName, key: str = "inference.device") -> str:
+    """The device to run on, as torch names it.
+
+    Args:
+        device: What is asked for.
+        key: The configuration's key that says so, for the error.
+
+    Raises:
+        ConfigError: The device was asked for by name and this machine has none.
+    """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        return "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if (device == "cuda" and not has_cuda) or (device == "mps" and not has_mps):
+        found = [name for name, there in (("cuda", has_cuda), ("mps", has_mps)) if there]
+        raise ConfigError(
+            f"{key} is {device}; this machine has {', '.join([*found, 'cpu'])}. "
+            "Use --device auto, or install the driver and a torch built for it."
+        )
+    return device
+
+
+def resolve_precision(precision: Precision, device: str) -> str:
+    """The precision to run in: ``fp32``, ``bf16``, ``fp16`` or, only where asked for, ``int8``."""
+    if precision != "auto":
+        return precision
+    if device == "cuda":
+        # Before compute capability 8.0 (Ampere) bf16 is emulated, and slower than fp16.
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    if device == "cpu" and cpu_has_native_bf16():
+        return "bf16"
+    return "fp32"
+
+
+def cpu_has_native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def resolve_batch_size(batch_size: int | None, device: str) -> int:
+    """The number of windows per call."""
+    if batch_size is not None:
+        return batch_size
+    return CPU_BATCH_SIZE if device == "cpu" else ACCELERATOR_BATCH_SIZE
+
+
+def threads_of(num_processes: int) -> int:
+    """Threads for one of several processes that share this machine's cores."""
+    return max(1, torch.get_num_threads() // num_processes)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What a backbone gives; all float32, of shape (batch, hidden_size).
+
+    Attributes:
+        pooled: AST's own embedding, which the head takes.
+        patch_mean: The mean of the patch tokens, where that is what is stored; else None.
+    """
+
+    pooled: FloatArray
+    patch_mean: FloatArray | None = None
+
+    def __getitem__(self, windows: slice) -> Self:
+        patch_mean = None if self.patch_mean is None else self.patch_mean[windows]
+        return type(self)(self.pooled[windows], patch_mean)
+
+
+class Backbone(Protocol):
+    """What executes the transformer below the head.
+
+    Attributes:
+        name: What commits record: engine, device and precision (``openvino cpu bf16``).
+    """
+
+    name: str
+
+    @property
+    def batch_size(self) -> int | None:
+        """The only number of windows that it takes, or None if it takes any."""
+
+    def embed(self, features: FloatArray) -> Embeddings:
+        """Embed a batch of normalised features, (batch, num_frames, num_mel_bins), float32.
+
+        Raises:
+            RuntimeError: Whatever the library below raises.
+            MemoryError: The batch does not fit; also a RuntimeError that says so.
+        """
+
+    def shrink(self, batch_size: int) -> None:
+        """Take batches of this size from now on: a larger one did not fit into memory."""
+
+
+def embed_windows(backbone: Backbone, features: FloatArray) -> Embeddings:
+    """Embed any number of windows; a backbone of fixed size gets its last batch padded.
+
+    Args:
+        backbone: What executes the model.
+        features: Shape (windows, num_frames, num_mel_bins), float32.
+
+    Returns:
+        As many embeddings as there are windows.
+    """
+    size = backbone.batch_size
+    if size is None:
+        return backbone.embed(features)
+    parts = [
+        backbone.embed(_pad(features[start : start + size], size))[: len(features) - start]
+        for start in range(0, len(features), size)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    means = [part.patch_mean for part in parts if part.patch_mean is not None]
+    return Embeddings(
+        np.concatenate([part.pooled for part in parts]), np.concatenate(means) if means else None
+    )
+
+
+def _pad(features: FloatArray, size: int) -> FloatArray:
+    missing = size - len(features)
+    if missing <= 0:
+        return features
+    return np.concatenate([features, np.zeros((missing, *features.shape[1:]), np.float32)])
+
+
+class PooledTransformer(nn.Module):
+    """The transformer as every engine runs it: features in, one or two embeddings out.
+
+    Args:
+        transformer: The model without its head.
+        pooling: ``patch_mean`` gives the mean of the patches beside AST's own embedding.
+    """
+
+    def __init__(self, transformer: ASTModel, pooling: Pooling) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.has_patch_mean = pooling == "patch_mean"
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Embed features (B, T, F): one tensor (B, D), or two."""
+        if not self.has_patch_mean:
+            return (self.transformer.embed(features),)
+        output = self.transformer(features, return_dict=True)
+        patches = output.last_hidden_state[:, NUM_PREFIX_TOKENS:].mean(dim=1)
+        return output.pooler_output, patches
+
+
+class TorchBackbone:
+    """Plain torch, or torch's compiler.
+
+    Compiled, every batch has the size it was compiled for: another shape would be compiled anew,
+    and after eight of them torch goes back to uncompiled code without a word.
+
+    Args:
+        transformer: On the CPU, in float32; it is moved and converted.
+        settings: How to run it.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+    """
+
+    def __init__(self, transformer: ASTModel, settings: InferenceSettings, precision: str) -> None:
+        self.device = torch.device(resolve_device(settings.device))
+        self.name = f"torch {self.device.type} {precision}"
+        self.batch_size: int | None = None
+        self._dtype = TORCH_DTYPES[precision]
+        if self.device.type == "cpu" and settings.num_processes > 1:
+            torch.set_num_threads(threads_of(settings.num_processes))
+        pooled = PooledTransformer(transformer, settings.pooling).eval()
+        self._run: nn.Module = pooled.to(self.device, self._dtype)
+        wants_compiler = settings.compile is None and self.device.type == "cuda"
+        if settings.compile or wants_compiler:
+            shape = (transformer.config.max_length, transformer.config.num_mel_bins)
+            self._compile(resolve_batch_size(settings.batch_size, self.device.type), shape)
+
+    @torch.inference_mode()
+    def embed(self, features: FloatArray) -> Embeddings:
+        """Embed a batch; see ``Backbone``."""
+        outputs = self._run(torch.from_numpy(features).to(self.device, self._dtype))
+        return Embeddings(*(output.float().cpu().numpy() for output in outputs))
+
+    def shrink(self, batch_size: int) -> None:
+        """Compile for smaller batches, where it is compiled."""
+        if self.batch_size is not None:
+            self.batch_size = batch_size
+
+    def _compile(self, batch_size: int, shape: tuple[int, int]) -> None:
+        """Compile, and see whether it works; if not, stay uncompiled and say so."""
+        plain = self._run
+        self._run = torch.compile(plain, dynamic=False)
+        self.batch_size = batch_size
+        try:
+            self.embed(np.zeros((batch_size, *shape), np.float32))
+        except (torch.OutOfMemoryError, MemoryError):
+            return  # no fault of the compiler; the first real batch meets it again, and is halved
+        except Exception as error:  # whatever a compiler that is missing or too old may raise
+            self._run, self.batch_size = plain, None
+            logger.warning(
+                "torch cannot compile the model here (%s); it runs uncompiled. To say so: "
+                "--set inference.compile=false",
+                first_line(error),
+            )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as one line."""
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+@contextlib.contextmanager
+def true_float32() -> Iterator[None]:
+    """No TF32 in float32's stead, which torch allows for convolutions on cuda."""
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        yield

@@ -1,0 +1,142 @@
+"""What is kept on disk from run to run because making it again takes long: models, figures.
+
+    $XDG_CACHE_HOME/earmark/<kind>/<key>/     a folder of files and their hashes (``Folders``)
+    $XDG_CACHE_HOME/earmark/<kind>/<key>.json   a few figures (``read_figures``)
+
+A key is the digest of everything that what it stands for depends on. Guarantees: nothing here ever
+ends a run. What is damaged, cannot be read or cannot be written counts as not there. Entries appear
+whole or not at all, and several processes may make the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SUMS = "sha256.json"
+
+# Models of AST base take 350 MB each: this many of a kind are kept, those last used.
+MAX_FOLDERS = 8
+
+
+def cache_root() -> Path | None:
+    """The folder of everything that is kept; None where a user has no home."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    if given and Path(given).is_absolute():  # as the XDG specification has it
+        return Path(given) / "earmark"
+    try:
+        return Path.home() / ".cache" / "earmark"
+    except RuntimeError:
+        return None
+
+
+def make_key(values: Mapping[str, Any]) -> str:
+    """The name under which something is kept: a digest of all that it depends on."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def find_folder(kind: str, key: str) -> Path | None:
+    """A folder that was kept, if it is there and whole."""
+    root = cache_root()
+    if root is None:
+        return None
+    folder = root / kind / key
+    try:
+        sums = json.loads((folder / SUMS).read_text())
+        if all(_sha256(folder / name) == digest for name, digest in sums.items()):
+            os.utime(folder)
+            return folder
+        logger.info("%s is damaged, and made again", folder)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        logger.info("%s cannot be read (%s), and is made again", folder, error)
+    return None
+
+
+def keep_folder(kind: str, key: str, write: Callable[[Path], None]) -> Path | None:
+    """Keep a folder of files.
+
+    Args:
+        kind: What sort of thing it is.
+        key: Its name, from ``make_key``.
+        write: Writes the files into the folder that it is given.
+
+    Returns:
+        Where they lie; None if they cannot be kept, whatever ``write`` or the disk raises.
+    """
+    root = cache_root()
+    if root is None:
+        return None
+    folder = root / kind / key
+    staging = folder.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
+    try:
+        staging.mkdir(parents=True)
+        write(staging)
+        sums = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
+        (staging / SUMS).write_text(json.dumps(sums))
+        shutil.rmtree(folder, ignore_errors=True)  # it was damaged, or another has just made it
+        staging.rename(folder)
+        _prune(folder.parent)
+    except Exception as error:  # a full disk is whatever the library that writes makes of it
+        logger.info("%s cannot be kept (%s)", folder, error)
+        shutil.rmtree(staging, ignore_errors=True)
+        return find_folder(kind, key)  # another process may have been first
+    return folder
+
+
+def _prune(parent: Path) -> None:
+    """Leave the folders that were last used; also removes what killed processes left."""
+    with contextlib.suppress(OSError):
+        folders = [path for path in parent.iterdir() if path.is_dir()]
+        folders.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in folders[MAX_FOLDERS:]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_figures(kind: str, key: str) -> dict[str, Any]:
+    """Figures that were kept; none where there are none, or they are damaged."""
+    root = cache_root()
+    if root is None:
+        return {}
+    try:
+        figures = json.loads((root / kind / f"{key}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return figures if isinstance(figures, dict) else {}
+
+
+def keep_figures(kind: str, key: str, figures: Mapping[str, Any], most: int) -> None:
+    """Add figures to those that are kept under a key, of which the last ``most`` stay."""
+    root = cache_root()
+    if root is None:
+        return
+    path = root / kind / f"{key}.json"
+    joined = read_figures(kind, key)
+    joined = {name: value for name, value in joined.items() if name not in figures} | dict(figures)
+    text = json.dumps(dict(list(joined.items())[-most:]))
+    staging = path.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_text(text)
+        staging.replace(path)
+    except OSError as error:
+        logger.info("%s cannot be kept (%s)", path, error)
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)

@@ -1,0 +1,282 @@
+"""AST on a CPU by OpenVINO, in float32, bfloat16, float16 or int8.
+
+    torch module ─convert─▶ OpenVINO model (kept on disk) ─compile─▶ fixed batch, hinted precision
+                                   └─quantise─▶ int8, calibrated on windows of the user's audio
+
+The model is converted once per checkpoint and kept (``caches``); compiling it takes a second or two
+and is done in every process. OpenVINO is imported when it is needed, and only here. Its telemetry,
+which would tell a web address of each import and conversion, is kept from loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transforms import caches
+from transforms.backbones import (
+    Embeddings,
+    InferenceSettings,
+    PooledTransformer,
+    Pooling,
+    QuantisedModel,
+    cpu_has_native_bf16,
+    resolve_batch_size,
+    threads_of,
+)
+from transforms.checkpoints import ModelSpec
+from transforms.errors import ConfigError
+from transforms.records import FloatArray
+from transforms.spectrogram_transformer import ASTModel
+
+logger = logging.getLogger(__name__)
+
+INSTALL = "pip install 'earmark[openvino]'"
+
+# Part of every key: a change in how models are converted or quantised raises it.
+CONVERSION_VERSION = 1
+
+MODEL_FILE = "model.xml"
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+def is_installed(*packages: str) -> bool:
+    """Whether packages are there, without importing them."""
+    return all(importlib.util.find_spec(name) is not None for name in packages)
+
+
+def import_library(name: str) -> Any:
+    """Import ``openvino`` or ``nncf``, without their telemetry.
+
+    Raises:
+        ConfigError: It is not installed, or cannot be loaded.
+    """
+    try:
+        with _without_telemetry():
+            return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise ConfigError(
+            f"{name} cannot be loaded ({error}); {INSTALL}, or use --engine torch"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Both libraries do without ``openvino_telemetry`` where it cannot be imported."""
+    name = "openvino_telemetry"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # Python's way to say: not to be had
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def lacks(precision: str) -> str | None:
+    """Why OpenVINO would not compute in this precision on this CPU; None if it would.
+
+    Where the hardware cannot, it takes another precision without a word.
+
+    Raises:
+        ConfigError: OpenVINO has to be asked, and cannot be loaded.
+    """
+    if precision == "bf16" and not cpu_has_native_bf16():
+        return "this CPU does not multiply bfloat16 in hardware"
+    if precision == "fp16":
+        core = import_library("openvino").Core()
+        if "FP16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return "this CPU does not multiply float16 in hardware"
+    return None
+
+
+class OpenVinoBackbone:
+    """A compiled model; takes batches of one size.
+
+    Args:
+        model: An ``openvino.Model`` with one input (batch, num_frames, num_mel_bins).
+        settings: How to run it.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+    """
+
+    def __init__(self, model: Any, settings: InferenceSettings, precision: str) -> None:
+        self.name = f"openvino cpu {precision}"
+        self.batch_size: int = resolve_batch_size(settings.batch_size, "cpu")
+        self._model = model
+        self._threads = threads_of(settings.num_processes)
+        # What int8 leaves in floating point runs in the fastest type that the chip has.
+        floating = "bf16" if cpu_has_native_bf16() else "fp32"
+        self._hint = _HINTS[floating if precision == "int8" else precision]
+        self._request: Any = None
+        self._compile()  # now, so that what cannot be compiled is known before there is any audio
+
+    def embed(self, features: FloatArray) -> Embeddings:
+        """Embed a batch of exactly ``batch_size`` windows; see ``Backbone``."""
+        if self._request is None:
+            self._compile()
+        outputs = self._request.infer([np.ascontiguousarray(features)], share_inputs=True)
+        return Embeddings(*(np.array(values, np.float32) for values in outputs.values()))
+
+    def shrink(self, batch_size: int) -> None:
+        """Take smaller batches; what ran the larger ones gives its memory back at once."""
+        self._request = None
+        self.batch_size = batch_size
+
+    def _compile(self) -> None:
+        openvino = import_library("openvino")
+        _, *shape = self._model.input(0).partial_shape
+        self._model.reshape([self.batch_size, *(dimension.get_length() for dimension in shape)])
+        options = {
+            "INFERENCE_PRECISION_HINT": self._hint,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": self._threads,
+            # Decoders and other workers run on the same cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        compiled = openvino.Core().compile_model(self._model, "CPU", options)
+        self._request = compiled.create_infer_request()
+
+
+def load_backbone(
+    transformer: ASTModel, spec: ModelSpec, settings: InferenceSettings, precision: str
+) -> OpenVinoBackbone:
+    """Compile a checkpoint's transformer, converted now or by an earlier run.
+
+    Args:
+        transformer: The model without its head; on the CPU, in float32.
+        spec: The checkpoint that it is of.
+        settings: How to run it.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+
+    Raises:
+        ConfigError: OpenVINO cannot be loaded, or the model for int8 is not there.
+        RuntimeError: The model cannot be converted or compiled.
+    """
+    if precision != "int8":
+        model = load_converted(transformer, spec, settings.pooling)
+    elif settings.quantised is None or not Path(settings.quantised.path).is_file():
+        raise ConfigError(
+            "inference.precision is int8, and there is no model that was calibrated for it on this "
+            "machine. Run earmark label again, which makes one, or use --precision auto."
+        )
+    else:
+        model = import_library("openvino").Core().read_model(settings.quantised.path)
+    return OpenVinoBackbone(model, settings, precision)
+
+
+def load_converted(transformer: ASTModel, spec: ModelSpec, pooling: Pooling) -> Any:
+    """A transformer as an ``openvino.Model``, from the cache if it is there."""
+    openvino = import_library("openvino")
+    key = caches.make_key(_dependencies(spec, pooling))
+    folder = caches.find_folder("converted", key)
+    if folder is None:
+        model = convert(PooledTransformer(transformer, pooling).eval())
+        folder = caches.keep_folder("converted", key, _saver(model))
+        if folder is None:
+            return model
+    return openvino.Core().read_model(folder / MODEL_FILE)
+
+
+def convert(pooled: PooledTransformer) -> Any:
+    """A torch module as an ``openvino.Model`` in float32."""
+    openvino = import_library("openvino")
+    config = pooled.transformer.config
+    example = torch.zeros(2, config.max_length, config.num_mel_bins)
+    with torch.inference_mode(), _without_telemetry():
+        return openvino.convert_model(
+            pooled, example_input=example, input=[openvino.PartialShape(list(example.shape))]
+        )
+
+
+def _saver(model: Any) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        openvino = import_library("openvino")
+        openvino.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
+
+    return save
+
+
+def _dependencies(spec: ModelSpec, pooling: Pooling) -> dict[str, Any]:
+    """Everything that a converted model depends on."""
+    config = spec.config.to_dict()
+    for name in ("id2label", "label2id"):
+        del config[name]
+    return {
+        "conversion": CONVERSION_VERSION,
+        "model_sha256": spec.sha256,
+        "config": config,
+        "pooling": pooling,
+        "openvino": importlib.metadata.version("openvino"),
+        "torch": importlib.metadata.version("torch"),
+    }
+
+
+def quantise(
+    transformer: ASTModel, spec: ModelSpec, pooling: Pooling, windows: FloatArray, scratch: Path
+) -> QuantisedModel:
+    """A transformer in int8, from the cache if the same windows have been seen before.
+
+    Args:
+        transformer: The model without its head; on the CPU, in float32.
+        spec: The checkpoint that it is of.
+        pooling: What is stored as the embedding.
+        windows: Normalised features to calibrate with, (windows, num_frames, num_mel_bins).
+        scratch: Where to put the model if it cannot be kept.
+
+    Raises:
+        ConfigError: OpenVINO or NNCF cannot be loaded.
+        RuntimeError: The model cannot be converted or quantised.
+    """
+    nncf = import_library("nncf")
+    digest = hashlib.sha256(windows.tobytes()).hexdigest()[:16]
+    found = find_quantised(spec, pooling, digest, len(windows))
+    if found is not None:
+        return found
+    model = load_converted(transformer, spec, pooling)
+    model.reshape([1, *windows.shape[1:]])
+    logging.getLogger("nncf").setLevel(logging.WARNING)
+    with _without_telemetry():
+        model = nncf.quantize(
+            model,
+            nncf.Dataset([window[None] for window in windows]),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(windows),
+        )
+    folder = caches.keep_folder("int8", _quantised_key(spec, pooling, digest), _saver(model))
+    if folder is None:
+        folder = scratch
+        _saver(model)(folder)
+    return QuantisedModel(str(folder / MODEL_FILE), digest, len(windows))
+
+
+def find_quantised(
+    spec: ModelSpec, pooling: Pooling, digest: str, num_windows: int
+) -> QuantisedModel | None:
+    """The model that was calibrated on certain windows, if this machine still has it.
+
+    Args:
+        spec: The checkpoint.
+        pooling: What is stored as the embedding.
+        digest: Of the windows.
+        num_windows: How many they were.
+    """
+    folder = caches.find_folder("int8", _quantised_key(spec, pooling, digest))
+    return folder and QuantisedModel(str(folder / MODEL_FILE), digest, num_windows)
+
+
+def _quantised_key(spec: ModelSpec, pooling: Pooling, digest: str) -> str:
+    nncf = importlib.metadata.version("nncf")
+    return caches.make_key({**_dependencies(spec, pooling), "nncf": nncf, "calibration": digest})
