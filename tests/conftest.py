@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,23 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "_have_answered", set())
     monkeypatch.setattr(retries, "_answered_at", {})
     monkeypatch.setattr(retries, "_said_at", {})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is kept from run to run lies in a folder of these tests', for child processes too."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("EARMARK_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def auto_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test says no engine it gets torch, as where OpenVINO is not installed."""
+    from transforms import openvino_engine
+
+    monkeypatch.setattr(openvino_engine, "is_installed", lambda *packages: False)
 
 
 @pytest.fixture(scope="session")

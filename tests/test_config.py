@@ -168,6 +168,7 @@ def test_every_problem_is_told_at_once_with_its_origin(tmp_path: Path) -> None:
         (["retry_failed=true", "overwrite=true"], "retry_failed"),
         (["inference.engine=openvino", "inference.device=cuda"], "inference.engine"),
         (["inference.precision=int8", "inference.engine=torch"], "inference.precision"),
+        (["inference.precision=int8", "inference.device=mps"], "inference.precision"),
     ],
 )
 def test_keys_that_exclude_each_other_are_refused(sets: list[str], key: str) -> None:

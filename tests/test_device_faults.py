@@ -23,7 +23,7 @@ from tests.audio_factory import noise, write
 from tests.model_factory import write_tiny_model
 from transforms import inference
 from transforms.errors import DeviceError
-from transforms.inference import NOT_FINITE, SafePredictor, TorchEngine
+from transforms.inference import NOT_FINITE, Engine, SafePredictor
 from transforms.records import FloatArray, Prediction
 
 RATE = 16_000
@@ -34,7 +34,7 @@ SETTINGS = (
 )
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs")
 Rows = dict[tuple[str, int], dict[str, Any]]
-Embed = Callable[[TorchEngine, FloatArray], Any]
+Embed = Callable[[Engine, FloatArray], Any]
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,12 @@ def undisturbed(
 
 def break_engine(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Embed], Embed]) -> None:
     """Put a fault before the engine's own forward pass."""
-    monkeypatch.setattr(TorchEngine, "_embed", fault(TorchEngine._embed))
+    monkeypatch.setattr(Engine, "_embed", fault(Engine._embed))
 
 
 def out_of_memory_above(most: int, sizes: list[int]) -> Callable[[Embed], Embed]:
     def fault(embed: Embed) -> Embed:
-        def limited(engine: TorchEngine, features: FloatArray) -> Any:
+        def limited(engine: Engine, features: FloatArray) -> Any:
             sizes.append(len(features))
             if len(features) > most:
                 raise OUT_OF_MEMORY
@@ -164,7 +164,7 @@ def test_memory_that_comes_back_for_a_single_window_is_waited_for(
     failures = iter([True] * 5)  # at 8, 4, 2 and 1, and once more at 1
 
     def fault(embed: Embed) -> Embed:
-        def scarce(engine: TorchEngine, features: FloatArray) -> Any:
+        def scarce(engine: Engine, features: FloatArray) -> Any:
             if next(failures, False):
                 raise OUT_OF_MEMORY
             return embed(engine, features)
@@ -184,7 +184,7 @@ def test_no_memory_for_a_single_window_ends_the_run_and_the_next_goes_on(
     calls: list[int] = []
 
     def fault(embed: Embed) -> Embed:
-        def lost(engine: TorchEngine, features: FloatArray) -> Any:
+        def lost(engine: Engine, features: FloatArray) -> Any:
             calls.append(len(features))
             if len(calls) > 2:  # another program takes the memory in the middle of the run
                 raise OUT_OF_MEMORY
@@ -214,7 +214,7 @@ def test_a_model_that_does_not_fit_onto_the_device_ends_the_run(
     def lack_memory(*arguments: Any) -> None:
         raise OUT_OF_MEMORY
 
-    monkeypatch.setattr(TorchEngine, "__init__", lack_memory)
+    monkeypatch.setattr(Engine, "__init__", lack_memory)
     assert label(clips) == 1
     assert "cpu: the model cannot be loaded onto it: CUDA out of memory" in label.said
     assert not label.rows("errors")
@@ -226,7 +226,7 @@ def test_a_model_that_does_not_fit_onto_the_device_ends_the_run(
 def nan_for_silence(embed: Embed) -> Embed:
     """A model that divides by the spread of its input."""
 
-    def unstable(engine: TorchEngine, features: FloatArray) -> Any:
+    def unstable(engine: Engine, features: FloatArray) -> Any:
         pooled, stored = embed(engine, features)
         silent = features.std(axis=(1, 2)) < 1e-3
         pooled[silent] = np.nan
@@ -257,7 +257,7 @@ def test_a_stored_embedding_that_is_not_finite_is_an_error_too(
 ) -> None:
     # The patches' mean is stored, the scores come from another vector, which may be finite.
     def fault(embed: Embed) -> Embed:
-        def half_broken(engine: TorchEngine, features: FloatArray) -> Any:
+        def half_broken(engine: Engine, features: FloatArray) -> Any:
             pooled, stored = embed(engine, features)
             stored[features.std(axis=(1, 2)) < 1e-3, 0] = np.inf
             return pooled, stored
@@ -340,7 +340,7 @@ def test_loud_samples_are_labelled_or_refused_but_never_nan(label: Label, tmp_pa
 
 
 def raise_for_silence(embed: Embed) -> Embed:
-    def choosy(engine: TorchEngine, features: FloatArray) -> Any:
+    def choosy(engine: Engine, features: FloatArray) -> Any:
         if (features.std(axis=(1, 2)) < 1e-3).any():
             raise IndexError("index 7 is out of bounds\nand a page more")
         return embed(engine, features)
@@ -364,7 +364,7 @@ def test_a_window_for_which_the_model_raises_costs_its_clip_alone(
 
 
 def raise_always(embed: Embed) -> Embed:
-    def broken(engine: TorchEngine, features: FloatArray) -> Any:
+    def broken(engine: Engine, features: FloatArray) -> Any:
         raise RuntimeError("could not create a primitive\nand a page more")
 
     return broken
@@ -435,7 +435,7 @@ def test_a_bad_first_clip_costs_itself_alone_with_batches_of_one(
     write(folder / "1.wav", noise(1.0, seed=1), RATE)
 
     def fault(embed: Embed) -> Embed:
-        def choosy(engine: TorchEngine, features: FloatArray) -> Any:
+        def choosy(engine: Engine, features: FloatArray) -> Any:
             if features.std() < 1e-3 and features.any():  # digital silence is not zero, normalised
                 raise IndexError("index 7 is out of bounds")
             return embed(engine, features)

@@ -35,6 +35,7 @@ RATE = 16_000
 NUM_CLIPS = 24
 SETTINGS = (
     *("--precision", "fp32", "--device", "cpu", "--batch-size", "2"),
+    *("--engine", "torch"),
     *("--set", "units.windows=2", "--set", "decode.processes=1"),
 )
 

@@ -15,19 +15,16 @@ from apache_beam.testing.util import assert_that
 
 from tests.model_factory import write_tiny_model
 from transforms import inference
-from transforms.checkpoints import ModelSpec, load_model, resolve_model
-from transforms.errors import ConfigError, DeviceError
-from transforms.inference import (
-    ASTModelHandler,
+from transforms.backbones import (
     InferenceSettings,
-    SafePredictor,
-    TorchEngine,
     resolve_batch_size,
     resolve_device,
-    resolve_engine,
     resolve_precision,
-    score_embeddings,
 )
+from transforms.checkpoints import ModelSpec, load_model, resolve_model
+from transforms.engines import choose_engine
+from transforms.errors import ConfigError, DeviceError
+from transforms.inference import ASTModelHandler, Engine, SafePredictor, score_embeddings
 from transforms.records import FloatArray, Prediction
 
 FP32 = InferenceSettings(precision="fp32", device="cpu", batch_size=4)
@@ -39,7 +36,7 @@ def spec(tiny_model: Path) -> ModelSpec:
 
 
 @pytest.fixture(scope="module")
-def engine(spec: ModelSpec) -> TorchEngine:
+def engine(spec: ModelSpec) -> Engine:
     return ASTModelHandler(spec, FP32).load_model()
 
 
@@ -47,7 +44,7 @@ def features(num: int, seed: int = 0) -> FloatArray:
     return np.random.default_rng(seed).normal(0, 0.5, (num, 1024, 128)).astype(np.float32)
 
 
-def test_scores_and_embeddings_are_the_models_own(spec: ModelSpec, engine: TorchEngine) -> None:
+def test_scores_and_embeddings_are_the_models_own(spec: ModelSpec, engine: Engine) -> None:
     model, batch = load_model(spec), features(3)
     with torch.inference_mode():
         expected = model(torch.from_numpy(batch)).logits.sigmoid().numpy()
@@ -79,7 +76,7 @@ def test_scores_can_be_had_back_exactly_from_what_is_stored(
 
 
 def test_patch_mean_changes_what_is_stored_and_not_the_scores(
-    spec: ModelSpec, engine: TorchEngine
+    spec: ModelSpec, engine: Engine
 ) -> None:
     settings = InferenceSettings(precision="fp32", device="cpu", pooling="patch_mean")
     other, plain = ASTModelHandler(spec, settings).load_model(), engine
@@ -93,14 +90,14 @@ def test_patch_mean_changes_what_is_stored_and_not_the_scores(
         np.testing.assert_allclose(got.embedding, tokens[2:].mean(dim=0).numpy(), atol=1e-6)
 
 
-def test_the_batch_size_does_not_change_scores(engine: TorchEngine) -> None:
+def test_the_batch_size_does_not_change_scores(engine: Engine) -> None:
     batch = features(5)
     together = [p.scores for p in engine.predict(batch)]
     alone = [engine.predict(window[None])[0].scores for window in batch]
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
-def test_a_window_with_nan_fails_alone(engine: TorchEngine) -> None:
+def test_a_window_with_nan_fails_alone(engine: Engine) -> None:
     batch = features(3)
     batch[1, 5, 5] = np.nan
     errors = [p.error for p in engine.predict(batch)]
@@ -193,14 +190,14 @@ def test_what_has_never_worked_is_not_the_windows_fault() -> None:
 
 
 def test_an_output_of_another_shape_is_an_error(
-    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed = TorchEngine._embed
+    embed = Engine._embed
 
-    def one_too_many(self: TorchEngine, batch: FloatArray) -> Any:
+    def one_too_many(self: Engine, batch: FloatArray) -> Any:
         return embed(self, np.concatenate([batch, batch[:1]]))
 
-    monkeypatch.setattr(TorchEngine, "_embed", one_too_many)
+    monkeypatch.setattr(Engine, "_embed", one_too_many)
     with pytest.raises(RuntimeError, match=r"an embedding of shape \(3, 32\), not \(2, 32\)"):
         engine.predict(features(2))
 
@@ -212,17 +209,10 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
         resolve_device("cuda")
 
 
-def test_settings_that_cannot_be_met_are_errors() -> None:
-    with pytest.raises(ConfigError, match=r"inference\.precision is int8"):
-        resolve_precision("int8", "cpu")
-    with pytest.raises(ConfigError, match=r"inference\.engine is openvino"):
-        resolve_engine("openvino")
-
-
 def test_automatic_settings() -> None:
     assert resolve_precision("bf16", "cpu") == "bf16"
     assert resolve_precision("auto", "mps") == "fp32"
-    assert resolve_engine("auto") == "torch"
+    assert choose_engine(InferenceSettings(device="cpu", precision="fp32")).engine == "torch"
     assert (resolve_batch_size(3, "cpu"), resolve_batch_size(None, "cuda")) == (3, 64)
 
 

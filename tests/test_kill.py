@@ -92,7 +92,16 @@ class Run:
         self.mark = f"EARMARK_TEST_MARK={uuid.uuid4().hex}"
         name, _, value = self.mark.partition("=")
         command = [sys.executable, "-m", "pipeline", "label", str(clips), "--output", str(out)]
-        options = ["--model", str(model), "--device", "cpu", "--precision", "fp32"]
+        options = [
+            "--model",
+            str(model),
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+            "--engine",
+            "torch",
+        ]
         sets = [f"units.windows={WINDOWS_PER_UNIT}", "decode.processes=2", "inference.batch_size=2"]
         self.process = subprocess.Popen(
             [*command, *options, *(word for text in sets for word in ("--set", text))],

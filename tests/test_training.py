@@ -34,8 +34,9 @@ from pipeline.training.packed_clips import PackedClips, SampleFile
 from pipeline.training.steps import Precision
 from pipeline.training.validation import Scorer, loss_of_scores, score_clips
 from tests.model_factory import write_tiny_model
+from transforms.backbones import InferenceSettings, TorchBackbone
 from transforms.fbank import FbankSettings, KaldiFbank
-from transforms.inference import InferenceSettings, TorchEngine
+from transforms.inference import Engine
 from transforms.records import Item
 from transforms.spectrogram_transformer import ASTForAudioClassification
 from transforms.windows import WindowSettings
@@ -132,7 +133,8 @@ def test_validation_scores_are_those_that_label_gives(tmp_path: Path, precision:
     waveforms = torch.from_numpy(np.stack([clips.samples(index) for index in range(3)]))
     features = fbank(waveforms, torch.full((3,), 10_480))
     settings = InferenceSettings(precision=precision, device="cpu")
-    theirs = TorchEngine(model, "sigmoid", settings).predict(features.numpy())
+    backbone = TorchBackbone(model.audio_spectrogram_transformer, settings, precision)
+    theirs = Engine(backbone, model.classifier, "sigmoid").predict(features.numpy())
     np.testing.assert_allclose(
         ours, np.stack([prediction.scores for prediction in theirs]), rtol=0, atol=1e-6
     )

@@ -1,11 +1,12 @@
 """What is kept on disk from run to run because making it again takes long: models, figures.
 
-    $XDG_CACHE_HOME/earmark/<kind>/<key>/     a folder of files and their hashes (``Folders``)
-    $XDG_CACHE_HOME/earmark/<kind>/<key>.json   a few figures (``read_figures``)
+    <root>/<kind>/<key>/        a folder of files, and their hashes (``keep_folder``)
+    <root>/<kind>/<key>.json    a few figures (``keep_figures``)
 
-A key is the digest of everything that what it stands for depends on. Guarantees: nothing here ever
-ends a run. What is damaged, cannot be read or cannot be written counts as not there. Entries appear
-whole or not at all, and several processes may make the same one.
+The root is $EARMARK_CACHE, else $XDG_CACHE_HOME/earmark, else ~/.cache/earmark. A key is the digest
+of everything that what it stands for depends on. Guarantees: nothing here ever ends a run. What is
+damaged, cannot be read or cannot be written counts as not there. Entries appear whole or not at
+all, and several processes may make the same one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ MAX_FOLDERS = 8
 
 def cache_root() -> Path | None:
     """The folder of everything that is kept; None where a user has no home."""
+    own = os.environ.get("EARMARK_CACHE")
+    if own:
+        return Path(own)
     given = os.environ.get("XDG_CACHE_HOME")
     if given and Path(given).is_absolute():  # as the XDG specification has it
         return Path(given) / "earmark"

@@ -108,7 +108,8 @@ class Engine:
         _check_shape("embedding", pooled, (len(features), *self.head.layernorm.normalized_shape))
         _check_shape("stored embedding", stored, pooled.shape)
         scores = score_embeddings(self.head, pooled, self.activation)
-        finite = np.ones(len(features), np.bool_)
+        # The features too, because int8 makes a number of NaN.
+        finite = np.isfinite(features).all(axis=(1, 2))
         for values in (pooled, stored, scores):
             finite &= np.isfinite(values).all(axis=1)
         return [

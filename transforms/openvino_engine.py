@@ -14,8 +14,10 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -191,14 +193,16 @@ def load_converted(transformer: ASTModel, spec: ModelSpec, pooling: Pooling) -> 
 
 
 def convert(pooled: PooledTransformer) -> Any:
-    """A torch module as an ``openvino.Model`` in float32."""
+    """A torch module as an ``openvino.Model`` in float32, for batches of any size."""
     openvino = import_library("openvino")
     config = pooled.transformer.config
     example = torch.zeros(2, config.max_length, config.num_mel_bins)
-    with torch.inference_mode(), _without_telemetry():
-        return openvino.convert_model(
-            pooled, example_input=example, input=[openvino.PartialShape(list(example.shape))]
-        )
+    shape = openvino.PartialShape([-1, *example.shape[1:]])
+    with torch.inference_mode(), warnings.catch_warnings():
+        # Of tracing, which OpenVINO does: that checks of shapes are traced as they come out is
+        # what is wanted, and that torch will drop it some day is no concern of the user's.
+        warnings.simplefilter("ignore")
+        return openvino.convert_model(pooled, example_input=example, input=[shape])
 
 
 def _saver(model: Any) -> Callable[[Path], None]:
@@ -248,7 +252,7 @@ def quantise(
     model = load_converted(transformer, spec, pooling)
     model.reshape([1, *windows.shape[1:]])
     logging.getLogger("nncf").setLevel(logging.WARNING)
-    with _without_telemetry():
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress; ours is for answers
         model = nncf.quantize(
             model,
             nncf.Dataset([window[None] for window in windows]),

@@ -1,0 +1,514 @@
+"""The engines: the same scores from each of them, and the same promises kept by each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.model_factory import write_tiny_model
+from transforms import backbones, engines, openvino_engine
+from transforms.backbones import (
+    Embeddings,
+    InferenceSettings,
+    QuantisedModel,
+    TorchBackbone,
+    embed_windows,
+)
+from transforms.checkpoints import ModelSpec, load_model, resolve_model
+from transforms.engines import ENGINES, choose_engine
+from transforms.errors import ConfigError, DeviceError
+from transforms.inference import NOT_FINITE, Engine, load_engine, score_embeddings
+from transforms.records import FloatArray
+
+# How far a score of the tiny model may be from float32's, by precision.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005, "int8": 0.05}
+
+KINDS = [
+    ("torch", "fp32"),
+    ("torch", "bf16"),
+    ("openvino", "fp32"),
+    pytest.param(
+        "openvino",
+        "bf16",
+        marks=pytest.mark.skipif(
+            not backbones.cpu_has_native_bf16(), reason="this CPU has no native bfloat16"
+        ),
+    ),
+    ("openvino", "int8"),
+]
+
+
+@pytest.fixture(autouse=True)
+def auto_engine() -> None:
+    """Here OpenVINO is what it is on this machine."""
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_model: Path) -> ModelSpec:
+    return resolve_model(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def quantised(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> QuantisedModel:
+    transformer = load_model(spec).audio_spectrogram_transformer
+    folder = tmp_path_factory.mktemp("int8")
+    return openvino_engine.quantise(transformer, spec, "pooler_output", features(8, 1), folder)
+
+
+@pytest.fixture
+def load(spec: ModelSpec, request: pytest.FixtureRequest) -> Callable[..., Engine]:
+    """Loads an engine on the CPU, in batches of four unless told otherwise."""
+
+    def load_one(engine: str, precision: str, **changes: Any) -> Engine:
+        if precision == "int8":
+            changes["quantised"] = request.getfixturevalue("quantised")
+        values = {"device": "cpu", "batch_size": 4, **changes}
+        settings = InferenceSettings(precision=precision, engine=engine, **values)  # type: ignore[arg-type]
+        return load_engine(load_model(spec), spec, settings)
+
+    return load_one
+
+
+@pytest.fixture(scope="module")
+def expected(spec: ModelSpec) -> FloatArray:
+    """What torch gives in float32 for ``features(5)``, without any of our engines."""
+    with torch.inference_mode():
+        scores: FloatArray = (
+            load_model(spec)(torch.from_numpy(features(5))).logits.sigmoid().numpy()
+        )
+    return scores
+
+
+def features(num: int, seed: int = 0) -> FloatArray:
+    return np.random.default_rng(seed).normal(0, 0.5, (num, 1024, 128)).astype(np.float32)
+
+
+def scores_of(engine: Engine, batch: FloatArray) -> FloatArray:
+    return np.stack([prediction.scores for prediction in engine.label(batch)])
+
+
+# --- The same scores -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("engine", "precision"), KINDS)
+def test_scores_are_float32s_whatever_the_engine_and_the_batch(
+    load: Callable[..., Engine], expected: FloatArray, engine: str, precision: str
+) -> None:
+    tolerance = TOLERANCE[precision]
+    for batch_size in (4, 1):  # five windows: a full batch and a padded one, then none padded
+        loaded = load(engine, precision, batch_size=batch_size)
+        assert loaded.name == f"{engine} cpu {precision}"
+        np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=tolerance)
+    alone = np.concatenate([scores_of(loaded, window[None]) for window in features(5)])
+    np.testing.assert_allclose(alone, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_patch_means_are_the_models_own(
+    load: Callable[..., Engine], spec: ModelSpec, engine: str
+) -> None:
+    batch = features(3)
+    with torch.inference_mode():
+        hidden = load_model(spec).audio_spectrogram_transformer(torch.from_numpy(batch))
+    loaded = load(engine, "fp32", pooling="patch_mean")
+    stored = np.stack([prediction.embedding for prediction in loaded.label(batch)])
+    means = hidden.last_hidden_state[:, 2:].mean(dim=1).numpy()
+    np.testing.assert_allclose(stored, means, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("engine", "precision"), KINDS)
+def test_scores_can_be_had_back_exactly_from_what_any_engine_stores(
+    load: Callable[..., Engine], spec: ModelSpec, engine: str, precision: str
+) -> None:
+    predictions = load(engine, precision, embedding_dtype="float16").label(features(3))
+    stored = np.stack([prediction.embedding for prediction in predictions])
+    assert stored.dtype == np.float16
+    again = score_embeddings(load_model(spec).classifier, stored, spec.activation)
+    np.testing.assert_array_equal(again, np.stack([p.scores for p in predictions]))
+
+
+@pytest.mark.slow
+def test_torchs_compiler_gives_the_same_scores(
+    load: Callable[..., Engine], expected: FloatArray
+) -> None:
+    compiled = load("torch", "fp32", compile=True)
+    assert compiled.backbone.batch_size == 4
+    np.testing.assert_allclose(scores_of(compiled, features(5)), expected, rtol=0, atol=1e-5)
+
+
+# --- The same promises -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("engine", "precision"), KINDS)
+def test_a_window_with_nan_fails_alone_in_every_engine(
+    load: Callable[..., Engine], expected: FloatArray, engine: str, precision: str
+) -> None:
+    batch = features(5)
+    batch[1, 5, 5] = np.nan
+    predictions = load(engine, precision).label(batch)
+    assert predictions[1].error == NOT_FINITE
+    others = [index for index in range(5) if index != 1]
+    found = np.stack([predictions[index].scores for index in others])
+    np.testing.assert_allclose(found, expected[others], rtol=0, atol=TOLERANCE[precision])
+
+
+class Scarce:
+    """A backbone of fixed size with too little memory for more than two windows."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.sizes = inner, list[int]()
+        self.name = inner.name
+
+    @property
+    def batch_size(self) -> int | None:
+        size: int | None = self.inner.batch_size
+        return size
+
+    def embed(self, batch: FloatArray) -> Embeddings:
+        self.sizes.append(len(batch))
+        if len(batch) > 2:
+            raise MemoryError("bad allocation")
+        embeddings: Embeddings = self.inner.embed(batch)
+        return embeddings
+
+    def shrink(self, batch_size: int) -> None:
+        self.inner.shrink(batch_size)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_out_of_memory_halves_the_batch_of_every_engine(
+    load: Callable[..., Engine], spec: ModelSpec, expected: FloatArray, engine: str
+) -> None:
+    scarce = Scarce(load(engine, "fp32").backbone)
+    loaded = Engine(scarce, load_model(spec).classifier, spec.activation)
+    np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
+    assert [size for size in scarce.sizes if size > 2] == [4 if engine == "openvino" else 5]
+    scarce.sizes.clear()
+    np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
+    assert max(scarce.sizes) == 2  # what has once been too much is not tried again
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_never_works_is_no_windows_fault(
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    def refuse(features: FloatArray) -> Embeddings:
+        raise RuntimeError("no kernel")
+
+    loaded = load(engine, "fp32")
+    monkeypatch.setattr(loaded.backbone, "embed", refuse)
+    with pytest.raises(DeviceError, match=f"{engine} cpu fp32: the model cannot be run: Runtime"):
+        loaded.label(features(2))
+
+
+class Fixed:
+    """A backbone for three windows, which gives each window's first two values."""
+
+    name, batch_size = "fixed", 3
+
+    def __init__(self) -> None:
+        self.batches: list[FloatArray] = []
+
+    def embed(self, batch: FloatArray) -> Embeddings:
+        self.batches.append(batch)
+        return Embeddings(batch[:, 0, :2], batch[:, 1, :2])
+
+    def shrink(self, batch_size: int) -> None:
+        raise NotImplementedError
+
+
+def test_the_last_batch_is_padded_and_cut() -> None:
+    backbone, batch = Fixed(), features(7)
+    embeddings = embed_windows(backbone, batch)
+    assert [len(each) for each in backbone.batches] == [3, 3, 3]
+    assert not backbone.batches[-1][1:].any()
+    np.testing.assert_array_equal(embeddings.pooled, batch[:, 0, :2])
+    np.testing.assert_array_equal(embeddings.patch_mean, batch[:, 1, :2])
+
+
+# --- torch's compiler ------------------------------------------------------------------------
+
+
+def torch_backbone(spec: ModelSpec, **changes: Any) -> TorchBackbone:
+    settings = InferenceSettings(device="cpu", batch_size=4, **changes)
+    return TorchBackbone(load_model(spec).audio_spectrogram_transformer, settings, "fp32")
+
+
+def test_compiled_code_sees_batches_of_one_size(
+    spec: ModelSpec, expected: FloatArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def compile_nothing(module: torch.nn.Module, *, dynamic: bool) -> Callable[..., Any]:
+        assert dynamic is False
+
+        def run(batch: torch.Tensor) -> Any:
+            sizes.append(len(batch))
+            return module(batch)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    backbone = torch_backbone(spec, compile=True)
+    assert len(embed_windows(backbone, features(5)).pooled) == 5
+    backbone.shrink(2)
+    embed_windows(backbone, features(5))
+    assert sizes == [4, 4, 4, 2, 2, 2]
+
+
+def test_without_a_compiler_the_model_runs_uncompiled_and_says_so(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_late(module: torch.nn.Module, *, dynamic: bool) -> Callable[..., Any]:
+        def run(batch: torch.Tensor) -> Any:
+            raise RuntimeError("Failed to find C compiler.\nPlease install one.")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_late)
+    backbone = torch_backbone(spec, compile=True)
+    assert len(backbone.embed(features(3)).pooled) == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch cannot compile the model here (Failed to find C compiler.); it runs uncompiled. "
+        "To say so: --set inference.compile=false"
+    ]
+
+
+def test_the_cpu_is_not_compiled_for_unless_asked(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: pytest.fail("compiled"))
+    assert torch_backbone(spec).batch_size is None
+
+
+# --- Which engine ----------------------------------------------------------------------------
+
+
+def choose(**values: Any) -> str:
+    return choose_engine(InferenceSettings(**{"device": "cpu", **values})).name
+
+
+def with_packages(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
+    monkeypatch.setattr(openvino_engine, "is_installed", lambda name: name in there)
+
+
+def test_auto_takes_openvino_on_a_cpu_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose(precision="fp32") == "openvino cpu fp32"
+    assert choose(precision="fp32", engine="torch") == "torch cpu fp32"
+    with_packages(monkeypatch)
+    assert choose(precision="fp32") == "torch cpu fp32"
+
+
+def test_on_a_gpu_auto_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "resolve_device", lambda device: "cuda")
+    assert choose(precision="fp32", device="cuda") == "torch cuda fp32"
+
+
+def test_where_bfloat16_is_only_emulated_auto_leaves_it_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(openvino_engine, "cpu_has_native_bf16", lambda: False)
+    assert choose(precision="bf16") == "torch cpu bf16"
+    with pytest.raises(ConfigError, match="does not multiply bfloat16 in hardware; use --prec"):
+        choose(precision="bf16", engine="openvino")
+
+
+@pytest.mark.parametrize(
+    ("settings", "packages", "words"),
+    [
+        (
+            {"engine": "onnx"},
+            ("openvino",),
+            r"inference\.engine is onnx; must be auto or one of torch, openvino\.",
+        ),
+        (
+            {"engine": "openvino"},
+            (),
+            r"engine is openvino, and openvino is not installed; pip install 'earmark\[openvino\]'",
+        ),
+        (
+            {"precision": "int8"},
+            (),
+            r"precision is int8.*openvino and nncf is not installed; pip install 'earmark\[open",
+        ),
+        ({"precision": "int8"}, ("openvino",), r"and nncf is not installed; pip install"),
+        (
+            {"precision": "int8", "engine": "torch"},
+            ("openvino", "nncf"),
+            r"inference\.engine is torch; use --engine auto",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_met_are_errors_with_a_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    packages: tuple[str, ...],
+    words: str,
+) -> None:
+    with_packages(monkeypatch, *packages)
+    with pytest.raises(ConfigError, match=words):
+        choose(**{"precision": "fp32", **settings})
+
+
+def test_int8_on_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "resolve_device", lambda device: "cuda")
+    with pytest.raises(ConfigError, match=r"int8.*the device is cuda.*use --device cpu"):
+        choose(precision="int8", device="cuda")
+
+
+def test_int8_without_a_calibrated_model_is_an_error(load: Callable[..., Engine]) -> None:
+    settings = {"quantised": QuantisedModel("/nowhere/model.xml", "0", 1)}
+    with pytest.raises(ConfigError, match="no model that was calibrated for it on this machine"):
+        openvino_engine.load_backbone(
+            None,  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            InferenceSettings(precision="int8", **settings),  # type: ignore[arg-type]
+            "int8",
+        )
+
+
+def break_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pooled: Any) -> Any:
+        raise RuntimeError("no conversion rule for aten::new_thing\nand a page more")
+
+    monkeypatch.setattr(openvino_engine, "convert", refuse)
+
+
+def test_a_model_that_openvino_cannot_convert_runs_in_torch_with_a_warning(
+    load: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path))
+    break_conversion(monkeypatch)
+    assert load("auto", "fp32").name == "torch cpu fp32"
+    assert [record.getMessage() for record in caplog.records] == [
+        "openvino cpu fp32 cannot run this model (no conversion rule for aten::new_thing); torch "
+        "does. To say so: --engine torch"
+    ]
+
+
+def test_openvino_by_name_that_cannot_convert_a_model_is_an_error(
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path))
+    break_conversion(monkeypatch)
+    with pytest.raises(DeviceError, match="openvino cpu fp32: the model cannot be run: no conver"):
+        load("openvino", "fp32")
+
+
+def test_openvino_tells_nobody_that_it_is_used() -> None:
+    openvino_engine.import_library("openvino")
+    telemetry = sys.modules["openvino.tools.ovc.telemetry_utils"].tm
+    assert telemetry.__name__ == "openvino.tools.ovc.telemetry_stub"
+
+
+# --- Kept from run to run --------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def models_in(cache: Path) -> list[Path]:
+    return sorted(cache.glob("converted/*/model.xml"))
+
+
+def test_the_second_start_does_not_convert(
+    load: Callable[..., Engine], cache: Path, expected: FloatArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load("openvino", "fp32")
+    assert len(models_in(cache)) == 1
+    break_conversion(monkeypatch)
+    # Another batch size and precision start from the same model.
+    again = load("openvino", "fp32", batch_size=2)
+    np.testing.assert_allclose(scores_of(again, features(5)), expected, rtol=0, atol=1e-5)
+
+
+def test_another_model_or_pooling_has_a_place_of_its_own(
+    load: Callable[..., Engine], cache: Path, spec: ModelSpec, tmp_path: Path
+) -> None:
+    load("openvino", "fp32")
+    load("openvino", "fp32", pooling="patch_mean")
+    other = resolve_model(str(write_tiny_model(tmp_path / "other", seed=5)))
+    load_engine(load_model(other), other, InferenceSettings("fp32", "cpu", "openvino"))
+    assert len(models_in(cache)) == 3
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.xml", "sha256.json"])
+def test_a_damaged_model_is_converted_again(
+    load: Callable[..., Engine], cache: Path, expected: FloatArray, name: str
+) -> None:
+    load("openvino", "fp32")
+    (xml,) = models_in(cache)
+    damaged = xml.with_name(name)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    damaged.write_bytes(content)
+    again = load("openvino", "fp32")
+    np.testing.assert_allclose(scores_of(again, features(5)), expected, rtol=0, atol=1e-5)
+    assert bytearray(damaged.read_bytes()) != content
+
+
+def test_where_nothing_can_be_kept_the_engine_runs_all_the_same(
+    load: Callable[..., Engine], cache: Path, expected: FloatArray
+) -> None:
+    cache.write_text("a file where the folder belongs")
+    loaded = load("openvino", "fp32")
+    np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_disk_that_fills_up_while_the_model_is_kept_does_no_harm(
+    load: Callable[..., Engine],
+    cache: Path,
+    expected: FloatArray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fill_up(model: Any) -> Callable[[Path], None]:
+        def save(folder: Path) -> None:
+            (folder / "model.xml").write_text("<half")
+            raise RuntimeError("Can't write: No space left on device")
+
+        return save
+
+    monkeypatch.setattr(openvino_engine, "_saver", fill_up)
+    loaded = load("openvino", "fp32")
+    np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
+    assert not list((cache / "converted").iterdir())
+
+
+def test_int8_is_quantised_once_for_the_same_windows(
+    spec: ModelSpec, quantised: QuantisedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        openvino_engine, "load_converted", lambda *arguments: pytest.fail("quantised again")
+    )
+    arguments = (spec, "pooler_output", features(8, 1), tmp_path)
+    assert openvino_engine.quantise(None, *arguments) == quantised  # type: ignore[arg-type]
+    missing = openvino_engine.find_quantised(spec, "pooler_output", "another digest", 8)
+    assert missing is None
+
+
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert [backbones.threads_of(number) for number in (1, 3, 8, 20)] == [8, 2, 1, 1]
+
+
+def test_every_engine_of_the_dict_is_one_that_the_config_knows() -> None:
+    from typing import get_args
+
+    fields = {field.name: field for field in dataclasses.fields(InferenceSettings)}
+    assert fields["engine"].default == "auto"
+    assert set(get_args(backbones.EngineName)) == {"auto", *ENGINES}
