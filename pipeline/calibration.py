@@ -51,18 +51,16 @@ def calibrate(plan: RunPlan, num_windows: int) -> RunPlan:
     inference = plan.label.inference
     if inference.precision != "int8":
         return plan
-    before = (plan.state.run or {}).get("calibration")
+    before = (plan.state.run or {}).get("calibration") if plan.kept.units else None
     if not plan.units:
         return _with_record(plan, before)
-    quantised = _find_earlier(plan, before)
-    if quantised is None:
-        quantised = _quantise(plan, num_windows)
-        if before is not None and before["digest"] != quantised.digest:
-            logger.warning(
-                "The model in int8 that this result was begun with is not on this machine, and the "
-                "inputs have changed since: what is left is computed by one that is calibrated "
-                "anew. To have one for all: --overwrite"
-            )
+    quantised = _find_earlier(plan, before) or _quantise(plan, num_windows)
+    if before is not None and before["digest"] != quantised.digest:
+        logger.warning(
+            "The model in int8 that this result was begun with is not on this machine, and the "
+            "inputs have changed since: what is left is computed by one that is calibrated "
+            "anew. To have one for all: --overwrite"
+        )
     label = dataclasses.replace(
         plan.label, inference=dataclasses.replace(inference, quantised=quantised)
     )
@@ -75,7 +73,7 @@ def _with_record(plan: RunPlan, record: Mapping[str, Any] | None) -> RunPlan:
 
 
 def _find_earlier(plan: RunPlan, before: Mapping[str, Any] | None) -> QuantisedModel | None:
-    if before is None or not plan.kept.units:
+    if before is None:
         return None
     pooling = plan.label.inference.pooling
     return find_quantised(plan.label.model, pooling, before["digest"], before["windows"])

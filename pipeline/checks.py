@@ -66,7 +66,7 @@ def precision_warnings(record: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
 def _is_beyond(figures: Mapping[str, Any]) -> bool:
     num_others = figures["windows"] - figures["same_top"]
     differs = num_others > 1 and figures["top1_agreement"] < MIN_SAME_TOP
-    return differs or figures["max_score_difference"] > MAX_SCORE_DIFFERENCE
+    return bool(differs or figures["max_score_difference"] > MAX_SCORE_DIFFERENCE)
 
 
 def _figures_in_words(engine: str, figures: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ at the end of the graph (``status: done``), followed by ``_SUCCESS``.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -59,6 +60,7 @@ _VERSIONED = (
     "fsspec",
     "safetensors",
 )
+_VERSIONED_IF_INSTALLED = ("openvino", "nncf")
 
 
 @dataclass(frozen=True)
@@ -357,6 +359,9 @@ def software_versions() -> dict[str, str]:
     versions = {"earmark": __version__, "python": platform.python_version()}
     for name in _VERSIONED:
         versions[name] = importlib.metadata.version(name)
+    for name in _VERSIONED_IF_INSTALLED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return versions
 
 

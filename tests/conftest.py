@@ -33,12 +33,29 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(autouse=True)
-def auto_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a test says no engine it gets torch, as where OpenVINO is not installed."""
+@pytest.fixture(scope="session", autouse=True)
+def without_openvino() -> Iterator[None]:
+    """Where a test says nothing else, OpenVINO is not installed: ``auto`` is torch.
+
+    ``openvino_as_installed`` gives it back. Child processes see what is installed.
+    """
     from transforms import openvino_engine
 
-    monkeypatch.setattr(openvino_engine, "is_installed", lambda *packages: False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(openvino_engine, "is_installed", lambda name: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def openvino_as_installed(without_openvino: None) -> Iterator[None]:
+    """OpenVINO is what it is on this machine."""
+    from importlib.util import find_spec
+
+    from transforms import openvino_engine
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(openvino_engine, "is_installed", lambda name: find_spec(name) is not None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,8 @@ from transforms.errors import ConfigError, DeviceError
 from transforms.inference import NOT_FINITE, Engine, load_engine, score_embeddings
 from transforms.records import FloatArray
 
+pytestmark = pytest.mark.usefixtures("openvino_as_installed")
+
 # How far a score of the tiny model may be from float32's, by precision.
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005, "int8": 0.05}
 
@@ -43,11 +45,6 @@ KINDS = [
     ),
     ("openvino", "int8"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def auto_engine() -> None:
-    """Here OpenVINO is what it is on this machine."""
 
 
 @pytest.fixture(scope="module")

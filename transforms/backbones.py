@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -253,7 +253,7 @@ class TorchBackbone:
         if self.device.type == "cpu" and settings.num_processes > 1:
             torch.set_num_threads(threads_of(settings.num_processes))
         pooled = PooledTransformer(transformer, settings.pooling).eval()
-        self._run: nn.Module = pooled.to(self.device, self._dtype)
+        self._run: Callable[[Tensor], tuple[Tensor, ...]] = pooled.to(self.device, self._dtype)
         wants_compiler = settings.compile is None and self.device.type == "cuda"
         if settings.compile or wants_compiler:
             shape = (transformer.config.max_length, transformer.config.num_mel_bins)

@@ -41,7 +41,7 @@ from transforms.engines import choose_engine, load_backbone
 from transforms.errors import DeviceError, EarmarkError
 from transforms.precision_check import PrecisionCheck, surroundings
 from transforms.records import FloatArray, Prediction
-from transforms.spectrogram_transformer import ASTForAudioClassification
+from transforms.spectrogram_transformer import ASTForAudioClassification, ASTMLPHead
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Engine:
     def __init__(
         self,
         backbone: Backbone,
-        head: nn.Module,
+        head: ASTMLPHead,
         activation: Activation,
         embedding_dtype: str = "float32",
         check: PrecisionCheck | None = None,
@@ -78,6 +78,7 @@ class Engine:
         self.backbone = backbone
         self.head = head.to("cpu", torch.float32).eval()
         self.activation = activation
+        self._hidden_size = head.dense.in_features
         self.embedding_dtype = np.dtype(embedding_dtype)
         self.lock = threading.Lock()
         self.predict_safely = SafePredictor(self.predict, self.name, self._shrink)
@@ -105,11 +106,11 @@ class Engine:
             RuntimeError: The model's output has another shape than it must.
         """
         pooled, stored = self._embed(features)
-        _check_shape("embedding", pooled, (len(features), *self.head.layernorm.normalized_shape))
+        _check_shape("embedding", pooled, (len(features), self._hidden_size))
         _check_shape("stored embedding", stored, pooled.shape)
         scores = score_embeddings(self.head, pooled, self.activation)
         # The features too, because int8 makes a number of NaN.
-        finite = np.isfinite(features).all(axis=(1, 2))
+        finite: npt.NDArray[np.bool_] = np.isfinite(features).all(axis=(1, 2))
         for values in (pooled, stored, scores):
             finite &= np.isfinite(values).all(axis=1)
         return [

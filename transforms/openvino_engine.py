@@ -53,9 +53,9 @@ MODEL_FILE = "model.xml"
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
-def is_installed(*packages: str) -> bool:
-    """Whether packages are there, without importing them."""
-    return all(importlib.util.find_spec(name) is not None for name in packages)
+def is_installed(name: str) -> bool:
+    """Whether a package is there, without importing it."""
+    return importlib.util.find_spec(name) is not None
 
 
 def import_library(name: str) -> Any:
@@ -278,7 +278,9 @@ def find_quantised(
         num_windows: How many they were.
     """
     folder = caches.find_folder("int8", _quantised_key(spec, pooling, digest))
-    return folder and QuantisedModel(str(folder / MODEL_FILE), digest, num_windows)
+    if folder is None:
+        return None
+    return QuantisedModel(str(folder / MODEL_FILE), digest, num_windows)
 
 
 def _quantised_key(spec: ModelSpec, pooling: Pooling, digest: str) -> str:
