@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline import cli
+from tests.audio_factory import noise, write
 from tests.model_factory import write_tiny_model
 from transforms import backbones, engines, openvino_engine
 from transforms.backbones import (
@@ -129,6 +132,28 @@ def test_scores_can_be_had_back_exactly_from_what_any_engine_stores(
     assert stored.dtype == np.float16
     again = score_embeddings(load_model(spec).classifier, stored, spec.activation)
     np.testing.assert_array_equal(again, np.stack([p.scores for p in predictions]))
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_does_not_change_scores(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for index in range(6):
+        write(tmp_path / "clips" / f"{index}.wav", noise(1.0, seed=index), 16_000)
+
+    def label(*options: str) -> dict[str, list[float]]:
+        out = tmp_path / "-".join(("out", *options))
+        arguments = ["label", str(tmp_path / "clips"), "-o", str(out), "-m", str(tiny_model)]
+        settings = ["--device", "cpu", "--scores", "--set", "units.windows=2", "--quiet"]
+        assert cli.main([*arguments, *settings, *options]) == 0
+        table = pq.read_table(out / "clips").to_pylist()
+        return {Path(row["clip_id"]).name: row["scores"] for row in table}
+
+    expected = label("--precision", "fp32", "--engine", "torch")
+    for engine, precision in (("torch", "fp32"), ("openvino", "fp32"), ("openvino", "int8")):
+        found = label("--precision", precision, "--engine", engine, "--workers", "2")
+        assert found.keys() == expected.keys()
+        for name, scores in found.items():
+            np.testing.assert_allclose(scores, expected[name], rtol=0, atol=TOLERANCE[precision])
 
 
 @pytest.mark.slow
