@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,9 +339,15 @@ def test_on_a_gpu_auto_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_bfloat16_is_only_emulated_auto_leaves_it_to_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(openvino_engine, "cpu_has_native_bf16", lambda: False)
+    class PlainCore:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32", "INT8"]
+
+    plain = types.SimpleNamespace(Core=PlainCore)
+    monkeypatch.setattr(openvino_engine, "import_library", lambda name: plain)
     assert choose(precision="bf16") == "torch cpu bf16"
-    with pytest.raises(ConfigError, match="does not multiply bfloat16 in hardware; use --prec"):
+    assert choose(precision="fp32") == "openvino cpu fp32"
+    with pytest.raises(ConfigError, match="does not compute in bf16 by itself; use --precision"):
         choose(precision="bf16", engine="openvino")
 
 
@@ -350,23 +357,23 @@ def test_where_bfloat16_is_only_emulated_auto_leaves_it_to_torch(
         (
             {"engine": "onnx"},
             ("openvino",),
-            r"inference\.engine is onnx; must be auto or one of torch, openvino\.",
+            r"inference\.engine is onnx; must be auto or one of openvino, torch\.",
         ),
         (
             {"engine": "openvino"},
             (),
-            r"engine is openvino, and openvino is not installed; pip install 'earmark\[openvino\]'",
+            r"openvino: not installed: openvino; pip install 'earmark\[openvino\]'\.",
         ),
         (
             {"precision": "int8"},
             (),
-            r"precision is int8.*openvino and nncf is not installed; pip install 'earmark\[open",
+            r"precision is int8.*openvino: not installed: openvino, nncf; pip install 'earmark",
         ),
-        ({"precision": "int8"}, ("openvino",), r"and nncf is not installed; pip install"),
+        ({"precision": "int8"}, ("openvino",), r"not installed: nncf; pip install"),
         (
             {"precision": "int8", "engine": "torch"},
             ("openvino", "nncf"),
-            r"inference\.engine is torch; use --engine auto",
+            r"torch: it has no int8; use --precision auto",
         ),
     ],
 )

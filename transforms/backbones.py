@@ -289,8 +289,9 @@ class TorchBackbone:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as one line."""
-    return (str(error).strip().splitlines() or ["no message"])[0]
+    """What an error says, as one line; without OpenVINO's, which tell only where in its code."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("Exception f")]
+    return (lines or ["no message"])[0]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """The engines there are, which of them is to run, and the backbone that it gives.
 
-Another engine is a function from a loaded transformer to a ``Backbone``, and an entry in
-``ENGINES``; head, activation and safety are ``inference``'s and the same for all.
+Another engine is an entry in ``ENGINES``: a function from a loaded transformer to a ``Backbone``,
+and one that says what it cannot do. Head, activation and safety are ``inference``'s, the same for
+all.
 """
 
 from __future__ import annotations
@@ -20,12 +21,25 @@ from transforms.backbones import (
     resolve_precision,
 )
 from transforms.checkpoints import ModelSpec
-from transforms.errors import ConfigError, DeviceError
+from transforms.errors import ConfigError, DeviceError, EarmarkError
 from transforms.spectrogram_transformer import ASTModel
 
 logger = logging.getLogger(__name__)
 
-Loader = Callable[[ASTModel, ModelSpec, InferenceSettings, str], Backbone]
+
+@dataclass(frozen=True)
+class EngineKind:
+    """An engine before it is loaded.
+
+    Attributes:
+        load: From a transformer on the CPU in float32, its checkpoint, the settings and the
+            precision to a backbone.
+        why_not: From device and precision to why it cannot do that here, with the next step; None
+            if it can.
+    """
+
+    load: Callable[[ASTModel, ModelSpec, InferenceSettings, str], Backbone]
+    why_not: Callable[[str, str], str | None]
 
 
 def _load_torch(
@@ -34,10 +48,14 @@ def _load_torch(
     return TorchBackbone(transformer, settings, precision)
 
 
-# Name to what loads it. On a CPU ``auto`` takes the last that can do what is asked for.
-ENGINES: Mapping[str, Loader] = {
-    "torch": _load_torch,
-    "openvino": openvino_engine.load_backbone,
+def _why_not_torch(device: str, precision: str) -> str | None:
+    return "it has no int8; use --precision auto" if precision == "int8" else None
+
+
+# By name; ``auto`` takes the first that can do what is asked for.
+ENGINES: Mapping[str, EngineKind] = {
+    "openvino": EngineKind(openvino_engine.load_backbone, openvino_engine.why_not),
+    "torch": EngineKind(_load_torch, _why_not_torch),
 }
 
 
@@ -60,11 +78,6 @@ class EngineChoice:
         """As commits record it."""
         return f"{self.engine} {self.device} {self.precision}"
 
-    @property
-    def is_reference(self) -> bool:
-        """Whether it is what others are checked against: torch in float32."""
-        return self.engine == "torch" and self.precision == "fp32"
-
 
 def choose_engine(settings: InferenceSettings) -> EngineChoice:
     """Settle what is asked for against what this machine has.
@@ -78,34 +91,17 @@ def choose_engine(settings: InferenceSettings) -> EngineChoice:
         )
     device = resolve_device(settings.device)
     precision = resolve_precision(settings.precision, device)
-    problem = _why_not_openvino(settings, device, precision)
-    if problem is None and settings.engine != "torch":
-        return EngineChoice("openvino", device, precision)
-    if settings.engine == "openvino":
-        raise ConfigError(f"inference.engine is openvino, and {problem}. Or use --engine auto.")
-    if precision == "int8":
-        raise ConfigError(
-            "inference.precision is int8, which the engine openvino alone offers, and "
-            f"{problem or 'inference.engine is torch; use --engine auto'}. Or use --precision auto."
-        )
-    return EngineChoice("torch", device, precision)
-
-
-def _why_not_openvino(settings: InferenceSettings, device: str, precision: str) -> str | None:
-    """Why OpenVINO cannot do it here, with the next step; None if it can."""
-    if device != "cpu":
-        return f"the device is {device}, where it does not run here; use --device cpu"
-    packages = ("openvino", "nncf") if precision == "int8" else ("openvino",)
-    missing = [name for name in packages if not openvino_engine.is_installed(name)]
-    if missing:
-        return f"{' and '.join(missing)} is not installed; {openvino_engine.INSTALL}"
-    try:
-        if settings.engine == "openvino":
-            openvino_engine.import_library("openvino")
-        lacking = openvino_engine.lacks(precision)
-    except ConfigError as error:
-        return str(error)
-    return lacking and f"{lacking}; use --precision fp32"
+    problems: dict[str, str] = {}
+    for name in ENGINES if settings.engine == "auto" else (settings.engine,):
+        problem = ENGINES[name].why_not(device, precision)
+        if problem is None:
+            return EngineChoice(name, device, precision)
+        problems[name] = problem
+    told = ". ".join(f"{name}: {problem}" for name, problem in problems.items())
+    raise ConfigError(
+        f"inference.precision is {precision} and inference.engine is {settings.engine}, which "
+        f"cannot be met here. {told}."
+    )
 
 
 def check_settings(settings: InferenceSettings) -> None:
@@ -131,14 +127,15 @@ def load_backbone(transformer: ASTModel, spec: ModelSpec, settings: InferenceSet
         RuntimeError: The device cannot hold it; also MemoryError.
     """
     choice = choose_engine(settings)
+    kind = ENGINES[choice.engine]
     if choice.engine == "torch":
-        return _load_torch(transformer, spec, settings, choice.precision)
+        return kind.load(transformer, spec, settings, choice.precision)
     try:
-        return ENGINES[choice.engine](transformer, spec, settings, choice.precision)
-    except (ConfigError, MemoryError):
+        return kind.load(transformer, spec, settings, choice.precision)
+    except (EarmarkError, MemoryError):
         raise
     except Exception as error:  # whatever a converter or compiler may raise
-        if settings.engine == "auto" and choice.precision != "int8":
+        if settings.engine == "auto" and _why_not_torch(choice.device, choice.precision) is None:
             logger.warning(
                 "%s cannot run this model (%s); torch does. To say so: --engine torch",
                 choice.name,

@@ -37,7 +37,7 @@ from transforms.backbones import (
     true_float32,
 )
 from transforms.checkpoints import ModelSpec, load_model
-from transforms.engines import choose_engine, load_backbone
+from transforms.engines import load_backbone
 from transforms.errors import DeviceError, EarmarkError
 from transforms.precision_check import PrecisionCheck, surroundings
 from transforms.records import FloatArray, Prediction
@@ -170,8 +170,8 @@ def load_reference(spec: ModelSpec, settings: InferenceSettings) -> Engine:
 
 
 def _make_check(spec: ModelSpec, settings: InferenceSettings, name: str) -> PrecisionCheck | None:
-    choice = choose_engine(settings)
-    if settings.check_windows == 0 or name == f"torch {choice.device} fp32":
+    device = resolve_device(settings.device)
+    if settings.check_windows == 0 or name == f"torch {device} fp32":
         return None
 
     def load_predict() -> Callable[[FloatArray], list[Prediction]]:
@@ -190,7 +190,7 @@ def _make_check(spec: ModelSpec, settings: InferenceSettings, name: str) -> Prec
         "pooling": settings.pooling,
         "embedding_dtype": settings.embedding_dtype,
         "calibration": settings.quantised and settings.quantised.digest,
-        **surroundings(choice.device),
+        **surroundings(device),
     }
     return PrecisionCheck(load_predict, settings.check_windows, depends_on)
 

@@ -87,20 +87,28 @@ def _without_telemetry() -> Iterator[None]:
         del sys.modules[name]
 
 
-def lacks(precision: str) -> str | None:
-    """Why OpenVINO would not compute in this precision on this CPU; None if it would.
+def why_not(device: str, precision: str) -> str | None:
+    """Why OpenVINO cannot do it here, with the next step; None if it can.
 
-    Where the hardware cannot, it takes another precision without a word.
+    Where the hardware lacks a precision, it would compute in another without a word.
 
-    Raises:
-        ConfigError: OpenVINO has to be asked, and cannot be loaded.
+    Args:
+        device: As torch names it.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
     """
-    if precision == "bf16" and not cpu_has_native_bf16():
-        return "this CPU does not multiply bfloat16 in hardware"
-    if precision == "fp16":
+    if device != "cpu":
+        return f"the device is {device}, and it runs on the CPU here; use --device cpu"
+    packages = ("openvino", "nncf") if precision == "int8" else ("openvino",)
+    missing = [name for name in packages if not is_installed(name)]
+    if missing:
+        return f"not installed: {', '.join(missing)}; {INSTALL}"
+    try:
         core = import_library("openvino").Core()
-        if "FP16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            return "this CPU does not multiply float16 in hardware"
+    except ConfigError as error:
+        return str(error)
+    kind = {"bf16": "BF16", "fp16": "FP16"}.get(precision)
+    if kind is not None and kind not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return f"this CPU does not compute in {precision} by itself; use --precision fp32"
     return None
 
 
