@@ -23,6 +23,7 @@ from transforms.commit import CommitSettings, CommitUnits, SkipCommitted
 from transforms.label_audio import LabelSettings, LabelUnits
 from transforms.ledger import UnitSummary, UnitTotals
 from transforms.records import WorkUnit
+from transforms.stage_clocks import NO_SECONDS, StageSeconds
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,26 @@ class RunTotals:
         units: How many units.
         totals: What they held.
         engines: Everything that computed them; more than one is a mixture, and reported.
+        seconds: Where the time went that this run took for them.
     """
 
     units: int = 0
     totals: UnitTotals = field(default_factory=UnitTotals)
     engines: tuple[str, ...] = ()
+    seconds: StageSeconds = NO_SECONDS
 
     def __add__(self, other: RunTotals) -> RunTotals:
         return RunTotals(
             self.units + other.units,
             self.totals + other.totals,
             tuple(sorted({*self.engines, *other.engines})),
+            self.seconds + other.seconds,
         )
 
     @staticmethod
     def of(summary: UnitSummary) -> RunTotals:
         """The totals of one unit."""
-        return RunTotals(1, summary.totals, summary.engines)
+        return RunTotals(1, summary.totals, summary.engines, summary.seconds)
 
 
 def sum_totals(totals: Iterable[RunTotals]) -> RunTotals:

@@ -67,6 +67,7 @@ from transforms.rows import (
     windows_schema,
     windows_table,
 )
+from transforms.stage_clocks import stage_clocks, timed
 
 # Window rows kept in memory before they go to the staging file as a row group: about 25 MB of
 # AST base's embeddings and scores.
@@ -465,14 +466,14 @@ class _CommitUnitsFn(beam.DoFn):
         unit = self._open.get(unit_id)
         if unit is None:
             unit = self._open[unit_id] = OpenUnit(self._settings, self._staging, unit_id)
-        with storage.writing_to(self._settings.output):
+        with timed("write"), storage.writing_to(self._settings.output):
             unit.add(event)
             commit = unit.commit() if unit.is_complete else None
         _count_live(event, unit.audio)
         if commit is not None:
             del self._open[unit_id]
             self._count(commit)
-            yield UnitSummary.of(commit)
+            yield UnitSummary.of(commit, stage_clocks.lap())
 
     def _count(self, commit: Commit) -> None:
         live_counts.units += 1

@@ -29,6 +29,7 @@ from transforms.checkpoints import ModelSpec, load_model
 from transforms.errors import ConfigError, DeviceError, EarmarkError
 from transforms.records import FloatArray, Prediction
 from transforms.spectrogram_transformer import ASTForAudioClassification
+from transforms.stage_clocks import timed
 
 logger = logging.getLogger(__name__)
 
@@ -211,16 +212,28 @@ class TorchEngine(nn.Module):
     def _embed(
         self, features: FloatArray
     ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
-        """Pooled embeddings and those to store (the same, unless patches are pooled)."""
-        with self.lock:
-            batch = torch.from_numpy(features).to(self.device, self.dtype)
-            if self.pooling == "pooler_output":
-                pooled = self._as_stored(self.backbone.embed(batch))
-                return pooled, pooled
-            output = self.backbone(batch)
-            # Tokens 0 and 1 are the class and distillation tokens.
-            patches = output.last_hidden_state[:, 2:].mean(dim=1)
-            return self._as_stored(output.pooler_output), self._as_stored(patches)
+        """Pooled embeddings and those to store (the same, unless patches are pooled).
+
+        A GPU works on its own time, and fetching what it has computed waits for it: so the stage
+        ``model`` lasts until the embeddings are here, their short way back included. ``copy`` is
+        converting the features to the precision and sending them to the device.
+        """
+        with timed("queue"), self.lock:
+            with timed("copy"):
+                batch = torch.from_numpy(features).to(self.device, self.dtype)
+            return self._embed_batch(batch)
+
+    @timed("model")
+    def _embed_batch(
+        self, batch: torch.Tensor
+    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
+        if self.pooling == "pooler_output":
+            pooled = self._as_stored(self.backbone.embed(batch))
+            return pooled, pooled
+        output = self.backbone(batch)
+        # Tokens 0 and 1 are the class and distillation tokens.
+        patches = output.last_hidden_state[:, 2:].mean(dim=1)
+        return self._as_stored(output.pooler_output), self._as_stored(patches)
 
     def _as_stored(self, embedding: torch.Tensor) -> npt.NDArray[np.floating]:
         return embedding.float().cpu().numpy().astype(self.embedding_dtype)
@@ -412,6 +425,7 @@ class ASTModelHandler(ModelHandler[Any, Any, TorchEngine]):
         self._spec = spec
         self._settings = settings
 
+    @timed("load")
     def load_model(self) -> TorchEngine:
         """Load the checkpoint; once per process, by Beam's own keeping.
 

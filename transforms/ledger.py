@@ -32,6 +32,7 @@ from transforms.records import (
     Item,
     UnitKind,
 )
+from transforms.stage_clocks import NO_SECONDS, StageSeconds
 
 PARTS = ("windows", "clips", "errors")
 
@@ -324,13 +325,15 @@ class UnitSummary:
         unit_id: The unit.
         totals: What it held.
         engines: What computed it.
+        seconds: Where the time went that it took; none where it was committed before.
     """
 
     unit_id: str
     totals: UnitTotals
     engines: tuple[str, ...] = ()
+    seconds: StageSeconds = NO_SECONDS
 
     @staticmethod
-    def of(commit: Commit) -> UnitSummary:
+    def of(commit: Commit, seconds: StageSeconds = NO_SECONDS) -> UnitSummary:
         """The summary of a commit."""
-        return UnitSummary(commit.unit_id, commit.totals, commit.engines)
+        return UnitSummary(commit.unit_id, commit.totals, commit.engines, seconds)
