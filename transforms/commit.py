@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -92,6 +93,7 @@ class CommitSettings:
     model_sha256: str
     rows: RowSettings
 
+    @functools.cached_property
     def footer(self) -> dict[str, str]:
         """Key-value metadata of every part."""
         return {
@@ -213,7 +215,7 @@ class OpenUnit:
         self._staging.mkdir(parents=True, exist_ok=True)
         return pq.ParquetWriter(
             self._staged_path(part),
-            schema.with_metadata(self._settings.footer()),
+            schema.with_metadata(self._settings.footer),
             compression="zstd",
             # Embeddings never repeat: trying a dictionary for them only costs time.
             use_dictionary=[
