@@ -51,6 +51,9 @@ class Startup:
     planning_s: float = 0.0
 
 
+UNTIMED = Startup()
+
+
 @dataclass(frozen=True)
 class Circumstances:
     """What advice depends on beside the seconds.

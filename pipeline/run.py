@@ -21,7 +21,7 @@ from apache_beam.runners.runner import create_runner
 
 from pipeline.backlog import count_found_items
 from pipeline.config import DEFAULT_RUNNER, RunConfig, given_output
-from pipeline.doctor import Startup, describe_time
+from pipeline.doctor import UNTIMED, Startup, describe_time
 from pipeline.graph import RunTotals, build_graph
 from pipeline.output_lock import hold_output
 from pipeline.plan import RunPlan, counted, describe_plan, make_plan
@@ -211,7 +211,7 @@ def check_reachable(inputs: Sequence[str], output: str | None) -> None:
             )
 
 
-def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup) -> FinishRun:
+def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED) -> FinishRun:
     """Bring the output in order and say in ``run.json`` that a run is on.
 
     Args:
