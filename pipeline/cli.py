@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
@@ -711,9 +712,10 @@ def _labelling_job(context: typer.Context) -> Job:
         _check_output_lasts(config.output)
         _configure_logging(config.quiet)
         if name == "label":
+            began_s = time.monotonic()
             from pipeline.run import run_label
 
-            return run_label(config, beam_options)
+            return run_label(config, beam_options, imports_s=time.monotonic() - began_s)
         from pipeline.estimate import run_plan
 
         return run_plan(config, beam_options)

@@ -23,6 +23,7 @@ from transforms.commit import CommitSettings, CommitUnits, SkipCommitted
 from transforms.label_audio import LabelSettings, LabelUnits
 from transforms.ledger import Checks, UnitSummary, UnitTotals, add_checks
 from transforms.records import WorkUnit
+from transforms.stage_clocks import NO_SECONDS, StageSeconds
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class RunTotals:
         totals: What they held.
         engines: Everything that computed them; more than one is a mixture, and reported.
         checks: How far each was from float32, where that was looked at.
+        seconds: Where the time went that this run took for them.
     """
 
     units: int = 0
     totals: UnitTotals = field(default_factory=UnitTotals)
     engines: tuple[str, ...] = ()
     checks: Checks = field(default_factory=dict)
+    seconds: StageSeconds = NO_SECONDS
 
     def __add__(self, other: RunTotals) -> RunTotals:
         return RunTotals(
@@ -47,12 +50,13 @@ class RunTotals:
             self.totals + other.totals,
             tuple(sorted({*self.engines, *other.engines})),
             add_checks(self.checks, other.checks),
+            self.seconds + other.seconds,
         )
 
     @staticmethod
     def of(summary: UnitSummary) -> RunTotals:
         """The totals of one unit."""
-        return RunTotals(1, summary.totals, summary.engines, summary.checks)
+        return RunTotals(1, summary.totals, summary.engines, summary.checks, summary.seconds)
 
 
 def sum_totals(totals: Iterable[RunTotals]) -> RunTotals:

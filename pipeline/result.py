@@ -23,8 +23,10 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.checks import checks_record
+from pipeline.doctor import Startup, record_time
 from pipeline.graph import RunTotals
 from transforms import storage
+from transforms.decode import usable_cores
 from transforms.errors import AccountingError, OutputError, in_words
 from transforms.ledger import (
     COMMITS,
@@ -383,6 +385,7 @@ class FinishRun:
     Attributes:
         output: The result's folder.
         run: ``run.json`` as it was written at the start.
+        startup: What starting took.
         kept: Totals of the units that were committed before and stay.
         num_units: Units that this run has to do.
         found_kept_items: Items of the kept units that are in the input.
@@ -396,6 +399,7 @@ class FinishRun:
 
     output: str
     run: Mapping[str, Any]
+    startup: Startup
     kept: RunTotals
     num_units: int
     found_kept_items: int
@@ -435,6 +439,13 @@ class FinishRun:
                 "found_failures": total.totals.failures - self.vanished_failures,
                 "vanished_items": self.vanished_items,
             },
+            "time": record_time(
+                self.startup,
+                new.seconds,
+                new.engines,
+                asked_precision=self.run["config"]["inference"]["precision"],
+                num_cores=usable_cores(),
+            ),
         }
         with storage.writing_to(self.output):
             write_run(self.output, run)

@@ -23,6 +23,7 @@ from pipeline.backlog import count_found_items
 from pipeline.calibration import calibrate
 from pipeline.checks import describe_checks, precision_warnings
 from pipeline.config import DEFAULT_RUNNER, RunConfig, given_output
+from pipeline.doctor import UNTIMED, Startup, describe_time
 from pipeline.graph import RunTotals, build_graph
 from pipeline.output_lock import hold_output
 from pipeline.plan import RunPlan, counted, describe_plan, make_plan
@@ -50,6 +51,7 @@ from transforms.clip_ids import for_terminal
 from transforms.errors import ConfigError, OutputError
 from transforms.ledger import UnitTotals, list_unit_ids, read_commit, read_failures
 from transforms.scratch import sweep, temporary_files_in_scratch
+from transforms.stage_clocks import stage_clocks
 
 # Listing a remote folder takes a while: what others commit is looked up every few seconds.
 COMMIT_POLL_INTERVAL_S = 5.0
@@ -67,12 +69,13 @@ REMOTE_RUNNERS = frozenset({"dataflowrunner"})
 LOCAL_MASTER = re.compile(r"^\[?(local|auto|embed|collection|127\.|::1)", re.IGNORECASE)
 
 
-def run_label(config: RunConfig, beam_options: list[str]) -> int:
+def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 0.0) -> int:
     """Label the inputs.
 
     Args:
         config: What to do.
         beam_options: Beam pipeline options as given after ``--``; they win over ``config.beam``.
+        imports_s: Seconds that importing this module took, for the record of the run.
 
     Returns:
         The exit code: 0 done, 3 done but with more failures than allowed or a broken container.
@@ -81,6 +84,7 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
         UsageError: Something is wrong with the command; nothing was written.
         AccountingError: Items and rows do not add up.
     """
+    began_s = time.monotonic()
     options = pipeline_options(config, beam_options)
     remote = is_remote(options)
     sweep()
@@ -93,7 +97,8 @@ def run_label(config: RunConfig, beam_options: list[str]) -> int:
         for line in describe_plan(plan):
             say(line, quiet=config.quiet)
         plan = calibrate(plan, config.inference.calibration_windows)
-        finish = prepare_output(plan, config)
+        startup = Startup(imports_s, time.monotonic() - began_s)
+        finish = prepare_output(plan, config, startup)
         started = time.monotonic()
         if plan.units:
             try:
@@ -210,8 +215,13 @@ def check_reachable(inputs: Sequence[str], output: str | None) -> None:
             )
 
 
-def prepare_output(plan: RunPlan, config: RunConfig) -> FinishRun:
+def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED) -> FinishRun:
     """Bring the output in order and say in ``run.json`` that a run is on.
+
+    Args:
+        plan: What is to be done.
+        config: How.
+        startup: What starting has taken so far.
 
     Raises:
         OutputError: The output cannot be written.
@@ -236,6 +246,7 @@ def prepare_output(plan: RunPlan, config: RunConfig) -> FinishRun:
     return FinishRun(
         output=plan.output,
         run=run,
+        startup=startup,
         kept=plan.kept,
         num_units=len(plan.units),
         found_kept_items=plan.backlog.found_kept_items,
@@ -258,6 +269,7 @@ def run_graph(
     with temporary_files_in_scratch():  # it makes a folder that would stay if the run is killed
         pipeline = beam.Pipeline(options=options)
     build_graph(pipeline, plan.units, plan.label, plan.commit, finish)
+    stage_clocks.reset()
     total_windows = sum(unit.estimated_windows for unit in plan.units)
     with ProgressDisplay(
         total_windows=total_windows,
@@ -319,6 +331,8 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     totals: Mapping[str, Any] = run["totals"]
     engines: list[str] = run["engines"]
     for line in closing_lines(output, totals, engines, elapsed_s):
+        say(line, quiet=config.quiet)
+    for line in describe_time(run["time"]):
         say(line, quiet=config.quiet)
     checks = run.get("checks", {})
     for line in describe_checks(checks):

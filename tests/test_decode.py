@@ -33,6 +33,7 @@ from transforms.decode import DecodeAudio, DecodePool, DecodeSettings
 from transforms.decode_worker import decode, decode_whole
 from transforms.errors import DecodeError, EarmarkError
 from transforms.records import EncodedClip, Failure, Item, ItemFailure, UnitEnd, Waveform, WorkUnit
+from transforms.stage_clocks import stage_clocks
 
 RATE = 16_000
 LOSSLESS = [name for name, f in audio_factory.FORMATS.items() if f.lossless_bits is not None]
@@ -589,6 +590,18 @@ def test_results_come_in_order_with_failures_in_their_place(pool: DecodePool) ->
     assert (third.failure.stage, third.failure.error_type) == ("decode", "NotAudio")
     assert isinstance(fourth, Waveform) and (fourth.unit_id, fourth.item_index) == ("unit", 3)
     assert np.array_equal(fourth.samples, audio_factory.tone(0.1)[:, 0])
+
+
+def test_decoders_say_how_long_they_worked_on_good_clips_and_bad(pool: DecodePool) -> None:
+    stage_clocks.reset()
+    samples = audio_factory.tone(2.0, 44_100)
+    list(pool.stream("u", [clip("a", audio_factory.encode(samples, 44_100))]))
+    good = stage_clocks.lap()
+    assert good.read_s > 0.0 and good.open_s > 0.0
+    assert good.decode_s > 0.0 and good.resample_s > 0.0
+    list(pool.stream("u", [clip("b", b"no audio at all" * 100)]))
+    bad = stage_clocks.lap()
+    assert bad.open_s > 0.0 and bad.decode_s > 0.0 and bad.resample_s == 0.0
 
 
 def test_many_clips_stay_in_order(pool: DecodePool) -> None:

@@ -45,14 +45,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     # runs them, the pool of such processes.
     "audio_routes": set(),
     "audio_readers": {"audio_routes"},
-    "decode_worker": {"audio_readers"},
-    "decode": {"decode_worker"},
+    "decode_worker": {"audio_readers", "stage_clocks"},
+    "decode": {"decode_worker", "stage_clocks"},
     "windows": set(),
     "live_counts": set(),
+    "stage_clocks": set(),
     "fbank_settings": set(),
     "feature_statistics": {"fbank", "live_counts"},
     # from_pretrained asks checkpoints where a folder or hub id lies, inside the method.
-    "fbank": {"checkpoints", "fbank_settings"},
+    "fbank": {"checkpoints", "fbank_settings", "stage_clocks"},
     "spectrogram_transformer": {"checkpoints"},
     # A checkpoint: which there are, which ship with Earmark, what its tensors are called, where its
     # files lie, whether its weights are sound, what an original file says; checkpoints joins them.
@@ -77,16 +78,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     # What runs the model: the interface and torch, OpenVINO, all engines; what is kept from run to
     # run, how far from float32 it is; inference joins them.
     "caches": set(),
-    "backbones": {"spectrogram_transformer"},
+    "backbones": {"spectrogram_transformer", "stage_clocks"},
     "openvino_engine": {"backbones", "caches", "checkpoints", "spectrogram_transformer"},
     "engines": {"backbones", "openvino_engine", "checkpoints", "spectrogram_transformer"},
     "precision_check": {"backbones", "caches"},
     "inference": {
         *("checkpoints", "spectrogram_transformer", "backbones", "engines", "precision_check"),
+        "stage_clocks",
     },
     "rows": {"labels"},
-    "ledger": {"storage"},
-    "commit": {"storage", "rows", "ledger", "live_counts"},
+    "ledger": {"storage", "stage_clocks"},
+    "commit": {"storage", "rows", "ledger", "live_counts", "stage_clocks"},
     "label_audio": {path.stem for path in STEPS},
 }
 
@@ -180,6 +182,7 @@ def test_a_library_has_one_door(library: str) -> None:
         ("pipeline/progress.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("transforms/records.py", {"torch", "apache_beam", "pyarrow"}),
         ("transforms/storage.py", {"torch", "apache_beam", "pyarrow"}),
+        ("transforms/stage_clocks.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("transforms/labels.py", {"torch", "apache_beam"}),
         ("transforms/public_checkpoints.py", {"torch", "apache_beam"}),
         ("transforms/bundled.py", {"torch", "apache_beam"}),

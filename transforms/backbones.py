@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transforms.errors import ConfigError
 from transforms.records import FloatArray
 from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS, ASTModel
+from transforms.stage_clocks import timed
 
 logger = logging.getLogger(__name__)
 
@@ -261,8 +262,15 @@ class TorchBackbone:
 
     @torch.inference_mode()
     def embed(self, features: FloatArray) -> Embeddings:
-        """Embed a batch; see ``Backbone``."""
-        outputs = self._run(torch.from_numpy(features).to(self.device, self._dtype))
+        """Embed a batch; see ``Backbone``.
+
+        A GPU works on its own time, and fetching what it has computed waits for it: so the stage
+        ``copy`` is converting the features to the precision and sending them to the device, and
+        the way back counts as the model's time.
+        """
+        with timed("copy"):
+            batch = torch.from_numpy(features).to(self.device, self._dtype)
+        outputs = self._run(batch)
         return Embeddings(*(output.float().cpu().numpy() for output in outputs))
 
     def shrink(self, batch_size: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -69,6 +70,7 @@ from transforms.rows import (
     windows_schema,
     windows_table,
 )
+from transforms.stage_clocks import stage_clocks, timed
 
 # Window rows kept in memory before they go to the staging file as a row group: about 25 MB of
 # AST base's embeddings and scores.
@@ -93,6 +95,7 @@ class CommitSettings:
     model_sha256: str
     rows: RowSettings
 
+    @functools.cached_property
     def footer(self) -> dict[str, str]:
         """Key-value metadata of every part."""
         return {
@@ -219,7 +222,7 @@ class OpenUnit:
         self._staging.mkdir(parents=True, exist_ok=True)
         return pq.ParquetWriter(
             self._staged_path(part),
-            schema.with_metadata(self._settings.footer()),
+            schema.with_metadata(self._settings.footer),
             compression="zstd",
             # Embeddings never repeat: trying a dictionary for them only costs time.
             use_dictionary=[
@@ -472,14 +475,14 @@ class _CommitUnitsFn(beam.DoFn):
         unit = self._open.get(unit_id)
         if unit is None:
             unit = self._open[unit_id] = OpenUnit(self._settings, self._staging, unit_id)
-        with storage.writing_to(self._settings.output):
+        with timed("write"), storage.writing_to(self._settings.output):
             unit.add(event)
             commit = unit.commit() if unit.is_complete else None
         _count_live(event, unit.audio)
         if commit is not None:
             del self._open[unit_id]
             self._count(commit)
-            yield UnitSummary.of(commit)
+            yield UnitSummary.of(commit, stage_clocks.lap())
 
     def _count(self, commit: Commit) -> None:
         live_counts.units += 1

@@ -39,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,7 @@ from transforms.records import (
     Waveform,
     WorkUnit,
 )
+from transforms.stage_clocks import LabellingStage, StageSeconds, stage_clocks, timed
 
 logger = logging.getLogger(__name__)
 
@@ -138,15 +140,18 @@ class DecodeSettings:
 
     def resolve_num_processes(self) -> int:
         """``num_processes``, or the number of usable cores."""
-        if self.num_processes:
-            return self.num_processes
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        return self.num_processes or usable_cores()
 
     def resolve_clips_ahead(self) -> int:
         """``clips_ahead``, or its default."""
         return self.clips_ahead or 4 + 2 * self.resolve_num_processes()
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class DecodePool:
@@ -180,6 +185,7 @@ class DecodePool:
         self._queue: collections.deque[_Job] = collections.deque()
         self._workers: set[_Worker] = set()
         self._num_idle = 0
+        self._has_started = False  # a child has been ready for work
         self._num_stalled = 0  # workers whose clip has enough pieces waiting
         self._clips_under_way = 0
         self._bytes_under_way = 0
@@ -280,9 +286,15 @@ class DecodePool:
         try:
             self._room.notify()
             self._help_waiting()
-            stream.ready.wait()
+            with timed(self._cause_of_wait(stream)):
+                stream.ready.wait()
         finally:
             self._waiting.remove(stream)
+
+    def _cause_of_wait(self, stream: _Stream) -> LabellingStage:
+        if not stream.jobs:
+            return "wait_read"
+        return "wait_decode" if self._has_started else "start"
 
     def _help_waiting(self) -> None:
         """If every decoder waits for somebody to take its pieces, start one for who waits."""
@@ -349,10 +361,12 @@ class DecodePool:
     def _feed_one(self, stream: _Stream) -> None:
         clip: EncodedClip | Failure | None = None
         error: BaseException | None = None
+        began_s = time.perf_counter()
         try:
             clip = next(stream.clips, None)
         except BaseException as raised:  # the consumer gets it, whatever it is
             error = raised
+        stage_clocks.add(StageSeconds(read_s=time.perf_counter() - began_s))
         with self.lock:
             stream.is_being_read = False
             is_wanted = not (stream.closed or self._closed)
@@ -407,6 +421,11 @@ class DecodePool:
                 self._num_idle -= 1
             self._workers.discard(worker)  # now, so that no other one retires in its place
             return None
+
+    def note_start(self) -> None:
+        """A child is ready: who waits does so for its work from now on."""
+        with self.lock:
+            self._has_started = True
 
     def retire(self, worker: _Worker) -> None:
         """The worker has ended."""
@@ -588,6 +607,7 @@ class _Worker:
                     "decoder process: start %d of %d: %s", attempt, MAX_FAILED_STARTS, error
                 )
             else:
+                self._pool.note_start()
                 return self._child
         command = " ".join(self._pool.worker_command)
         raise EarmarkError(
@@ -817,6 +837,7 @@ class _Child:
         while kind == decode_worker.ALIVE:
             kind, payload = self._receive()
         content: dict[str, Any] = json.loads(payload)
+        stage_clocks.add(StageSeconds(**content.get("seconds", {})))  # at the end of each clip
         if kind == decode_worker.ERROR:
             raise DecodeError(content["message"], error_type=content["error_type"])
         slot = self._num_received % decode_worker.NUM_SLOTS
@@ -979,6 +1000,7 @@ class _DecodeFn(beam.DoFn):
 
     def start_bundle(self) -> None:
         self._abandon()  # a bundle before this one may have failed halfway
+        stage_clocks.begin(self._settings.resolve_num_processes())
 
     def process(
         self,

@@ -23,6 +23,7 @@ What a reader may rely on:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -54,6 +55,7 @@ from transforms.audio_readers import (
 )
 from transforms.errors import DecodeError
 from transforms.records import ClipFacts, FloatArray
+from transforms.stage_clocks import stage_clocks, timed
 
 MIN_CLIP_S = 0.025  # one fbank frame: less than this gives no features
 CLIPPED_AT = 0.999
@@ -134,8 +136,10 @@ def decode(
             ``DecodingTooSlow``): it raises at any time.
     """
     _check_segment(start_s, end_s)
-    with open_encoded(source) as encoded:
-        sha256 = hash_encoded(encoded, on_progress)
+    with contextlib.ExitStack() as opened:
+        with timed("open"):
+            encoded = opened.enter_context(open_encoded(source))
+            sha256 = hash_encoded(encoded, on_progress)
         segment = _Segment(start_s or 0.0, end_s)
         budget = _Budget(limits, on_progress)
         chain = ReaderChain(encoded, segment.start_s, budget.on_progress)
@@ -184,15 +188,20 @@ def _decode_blocks(
                 error_type="NonFiniteSamples",
             )
             notes.append(f"decoded {levels.duration_s:.1f} s, then stopped: {error}")
-        for samples_out in pieces.push(resampler.push(block.rate, mix_down(samples))):
+        mono = mix_down(samples)
+        with timed("resample"):
+            resampled = resampler.push(block.rate, mono)
+        for samples_out in pieces.push(resampled):
             yield DecodedPiece(samples_out, levels.facts(sha256, None), False)
         if error is not None:
             break
     else:
         notes.extend(segment.shortfall(chain, levels.duration_s))
+    with timed("resample"):
+        resampled = resampler.flush()
     yield from (
         DecodedPiece(samples_out, levels.facts(sha256, None), False)
-        for samples_out in pieces.push(resampler.flush())
+        for samples_out in pieces.push(resampled)
     )
     last = pieces.rest()
     notes.extend(levels.notes)
@@ -613,18 +622,9 @@ class _Child:
         """Decode one clip and send what comes of it."""
         job = self.jobs.get()
         try:
-            for piece in decode_function(
-                job.source,
-                sample_rate_hz=self.sample_rate_hz,
-                piece_samples=self.piece_samples,
-                start_s=job.start_s,
-                end_s=job.end_s,
-                limits=self.limits,
-                on_progress=self.show_life,
-            ):
-                self.send_piece(piece)
+            self.send_pieces(job, decode_function)
         except DecodeError as error:
-            self.send(ERROR, {"error_type": error.error_type, "message": str(error)})
+            self.send_error(error.error_type, str(error))
         except MemoryError as error:
             words = str(error) or "out of memory"
             message = (
@@ -632,10 +632,25 @@ class _Child:
                 f"{self.limits.max_decoder_bytes:.0f} bytes are allowed; to allow more, raise "
                 "decode.max_decoder_bytes"
             )
-            self.send(ERROR, {"error_type": "DecoderOutOfMemory", "message": message})
+            self.send_error("DecoderOutOfMemory", message)
         except Exception as error:  # whatever a library throws belongs to this clip alone
             message = f"the decoder failed: {type(error).__name__}: {error}"
-            self.send(ERROR, {"error_type": type(error).__name__, "message": message})
+            self.send_error(type(error).__name__, message)
+
+    @timed("decode")
+    def send_pieces(self, job: _Job, decode_function: DecodeFunction) -> None:
+        """Decode one clip and send its pieces."""
+        for piece in decode_function(
+            job.source,
+            sample_rate_hz=self.sample_rate_hz,
+            piece_samples=self.piece_samples,
+            start_s=job.start_s,
+            end_s=job.end_s,
+            limits=self.limits,
+            on_progress=self.show_life,
+        ):
+            with timed("other"):  # waiting for room is no decoding
+                self.send_piece(piece)
 
     def limit_memory(self, num_bytes: int) -> None:
         """Bound what the process may allocate, beside a clip of so many encoded bytes."""
@@ -652,10 +667,15 @@ class _Child:
         self.credits.acquire()
         self.slots[self.num_sent % NUM_SLOTS, : len(piece.samples)] = piece.samples
         self.num_sent += 1
-        self.send(
-            LAST if piece.is_last else PIECE,
-            {"num_samples": len(piece.samples), "facts": asdict(piece.facts)},
-        )
+        content = {"num_samples": len(piece.samples), "facts": asdict(piece.facts)}
+        if piece.is_last:
+            self.send(LAST, content | {"seconds": seconds_of_decoder()})
+        else:
+            self.send(PIECE, content)
+
+    def send_error(self, error_type: str, message: str) -> None:
+        content = {"error_type": error_type, "message": message}
+        self.send(ERROR, content | {"seconds": seconds_of_decoder()})
 
     def send(self, kind: bytes, payload: dict[str, Any]) -> None:
         send_frame(self.connection, kind, json.dumps(payload).encode())
@@ -664,6 +684,12 @@ class _Child:
     def show_life(self) -> None:
         if time.monotonic() - self.last_sign_s > ALIVE_EVERY_S:
             self.send(ALIVE, {})
+
+
+def seconds_of_decoder() -> dict[str, float]:
+    """What this process has worked since it said so last, as fields of ``StageSeconds``."""
+    lap = stage_clocks.lap()
+    return {"open_s": lap.open_s, "decode_s": lap.decode_s, "resample_s": lap.resample_s}
 
 
 def serve(arguments: list[str], decode_function: DecodeFunction = decode) -> None:

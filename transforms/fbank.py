@@ -39,6 +39,7 @@ from transforms.errors import FeatureError
 from transforms.fbank_settings import FRAME_LENGTH_MS, FRAME_SHIFT_MS, LOG_FLOOR
 from transforms.fbank_settings import FbankSettings as FbankSettings
 from transforms.records import FloatArray, ItemFailure, UnitEnd, Window
+from transforms.stage_clocks import timed
 
 try:
     from torchaudio.compliance import kaldi
@@ -591,4 +592,7 @@ class _ExtractFbankFn(beam.DoFn):
         self._settings = settings
 
     def process(self, element: _Element) -> Iterator[_Element]:
-        yield _with_features(element, self._settings) if isinstance(element, Window) else element
+        if isinstance(element, Window):
+            with timed("fbank"):
+                element = _with_features(element, self._settings)
+        yield element

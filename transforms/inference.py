@@ -42,6 +42,7 @@ from transforms.errors import DeviceError, EarmarkError
 from transforms.precision_check import PrecisionCheck, surroundings
 from transforms.records import FloatArray, Prediction
 from transforms.spectrogram_transformer import ASTForAudioClassification, ASTMLPHead
+from transforms.stage_clocks import LabellingStage, timed
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Engine:
         activation: ``sigmoid`` for independent classes, ``softmax`` for exclusive ones.
         embedding_dtype: Type the embedding is stored in, ``float32`` or ``float16``.
         check: What looks at the first predictions, or None.
+        stage: What its time counts as.
 
     Attributes:
         name: What commits record: engine, device and precision.
@@ -73,6 +75,7 @@ class Engine:
         activation: Activation,
         embedding_dtype: str = "float32",
         check: PrecisionCheck | None = None,
+        stage: LabellingStage = "model",
     ) -> None:
         self.name = backbone.name
         self.backbone = backbone
@@ -83,6 +86,7 @@ class Engine:
         self.lock = threading.Lock()
         self.predict_safely = SafePredictor(self.predict, self.name, self._shrink)
         self._check = check
+        self._stage = stage
 
     def label(self, features: FloatArray) -> list[Prediction]:
         """Predictions of a batch, whatever happens to single windows; the first ones are checked.
@@ -110,9 +114,9 @@ class Engine:
         _check_shape("stored embedding", stored, pooled.shape)
         scores = score_embeddings(self.head, pooled, self.activation)
         # The features too, because int8 makes a number of NaN.
-        finite: npt.NDArray[np.bool_] = np.isfinite(features).all(axis=(1, 2))
+        finite = np.isfinite(features).all(axis=(1, 2))
         for values in (pooled, stored, scores):
-            finite &= np.isfinite(values).all(axis=1)
+            finite = finite & np.isfinite(values).all(axis=1)
         return [
             Prediction(stored[i], scores[i], self.name)
             if finite[i]
@@ -128,7 +132,7 @@ class Engine:
         self, features: FloatArray
     ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
         """Pooled embeddings and those to store (the same, unless patches are pooled)."""
-        with self.lock:
+        with timed("queue"), self.lock, timed(self._stage):
             embeddings = embed_windows(self.backbone, features)
         pooled = embeddings.pooled.astype(self.embedding_dtype)
         if embeddings.patch_mean is None:
@@ -166,7 +170,7 @@ def load_reference(spec: ModelSpec, settings: InferenceSettings) -> Engine:
     model = load_model(spec)
     plain = replace(settings, compile=False, num_processes=1)
     backbone = TorchBackbone(model.audio_spectrogram_transformer, plain, "fp32")
-    return Engine(backbone, model.classifier, spec.activation)
+    return Engine(backbone, model.classifier, spec.activation, stage="check")
 
 
 def _make_check(spec: ModelSpec, settings: InferenceSettings, name: str) -> PrecisionCheck | None:
@@ -387,6 +391,7 @@ class ASTModelHandler(ModelHandler[Any, Any, Engine]):
         self._spec = spec
         self._settings = settings
 
+    @timed("load")
     def load_model(self) -> Engine:
         """Load the checkpoint; once per process, by Beam's own keeping.
 

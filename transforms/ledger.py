@@ -33,6 +33,7 @@ from transforms.records import (
     UnitKind,
     WindowCheck,
 )
+from transforms.stage_clocks import NO_SECONDS, StageSeconds
 
 PARTS = ("windows", "clips", "errors")
 
@@ -395,14 +396,16 @@ class UnitSummary:
         totals: What it held.
         engines: What computed it.
         checks: How far they were from float32.
+        seconds: Where the time went that it took; none where it was committed before.
     """
 
     unit_id: str
     totals: UnitTotals
     engines: tuple[str, ...] = ()
     checks: Checks = field(default_factory=dict)
+    seconds: StageSeconds = NO_SECONDS
 
     @staticmethod
-    def of(commit: Commit) -> UnitSummary:
+    def of(commit: Commit, seconds: StageSeconds = NO_SECONDS) -> UnitSummary:
         """The summary of a commit."""
-        return UnitSummary(commit.unit_id, commit.totals, commit.engines, commit.checks)
+        return UnitSummary(commit.unit_id, commit.totals, commit.engines, commit.checks, seconds)

@@ -164,8 +164,9 @@ def cut_windows(samples: FloatArray, settings: WindowSettings) -> list[Cut]:
 class WindowCutter:
     """Cuts one clip that comes in pieces into the windows that ``cut_windows`` gives.
 
-    It holds two windows of samples at most. The last window differs from the others, so a window
-    is given only once there is a sample behind its end, and the last one only by ``finish``.
+    It holds two windows of samples: the one that it fills, and the one that it gave last, because
+    the clip's last window may begin in there. A window is given only once there is a sample behind
+    its end, since the last one differs; that one is given by ``finish``.
 
     Attributes:
         num_cuts: Windows given so far.
@@ -174,9 +175,9 @@ class WindowCutter:
     def __init__(self, settings: WindowSettings) -> None:
         self.num_cuts = 0
         self._settings = settings
-        self._buffer: FloatArray = np.empty(2 * settings.window_samples, np.float32)
-        self._buffer_start = 0  # position in the clip of the buffer's first sample
-        self._num_samples = 0  # samples of the clip so far
+        self._given: FloatArray = np.empty(settings.window_samples, np.float32)
+        self._filled: FloatArray = np.empty(settings.window_samples, np.float32)
+        self._num_filled = 0
 
     def push(self, samples: FloatArray) -> list[Cut]:
         """Take the next piece of the clip; give the windows that are final, in order.
@@ -190,47 +191,44 @@ class WindowCutter:
                 "one-dimensional (mono) and float32"
             )
         cuts: list[Cut] = []
-        window = self._settings.window_samples
-        for start in range(0, samples.size, window):
-            self._append(samples[start : start + window])
-            while self._num_samples > self._next_start + window:
-                cuts.append(self._cut(self._next_start))
+        start = 0
+        while start < samples.size:
+            if self._num_filled == self._settings.window_samples:
+                cuts.append(self._give())
+            room = self._filled[self._num_filled :]
+            part = samples[start : start + room.size]
+            room[: part.size] = part
+            self._num_filled += part.size
+            start += part.size
         return cuts
 
     def finish(self) -> Cut:
         """The clip has ended: give its last window. The cutter is then spent."""
-        start = self._next_start
-        if self.num_cuts > 0:
-            tail = self._num_samples - (start - self._settings.hop_samples + self._window)
-            if tail < self._settings.min_tail_samples:
-                start = self._num_samples - self._window
-        return self._cut(start)
-
-    @property
-    def _window(self) -> int:
-        return self._settings.window_samples
+        start, samples = self._next_start, self._filled[: self._num_filled]
+        tail = self._num_filled - self._num_shared
+        if self.num_cuts > 0 and tail < self._settings.min_tail_samples:
+            start += self._num_filled - self._settings.window_samples
+            samples = np.concatenate([self._given[tail:], samples[self._num_shared :]])
+        self.num_cuts += 1
+        return Cut(start, samples)
 
     @property
     def _next_start(self) -> int:
         return self.num_cuts * self._settings.hop_samples
 
-    def _append(self, piece: FloatArray) -> None:
-        """Add at most one window of samples."""
-        held = self._num_samples - self._buffer_start
-        if held + piece.size > self._buffer.size:
-            # Neither the next window nor one that ends with the clip starts earlier than this.
-            keep = self._num_samples - self._window
-            kept = self._buffer[keep - self._buffer_start : held]
-            self._buffer[: kept.size] = kept
-            self._buffer_start, held = keep, kept.size
-        self._buffer[held : held + piece.size] = piece
-        self._num_samples += piece.size
+    @property
+    def _num_shared(self) -> int:
+        """Samples that two windows in a row have in common."""
+        return self._settings.window_samples - self._settings.hop_samples
 
-    def _cut(self, start: int) -> Cut:
-        stop = min(start + self._window, self._num_samples)
-        offset = self._buffer_start
+    def _give(self) -> Cut:
+        """The window that is full; the next begins with what the two have in common."""
+        cut = Cut(self._next_start, self._filled)
         self.num_cuts += 1
-        return Cut(start, self._buffer[start - offset : stop - offset].copy())
+        self._given, self._filled = self._filled, np.empty_like(self._filled)
+        self._num_filled = self._num_shared
+        self._filled[: self._num_filled] = self._given[self._settings.hop_samples :]
+        return cut
 
 
 def _frame_samples(sample_rate_hz: int) -> int:
