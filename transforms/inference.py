@@ -114,9 +114,9 @@ class Engine:
         _check_shape("stored embedding", stored, pooled.shape)
         scores = score_embeddings(self.head, pooled, self.activation)
         # The features too, because int8 makes a number of NaN.
-        finite = np.isfinite(features).all(axis=(1, 2))
-        for values in (pooled, stored, scores):
-            finite = finite & np.isfinite(values).all(axis=1)
+        finite = np.ones(len(features), np.bool_)
+        for values in (features.reshape(len(features), -1), pooled, stored, scores):
+            finite &= np.isfinite(values).all(axis=1)
         return [
             Prediction(stored[i], scores[i], self.name)
             if finite[i]
