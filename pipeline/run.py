@@ -71,6 +71,9 @@ EXIT_TOO_MANY_FAILED = 3
 # Runners that hand work to other machines, which cannot see this one's files.
 REMOTE_RUNNERS = frozenset({"dataflowrunner"})
 
+# Beam's options whose values in the config and on the command line do not exclude each other.
+ADDED_UP = frozenset({"experiments"})
+
 # Masters and endpoints that are on this machine: "[local]", "local[4]", "localhost:8081", "embed".
 LOCAL_MASTER = re.compile(r"^\[?(local|auto|embed|collection|127\.|::1)", re.IGNORECASE)
 
@@ -129,13 +132,13 @@ def pipeline_options(config: RunConfig, beam_options: list[str]) -> PipelineOpti
     """Beam's options: from the config, then from the command line, which wins.
 
     What is given there takes the place of the config's value, also where Beam would add the two
-    up (``dataflow_service_options``). Nothing of ``__main__`` goes along to workers: Earmark's
-    code lies in packages.
+    up (``dataflow_service_options``); experiments alone are added up. Nothing of ``__main__`` goes
+    along to workers: Earmark's code lies in packages.
 
     Raises:
         ConfigError: Beam does not know one of them.
     """
-    given = {_option_name(arg) for arg in beam_options if arg.startswith("--")}
+    given = {_option_name(arg) for arg in beam_options if arg.startswith("--")} - ADDED_UP
     args = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, values in config.beam.items()

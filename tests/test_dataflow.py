@@ -8,25 +8,32 @@ process.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import fsspec
 import pytest
+import typer
+import yaml
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow.internal import apiclient
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineState
 
+from pipeline import cli
 from pipeline.config import RunConfig, load_config
 from pipeline.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
 from pipeline.estimate import run_plan
 from pipeline.graph import build_graph
-from pipeline.run import pipeline_options, run_label
+from pipeline.run import check_runner, pipeline_options, run_label
 from pipeline.stats import run_stats
 from tests import audio_factory
 from tests.unit_factory import file_unit
@@ -37,6 +44,7 @@ from transforms.errors import ConfigError, ModelError, OutputError
 from transforms.inference import InferenceSettings
 from transforms.label_audio import make_settings
 
+ROOT = Path(__file__).resolve().parents[1]
 IMAGE = "us-central1-docker.pkg.dev/proj-1/earmark/earmark:gpu"
 REQUIRED = {
     "project": "proj-1",
@@ -49,6 +57,18 @@ T4 = "worker_accelerator=type:nvidia-tesla-t4;count:1;install-nvidia-driver"
 JOB = DataflowJob("proj-1", "us-central1", "2026-01-01_00_00_00-1")
 STEPS = ("Skip committed", "Decode", "Cut into windows", "Extract fbank", "Run AST",
          "Assemble rows", "Commit")  # fmt: skip
+
+
+def load_launcher() -> ModuleType:
+    """The flex template's script, which lies in no package."""
+    spec = importlib.util.spec_from_file_location("launcher", ROOT / "deploy/flex_template/main.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+launcher = load_launcher()
 
 
 def flags(**changes: str | None) -> list[str]:
@@ -279,6 +299,8 @@ def test_options_behind_the_dashes_take_the_place_of_the_config_s() -> None:
     assert cloud.dataflow_service_options == [T4]
     assert options.get_all_options()["num_workers"] == 9
     assert options.get_all_options()["machine_type"] == "g2-standard-8"
+    more = pipeline_options(config, ["--experiments=enable_data_sampling"]).get_all_options()
+    assert more["experiments"] == ["no_use_multiple_sdk_containers", "enable_data_sampling"]
 
 
 def test_stats_waits_for_its_job() -> None:
@@ -429,7 +451,7 @@ def test_a_job_that_cannot_be_asked_for_keeps_its_output() -> None:
         check_no_job("memory://asked/out", ask=fail)
 
 
-def test_a_template_is_written_and_nothing_is_waited_for(
+def test_the_launcher_writes_a_template_and_ends(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     staged: dict[str, bytes] = {}
@@ -440,10 +462,25 @@ def test_a_template_is_written_and_nothing_is_waited_for(
         staged[f"{place}/{name}"] = stream.read()
 
     monkeypatch.setattr(apiclient.DataflowApplicationClient, "stage_file", keep)
-    assert run_label(config, [*flags(), "--template_location=gs://mybucket/t/job.json"]) == 0
-    assert json.loads(staged["gs://mybucket/t/job.json"])["type"] == "JOB_TYPE_BATCH"
+    # The store of these tests ends with the process, and the command would not have it.
+    monkeypatch.setattr("pipeline.cli._check_output_lasts", lambda output: None)
+    given = [
+        f"--input={config.inputs[0]}",
+        f"--output={config.output}",
+        f"--model={config.model.name}",
+        "--config=dataflow_gpu",
+        "--set=labels.top_k=3;decode.processes=1",
+        "--runner=DataflowRunner",
+        "--template_location=gs://mybucket/t/job.json",
+        *flags(),
+    ]
+    assert cli.main(launcher.make_command(given)) == 0
+    job = json.loads(staged["gs://mybucket/t/job.json"])
+    assert job["environment"]["serviceOptions"] == [L4]
     assert "No job has been started: the template was written to" in capsys.readouterr().err
     assert recorded_job("memory://df/out") is None
+    run = json.loads(storage.read_bytes("memory://df/out/run.json"))
+    assert (run["status"], run["config"]["labels"]["top_k"]) == ("running", 3)
 
 
 def test_a_model_on_this_machine_is_refused(config: RunConfig, tiny_model: Path) -> None:
@@ -464,3 +501,143 @@ def test_plan_needs_neither_the_gpu_nor_the_cloud(
     assert "Estimate from 2 clips: 2 s of audio, 2 windows." in out
     assert "docs/dataflow.md has a formula for the cost" in out
     assert "Time on this machine" not in out
+
+
+# --- The image and the template ---------------------------------------------------------------
+
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+PARAMETERS = {
+    parameter["name"]: parameter
+    for parameter in json.loads(
+        (ROOT / "deploy" / "flex_template" / "metadata.json").read_text(encoding="utf-8")
+    )["parameters"]
+}
+
+
+def test_the_image_has_one_python_and_the_beam_that_is_installed_here() -> None:
+    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    pythons = {text for base in bases for text in re.findall(r"python:?(3\.?\d\d)", base)}
+    assert {text.replace(".", "") for text in pythons} == {"311"}
+    assert f"apache/beam_python3.11_sdk:{beam.version.__version__}" in bases
+    assert DOCKERFILE.rstrip().endswith('ENTRYPOINT ["/opt/apache/beam/boot"]')
+
+
+def test_the_image_copies_what_is_there_and_all_that_setup_needs() -> None:
+    copied = {
+        name
+        for line in re.findall(r"^COPY (?!--)(.*)$", DOCKERFILE, re.MULTILINE)
+        for name in line.split()[:-1]
+    }
+    assert all((ROOT / name).exists() for name in copied)
+    assert {"setup.py", "pyproject.toml", "LICENSE", "pipeline", "transforms", "configs"} <= copied
+
+
+def test_the_build_gives_the_arguments_that_the_image_takes() -> None:
+    build = yaml.safe_load((ROOT / "deploy" / "cloudbuild.yaml").read_text(encoding="utf-8"))
+    (step,) = build["steps"]
+    given = {text for word in step["args"] for text in re.findall(r"--build-arg=(\w+)=", word)}
+    assert given == set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE)) == {"TORCH", "MODEL"}
+    used = {text for word in step["args"] for text in re.findall(r"\$\{(\w+)\}", word)}
+    assert used == set(build["substitutions"])
+
+
+def test_the_template_s_parameters_are_those_of_the_launcher() -> None:
+    own = {"input", "set", *launcher.OPTIONS}
+    known = PipelineOptions([]).get_all_options()
+    assert set(PARAMETERS) - own == {"sdk_container_image"} <= set(known)
+    assert own <= set(PARAMETERS)
+    required = {name for name, found in PARAMETERS.items() if not found.get("isOptional")}
+    assert required == {"input", "output", "model", "sdk_container_image"}
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("input", ["gs://b/x", "https://h/a.csv", "gs://b/a b/*.wav"], ["/data", "x", "gs://"]),
+        ("output", ["gs://b/out"], ["out", "s3://b/out", "gs://"]),
+        ("model", ["esc10", "MIT/ast@main", "gs://b/m", "a/b@c0ffee"], ["/m", "a/b/c", ""]),
+        ("sdk_container_image", [IMAGE, "gcr.io/p/i@sha256:0f"], ["", "-x", "a b"]),
+        ("config", ["dataflow_gpu", "dataflow_cpu"], ["local", "dataflow_tpu"]),
+        ("set", ["", "labels.top_k=5", "limit=3;labels.scores=true"], ["labels", "a=1;b"]),
+    ],
+)
+def test_a_parameter_s_pattern_tells_good_from_bad(
+    name: str, good: list[str], bad: list[str]
+) -> None:
+    (pattern,) = PARAMETERS[name]["regexes"]
+    assert [text for text in good if not re.fullmatch(pattern, text)] == []
+    assert [text for text in bad if re.fullmatch(pattern, text)] == []
+
+
+def test_the_launcher_passes_beam_s_options_on_and_leaves_out_what_beam_does_not_know(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["--input", "gs://b/in", "--output=gs://b/out", "--model=esc10", "--set=",
+             "--num_workers=2", "--no_use_public_ips", "--launched_by=service"]  # fmt: skip
+    assert launcher.make_command(given) == [
+        *("label", "gs://b/in", "--config", "dataflow_gpu", "--output", "gs://b/out"),
+        *("--model", "esc10", "--", "--num_workers=2", "--no_use_public_ips"),
+    ]
+    assert "left out --launched_by" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="stray stands behind no option"):
+        launcher.make_command(["--num_workers=2", "stray"])
+
+
+# --- The document ----------------------------------------------------------------------------
+
+DOCUMENT = (ROOT / "docs" / "dataflow.md").read_text(encoding="utf-8")
+
+
+def commands_of(program: str) -> list[list[str]]:
+    """Every command of a program in the document's blocks, in words."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith(f"{program} ")]
+
+
+def test_the_document_s_commands_have_options_that_there_are() -> None:
+    commands: Any = typer.main.get_command(cli.app)
+    found = commands_of("earmark")
+    assert [words[0] for words in found] == ["plan", "label", "verify"]
+    for words in found:
+        (name, *own), beam_options = cli.split_beam_options(words)
+        known = {text for parameter in commands.commands[name].params for text in parameter.opts}
+        assert {word for word in own if word.startswith("--")} <= known
+        pipeline_options(RunConfig(), beam_options)  # refuses what Beam does not know
+
+
+def test_the_document_s_command_for_label_would_be_submitted(config: RunConfig) -> None:
+    (words,) = [words for words in commands_of("earmark") if words[0] == "label"]
+    names = {"PROJECT": "proj-1", "REGION": "us-central1", "BUCKET": "mybucket", "IMAGE": IMAGE,
+             "WORKER": "w@proj-1.iam.gserviceaccount.com", "MODEL": "a/b"}  # fmt: skip
+    words = [re.sub(r"\$(\w+)", lambda found: names[found[1]], word) for word in words]
+    own, beam_options = cli.split_beam_options(words)
+    named = own[own.index("--config") + 1]
+    run_config = load_config(named)
+    check_runner(pipeline_options(run_config, beam_options), run_config.inference.device)
+
+
+def test_the_document_names_files_and_parameters_that_there_are() -> None:
+    for path in re.findall(r"(?<![\w/])((?:deploy|configs|tests|docs)/[\w./]+\w)", DOCUMENT):
+        assert (ROOT / path).exists(), path
+    (run,) = [
+        words
+        for words in commands_of("gcloud")
+        if words[:3] == ["dataflow", "flex-template", "run"]
+    ]
+    given = [word.removeprefix("--parameters=") for word in run if word.startswith("--parameters=")]
+    names = {pair.partition("=")[0] for text in given for pair in text.split(",")}
+    assert names == {name for name, found in PARAMETERS.items() if not found.get("isOptional")}
+    assert set(re.findall(r"_([A-Z]+)=", DOCUMENT)) == {"IMAGE", "MODEL", "TORCH"}
+
+
+def test_the_document_s_costs_follow_from_its_prices() -> None:
+    rows = re.findall(r"^\| ([a-z]\d-[\w-]+), \w+ \| (.*) \|$", DOCUMENT, re.MULTILINE)
+    assert len(rows) == 3
+    for _, text in rows:
+        cpus, memory, disk, gpu, price, speed, cost = map(float, text.split(" | "))
+        hourly = cpus * 0.056 + memory * 0.003557 + disk * 0.000298 + gpu
+        assert price == round(hourly, 2)
+        assert cost == round(1000 * hourly / speed, 2)
+    assert round(10_000 / (4 * 2370), 2) == 1.05
+    assert round(4 * 1.26 * 1.30, 1) == 6.6

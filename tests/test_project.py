@@ -79,6 +79,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ledger": {"storage"},
     "commit": {"storage", "rows", "ledger", "live_counts"},
     "label_audio": {path.stem for path in STEPS},
+    # LabelAudio for Beam YAML.
+    "yaml_provider": {"label_audio", "checkpoints", "inference", "rows"},
 }
 
 # The only modules that may import a library: one door each.
