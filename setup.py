@@ -68,6 +68,7 @@ setup(
         "s3": ["s3fs>=2025.3"],
         "azure": ["adlfs>=2024.12"],
         "gcp": ["apache-beam[gcp]==2.77.*"],
+        "yaml": ["apache-beam[yaml]==2.77.*"],
         "openvino": ["openvino>=2025.1", "nncf>=2.16"],
         "dev": [
             "pytest>=8",
@@ -87,6 +88,11 @@ setup(
             "flask-cors>=5.0",
             "s3fs>=2025.3",
             "gcp-storage-emulator>=2026.7",
+            # What Beam's DataflowRunner and its YAML import beyond what is here already. The whole
+            # extras would bring sixty packages, and an older pandas than the tests read with.
+            "google-cloud-dataflow-client>=0.13,<0.14",
+            "docstring-parser>=0.15,<1",
+            "jsonschema>=4,<5",
             # The first setuptools that builds wheels by itself: tests/test_packaging.py does.
             "setuptools>=70.1",
             "ruff>=0.17,<0.18",

@@ -19,7 +19,7 @@ from pipeline.calibration import calibrate, thinned
 from pipeline.config import RunConfig
 from pipeline.plan import RunPlan, describe_plan, make_plan
 from pipeline.progress import format_audio, format_duration
-from pipeline.run import pipeline_options
+from pipeline.run import is_remote, pipeline_options
 from pipeline.streams import answer
 from transforms.backbones import resolve_batch_size, resolve_device
 from transforms.clip_ids import WindowEstimate, extension
@@ -34,6 +34,11 @@ SAMPLED_CLIPS = 32
 
 # Decoding a whole recording of hours would make planning slow; its size says enough.
 MAX_SAMPLED_BYTES = 64 << 20
+
+ELSEWHERE = (
+    "The runner works on other machines, and this one cannot tell how long they take; "
+    "docs/dataflow.md has a formula for the cost."
+)
 
 
 @dataclass(frozen=True)
@@ -87,27 +92,35 @@ def run_plan(config: RunConfig, beam_options: list[str]) -> int:
     Raises:
         UsageError: Something is wrong with the command.
     """
-    pipeline_options(config, beam_options)  # only to refuse what Beam does not know
-    plan = make_plan(config, needs_output=False)
+    # For the rest, only to refuse what Beam does not know.
+    is_elsewhere = is_remote(pipeline_options(config, beam_options))
+    plan = make_plan(config, is_remote=is_elsewhere, needs_output=False)
     for line in describe_plan(plan):
         answer(line)
     if plan.units:
         plan = calibrate(plan, config.inference.calibration_windows)
         estimate = estimate_work(plan)
-        engine = ASTModelHandler(plan.label.model, plan.label.inference).load_model()
-        window_s = time_window(engine, plan.label)
-        for line in describe_estimate(estimate, window_s, engine.name):
+        for line in describe_estimate(estimate):
             answer(line)
+        answer(ELSEWHERE if is_elsewhere else describe_time(estimate, plan.label))
     return 0
 
 
-def describe_estimate(estimate: Estimate, window_s: float, engine: str) -> list[str]:
+def describe_time(estimate: Estimate, label: LabelSettings) -> str:
+    """How long this machine would take, from a batch that it runs."""
+    engine = ASTModelHandler(label.model, label.inference).load_model()
+    window_s = time_window(engine, label)
+    return (
+        f"Time on this machine: about {format_duration(estimate.windows * window_s)} "
+        f"({window_s:.3g} s a window, {engine.name})."
+    )
+
+
+def describe_estimate(estimate: Estimate) -> list[str]:
     """The estimate in words."""
     lines = [
         f"Estimate from {estimate.sampled_clips} clips: {format_audio(estimate.audio_s)} of audio, "
         f"{estimate.windows:,} windows.",
-        f"Time on this machine: about {format_duration(estimate.windows * window_s)} "
-        f"({window_s:.3g} s a window, {engine}).",
     ]
     if estimate.failed_clips:
         lines.append(

@@ -22,7 +22,16 @@ from apache_beam.runners.runner import create_runner
 from pipeline.backlog import count_found_items
 from pipeline.calibration import calibrate
 from pipeline.checks import describe_checks, precision_warnings
-from pipeline.config import DEFAULT_RUNNER, RunConfig, given_output
+from pipeline.config import DEFAULT_RUNNER, RunConfig, given_inputs, given_output
+from pipeline.dataflow import (
+    check_dataflow,
+    check_device,
+    check_no_job,
+    follow,
+    is_dataflow,
+    is_left_running,
+    submit,
+)
 from pipeline.doctor import UNTIMED, Startup, describe_time
 from pipeline.graph import RunTotals, build_graph
 from pipeline.output_lock import hold_output
@@ -47,8 +56,9 @@ from pipeline.result import (
 )
 from pipeline.streams import say
 from transforms import storage
+from transforms.checkpoints import ModelSpec
 from transforms.clip_ids import for_terminal
-from transforms.errors import ConfigError, OutputError
+from transforms.errors import ConfigError, ModelError, OutputError
 from transforms.ledger import UnitTotals, list_unit_ids, read_commit, read_failures
 from transforms.scratch import sweep, temporary_files_in_scratch
 from transforms.stage_clocks import stage_clocks
@@ -65,6 +75,9 @@ EXIT_TOO_MANY_FAILED = 3
 # Runners that hand work to other machines, which cannot see this one's files.
 REMOTE_RUNNERS = frozenset({"dataflowrunner"})
 
+# Beam's options whose values in the config and on the command line do not exclude each other.
+ADDED_UP = frozenset({"experiments"})
+
 # Masters and endpoints that are on this machine: "[local]", "local[4]", "localhost:8081", "embed".
 LOCAL_MASTER = re.compile(r"^\[?(local|auto|embed|collection|127\.|::1)", re.IGNORECASE)
 
@@ -78,7 +91,8 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
         imports_s: Seconds that importing this module took, for the record of the run.
 
     Returns:
-        The exit code: 0 done, 3 done but with more failures than allowed or a broken container.
+        The exit code: 0 done, or submitted and not waited for; 3 done but with more failures than
+        allowed or a broken container.
 
     Raises:
         UsageError: Something is wrong with the command; nothing was written.
@@ -87,13 +101,17 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
     began_s = time.monotonic()
     options = pipeline_options(config, beam_options)
     remote = is_remote(options)
-    sweep()
     output = storage.normalise(given_output(config))
+    if remote:
+        check_runner(options, config.inference.device)
+        check_reachable([storage.normalise(text) for text in given_inputs(config)], output)
+    sweep()
     with hold_output(output, on_lost=_interrupt_main_thread):
         wait_for_writers(output)
+        check_no_job(output)
         plan = make_plan(config, is_remote=remote)
         if remote:
-            check_reachable(plan.inputs, plan.output)
+            check_model_reachable(plan.label.model)
         for line in describe_plan(plan):
             say(line, quiet=config.quiet)
         plan = calibrate(plan, config.inference.calibration_windows)
@@ -102,9 +120,12 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
         started = time.monotonic()
         if plan.units:
             try:
-                run_graph(plan, options, finish, config.quiet)
+                is_done = run_graph(plan, options, finish, config.quiet)
             finally:
                 remove_staging(plan.output)
+            if not is_done:
+                say(f"Once it has ended, earmark verify {plan.output} says whether all is well.")
+                return EXIT_DONE
         else:
             finish(RunTotals())
         return report(plan.output, config, time.monotonic() - started)
@@ -118,16 +139,23 @@ def _interrupt_main_thread() -> None:
 def pipeline_options(config: RunConfig, beam_options: list[str]) -> PipelineOptions:
     """Beam's options: from the config, then from the command line, which wins.
 
+    What is given there takes the place of the config's value, also where Beam would add the two
+    up (``dataflow_service_options``); experiments alone are added up. Nothing of ``__main__`` goes
+    along to workers: Earmark's code lies in packages.
+
     Raises:
         ConfigError: Beam does not know one of them.
     """
+    given = {_option_name(arg) for arg in beam_options if arg.startswith("--")} - ADDED_UP
     args = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, values in config.beam.items()
         for value in (values if isinstance(values, list) else [values])
-        if value is not None and value is not False
+        if value is not None and value is not False and _option_name(name) not in given
     ]
     args += beam_options
+    if not any(arg.endswith("save_main_session") for arg in args):
+        args.append("--no_save_main_session")
     if not any(arg.split("=")[0] == "--runner" for arg in args):
         args.append(f"--runner={DEFAULT_RUNNER}")
     if config.inference.workers > 1 and not any("direct_num_workers" in arg for arg in args):
@@ -138,6 +166,10 @@ def pipeline_options(config: RunConfig, beam_options: list[str]) -> PipelineOpti
     options = PipelineOptions(args)
     check_known(options, args)
     return options
+
+
+def _option_name(arg: str) -> str:
+    return arg.removeprefix("--").split("=")[0].replace("-", "_")
 
 
 def check_known(options: PipelineOptions, args: list[str]) -> None:
@@ -190,6 +222,35 @@ def is_remote(options: PipelineOptions) -> bool:
         "portablerunner": values.get("job_endpoint"),
     }.get(name)
     return name in REMOTE_RUNNERS or not LOCAL_MASTER.match(master or "local")
+
+
+def check_runner(options: PipelineOptions, device: str | None = None) -> None:
+    """Refuse what a runner on other machines could not do.
+
+    Args:
+        options: Beam's.
+        device: What the model is to be run on; None where there is no model.
+
+    Raises:
+        ConfigError: An option is missing or does not go with another.
+    """
+    if is_dataflow(options):
+        check_dataflow(options)
+        if device is not None:
+            check_device(options, device)
+
+
+def check_model_reachable(model: ModelSpec) -> None:
+    """Refuse a model on this machine where other machines do the work.
+
+    Raises:
+        ModelError: It lies in a local folder.
+    """
+    if model.source in ("folder", "original") and storage.is_local(model.location):
+        raise ModelError(
+            f"model {model.name} lies on this machine, and the runner works on others; copy it to "
+            "where they can reach it (--model gs://…), or name one from the hub."
+        )
 
 
 def check_reachable(inputs: Sequence[str], output: str | None) -> None:
@@ -264,20 +325,32 @@ def run_graph(
     options: PipelineOptions,
     finish: Callable[[RunTotals], None],
     quiet: bool,
-) -> None:
-    """Run the graph to its end, with progress on the terminal."""
+) -> bool:
+    """Run the graph, with progress on the terminal; to its end, unless it is not waited for.
+
+    Returns:
+        Whether it has come to its end.
+    """
     with temporary_files_in_scratch():  # it makes a folder that would stay if the run is killed
         pipeline = beam.Pipeline(options=options)
     build_graph(pipeline, plan.units, plan.label, plan.commit, finish)
     stage_clocks.reset()
-    total_windows = sum(unit.estimated_windows for unit in plan.units)
+    is_waited_for = not (is_remote(options) and is_left_running(options))
+    # The service takes the job and answers at once; other runners work in the call to run.
+    result = submit(pipeline, plan.output, options, quiet=quiet) if is_dataflow(options) else None
+    if not is_waited_for:
+        if result is None:
+            pipeline.run()
+            say("The job has been handed over, and is not waited for.", quiet=quiet)
+        return False
     with ProgressDisplay(
-        total_windows=total_windows,
+        total_windows=sum(unit.estimated_windows for unit in plan.units),
         total_items=plan.backlog.num_items,
         quiet=quiet,
         read=_progress_reader(options, plan.output),
     ):
-        pipeline.run().wait_until_finish()
+        follow(result or pipeline.run(), plan.output, options)
+    return True
 
 
 def _progress_reader(options: PipelineOptions, output: str) -> Callable[[], ProgressCounts]:

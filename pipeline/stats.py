@@ -23,12 +23,14 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.backlog import count_found_items, find_backlog
 from pipeline.config import RunConfig, given_inputs
+from pipeline.dataflow import follow, is_left_running
 from pipeline.plan import counted, describe_inputs, make_decode_settings, make_source_settings
 from pipeline.progress import LiveReader, ProgressDisplay, format_audio, format_duration
 from pipeline.run import (
     EXIT_DONE,
     EXIT_TOO_MANY_FAILED,
     check_reachable,
+    check_runner,
     is_in_process,
     is_remote,
     pipeline_options,
@@ -36,7 +38,7 @@ from pipeline.run import (
 from pipeline.streams import answer, say
 from transforms import storage
 from transforms.decode import DecodeAudio, DecodeSettings
-from transforms.errors import InputError, OutputError
+from transforms.errors import ConfigError, InputError, OutputError
 from transforms.fbank import ASTFeatureExtractor, FbankSettings
 from transforms.feature_statistics import (
     FeatureStatistics,
@@ -141,6 +143,9 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
         InputError: Nothing in the input could be measured.
     """
     options = pipeline_options(config, beam_options)
+    if is_remote(options):
+        check_runner(options)
+        check_waited_for(options)
     sweep()
     plan = make_stats_plan(config, as_original=as_original)
     if is_remote(options):
@@ -169,6 +174,19 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
         answer(f"Written: {storage.public_uri(url)}")
     say(f"Took {format_duration(elapsed_s)}.", quiet=config.quiet)
     return _exit_code(statistics, config.max_failed)
+
+
+def check_waited_for(options: PipelineOptions) -> None:
+    """Refuse not to wait for the job.
+
+    Raises:
+        ConfigError: It is not to be waited for.
+    """
+    if is_left_running(options):
+        raise ConfigError(
+            "earmark stats prints what its job measures, and so waits for it; leave out "
+            "no_wait_until_finish and template_location."
+        )
 
 
 def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
@@ -249,7 +267,7 @@ def measure(plan: StatsPlan, options: PipelineOptions) -> DatasetStatistics:
         url = storage.join(place, f"stats-{uuid.uuid4().hex}.json")
         pipeline = beam.Pipeline(options=options)
         build_stats_graph(pipeline, plan, url)
-        pipeline.run().wait_until_finish()
+        follow(pipeline.run(), None, options)
         figures: Mapping[str, Any] = json.loads(storage.read_bytes(url))
         storage.remove(url)
     return DatasetStatistics(**figures)

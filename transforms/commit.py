@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PCollection, TaggedOutput
+from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms import storage
 from transforms.errors import AccountingError
@@ -403,13 +404,19 @@ class SkipCommitted(
         super().__init__()
         self._settings = settings
 
+    def default_type_hints(self) -> IOTypeHints:
+        """What Beam checks what goes in and comes out against."""
+        return (
+            IOTypeHints.empty().with_input_types(WorkUnit).with_output_types(WorkUnit, UnitSummary)
+        )
+
     def expand(
         self, units: PCollection[WorkUnit]
     ) -> tuple[PCollection[WorkUnit], PCollection[UnitSummary]]:
         """Apply the transform."""
-        divided = units | beam.ParDo(_SkipCommittedFn(self._settings)).with_outputs(
-            "done", main="to_do"
-        )
+        step = beam.ParDo(_SkipCommittedFn(self._settings))
+        step = step.with_output_types(WorkUnit, done=UnitSummary)
+        divided = units | step.with_outputs("done", main="to_do")
         return divided.to_do, divided.done
 
 
@@ -426,6 +433,8 @@ class _SkipCommittedFn(beam.DoFn):
             yield unit
 
 
+@beam.typehints.with_input_types(UnitEvent)
+@beam.typehints.with_output_types(UnitSummary)
 class CommitUnits(beam.PTransform[PCollection[UnitEvent], PCollection[UnitSummary]]):
     """Write rows as parts and commit each unit when all of it has come.
 

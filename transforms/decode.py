@@ -948,6 +948,8 @@ def _return_pool(settings: DecodeSettings) -> None:
     shared.pool.close()
 
 
+@beam.typehints.with_input_types(WorkUnit)
+@beam.typehints.with_output_types(Waveform | ItemFailure | UnitEnd)
 class DecodeAudio(beam.PTransform[Any, Any]):
     """Reads and decodes work units: ``WorkUnit`` to ``Waveform``, ``ItemFailure``, ``UnitEnd``.
 

@@ -566,6 +566,8 @@ def _with_features(window: Window, settings: FbankSettings) -> Window:
         return dataclasses.replace(window, data=None, error=str(error))
 
 
+@beam.typehints.with_input_types(_Element)
+@beam.typehints.with_output_types(_Element)
 class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]):
     """Replace the samples of each window by its features.
 

@@ -218,6 +218,8 @@ def _mask(features: FloatArray, widest: int, rng: np.random.Generator) -> None:
     features[:, start : start + int(width)] = 0.0
 
 
+@beam.typehints.with_input_types(_Element)
+@beam.typehints.with_output_types(FeatureStatistics)
 class MeasureFeatures(beam.PTransform[PCollection[_Element], PCollection[FeatureStatistics]]):
     """Measure the features of each window.
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.pvalue import PCollection, TaggedOutput
+from apache_beam.typehints import Dict
+from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms import storage
 from transforms.backbones import InferenceSettings
@@ -49,6 +51,9 @@ from transforms.windows import CutWindows, WindowSettings
 
 # Files that one unit of LabelAudio groups, so that decoding can look ahead across them.
 FILES_PER_UNIT = 64
+
+# How Beam knows a row of LabelAudio.
+ROW = Dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,8 @@ def make_settings(
     )
 
 
+@beam.typehints.with_input_types(WorkUnit)
+@beam.typehints.with_output_types(UnitEvent)
 class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]]):
     """Label work units: ``WorkUnit`` to ``WindowRow | ClipRow | ItemFailure | UnitEnd``.
 
@@ -223,18 +230,21 @@ class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
         super().__init__()
         self._settings = settings
 
+    def default_type_hints(self) -> IOTypeHints:
+        """What Beam checks what goes in and comes out against."""
+        return IOTypeHints.empty().with_input_types(str).with_output_types(ROW, ROW, ROW)
+
     def expand(self, uris: PCollection[str]) -> LabelledAudio:
         """Apply the transform."""
+        make_rows = beam.FlatMap(functools.partial(_row_of, settings=self._settings.rows))
+        make_rows = make_rows.with_output_types(ROW, windows=ROW, clips=ROW, failures=ROW)
         rows = (
             uris
             | "Group files"
             >> beam.BatchElements(min_batch_size=FILES_PER_UNIT, max_batch_size=FILES_PER_UNIT)
             | "Make units" >> beam.Map(unit_of_files)
             | "Label units" >> LabelUnits(self._settings)
-            | "Make rows"
-            >> beam.FlatMap(functools.partial(_row_of, settings=self._settings.rows)).with_outputs(
-                "windows", "clips", "failures"
-            )
+            | "Make rows" >> make_rows.with_outputs("windows", "clips", "failures")
         )
         return LabelledAudio(rows.windows, rows.clips, rows.failures)
 

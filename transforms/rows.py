@@ -331,6 +331,8 @@ def _window_failure(window: Window, prediction: Prediction | None) -> Failure:
 KeyedPrediction = tuple[Window | ItemFailure | UnitEnd, Prediction | None]
 
 
+@beam.typehints.with_input_types(KeyedPrediction)
+@beam.typehints.with_output_types(UnitEvent)
 class AssembleRows(beam.PTransform[PCollection[KeyedPrediction], PCollection[UnitEvent]]):
     """Predictions, keyed by what they are of, to rows; what has no prediction passes through.
 

@@ -269,6 +269,8 @@ def _make_window(piece: Waveform, index: int, cut: Cut, rate_hz: int) -> Window:
     )
 
 
+@beam.typehints.with_input_types(_Piece)
+@beam.typehints.with_output_types(_Element)
 class CutWindows(beam.PTransform[PCollection[_Piece], PCollection[_Element]]):
     """Turn the pieces of decoded clips into windows.
 

@@ -1,0 +1,66 @@
+"""What a flex template runs: ``earmark label`` with the template's parameters, and no waiting.
+
+    --input=gs://… --output=gs://… --model=… --runner=DataflowRunner --template_location=gs://… …
+        └─▶ earmark label gs://… --output gs://… --model … -- --runner=DataflowRunner …
+
+It lists the inputs, writes the job's description, and ends; the service then starts the job from
+it. The parameters are those of ``metadata.json``; everything else is an option for Beam.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from pipeline import cli
+
+# Parameters of the template that are Earmark's, with the option that each becomes.
+OPTIONS = {"output": "--output", "model": "--model", "config": "--config"}
+DEFAULT_CONFIG = "dataflow_gpu"
+
+
+def split_arguments(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Names and values, in order, of ``--name=value``, ``--name value`` and ``--name``."""
+    found: list[tuple[str, str | None]] = []
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found.append((name, value if equals else None))
+        elif found and found[-1][1] is None:
+            found[-1] = (found[-1][0], word)
+        else:
+            raise SystemExit(f"{word} stands behind no option; expected --name=value")
+    return found
+
+
+def make_command(arguments: Sequence[str]) -> list[str]:
+    """The command line of ``earmark`` for what the service gives the launcher.
+
+    Args:
+        arguments: ``--input=…``, the parameters of ``OPTIONS``, ``--set=key=value;key=value``, and
+            Beam's options. What Beam does not know is left out, and said: the service may give
+            its launchers more than Beam's client reads.
+    """
+    known = {name.replace("-", "_") for name in PipelineOptions([]).get_all_options()}
+    inputs, own, beam_options = [], {"config": DEFAULT_CONFIG}, []
+    settings: list[str] = []
+    for name, value in split_arguments(arguments):
+        if name == "input":
+            inputs.append(value or "")
+        elif name == "set":
+            settings += [text for text in (value or "").split(";") if text]
+        elif name in OPTIONS:
+            own[name] = value or own.get(name, "")
+        elif name.replace("-", "_").removeprefix("no_") in known or name in known:
+            beam_options.append(f"--{name}" if value is None else f"--{name}={value}")
+        else:
+            print(f"left out --{name}, which Beam does not know", file=sys.stderr)
+    options = [word for name, value in own.items() for word in (OPTIONS[name], value)]
+    sets = [word for text in settings for word in ("--set", text)]
+    return ["label", *inputs, *options, *sets, "--", *beam_options]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(make_command(sys.argv[1:])))

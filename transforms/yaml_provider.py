@@ -1,0 +1,165 @@
+"""``LabelAudio`` for Beam YAML: rows with a URI in, rows of Earmark's tables out.
+
+    Row(uri=…) ─▶ LabelAudio ─▶ clips, windows, failures: Row with the tables' columns
+
+YAML gives a transform plain values and hears of types through schemas; so the settings are keyword
+arguments, and what comes out says its columns. ``deploy/beam_yaml`` has the provider file and a
+pipeline that uses it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.pvalue import PCollection, Row
+from apache_beam.typehints import List, Optional
+from apache_beam.typehints.decorators import IOTypeHints
+from apache_beam.typehints.row_type import RowTypeConstraint
+
+from transforms.backbones import DeviceName, InferenceSettings, Precision
+from transforms.checkpoints import ModelOverrides, resolve_model
+from transforms.errors import InputError
+from transforms.label_audio import LabelAudio, LabelSettings, make_settings
+from transforms.rows import clips_schema, errors_schema, windows_schema
+
+# How Beam knows the types that the tables' columns have.
+SCALARS: Mapping[pa.DataType, type] = {
+    pa.string(): str,
+    pa.int32(): int,
+    pa.int64(): int,
+    pa.float32(): float,
+    pa.float64(): float,
+    pa.float16(): float,
+}
+
+
+class LabelAudioRows(beam.PTransform[PCollection[Row], dict[str, PCollection[Row]]]):
+    """Label the audio that rows name; ``LabelAudio`` in a YAML pipeline.
+
+    In: rows with a text column that names an audio file. Out: ``clips``, ``windows`` and
+    ``failures``, rows with the columns of ``clips``, ``windows`` and ``errors``.
+
+    Args:
+        model: Hub id, local or remote folder, original ``.pth``, or the name of a bundled model.
+        uri_field: The column that holds the URI or path of an audio file.
+        top_k: How many labels a row lists, best first.
+        scores: Also give every class's score.
+        window_s: Length of a window in seconds; null is what the checkpoint holds.
+        hop_s: From one window's start to the next's; null is the window's length.
+        precision: auto, fp32, bf16 or fp16.
+        device: auto, cpu, cuda or mps; one asked for by name and absent is an error.
+        batch_size: Windows per call; null lets the device decide.
+
+    Raises:
+        ConfigError: A setting does not fit the checkpoint.
+        ModelError: The checkpoint cannot be had.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        uri_field: str = "uri",
+        top_k: int = 10,
+        scores: bool = False,
+        window_s: float | None = None,
+        hop_s: float | None = None,
+        precision: Precision = "auto",
+        device: DeviceName = "auto",
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._uri_field = uri_field
+        self._settings = make_settings(
+            resolve_model(model, ModelOverrides()),
+            inference=InferenceSettings(precision=precision, device=device, batch_size=batch_size),
+            window_s=window_s,
+            hop_s=hop_s,
+            top_k=top_k,
+            store_scores=scores,
+        )
+
+    def default_type_hints(self) -> IOTypeHints:
+        """What Beam checks what goes in and comes out against."""
+        outputs = dict.fromkeys(("windows", "clips", "failures"), Row)
+        return IOTypeHints.empty().with_input_types(Row).with_output_types(**outputs)
+
+    def expand(self, rows: PCollection[Row]) -> dict[str, PCollection[Row]]:
+        """Apply the transform."""
+        take_uri = functools.partial(uri_of, field=self._uri_field)
+        uris = rows | "Take URI" >> beam.Map(take_uri).with_output_types(str)
+        labelled = (uris | "Label" >> LabelAudio(self._settings))._asdict()
+        found: dict[str, PCollection[Row]] = {}
+        for name, schema in schemas_of(self._settings).items():
+            make_row = beam.Map(functools.partial(row_of, schema=schema))
+            found[name] = labelled[name] | f"Rows of {name}" >> make_row.with_output_types(
+                row_type(schema)
+            )
+        return found
+
+
+def schemas_of(settings: LabelSettings) -> dict[str, pa.Schema]:
+    """The columns of each output."""
+    return {
+        "windows": windows_schema(settings.rows),
+        "clips": clips_schema(settings.rows),
+        "failures": errors_schema(),
+    }
+
+
+def uri_of(row: Any, field: str) -> str:
+    """The URI that a row names.
+
+    Raises:
+        InputError: It has no such column, or no text in it.
+    """
+    value = getattr(row, field, None)
+    if not isinstance(value, str):
+        raise InputError(
+            f"{field} is {value!r} in the row {row!r}; must be the URI of an audio file. "
+            "uri_field names the column that holds it."
+        )
+    return value
+
+
+def row_type(schema: pa.Schema) -> RowTypeConstraint:
+    """Beam's type of the rows of a table."""
+    return RowTypeConstraint.from_fields([(field.name, _type_of(field)) for field in schema])
+
+
+def _type_of(field: pa.Field) -> Any:
+    """Beam's type of a column; null is possible where the table allows it."""
+    kind = _plain_type(field.type)
+    return Optional[kind] if field.nullable else kind
+
+
+def _plain_type(kind: pa.DataType) -> Any:
+    if pa.types.is_struct(kind):
+        return row_type(pa.schema(list(kind)))
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return List[_plain_type(kind.value_type)]
+    return SCALARS[kind]
+
+
+def row_of(values: Mapping[str, Any], schema: pa.Schema) -> Row:
+    """A row as Beam's, structs within it too.
+
+    Args:
+        values: The columns, as ``LabelAudio`` gives them.
+        schema: The table's.
+    """
+    return Row(**{field.name: _value_of(values[field.name], field.type) for field in schema})
+
+
+def _value_of(value: Any, kind: pa.DataType) -> Any:
+    if value is None:
+        return None
+    if pa.types.is_struct(kind):
+        return row_of(value, pa.schema(list(kind)))
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return [_value_of(item, kind.value_type) for item in value]
+    return value
