@@ -20,7 +20,14 @@ from transforms import backbones, inference, precision_check
 from transforms.backbones import InferenceSettings
 from transforms.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.inference import Engine, load_engine
-from transforms.ledger import CheckFigures, add_checks
+from transforms.ledger import (
+    CheckFigures,
+    Commit,
+    Ledger,
+    UnitSummary,
+    UnitTotals,
+    add_checks,
+)
 from transforms.precision_check import PrecisionCheck, compare
 from transforms.records import FloatArray, Prediction, WindowCheck
 
@@ -64,6 +71,16 @@ def test_figures_add_up_in_any_order() -> None:
     expected = CheckFigures(2, 1, 1, 0.25, 0.5, 1.25, EARLY, "no memory")
     assert one + other + lost == lost + other + one == expected
     assert add_checks({"a": one}, {}, {"a": other, "b": one}) == {"a": one + other, "b": one}
+
+
+def test_figures_come_back_from_a_commit_and_earlier_commits_have_none() -> None:
+    figures = {"torch cpu bf16": CheckFigures.of(WindowCheck(0.25, 0.5, False, LATE))}
+    commit = Commit("u", "f", (), Ledger("files"), {}, UnitTotals(), ("torch cpu bf16",), figures)
+    assert Commit.from_json(commit.to_json()) == commit
+    assert UnitSummary.of(commit).checks == figures
+    earlier = json.loads(commit.to_json())
+    del earlier["checks"]
+    assert Commit.from_json(json.dumps(earlier).encode()) == dataclasses.replace(commit, checks={})
 
 
 def record(**figures: Any) -> dict[str, dict[str, Any]]:

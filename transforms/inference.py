@@ -113,8 +113,8 @@ class Engine:
         _check_shape("embedding", pooled, (len(features), self._hidden_size))
         _check_shape("stored embedding", stored, pooled.shape)
         scores = score_embeddings(self.head, pooled, self.activation)
-        # The features too, because int8 makes a number of NaN.
         finite = np.ones(len(features), np.bool_)
+        # The features too, because int8 makes a number of NaN.
         for values in (features.reshape(len(features), -1), pooled, stored, scores):
             finite &= np.isfinite(values).all(axis=1)
         return [
