@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import subprocess
@@ -278,19 +279,56 @@ def truths_of(manifest: Path) -> dict[str, tuple[tuple[str, ...] | None, str | N
     }
 
 
-def test_the_manifest_of_esc50_is_made_as_its_recipe_says(tmp_path: Path) -> None:
+@pytest.fixture
+def esc50_folder(tmp_path: Path) -> Path:
+    """A folder laid out as the dataset is."""
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "esc50.csv").write_text(
         "filename,fold,target,category,esc10,src_file,take\n"
         "1-100032-A-0.wav,1,0,dog,True,100032,A\n"
         "2-100038-A-14.wav,2,14,chirping_birds,False,100038,A\n"
+        "3-110913-A-10.wav,3,10,rain,True,110913,A\n"
+        "5-117118-A-0.wav,5,0,dog,True,117118,A\n"
     )
-    manifest = tmp_path / "esc50.csv"
-    manifest.write_text(run_script("esc50", tmp_path))
+    return tmp_path
+
+
+def test_the_manifest_of_esc50_is_made_as_its_recipe_says(esc50_folder: Path) -> None:
+    manifest = esc50_folder / "esc50.csv"
+    manifest.write_text(run_script("esc50", esc50_folder))
     assert truths_of(manifest) == {
         "audio/1-100032-A-0.wav": (("dog",), '{"fold": "1"}'),
         "audio/2-100038-A-14.wav": (("chirping_birds",), '{"fold": "2"}'),
+        "audio/3-110913-A-10.wav": (("rain",), '{"fold": "3"}'),
+        "audio/5-117118-A-0.wav": (("dog",), '{"fold": "5"}'),
     }
+
+
+def test_the_manifest_of_esc10_has_its_own_names_and_leaves_out_a_fold(esc50_folder: Path) -> None:
+    manifest = esc50_folder / "esc10.csv"
+    manifest.write_text(run_script("esc10", esc50_folder))
+    assert truths_of(manifest) == {
+        "audio/1-100032-A-0.wav": (("dog_bark",), '{"fold": "1"}'),
+        "audio/3-110913-A-10.wav": (("rain",), '{"fold": "3"}'),
+    }
+
+
+def test_the_recipe_of_esc10_gives_the_labels_of_the_dataset(
+    esc50_folder: Path, shared_data: Path
+) -> None:
+    categories = (
+        "dog rain sea_waves crying_baby clock_tick sneezing helicopter chainsaw rooster "
+        "crackling_fire"
+    ).split()
+    (esc50_folder / "meta" / "esc50.csv").write_text(
+        "filename,fold,target,category,esc10,src_file,take\n"
+        + "".join(f"{name}.wav,1,0,{name},True,0,A\n" for name in categories)
+    )
+    manifest = esc50_folder / "esc10.csv"
+    manifest.write_text(run_script("esc10", esc50_folder))
+    with (shared_data / "esc10" / "esc10.csv").open(newline="") as lines:
+        labels = {row["label"] for row in csv.DictReader(lines)}
+    assert {truth[0] for truth, _ in truths_of(manifest).values() if truth} == labels
 
 
 def expanded(name: str) -> list[list[str]]:
@@ -308,9 +346,10 @@ def expanded(name: str) -> list[list[str]]:
     return [line.split() for line in said.splitlines()]
 
 
-def test_the_folds_of_esc50_are_evaluated_together_as_they_were_held_out() -> None:
-    commands = expanded("esc50")
-    assert [words[0] for words in commands] == [*["train", "label"] * 5, "evaluate"]
+@pytest.mark.parametrize(("name", "num_folds"), [("esc50", 5), ("esc10", 4)])
+def test_the_folds_are_evaluated_together_as_they_were_held_out(name: str, num_folds: int) -> None:
+    commands = expanded(name)
+    assert [words[0] for words in commands] == [*["train", "label"] * num_folds, "evaluate"]
     labelled = []
     for fold, (train, label) in enumerate(zip(commands[:-1:2], commands[1::2], strict=True), 1):
         given = dict(pairwise(train))
@@ -320,7 +359,7 @@ def test_the_folds_of_esc50_are_evaluated_together_as_they_were_held_out() -> No
         assert dict(pairwise(label))["--model"] == given["--output"]
         labelled.append(dict(pairwise(label))["--output"])
     assert commands[-1] == ["evaluate", *labelled]
-    assert len(set(labelled)) == 5
+    assert len(set(labelled)) == num_folds
 
 
 def test_the_manifests_of_speech_commands_are_made_as_its_recipe_says(tmp_path: Path) -> None:
