@@ -99,7 +99,9 @@ def test_the_wheel_says_what_it_is(installed: Path) -> None:
     metadata = message_from_string((info / "METADATA").read_text(encoding="utf-8"))
     assert (metadata["Name"], metadata["Version"]) == ("earmark", pipeline.__version__)
     assert metadata["Requires-Python"] == ">=3.11"
-    assert sorted(metadata.get_all("Provides-Extra")) == ["azure", "dev", "gcp", "openvino", "s3"]
+    assert sorted(metadata.get_all("Provides-Extra")) == [
+        *("azure", "dev", "gcp", "openvino", "s3", "yaml"),
+    ]
     requirements = {line.replace(" ", "") for line in metadata.get_all("Requires-Dist")}
     assert {"apache-beam==2.77.*", "torchaudio==2.11.*", "torch<2.13,>=2.11"} <= requirements
     assert (info / "entry_points.txt").read_text(encoding="utf-8").split("\n")[:2] == [
