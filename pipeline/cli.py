@@ -103,7 +103,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="Hub id (optionally @revision), folder, or original .pth; see [b]earmark models[/b].",
+        help="Hub id (optionally @revision), folder, or original .pth; see [b]earmark models[/b] "
+        "(default: esc10, which ships with Earmark and knows ten sounds).",
         rich_help_panel=MODEL_PANEL,
     ),
 ]
@@ -533,7 +534,7 @@ def stats(
 
     def job() -> int:
         parameters.pop("as_original")
-        run_config = _read_config(parameters, needs_output=False, needs_model=False)
+        run_config = _read_config(parameters, needs_output=False)
         _check_output_lasts(run_config.output)
         _configure_logging(run_config.quiet)
         from pipeline.stats import run_stats
@@ -708,7 +709,7 @@ def _labelling_job(context: typer.Context) -> Job:
     name, parameters, beam_options = context.info_name, dict(context.params), context.obj
 
     def job() -> int:
-        config = _read_config(parameters, needs_output=name == "label", needs_model=True)
+        config = _read_config(parameters, needs_output=name == "label")
         _check_output_lasts(config.output)
         _configure_logging(config.quiet)
         if name == "label":
@@ -723,12 +724,11 @@ def _labelling_job(context: typer.Context) -> Job:
     return job
 
 
-def _read_config(parameters: dict[str, Any], *, needs_output: bool, needs_model: bool) -> RunConfig:
+def _read_config(parameters: dict[str, Any], *, needs_output: bool) -> RunConfig:
     """Load the configuration, and check that nothing is missing that no default can give."""
     from pipeline.config import (
         RUN_SCHEMA,
         given_inputs,
-        given_model,
         given_output,
         load_config,
     )
@@ -739,8 +739,6 @@ def _read_config(parameters: dict[str, Any], *, needs_output: bool, needs_model:
     given_inputs(config)
     if needs_output:
         given_output(config)
-    if needs_model:
-        given_model(config)
     return config
 
 

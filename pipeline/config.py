@@ -779,17 +779,3 @@ def given_output(config: _HasOutput) -> str:
     if config.output is None:
         raise OutputError("no output is given; name a folder: --output DIR")
     return config.output
-
-
-def given_model(config: RunConfig) -> str:
-    """The model's name, which no default can give.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    if config.model.name is None:
-        raise ConfigError(
-            "no model is given; pass --model with a hub id, a folder or an original .pth "
-            "(earmark models lists the public ones), or --config audioset"
-        )
-    return config.model.name

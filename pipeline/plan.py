@@ -10,6 +10,7 @@ Nothing is written here; ``earmark plan`` stops after it, ``earmark label`` goes
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +23,6 @@ from pipeline.config import (
     ReadSection,
     RunConfig,
     given_inputs,
-    given_model,
     given_output,
 )
 from pipeline.graph import RunTotals
@@ -37,6 +37,7 @@ from pipeline.result import (
 )
 from transforms import storage
 from transforms.backbones import InferenceSettings
+from transforms.bundled import DEFAULT_MODEL, describe_default
 from transforms.checkpoints import ModelOverrides, ModelSpec, load_features, resolve_model
 from transforms.commit import CommitSettings
 from transforms.decode import DecodeSettings
@@ -124,7 +125,7 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
     inputs = [storage.normalise(text) for text in given_inputs(config)]
     wants_output = needs_output or config.output is not None
     output = storage.normalise(given_output(config)) if wants_output else ""
-    model = resolve_model(given_model(config), make_overrides(config))
+    model = choose_model(config)
     label = make_label_settings(config, model)
     if not is_remote:
         check_settings(label.inference)
@@ -169,6 +170,19 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
         backlog=backlog,
         vanished_failures=count_vanished_failures(found, commits, output),
     )
+
+
+def choose_model(config: RunConfig) -> ModelSpec:
+    """The checkpoint that is named; where none is, the one that ships, with a note that says so.
+
+    Raises:
+        ModelError: It cannot be found, or does not say what must be known.
+    """
+    overrides = make_overrides(config)
+    if config.model.name is not None:
+        return resolve_model(config.model.name, overrides)
+    note = describe_default()  # first: it knows best what is wrong where there is none
+    return dataclasses.replace(resolve_model(DEFAULT_MODEL, overrides), notes=(note,))
 
 
 def make_overrides(config: RunConfig) -> ModelOverrides:

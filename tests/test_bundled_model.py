@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import pickle
@@ -10,10 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 
 from pipeline import cli
+from pipeline.config import RunConfig, load_config
+from pipeline.plan import RunPlan, describe_plan, make_plan
+from pipeline.run import run_label
+from pipeline.train_config import TRAIN_SCHEMA
+from tests.audio_factory import write
 from tests.model_factory import MEAN, STD, TINY_LABELS, write_tiny_model
 from transforms import bundled
 from transforms.bundled import bundled_folder, bundled_models, bundled_names, describe_default
@@ -187,6 +196,37 @@ def test_the_default_is_described_in_a_line(shelf: Path) -> None:
     )
 
 
+def test_who_names_no_model_gets_the_default_and_is_told(
+    shelf: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    write(tmp_path / "a.wav", np.zeros(16_000, np.float32), 16_000)
+
+    def plan(**model: object) -> RunPlan:
+        config = {"inputs": [str(tmp_path / "a.wav")], "model": model}
+        return make_plan(RunConfig.model_validate(config), needs_output=False)
+
+    first, note, *_ = describe_plan(plan(std=3.0))
+    assert first.startswith("Model: esc10, 5 labels (sigmoid), windows of ")
+    assert note == describe_default()
+    assert plan(std=3.0).label.model.std == 3.0
+    assert plan().run["model"]["name"] == "esc10"
+    for name in (str(tiny_model), "esc10"):
+        assert describe_default() not in describe_plan(plan(name=name))
+
+
+@pytest.mark.parametrize("command", ["label", "plan"])
+def test_no_model_at_all_is_found_before_any_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.setattr(bundled, "BUNDLED_FOLDER", tmp_path / "none")
+    assert cli.main([command, str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "model esc10: this installation of Earmark does not hold it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_installation_without_models_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,3 +283,92 @@ def test_what_ships_is_whole_and_tells_what_it_is(name: str) -> None:
     assert tuple(label.name for label in spec.labels) == model.labels
     assert (spec.window_s, spec.license) == (model.window_s, model.license)
     assert load_model(spec).config == spec.config
+
+
+ESC10_LOG = Path(__file__).resolve().parents[1] / "docs" / "esc10"
+MAX_BYTES = 12_000_000
+
+
+def test_esc10_is_small_and_in_half_precision() -> None:
+    folder = bundled.BUNDLED_FOLDER / "esc10"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < MAX_BYTES
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_esc10_has_the_shape_and_the_labels_that_its_recipe_says() -> None:
+    recipe = load_config("esc10", schema=TRAIN_SCHEMA)
+    spec = resolve_model("esc10")
+    shape = recipe.model.model_dump() | recipe.architecture.model_dump()
+    for name in (
+        *("num_mel_bins", "max_length", "frequency_stride", "time_stride", "patch_size"),
+        *("hidden_size", "num_hidden_layers", "num_attention_heads"),
+    ):
+        assert getattr(spec.config, name) == shape[name], name
+    assert spec.activation == "softmax"
+    assert [label.name for label in spec.labels] == sorted(label.name for label in spec.labels)
+
+
+def test_the_card_of_esc10_says_what_came_out() -> None:
+    found = json.loads((ESC10_LOG / "evaluation.json").read_text())
+    card = (bundled.BUNDLED_FOLDER / "esc10" / "README.md").read_text()
+    assert bundled_models()[0].value == round(found["accuracy"], 4)
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) of (\d+) \| (0\.\d+|1\.\d+) \|$", card, re.MULTILINE)
+    assert {
+        name: (int(right), int(clips), float(precision)) for name, right, clips, precision in rows
+    } == {
+        entry["name"]: (
+            round(entry["recall"] * entry["positives"]),
+            entry["positives"],
+            round(entry["precision"], 3),
+        )
+        for entry in found["classes"]
+    }
+
+
+def test_the_log_of_esc10_adds_up() -> None:
+    """What training says of each fold is what ``evaluate`` says of all of them."""
+    found = json.loads((ESC10_LOG / "evaluation.json").read_text())
+    figures = []
+    for fold in range(1, 5):
+        with (ESC10_LOG / f"history_fold{fold}.csv").open(newline="") as lines:
+            *_, last = csv.DictReader(lines)
+        assert int(last["epoch"]) == load_config("esc10", schema=TRAIN_SCHEMA).training.epochs
+        figures.append(float(last["averaged_accuracy"]))
+    assert found["counts"]["clips"] == 320
+    assert sum(figures) / 4 == pytest.approx(found["accuracy"], abs=1e-9)
+
+
+def test_every_clip_that_esc10_has_learnt_from_is_credited(shared_data: Path) -> None:
+    def facts(path: Path) -> set[tuple[str, ...]]:
+        columns = ("filename", "licence", "author", "source_title")
+        with path.open(newline="", encoding="utf-8") as lines:
+            return {tuple(row[name] for name in columns) for row in csv.DictReader(lines)}
+
+    given = facts(bundled.BUNDLED_FOLDER / "esc10" / "attribution.csv")
+    assert given == facts(shared_data / "esc10" / "esc10.csv")
+
+
+def test_esc10_is_as_right_as_its_log_says_of_the_fold_that_it_has_not_heard(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    folder = shared_data / "esc10"
+    with (folder / "esc10.csv").open(newline="") as lines:
+        truth = {
+            row["filename"]: row["label"] for row in csv.DictReader(lines) if row["fold"] == "1"
+        }
+    assert set(truth.values()) == {label.name for label in resolve_model("esc10").labels}
+    config = {
+        "inputs": [str(folder / "audio" / name) for name in truth],
+        "output": str(tmp_path / "out"),
+        "inference": {"precision": "fp32", "device": "cpu"},
+        "quiet": True,
+    }
+    assert run_label(RunConfig.model_validate(config), []) == 0
+    rows = pq.read_table(tmp_path / "out" / "clips", columns=["uri", "labels"]).to_pylist()
+    right = sum(row["labels"][0]["name"] == truth[Path(row["uri"]).name] for row in rows)
+    with (ESC10_LOG / "history_fold1.csv").open(newline="") as lines:
+        *_, last = csv.DictReader(lines)
+    assert len(rows) == 80
+    # The log is in bfloat16, where a clip on the brink may fall to the other side.
+    assert abs(right - 80 * float(last["averaged_accuracy"])) <= 2

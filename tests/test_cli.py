@@ -260,8 +260,6 @@ def test_beam_options_are_handed_on_as_they_are(calls: Calls, command: str) -> N
         (["label", *REQUIRED, "--config", "audoset"], "Did you mean audioset"),
         (["label", "-o", "out", "-m", "model"], "no input is given"),
         (["label", "in", "-m", "model"], "no output is given"),
-        (["label", "in", "-o", "out"], "no model is given; .*earmark models"),
-        (["plan", "in"], "no model is given"),
         (["train", "-o", "out"], "nothing to learn from is given; .*--train INPUT"),
         (["train", "-t", "in", "--hold-out", "a=1"], "no output is given"),
         (["train", "-t", "in", "-o", "out"], r"training.keep is best; needs .*--hold-out COLUMN"),

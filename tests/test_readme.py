@@ -24,6 +24,7 @@ from pipeline.run import pipeline_options
 from tests.bird_factory import write_birds
 from tests.fake_hub import serve_hub
 from tests.model_factory import write_tiny_model
+from transforms.bundled import DEFAULT_MODEL, bundled_model, describe_default
 from transforms.labels import audioset_labels
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,26 +75,66 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
     )
 
 
+def label_samples(command: str, out: Path, environment: dict[str, str]) -> str:
+    """Do what a command of the README does, into another folder; gives what it says."""
+    program, *arguments = shlex.split(command)
+    assert (program, arguments[:2]) == (".venv/bin/earmark", ["label", "samples/"])
+    assert arguments[-2] == "--output"
+    done = run([sys.executable, "-m", "pipeline", *arguments[:-1], str(out)], environment)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 @pytest.fixture(scope="module")
-def labelled(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's first command makes of the samples."""
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's first command makes of the samples, with no hub that answers."""
     out: Path = tmp_path_factory.mktemp("readme") / "out"
     install, command = block("label-command").splitlines()
     assert install == "python3 -m venv .venv && .venv/bin/pip install ."
-    program, *arguments = shlex.split(command)
-    assert (program, arguments[-2:]) == (".venv/bin/earmark", ["--output", "out"])
-    done = run([sys.executable, "-m", "pipeline", *arguments[:-1], str(out)], environment)
-    assert done.returncode == 0, done.stderr
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(out.parent / "home")}
+    said = label_samples(command, out, {**os.environ, **nowhere, "PYTHONPATH": str(ROOT)})
+    assert describe_default() in said
     return out
 
 
-def test_the_first_command_labels_every_sample(labelled: Path) -> None:
-    table = pq.read_table(labelled / "clips")
-    assert sorted(Path(name).name for name in table["clip_id"].to_pylist()) == SAMPLES
+def clips_of(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """The labels of each sample, by file name."""
+    assert not list(out.glob("errors/*"))
+    rows = pq.read_table(out / "clips", columns=["clip_id", "labels"]).to_pylist()
+    return {Path(row["clip_id"]).name: row["labels"] for row in rows}
+
+
+def test_the_first_command_labels_every_sample_without_a_network(labelled: Path) -> None:
+    clips = clips_of(labelled)
+    assert sorted(clips) == SAMPLES
     assert len(SAMPLES) == 10
-    assert not list(labelled.glob("errors/*"))
+    names = set(bundled_model(DEFAULT_MODEL).labels)
+    for labels in clips.values():
+        assert {label["name"] for label in labels} == names
+        assert sum(label["score"] for label in labels) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_what_the_samples_are_said_to_be_is_what_came_out(labelled: Path) -> None:
+    table = README.split("<!-- samples-table -->\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    clips = clips_of(labelled)
+    assert [row[0].strip("`") for row in rows] == SAMPLES
+    for name, *said in rows:
+        for text, label in zip(said, clips[name.strip("`")], strict=False):
+            word, score = text.split()
+            # Half precision is rounded otherwise on another chip.
+            assert float(score) == pytest.approx(label["score"], abs=0.03)
+            assert word == label["name"]
+
+
+def test_the_command_with_audiosets_labels_works(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    label_samples(block("audioset-command").strip(), tmp_path / "out", environment)
+    clips = clips_of(tmp_path / "out")
+    assert sorted(clips) == SAMPLES
     names = {label.name for label in audioset_labels()}
-    for labels in table["labels"].to_pylist():
+    for labels in clips.values():
         assert len(labels) == 10
         assert {label["name"] for label in labels} <= names
         assert all(label["id"].startswith("/") for label in labels)
@@ -254,5 +295,3 @@ def test_the_sample_files_readme_names_a_command_that_works() -> None:
     command, *arguments = shlex.split(line)
     assert command == "label"
     assert {word for word in arguments if word.startswith("--")} <= options_of(command)
-    # Nothing is bundled yet: without a model the command is refused.
-    assert "--model" in arguments or "--config" in arguments
