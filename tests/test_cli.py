@@ -243,7 +243,7 @@ def test_arguments_divide_at_the_first_bare_dashes(
 def test_beam_options_are_handed_on_as_they_are(calls: Calls, command: str) -> None:
     options = ["--runner=PrismRunner", "--experiments", "a", "--output=x"]
     assert cli.main([command, *REQUIRED, "--", *options]) == 0
-    config, beam_options = calls[-1]
+    config, beam_options, *_ = calls[-1]
     assert config.output == "out"
     assert beam_options == options
 
