@@ -91,7 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commit": {"storage", "rows", "ledger", "live_counts", "stage_clocks"},
     "label_audio": {path.stem for path in STEPS},
     # LabelAudio for Beam YAML.
-    "yaml_provider": {"label_audio", "checkpoints", "inference", "rows"},
+    "yaml_provider": {"label_audio", "checkpoints", "backbones", "rows"},
 }
 
 # The only modules that may import a library: one door each.
