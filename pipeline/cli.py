@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 EXIT_UNEXPECTED = 1
 EXIT_USAGE = 2
 MODELS_WIDTH = 200  # more than the table needs
+# How long after an interrupt that was lost in a callback it comes again.
+LOST_INTERRUPT_S = 0.02
 GO_ON = "Once that is mended, run the same command again: it goes on from what is done."
 AGAIN = "Once that is mended, run the same command again."
 SEE_DEBUG = "EARMARK_DEBUG=1 shows where it comes from."
@@ -981,7 +984,8 @@ class _Interrupts:
     """Treats SIGTERM like Ctrl-C, and remembers that one of them came.
 
     Both leave a result that the same command goes on from. An interrupt that meets a step of the
-    pipeline comes out as Beam's RuntimeError, so that the exception alone does not tell.
+    pipeline comes out as Beam's RuntimeError, so that the exception alone does not tell. One that
+    meets a callback of Python's own, of which imports have many, is lost there: it comes once more.
     """
 
     def __init__(self) -> None:
@@ -992,11 +996,22 @@ class _Interrupts:
             number: signal.signal(number, self._interrupt)
             for number in (signal.SIGINT, signal.SIGTERM)
         }
+        self._hook_before, sys.unraisablehook = sys.unraisablehook, self._come_again
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._hook_before
+
+    def _come_again(self, lost: sys.UnraisableHookArgs) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            self._hook_before(lost)
+            return
+        # A moment later: whatever is raised in here is lost as well.
+        again = threading.Timer(LOST_INTERRUPT_S, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.came = True

@@ -669,6 +669,23 @@ def test_an_interrupt_is_one_from_the_first_line_on(
     assert said == ("", "earmark: interrupted; the same command goes on from here\n")
 
 
+def test_an_interrupt_that_a_callback_swallows_comes_again(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Swallowing:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def run(*_: object) -> int:
+        Swallowing()  # gone at once; what its end raises is ignored
+        time.sleep(10)
+        return 0
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["models"]) == 130
+    assert capsys.readouterr().err == "earmark: interrupted; the same command goes on from here\n"
+
+
 def catches(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler for a signal by now."""
     status = Path(f"/proc/{pid}/status").read_text()
