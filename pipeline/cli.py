@@ -1019,11 +1019,13 @@ class _Interrupts:
 
 
 def _fail(code: int, message: str) -> int:
-    from transforms.clip_ids import for_terminal  # brings numpy along
-
     if _is_debugging():
         traceback.print_exc()
-    print(f"earmark: {for_terminal(message, keep_lines=True)}", file=sys.stderr)
+    if code != EXIT_INTERRUPTED:  # its words are ours; and an interrupted import may not work again
+        from transforms.clip_ids import for_terminal  # brings numpy along
+
+        message = for_terminal(message, keep_lines=True)
+    print(f"earmark: {message}", file=sys.stderr)
     return code
 
 
