@@ -990,6 +990,7 @@ class _Interrupts:
 
     def __init__(self) -> None:
         self.came = False
+        self._again: threading.Timer | None = None
 
     def __enter__(self) -> Self:
         self._before = {
@@ -1003,15 +1004,17 @@ class _Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         sys.unraisablehook = self._hook_before
+        if self._again is not None:
+            self._again.cancel()
 
     def _come_again(self, lost: sys.UnraisableHookArgs) -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             self._hook_before(lost)
             return
         # A moment later: whatever is raised in here is lost as well.
-        again = threading.Timer(LOST_INTERRUPT_S, os.kill, (os.getpid(), signal.SIGINT))
-        again.daemon = True
-        again.start()
+        self._again = threading.Timer(LOST_INTERRUPT_S, os.kill, (os.getpid(), signal.SIGINT))
+        self._again.daemon = True
+        self._again.start()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.came = True
