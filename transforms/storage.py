@@ -36,11 +36,12 @@ import os
 import re
 import shutil
 import stat as stat_module
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
@@ -77,6 +78,7 @@ _STAT_THREADS = 32
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _COPY_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 16
+_MAX_BLOCK_BYTES = 8 << 20  # what one request asks for; two of them are held at most
 STAGING_FOLDER = "_staging"
 _TEMPORARY = re.compile(r"\..{1,100}\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _temporary_name gives it
 # What ``link`` says on file systems without hard links (FAT, some network mounts).
@@ -518,15 +520,19 @@ def _version(details: dict[str, Any]) -> str | None:
 # --- Reading -------------------------------------------------------------------------------
 
 
-def open_read(url: str, block_bytes: int | None = None) -> BinaryIO:
+def open_read(url: str, block_bytes: int | None = None, stop: int | None = None) -> BinaryIO:
     """Open a file as a buffered stream of bytes, in bounded memory; close it after use.
 
-    The stream can seek, except over ``http`` from a server that does not give a size.
+    The stream can seek, except over ``http`` from a server that does not give a size. Of a file in
+    an object store or on the web, at most 16 MiB are held.
 
     Args:
         url: The file.
         block_bytes: How much to ask a remote store for at once; small where one jumps about in a
-            large file. None: the store's own choice.
+            large file. None: what is read in order is asked for in ever larger pieces, the next
+            one while the last is being used.
+        stop: The byte before which reading in order will end; nothing from there on is asked for
+            ahead. None: the file's end.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -536,7 +542,7 @@ def open_read(url: str, block_bytes: int | None = None) -> BinaryIO:
     if is_local(url):
         path = _regular_file(url)
         return open(path, "rb")
-    raw = cast(io.RawIOBase, _open_remote(url, block_bytes))
+    raw = cast(io.RawIOBase, _open_remote(url, block_bytes, stop))
     return cast(BinaryIO, io.BufferedReader(raw, _BUFFER_BYTES))
 
 
@@ -568,7 +574,9 @@ def _regular_file(url: str) -> str:
     return path
 
 
-def _open_remote(url: str, block_bytes: int | None) -> io.RawIOBase | io.BytesIO:
+def _open_remote(
+    url: str, block_bytes: int | None, stop: int | None
+) -> io.RawIOBase | io.BytesIO:
     fs, path = _filesystem(url)
     options: dict[str, Any] = {} if block_bytes is None else {"block_size": block_bytes}
     if protocol(url) == "memory":
@@ -590,7 +598,11 @@ def _open_remote(url: str, block_bytes: int | None) -> io.RawIOBase | io.BytesIO
     has_ranges = getattr(type(file), "_fetch_range", None) not in (None, _NO_RANGES)
     if size is not None and has_ranges:
         content.size = size
-        return _RangedFile(file, url, size, content)
+        if protocol(url) in _OBJECT_STORES | _READ_ONLY:
+            pace = _Pace(block_bytes, size if stop is None else min(stop, size))
+        else:  # one connection, for one request at a time
+            pace = _Pace(block_bytes or int(file.blocksize), size)
+        return _RangedFile(file, url, size, content, pace)
     file.close()
     details = _ask_file(url, lambda: _details(url))
     content.version = None if protocol(url) in _READ_ONLY else _version(details)
@@ -669,18 +681,84 @@ def _comparable(validator: str | None) -> str | None:
     return validator and re.sub(r'^W/|"|[-;](?:gzip|br|zstd|deflate)(?="?$)', "", validator)
 
 
-class _RangedFile(io.RawIOBase):
-    """A remote file, fetched block by block; only the last one is kept.
+@dataclass
+class _Pace:
+    """How much to ask for at once, and whether to ask for what comes next.
 
-    Each block is asked for until it is whole. fsspec's own caches would keep a short one. From a
+    Read in order, pieces double up to 8 MiB; a jump begins anew with what is asked for. Once as
+    much has been read in a row as a piece has, the next piece is fetched ahead: so what is fetched
+    in vain is never more than what was read before it.
+
+    Attributes:
+        fixed_bytes: Ask for at least this much each time, and nothing ahead; None: as above.
+        stop: Where reading in order ends.
+    """
+
+    fixed_bytes: int | None
+    stop: int
+    _piece_bytes: int = field(default=0, init=False)
+    _bytes_in_a_row: int = field(default=0, init=False)
+
+    def jump(self) -> None:
+        """What is read next does not follow what was read last."""
+        self._piece_bytes = self._bytes_in_a_row = 0
+
+    def end_of(self, start: int, num_bytes: int, size: int) -> int:
+        """Where the piece ends that begins at ``start``, of which ``num_bytes`` are wanted now."""
+        if self.fixed_bytes is not None:
+            return min(start + min(max(num_bytes, self.fixed_bytes), _MAX_BLOCK_BYTES), size)
+        if start >= self.stop:
+            return min(start + min(num_bytes, _MAX_BLOCK_BYTES), size)
+        self._piece_bytes = min(max(num_bytes, 2 * self._piece_bytes), _MAX_BLOCK_BYTES)
+        return min(start + self._piece_bytes, self.stop)
+
+    def has_read(self, num_bytes: int) -> None:
+        """A piece of so many bytes is being used."""
+        self._bytes_in_a_row += num_bytes
+
+    def wants_ahead(self, start: int) -> bool:
+        """Whether the piece that begins at ``start`` is to be fetched before it is asked for."""
+        is_in_order = self._bytes_in_a_row >= _MAX_BLOCK_BYTES
+        return self.fixed_bytes is None and is_in_order and start < self.stop
+
+
+class _Ahead:
+    """A piece of a file that is fetched while the one before is used, in a thread of its own.
+
+    The thread keeps nobody from ending: whoever drops the piece does not wait for it.
+    """
+
+    def __init__(self, start: int, end: int, fetch: Callable[[int, int], bytes | None]) -> None:
+        self.start, self.end = start, end
+        self._fetch = fetch
+        self._piece: Future[bytes | None] = Future()
+        threading.Thread(target=self._run, name="earmark-read-ahead", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._piece.set_result(self._fetch(self.start, self.end))
+        except BaseException as error:  # for whoever asks for the piece
+            self._piece.set_exception(error)
+
+    def result(self) -> bytes | None:
+        """What ``fetch`` gives or raises, once it is there."""
+        return self._piece.result()
+
+
+class _RangedFile(io.RawIOBase):
+    """A remote file, fetched piece by piece; only the last one is kept, and the next if it is due.
+
+    Each piece is asked for until it is whole. fsspec's own caches would keep a short one. From a
     web server that turns out to give no ranges, the rest comes as a stream.
     """
 
-    def __init__(self, file: Any, url: str, size: int, content: _WebContent) -> None:
+    def __init__(self, file: Any, url: str, size: int, content: _WebContent, pace: _Pace) -> None:
         super().__init__()
         self._file, self._url, self._size, self._content = file, url, size, content
+        self._pace = pace
         self._position = 0
         self._start, self._block = 0, b""
+        self._ahead: _Ahead | None = None
         self._stream: _StreamedFile | None = None
 
     def readable(self) -> bool:
@@ -700,27 +778,46 @@ class _RangedFile(io.RawIOBase):
         return self._position
 
     def readall(self) -> bytes:
-        return b"".join(iter(partial(self.read, _COPY_BYTES), b""))
+        return b"".join(iter(partial(self.read, _MAX_BLOCK_BYTES), b""))
 
     def readinto(self, buffer: Any) -> int:
         if self._position >= self._size:
             return 0
+        if not 0 <= self._position - self._start < len(self._block):
+            self._load(len(buffer))
         at = self._position - self._start
-        if not 0 <= at < len(self._block):
-            length = max(len(buffer), int(self._file.blocksize))
-            end = min(self._position + length, self._size)
-            self._block, self._start, at = b"", self._position, 0
-            self._block = self._read_block(self._position, end)
-        data = self._block[at : at + len(buffer)]
+        data = memoryview(self._block)[at : at + len(buffer)]
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
-    def _read_block(self, start: int, end: int) -> bytes:
+    def _load(self, num_bytes: int) -> None:
+        """Have the piece that holds the position, and the next one on its way."""
+        ahead, self._ahead = self._ahead, None
+        end = self._start + len(self._block)
+        self._block = b""  # before the next is there, so that two are held at most
+        if ahead is not None and ahead.start <= self._position < ahead.end:
+            self._start = ahead.start
+            self._block = self._read_piece(ahead.start, ahead.end, ahead)
+        else:
+            if self._position != end:
+                self._pace.jump()
+            self._start = self._position
+            end = self._pace.end_of(self._position, num_bytes, self._size)
+            self._block = self._read_piece(self._position, end)
+        self._pace.has_read(len(self._block))
+        start = self._start + len(self._block)
+        if self._stream is None and self._pace.wants_ahead(start):
+            self._ahead = _Ahead(start, self._pace.end_of(start, 0, self._size), self._ask_for)
+
+    def _ask_for(self, start: int, end: int) -> bytes | None:
+        return _ask_file(self._url, lambda: self._fetch(start, end))
+
+    def _read_piece(self, start: int, end: int, ahead: _Ahead | None = None) -> bytes:
         if self._stream is None:
-            block = _ask_file(self._url, lambda: self._fetch(start, end))
-            if block is not None:
-                return block
+            piece = ahead.result() if ahead is not None else self._ask_for(start, end)
+            if piece is not None:
+                return piece
         if self._stream is None or self._stream.tell() != start:
             self._close_stream()
             self._stream = _StreamedFile(self._url, self._size, self._content, start)
@@ -750,7 +847,7 @@ class _RangedFile(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            self._block = b""
+            self._block, self._ahead = b"", None
             self._close_stream()
             self._file.close()
         super().close()

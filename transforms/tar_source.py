@@ -227,11 +227,19 @@ class _Archive:
 
 @contextmanager
 def _open_archive(
-    url: str, uri: str, max_expansion: float, *, to_walk: bool = False
+    url: str, uri: str, max_expansion: float, *, to_walk: bool = False, stop: int | None = None
 ) -> Iterator[_Archive]:
-    """The archive at byte 0, decompressed if its first bytes are those of gzip."""
+    """The archive at byte 0, decompressed if its first bytes are those of gzip.
+
+    Args:
+        url: Where it lies.
+        uri: Its name in messages.
+        max_expansion: As for ``_Archive``.
+        to_walk: Only headers are read, here and there.
+        stop: Where what is to be read ends.
+    """
     try:
-        file = storage.open_read(url, _WALK_BLOCK_BYTES if to_walk else None)
+        file = storage.open_read(url, _WALK_BLOCK_BYTES if to_walk else None, stop)
     except OSError as error:
         raise ContainerError(f"{uri}: {error.strerror or error}") from error
     with file:
@@ -561,7 +569,8 @@ class TarReader:
             yield read_failure(self._container_item(), empty, is_container=True)
 
     def _open(self) -> AbstractContextManager[_Archive]:
-        return _open_archive(self._part.url, self._part.uri, self._limits.max_expansion)
+        part = self._part
+        return _open_archive(part.url, part.uri, self._limits.max_expansion, stop=part.stop)
 
     def _hold(self, group: _Group, member: TarMember, archive: _Archive) -> None:
         if _is_sidecar(member) and len(group.sidecars) < _MAX_SIDECARS:
