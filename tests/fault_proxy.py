@@ -71,6 +71,23 @@ class Faults:
     retry_after_s: int = 0
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a request was answered with.
+
+    Attributes:
+        method: Of the request.
+        path: Of the request, with its query.
+        start: The first byte that the request asks for; None if it asks for the whole.
+        num_bytes: How long the answer's body was.
+    """
+
+    method: str
+    path: str
+    start: int | None
+    num_bytes: int
+
+
 class FaultProxy:
     """Passes requests on to a server on this machine, and harms some of them.
 
@@ -78,6 +95,7 @@ class FaultProxy:
         faults: May be replaced at any time, which starts counting anew.
         counts: Faults injected, by kind (``down`` for those of a store that is down).
         num_requests: Requests that have come.
+        answers: What was passed on, in the order in which it came from the server.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -97,6 +115,7 @@ class FaultProxy:
         self._faults = faults
         self.counts: Counter[str] = Counter()
         self.num_requests = 0
+        self.answers: list[Answer] = []
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -161,6 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(int(kind))
             return
         status, headers, answer = self._pass_on(body)
+        wanted = self.headers.get("Range", "").removeprefix("bytes=").partition("-")[0]
+        start = int(wanted) if wanted else None
+        proxy.answers.append(Answer(self.command, self.path, start, len(answer)))
         if kind == "reset_after":
             self._reset()
         elif kind in CUTS and answer:

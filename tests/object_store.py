@@ -74,7 +74,7 @@ class ObjectStore:
 
     def objects(self) -> dict[str, bytes]:
         """Everything in the bucket, asked of the emulator itself."""
-        return {name: self._get(name) for name in self.names()}
+        return {name: self.get(name) for name in self.names()}
 
     def names(self) -> list[str]:
         """The objects' names, asked of the emulator itself."""
@@ -87,11 +87,15 @@ class ObjectStore:
     def clear(self) -> None:
         """Remove everything."""
         for name in self.names():
-            if self.protocol == "s3":
-                self._request("DELETE", f"/{BUCKET}/{urllib.parse.quote(name)}")
-            else:
-                quoted = urllib.parse.quote(name, safe="")
-                self._request("DELETE", f"/storage/v1/b/{BUCKET}/o/{quoted}")
+            self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Remove an object past the proxy."""
+        if self.protocol == "s3":
+            self._request("DELETE", f"/{BUCKET}/{urllib.parse.quote(name)}")
+        else:
+            quoted = urllib.parse.quote(name, safe="")
+            self._request("DELETE", f"/storage/v1/b/{BUCKET}/o/{quoted}")
 
     def put(self, name: str, data: bytes) -> None:
         """Store an object past the proxy."""
@@ -102,7 +106,8 @@ class ObjectStore:
             path = f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quoted}"
             self._request("POST", path, data)
 
-    def _get(self, name: str) -> bytes:
+    def get(self, name: str) -> bytes:
+        """An object's content, past the proxy."""
         if self.protocol == "s3":
             return self._request("GET", f"/{BUCKET}/{urllib.parse.quote(name)}")
         quoted = urllib.parse.quote(name, safe="")

@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "records": set(),
     "scratch": set(),
     "retries": set(),
-    "storage": {"retries", "scratch"},
+    "web_pages": set(),
+    "storage": {"retries", "scratch", "web_pages"},
     "labels": set(),
     # What there is to read: names, a file per kind of container, the inputs, the units cut from
     # them; sources joins them.

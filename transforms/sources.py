@@ -22,7 +22,7 @@ from transforms.clip_ids import AUDIO_EXTENSIONS, make_clip_id, make_unit_id, re
 from transforms.inputs import Container, Found, find_inputs
 from transforms.parquet_source import read_parquet
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
-from transforms.spooling import Fetched, ReadLimits, copy_file, fetch
+from transforms.spooling import Fetched, ReadLimits, second_name, fetch
 from transforms.tar_source import TarReader
 from transforms.units import SourceSettings, limit_items, plan_units
 
@@ -99,8 +99,8 @@ def _fetched_clips(
             elif fetched.data is not None:
                 yield EncodedClip(item, data=fetched.data)
             elif fetched.is_temporary and left:
-                # Each clip's file goes after decoding, so all but the last get their own.
-                yield EncodedClip(item, path=copy_file(str(fetched.path)), delete_path=True)
+                # Each clip's file goes after decoding, so all but the last get a name of their own.
+                yield EncodedClip(item, path=second_name(str(fetched.path)), delete_path=True)
             else:
                 path, temporary = fetched.path, fetched.is_temporary
                 fetched = Fetched() if temporary else fetched

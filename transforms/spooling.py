@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -87,10 +88,18 @@ def spool(name: str, write: Callable[[BinaryIO], object]) -> str:
         return str(file.name)
 
 
-def copy_file(path: str) -> str:
-    """The path of a temporary copy."""
-    with open(path, "rb") as source:
-        return spool(path, lambda file: shutil.copyfileobj(source, file, _COPY_BYTES))
+def second_name(path: str) -> str:
+    """Another path of a temporary file, which may be removed by itself.
+
+    A link where the file system has them, else a copy.
+    """
+    name = str(scratch_folder() / f"{uuid.uuid4().hex}{Path(path).suffix}")
+    try:
+        os.link(path, name)
+    except OSError:
+        with open(path, "rb") as source:
+            return spool(path, lambda file: shutil.copyfileobj(source, file, _COPY_BYTES))
+    return name
 
 
 @dataclass(frozen=True, slots=True)

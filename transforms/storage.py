@@ -55,6 +55,7 @@ from fsspec.utils import glob_translate
 from transforms.errors import OutputError, UsageError, WriteError
 from transforms.retries import ShortBodyError, ask, cause_words, may_pass, status_of
 from transforms.scratch import scratch_folder
+from transforms.web_pages import links_below
 
 # gcsfs would first ask Google by gRPC what kind of bucket it is, which takes a minute where that
 # is not to be had; Earmark needs nothing that depends on it. It reads this when it is imported.
@@ -78,6 +79,7 @@ _STAT_THREADS = 32
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _COPY_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 16
+_MAX_PAGE_BYTES = 64 << 20
 _MAX_BLOCK_BYTES = 8 << 20  # what one request asks for; two of them are held at most
 STAGING_FOLDER = "_staging"
 _TEMPORARY = re.compile(r"\..{1,100}\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _temporary_name gives it
@@ -305,7 +307,11 @@ def exists(url: str) -> bool:
 
 
 def is_folder(url: str) -> bool:
-    """Whether ``url`` is a folder (in an object store: a prefix with something below it)."""
+    """Whether ``url`` is a folder.
+
+    In an object store: a prefix with something below it; on the web: an index page, whose URL ends
+    with a slash, or leads to one that does.
+    """
     return _kind(url) == "directory"
 
 
@@ -323,7 +329,7 @@ def _kind(url: str) -> str | None:
 def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> Iterator[FileInfo]:
     """Every file below the folder ``url``, sorted by name.
 
-    Locally, links to folders are followed, and each real folder is listed once, under its own
+    Over ``http(s)``, what the server's index pages list. Locally, links to folders are followed, and each real folder is listed once, under its own
     path where that lies below ``url``; so a loop of links ends. Links to nothing, pipes, sockets
     and devices are listed, without a size (reading them will say what is wrong).
 
@@ -339,6 +345,9 @@ def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> I
     if is_local(url):
         found = sorted(_walk_local(local_path(url), report), key=lambda info: info.url)
         yield from found
+        return
+    if protocol(url) in _READ_ONLY:
+        yield from _list_web(url, report)
         return
     fs, root = _filesystem(url)
     if protocol(url) in _OBJECT_STORES:
@@ -413,6 +422,34 @@ def _walk_remote(
                 pending.append(child["name"])
             else:
                 yield child["name"], child
+
+
+def _list_web(url: str, report: Callable[[OSError], None]) -> Iterator[FileInfo]:
+    """What the index page of a folder lists, and those of the folders in it."""
+    top = _without_query(url)
+    query = url[len(top) :]  # may sign what lies below, too
+    pending, seen, files = [top.rstrip("/") + "/"], set[str](), list[str]()
+    while pending:
+        folder = pending.pop()
+        seen.add(folder)
+        try:
+            links = links_below(_read_page(folder + query), folder)
+        except OSError as error:
+            report(error)
+            continue
+        pending += [link for link in links if link.endswith("/") and link not in seen]
+        files += [link + query for link in links if not link.endswith("/")]
+    for file, facts in stat_many(sorted(files)).items():
+        # Reading one that the server does not tell of will say what is wrong.
+        yield FileInfo(file, None, None) if isinstance(facts, OSError) else facts
+
+
+def _read_page(url: str) -> str:
+    with open_read(url) as file:
+        data = file.read(_MAX_PAGE_BYTES + 1)
+    if len(data) > _MAX_PAGE_BYTES:
+        raise OSError(f"{public_uri(url)}: its index page has more than {_MAX_PAGE_BYTES} bytes")
+    return data.decode("utf-8", "replace")
 
 
 def _below(url: str, root: str, path: str) -> str:
@@ -494,7 +531,16 @@ def list_names(folder_url: str) -> list[str]:
 
 def _details(url: str) -> dict[str, Any]:
     fs, path = _filesystem(url)
-    return cast(dict[str, Any], _fresh(fs).info(path))
+    details = cast(dict[str, Any], _fresh(fs).info(path))
+    if protocol(url) in _READ_ONLY and _is_index_page(details):
+        return {**details, "type": "directory"}
+    return details
+
+
+def _is_index_page(details: dict[str, Any]) -> bool:
+    """Whether it is what a web server shows of a folder: it leads whoever asks to the slash."""
+    is_folder = _without_query(str(details.get("url", ""))).endswith("/")
+    return is_folder and details.get("mimetype") == "text/html"
 
 
 def _fresh(fs: Any) -> Any:
@@ -574,9 +620,7 @@ def _regular_file(url: str) -> str:
     return path
 
 
-def _open_remote(
-    url: str, block_bytes: int | None, stop: int | None
-) -> io.RawIOBase | io.BytesIO:
+def _open_remote(url: str, block_bytes: int | None, stop: int | None) -> io.RawIOBase | io.BytesIO:
     fs, path = _filesystem(url)
     options: dict[str, Any] = {} if block_bytes is None else {"block_size": block_bytes}
     if protocol(url) == "memory":

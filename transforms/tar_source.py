@@ -44,7 +44,7 @@ from transforms.clip_ids import (
 )
 from transforms.errors import ContainerError, ReadError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
-from transforms.spooling import ReadLimits, check_item_size, copy_file, spool
+from transforms.spooling import ReadLimits, check_item_size, second_name, spool
 
 logger = logging.getLogger(__name__)
 
@@ -634,7 +634,7 @@ class TarReader:
                     yield from (EncodedClip(item, data=one.data) for item in items)
                 else:
                     for item in items[:-1]:
-                        copy = copy_file(cast(str, one.path))
+                        copy = second_name(cast(str, one.path))
                         yield EncodedClip(item, path=copy, delete_path=True)
                     path, one.path = cast(str, one.path), None
                     yield EncodedClip(items[-1], path=path, delete_path=True)
