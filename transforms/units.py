@@ -133,8 +133,8 @@ def plan_units(
             present version that are committed; None as stop means to the end.
     """
     units = [
-        _files_unit(group, settings)
-        for group in _cut_items(sorted(items, key=plan_order), settings)
+        _files_unit(group, windows)
+        for group, windows in _cut_items(sorted(items, key=plan_order), settings)
     ]
 
     def plan(container: Container) -> list[WorkUnit]:
@@ -146,7 +146,10 @@ def plan_units(
     return units
 
 
-def _cut_items(items: Sequence[Item], settings: SourceSettings) -> Iterator[list[Item]]:
+def _cut_items(
+    items: Sequence[Item], settings: SourceSettings
+) -> Iterator[tuple[list[Item], int]]:
+    """Groups that are a unit each, and the windows expected of them."""
     group: list[Item] = []
     windows = num_bytes = 0
     for item in items:
@@ -155,10 +158,10 @@ def _cut_items(items: Sequence[Item], settings: SourceSettings) -> Iterator[list
         group.append(item)
         windows += _windows_of(item, settings)
         if settings.is_full(windows, num_bytes):
-            yield group
+            yield group, windows
             group, windows, num_bytes = [], 0, 0
     if group:
-        yield group
+        yield group, windows
 
 
 def _windows_of(item: Item, settings: SourceSettings) -> int:
@@ -171,12 +174,12 @@ def _windows_of(item: Item, settings: SourceSettings) -> int:
     return max(1, whole - int(start_s / settings.hop_s))
 
 
-def _files_unit(items: Sequence[Item], settings: SourceSettings) -> WorkUnit:
+def _files_unit(items: Sequence[Item], windows: int) -> WorkUnit:
     return WorkUnit(
         unit_id=make_unit_id("files", items),
         kind="files",
         items=tuple(items),
-        estimated_windows=sum(_windows_of(item, settings) for item in items),
+        estimated_windows=windows,
     )
 
 
@@ -285,9 +288,8 @@ def _inside_order(item: Item) -> tuple[int, str, float, str]:
 def _plan_rows(container: Container, settings: SourceSettings) -> Iterator[WorkUnit]:
     """Units of the rows that a manifest asks for, each reading no more than it must."""
     items = sorted(container.items, key=_inside_order)
-    for group in _cut_items(items, settings):
+    for group, windows in _cut_items(items, settings):
         rows = [item.row or 0 for item in group]
-        windows = sum(_windows_of(item, settings) for item in group)
         yield _container_unit(container, min(rows), max(rows) + 1, windows, items=group)
 
 
