@@ -2,11 +2,11 @@
 
     python -m benchmarks.plan [--rounds 3] [--files 100000 1000000]
 
-Lists WAV files of 5 s in a store that has nothing but a listing (``tests/listing_store.py``), and cuts
-them into units, as ``earmark plan`` and ``earmark label`` do before any work starts: without an
-output, and without the sample that ``plan`` decodes and times, which takes the same for any input. Each
-run is a process of its own. Prints a table, writes ``plan.json`` and draws ``plan.png`` beside this file;
-see ``benchmarks/README.md`` for the figures.
+Lists WAV files of 5 s in a store that has nothing but a listing (``tests/listing_store.py``), and
+cuts them into units, as ``earmark plan`` and ``earmark label`` do before any work starts: without
+an output, and without the sample that ``plan`` decodes and times, which takes the same for any
+input. Each run is a process of its own. Prints a table, writes ``plan.json`` and draws ``plan.png``
+beside this file; see ``benchmarks/README.md`` for the figures.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def plan_apart(num_files: int) -> dict[str, Any]:
     """Plan so many files in a process of its own.
 
     Returns:
-        ``wall_s`` and ``cpu_s`` of planning; ``peak_mb`` of the process, and ``base_mb`` of it before
-        planning; ``units``, and windows of the largest.
+        ``wall_s`` and ``cpu_s`` of planning; ``peak_mb`` of the process, and ``base_mb`` before it
+        began; ``units``, and windows of the largest.
     """
     urls = [bucket_url(1, WAV_BYTES), bucket_url(num_files, WAV_BYTES)]
     found: dict[str, Any] = json.loads(run_apart(_PLAN, json.dumps(urls)).splitlines()[-1])

@@ -1,7 +1,7 @@
 """A store that lists as many objects as it is told to, and has no content but that of tars.
 
-``listing://NUMBER-of-BYTES[-SUFFIX]/`` is a bucket of that many files of that many bytes, made up
-while it is listed: ``listing://1000000-of-160044/`` has a million WAV files of 5 s. Reading one is an
+``listing://NUMBER-of-BYTES-ENDING`` is a bucket of that many files of that many bytes, made up
+while it is listed: ``listing://1000000-of-160044-wav`` has a million WAV files. Reading one is an
 error, so whatever works on such a store has looked at nothing but the listing. What a bucket
 ``tars`` holds is put there by ``add_tar``: archives of any size whose members are all zeros.
 
@@ -35,21 +35,22 @@ class SparseTar:
     """An archive whose headers alone are held: members of zeros, then zero blocks.
 
     Attributes:
-        sizes: Bytes of each member.
+        sizes: Bytes of each member's content.
         latency_s: What each request to it takes.
         contents: What members begin with, by number; zeros follow.
         requests: How many requests there were.
-        num_bytes: Bytes that they were answered with.
+        most_at_once: How many of them at the same time, at most.
     """
 
     sizes: Sequence[int]
     latency_s: float = 0.0
     contents: dict[int, bytes] = field(default_factory=dict)
     requests: int = 0
-    num_bytes: int = 0
+    most_at_once: int = 0
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._now = 0
         self.starts = [0]
         for size in self.sizes:
             blocks = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -68,6 +69,13 @@ class SparseTar:
 
     def fetch(self, start: int, stop: int) -> bytes:
         """The bytes of a range."""
+        with self._lock:
+            self.requests += 1
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
+        time.sleep(self.latency_s)
+        with self._lock:
+            self._now -= 1
         stop = min(stop, self.size)
         data = bytearray(max(0, stop - start))
         number = max(0, bisect.bisect_right(self.starts, start) - 1)
@@ -77,10 +85,6 @@ class SparseTar:
             piece = own[max(0, -at) : max(0, stop - start - at)]
             data[max(0, at) : max(0, at) + len(piece)] = piece
             number += 1
-        time.sleep(self.latency_s)
-        with self._lock:
-            self.requests += 1
-            self.num_bytes += len(data)
         return bytes(data)
 
 

@@ -7,8 +7,8 @@ Files, globs, folders, tars, Parquet files with audio and manifests all become t
 loose **items**, and **containers** (a tar, a Parquet file) whose items are found while reading.
 
 This is the door; behind it are ``inputs`` (what the inputs hold), ``manifests``, ``units`` (cutting
-it into units), ``tar_source`` and ``parquet_source`` (reading containers), ``spooling`` (an item's
-bytes, within bounds) and ``clip_ids`` (names).
+it into units), ``tar_source`` (on ``tar_headers``) and ``parquet_source`` (reading containers),
+``spooling`` (an item's bytes, within bounds) and ``clip_ids`` (names).
 """
 
 from __future__ import annotations

@@ -147,16 +147,22 @@ def plan_units(
 
 
 def _cut_items(
-    items: Sequence[Item], settings: SourceSettings
+    items: Sequence[Item], settings: SourceSettings, row_bytes: int = 0
 ) -> Iterator[tuple[list[Item], int]]:
-    """Groups that are a unit each, and the windows expected of them."""
+    """Groups that are a unit each, and the windows expected of them.
+
+    Args:
+        items: In the order to be cut in.
+        settings: Size of a unit.
+        row_bytes: Bytes of a row, where the items are rows.
+    """
     group: list[Item] = []
     windows = num_bytes = 0
     for item in items:
-        if not group or group[-1].uri != item.uri:  # segments share their file
-            num_bytes += item.size or 0
         group.append(item)
-        windows += _windows_of(item, settings)
+        expected = _windows_of(item, settings)
+        windows += expected
+        num_bytes += row_bytes or _bytes_of(item, expected, settings)
         if settings.is_full(windows, num_bytes):
             yield group, windows
             group, windows, num_bytes = [], 0, 0
@@ -172,6 +178,15 @@ def _windows_of(item: Item, settings: SourceSettings) -> int:
         return 1
     whole = settings.estimate.of_file(storage.file_name(item.uri), item.size)
     return max(1, whole - int(start_s / settings.hop_s))
+
+
+def _bytes_of(item: Item, windows: int, settings: SourceSettings) -> int:
+    """Bytes of a file; of a segment, its share of the file's."""
+    size = item.size or 0
+    if item.start_s is None and item.end_s is None:
+        return size
+    whole = settings.estimate.of_file(storage.file_name(item.uri), size)
+    return size * min(windows, whole) // whole
 
 
 def _files_unit(items: Sequence[Item], windows: int) -> WorkUnit:
@@ -203,7 +218,11 @@ def _plan_container(
             yield _container_unit(container, start, stop, windows, items=container.items)
         return
     index = index_tar(
-        container.url, container.uri, settings.estimate, max_expansion=settings.limits.max_expansion
+        container.url,
+        container.uri,
+        settings.estimate,
+        size=container.size,
+        max_expansion=settings.limits.max_expansion,
     )
     if container.items:
         yield from _plan_members(container, index, settings)
@@ -288,7 +307,9 @@ def _inside_order(item: Item) -> tuple[int, str, float, str]:
 def _plan_rows(container: Container, settings: SourceSettings) -> Iterator[WorkUnit]:
     """Units of the rows that a manifest asks for, each reading no more than it must."""
     items = sorted(container.items, key=_inside_order)
-    for group, windows in _cut_items(items, settings):
+    num_rows = sum(rows for rows, _ in container.row_groups)
+    row_bytes = sum(num_bytes for _, num_bytes in container.row_groups) // max(1, num_rows)
+    for group, windows in _cut_items(items, settings, max(1, row_bytes)):
         rows = [item.row or 0 for item in group]
         yield _container_unit(container, min(rows), max(rows) + 1, windows, items=group)
 
