@@ -7,6 +7,7 @@ once some are committed, the rest gives the rest of the units.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,14 +137,38 @@ def plan_units(
         _files_unit(group, windows)
         for group, windows in _cut_items(sorted(items, key=plan_order), settings)
     ]
+    rests = [RestOfContainer.of(container, covered or {}) for container in containers]
+    return units + cut_containers(rests, settings)
 
-    def plan(container: Container) -> list[WorkUnit]:
-        ranges = () if container.items else (covered or {}).get(container.uri, ())
-        return list(_plan_container(container, ranges, settings))
 
-    for planned in in_threads(plan, containers):
-        units += planned
-    return units
+@dataclass(frozen=True)
+class RestOfContainer:
+    """What is left to do of a container; ``cut_container`` cuts it.
+
+    Attributes:
+        container: The tar or Parquet file.
+        covered: Where it is read as a whole, the ranges of it that are committed.
+    """
+
+    container: Container
+    covered: tuple[Range, ...] = ()
+
+    @staticmethod
+    def of(container: Container, covered: Mapping[str, Sequence[Range]]) -> RestOfContainer:
+        """The rest of a container, with the ranges that are covered by uri."""
+        ranges = () if container.items else tuple(covered.get(container.uri, ()))
+        return RestOfContainer(container, ranges)
+
+
+def cut_container(rest: RestOfContainer, settings: SourceSettings) -> list[WorkUnit]:
+    """Units of the rest of a container; the headers of a large tar are read for that."""
+    return list(_plan_container(rest.container, rest.covered, settings))
+
+
+def cut_containers(rests: Sequence[RestOfContainer], settings: SourceSettings) -> list[WorkUnit]:
+    """``cut_container`` of each, in order; several at the same time."""
+    cut = in_threads(functools.partial(cut_container, settings=settings), rests)
+    return [unit for units in cut for unit in units]
 
 
 def _cut_items(
