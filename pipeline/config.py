@@ -231,9 +231,11 @@ class UnitsSection(Section):
 
     Attributes:
         windows: About how many windows a work unit holds.
+        max_listed_here: Files beyond which workers list the inputs, not the launching machine.
     """
 
     windows: Count = 256
+    max_listed_here: Annotated[int, Field(ge=0)] = 1_000_000
 
 
 class RunConfig(Section):

@@ -38,6 +38,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("stages", ["--clips", "2"], True),
         ("overhead", ["--windows", "8", "--clock", "cpu"], True),
+        ("plan", ["--files", "100", "1000"], True),
         ("memory", ["--windows", "10", "20"], False),
         ("scaling", ["--windows", "10", "--factors", "1", "2", "--workers", "1"], True),
     ],

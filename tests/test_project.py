@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # them; sources joins them.
     "clip_ids": {"storage"},
     "spooling": {"storage", "scratch", "clip_ids"},
-    "tar_source": {"storage", "clip_ids", "spooling"},
+    "tar_headers": {"storage", "clip_ids", "spooling"},
+    "tar_source": {"storage", "clip_ids", "spooling", "tar_headers"},
     "parquet_pages": set(),
     "parquet_source": {"storage", "clip_ids", "spooling", "parquet_pages", "tar_source"},
     "manifests": {"storage", "clip_ids", "spooling", "parquet_source"},

@@ -60,6 +60,8 @@ from transforms.scratch import scratch_folder
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:::.*)?://", re.DOTALL)
+# Without one of these there is nothing in a URL that could sign it.
+_SIGNING_MARK = re.compile("[?#;@]")
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>]+")
 _READ_ONLY = frozenset({"http", "https"})
 # One upload publishes the whole object, and listing a prefix is one flat request.
@@ -194,6 +196,8 @@ def file_name(url: str) -> str:
 
 def _without_query(url: str) -> str:
     # Only http has queries; elsewhere "?" may be part of an object's name.
+    if "?" not in url and "#" not in url:
+        return url
     return re.split(r"[?#]", url, maxsplit=1)[0] if protocol(url) in _READ_ONLY else url
 
 
@@ -205,7 +209,7 @@ def public_uri(url: str) -> str:
     in a path (``;sig=``). Nothing else: any other query string is part of the name. Local paths
     come back unchanged.
     """
-    if is_local(url):
+    if _SIGNING_MARK.search(url) is None or is_local(url):
         return url
     url = re.sub(r"((?:^|::)https?://)[^/?#]*@", r"\1", url, flags=re.IGNORECASE)
     url = re.sub(r"(://)[^/?#@]*:[^/]*@", r"\1", url)
@@ -348,8 +352,8 @@ def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> I
     else:
         details = dict(_walk_remote(fs, url, root, report))
     for path in sorted(details):
-        if details[path]["type"] == "file" and not path.endswith("/"):
-            info = details[path]
+        info = details.pop(path)  # what a store says of a million objects takes gigabytes
+        if info["type"] == "file" and not path.endswith("/"):
             yield FileInfo(_below(url, root, path), info.get("size"), _version(info))
 
 
