@@ -7,12 +7,15 @@ its tests are skipped, and say what is missing; with REQUIRE_RUNNERS=1 they fail
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,11 +28,36 @@ from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import provision_runners
 from tests.audio_factory import noise
+from tests.model_factory import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE_HZ = 16_000
 NUM_CLIPS, WINDOWS_PER_UNIT = 6, 2
 PATIENCE_S = 120.0
+
+# A worker that dies fails its job's try; Flink makes no second one unless it is told to.
+TRY_AGAIN = ("--number_of_execution_retries=2", "--execution_retry_delay=100")
+
+# What Flink's own shell scripts would work out, said outright.
+FLINK_CONFIG = """
+jobmanager.rpc.address: localhost
+jobmanager.rpc.port: {rpc_port}
+jobmanager.bind-host: localhost
+rest.address: localhost
+rest.bind-address: localhost
+rest.port: {rest_port}
+taskmanager.host: localhost
+taskmanager.bind-host: localhost
+taskmanager.numberOfTaskSlots: 1
+taskmanager.cpu.cores: 1
+taskmanager.memory.task.heap.size: 256m
+taskmanager.memory.task.off-heap.size: 0
+taskmanager.memory.network.min: 64m
+taskmanager.memory.network.max: 64m
+taskmanager.memory.managed.size: 128m
+io.tmp.dirs: {folder}
+blob.storage.directory: {folder}
+"""
 
 RUNNERS = (
     "fn_api",
@@ -41,6 +69,7 @@ RUNNERS = (
     "prism",
     "direct_on_prism",
     "flink",
+    pytest.param("flink_cluster", marks=pytest.mark.slow),
 )
 
 
@@ -120,13 +149,12 @@ def bundle_based_direct() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def job_service(servers: Servers) -> list[str]:
+def job_service(servers: Servers, worker_pool: int) -> list[str]:
     """Beam's own job service in Python, with workers that are started elsewhere."""
     port = servers.start(
         "apache_beam.runners.portability.local_job_service_main", "--job_port={port}"
     )
-    pool = start_worker_pool(servers)
-    return ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", *external(pool)]
+    return ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", *external(worker_pool)]
 
 
 @pytest.fixture(scope="module")
@@ -150,13 +178,29 @@ def flink_job_server(servers: Servers) -> int:
     return start_job_server(servers, "[local]")
 
 
-def flink_options(job_port: int) -> list[str]:
+def flink_options(job_port: int, master: str = "[local]") -> list[str]:
     return [
         "--runner=FlinkRunner",
-        "--flink_master=[local]",
+        f"--flink_master={master}",
         f"--job_endpoint=localhost:{job_port}",
         "--parallelism=2",
     ]
+
+
+@pytest.fixture(scope="module")
+def flink_with_pool(servers: Servers, flink_job_server: int, worker_pool: int) -> list[str]:
+    """Flink in one JVM, with workers that are processes of their own, and two further tries."""
+    return [*flink_options(flink_job_server), *external(worker_pool), *TRY_AGAIN]
+
+
+@pytest.fixture(scope="module")
+def flink_cluster(
+    servers: Servers, worker_pool: int, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """A job manager and two task managers of one slot each, and the workers that these ask for."""
+    master = start_flink_cluster(servers, tmp_path_factory.mktemp("flink"))
+    job_port = start_job_server(servers, master)
+    return [*flink_options(job_port, master), *external(worker_pool), *TRY_AGAIN]
 
 
 def external(pool_port: int) -> list[str]:
@@ -234,7 +278,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     started.stop()
 
 
-def start_worker_pool(servers: Servers) -> int:
+@pytest.fixture(scope="module")
+def worker_pool(servers: Servers) -> int:
+    """Starts a worker process whenever a runner asks for one; the port it listens on."""
     return servers.start("apache_beam.runners.worker.worker_pool_main", "--service_port={port}")
 
 
@@ -244,6 +290,32 @@ def start_job_server(servers: Servers, flink_master: str) -> int:
     servers.run([*command, f"--job-port={port}", "--artifact-port=0", "--expansion-port=0"], {})
     wait_until(lambda: is_served(port), "Flink's job server")
     return port
+
+
+def start_flink_cluster(servers: Servers, folder: Path) -> str:
+    """Start a standalone cluster on this machine; gives its master's address."""
+    jar, rest_port = provisioned("flink"), free_port()
+    (folder / "flink-conf.yaml").write_text(
+        FLINK_CONFIG.format(rpc_port=free_port(), rest_port=rest_port, folder=folder)
+    )
+    for main_class in (
+        "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint",
+        "org.apache.flink.runtime.taskexecutor.TaskManagerRunner",
+        "org.apache.flink.runtime.taskexecutor.TaskManagerRunner",
+    ):
+        command = ["java", "-cp", jar, main_class, "--configDir", str(folder)]
+        servers.run(command, {})
+    overview = f"http://localhost:{rest_port}/overview"
+
+    def has_two() -> bool:
+        try:
+            with urllib.request.urlopen(overview, timeout=5) as answer:
+                return bool(json.load(answer)["taskmanagers"] == 2)
+        except OSError:
+            return False
+
+    wait_until(has_two, "two task managers")
+    return f"localhost:{rest_port}"
 
 
 def free_port() -> int:
@@ -312,3 +384,58 @@ def test_every_runner_gives_the_same_result_and_does_nothing_twice(
     after = committed_files(out)
     changed = {name for name in after if after[name] != before[name]}
     assert {Path(name).stem for name in changed} == {lost.stem}
+
+
+def worker_processes(servers: Servers) -> list[int]:
+    """The worker processes that the worker pool has started."""
+    ours = {process.pid for process in servers.processes}
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and b"SdkHarness" in (folder / "cmdline").read_bytes():
+                pid = int(folder.name)
+                if os.getsid(pid) in ours:
+                    found.append(pid)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="workers are found by /proc")
+@pytest.mark.parametrize(
+    "runner", ["flink_with_pool", pytest.param("flink_cluster", marks=pytest.mark.slow)]
+)
+def test_a_worker_that_is_killed_in_the_middle_costs_nothing(
+    runner: str,
+    request: pytest.FixtureRequest,
+    servers: Servers,
+    tmp_path: Path,
+) -> None:
+    options = request.getfixturevalue(runner)
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for index in range(24):
+        soundfile.write(clips / f"{index:02}.wav", noise(1.0, RATE_HZ, seed=index), RATE_HZ)
+    # Takes a unit long enough to be met in the middle of it.
+    model = write_tiny_model(
+        tmp_path / "model", hidden_size=64, frequency_stride=10, time_stride=10
+    )
+    label = Labeller(model, clips)
+    assert label(tmp_path / "reference", []) == 0
+
+    out, killed = tmp_path / "out", []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            workers = worker_processes(servers)
+            if workers and len(list((out / "_commits").glob("*.json"))) >= 2:
+                os.kill(workers[0], signal.SIGKILL)
+                killed.append(len(list((out / "_commits").glob("*.json"))))
+                return
+            time.sleep(0.005)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    assert label(out, options) == 0
+    killer.join()
+    assert killed and killed[0] < 24 // WINDOWS_PER_UNIT, "it was over before the worker died"
+    check_like(out, tmp_path / "reference")
