@@ -35,8 +35,9 @@ MASTERS: Mapping[str, tuple[str, ...]] = {
 # Masters that are no address: they are started for this job, on this machine.
 STARTED_HERE = re.compile(r"\[?(local|auto|collection|embed)(\[[\d,*]+\])?\]?", re.IGNORECASE)
 
-# What Flink's job server takes for a batch and Beam's Python does not know of. From its own answer
-# to DescribePipelineOptions; see also Beam's page on the Flink runner.
+# What Flink's job server takes for a batch and Beam's Python does not know of, from its own answer
+# to DescribePipelineOptions. Not number_of_execution_retries: it has no effect on a batch, which is
+# tried again as Flink's own restart-strategy says.
 JOB_SERVER_OPTIONS: Mapping[str, frozenset[str]] = {
     "flinkrunner": frozenset(
         {
@@ -45,13 +46,11 @@ JOB_SERVER_OPTIONS: Mapping[str, frozenset[str]] = {
             "enable_heap_dumps",
             "environment_expiration_millis",
             "execution_mode_for_batch",
-            "execution_retry_delay",
             "faster_copy",
             "flink_conf_dir",
             "load_balance_bundles",
             "max_bundle_size",
             "max_bundle_time_mills",
-            "number_of_execution_retries",
             "object_reuse",
             "operator_chaining",
             "re_iterable_group_by_key_result",

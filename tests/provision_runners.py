@@ -144,6 +144,8 @@ POM = """<project xmlns="http://maven.apache.org/POM/4.0.0">
 <groupId>earmark</groupId><artifactId>flink</artifactId><version>1</version>
 <dependencies><dependency>
 <groupId>org.apache.beam</groupId><artifactId>{name}</artifactId><version>{version}</version>
+</dependency><dependency>
+<groupId>org.slf4j</groupId><artifactId>slf4j-jdk14</artifactId><version>1.7.30</version>
 </dependency></dependencies></project>
 """
 

@@ -88,12 +88,12 @@ def test_workers_that_have_earmark_are_not_refused(options: list[str]) -> None:
 
 
 def test_options_of_a_job_server_are_known_where_they_go_to_one() -> None:
-    retries = "--number_of_execution_retries=3"
-    pipeline_options(RunConfig(), [FLINK, retries])
-    with pytest.raises(ConfigError, match="knows no pipeline option --number_of_execution_retries"):
-        pipeline_options(RunConfig(), [retries])
-    with pytest.raises(ConfigError, match="knows no pipeline option --number_of_execution_tries"):
-        pipeline_options(RunConfig(), [FLINK, "--number_of_execution_tries=3"])
+    folder = "--flink_conf_dir=/etc/flink"
+    pipeline_options(RunConfig(), [FLINK, folder])
+    with pytest.raises(ConfigError, match="knows no pipeline option --flink_conf_dir"):
+        pipeline_options(RunConfig(), [folder])
+    with pytest.raises(ConfigError, match="knows no pipeline option --flink_config"):
+        pipeline_options(RunConfig(), [FLINK, "--flink_config=/etc/flink"])
 
 
 class Jobs:

@@ -35,11 +35,15 @@ RATE_HZ = 16_000
 NUM_CLIPS, WINDOWS_PER_UNIT = 6, 2
 PATIENCE_S = 120.0
 
-# A worker that dies fails its job's try; Flink makes no second one unless it is told to.
-TRY_AGAIN = ("--number_of_execution_retries=2", "--execution_retry_delay=100")
+# A worker that dies takes the job's try with it; Flink makes no second one unless it is told to.
+TRY_AGAIN = """
+restart-strategy.type: fixed-delay
+restart-strategy.fixed-delay.attempts: 2
+restart-strategy.fixed-delay.delay: 100 ms
+"""
 
-# What Flink's own shell scripts would work out, said outright.
-FLINK_CONFIG = """
+# What Flink's own shell scripts would work out is said outright.
+FLINK_CLUSTER = """
 jobmanager.rpc.address: localhost
 jobmanager.rpc.port: {rpc_port}
 jobmanager.bind-host: localhost
@@ -50,11 +54,16 @@ taskmanager.host: localhost
 taskmanager.bind-host: localhost
 taskmanager.numberOfTaskSlots: 1
 taskmanager.cpu.cores: 1
+taskmanager.memory.framework.heap.size: 128m
+taskmanager.memory.framework.off-heap.size: 128m
 taskmanager.memory.task.heap.size: 256m
 taskmanager.memory.task.off-heap.size: 0
 taskmanager.memory.network.min: 64m
 taskmanager.memory.network.max: 64m
 taskmanager.memory.managed.size: 128m
+taskmanager.memory.jvm-metaspace.size: 256m
+taskmanager.memory.jvm-overhead.min: 192m
+taskmanager.memory.jvm-overhead.max: 192m
 io.tmp.dirs: {folder}
 blob.storage.directory: {folder}
 """
@@ -188,9 +197,14 @@ def flink_options(job_port: int, master: str = "[local]") -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def flink_with_pool(servers: Servers, flink_job_server: int, worker_pool: int) -> list[str]:
+def flink_with_pool(
+    flink_job_server: int, worker_pool: int, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
     """Flink in one JVM, with workers that are processes of their own, and two further tries."""
-    return [*flink_options(flink_job_server), *external(worker_pool), *TRY_AGAIN]
+    folder = tmp_path_factory.mktemp("flink")
+    (folder / "flink-conf.yaml").write_text(TRY_AGAIN)
+    conf = f"--flink_conf_dir={folder}"
+    return [*flink_options(flink_job_server), *external(worker_pool), conf]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +214,7 @@ def flink_cluster(
     """A job manager and two task managers of one slot each, and the workers that these ask for."""
     master = start_flink_cluster(servers, tmp_path_factory.mktemp("flink"))
     job_port = start_job_server(servers, master)
-    return [*flink_options(job_port, master), *external(worker_pool), *TRY_AGAIN]
+    return [*flink_options(job_port, master), *external(worker_pool)]
 
 
 def external(pool_port: int) -> list[str]:
@@ -296,7 +310,7 @@ def start_flink_cluster(servers: Servers, folder: Path) -> str:
     """Start a standalone cluster on this machine; gives its master's address."""
     jar, rest_port = provisioned("flink"), free_port()
     (folder / "flink-conf.yaml").write_text(
-        FLINK_CONFIG.format(rpc_port=free_port(), rest_port=rest_port, folder=folder)
+        FLINK_CLUSTER.format(rpc_port=free_port(), rest_port=rest_port, folder=folder) + TRY_AGAIN
     )
     for main_class in (
         "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint",
