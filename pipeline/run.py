@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import pickle
-import re
 import signal
 import threading
 import time
@@ -38,6 +37,7 @@ from pipeline.dataflow import (
 from pipeline.deferred import DeferredPlan, build_deferred_graph
 from pipeline.doctor import UNTIMED, Startup, describe_time
 from pipeline.graph import RunTotals, build_graph
+from pipeline.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
 from pipeline.output_lock import hold_output
 from pipeline.plan import (
     RunFrame,
@@ -97,9 +97,6 @@ MAX_JOB_BYTES = 4 << 20
 # Beam's options whose values in the config and on the command line do not exclude each other.
 ADDED_UP = frozenset({"experiments"})
 
-# Masters and endpoints that are on this machine: "[local]", "local[4]", "localhost:8081", "embed".
-LOCAL_MASTER = re.compile(r"^\[?(local|auto|embed|collection|127\.|::1)", re.IGNORECASE)
-
 
 def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 0.0) -> int:
     """Label the inputs.
@@ -121,8 +118,8 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
     options = pipeline_options(config, beam_options)
     remote = is_remote(options)
     output = storage.normalise(given_output(config))
+    check_runner(options, config.inference.device)
     if remote:
-        check_runner(options, config.inference.device)
         check_reachable([storage.normalise(text) for text in given_inputs(config)], output)
     sweep()
     with hold_output(output, on_lost=_interrupt_main_thread):
@@ -278,7 +275,7 @@ def check_known(options: PipelineOptions, args: list[str]) -> None:
     Raises:
         ConfigError: Beam does not know an option.
     """
-    known = options.get_all_options()
+    known = {*options.get_all_options(), *JOB_SERVER_OPTIONS.get(runner_name(options), ())}
     names = [arg[2:].split("=")[0] for arg in args if arg.startswith("--")]
     unknown = [name for name in names if name.replace("-", "_") not in known]
     # Some options have negative or alternative spellings that are kept under another name.
@@ -291,14 +288,14 @@ def check_known(options: PipelineOptions, args: list[str]) -> None:
 
 
 def runner_name(options: PipelineOptions) -> str:
-    """The runner in lower case.
+    """The runner's class in lower case, whichever of its names was given: ``flinkrunner``.
 
     Raises:
         ConfigError: Beam has no such runner, or it needs a package that is not installed.
     """
     name = options.view_as(StandardOptions).runner or DEFAULT_RUNNER
     try:
-        create_runner(name)
+        return type(create_runner(name)).__name__.lower()
     except ImportError as error:
         raise ConfigError(
             f"runner {name} needs a package that is not installed ({error}); for DataflowRunner: "
@@ -309,23 +306,16 @@ def runner_name(options: PipelineOptions) -> str:
             f"Beam has no runner {name}; among those it has are FnApiRunner (the default), "
             "DirectRunner, PrismRunner, FlinkRunner, SparkRunner and DataflowRunner."
         ) from error
-    return name.lower()
 
 
 def is_remote(options: PipelineOptions) -> bool:
     """Whether other machines will do the work, which cannot see this one's files."""
-    values = options.get_all_options()
     name = runner_name(options)
-    master = {
-        "flinkrunner": values.get("flink_master"),
-        "sparkrunner": values.get("spark_master_url"),
-        "portablerunner": values.get("job_endpoint"),
-    }.get(name)
-    return name in REMOTE_RUNNERS or not LOCAL_MASTER.match(master or "local")
+    return name in REMOTE_RUNNERS or not has_all_machines_here(name, options)
 
 
 def check_runner(options: PipelineOptions, device: str | None = None) -> None:
-    """Refuse what a runner on other machines could not do.
+    """Refuse what a runner could not do.
 
     Args:
         options: Beam's.
@@ -338,6 +328,7 @@ def check_runner(options: PipelineOptions, device: str | None = None) -> None:
         check_dataflow(options)
         if device is not None:
             check_device(options, device)
+    check_workers(runner_name(options), options)
 
 
 def check_model_reachable(model: ModelSpec) -> None:
@@ -445,12 +436,13 @@ def run_graph(
             pipeline.run()
             say("The job has been handed over, and is not waited for.", quiet=quiet)
         return False
-    with ProgressDisplay(
+    progress = ProgressDisplay(
         total_windows=run.windows,
         total_items=run.items,
         quiet=quiet,
         read=_progress_reader(options, run.output),
-    ):
+    )
+    with progress, temporary_files_in_scratch():  # a job server keeps what it stages in a folder
         follow(result or pipeline.run(), run.output, options)
     return True
 
