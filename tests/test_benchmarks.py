@@ -64,11 +64,11 @@ def test_a_run_in_a_process_of_its_own(tiny_model: Path, tmp_path: Path) -> None
         label_apart(tmp_path / "nowhere", tiny_model)
 
 
-def test_rounds_take_turns() -> None:
+def test_rounds_take_turns_and_each_begins_with_the_next_case() -> None:
     order: list[str] = []
     cases = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     assert paired_rounds(cases, 2) == {"a": [None, None], "b": [None, None]}
-    assert order == ["a", "b", "a", "b"]
+    assert order == ["a", "b", "b", "a"]
 
 
 def test_the_figures_of_rounds() -> None:
