@@ -22,9 +22,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transforms.spectrogram_transformer import ASTConfig
 
 T = TypeVar("T")
 
@@ -33,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RATE_HZ = 16_000
 WINDOW_SAMPLES = 164_080  # what 1024 frames hold
 NUM_DISTINCT_FILES = 10
+_NUM_POOLED = 2  # the class and the distillation token
 WINDOWS_PER_FILE = 10  # of the noise that a small model labels
 
 _LIBRARIES = (
@@ -152,6 +156,34 @@ def drawn(target: Path, title: str) -> Iterator[Any]:
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     plt.close(figure)
+
+
+# The model: how much there is to compute
+
+
+def count_flops(config: ASTConfig, *, pooled_alone: bool = False) -> int:
+    """Floating-point operations of a window: multiplications and additions of matrix products.
+
+    With T tokens of width D, an MLP of width I and Q tokens that are wanted of a block, a block takes
+    4TD² for keys and values, 4QD² for queries and the projection of the output, 4QTD for scores and
+    the sum of values, 4QDI for the MLP. All blocks want all tokens (Q = T), unless only what is
+    pooled is computed of the last. The rest (LayerNorm, GELU, softmax) is under a hundredth.
+
+    Args:
+        config: The model's.
+        pooled_alone: As ``ASTModel.embed`` computes it: of the last block, the two tokens that are
+            pooled. False: what AST is said to take, 261 GFLOP for AST base with 1024 frames.
+    """
+    width, mlp_width = config.hidden_size, config.intermediate_size
+    tokens = config.num_tokens
+
+    def block(wanted: int) -> int:
+        projections = 4 * tokens * width**2 + 4 * wanted * width**2
+        return projections + 4 * wanted * tokens * width + 4 * wanted * width * mlp_width
+
+    patches = 2 * (tokens - _NUM_POOLED) * width * config.patch_size**2
+    last = block(_NUM_POOLED if pooled_alone else tokens)
+    return patches + (config.num_hidden_layers - 1) * block(tokens) + last
 
 
 # Data: files of noise, and runs over them

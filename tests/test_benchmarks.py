@@ -10,11 +10,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
-from benchmarks.common import label_apart, median, paired_rounds, print_table, spread
+from benchmarks.common import (
+    count_flops,
+    label_apart,
+    median,
+    paired_rounds,
+    print_table,
+    spread,
+)
 from transforms import stage_clocks
 from transforms.inference import ASTModelHandler
+from transforms.spectrogram_transformer import ASTConfig, ASTModel
 
 
 @pytest.fixture
@@ -36,7 +46,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "has_picture"),
     [
-        ("stages", ["--clips", "2"], True),
+        ("stages", ["--clips", "2", "--model-windows", "1", "--layers", "1"], True),
         ("overhead", ["--windows", "8", "--clock", "cpu"], True),
         ("memory", ["--windows", "10", "20"], False),
         ("scaling", ["--windows", "10", "--factors", "1", "2", "--workers", "1"], True),
@@ -85,3 +95,31 @@ def test_a_table_can_be_copied_into_a_readme(capsys: pytest.CaptureFixture[str])
         "| a | 1,200 | 0.123 |",
         "| b | 3 | 1,234 |",
     ]
+
+
+AST_BASE = ASTConfig()
+ODD_SHAPE = ASTConfig(
+    hidden_size=32,
+    num_attention_heads=2,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    max_length=128,
+    num_mel_bins=64,
+    time_stride=12,
+    frequency_stride=14,
+)
+
+
+@pytest.mark.parametrize("pooled_alone", [False, True])
+@pytest.mark.parametrize("config", [AST_BASE, ODD_SHAPE], ids=["AST base", "odd shape"])
+def test_operations_are_those_that_torch_counts(config: ASTConfig, pooled_alone: bool) -> None:
+    with torch.device("meta"):  # shapes alone, nothing is computed
+        model = ASTModel(config).eval()
+        features = torch.zeros(2, config.max_length, config.num_mel_bins)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.embed(features) if pooled_alone else model(features)
+    assert 2 * count_flops(config, pooled_alone=pooled_alone) == counter.get_total_flops()
+
+
+def test_ast_base_takes_261_gflop_a_window() -> None:
+    assert count_flops(AST_BASE) / 1e9 == pytest.approx(261, abs=0.5)
