@@ -164,10 +164,10 @@ def drawn(target: Path, title: str) -> Iterator[Any]:
 def count_flops(config: ASTConfig, *, pooled_alone: bool = False) -> int:
     """Floating-point operations of a window: multiplications and additions of matrix products.
 
-    With T tokens of width D, an MLP of width I and Q tokens that are wanted of a block, a block takes
-    4TD² for keys and values, 4QD² for queries and the projection of the output, 4QTD for scores and
-    the sum of values, 4QDI for the MLP. All blocks want all tokens (Q = T), unless only what is
-    pooled is computed of the last. The rest (LayerNorm, GELU, softmax) is under a hundredth.
+    With T tokens of width D, an MLP of width I and Q tokens that are wanted of a block, a block
+    takes 4TD² for keys and values, 4QD² for queries and the projection of the output, 4QTD for
+    scores and the sum of values, 4QDI for the MLP. All blocks want all tokens (Q = T), unless only
+    what is pooled is computed of the last. LayerNorm, GELU and softmax are not counted.
 
     Args:
         config: The model's.

@@ -322,7 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for stage in stages
     ]
-    print_table(("stage", "ms for 10 s", "real time", "limit, ms", "times its limit", "spread"), rows)
+    print_table(
+        ("stage", "ms for 10 s", "real time", "limit, ms", "times its limit", "spread"), rows
+    )
     result = {"clips": num_clips, "ms_for_10_s": medians, "rounds": found}
     write_results(options.results / "stages.json", result)
     with drawn(options.results / "stages.png", "Each stage alone, one core") as axes:
