@@ -178,6 +178,7 @@ class InferenceSection(Section):
         compile: Whether torch compiles the model; null is on cuda alone.
         check_windows: Windows per process that are computed in float32 too.
         calibration_windows: Windows that int8 is calibrated on.
+        features_on: Where features are made; auto is on the device if it is cuda.
     """
 
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
@@ -188,6 +189,7 @@ class InferenceSection(Section):
     compile: bool | None = None
     check_windows: Annotated[int, Field(ge=0)] = 32
     calibration_windows: Count = 128
+    features_on: Literal["auto", "host", "device"] = "auto"
 
 
 class DecodeSection(Section):

@@ -231,6 +231,7 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
         embedding_dtype=config.embedding.dtype,
         compile=config.inference.compile,
         check_windows=config.inference.check_windows,
+        features_on=config.inference.features_on,
         num_processes=config.inference.workers,
     )
     return make_settings(
