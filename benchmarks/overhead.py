@@ -69,6 +69,10 @@ def use_null_model(clock: str) -> None:
             embedding = generator.normal(0, 1, HIDDEN_SIZE).astype(np.float32)
             scores = generator.uniform(0, 1, NUM_LABELS).astype(np.float32)
             self.prediction = Prediction(embedding, scores, "null cpu fp32")
+            self.make_features = np.stack
+
+        def begin(self, features: FloatArray) -> None:
+            """It computes nothing by itself."""
 
         def label(self, features: FloatArray) -> list[Prediction]:
             return [self.prediction] * len(features)
