@@ -46,6 +46,9 @@ _LIBRARIES = (
 # What of a processor decides how fast it multiplies.
 _PROCESSOR_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
+# What else the machine was doing when this process began: later, it is the benchmark itself.
+_LOAD_BEFORE = os.getloadavg()[0]
+
 _RUN = """
 import json, resource, sys
 {prelude}
@@ -64,7 +67,7 @@ def machine() -> dict[str, Any]:
         "processor_flags": _processor_flags(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)),
-        "load_before": os.getloadavg()[0],
+        "load_before": _LOAD_BEFORE,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": _versions(),

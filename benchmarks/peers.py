@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -420,7 +419,6 @@ def run_all(stand: Stand, options: argparse.Namespace) -> dict[str, Any]:
         "sweeps": {"hugging_face": sweeps.hugging_face, "openvino": sweeps.openvino},
         "first_runs": first,
         "rounds": rounds,
-        "load_after": os.getloadavg()[0],
     }
 
 
