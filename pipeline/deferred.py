@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton, PCollection, TaggedOutput
 from apache_beam.transforms.combiners import Count
+from apache_beam.typehints.decorators import IOTypeHints
 
 from pipeline.doctor import Startup
 from pipeline.graph import RunTotals, label_units
@@ -49,7 +50,6 @@ class DeferredPlan:
         return DeferredPlan(dataclasses.replace(frame, state=state, keeps=True), startup)
 
 
-@beam.typehints.with_input_types(DeferredPlan)
 class PlanUnits(
     beam.PTransform[PCollection[DeferredPlan], tuple[PCollection[WorkUnit], PCollection[FinishRun]]]
 ):
@@ -62,6 +62,11 @@ class PlanUnits(
     def __init__(self, frame: RunFrame) -> None:
         super().__init__()
         self._sources = frame.label.sources
+
+    def default_type_hints(self) -> IOTypeHints:
+        """What Beam checks what goes in and comes out against."""
+        hints = IOTypeHints.empty().with_input_types(DeferredPlan)
+        return hints.with_output_types(WorkUnit, FinishRun)
 
     def expand(
         self, plans: PCollection[DeferredPlan]
