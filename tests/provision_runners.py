@@ -16,6 +16,8 @@ What is there already is left alone. What cannot be had is no error of the other
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -86,6 +88,15 @@ def read(name: str) -> Provisioned:
     if found.path is not None and not Path(found.path).exists():
         return Provisioned(None, name, f"{found.path} has gone")
     return found
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While nobody else fetches runners into the folder, which is waited for."""
+    folder().mkdir(parents=True, exist_ok=True)
+    with (folder() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def run(command: Sequence[str], **environment: str) -> None:
@@ -208,14 +219,18 @@ def main() -> int:
     unknown = [name for name in names if name not in FETCHERS]
     if unknown:
         parser.error(f"no runner {unknown[0]}; there are {', '.join(FETCHERS)}")
-    found = []
-    for name in names:
-        began_s = time.monotonic()
-        found.append(provision(name))
-        told = found[-1].missing or f"{found[-1].what}, {found[-1].path}"
-        kind = "MISSING, " if found[-1].missing else ""
-        print(f"{name}: {kind}{told} ({time.monotonic() - began_s:.0f} s)", flush=True)
+    with alone():
+        found = [provision_aloud(name) for name in names]
     return int(any(one.missing for one in found))
+
+
+def provision_aloud(name: str) -> Provisioned:
+    """Fetch a runner, and say what came of it and how long it took."""
+    began_s = time.monotonic()
+    found = provision(name)
+    told = f"MISSING: {found.missing}" if found.missing else f"{found.what}, {found.path}"
+    print(f"{name}: {told} ({time.monotonic() - began_s:.0f} s)", flush=True)
+    return found
 
 
 if __name__ == "__main__":

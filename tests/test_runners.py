@@ -18,9 +18,14 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import soundfile
+from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.runners.portability.prism_runner import PrismRunner
 
 from benchmarks.reliability.kill_runs import check_same_names, check_same_rows, files_below
 from pipeline.config import RunConfig
@@ -30,9 +35,12 @@ from tests import provision_runners
 from tests.audio_factory import noise
 from tests.model_factory import write_tiny_model
 
+# A worker that loses its runner says so from a thread of its own.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 ROOT = Path(__file__).resolve().parents[1]
 RATE_HZ = 16_000
-NUM_CLIPS, WINDOWS_PER_UNIT = 6, 2
+NUM_CLIPS, SLOW_CLIPS, WINDOWS_PER_UNIT = 6, 24, 2
 PATIENCE_S = 120.0
 
 # A worker that dies takes the job's try with it; Flink makes no second one unless it is told to.
@@ -217,13 +225,23 @@ def flink_cluster(
     return [*flink_options(job_port, master), *external(worker_pool)]
 
 
+@pytest.fixture(scope="module")
+def prism_server(servers: Servers) -> int:
+    """Prism as a service of its own, which outlives the command."""
+    port = free_port()
+    servers.run([provisioned("prism"), f"--job_port={port}", "--serve_http=false"], {})
+    wait_until(lambda: is_served(port), "Prism")
+    return port
+
+
 def external(pool_port: int) -> list[str]:
     return ["--environment_type=EXTERNAL", f"--environment_config=localhost:{pool_port}"]
 
 
 def provisioned(name: str) -> str:
     """The file of a runner; skips without it, or fails with REQUIRE_RUNNERS=1."""
-    found = provision_runners.read(name)
+    with provision_runners.alone():  # CI fetches them beside its first tests
+        found = provision_runners.read(name)
     if found.path is None:
         reason = (
             f"the runner {name} is MISSING ({found.missing}): python3 tests/provision_runners.py"
@@ -400,6 +418,22 @@ def test_every_runner_gives_the_same_result_and_does_nothing_twice(
     assert {Path(name).stem for name in changed} == {lost.stem}
 
 
+@pytest.fixture(scope="module")
+def slow_inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small model that takes a unit long enough to be met in the middle of it, and clips."""
+    folder = tmp_path_factory.mktemp("slow")
+    model = write_tiny_model(folder / "model", hidden_size=64, frequency_stride=10, time_stride=10)
+    (folder / "clips").mkdir()
+    for index in range(SLOW_CLIPS):
+        path = folder / "clips" / f"{index:02}.wav"
+        soundfile.write(path, noise(1.0, RATE_HZ, seed=index), RATE_HZ)
+    return model, folder / "clips"
+
+
+def num_commits(out: Path) -> int:
+    return len(list((out / "_commits").glob("*.json")))
+
+
 def worker_processes(servers: Servers) -> list[int]:
     """The worker processes that the worker pool has started."""
     ours = {process.pid for process in servers.processes}
@@ -421,17 +455,11 @@ def test_a_worker_that_is_killed_in_the_middle_costs_nothing(
     runner: str,
     request: pytest.FixtureRequest,
     servers: Servers,
+    slow_inputs: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
     options = request.getfixturevalue(runner)
-    clips = tmp_path / "clips"
-    clips.mkdir()
-    for index in range(24):
-        soundfile.write(clips / f"{index:02}.wav", noise(1.0, RATE_HZ, seed=index), RATE_HZ)
-    # Takes a unit long enough to be met in the middle of it.
-    model = write_tiny_model(
-        tmp_path / "model", hidden_size=64, frequency_stride=10, time_stride=10
-    )
+    model, clips = slow_inputs
     label = Labeller(model, clips)
     assert label(tmp_path / "reference", []) == 0
 
@@ -441,9 +469,9 @@ def test_a_worker_that_is_killed_in_the_middle_costs_nothing(
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             workers = worker_processes(servers)
-            if workers and len(list((out / "_commits").glob("*.json"))) >= 2:
+            if workers and num_commits(out) >= 2:
                 os.kill(workers[0], signal.SIGKILL)
-                killed.append(len(list((out / "_commits").glob("*.json"))))
+                killed.append(num_commits(out))
                 return
             time.sleep(0.005)
 
@@ -451,5 +479,59 @@ def test_a_worker_that_is_killed_in_the_middle_costs_nothing(
     killer.start()
     assert label(out, options) == 0
     killer.join()
-    assert killed and killed[0] < 24 // WINDOWS_PER_UNIT, "it was over before the worker died"
+    assert killed and killed[0] < SLOW_CLIPS // WINDOWS_PER_UNIT, (
+        "it was over before the worker died"
+    )
     check_like(out, tmp_path / "reference")
+
+
+def test_an_interrupt_ends_the_job_too(
+    prism_server: int, slow_inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, clips = slow_inputs
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pipeline", "label", str(clips), "--output", str(out)]
+    options = f"--device cpu --precision fp32 --engine torch --set units.windows={WINDOWS_PER_UNIT}"
+    runner = ["--runner=PrismRunner", f"--job_endpoint=localhost:{prism_server}"]
+    process = subprocess.Popen(
+        [*command, "--model", str(model), *options.split(), "--", *runner],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: num_commits(out) > 0 or process.poll() is not None, "a commit")
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, told
+    assert told.endswith("earmark: interrupted; the same command goes on from here\n")
+    with grpc.insecure_channel(f"localhost:{prism_server}") as channel:
+        service = beam_job_api_pb2_grpc.JobServiceStub(channel)
+        jobs = service.GetJobs(beam_job_api_pb2.GetJobsRequest(), timeout=PATIENCE_S)
+    states = [beam_job_api_pb2.JobState.Enum.Name(job.state) for job in jobs.job_info]
+    assert states == ["CANCELLED"]
+
+
+@pytest.mark.parametrize(
+    ("location", "runner"), [("/no/such/prism", "FnApiRunner"), (None, "PrismRunner")]
+)
+def test_direct_runner_is_prism_where_there_is_one(
+    location: str | None,
+    runner: str,
+    label: Labeller,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used = []
+    for candidate in (FnApiRunner, PrismRunner):
+
+        def run(self: Any, *arguments: Any, before: Any = candidate.run_pipeline) -> Any:
+            result = before(self, *arguments)
+            used.append(type(self).__name__)
+            return result
+
+        monkeypatch.setattr(candidate, "run_pipeline", run)
+    prism = location or provisioned("prism")
+    assert label(tmp_path / "out", ["--runner=DirectRunner", f"--prism_location={prism}"]) == 0
+    assert used == [runner]
