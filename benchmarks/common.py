@@ -1,11 +1,15 @@
 """What the benchmarks have in common: the machine, paired rounds, tables, pictures, JSON.
 
-Where versions or settings are compared, each round runs every case once, in turn, so that what else
-the machine does falls on all of them alike; the figure of a case is the median of its rounds.
+Where versions or settings are compared, each round runs every case once, in turn and from another
+one on each time, so that what else the machine does falls on all of them alike; the figure of a
+case is the median of its rounds.
+
+Nothing is imported here that a machine with torch alone may lack: ``gpu`` runs there too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -16,21 +20,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import soundfile
+
+if TYPE_CHECKING:
+    from transforms.spectrogram_transformer import ASTConfig
 
 T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parents[1]
 
 RATE_HZ = 16_000
 WINDOW_SAMPLES = 164_080  # what 1024 frames hold
 NUM_DISTINCT_FILES = 10
+_NUM_POOLED = 2  # the class and the distillation token
+WINDOWS_PER_FILE = 10  # of the noise that a small model labels
 
-_LIBRARIES = ("apache-beam", "torch", "torchaudio", "numpy", "pyarrow", "soundfile", "av", "soxr")
+_LIBRARIES = (
+    *("apache-beam", "torch", "torchaudio", "numpy", "pyarrow", "soundfile", "av", "soxr"),
+    *("openvino", "nncf", "transformers"),
+)
+# What of a processor decides how fast it multiplies.
+_PROCESSOR_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+# What else the machine was doing when this process began: later, it is the benchmark itself.
+_LOAD_BEFORE = os.getloadavg()[0]
 
 _RUN = """
 import json, resource, sys
@@ -47,31 +64,53 @@ def machine() -> dict[str, Any]:
     """The machine, the versions and the date: what figures mean nothing without."""
     return {
         "processor": _processor(),
+        "processor_flags": _processor_flags(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)),
-        "load_before": os.getloadavg()[0],
+        "load_before": _LOAD_BEFORE,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": _versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
 def _processor() -> str:
+    return _of_processor("model name") or platform.processor() or "unknown"
+
+
+def _processor_flags() -> list[str]:
+    found = _of_processor("flags").split()
+    return [flag for flag in _PROCESSOR_FLAGS if flag in found]
+
+
+def _of_processor(key: str) -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    lines = info.read_text().splitlines() if info.exists() else []
+    values = [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
+    return values[0] if values else ""
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that are installed."""
+    found = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def paired_rounds(cases: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What every case gives in every round, the cases of a round one after another."""
+    """What every case gives in every round.
+
+    The cases of a round run one after another, and each round begins with the next one.
+    """
     found: dict[str, list[T]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, case in cases.items():
-            found[name].append(case())
+    names = list(cases)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in [*names[first:], *names[:first]]:
+            found[name].append(cases[name]())
     return found
 
 
@@ -106,7 +145,7 @@ def write_results(target: Path, result: Mapping[str, Any]) -> None:
     target.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
 
 
-@contextmanager
+@contextlib.contextmanager
 def drawn(target: Path, title: str) -> Iterator[Any]:
     """Axes to draw on; a PNG once the block ends."""
     import matplotlib as mpl
@@ -122,11 +161,41 @@ def drawn(target: Path, title: str) -> Iterator[Any]:
     plt.close(figure)
 
 
+# The model: how much there is to compute
+
+
+def count_flops(config: ASTConfig, *, pooled_alone: bool = False) -> int:
+    """Floating-point operations of a window: multiplications and additions of matrix products.
+
+    With T tokens of width D, an MLP of width I and Q tokens that are wanted of a block, a block
+    takes 4TD² for keys and values, 4QD² for queries and the projection of the output, 4QTD for
+    scores and the sum of values, 4QDI for the MLP. All blocks want all tokens (Q = T), unless only
+    what is pooled is computed of the last. LayerNorm, GELU and softmax are not counted.
+
+    Args:
+        config: The model's.
+        pooled_alone: As ``ASTModel.embed`` computes it: of the last block, the two tokens that are
+            pooled. False: what AST is said to take, 261 GFLOP for AST base with 1024 frames.
+    """
+    width, mlp_width = config.hidden_size, config.intermediate_size
+    tokens = config.num_tokens
+
+    def block(wanted: int) -> int:
+        projections = 4 * tokens * width**2 + 4 * wanted * width**2
+        return projections + 4 * wanted * tokens * width + 4 * wanted * width * mlp_width
+
+    patches = 2 * (tokens - _NUM_POOLED) * width * config.patch_size**2
+    last = block(_NUM_POOLED if pooled_alone else tokens)
+    return patches + (config.num_hidden_layers - 1) * block(tokens) + last
+
+
 # Data: files of noise, and runs over them
 
 
 def write_sources(folder: Path, windows_per_file: int) -> list[Path]:
     """A few distinct files of noise, each of so many windows."""
+    import soundfile
+
     generator = np.random.default_rng(0)
     paths = []
     for index in range(NUM_DISTINCT_FILES):
@@ -146,16 +215,52 @@ def link_inputs(folder: Path, num_files: int, sources: Sequence[Path]) -> Path:
     return target
 
 
+def write_noise(folder: Path, window_counts: Iterable[int]) -> tuple[Path, dict[int, Path]]:
+    """What memory and scaling are measured with.
+
+    Returns:
+        A small model, and for each count a folder of noise that has so many windows.
+    """
+    from tests.model_factory import write_tiny_model
+
+    model = write_tiny_model(folder / "model", hidden_size=192, num_attention_heads=3)
+    sources = write_sources(folder, WINDOWS_PER_FILE)
+    inputs = {
+        count: link_inputs(folder, count // WINDOWS_PER_FILE, sources) for count in window_counts
+    }
+    return model, inputs
+
+
 def run_apart(code: str, argument: str) -> str:
     """What a piece of Python prints, run in a process of its own.
 
     Raises:
         SystemExit: It failed; with what it said.
     """
-    command = [sys.executable, "-c", code, argument]
-    done = subprocess.run(command, capture_output=True, text=True)
+    return _run([sys.executable, "-c", code, argument], {})
+
+
+def run_module(
+    module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> str:
+    """What ``python -m module`` prints, in a process of its own, as users start it.
+
+    Args:
+        module: Its name.
+        arguments: Of the command line.
+        environment: Variables that it sees beside this process's own.
+
+    Raises:
+        SystemExit: It failed; with what it said.
+    """
+    return _run([sys.executable, "-m", module, *arguments], environment or {})
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
     if done.returncode != 0:
-        raise SystemExit(done.stderr)
+        raise SystemExit(done.stderr or f"{' '.join(command)} ended with {done.returncode}")
     return done.stdout
 
 

@@ -18,34 +18,28 @@ from pathlib import Path
 
 from benchmarks.common import (
     label_apart,
-    link_inputs,
     median,
     paired_rounds,
     print_table,
+    write_noise,
     write_results,
-    write_sources,
 )
-from tests.model_factory import write_tiny_model
-
-WINDOWS_PER_FILE = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--windows", type=int, nargs=2, default=(1000, 4000))
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is run")
+    parser.add_argument(
+        "--windows", type=int, nargs=2, default=(1000, 4000), help="of the two cases"
+    )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent, help="where to")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = write_tiny_model(folder / "model", hidden_size=192, num_attention_heads=3)
-        sources = write_sources(folder, WINDOWS_PER_FILE)
+        model, inputs = write_noise(Path(name), options.windows)
         cases = {
-            str(count): functools.partial(
-                label_apart, link_inputs(folder, count // WINDOWS_PER_FILE, sources), model
-            )
-            for count in options.windows
+            str(count): functools.partial(label_apart, source, model)
+            for count, source in inputs.items()
         }
         runs = paired_rounds(cases, options.rounds)
     peaks = {

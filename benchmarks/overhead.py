@@ -69,6 +69,10 @@ def use_null_model(clock: str) -> None:
             embedding = generator.normal(0, 1, HIDDEN_SIZE).astype(np.float32)
             scores = generator.uniform(0, 1, NUM_LABELS).astype(np.float32)
             self.prediction = Prediction(embedding, scores, "null cpu fp32")
+            self.make_features = np.stack
+
+        def begin(self, features: FloatArray) -> None:
+            """It computes nothing by itself."""
 
         def label(self, features: FloatArray) -> list[Prediction]:
             return [self.prediction] * len(features)
@@ -93,9 +97,11 @@ def per_window_ms(run: dict[str, Any]) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, draw and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=4000)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--rounds", type=int, default=5, help="how often it is run")
+    parser.add_argument("--windows", type=int, default=4000, help="of each run")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: of the thread alone"
+    )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent, help="where to")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:

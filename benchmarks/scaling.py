@@ -22,17 +22,14 @@ from typing import Any
 from benchmarks.common import (
     drawn,
     label_apart,
-    link_inputs,
     median,
     paired_rounds,
     print_table,
     spread,
+    write_noise,
     write_results,
-    write_sources,
 )
-from tests.model_factory import write_tiny_model
 
-WINDOWS_PER_FILE = 10
 FACTORS = (1, 4, 16)
 
 
@@ -51,20 +48,19 @@ def figures(run: dict[str, Any], workers: int) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, draw and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each case is run")
     parser.add_argument("--windows", type=int, default=500, help="of the smallest case")
-    parser.add_argument("--factors", type=int, nargs="+", default=FACTORS)
-    parser.add_argument("--workers", type=int, nargs="+", default=(1, 2))
+    parser.add_argument(
+        "--factors", type=int, nargs="+", default=FACTORS, help="how many times that many"
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=(1, 2), help="processes that label"
+    )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent, help="where to")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = write_tiny_model(folder / "model", hidden_size=192, num_attention_heads=3)
-        sources = write_sources(folder, WINDOWS_PER_FILE)
-        inputs = {
-            factor: link_inputs(folder, factor * options.windows // WINDOWS_PER_FILE, sources)
-            for factor in options.factors
-        }
+        counts = [factor * options.windows for factor in options.factors]
+        model, inputs = write_noise(Path(name), counts)
         keys = {
             f"{factor}×, {workers}": (factor, workers)
             for workers in options.workers
@@ -73,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cases = {
             name: functools.partial(
                 label_apart,
-                inputs[factor],
+                inputs[factor * options.windows],
                 model,
                 inference={"device": "cpu", "precision": "fp32", "workers": workers},
             )

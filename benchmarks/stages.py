@@ -1,6 +1,6 @@
 """What does each stage cost alone? Milliseconds for 10 s of audio, beside its own limit.
 
-    python -m benchmarks.stages [--rounds 5] [--clips 40]
+    python -m benchmarks.stages [--rounds 5] [--clips 40] [--model-windows 4]
 
 One stage at a time, on one core, over clips of 10 s (mono, 44.1 kHz; Opus 48 kHz; tones in noise):
 
@@ -8,9 +8,14 @@ One stage at a time, on one core, over clips of 10 s (mono, 44.1 kHz; Opus 48 kH
 * decode: every format through one decoder process, hash and levels included, at the source's rate,
   so that nothing is resampled; against the library alone (libsndfile; FFmpeg for Opus);
 * resample: 44.1 to 16 kHz in the pieces in which it comes, against soxr in one go;
-* fbank: torchaudio, window by window, and our own in batches of 8;
+* fbank: torchaudio, window by window, and our own in batches of 8; against the Fourier transform of
+  ready frames and the product with the mel filters, and nothing else;
+* model: AST base by torch, in the fastest precision that the chip has, in batches of 4; against the
+  product of large matrices with as many operations, in the same precision;
 * write: rows of AST base with every class's score, to their commit, against writing the same table
   with pyarrow.
+
+Sending features to a device is measured where there is one, by ``gpu``.
 
 Prints a table and writes ``stages.json`` and ``stages.png`` beside this file.
 """
@@ -34,9 +39,24 @@ import soundfile
 import soxr
 import torch
 
-from benchmarks.common import drawn, median, paired_rounds, print_table, spread, write_results
+from benchmarks.common import (
+    count_flops,
+    drawn,
+    median,
+    paired_rounds,
+    print_table,
+    spread,
+    write_results,
+)
 from tests import audio_factory
 from transforms import decode_worker
+from transforms.backbones import (
+    CPU_BATCH_SIZE,
+    TORCH_DTYPES,
+    InferenceSettings,
+    TorchBackbone,
+    resolve_precision,
+)
 from transforms.commit import CommitSettings, OpenUnit
 from transforms.decode import DecodePool, DecodeSettings
 from transforms.fbank import FbankSettings, KaldiFbank, extract_fbank
@@ -56,12 +76,14 @@ from transforms.records import (
 )
 from transforms.rows import RowSettings, windows_table
 from transforms.sources import read_unit
+from transforms.spectrogram_transformer import ASTConfig, ASTModel
 
 CLIP_S = 10.0
 RATE_HZ, MODEL_RATE_HZ, OPUS_RATE_HZ = 44_100, 16_000, 48_000
 FORMATS = {"WAV": "wav", "FLAC": "flac", "MP3": "mp3", "Vorbis": "ogg", "Opus": "opus"}
 BATCH_SIZE = 8
 HIDDEN_SIZE, NUM_LABELS = 768, 527
+MATRIX_SIZE = 2048  # large enough for a core to multiply as fast as it can
 
 Work = Callable[[], None]
 
@@ -73,12 +95,14 @@ class Stage:
     Attributes:
         name: What it is called in the table.
         work: Does it once for each clip.
-        limit: Does what cannot be done without; None where there is nothing to compare with.
+        limit: Does what cannot be done without, as often.
+        num_clips: How many clips that is.
     """
 
     name: str
     work: Work
-    limit: Work | None = None
+    limit: Work
+    num_clips: int
 
 
 def make_clip(rate_hz: int, seed: int = 0) -> FloatArray:
@@ -107,7 +131,7 @@ def reading(folder: Path, num_clips: int) -> Stage:
         if sum(1 for _ in read_unit(unit)) != num_clips:
             raise SystemExit(f"{path}: not every member was read")
 
-    return Stage("read (tar of WAV)", work, lambda: _ignore(path.read_bytes()))
+    return Stage("read (tar of WAV)", work, lambda: _ignore(path.read_bytes()), num_clips)
 
 
 def _ignore(value: object) -> None:
@@ -133,7 +157,7 @@ def decoding(pools: dict[int, DecodePool], title: str, name: str, num_clips: int
             else:
                 soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
 
-    return Stage(f"decode {title}", work, limit)
+    return Stage(f"decode {title}", work, limit, num_clips)
 
 
 def resampling(num_clips: int) -> Stage:
@@ -151,7 +175,7 @@ def resampling(num_clips: int) -> Stage:
         for _ in range(num_clips):
             soxr.resample(mono, RATE_HZ, MODEL_RATE_HZ, quality="HQ")
 
-    return Stage("resample 44.1 to 16 kHz", work, limit)
+    return Stage("resample 44.1 to 16 kHz", work, limit, num_clips)
 
 
 def fbanks(num_clips: int) -> list[Stage]:
@@ -170,7 +194,41 @@ def fbanks(num_clips: int) -> list[Stage]:
             for start in range(0, num_clips, BATCH_SIZE):
                 batched(batch[: num_clips - start])
 
-    return [Stage("fbank, torchaudio", one_by_one), Stage("fbank, in batches of 8", in_batches)]
+    frames = batch.unfold(1, settings.frame_samples, settings.hop_samples) * batched.window
+
+    def limit() -> None:
+        with torch.inference_mode():
+            for start in range(0, num_clips, BATCH_SIZE):
+                spectrum = torch.fft.rfft(frames[: num_clips - start], n=settings.fft_samples)
+                _ignore(spectrum.real @ batched.mel_filters)
+
+    return [
+        Stage("fbank, torchaudio", one_by_one, limit, num_clips),
+        Stage("fbank, in batches of 8", in_batches, limit, num_clips),
+    ]
+
+
+def modelling(num_windows: int, num_layers: int) -> Stage:
+    """AST base by torch."""
+    config = ASTConfig(num_hidden_layers=num_layers)
+    precision = resolve_precision("auto", "cpu")
+    settings = InferenceSettings(device="cpu", engine="torch", compile=False)
+    backbone = TorchBackbone(ASTModel(config), settings, precision)
+    shape = (num_windows, config.max_length, config.num_mel_bins)
+    features = np.random.default_rng(0).normal(0, 0.5, shape).astype(np.float32)
+    matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE, dtype=TORCH_DTYPES[precision])
+    flops = num_windows * count_flops(config, pooled_alone=True)
+    num_products = max(1, round(flops / (2 * MATRIX_SIZE**3)))
+
+    def work() -> None:
+        for start in range(0, num_windows, CPU_BATCH_SIZE):
+            backbone.embed(features[start : start + CPU_BATCH_SIZE])
+
+    def limit() -> None:
+        for _ in range(num_products):
+            _ignore(matrix @ matrix)
+
+    return Stage(f"model, torch {precision}", work, limit, num_windows)
 
 
 def writing(folder: Path, num_clips: int) -> Stage:
@@ -202,7 +260,12 @@ def writing(folder: Path, num_clips: int) -> Stage:
     def limit() -> None:
         pq.write_table(table, folder / "limit.parquet", compression="zstd")
 
-    return Stage("write", work, limit)
+    return Stage("write", work, limit, num_clips)
+
+
+def limit_of(stage: Stage) -> str:
+    """What its limit is called among the figures."""
+    return f"{stage.name}, limit"
 
 
 def measure(work: Work, num_clips: int) -> float:
@@ -215,8 +278,10 @@ def measure(work: Work, num_clips: int) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, draw and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clips", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each stage is run")
+    parser.add_argument("--clips", type=int, default=40, help="of each run")
+    parser.add_argument("--model-windows", type=int, default=4, help="of each run of the model")
+    parser.add_argument("--layers", type=int, default=12, help="of the model; AST base has 12")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent, help="where to")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -232,12 +297,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 *(decoding(pools, title, name, num_clips) for title, name in FORMATS.items()),
                 resampling(num_clips),
                 *fbanks(num_clips),
+                modelling(options.model_windows, options.layers),
                 writing(folder, num_clips),
             ]
-            works = {stage.name: stage.work for stage in stages}
-            works |= {f"{stage.name}, limit": stage.limit for stage in stages if stage.limit}
             cases = {
-                name: functools.partial(measure, work, num_clips) for name, work in works.items()
+                name: functools.partial(measure, work, stage.num_clips)
+                for stage in stages
+                for name, work in ((stage.name, stage.work), (limit_of(stage), stage.limit))
             }
             paired_rounds(cases, 1)  # processes start, and libraries load what they need
             found = paired_rounds(cases, options.rounds)
@@ -250,19 +316,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stage.name,
             medians[stage.name],
             f"{1000.0 * CLIP_S / medians[stage.name]:,.0f}×",
-            medians.get(f"{stage.name}, limit", "–"),
+            medians[limit_of(stage)],
+            medians[stage.name] / medians[limit_of(stage)],
             f"{spread(found[stage.name]):.0%}",
         )
         for stage in stages
     ]
-    print_table(("stage", "ms for 10 s", "real time", "limit, ms", "spread"), rows)
+    print_table(
+        ("stage", "ms for 10 s", "real time", "limit, ms", "times its limit", "spread"), rows
+    )
     result = {"clips": num_clips, "ms_for_10_s": medians, "rounds": found}
     write_results(options.results / "stages.json", result)
     with drawn(options.results / "stages.png", "Each stage alone, one core") as axes:
         names = [stage.name for stage in stages][::-1]
         axes.barh(names, [medians[name] for name in names], label="as it is")
-        limits = [medians.get(f"{name}, limit", 0.0) for name in names]
+        limits = [medians[limit_of(stage)] for stage in stages][::-1]
         axes.barh(names, limits, height=0.4, label="its limit")
+        axes.set_xscale("log")
         axes.set_xlabel("ms for 10 s of audio")
         axes.legend()
 

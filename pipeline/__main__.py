@@ -4,6 +4,7 @@ Importing the command line takes a while, and whoever presses Ctrl-C meanwhile s
 traceback. So this module imports next to nothing.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -20,7 +21,23 @@ def main() -> int:
         signal.signal(number, _end_at_once)
     from pipeline.cli import main as run
 
-    return run()
+    code = run()
+    if code == EXIT_INTERRUPTED:
+        _end_without_waiting()
+    return code
+
+
+def _end_without_waiting() -> None:
+    """End while threads that a runner works in may still be at a bundle, which none can stop.
+
+    Python's own end would wait for some of them and tear others out of a library, which then
+    aborts; and what they say of decoders that are being closed tells nobody anything.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    atexit._run_exitfuncs()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:

@@ -23,7 +23,9 @@ from transforms.records import Carried, ContainerSlice, Failure, Item, UnitKind,
 from transforms.sources import (
     Container,
     Found,
+    RestOfContainer,
     SourceSettings,
+    cut_containers,
     make_clip_id,
     make_unit_id,
     plan_units,
@@ -39,6 +41,7 @@ class Backlog:
 
     Attributes:
         units: To do, in plan order.
+        rests: What else is to do: containers that have not been cut into units yet.
         kept_units: Committed units that stay as they are.
         found_kept_items: Items in them that are in the input.
         vanished_kept_items: Items in them that are not.
@@ -51,6 +54,7 @@ class Backlog:
     """
 
     units: tuple[WorkUnit, ...]
+    rests: tuple[RestOfContainer, ...] = ()
     kept_units: tuple[str, ...] = ()
     found_kept_items: int = 0
     vanished_kept_items: int = 0
@@ -67,7 +71,7 @@ class Backlog:
     @property
     def num_items(self) -> int | None:
         """Items to do; None if containers must be read to know."""
-        if any(unit.container is not None and not unit.items for unit in self.units):
+        if self.rests or any(unit.container is not None and not unit.items for unit in self.units):
             return None
         return sum(len(unit.items) + len(unit.failures) for unit in self.units)
 
@@ -79,7 +83,23 @@ def find_backlog(
     *,
     retry_from: str | None = None,
 ) -> Backlog:
-    """Compare what was found with what is committed.
+    """Compare what was found with what is committed, and cut what is to be done into units.
+
+    Arguments and errors are those of ``find_uncut_backlog``.
+    """
+    backlog = find_uncut_backlog(found, commits, settings, retry_from=retry_from)
+    units = (*backlog.units, *cut_containers(backlog.rests, settings))
+    return dataclasses.replace(backlog, units=units, rests=())
+
+
+def find_uncut_backlog(
+    found: Found,
+    commits: Mapping[str, Commit],
+    settings: SourceSettings,
+    *,
+    retry_from: str | None = None,
+) -> Backlog:
+    """Compare what was found with what is committed; new containers are left to be cut.
 
     Args:
         found: What the input holds.
@@ -105,12 +125,15 @@ def find_backlog(
         if not inventory.has_moved(entry.clip_id, commit)
     }
     # A slice that is tried again is not fresh: what is to be done of it stands in `retried`.
-    fresh = _plan_fresh(found, known, same, {c.uri for c in _changed_slices(changed)}, settings)
+    fresh, rests = _plan_fresh(
+        found, known, same, {c.uri for c in _changed_slices(changed)}, settings
+    )
     replaced = {unit.replaces[0] for unit in retried}
     kept = {unit_id: commit for unit_id, commit in same.items() if unit_id not in replaced}
     found_kept = sum(inventory.num_found(commit) for commit in kept.values())
     return Backlog(
         units=(*redone, *retried, *fresh),
+        rests=tuple(rests),
         kept_units=tuple(kept),
         found_kept_items=found_kept,
         vanished_kept_items=sum(commit.totals.items for commit in kept.values()) - found_kept,
@@ -389,8 +412,8 @@ def _plan_fresh(
     kept: Mapping[str, Commit],
     redone_containers: set[str],
     settings: SourceSettings,
-) -> list[WorkUnit]:
-    """Units of what no commit covers."""
+) -> tuple[list[WorkUnit], list[RestOfContainer]]:
+    """Units of what no commit covers, and what is left of containers."""
     items = [item for item in found.items if item.clip_id not in known]
     containers = []
     for container in found.containers:
@@ -400,10 +423,11 @@ def _plan_fresh(
                 containers.append(dataclasses.replace(container, items=asked))
         elif container.uri not in redone_containers:
             containers.append(container)
-    units = plan_units(items, containers, settings, covered=_covered(kept))
+    units = plan_units(items, [], settings)
     failures = [failure for failure in found.failures if failure.item.clip_id not in known]
     for start in range(0, len(failures), FAILURES_PER_UNIT):
         group = tuple(failures[start : start + FAILURES_PER_UNIT])
         unit_id = make_unit_id("files", [failure.item for failure in group])
         units.append(WorkUnit(unit_id, "files", failures=group))
-    return units
+    covered = _covered(kept)
+    return units, [RestOfContainer.of(container, covered) for container in containers]

@@ -178,6 +178,7 @@ class InferenceSection(Section):
         compile: Whether torch compiles the model; null is on cuda alone.
         check_windows: Windows per process that are computed in float32 too.
         calibration_windows: Windows that int8 is calibrated on.
+        features_on: Where features are made; auto is on the device if it is cuda.
     """
 
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
@@ -188,6 +189,7 @@ class InferenceSection(Section):
     compile: bool | None = None
     check_windows: Annotated[int, Field(ge=0)] = 32
     calibration_windows: Count = 128
+    features_on: Literal["auto", "host", "device"] = "auto"
 
 
 class DecodeSection(Section):
@@ -229,9 +231,11 @@ class UnitsSection(Section):
 
     Attributes:
         windows: About how many windows a work unit holds.
+        max_listed_here: Files beyond which workers list the inputs, not the launching machine.
     """
 
     windows: Count = 256
+    max_listed_here: Annotated[int, Field(ge=0)] = 1_000_000
 
 
 class RunConfig(Section):

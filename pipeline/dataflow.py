@@ -32,6 +32,7 @@ from apache_beam.options.pipeline_options import (
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 from apache_beam.runners.runner import PipelineState, create_runner
 
+from pipeline.job_service import wait_for
 from pipeline.streams import say
 from transforms import storage
 from transforms.errors import ConfigError, OutputError
@@ -55,7 +56,9 @@ ENDED_STATES = frozenset(
 
 def is_dataflow(options: PipelineOptions) -> bool:
     """Whether the runner is Dataflow's."""
-    return str(options.view_as(StandardOptions).runner).lower() == RUNNER.lower()
+    # Beam takes its runners' names with and without their ending.
+    name = str(options.view_as(StandardOptions).runner).lower().removesuffix("runner")
+    return f"{name}runner" == RUNNER.lower()
 
 
 def check_dataflow(options: PipelineOptions) -> None:
@@ -339,7 +342,7 @@ def follow(result: Any, output: str | None, options: PipelineOptions) -> None:
     """
     job = job_of(result, options)
     if job is None:
-        result.wait_until_finish()
+        wait_for(result)
         return
     try:
         result.wait_until_finish()

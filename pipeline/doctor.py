@@ -14,7 +14,8 @@ on beside them; how busy they were says whether they could have given more.
     labelling_shares  the same as shares of total_s; the two waits are one
     background        read_s, of each process's reading thread, and reader_share, of its time;
                       open_s (reading local files, hashing), decode_s and resample_s, of the decoder
-                      processes, decoders, how many a process has, and decoder_share, of their time
+                      processes, decoders, how many a process has, and decoder_share, of their
+                      time; device_ahead_s, a GPU's computing that no labelling thread waited for
     device_idle_share share of the time in which the model did not run, as each process sees it
     advice            a sentence, or null: little time, or none that could be saved
 
@@ -86,7 +87,8 @@ def labelling_shares(seconds: StageSeconds) -> dict[str, float | None]:
 
 def device_idle_share(seconds: StageSeconds) -> float | None:
     """Share of the time in which no model ran, in [0, 1]."""
-    busy = _share(seconds.model_s + seconds.check_s, seconds.process_s)
+    busy_s = seconds.model_s + seconds.device_ahead_s + seconds.check_s
+    busy = _share(busy_s, seconds.process_s)
     return None if busy is None else 1.0 - busy
 
 
@@ -216,7 +218,7 @@ def record_time(
     """
     waits = ("wait_read", "wait_decode")
     labelling = ("model", "copy", "queue", "check", "fbank", *waits, "write", "other")
-    background = ("read", "open", "decode", "resample")
+    background = ("read", "open", "decode", "resample", "device_ahead")
     values = asdict(seconds)
     record = {
         "startup": {

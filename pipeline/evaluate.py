@@ -42,7 +42,7 @@ from pipeline.truth import (
 from transforms import storage
 from transforms.checkpoints import load_model, resolve_model
 from transforms.clip_ids import for_terminal
-from transforms.errors import ConfigError, InputError, ModelError, OutputError
+from transforms.errors import InputError, ModelError, OutputError
 from transforms.inference import score_embeddings
 from transforms.labels import Label
 from transforms.ledger import open_part
@@ -255,9 +255,8 @@ def _load_head(run: Mapping[str, Any], model: str | None) -> Any:
     # Files that only say what the result holds itself need not be there any more.
     kept = config.model.model_copy(update={"preprocessor": None, "labels": None})
     config = config.model_copy(update={"model": kept})
-    name = model or config.model.name
-    if name is None:
-        raise ConfigError("the result does not say which model it was made with; pass --model")
+    # A run that was told of no model took the default one, and says which that was.
+    name = model or config.model.name or str(run["model"]["name"])
     revision = run["model"]["revision"]
     if model is None and revision and "@" not in name:
         name = f"{name}@{revision}"

@@ -4,12 +4,13 @@
                       └─────────────────── summaries of units already done ────┤
                                                      run.json, _SUCCESS ◀─ total
 
-A unit is a small description of what to read: a few hundred files, or a slice of a tar or
-Parquet file (``plan`` makes them). From reading to commit everything happens in one fused stage;
-only units go in and only summaries come out, so that memory stays flat and a unit is committed
-as soon as its last window is labelled. Any shuffle, side input, state or differing resource hint
-in between would split that stage: ``tests/test_graph.py`` holds it together, and ``CommitUnits``
-raises rather than commit half a unit.
+A unit is a small description of what to read: a few hundred files, or a slice of a tar or Parquet
+file (``plan`` makes them; where the inputs are too many, workers do: ``deferred``). From reading
+to commit everything happens in one fused stage; only units go in and only summaries come out, so
+that memory stays flat and a unit is committed as soon as its last window is labelled. Any
+shuffle, side input, state or differing resource hint in between would split that stage:
+``tests/test_graph.py`` holds it together, and ``CommitUnits`` raises rather than commit half a
+unit.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import apache_beam as beam
+from apache_beam.pvalue import PCollection
 
 from transforms.commit import CommitSettings, CommitUnits, SkipCommitted
 from transforms.label_audio import LabelSettings, LabelUnits
@@ -81,14 +83,29 @@ def build_graph(
         finish: Called once with the totals of all units, after the last commit; it must be
             picklable, since it runs where the pipeline runs.
     """
-    to_do, done = (
-        pipeline | "List units" >> beam.Create(units) | "Skip committed" >> SkipCommitted(commit)
-    )
+    listed = pipeline | "List units" >> beam.Create(units)
+    _ = label_units(listed, label, commit) | "Finish run" >> beam.Map(finish)
+
+
+def label_units(
+    units: PCollection[WorkUnit], label: LabelSettings, commit: CommitSettings
+) -> PCollection[RunTotals]:
+    """Draw what is done with units, however they were planned.
+
+    Args:
+        units: What to label.
+        label: The settings of every step.
+        commit: Where and how to write.
+
+    Returns:
+        The totals of all units, once the last is committed.
+    """
+    to_do, done = units | "Skip committed" >> SkipCommitted(commit)
     labelled = to_do | "Label" >> LabelUnits(label) | "Commit" >> CommitUnits(commit)
-    _ = (
+    totals: PCollection[RunTotals] = (
         (labelled, done)
         | "Gather summaries" >> beam.Flatten()
         | "Count units" >> beam.Map(RunTotals.of)
         | "Sum up" >> beam.CombineGlobally(sum_totals)
-        | "Finish run" >> beam.Map(finish)
     )
+    return totals

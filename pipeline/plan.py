@@ -14,10 +14,15 @@ import dataclasses
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.backlog import Backlog, count_vanished_failures, find_backlog
+from pipeline.backlog import (
+    Backlog,
+    count_found_items,
+    count_vanished_failures,
+    find_uncut_backlog,
+)
 from pipeline.config import (
     DecodeSection,
     ReadSection,
@@ -25,9 +30,11 @@ from pipeline.config import (
     given_inputs,
     given_output,
 )
+from pipeline.doctor import Startup
 from pipeline.graph import RunTotals
 from pipeline.result import (
     RUN_SCHEMA_VERSION,
+    FinishRun,
     ResultState,
     check_removable,
     check_same_results,
@@ -48,7 +55,14 @@ from transforms.label_audio import LabelSettings, make_settings
 from transforms.ledger import UnitSummary
 from transforms.model_files import FEATURES_NAME
 from transforms.records import WorkUnit
-from transforms.sources import Found, ReadLimits, SourceSettings, find_inputs, limit_items
+from transforms.sources import (
+    Found,
+    ReadLimits,
+    SourceSettings,
+    cut_containers,
+    find_inputs,
+    limit_items,
+)
 
 # The fields of a config that the forward pass depends on; others (dropouts, what to return) may
 # differ between two folders of the same model.
@@ -69,6 +83,38 @@ SHAPE_OF_A_MODEL = (
 )
 
 KIND_NAMES = {"tar": "tar archive", "parquet": "audio-Parquet file"}
+
+
+@dataclass(frozen=True)
+class RunFrame:
+    """What a run knows before its inputs are listed; workers may do that (``deferred``).
+
+    Attributes:
+        urls: What was given, as absolute paths or URLs; may carry signatures.
+        output: The result's folder.
+        state: What lies there now.
+        label: The settings of every step.
+        commit: Where and how to write.
+        run: ``run.json`` as far as it is known.
+        limit: How many items to do at most; None for all.
+        keeps: Whether what is committed stays: not with ``--overwrite``.
+        retry_failed: Whether failed items are tried again.
+    """
+
+    urls: tuple[str, ...] = field(repr=False)
+    output: str
+    state: ResultState
+    label: LabelSettings
+    commit: CommitSettings
+    run: Mapping[str, Any]
+    limit: int | None
+    keeps: bool
+    retry_failed: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What was given, without signatures."""
+        return tuple(storage.public_uri(url) for url in self.urls)
 
 
 @dataclass(frozen=True)
@@ -114,15 +160,25 @@ class RunPlan:
 def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool = True) -> RunPlan:
     """Plan a run; everything that can be wrong with the command is found here.
 
+    Arguments and errors are those of ``make_frame``.
+    """
+    return find_plan(make_frame(config, is_remote=is_remote, needs_output=needs_output))
+
+
+def make_frame(
+    config: RunConfig, *, is_remote: bool = False, needs_output: bool = True
+) -> RunFrame:
+    """Everything of a plan but what the inputs hold.
+
     Args:
         config: What to do.
         is_remote: Other machines will do it, so that this one's devices say nothing.
         needs_output: There must be an output; without one, nothing is done already.
 
     Raises:
-        UsageError: The config, the model, an input or the output is not right.
+        UsageError: The config, the model or the output is not right.
     """
-    inputs = [storage.normalise(text) for text in given_inputs(config)]
+    urls = [storage.normalise(text) for text in given_inputs(config)]
     wants_output = needs_output or config.output is not None
     output = storage.normalise(given_output(config)) if wants_output else ""
     model = choose_model(config)
@@ -140,35 +196,93 @@ def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool 
         check_removable(state)
     else:
         check_same_results(state, results, model.name)
-    sources = label.sources
-    found = find_inputs(inputs, exclude=output or None, max_page_bytes=config.read.max_page_bytes)
-    if config.limit is not None:
-        found = limit_items(found, config.limit, sources)
-    commits = {} if config.overwrite else state.commits
-    backlog = find_backlog(
-        found,
-        commits,
-        sources,
-        retry_from=output if config.retry_failed else None,
-    )
-    public_inputs = tuple(storage.public_uri(url) for url in inputs)
-    run_id = uuid.uuid4().hex[:12]
-    return RunPlan(
-        inputs=public_inputs,
+    public_inputs = tuple(storage.public_uri(url) for url in urls)
+    return RunFrame(
+        urls=tuple(urls),
         output=output,
         state=state,
         label=label,
         commit=CommitSettings(
             output=output,
-            run_id=run_id,
+            run_id=uuid.uuid4().hex[:12],
             fingerprint=make_fingerprint(results),
             model_sha256=model.sha256,
             rows=label.rows,
         ),
-        run=_run_record(config, public_inputs, label, results, found),
+        run=_run_record(config, public_inputs, label, results),
+        limit=config.limit,
+        keeps=not config.overwrite,
+        retry_failed=config.retry_failed,
+    )
+
+
+def find_plan(frame: RunFrame, max_listed: int | None = None) -> RunPlan:
+    """List the inputs, and divide what is to be done into units.
+
+    Arguments and errors are those of ``find_work``.
+    """
+    plan = find_work(frame, max_listed)
+    backlog = plan.backlog
+    units = (*backlog.units, *cut_containers(backlog.rests, frame.label.sources))
+    return dataclasses.replace(plan, backlog=dataclasses.replace(backlog, units=units, rests=()))
+
+
+def find_work(frame: RunFrame, max_listed: int | None = None) -> RunPlan:
+    """List the inputs, and divide what is to be done into units, but for new containers.
+
+    Args:
+        frame: What is known already.
+        max_listed: How many files may be listed; None for any number.
+
+    Raises:
+        TooManyListedError: There are more.
+        InputError: An input is not right.
+    """
+    sources = frame.label.sources
+    found = find_inputs(
+        frame.urls,
+        exclude=frame.output or None,
+        max_page_bytes=sources.limits.max_page_bytes,
+        max_listed=max_listed,
+    )
+    if frame.limit is not None:
+        found = limit_items(found, frame.limit, sources)
+    commits = frame.state.commits if frame.keeps else {}
+    retry_from = frame.output if frame.retry_failed else None
+    return RunPlan(
+        inputs=frame.inputs,
+        output=frame.output,
+        state=frame.state,
+        label=frame.label,
+        commit=frame.commit,
+        run={**frame.run, "input": _input_record(found)},
         found=found,
-        backlog=backlog,
-        vanished_failures=count_vanished_failures(found, commits, output),
+        backlog=find_uncut_backlog(found, commits, sources, retry_from=retry_from),
+        vanished_failures=count_vanished_failures(found, commits, frame.output),
+    )
+
+
+def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
+    """The last step of a run, which holds what comes of it against the plan.
+
+    Args:
+        plan: What is to be done.
+        startup: What starting has taken.
+    """
+    kept, backlog = plan.kept, plan.backlog
+    return FinishRun(
+        output=plan.output,
+        run=plan.run,
+        startup=startup,
+        kept=kept,
+        num_units=len(plan.units),
+        found_kept_items=backlog.found_kept_items,
+        vanished_kept_items=backlog.vanished_kept_items,
+        vanished_carried_items=backlog.vanished_carried_items,
+        retried_carried_items=backlog.retried_carried_items,
+        vanished_failures=plan.vanished_failures,
+        num_found_items=count_found_items(plan.found),
+        num_commits=kept.units + len(plan.units),
     )
 
 
@@ -231,6 +345,7 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
         embedding_dtype=config.embedding.dtype,
         compile=config.inference.compile,
         check_windows=config.inference.check_windows,
+        features_on=config.inference.features_on,
         num_processes=config.inference.workers,
     )
     return make_settings(
@@ -304,7 +419,6 @@ def _run_record(
     inputs: tuple[str, ...],
     label: LabelSettings,
     results: Mapping[str, Any],
-    found: Found,
 ) -> dict[str, Any]:
     model = label.model
     return {
@@ -333,26 +447,22 @@ def _run_record(
             else None,
         },
         "results": dict(results),
-        "input": {
-            "duplicates": found.duplicates,
-            "skipped_by_extension": dict(found.skipped_by_extension),
-            "notes": list(found.notes),
-        },
         "totals": None,
+    }
+
+
+def _input_record(found: Found) -> dict[str, Any]:
+    return {
+        "duplicates": found.duplicates,
+        "skipped_by_extension": dict(found.skipped_by_extension),
+        "notes": list(found.notes),
     }
 
 
 def describe_plan(plan: RunPlan) -> list[str]:
     """What a run is going to do, in a few lines."""
-    model, found, backlog = plan.label.model, plan.found, plan.backlog
-    windows = plan.label.windows
-    lines = [
-        f"Model: {model.name}, {model.num_labels} labels ({model.activation}), windows of "
-        f"{windows.window_samples / windows.sample_rate_hz:g} s every "
-        f"{windows.hop_samples / windows.sample_rate_hz:g} s.",
-        *model.notes,
-        *describe_inputs(found),
-    ]
+    backlog = plan.backlog
+    lines = [*describe_model(plan.label), *describe_inputs(plan.found)]
     if plan.state.commits:
         lines.append(describe_done(plan))
     for unit_id, reason in list(plan.state.damaged.items())[:5]:
@@ -366,6 +476,17 @@ def describe_plan(plan: RunPlan) -> list[str]:
     else:
         lines.append("Nothing to do: everything found is done.")
     return lines
+
+
+def describe_model(label: LabelSettings) -> list[str]:
+    """What a run labels with, in a few lines."""
+    model, windows = label.model, label.windows
+    return [
+        f"Model: {model.name}, {model.num_labels} labels ({model.activation}), windows of "
+        f"{windows.window_samples / windows.sample_rate_hz:g} s every "
+        f"{windows.hop_samples / windows.sample_rate_hz:g} s.",
+        *model.notes,
+    ]
 
 
 def counted(number: int, noun: str) -> str:

@@ -8,18 +8,20 @@ does the rest; its last step writes the totals.
 from __future__ import annotations
 
 import contextlib
-import re
+import dataclasses
+import functools
+import pickle
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 from apache_beam.runners.runner import create_runner
 
-from pipeline.backlog import count_found_items
 from pipeline.calibration import calibrate
 from pipeline.checks import describe_checks, precision_warnings
 from pipeline.config import DEFAULT_RUNNER, RunConfig, given_inputs, given_output
@@ -32,10 +34,21 @@ from pipeline.dataflow import (
     is_left_running,
     submit,
 )
+from pipeline.deferred import DeferredPlan, build_deferred_graph
 from pipeline.doctor import UNTIMED, Startup, describe_time
 from pipeline.graph import RunTotals, build_graph
+from pipeline.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
 from pipeline.output_lock import hold_output
-from pipeline.plan import RunPlan, counted, describe_plan, make_plan
+from pipeline.plan import (
+    RunFrame,
+    RunPlan,
+    counted,
+    describe_model,
+    describe_plan,
+    find_plan,
+    make_finish,
+    make_frame,
+)
 from pipeline.progress import (
     LiveReader,
     ProgressCounts,
@@ -46,6 +59,7 @@ from pipeline.progress import (
 from pipeline.result import (
     SUCCESS_FILE,
     FinishRun,
+    ResultState,
     heal,
     read_run,
     remove_result,
@@ -58,9 +72,11 @@ from pipeline.streams import say
 from transforms import storage
 from transforms.checkpoints import ModelSpec
 from transforms.clip_ids import for_terminal
-from transforms.errors import ConfigError, ModelError, OutputError
+from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
 from transforms.ledger import UnitTotals, list_unit_ids, read_commit, read_failures
+from transforms.records import WorkUnit
 from transforms.scratch import sweep, temporary_files_in_scratch
+from transforms.sources import check_there
 from transforms.stage_clocks import stage_clocks
 
 # Listing a remote folder takes a while: what others commit is looked up every few seconds.
@@ -75,11 +91,11 @@ EXIT_TOO_MANY_FAILED = 3
 # Runners that hand work to other machines, which cannot see this one's files.
 REMOTE_RUNNERS = frozenset({"dataflowrunner"})
 
+# Dataflow takes 10 MB of a job's description, and half of that is what the units become in it.
+MAX_JOB_BYTES = 4 << 20
+
 # Beam's options whose values in the config and on the command line do not exclude each other.
 ADDED_UP = frozenset({"experiments"})
-
-# Masters and endpoints that are on this machine: "[local]", "local[4]", "localhost:8081", "embed".
-LOCAL_MASTER = re.compile(r"^\[?(local|auto|embed|collection|127\.|::1)", re.IGNORECASE)
 
 
 def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 0.0) -> int:
@@ -102,33 +118,114 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
     options = pipeline_options(config, beam_options)
     remote = is_remote(options)
     output = storage.normalise(given_output(config))
+    check_runner(options, config.inference.device)
     if remote:
-        check_runner(options, config.inference.device)
         check_reachable([storage.normalise(text) for text in given_inputs(config)], output)
     sweep()
     with hold_output(output, on_lost=_interrupt_main_thread):
         wait_for_writers(output)
         check_no_job(output)
-        plan = make_plan(config, is_remote=remote)
+        frame = make_frame(config, is_remote=remote)
         if remote:
-            check_model_reachable(plan.label.model)
-        for line in describe_plan(plan):
-            say(line, quiet=config.quiet)
-        plan = calibrate(plan, config.inference.calibration_windows)
-        startup = Startup(imports_s, time.monotonic() - began_s)
-        finish = prepare_output(plan, config, startup)
+            check_model_reachable(frame.label.model)
+        run = plan_here(frame, config, options) or plan_there(frame, config)
+        draw = run.prepare(Startup(imports_s, time.monotonic() - began_s))
         started = time.monotonic()
-        if plan.units:
+        if draw is not None:
             try:
-                is_done = run_graph(plan, options, finish, config.quiet)
+                is_done = run_graph(draw, run, options, config.quiet)
             finally:
-                remove_staging(plan.output)
+                remove_staging(output)
             if not is_done:
-                say(f"Once it has ended, earmark verify {plan.output} says whether all is well.")
+                say(f"Once it has ended, earmark verify {output} says whether all is well.")
                 return EXIT_DONE
-        else:
-            finish(RunTotals())
-        return report(plan.output, config, time.monotonic() - started)
+        return report(output, config, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that is ready to begin.
+
+    Attributes:
+        output: The result's folder.
+        prepare: Brings the output in order; gives what draws the graph, or None where there was
+            nothing to do and the run has been finished.
+        windows: Windows to label, estimated; None if not known.
+        items: Items to label; None if not known.
+    """
+
+    output: str
+    prepare: Callable[[Startup], Callable[[beam.Pipeline], None] | None]
+    windows: int | None = None
+    items: int | None = None
+
+
+def plan_here(frame: RunFrame, config: RunConfig, options: PipelineOptions) -> PlannedRun | None:
+    """Plan a run on this machine; None where there is too much to list, or to hand over.
+
+    Raises:
+        UsageError: Something is wrong with the command or its inputs; nothing was written.
+    """
+    try:
+        plan = find_plan(frame, config.units.max_listed_here)
+    except TooManyListedError:
+        return None
+    if is_dataflow(options) and not fits_job(plan.units):
+        return None
+    for line in describe_plan(plan):
+        say(line, quiet=config.quiet)
+    plan = calibrate(plan, config.inference.calibration_windows)
+
+    def prepare(startup: Startup) -> Callable[[beam.Pipeline], None] | None:
+        finish = prepare_output(plan, config, startup)
+        if plan.units:
+            return functools.partial(
+                build_graph,
+                units=plan.units,
+                label=plan.label,
+                commit=plan.commit,
+                finish=finish,
+            )
+        finish(RunTotals())
+        return None
+
+    windows = sum(unit.estimated_windows for unit in plan.units)
+    return PlannedRun(plan.output, prepare, windows, plan.backlog.num_items)
+
+
+def fits_job(units: Sequence[WorkUnit]) -> bool:
+    """Whether Dataflow takes these units as part of a job's description."""
+    num_bytes = 0
+    for unit in units:
+        num_bytes += len(pickle.dumps(unit))
+        if num_bytes > MAX_JOB_BYTES:
+            return False
+    return True
+
+
+def plan_there(frame: RunFrame, config: RunConfig) -> PlannedRun:
+    """A run that workers plan.
+
+    Raises:
+        UsageError: An input does not exist, or the settings need a plan that is made here.
+    """
+    if config.inference.precision == "int8":
+        raise ConfigError(
+            "inference.precision is int8, which is calibrated on the inputs before the work "
+            "starts, and they are too many to be listed here (units.max_listed_here is "
+            f"{config.units.max_listed_here}); raise that, or use --precision auto."
+        )
+    check_there(frame.urls)
+    for line in describe_model(frame.label):
+        say(line, quiet=config.quiet)
+    say("The inputs are many: the run itself lists and groups them.", quiet=config.quiet)
+
+    def prepare(startup: Startup) -> Callable[[beam.Pipeline], None]:
+        run = begin_output(frame.state, frame.run, config, is_new=True)
+        plan = DeferredPlan.of(dataclasses.replace(frame, run=run), startup)
+        return functools.partial(build_deferred_graph, plan=plan)
+
+    return PlannedRun(frame.output, prepare)
 
 
 def _interrupt_main_thread() -> None:
@@ -178,7 +275,7 @@ def check_known(options: PipelineOptions, args: list[str]) -> None:
     Raises:
         ConfigError: Beam does not know an option.
     """
-    known = options.get_all_options()
+    known = {*options.get_all_options(), *JOB_SERVER_OPTIONS.get(runner_name(options), ())}
     names = [arg[2:].split("=")[0] for arg in args if arg.startswith("--")]
     unknown = [name for name in names if name.replace("-", "_") not in known]
     # Some options have negative or alternative spellings that are kept under another name.
@@ -191,14 +288,14 @@ def check_known(options: PipelineOptions, args: list[str]) -> None:
 
 
 def runner_name(options: PipelineOptions) -> str:
-    """The runner in lower case.
+    """The runner's class in lower case, whichever of its names was given: ``flinkrunner``.
 
     Raises:
         ConfigError: Beam has no such runner, or it needs a package that is not installed.
     """
     name = options.view_as(StandardOptions).runner or DEFAULT_RUNNER
     try:
-        create_runner(name)
+        return type(create_runner(name)).__name__.lower()
     except ImportError as error:
         raise ConfigError(
             f"runner {name} needs a package that is not installed ({error}); for DataflowRunner: "
@@ -209,23 +306,16 @@ def runner_name(options: PipelineOptions) -> str:
             f"Beam has no runner {name}; among those it has are FnApiRunner (the default), "
             "DirectRunner, PrismRunner, FlinkRunner, SparkRunner and DataflowRunner."
         ) from error
-    return name.lower()
 
 
 def is_remote(options: PipelineOptions) -> bool:
     """Whether other machines will do the work, which cannot see this one's files."""
-    values = options.get_all_options()
     name = runner_name(options)
-    master = {
-        "flinkrunner": values.get("flink_master"),
-        "sparkrunner": values.get("spark_master_url"),
-        "portablerunner": values.get("job_endpoint"),
-    }.get(name)
-    return name in REMOTE_RUNNERS or not LOCAL_MASTER.match(master or "local")
+    return name in REMOTE_RUNNERS or not has_all_machines_here(name, options)
 
 
 def check_runner(options: PipelineOptions, device: str | None = None) -> None:
-    """Refuse what a runner on other machines could not do.
+    """Refuse what a runner could not do.
 
     Args:
         options: Beam's.
@@ -238,6 +328,7 @@ def check_runner(options: PipelineOptions, device: str | None = None) -> None:
         check_dataflow(options)
         if device is not None:
             check_device(options, device)
+    check_workers(runner_name(options), options)
 
 
 def check_model_reachable(model: ModelSpec) -> None:
@@ -288,43 +379,45 @@ def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED)
         OutputError: The output cannot be written.
     """
     is_new = bool(plan.units) or not plan.state.succeeded
-    run = {**plan.run, "status": "running", "started_utc": utc_now()}
+    run = begin_output(plan.state, plan.run, config, is_new=is_new)
+    return make_finish(dataclasses.replace(plan, run=run), startup)
+
+
+def begin_output(
+    state: ResultState, run: Mapping[str, Any], config: RunConfig, *, is_new: bool
+) -> dict[str, Any]:
+    """Bring the output in order, and give ``run.json`` as it is while a run is on.
+
+    Args:
+        state: What lies there.
+        run: ``run.json`` as far as it is known.
+        config: Whether to start anew.
+        is_new: Whether there may be something to do: then ``run.json`` says that a run is on.
+
+    Raises:
+        OutputError: The output cannot be written.
+    """
+    run = {**run, "status": "running", "started_utc": utc_now()}
     try:
         if is_new:
             # First: from here on, whoever looks must not take the result for a whole one.
-            storage.remove(storage.join(plan.output, SUCCESS_FILE))
+            storage.remove(storage.join(state.output, SUCCESS_FILE))
         if config.overwrite:
-            remove_result(plan.state)
+            remove_result(state)
         else:
-            heal(plan.state)
+            heal(state)
         if is_new:
-            write_run(plan.output, run)
+            write_run(state.output, run)
     except OSError as error:
         raise OutputError(
-            f"{plan.output} cannot be written: {error}. Give another --output, or mend its "
+            f"{state.output} cannot be written: {error}. Give another --output, or mend its "
             "permissions."
         ) from error
-    return FinishRun(
-        output=plan.output,
-        run=run,
-        startup=startup,
-        kept=plan.kept,
-        num_units=len(plan.units),
-        found_kept_items=plan.backlog.found_kept_items,
-        vanished_kept_items=plan.backlog.vanished_kept_items,
-        vanished_carried_items=plan.backlog.vanished_carried_items,
-        retried_carried_items=plan.backlog.retried_carried_items,
-        vanished_failures=plan.vanished_failures,
-        num_found_items=count_found_items(plan.found),
-        num_commits=plan.kept.units + len(plan.units),
-    )
+    return run
 
 
 def run_graph(
-    plan: RunPlan,
-    options: PipelineOptions,
-    finish: Callable[[RunTotals], None],
-    quiet: bool,
+    draw: Callable[[beam.Pipeline], None], run: PlannedRun, options: PipelineOptions, quiet: bool
 ) -> bool:
     """Run the graph, with progress on the terminal; to its end, unless it is not waited for.
 
@@ -333,23 +426,24 @@ def run_graph(
     """
     with temporary_files_in_scratch():  # it makes a folder that would stay if the run is killed
         pipeline = beam.Pipeline(options=options)
-    build_graph(pipeline, plan.units, plan.label, plan.commit, finish)
+    draw(pipeline)
     stage_clocks.reset()
     is_waited_for = not (is_remote(options) and is_left_running(options))
     # The service takes the job and answers at once; other runners work in the call to run.
-    result = submit(pipeline, plan.output, options, quiet=quiet) if is_dataflow(options) else None
+    result = submit(pipeline, run.output, options, quiet=quiet) if is_dataflow(options) else None
     if not is_waited_for:
         if result is None:
             pipeline.run()
             say("The job has been handed over, and is not waited for.", quiet=quiet)
         return False
-    with ProgressDisplay(
-        total_windows=sum(unit.estimated_windows for unit in plan.units),
-        total_items=plan.backlog.num_items,
+    progress = ProgressDisplay(
+        total_windows=run.windows,
+        total_items=run.items,
         quiet=quiet,
-        read=_progress_reader(options, plan.output),
-    ):
-        follow(result or pipeline.run(), plan.output, options)
+        read=_progress_reader(options, run.output),
+    )
+    with progress, temporary_files_in_scratch():  # a job server keeps what it stages in a folder
+        follow(result or pipeline.run(), run.output, options)
     return True
 
 

@@ -143,8 +143,8 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
         InputError: Nothing in the input could be measured.
     """
     options = pipeline_options(config, beam_options)
+    check_runner(options)
     if is_remote(options):
-        check_runner(options)
         check_waited_for(options)
     sweep()
     plan = make_stats_plan(config, as_original=as_original)

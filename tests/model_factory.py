@@ -47,7 +47,9 @@ def write_tiny_model(folder: Path, seed: int = 0, **changes: object) -> Path:
     return folder
 
 
-def write_transformers_model(folder: Path, seed: int = 0, **changes: object) -> Path:
+def write_transformers_model(
+    folder: Path, seed: int = 0, scale: float = 0.2, **changes: object
+) -> Path:
     """The shape of ``tiny_config``, in a folder that transformers itself wrote."""
     import transformers
 
@@ -65,7 +67,7 @@ def write_transformers_model(folder: Path, seed: int = 0, **changes: object) -> 
         }
     )
     model = transformers.ASTForAudioClassification(config).eval()
-    randomise(model, seed)
+    randomise(model, seed, scale)
     model.save_pretrained(folder)
     transformers.ASTFeatureExtractor(mean=MEAN, std=STD).save_pretrained(folder)
     return folder

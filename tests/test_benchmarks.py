@@ -4,42 +4,70 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
+import importlib.util
 import io
 import json
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common
-from benchmarks.common import label_apart, median, paired_rounds, print_table, spread
+from benchmarks import common, gpu, peers
+from benchmarks.common import (
+    count_flops,
+    label_apart,
+    median,
+    paired_rounds,
+    print_table,
+    spread,
+)
 from transforms import stage_clocks
+from transforms.backbones import cpu_has_native_bf16
 from transforms.inference import ASTModelHandler
+from transforms.spectrogram_transformer import ASTConfig, ASTModel
 
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is to run in a process of its own runs in this one, which has the libraries loaded."""
 
-    def run_here(code: str, argument: str) -> str:
+    def run_here(command: Sequence[str], environment: Mapping[str, str]) -> str:
+        _, kind, program, *arguments = command
         with monkeypatch.context() as patched, contextlib.redirect_stdout(io.StringIO()) as said:
-            patched.setattr(sys, "argv", ["-c", argument])
-            # What the overhead's null model replaces comes back.
-            patched.setattr(ASTModelHandler, "load_model", ASTModelHandler.load_model)
-            patched.setattr(stage_clocks, "time", stage_clocks.time)
-            exec(code, {"__name__": "__main__"})
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            if kind == "-c":
+                patched.setattr(sys, "argv", ["-c", *arguments])
+                # What the overhead's null model replaces comes back.
+                patched.setattr(ASTModelHandler, "load_model", ASTModelHandler.load_model)
+                patched.setattr(stage_clocks, "time", stage_clocks.time)
+                exec(program, {"__name__": "__main__"})
+            else:
+                name = "pipeline.cli" if program == "pipeline" else program
+                if importlib.import_module(name).main(arguments):
+                    raise SystemExit(f"{' '.join(command)} failed")
         return said.getvalue()
 
-    monkeypatch.setattr(common, "run_apart", run_here)
+    monkeypatch.setattr(common, "_run", run_here)
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "has_picture"),
     [
-        ("stages", ["--clips", "2"], True),
+        ("stages", ["--clips", "2", "--model-windows", "1", "--layers", "1"], True),
         ("overhead", ["--windows", "8", "--clock", "cpu"], True),
+        ("plan", ["--files", "100", "1000"], True),
         ("memory", ["--windows", "10", "20"], False),
         ("scaling", ["--windows", "10", "--factors", "1", "2", "--workers", "1"], True),
+        ("peers", ["--toy", "--seconds", "1", "--contenders", "loop", "torch-fp32"], True),
+        ("gpu", ["--toy", "--device", "cpu", "--engines", "eager", "--formats", "flac"], True),
     ],
 )
 def test_a_benchmark_runs_and_keeps_its_figures(
@@ -55,6 +83,30 @@ def test_a_benchmark_runs_and_keeps_its_figures(
 
 
 @pytest.mark.slow
+def test_all_peers_take_part_in_processes_of_their_own(tmp_path: Path) -> None:
+    options = ["--toy", "--seconds", "1", "--rounds", "1", "--results", str(tmp_path)]
+    if not cpu_has_native_bf16():
+        options += ["--contenders", "loop", "torch-fp32", "torch-bf16", "openvino-int8"]
+    peers.main(options)
+    kept = json.loads((tmp_path / "peers.json").read_text())
+    assert kept["left_out"] == {}
+    assert kept["summary"].keys() == kept["clips"].keys()
+    for name, found in kept["summary"].items():
+        assert found["clips"] == peers.TOY.checked, name
+        # The tiny model has five labels and large weights; the real gates are for AST base.
+        assert found["max_score_difference"] < (0.05 if "int8" in name else 0.02), name
+
+
+@pytest.mark.slow
+def test_the_compiled_model_is_measured(tmp_path: Path) -> None:
+    options = ["--toy", "--device", "cpu", "--parts", "matrices", "model", "--precisions", "fp32"]
+    gpu.main([*options, "--engines", "compile", "--results", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "gpu.json").read_text())["model"]
+    assert row["windows_per_s"] > 0, row
+    assert row["compile_s"] > 0
+
+
+@pytest.mark.slow
 def test_a_run_in_a_process_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     source = common.link_inputs(tmp_path, 2, common.write_sources(tmp_path, 1))
     found = label_apart(source, tiny_model)
@@ -64,11 +116,85 @@ def test_a_run_in_a_process_of_its_own(tiny_model: Path, tmp_path: Path) -> None
         label_apart(tmp_path / "nowhere", tiny_model)
 
 
-def test_rounds_take_turns() -> None:
+def test_rounds_take_turns_and_each_begins_with_the_next_case() -> None:
     order: list[str] = []
     cases = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     assert paired_rounds(cases, 2) == {"a": [None, None], "b": [None, None]}
-    assert order == ["a", "b", "a", "b"]
+    assert order == ["a", "b", "b", "a"]
+
+
+def test_a_number_of_clips_leaves_a_last_batch_of_one() -> None:
+    assert peers.count_clips(pace_s=0.5, seconds=16.0, most=320) == 33
+    assert peers.count_clips(pace_s=10.0, seconds=16.0, most=320) == 9
+    assert peers.count_clips(pace_s=0.01, seconds=16.0, most=320) == 313
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    precision = {"clips": 1, "max_score_difference": 0.021, "same_top": 1.0}
+    first = {"first_run_s": 9.0, "precision": precision}
+    clip_s = {
+        peers.HUGGING_FACE: [1.0, 4.0, 2.0],
+        peers.CEILING: [0.1, 0.4, 0.1],
+        "Earmark, torch fp32": [0.2, 1.0, 0.2],
+    }
+    rounds = {name: [{"clip_s": each} for each in values] for name, values in clip_s.items()}
+    found = peers.summarise(rounds, dict.fromkeys(rounds, first))["Earmark, torch fp32"]
+    assert found["speedups"] == pytest.approx([5.0, 4.0, 10.0])
+    assert (found["speedup"], found["of_ceiling"]) == pytest.approx((5.0, 0.5))
+    assert found["gates_passed"] is False
+
+
+def test_scores_are_compared_file_by_file() -> None:
+    mine = {"a": [0.1, 0.9], "b": [0.5, 0.4], "other": [0.0, 0.0]}
+    theirs = {"b": [0.4, 0.45], "a": [0.1, 0.8]}
+    found, expected = (
+        {name: np.array(row, np.float32) for name, row in scores.items()}
+        for scores in (mine, theirs)
+    )
+    assert peers.compare(found, expected) == {
+        "clips": 2,
+        "max_score_difference": pytest.approx(0.1),
+        "same_top": 0.5,
+    }
+    with pytest.raises(SystemExit, match="no scores to compare"):
+        peers.compare({}, expected)
+
+
+def test_a_share_is_of_the_matrix_rate() -> None:
+    rates = {"bf16": {"best_tflops": 790.0}, "fp16": {"best_tflops": 700.0}}
+    row = {"precision": "fp16", "windows_per_s": 1800.0}
+    shares = gpu._shares(AST_BASE, row, rates)
+    assert shares == pytest.approx({"share": 0.595, "own_share": 0.623}, abs=1e-3)
+    assert gpu._shares(AST_BASE, {"precision": "fp16", "error": "out of memory"}, rates) == {}
+
+
+def test_the_gpu_s_benchmark_needs_torch_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import sys, benchmarks.gpu; print(*(name.split('.')[0] for name in sys.modules))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, check=True)
+    needed = {name for names in gpu.NEEDS.values() for name in names}
+    assert needed & set(done.stdout.split()) == set()
+
+    def find_spec(name: str) -> Any:
+        return None if name == "apache_beam" else importlib.machinery.ModuleSpec(name, None)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    bench = gpu.Bench("cpu", gpu.TOY, True, gpu.ENGINES, ("fp32",), 1, [], gpu.FORMATS)
+    result = gpu.run_parts(bench, ["matrices", "fbank", "end-to-end"])
+    reason = "not installed: apache_beam"
+    assert result["left_out"] == {"fbank": reason, "end-to-end": reason}
+    assert f"left out: fbank: {reason}" in capsys.readouterr().out
+    assert result.keys() == {"left_out", "matrices"}
+
+
+@pytest.mark.parametrize("name", ["peers", "gpu", "overhead", "scaling", "stages", "memory"])
+def test_the_readme_says_where_figures_are_missing(name: str) -> None:
+    text = (common.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {name}.py")[2].partition("\n## ")[0]
+    has_figures = (common.ROOT / "benchmarks" / f"{name}.json").exists()
+    assert ("figures are missing" in section) != has_figures
 
 
 def test_the_figures_of_rounds() -> None:
@@ -85,3 +211,31 @@ def test_a_table_can_be_copied_into_a_readme(capsys: pytest.CaptureFixture[str])
         "| a | 1,200 | 0.123 |",
         "| b | 3 | 1,234 |",
     ]
+
+
+AST_BASE = ASTConfig()
+ODD_SHAPE = ASTConfig(
+    hidden_size=32,
+    num_attention_heads=2,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    max_length=128,
+    num_mel_bins=64,
+    time_stride=12,
+    frequency_stride=14,
+)
+
+
+@pytest.mark.parametrize("pooled_alone", [False, True])
+@pytest.mark.parametrize("config", [AST_BASE, ODD_SHAPE], ids=["AST base", "odd shape"])
+def test_operations_are_those_that_torch_counts(config: ASTConfig, pooled_alone: bool) -> None:
+    with torch.device("meta"):  # shapes alone, nothing is computed
+        model = ASTModel(config).eval()
+        features = torch.zeros(2, config.max_length, config.num_mel_bins)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.embed(features) if pooled_alone else model(features)
+    assert 2 * count_flops(config, pooled_alone=pooled_alone) == counter.get_total_flops()
+
+
+def test_ast_base_takes_261_gflop_a_window() -> None:
+    assert count_flops(AST_BASE) / 1e9 == pytest.approx(261, abs=0.5)

@@ -31,8 +31,12 @@ from apache_beam.runners.runner import PipelineState
 from pipeline import cli
 from pipeline.config import RunConfig, load_config
 from pipeline.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
+from pipeline.deferred import DeferredPlan, build_deferred_graph
+from pipeline.doctor import UNTIMED
 from pipeline.estimate import run_plan
 from pipeline.graph import build_graph
+from pipeline.plan import RunFrame
+from pipeline.result import ResultState
 from pipeline.run import check_runner, pipeline_options, run_label
 from pipeline.stats import run_stats
 from tests import audio_factory
@@ -42,7 +46,7 @@ from transforms.checkpoints import resolve_model
 from transforms.commit import CommitSettings
 from transforms.errors import ConfigError, ModelError, OutputError
 from transforms.inference import InferenceSettings
-from transforms.label_audio import make_settings
+from transforms.label_audio import LabelSettings, make_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = "us-central1-docker.pkg.dev/proj-1/earmark/earmark:gpu"
@@ -100,7 +104,33 @@ class Built(NamedTuple):
         return dict(pool)
 
 
-def build(folder: Path, options: PipelineOptions, model: Path, device: str) -> Built:
+Draw = Callable[[beam.Pipeline, LabelSettings, CommitSettings], None]
+
+
+def draw_planned(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitSettings) -> None:
+    """A run whose units are known."""
+    build_graph(pipeline, [file_unit("u", 2), file_unit("v", 3)], label, commit, print)
+
+
+def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitSettings) -> None:
+    """A run that begins with its own planning."""
+    frame = RunFrame(
+        urls=("gs://mybucket/recordings",),
+        output=commit.output,
+        state=ResultState(commit.output),
+        label=label,
+        commit=commit,
+        run={},
+        limit=None,
+        keeps=True,
+        retry_failed=False,
+    )
+    build_deferred_graph(pipeline, DeferredPlan.of(frame, UNTIMED))
+
+
+def build(
+    folder: Path, options: PipelineOptions, model: Path, device: str, draw: Draw = draw_planned
+) -> Built:
     staged: dict[str, bytes] = {}
 
     def keep(
@@ -118,7 +148,7 @@ def build(folder: Path, options: PipelineOptions, model: Path, device: str) -> B
             "gs://mybucket/out", "run", "f" * 64, label.model.sha256, label.rows
         )
         pipeline = beam.Pipeline(options=options)
-        build_graph(pipeline, [file_unit("u", 2), file_unit("v", 3)], label, commit, print)
+        draw(pipeline, label, commit)
         pipeline.run()
     proto = beam_runner_api_pb2.Pipeline.FromString(staged.pop("pipeline.pb"))
     return Built(json.loads(staged.pop("job.json")), proto, set(staged))
@@ -185,6 +215,16 @@ def test_all_steps_run_in_one_environment_of_our_image(jobs: dict[str, Built], d
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_reading_to_commit_is_one_stage_of_the_job(jobs: dict[str, Built], device: str) -> None:
     assert stages_with_steps(jobs[device].proto) == [set(STEPS)]
+
+
+def test_a_job_that_plans_for_itself_is_small_and_keeps_the_stage(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    options = pipeline_options(load_config("dataflow_gpu"), flags())
+    built = build(tmp_path, options, tiny_model, "cuda", draw_deferred)
+    assert stages_with_steps(built.proto) == [set(STEPS)]
+    assert len(json.dumps(built.job)) < 1 << 20
+    assert len({e.payload for e in built.proto.components.environments.values()}) == 1
 
 
 def stages_with_steps(proto: beam_runner_api_pb2.Pipeline) -> list[set[str]]:

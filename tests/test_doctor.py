@@ -199,6 +199,7 @@ def test_the_record_has_seconds_and_shares() -> None:
             "open_s": 1.0,
             "decode_s": 20.0,
             "resample_s": 9.0,
+            "device_ahead_s": 0.0,
             "reader_share": 0.02,
             "decoders": 2.0,
             "decoder_share": 0.15,
@@ -207,6 +208,11 @@ def test_the_record_has_seconds_and_shares() -> None:
         "advice": "The model takes 94 % of the time: a faster device or the extra [openvino] would "
         "help; more decoders would not.",
     }
+
+
+def test_a_gpu_that_computes_ahead_is_not_idle() -> None:
+    seconds = StageSeconds(model_s=1.0, other_s=9.0, device_ahead_s=7.0, process_s=10.0)
+    assert record(seconds)["device_idle_share"] == 0.2
 
 
 def test_the_closing_lines_say_what_the_record_says() -> None:

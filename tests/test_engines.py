@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import sys
 import types
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from tests.model_factory import write_tiny_model
 from transforms import backbones, engines, openvino_engine
 from transforms.backbones import (
     Embeddings,
+    Features,
     InferenceSettings,
     QuantisedModel,
     TorchBackbone,
@@ -28,8 +30,14 @@ from transforms.backbones import (
 from transforms.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.engines import ENGINES, choose_engine
 from transforms.errors import ConfigError, DeviceError
-from transforms.inference import NOT_FINITE, Engine, load_engine, score_embeddings
-from transforms.records import FloatArray
+from transforms.inference import (
+    NOT_FINITE,
+    ASTModelHandler,
+    Engine,
+    load_engine,
+    score_embeddings,
+)
+from transforms.records import FloatArray, PendingPrediction, Prediction
 
 pytestmark = pytest.mark.usefixtures("openvino_as_installed")
 
@@ -194,7 +202,10 @@ class Scarce:
         size: int | None = self.inner.batch_size
         return size
 
-    def embed(self, batch: FloatArray) -> Embeddings:
+    def start(self, batch: Features) -> None:
+        pass
+
+    def embed(self, batch: Features) -> Embeddings:
         self.sizes.append(len(batch))
         if len(batch) > 2:
             raise MemoryError("bad allocation")
@@ -239,7 +250,11 @@ class Fixed:
     def __init__(self) -> None:
         self.batches: list[FloatArray] = []
 
-    def embed(self, batch: FloatArray) -> Embeddings:
+    def start(self, batch: Features) -> None:
+        pass
+
+    def embed(self, batch: Features) -> Embeddings:
+        assert isinstance(batch, np.ndarray)
         self.batches.append(batch)
         return Embeddings(batch[:, 0, :2], batch[:, 1, :2])
 
@@ -254,6 +269,127 @@ def test_the_last_batch_is_padded_and_cut() -> None:
     assert not backbone.batches[-1][1:].any()
     np.testing.assert_array_equal(embeddings.pooled, batch[:, 0, :2])
     np.testing.assert_array_equal(embeddings.patch_mean, batch[:, 1, :2])
+
+
+# --- Running ahead ---------------------------------------------------------------------------
+
+
+class Ahead:
+    """A backbone whose device computes by itself: a batch is done when it is waited for."""
+
+    name, batch_size = "ahead", 3
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.steps = inner, list[str]()
+        self.fault: Exception | None = None
+
+    def embed(self, batch: Features) -> Embeddings:
+        self.steps.append("embed")
+        embeddings: Embeddings = self.inner.embed(batch)
+        return embeddings
+
+    def start(self, batch: Features) -> Callable[[], Embeddings]:
+        self.steps.append("start")
+        assert len(batch) == 3
+        fault, self.fault = self.fault, None
+
+        def wait() -> Embeddings:
+            self.steps.append("wait")
+            if fault is not None:
+                raise fault
+            embeddings: Embeddings = self.inner.embed(batch)
+            return embeddings
+
+        return wait
+
+    def shrink(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+
+@pytest.fixture
+def ahead(load: Callable[..., Engine], spec: ModelSpec) -> Engine:
+    backbone = Ahead(load("torch", "fp32").backbone)
+    return Engine(backbone, load_model(spec).classifier, spec.activation)
+
+
+def begun_scores(waits: Callable[[], list[Prediction]] | None) -> FloatArray:
+    assert waits is not None
+    return np.stack([prediction.scores for prediction in waits()])
+
+
+def test_a_batch_that_was_begun_is_waited_for_later(ahead: Engine, expected: FloatArray) -> None:
+    first, second = ahead.begin(features(5)[:3]), ahead.begin(features(5)[3:])
+    assert ahead.backbone.steps == ["start", "start"]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(begun_scores(first), expected[:3], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(begun_scores(second), expected[3:], rtol=0, atol=1e-5)
+    assert ahead.backbone.steps == ["start", "start", "wait", "wait"]  # type: ignore[attr-defined]
+
+
+def test_an_engine_on_a_cpu_begins_nothing(load: Callable[..., Engine]) -> None:
+    for engine in ENGINES:
+        assert load(engine, "fp32").begin(features(5)) is None
+
+
+def test_what_goes_wrong_ahead_is_done_again_at_once(ahead: Engine, expected: FloatArray) -> None:
+    ahead.backbone.fault = RuntimeError("no such kernel")  # type: ignore[attr-defined]
+    waits = ahead.begin(features(3))
+    np.testing.assert_allclose(begun_scores(waits), expected[:3], rtol=0, atol=1e-5)
+    assert ahead.backbone.steps == ["start", "wait", "embed"]  # type: ignore[attr-defined]
+
+
+def test_the_handler_gives_what_is_still_to_come_only_where_that_is_asked_for(
+    ahead: Engine, spec: ModelSpec, expected: FloatArray
+) -> None:
+    batch = [None, *features(3)]
+    for runs_ahead in (False, True):
+        handler = ASTModelHandler(spec, InferenceSettings(device="cpu"), runs_ahead=runs_ahead)
+        nothing, *found = handler.run_inference(batch, ahead)
+        assert nothing is None
+        assert [type(each) is PendingPrediction for each in found] == [runs_ahead] * 3
+        # Beam pickles some of them, which waits for them.
+        there = [pickle.loads(pickle.dumps(each)) for each in found]
+        scores = np.stack([each.scores for each in there])
+        np.testing.assert_allclose(scores, expected[:3], rtol=0, atol=1e-5)
+
+
+def test_a_device_that_has_failed_ends_the_run_ahead_too(ahead: Engine) -> None:
+    def refuse(batch: Features) -> Embeddings:
+        raise RuntimeError("no such kernel")
+
+    ahead.backbone.fault = RuntimeError("no such kernel")  # type: ignore[attr-defined]
+    ahead.backbone.embed = refuse  # type: ignore[method-assign]
+    waits = ahead.begin(features(3))
+    assert waits is not None
+    with pytest.raises(DeviceError, match="ahead: the model cannot be run"):
+        waits()
+
+
+def test_batches_too_large_for_the_memory_are_not_begun(ahead: Engine, spec: ModelSpec) -> None:
+    class Small(Ahead):
+        def embed(self, batch: Features) -> Embeddings:
+            if len(batch) > 1:
+                raise MemoryError("bad allocation")
+            return super().embed(batch)
+
+        def start(self, batch: Features) -> Callable[[], Embeddings]:
+            self.steps.append("start")
+            raise MemoryError("bad allocation")
+
+    small = Small(ahead.backbone.inner)  # type: ignore[attr-defined]
+    engine = Engine(small, ahead.head, ahead.activation)
+    handler = ASTModelHandler(spec, InferenceSettings(device="cpu"), runs_ahead=True)
+    for _ in range(3):
+        assert len([*handler.run_inference([*features(3)], engine)]) == 3
+    assert small.steps.count("start") == 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_ahead(spec: ModelSpec, expected: FloatArray, needs_gpu: None) -> None:
+    settings = InferenceSettings(device="cuda", precision="fp32", compile=False, batch_size=4)
+    engine = load_engine(load_model(spec), spec, settings)
+    begun = [engine.begin(features(5)) for _ in range(3)]
+    for waits in begun:
+        np.testing.assert_allclose(begun_scores(waits), expected, rtol=0, atol=1e-4)
 
 
 # --- torch's compiler ------------------------------------------------------------------------

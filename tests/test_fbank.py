@@ -792,9 +792,10 @@ def collect(actual: list) -> None:
     _collected[:] = actual
 
 
-def run_step(elements: list) -> list:
+def run_step(elements: list, on_device: bool = False) -> list:
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
-        features = pipeline | beam.Create(elements, reshuffle=False) | ExtractFbank(SETTINGS)
+        step = ExtractFbank(SETTINGS, lambda: on_device)
+        features = pipeline | beam.Create(elements, reshuffle=False) | step
         assert_that(features, collect)
     return list(_collected)
 
@@ -819,9 +820,16 @@ def test_windows_come_out_with_features_and_all_else_unchanged() -> None:
 def test_a_window_without_features_travels_on_with_the_reason(
     samples: FloatArray, message: str
 ) -> None:
-    (found,) = run_step([window(3, samples)])
-    assert message in found.error
-    assert found == window(3, None, error=found.error)
+    for on_device in (False, True):
+        (found,) = run_step([window(3, samples)], on_device)
+        assert message in found.error
+        assert found == window(3, None, error=found.error)
+
+
+def test_windows_keep_their_samples_for_a_device_that_makes_features() -> None:
+    (found,) = run_step([window(0, voice(2000))], on_device=True)
+    np.testing.assert_array_equal(found.data, voice(2000))
+    assert found.error is None
 
 
 def test_a_window_that_already_failed_is_left_as_it_is() -> None:

@@ -37,7 +37,7 @@ from pipeline.config import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory
-from transforms import manifests, parquet_pages, scratch, storage, tar_source
+from transforms import manifests, parquet_pages, scratch, storage, tar_headers, tar_source
 from transforms.clip_ids import for_terminal
 from transforms.errors import InputError
 from transforms.records import EncodedClip
@@ -408,7 +408,7 @@ def test_an_item_beyond_the_bound_is_never_unpacked(
 
 
 def test_a_gzip_bomb_ends_at_the_bound(label: Label, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_source, "_MIN_EXPANDED_BYTES", 4 << 20)
+    monkeypatch.setattr(tar_headers, "_MIN_EXPANDED_BYTES", 4 << 20)
     names = ("bomb.bin", "a.json", "bomb.wav")
     for name in names:
         packed = zeros_gz(member("a.wav"), name, 100 << 20, member("b.wav") + END)

@@ -16,7 +16,7 @@ import soundfile
 from pipeline.config import RunConfig
 from pipeline.output_lock import hold_output
 from pipeline.result import read_result
-from pipeline.run import is_remote, pipeline_options, run_label
+from pipeline.run import run_label
 from pipeline.verify import run_verify, verify_result
 from transforms.errors import ConfigError, InputError, OutputError
 
@@ -410,7 +410,11 @@ def test_what_has_vanished_is_no_failure_of_this_run(
     [
         (["--runner=Nonsense"], "Beam has no runner Nonsense"),
         (["--nosuch=1"], "Beam knows no pipeline option --nosuch"),
-        (["--runner=FlinkRunner", "--flink_master=host:8081"], "is the local path"),
+        (["--runner=FlinkRunner", "--flink_master=host:8081"], "neither Earmark nor torch"),
+        (
+            ["--runner=FlinkRunner", "--flink_master=host:8081", "--environment_config=image"],
+            "is the local path",
+        ),
     ],
 )
 def test_a_runner_that_cannot_do_it_is_refused_before_anything_is_written(
@@ -419,18 +423,3 @@ def test_a_runner_that_cannot_do_it_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         run_label(label.config(clips), options)
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "remote"),
-    [
-        ([], False),
-        (["--runner=FlinkRunner", "--flink_master=[local]"], False),
-        (["--runner=FlinkRunner", "--flink_master=localhost:8081"], False),
-        (["--runner=FlinkRunner", "--flink_master=10.0.0.1:8081"], True),
-        (["--runner=PortableRunner", "--job_endpoint=localhost:8099"], False),
-        (["--runner=SparkRunner", "--spark_master_url=spark://host:7077"], True),
-    ],
-)
-def test_what_counts_as_remote(options: list[str], remote: bool) -> None:
-    assert is_remote(pipeline_options(RunConfig(), options)) is remote

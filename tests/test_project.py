@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # them; sources joins them.
     "clip_ids": {"storage"},
     "spooling": {"storage", "scratch", "clip_ids"},
-    "tar_source": {"storage", "clip_ids", "spooling"},
+    "tar_headers": {"storage", "clip_ids", "spooling"},
+    "tar_source": {"storage", "clip_ids", "spooling", "tar_headers"},
     "parquet_pages": set(),
     "parquet_source": {"storage", "clip_ids", "spooling", "parquet_pages", "tar_source"},
     "manifests": {"storage", "clip_ids", "spooling", "parquet_source"},
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fbank_settings": set(),
     "feature_statistics": {"fbank", "live_counts"},
     # from_pretrained asks checkpoints where a folder or hub id lies, inside the method.
-    "fbank": {"checkpoints", "fbank_settings", "stage_clocks"},
+    "fbank": {"devices", "checkpoints", "fbank_settings", "stage_clocks"},
     "spectrogram_transformer": {"checkpoints"},
     # A checkpoint: which there are, which ship with Earmark, what its tensors are called, where its
     # files lie, whether its weights are sound, what an original file says; checkpoints joins them.
@@ -79,13 +80,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     # What runs the model: the interface and torch, OpenVINO, all engines; what is kept from run to
     # run, how far from float32 it is; inference joins them.
     "caches": set(),
-    "backbones": {"spectrogram_transformer", "stage_clocks"},
+    "devices": {"caches"},
+    "backbones": {"spectrogram_transformer", "devices", "stage_clocks"},
     "openvino_engine": {"backbones", "caches", "checkpoints", "spectrogram_transformer"},
     "engines": {"backbones", "openvino_engine", "checkpoints", "spectrogram_transformer"},
     "precision_check": {"backbones", "caches"},
     "inference": {
-        *("checkpoints", "spectrogram_transformer", "backbones", "engines", "precision_check"),
-        "stage_clocks",
+        *("checkpoints", "spectrogram_transformer", "devices", "backbones", "engines"),
+        *("precision_check", "stage_clocks"),
     },
     "rows": {"labels"},
     "ledger": {"storage", "stage_clocks"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
@@ -19,10 +21,20 @@ from tests.unit_factory import (
     make_window,
     row_settings,
 )
-from transforms.records import ClipRow, ItemFailure, Prediction, UnitEnd, WindowRow, WorkUnit
+from transforms.records import (
+    ClipRow,
+    ItemFailure,
+    PendingBatch,
+    PendingPrediction,
+    Prediction,
+    UnitEnd,
+    WindowRow,
+    WorkUnit,
+)
 from transforms.rows import (
     AssembleRows,
     ClipAggregate,
+    _AssembleRowsFn,
     clips_table,
     errors_table,
     labels_array,
@@ -181,6 +193,47 @@ def test_the_transform_gives_windows_then_the_clip_and_passes_the_rest() -> None
     with TestPipeline(runner="FnApiRunner") as pipeline:
         events = pipeline | beam.Create([elements]) | beam.FlatMap(list)
         assert_that(events | AssembleRows(row_settings()), check)
+
+
+def pending_elements(num_clips: int) -> Iterator[tuple[object, object]]:
+    """Clips of a window each, every one a batch of its own; a failure; the unit's end."""
+    for index in range(num_clips):
+        batch = PendingBatch(lambda: [make_prediction([0, 1, 0])])
+        yield make_window(ITEM, 0, num_windows=1, item_index=index), PendingPrediction(batch, 0)
+    yield failure_event("u", num_clips, ITEM), None
+    yield UnitEnd(WorkUnit("u", "files", (ITEM,)), num_clips + 1), None
+
+
+def test_rows_that_wait_for_a_device_come_in_their_order_within_the_bundle() -> None:
+    def check(actual: list[object]) -> None:
+        names = [type(event).__name__ for event in actual]
+        assert names == [*["WindowRow", "ClipRow"] * 5, "ItemFailure", "UnitEnd"]
+        assert [event.item_index for event in actual if isinstance(event, ClipRow)] == [*range(5)]
+
+    with TestPipeline(runner="FnApiRunner") as pipeline:
+        events = pipeline | beam.Create([5]) | beam.FlatMap(pending_elements)
+        assert_that(events | AssembleRows(row_settings()), check)
+
+
+def test_two_batches_are_left_to_the_device() -> None:
+    waited: list[int] = []
+
+    def make_batch(index: int) -> PendingBatch:
+        def finish() -> list[Prediction]:
+            waited.append(index)
+            return [make_prediction([0, 1, 0])]
+
+        return PendingBatch(finish)
+
+    step = _AssembleRowsFn(row_settings())
+    step.start_bundle()
+    for index in range(5):
+        window = make_window(ITEM, 0, num_windows=1, item_index=index)
+        rows = [*step.process((window, PendingPrediction(make_batch(index), 0)))]
+        assert waited == [*range(index - 1)]
+        assert len(rows) == (0 if index < 2 else 2)  # a window's and its clip's
+    assert len([*step.finish_bundle()]) == 4
+    assert waited == [*range(5)]
 
 
 def test_a_clip_that_misses_windows_at_the_bundles_end_is_an_error() -> None:

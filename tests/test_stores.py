@@ -12,7 +12,6 @@ import http.server
 import io
 import json
 import multiprocessing
-import os
 import random
 import re
 import tarfile
@@ -552,16 +551,18 @@ def wait_for(condition: Any) -> None:
 
 def test_a_piece_that_fails_ahead_fails_where_it_is_read(web: WebServer) -> None:
     (web.folder / "a.bin").write_bytes(bytes(20 * MIB))
-    with FaultProxy("127.0.0.1", web.port) as proxy:
-        with storage.open_read(f"{proxy.url}/a.bin") as file:
-            assert len(file.read(8 * MIB)) == 8 * MIB
-            file.peek(1)  # type: ignore[attr-defined]
-            proxy.faults = Faults(rate=1, kinds=("404",))
-            with pytest.raises(FileNotFoundError, match=r"a\.bin: there is no such file"):
-                file.read()
-            proxy.faults = Faults()
-            file.seek(12 * MIB)
-            assert len(file.read()) == 8 * MIB
+    with (
+        FaultProxy("127.0.0.1", web.port) as proxy,
+        storage.open_read(f"{proxy.url}/a.bin") as file,
+    ):
+        assert len(file.read(8 * MIB)) == 8 * MIB
+        file.peek(1)  # type: ignore[attr-defined]
+        proxy.faults = Faults(rate=1, kinds=("404",))
+        with pytest.raises(FileNotFoundError, match=r"a\.bin: there is no such file"):
+            file.read()
+        proxy.faults = Faults()
+        file.seek(12 * MIB)
+        assert len(file.read()) == 8 * MIB
 
 
 def test_what_is_held_of_a_large_tar_does_not_grow_with_it(web: WebServer) -> None:
@@ -588,7 +589,7 @@ def test_a_large_recording_passes_by_once_for_all_its_segments(web: WebServer) -
         for clip in read_unit(unit):
             assert clip.path is not None and clip.data is None  # on disk, not in memory
             paths.append(clip.path)
-        assert len({os.stat(path).st_ino for path in paths}) == 1  # and there once
+        assert len({Path(path).stat().st_ino for path in paths}) == 1  # and there once
         for path in paths:
             Path(path).unlink()
         asked = bodies(proxy, "a.wav")

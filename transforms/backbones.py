@@ -8,8 +8,10 @@ all. What is asked for, and what of it this machine has, is settled here for all
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -17,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from transforms.devices import Sender, torch_device
 from transforms.errors import ConfigError
 from transforms.records import FloatArray
 from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS, ASTModel
-from transforms.stage_clocks import timed
+from transforms.stage_clocks import StageSeconds, stage_clocks, timed
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,10 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 EngineName = Literal["auto", "torch", "openvino"]
 Activation = Literal["sigmoid", "softmax"]
 Pooling = Literal["pooler_output", "patch_mean"]
+
+# A batch of normalised features, (batch, num_frames, num_mel_bins), float32: an array on the host,
+# or a tensor where a device has made them itself.
+Features = FloatArray | Tensor
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,6 +78,8 @@ class InferenceSettings:
         compile: Whether torch compiles the model; None: on cuda.
         check_windows: Windows of each process that plain torch computes in float32 too, where the
             engine or the precision is another; 0 for none.
+        features_on: Where features are made: ``host``, by torchaudio, a window at a time;
+            ``device``, in batches, where the model runs; ``auto``: on the device if it is cuda.
         num_processes: Processes that share this machine's cores.
         quantised: The model to run in int8; nothing else needs one.
     """
@@ -83,6 +92,7 @@ class InferenceSettings:
     embedding_dtype: Literal["float32", "float16"] = "float32"
     compile: bool | None = None
     check_windows: int = 0
+    features_on: Literal["auto", "host", "device"] = "auto"
     num_processes: int = 1
     quantised: QuantisedModel | None = None
 
@@ -107,6 +117,13 @@ def resolve_device(device: DeviceName, key: str = "inference.device") -> str:
             "Use --device auto, or install the driver and a torch built for it."
         )
     return device
+
+
+def makes_features_on_device(settings: InferenceSettings) -> bool:
+    """Whether features are made where the model runs, rather than before."""
+    if settings.features_on == "auto":
+        return resolve_device(settings.device) == "cuda"
+    return settings.features_on == "device"
 
 
 def resolve_precision(precision: Precision, device: str) -> str:
@@ -155,6 +172,9 @@ class Embeddings:
         return type(self)(self.pooled[windows], patch_mean)
 
 
+Pending = Callable[[], Embeddings]
+
+
 class Backbone(Protocol):
     """What executes the transformer below the head.
 
@@ -168,48 +188,80 @@ class Backbone(Protocol):
     def batch_size(self) -> int | None:
         """The only number of windows that it takes, or None if it takes any."""
 
-    def embed(self, features: FloatArray) -> Embeddings:
-        """Embed a batch of normalised features, (batch, num_frames, num_mel_bins), float32.
+    def embed(self, features: Features) -> Embeddings:
+        """Embed a batch.
 
         Raises:
             RuntimeError: Whatever the library below raises.
             MemoryError: The batch does not fit; also a RuntimeError that says so.
         """
 
+    def start(self, features: Features) -> Pending | None:
+        """Give a batch to a device that computes by itself; raises what ``embed`` does.
+
+        Returns:
+            What waits for its embeddings; None where there is no such device.
+        """
+
     def shrink(self, batch_size: int) -> None:
         """Take batches of this size from now on: a larger one did not fit into memory."""
 
 
-def embed_windows(backbone: Backbone, features: FloatArray) -> Embeddings:
+def embed_windows(backbone: Backbone, features: Features) -> Embeddings:
     """Embed any number of windows; a backbone of fixed size gets its last batch padded.
 
     Args:
         backbone: What executes the model.
-        features: Shape (windows, num_frames, num_mel_bins), float32.
+        features: Any number of windows.
 
     Returns:
         As many embeddings as there are windows.
     """
-    size = backbone.batch_size
+    parts = [backbone.embed(part) for part in _parts(backbone.batch_size, features)]
+    return _join(parts, len(features))
+
+
+def start_windows(backbone: Backbone, features: Features) -> Pending | None:
+    """Give any number of windows to a device that computes by itself.
+
+    Returns:
+        What waits for as many embeddings; None where there is no such device.
+    """
+    started: list[Pending] = []
+    for part in _parts(backbone.batch_size, features):
+        pending = backbone.start(part)
+        if pending is None:
+            return None
+        started.append(pending)
+    return lambda: _join([pending() for pending in started], len(features))
+
+
+def _parts(size: int | None, features: Features) -> Iterator[Features]:
+    """Batches of the size that a backbone takes, the last one padded; all at once if any does."""
     if size is None:
-        return backbone.embed(features)
-    parts = [
-        backbone.embed(_pad(features[start : start + size], size))[: len(features) - start]
-        for start in range(0, len(features), size)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    means = [part.patch_mean for part in parts if part.patch_mean is not None]
-    return Embeddings(
-        np.concatenate([part.pooled for part in parts]), np.concatenate(means) if means else None
-    )
+        yield features
+        return
+    for start in range(0, len(features), size):
+        yield _pad(features[start : start + size], size)
 
 
-def _pad(features: FloatArray, size: int) -> FloatArray:
+def _pad(features: Features, size: int) -> Features:
     missing = size - len(features)
     if missing <= 0:
         return features
+    if isinstance(features, Tensor):
+        return nn.functional.pad(features, (0, 0, 0, 0, 0, missing))
     return np.concatenate([features, np.zeros((missing, *features.shape[1:]), np.float32)])
+
+
+def _join(parts: Sequence[Embeddings], num_windows: int) -> Embeddings:
+    if len(parts) == 1:
+        return parts[0][:num_windows]
+    means = [part.patch_mean for part in parts if part.patch_mean is not None]
+    joined = Embeddings(
+        np.concatenate([part.pooled for part in parts]), np.concatenate(means) if means else None
+    )
+    return joined[:num_windows]
 
 
 class PooledTransformer(nn.Module):
@@ -247,10 +299,11 @@ class TorchBackbone:
     """
 
     def __init__(self, transformer: ASTModel, settings: InferenceSettings, precision: str) -> None:
-        self.device = torch.device(resolve_device(settings.device))
+        self.device = torch_device(resolve_device(settings.device))
         self.name = f"torch {self.device.type} {precision}"
         self.batch_size: int | None = None
         self._dtype = TORCH_DTYPES[precision]
+        self._send = Sender(self.device)
         if self.device.type == "cpu" and settings.num_processes > 1:
             torch.set_num_threads(threads_of(settings.num_processes))
         pooled = PooledTransformer(transformer, settings.pooling).eval()
@@ -261,7 +314,7 @@ class TorchBackbone:
             self._compile(resolve_batch_size(settings.batch_size, self.device.type), shape)
 
     @torch.inference_mode()
-    def embed(self, features: FloatArray) -> Embeddings:
+    def embed(self, features: Features) -> Embeddings:
         """Embed a batch; see ``Backbone``.
 
         A GPU works on its own time, and fetching what it has computed waits for it: so the stage
@@ -269,14 +322,38 @@ class TorchBackbone:
         the way back counts as the model's time.
         """
         with timed("copy"):
-            batch = torch.from_numpy(features).to(self.device, self._dtype)
+            batch = self._to_device(features)
         outputs = self._run(batch)
         return Embeddings(*(output.float().cpu().numpy() for output in outputs))
+
+    @torch.inference_mode()
+    def start(self, features: Features) -> Pending | None:
+        """Give a batch to a GPU; see ``Backbone``.
+
+        It works through batches in the order in which they were given, so that it always has the
+        next one. The stage ``copy`` is then all that it takes to give it one.
+        """
+        if self.device.type != "cuda":
+            return None
+        with timed("copy"), torch.cuda.device(self.device):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            batch = self._to_device(features)
+            began.record()
+            outputs = self._run(batch)
+            # To pinned memory, which torch takes of itself where it is not to wait.
+            fetched = [output.float().to("cpu", non_blocking=True) for output in outputs]
+            ended.record()
+        return functools.partial(_fetch, fetched, began, ended)
 
     def shrink(self, batch_size: int) -> None:
         """Compile for smaller batches, where it is compiled."""
         if self.batch_size is not None:
             self.batch_size = batch_size
+
+    def _to_device(self, features: Features) -> Tensor:
+        if isinstance(features, Tensor):
+            return features.to(self.device, self._dtype)
+        return self._send(torch.from_numpy(features)).to(self._dtype)
 
     def _compile(self, batch_size: int, shape: tuple[int, int]) -> None:
         """Compile, and see whether it works; if not, stay uncompiled and say so."""
@@ -294,6 +371,18 @@ class TorchBackbone:
                 "--set inference.compile=false",
                 first_line(error),
             )
+
+
+def _fetch(
+    outputs: Sequence[Tensor], began: torch.cuda.Event, ended: torch.cuda.Event
+) -> Embeddings:
+    """Wait for a batch on a GPU."""
+    since_s = time.perf_counter()
+    ended.synchronize()
+    waited_s = time.perf_counter() - since_s
+    computed_s = began.elapsed_time(ended) / 1000.0
+    stage_clocks.add(StageSeconds(device_ahead_s=max(0.0, computed_s - waited_s)))
+    return Embeddings(*(output.numpy() for output in outputs))
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@
     │   ├── InputError          an input that does not exist or holds nothing to label
     │   ├── ModelError          a checkpoint that is missing, damaged or does not fit
     │   └── OutputError         an output that belongs to another run or cannot be written
+    ├── TooManyListedError    more files than may be listed here: listed elsewhere, or exit code 1
     ├── ItemError             one item cannot be labelled: a row in ``errors``, never the run's end
     │   ├── ReadError           its bytes cannot be had
     │   ├── DecodeError         its bytes are not audio, or not enough of it
@@ -49,6 +50,10 @@ class ModelError(UsageError):
 
 class OutputError(UsageError):
     """The output folder belongs to another run, or cannot be written."""
+
+
+class TooManyListedError(EarmarkError):
+    """The inputs hold more files than may be listed here."""
 
 
 class ItemError(EarmarkError):

@@ -10,8 +10,8 @@ before the normalisation, so padding is +0.467 and digital silence −1.278 with
 statistics: padding is not silence.
 
 Three doors lead to the same numbers: ``extract_fbank`` (one window, torchaudio's own function),
-``KaldiFbank`` (a batch, on any device), and ``ASTFeatureExtractor`` (the interface of
-transformers). This is the only module that imports torchaudio.
+``KaldiFbank`` (a batch, on any device; ``DeviceFbank`` feeds it), and ``ASTFeatureExtractor``
+(the interface of transformers). This is the only module that imports torchaudio.
 
 Source: Gong et al. 2021, arXiv:2104.01778; YuanGongND/ast ``src/dataloader.py``; transformers
 ``feature_extraction_audio_spectrogram_transformer.py``.
@@ -24,7 +24,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +35,7 @@ import torch
 from apache_beam.pvalue import PCollection
 from torch import Tensor
 
+from transforms.devices import Sender
 from transforms.errors import FeatureError
 from transforms.fbank_settings import FRAME_LENGTH_MS, FRAME_SHIFT_MS, LOG_FLOOR
 from transforms.fbank_settings import FbankSettings as FbankSettings
@@ -556,11 +557,56 @@ def _warn_of_doubts(
         )
 
 
-def _with_features(window: Window, settings: FbankSettings) -> Window:
+class DeviceFbank:
+    """``KaldiFbank`` for windows that lie on the host, of any lengths; used where a model runs.
+
+    Args:
+        settings: The checkpoint's.
+        device: Where to compute.
+    """
+
+    # Working memory of about 7 MB a window is for this many at a time.
+    MAX_WINDOWS = 16
+
+    def __init__(self, settings: FbankSettings, device: torch.device) -> None:
+        self._settings = settings
+        self._fbank = KaldiFbank(settings).to(device)
+        self._send = Sender(device)
+        self._is_pinned = device.type == "cuda"
+
+    @timed("fbank")
+    @torch.inference_mode()
+    def __call__(self, windows: Sequence[FloatArray]) -> Tensor:
+        """Compute the features of a batch.
+
+        Args:
+            windows: Samples that ``check_samples`` lets pass, each of shape (num_samples,).
+
+        Returns:
+            Normalised log-mel features on the device, (batch, num_frames, num_mel_bins).
+        """
+        shape = (len(windows), self._settings.max_samples)
+        # What lies beyond a window's length has no influence, and need not be zero.
+        samples = torch.empty(shape, pin_memory=self._is_pinned)
+        for row, window in zip(samples.numpy(), windows, strict=True):
+            row[: window.size] = window
+        lengths = self._send(torch.tensor([window.size for window in windows]))
+        parts = zip(
+            self._send(samples).split(self.MAX_WINDOWS),
+            lengths.split(self.MAX_WINDOWS),
+            strict=True,
+        )
+        return torch.cat([self._fbank(*part) for part in parts])
+
+
+def _with_features(window: Window, settings: FbankSettings, on_device: bool) -> Window:
     """The window with features for samples, or with the reason why not."""
     if window.error is not None or window.data is None:
         return window
     try:
+        if on_device:
+            check_samples(window.data, settings)
+            return window
         return window.with_data(extract_fbank(window.data, settings))
     except FeatureError as error:
         return dataclasses.replace(window, data=None, error=str(error))
@@ -574,15 +620,23 @@ class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]
     Windows in, windows out, in the same order. A window that cannot have features travels on with
     ``error`` set and no data, because the windows of a clip are counted. Failures, unit ends and
     windows that already carry an error pass unchanged.
+
+    Args:
+        settings: The checkpoint's.
+        on_device: Says, where the step runs, whether features are made later by the device
+            (``DeviceFbank``); windows then keep their samples, and are only looked at here.
     """
 
-    def __init__(self, settings: FbankSettings) -> None:
+    def __init__(
+        self, settings: FbankSettings, on_device: Callable[[], bool] = lambda: False
+    ) -> None:
         super().__init__()
         self._settings = settings
+        self._on_device = on_device
 
     def expand(self, elements: PCollection[_Element]) -> PCollection[_Element]:
         """Wire the step."""
-        step = beam.ParDo(_ExtractFbankFn(self._settings))
+        step = beam.ParDo(_ExtractFbankFn(self._settings, self._on_device))
         # Said to Beam explicitly: it reads no annotations that are kept as text.
         step = step.with_input_types(_Element).with_output_types(_Element)
         features: PCollection[_Element] = elements | "Compute features" >> step
@@ -590,11 +644,16 @@ class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]
 
 
 class _ExtractFbankFn(beam.DoFn):
-    def __init__(self, settings: FbankSettings) -> None:
+    def __init__(self, settings: FbankSettings, on_device: Callable[[], bool]) -> None:
         self._settings = settings
+        self._asks_on_device = on_device
+        self._on_device = False
+
+    def setup(self) -> None:
+        self._on_device = self._asks_on_device()
 
     def process(self, element: _Element) -> Iterator[_Element]:
         if isinstance(element, Window):
             with timed("fbank"):
-                element = _with_features(element, self._settings)
+                element = _with_features(element, self._settings, self._on_device)
         yield element

@@ -11,6 +11,7 @@ instead: an error row for every item there is would be a lie, and have to be don
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -28,19 +29,25 @@ from transforms.backbones import (
     Activation,
     Backbone,
     DeviceName,
+    Embeddings,
+    Features,
     InferenceSettings,
+    Pending,
     TorchBackbone,
     embed_windows,
     first_line,
+    makes_features_on_device,
     resolve_batch_size,
     resolve_device,
+    start_windows,
     true_float32,
 )
 from transforms.checkpoints import ModelSpec, load_model
+from transforms.devices import torch_device
 from transforms.engines import load_backbone
 from transforms.errors import DeviceError, EarmarkError
 from transforms.precision_check import PrecisionCheck, surroundings
-from transforms.records import FloatArray, Prediction
+from transforms.records import FloatArray, PendingBatch, PendingPrediction, Prediction
 from transforms.spectrogram_transformer import ASTForAudioClassification, ASTMLPHead
 from transforms.stage_clocks import LabellingStage, timed
 
@@ -48,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 # How long to wait for others to give memory back, before a single window is tried again.
 MEMORY_WAITS_S = (1.0, 5.0, 20.0)
+
+MakeFeatures = Callable[[Sequence[FloatArray]], Features]
 
 NOT_FINITE = "the model gave NaN or infinite values"
 GO_ON = "What is committed stays; the same command goes on from there."
@@ -66,6 +75,8 @@ class Engine:
 
     Attributes:
         name: What commits record: engine, device and precision.
+        make_features: Makes a batch of what ``RunInference`` collects: windows' features, or
+            samples where the device makes features itself.
     """
 
     def __init__(
@@ -85,23 +96,59 @@ class Engine:
         self.embedding_dtype = np.dtype(embedding_dtype)
         self.lock = threading.Lock()
         self.predict_safely = SafePredictor(self.predict, self.name, self._shrink)
+        self.make_features: MakeFeatures = np.stack
         self._check = check
         self._stage = stage
 
-    def label(self, features: FloatArray) -> list[Prediction]:
+    def label(self, features: Features) -> list[Prediction]:
         """Predictions of a batch, whatever happens to single windows; the first ones are checked.
 
         Raises:
             DeviceError: No window can be the cause; see ``SafePredictor``.
         """
-        predictions = self.predict_safely(features)
+        return self._checked(features, self.predict_safely(features))
+
+    def begin(self, features: Features) -> Callable[[], list[Prediction]] | None:
+        """Give a batch to a device that computes by itself.
+
+        Returns:
+            What waits for the predictions that ``label`` gives, and may raise what that does. None
+            where there is no such device, or where it did not take the batch: ``label`` finds out
+            what is wrong with it.
+        """
+        pending = self._start(features)
+        return None if pending is None else functools.partial(self._finish, features, pending)
+
+    def _start(self, features: Features) -> Pending | None:
+        if not self.predict_safely.takes(len(features)):
+            return None
+        try:
+            with timed("queue"), self.lock:
+                return start_windows(self.backbone, features)
+        except EarmarkError:
+            raise
+        except Exception:  # whatever a model and the libraries below it may raise
+            return None
+
+    def _finish(self, features: Features, pending: Pending) -> list[Prediction]:
+        try:
+            with timed(self._stage):
+                embeddings = pending()
+            predictions = self._read(features, *self._convert(embeddings))
+        except EarmarkError:
+            raise
+        except Exception:  # as in _start
+            return self.label(features)
+        return self._checked(features, predictions)
+
+    def _checked(self, features: Features, predictions: list[Prediction]) -> list[Prediction]:
         return predictions if self._check is None else self._check(features, predictions)
 
-    def predict(self, features: FloatArray) -> list[Prediction]:
+    def predict(self, features: Features) -> list[Prediction]:
         """Embeddings and scores of a batch.
 
         Args:
-            features: Shape (batch, num_frames, num_mel_bins), float32, normalised.
+            features: Normalised; see ``Features``.
 
         Returns:
             A prediction per window, in order; one that is not finite has an error.
@@ -109,14 +156,25 @@ class Engine:
         Raises:
             RuntimeError: The model's output has another shape than it must.
         """
-        pooled, stored = self._embed(features)
+        return self._read(features, *self._embed(features))
+
+    def _read(
+        self,
+        features: Features,
+        pooled: npt.NDArray[np.floating],
+        stored: npt.NDArray[np.floating],
+    ) -> list[Prediction]:
+        """What embeddings say."""
         _check_shape("embedding", pooled, (len(features), self._hidden_size))
         _check_shape("stored embedding", stored, pooled.shape)
         scores = score_embeddings(self.head, pooled, self.activation)
         finite = np.ones(len(features), np.bool_)
-        # The features too, because int8 makes a number of NaN.
-        for values in (features.reshape(len(features), -1), pooled, stored, scores):
+        for values in (pooled, stored, scores):
             finite &= np.isfinite(values).all(axis=1)
+        if isinstance(features, np.ndarray):
+            # The features too, because int8 makes a number of NaN. What a device has made of
+            # samples that were looked at is finite.
+            finite &= np.isfinite(features.reshape(len(features), -1)).all(axis=1)
         return [
             Prediction(stored[i], scores[i], self.name)
             if finite[i]
@@ -129,11 +187,16 @@ class Engine:
             self.backbone.shrink(batch_size)
 
     def _embed(
-        self, features: FloatArray
+        self, features: Features
     ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
-        """Pooled embeddings and those to store (the same, unless patches are pooled)."""
         with timed("queue"), self.lock, timed(self._stage):
             embeddings = embed_windows(self.backbone, features)
+        return self._convert(embeddings)
+
+    def _convert(
+        self, embeddings: Embeddings
+    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
+        """Pooled embeddings and those to store (the same, unless patches are pooled)."""
         pooled = embeddings.pooled.astype(self.embedding_dtype)
         if embeddings.patch_mean is None:
             return pooled, pooled
@@ -237,14 +300,14 @@ class SafePredictor:
     down to the windows that cause it, and those become predictions with an error.
 
     Args:
-        predict: The engine's own prediction of a batch, of shape (batch, num_frames, num_mel_bins).
+        predict: The engine's own prediction of a batch.
         engine: Its name, for predictions that carry an error and for messages.
         shrink: Told how many windows a batch may have from now on, where one did not fit.
     """
 
     def __init__(
         self,
-        predict: Callable[[FloatArray], list[Prediction]],
+        predict: Callable[[Features], list[Prediction]],
         engine: str,
         shrink: Callable[[int], None] | None = None,
     ) -> None:
@@ -255,7 +318,11 @@ class SafePredictor:
         self._too_many: int | None = None  # the batch that met it, while that is still to be said
         self._has_worked = False
 
-    def __call__(self, features: FloatArray) -> list[Prediction]:
+    def takes(self, num_windows: int) -> bool:
+        """Whether a batch of so many windows may fit into memory, for all that is known."""
+        return self._most is None or num_windows <= self._most
+
+    def __call__(self, features: Features) -> list[Prediction]:
         """Predict a batch; a prediction per window, in order.
 
         Raises:
@@ -270,7 +337,7 @@ class SafePredictor:
             )
         if not self._has_worked:
             # Any of these windows may be at fault, but not this one.
-            self._predict_part(np.zeros_like(features[:1]))
+            self._predict_part(_silence_like(features[:1]))
         if not self._has_worked:
             raise DeviceError(
                 f"{self._engine}: the model cannot be run: {predictions[0].error}. Check the "
@@ -279,7 +346,7 @@ class SafePredictor:
             )
         return predictions
 
-    def _predict_part(self, features: FloatArray) -> list[Prediction]:
+    def _predict_part(self, features: Features) -> list[Prediction]:
         try:
             predictions = self._predict(features)
         except EarmarkError:
@@ -295,7 +362,7 @@ class SafePredictor:
         # Here the error and its traceback, which hold the batch's tensors, are gone.
         return self._predict_in_parts(features, text)
 
-    def _narrow_down(self, features: FloatArray, error: Exception) -> list[Prediction]:
+    def _narrow_down(self, features: Features, error: Exception) -> list[Prediction]:
         if isinstance(error, torch.AcceleratorError):
             # What CUDA says of a kernel sticks to the process: every call from here on fails.
             raise DeviceError(
@@ -307,7 +374,7 @@ class SafePredictor:
         half = len(features) // 2
         return [*self._predict_part(features[:half]), *self._predict_part(features[half:])]
 
-    def _predict_in_parts(self, features: FloatArray, error: str) -> list[Prediction]:
+    def _predict_in_parts(self, features: Features, error: str) -> list[Prediction]:
         """Predict what did not fit into memory."""
         _release_memory()
         if len(features) == 1:
@@ -322,7 +389,7 @@ class SafePredictor:
             predictions += self._predict_part(features[start : start + self._most])
         return predictions
 
-    def _wait_for_memory(self, features: FloatArray, error: str) -> list[Prediction]:
+    def _wait_for_memory(self, features: Features, error: str) -> list[Prediction]:
         """Try a single window again after a while: others may be using the same device."""
         for wait_s in MEMORY_WAITS_S:
             time.sleep(wait_s)
@@ -358,6 +425,12 @@ class SafePredictor:
             self._too_many = None
 
 
+def _silence_like(features: Features) -> Features:
+    if isinstance(features, torch.Tensor):
+        return torch.zeros_like(features)
+    return np.zeros_like(features)
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     # The CPU allocator raises a plain RuntimeError ("DefaultCPUAllocator: can't allocate memory"),
     # and so does OpenVINO (it passes on "std::bad_alloc").
@@ -383,13 +456,28 @@ class ASTModelHandler(ModelHandler[Any, Any, Engine]):
     Args:
         spec: The checkpoint.
         settings: How to run it.
+        make_features: Given where features may be made by the device: makes, for a device, what
+            turns a batch's samples into its features. Where they are made there
+            (``makes_features_on_device``), an example is the samples of a window instead, of shape
+            (num_samples,), as ``fbank.check_samples`` lets them pass.
+        runs_ahead: Give predictions that a device is still computing, as ``PendingPrediction``,
+            so that it has the next batch before it is done with this one.
     """
 
-    def __init__(self, spec: ModelSpec, settings: InferenceSettings) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        settings: InferenceSettings,
+        *,
+        make_features: Callable[[torch.device], MakeFeatures] | None = None,
+        runs_ahead: bool = False,
+    ) -> None:
         batch_size = resolve_batch_size(settings.batch_size, _likely_device(settings.device))
         super().__init__(min_batch_size=batch_size, max_batch_size=batch_size)
         self._spec = spec
         self._settings = settings
+        self._make_features = make_features
+        self._runs_ahead = runs_ahead
 
     @timed("load")
     def load_model(self) -> Engine:
@@ -401,13 +489,17 @@ class ASTModelHandler(ModelHandler[Any, Any, Engine]):
         """
         model = load_model(self._spec)
         try:
-            return load_engine(model, self._spec, self._settings)
+            engine = load_engine(model, self._spec, self._settings)
+            if self._make_features is not None and makes_features_on_device(self._settings):
+                device = torch_device(resolve_device(self._settings.device))
+                engine.make_features = self._make_features(device)
+            return engine
         except EarmarkError:
             raise
         except (RuntimeError, MemoryError) as error:
-            device = resolve_device(self._settings.device)
+            where = resolve_device(self._settings.device)
             raise DeviceError(
-                f"{device}: the model cannot be loaded onto it: {first_line(error)}. Free the "
+                f"{where}: the model cannot be loaded onto it: {first_line(error)}. Free the "
                 "device's memory (on a GPU, nvidia-smi lists who uses it), or give another "
                 f"--device. {GO_ON}"
             ) from error
@@ -417,14 +509,26 @@ class ASTModelHandler(ModelHandler[Any, Any, Engine]):
         batch: Sequence[FloatArray | None],
         model: Engine,
         inference_args: dict[str, Any] | None = None,
-    ) -> Iterable[Prediction | None]:
+    ) -> Iterable[Prediction | PendingPrediction | None]:
         """Predict what has features; None stays None."""
-        features = [example for example in batch if example is not None]
-        predictions = iter(model.label(np.stack(features)) if features else ())
-        return [None if example is None else next(predictions) for example in batch]
+        examples = [example for example in batch if example is not None]
+        if not examples:
+            return [None] * len(batch)
+        found = iter(self._predict(examples, model))
+        return [None if example is None else next(found) for example in batch]
+
+    def _predict(
+        self, examples: Sequence[FloatArray], engine: Engine
+    ) -> Sequence[Prediction | PendingPrediction]:
+        features = engine.make_features(examples)
+        begun = engine.begin(features) if self._runs_ahead else None
+        if begun is None:
+            return engine.label(features)
+        pending = PendingBatch(begun)
+        return [PendingPrediction(pending, index) for index in range(len(examples))]
 
     def get_num_bytes(self, batch: Sequence[FloatArray | None]) -> int:
-        """Bytes of features in the batch; Beam's default would pickle it to find out."""
+        """Bytes of examples in the batch; Beam's default would pickle it to find out."""
         return sum(example.nbytes for example in batch if example is not None)
 
     def get_metrics_namespace(self) -> str:

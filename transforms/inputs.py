@@ -28,7 +28,7 @@ from transforms.clip_ids import (
     printable,
     read_failure,
 )
-from transforms.errors import ContainerError, InputError, in_words
+from transforms.errors import ContainerError, InputError, TooManyListedError, in_words
 from transforms.manifests import (
     MANIFEST_EXTENSIONS,
     ContainerRow,
@@ -117,6 +117,7 @@ def find_inputs(
     *,
     exclude: str | None = None,
     max_page_bytes: int = ReadLimits().max_page_bytes,
+    max_listed: int | None = None,
 ) -> Found:
     """List everything the inputs hold.
 
@@ -124,13 +125,15 @@ def find_inputs(
         inputs: Files, globs, folders, tars, Parquet files and manifests, as paths or URLs.
         exclude: The output folder, which is never part of the input.
         max_page_bytes: Bytes of a page, decompressed, of a manifest in Parquet.
+        max_listed: Give up once there are more files and rows of manifests than this.
 
     Raises:
+        TooManyListedError: There are more than ``max_listed``.
         InputError: An input does not exist, cannot be listed or holds nothing to label; or one
             clip id is given to two different items.
         UsageError: A protocol is unknown or needs an extra that is not installed.
     """
-    finder = _Finder(exclude, max_page_bytes)
+    finder = _Finder(exclude, max_page_bytes, max_listed)
     try:
         for text in inputs:
             finder.add(text)
@@ -139,11 +142,32 @@ def find_inputs(
         raise InputError(for_terminal(str(error))) from error
 
 
+def check_there(inputs: Sequence[str]) -> None:
+    """Refuse inputs that do not exist, without listing them; patterns are not looked at.
+
+    Raises:
+        InputError: One does not exist, or cannot be asked for.
+        UsageError: A protocol is unknown or needs an extra that is not installed.
+    """
+    for text in inputs:
+        url = storage.normalise(text)
+        uri = printable(storage.public_uri(url))
+        try:
+            if not storage.is_glob(url) and not storage.exists(url):
+                raise FileNotFoundError(url)
+        except (OSError, ValueError) as error:
+            raise InputError(for_terminal(_why(uri, error))) from error
+
+
 class _Finder:
     """Collects what inputs hold; ``finish`` puts it in order."""
 
-    def __init__(self, exclude: str | None, max_page_bytes: int) -> None:
+    def __init__(
+        self, exclude: str | None, max_page_bytes: int, max_listed: int | None = None
+    ) -> None:
         self._max_page_bytes = max_page_bytes
+        self._max_listed = max_listed
+        self._num_listed = 0
         self._excluded: list[str] = []
         self._real_folders: dict[str, str] = {}
         if exclude is not None:
@@ -201,7 +225,7 @@ class _Finder:
 
     def _kept(self, url: str, files: Iterable[FileInfo]) -> list[FileInfo]:
         """The files that do not lie in the output folder."""
-        found = list(files)
+        found = list(self._counted(files))
         kept = [file for file in found if not self._is_excluded(file.url)]
         if len(kept) < len(found):
             output = printable(storage.public_uri(self._excluded[0]))
@@ -210,6 +234,14 @@ class _Finder:
                 raise InputError(f"{uri} lies in the output folder {output}; give another --output")
             self._notes[f"The output folder {output} is left out of the input."] = None
         return kept
+
+    def _counted(self, listed: Iterable[_In]) -> Iterator[_In]:
+        """The same, as long as they are not too many."""
+        for one in listed:
+            self._num_listed += 1
+            if self._max_listed is not None and self._num_listed > self._max_listed:
+                raise TooManyListedError(f"there are more than {self._max_listed:,} files or rows")
+            yield one
 
     def _is_excluded(self, url: str) -> bool:
         if not self._excluded:
@@ -323,7 +355,7 @@ class _Finder:
     def _add_manifest(self, url: str, uri: str) -> None:
         is_empty = True
         wholes: dict[str, ContainerRow] = {}  # each slice of a container may have a row
-        for row in read_manifest(url, self._max_page_bytes):
+        for row in self._counted(read_manifest(url, self._max_page_bytes)):
             is_empty = False
             if isinstance(row, Failure):
                 self._failures.append(row)

@@ -21,10 +21,10 @@ from apache_beam.typehints import Dict
 from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms import storage
-from transforms.backbones import InferenceSettings
+from transforms.backbones import InferenceSettings, makes_features_on_device
 from transforms.checkpoints import ModelSpec
 from transforms.decode import DecodeAudio, DecodeSettings
-from transforms.fbank import ExtractFbank, FbankSettings
+from transforms.fbank import DeviceFbank, ExtractFbank, FbankSettings
 from transforms.inference import ASTModelHandler
 from transforms.records import (
     ClipRow,
@@ -119,7 +119,11 @@ def make_settings(
     )
     return LabelSettings(
         model=model,
-        decode=dataclasses.replace(decode, sample_rate_hz=model.sampling_rate),
+        decode=dataclasses.replace(
+            decode,
+            sample_rate_hz=model.sampling_rate,
+            piece_samples=_whole_windows(decode.piece_samples, windows.window_samples),
+        ),
         windows=windows,
         fbank=FbankSettings(
             sample_rate_hz=model.sampling_rate,
@@ -146,6 +150,11 @@ def make_settings(
     )
 
 
+def _whole_windows(piece_samples: int, window_samples: int) -> int:
+    """About as many samples, in whole windows: those that lie in one piece need not be copied."""
+    return max(1, round(piece_samples / window_samples)) * window_samples
+
+
 @beam.typehints.with_input_types(WorkUnit)
 @beam.typehints.with_output_types(UnitEvent)
 class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]]):
@@ -162,7 +171,14 @@ class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]])
     def expand(self, units: PCollection[WorkUnit]) -> PCollection[UnitEvent]:
         """Apply the transform."""
         settings = self._settings
-        handler = ASTModelHandler(settings.model, settings.inference)
+        handler = ASTModelHandler(
+            settings.model,
+            settings.inference,
+            make_features=functools.partial(DeviceFbank, settings.fbank),
+            # What comes late would come in the Beam window of whatever it comes with.
+            runs_ahead=units.windowing.is_default(),
+        )
+        on_device = functools.partial(makes_features_on_device, settings.inference)
         events: PCollection[UnitEvent] = (
             units
             | "Decode"
@@ -170,7 +186,7 @@ class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]])
                 settings.decode, functools.partial(read_items, settings=settings.sources)
             )
             | "Cut into windows" >> CutWindows(settings.windows)
-            | "Extract fbank" >> ExtractFbank(settings.fbank)
+            | "Extract fbank" >> ExtractFbank(settings.fbank, on_device)
             | "Key features" >> beam.Map(_key_features)
             | "Run AST" >> RunInference(_KeyedFeatures(handler))
             | "Assemble rows" >> AssembleRows(settings.rows)

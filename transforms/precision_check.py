@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from transforms import caches
-from transforms.backbones import first_line
+from transforms.backbones import Features, first_line
 from transforms.records import FloatArray, Prediction, WindowCheck
 
 logger = logging.getLogger(__name__)
@@ -64,22 +64,25 @@ class PrecisionCheck:
         self._kept: dict[str, Any] | None = None
         self._lock = threading.Lock()  # threads of a process share an engine
 
-    def __call__(self, features: FloatArray, predictions: Sequence[Prediction]) -> list[Prediction]:
+    def __call__(self, features: Features, predictions: Sequence[Prediction]) -> list[Prediction]:
         """Give predictions of a batch back, the first of them with a check.
 
         Args:
-            features: Shape (batch, num_frames, num_mel_bins), float32.
+            features: What they were made of.
             predictions: The engine's, in the same order.
         """
         with self._lock:
             return self._check_first(features, list(predictions))
 
-    def _check_first(self, features: FloatArray, checked: list[Prediction]) -> list[Prediction]:
+    def _check_first(self, features: Features, checked: list[Prediction]) -> list[Prediction]:
         chosen = [i for i, each in enumerate(checked) if each.error is None][: self._left]
         if not chosen:
             return checked
         self._left -= len(chosen)
-        checks = self._check(features[chosen], [checked[i] for i in chosen])
+        looked_at = features[chosen]
+        if isinstance(looked_at, torch.Tensor):
+            looked_at = looked_at.cpu().numpy()
+        checks = self._check(looked_at, [checked[i] for i in chosen])
         for index, check in zip(chosen, checks, strict=True):
             checked[index] = replace(checked[index], check=check)
         if self._left <= 0:

@@ -19,7 +19,7 @@ they are handed on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -343,6 +343,45 @@ class Prediction:
             f"Prediction(embedding{self.embedding.shape}, scores{self.scores.shape}, "
             f"{self.engine!r}, error={self.error!r})"
         )
+
+
+class PendingBatch:
+    """Predictions that a device is still computing.
+
+    Args:
+        finish: Waits for them; they are those of the batch's windows, in order.
+    """
+
+    def __init__(self, finish: Callable[[], Sequence[Prediction]]) -> None:
+        self._finish: Callable[[], Sequence[Prediction]] | None = finish
+        self._predictions: Sequence[Prediction] = ()
+
+    def wait(self) -> Sequence[Prediction]:
+        """The predictions; waits for them the first time."""
+        if self._finish is not None:
+            self._predictions, self._finish = self._finish(), None  # and its tensors with it
+        return self._predictions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingPrediction:
+    """A window's prediction that is still to come; in another process, it is there.
+
+    Attributes:
+        batch: The batch that the window is in.
+        index: Its position in there.
+    """
+
+    batch: PendingBatch
+    index: int
+
+    def wait(self) -> Prediction:
+        """The prediction, once its batch is there."""
+        return self.batch.wait()[self.index]
+
+    def __reduce__(self) -> tuple[Callable[[Prediction], Prediction], tuple[Prediction]]:
+        """Beam pickles a few of the elements, to estimate the size of all."""
+        return dataclasses.replace, (self.wait(),)
 
 
 @dataclass(frozen=True, slots=True)

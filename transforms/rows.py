@@ -8,6 +8,7 @@ its failure follows in place of its row, and the sink drops the windows that wen
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from apache_beam.pvalue import PCollection
+from apache_beam.transforms.window import GlobalWindows
+from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms.errors import FeatureError, InferenceError
 from transforms.labels import Label
@@ -26,6 +29,8 @@ from transforms.records import (
     Failure,
     Item,
     ItemFailure,
+    PendingBatch,
+    PendingPrediction,
     Prediction,
     UnitEnd,
     UnitEvent,
@@ -328,7 +333,10 @@ def _window_failure(window: Window, prediction: Prediction | None) -> Failure:
     )
 
 
-KeyedPrediction = tuple[Window | ItemFailure | UnitEnd, Prediction | None]
+KeyedPrediction = tuple[Window | ItemFailure | UnitEnd, Prediction | PendingPrediction | None]
+
+# Batches that a device may have to do: one that it computes, and the one that comes after.
+BATCHES_AHEAD = 2
 
 
 @beam.typehints.with_input_types(KeyedPrediction)
@@ -336,8 +344,9 @@ KeyedPrediction = tuple[Window | ItemFailure | UnitEnd, Prediction | None]
 class AssembleRows(beam.PTransform[PCollection[KeyedPrediction], PCollection[UnitEvent]]):
     """Predictions, keyed by what they are of, to rows; what has no prediction passes through.
 
-    In: ``(Window | ItemFailure | UnitEnd, Prediction | None)``. Out: ``WindowRow``, ``ClipRow``
-    after the last of its windows, ``ItemFailure`` and ``UnitEnd``.
+    In: ``(Window | ItemFailure | UnitEnd, Prediction | PendingPrediction | None)``. Out:
+    ``WindowRow``, ``ClipRow`` after the last of its windows, ``ItemFailure`` and ``UnitEnd``, in
+    the order in which they came. What waits for a device comes late, but within its bundle.
 
     Args:
         settings: What rows hold.
@@ -360,13 +369,40 @@ class _AssembleRowsFn(beam.DoFn):
         self._settings = settings
         self._open: dict[tuple[str, int], ClipAggregate] = {}
         self._failed: set[tuple[str, int]] = set()
+        self._waiting: deque[KeyedPrediction] = deque()
+        self._batches: deque[PendingBatch] = deque()  # that are waited for, the oldest first
 
     def start_bundle(self) -> None:
         self._open = {}
         self._failed = set()
+        self._waiting.clear()
+        self._batches.clear()
 
     def process(self, element: KeyedPrediction) -> Iterator[UnitEvent]:
-        event, prediction = element
+        _, prediction = element
+        self._waiting.append(element)
+        if isinstance(prediction, PendingPrediction) and not self._is_awaited(prediction):
+            self._batches.append(prediction.batch)
+            if len(self._batches) > BATCHES_AHEAD:
+                self._batches.popleft()
+        yield from self._assemble_all()
+
+    def _assemble_all(self) -> Iterator[UnitEvent]:
+        """Everything up to the first window whose batch is still being computed."""
+        while self._waiting and not self._is_awaited(self._waiting[0][1]):
+            event, prediction = self._waiting.popleft()
+            if isinstance(prediction, PendingPrediction):
+                prediction = prediction.wait()
+            yield from self._assemble(event, prediction)
+
+    def _is_awaited(self, prediction: Prediction | PendingPrediction | None) -> bool:
+        return isinstance(prediction, PendingPrediction) and any(
+            prediction.batch is batch for batch in self._batches
+        )
+
+    def _assemble(
+        self, event: Window | ItemFailure | UnitEnd, prediction: Prediction | None
+    ) -> Iterator[UnitEvent]:
         if isinstance(event, Window):
             # An item may fail after some of its windows went ahead; others may still be batched.
             if (event.unit_id, event.item_index) not in self._failed:
@@ -399,7 +435,11 @@ class _AssembleRowsFn(beam.DoFn):
             del self._open[key]
             yield result
 
-    def finish_bundle(self) -> None:
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        self._batches.clear()
+        for event in self._assemble_all():
+            # Beam's windows, not ours; batches run ahead only where there is but this one.
+            yield GlobalWindows.windowed_value(event)
         if self._open:
             raise RuntimeError(
                 f"{len(self._open)} clips still miss windows at the end of a bundle, the first "

@@ -7,8 +7,8 @@ Files, globs, folders, tars, Parquet files with audio and manifests all become t
 loose **items**, and **containers** (a tar, a Parquet file) whose items are found while reading.
 
 This is the door; behind it are ``inputs`` (what the inputs hold), ``manifests``, ``units`` (cutting
-it into units), ``tar_source`` and ``parquet_source`` (reading containers), ``spooling`` (an item's
-bytes, within bounds) and ``clip_ids`` (names).
+it into units), ``tar_source`` (on ``tar_headers``) and ``parquet_source`` (reading containers),
+``spooling`` (an item's bytes, within bounds) and ``clip_ids`` (names).
 """
 
 from __future__ import annotations
@@ -19,19 +19,30 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
 from transforms.clip_ids import AUDIO_EXTENSIONS, make_clip_id, make_unit_id, read_failure
-from transforms.inputs import Container, Found, find_inputs
+from transforms.inputs import Container, Found, check_there, find_inputs
 from transforms.parquet_source import read_parquet
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
-from transforms.spooling import Fetched, ReadLimits, second_name, fetch
+from transforms.spooling import Fetched, ReadLimits, fetch, second_name
 from transforms.tar_source import TarReader
-from transforms.units import SourceSettings, limit_items, plan_units
+from transforms.units import (
+    RestOfContainer,
+    SourceSettings,
+    cut_container,
+    cut_containers,
+    limit_items,
+    plan_units,
+)
 
 __all__ = [
     "AUDIO_EXTENSIONS",
     "Container",
     "Found",
     "ReadLimits",
+    "RestOfContainer",
     "SourceSettings",
+    "check_there",
+    "cut_container",
+    "cut_containers",
     "find_inputs",
     "limit_items",
     "make_clip_id",

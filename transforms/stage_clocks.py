@@ -58,6 +58,7 @@ class StageSeconds:
         open_s: Decoder processes: reading and hashing what they are given.
         decode_s: Decoder processes: decoding, mixing down and measuring levels.
         resample_s: Decoder processes: resampling.
+        device_ahead_s: A GPU: computing, while no labelling thread waited for it.
         process_s: Time in which a process was labelling, however many threads it did so with.
         decoder_s: The same, times the decoder processes that it may have.
         load_s: Loading the model, before labelling begins.
@@ -77,6 +78,7 @@ class StageSeconds:
     open_s: float = 0.0
     decode_s: float = 0.0
     resample_s: float = 0.0
+    device_ahead_s: float = 0.0
     process_s: float = 0.0
     decoder_s: float = 0.0
     load_s: float = 0.0

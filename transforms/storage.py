@@ -62,6 +62,8 @@ from transforms.web_pages import links_below
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:::.*)?://", re.DOTALL)
+# Without one of these there is nothing in a URL that could sign it.
+_SIGNING_MARK = re.compile("[?#;@]")
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>]+")
 _READ_ONLY = frozenset({"http", "https"})
 # One upload publishes the whole object, and listing a prefix is one flat request.
@@ -198,6 +200,8 @@ def file_name(url: str) -> str:
 
 def _without_query(url: str) -> str:
     # Only http has queries; elsewhere "?" may be part of an object's name.
+    if "?" not in url and "#" not in url:
+        return url
     return re.split(r"[?#]", url, maxsplit=1)[0] if protocol(url) in _READ_ONLY else url
 
 
@@ -209,7 +213,7 @@ def public_uri(url: str) -> str:
     in a path (``;sig=``). Nothing else: any other query string is part of the name. Local paths
     come back unchanged.
     """
-    if is_local(url):
+    if _SIGNING_MARK.search(url) is None or is_local(url):
         return url
     url = re.sub(r"((?:^|::)https?://)[^/?#]*@", r"\1", url, flags=re.IGNORECASE)
     url = re.sub(r"(://)[^/?#@]*:[^/]*@", r"\1", url)
@@ -329,9 +333,10 @@ def _kind(url: str) -> str | None:
 def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> Iterator[FileInfo]:
     """Every file below the folder ``url``, sorted by name.
 
-    Over ``http(s)``, what the server's index pages list. Locally, links to folders are followed, and each real folder is listed once, under its own
-    path where that lies below ``url``; so a loop of links ends. Links to nothing, pipes, sockets
-    and devices are listed, without a size (reading them will say what is wrong).
+    Over ``http(s)``, what the server's index pages list. Locally, links to folders are followed,
+    and each real folder is listed once, under its own path where that lies below ``url``; so a
+    loop of links ends. Links to nothing, pipes, sockets and devices are listed, without a size
+    (reading them will say what is wrong).
 
     Args:
         url: The folder; nothing below it means no files.
@@ -359,8 +364,8 @@ def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> I
     else:
         details = dict(_walk_remote(fs, url, root, report))
     for path in sorted(details):
-        if details[path]["type"] == "file" and not path.endswith("/"):
-            info = details[path]
+        info = details.pop(path)  # what a store says of a million objects takes gigabytes
+        if info["type"] == "file" and not path.endswith("/"):
             yield FileInfo(_below(url, root, path), info.get("size"), _version(info))
 
 

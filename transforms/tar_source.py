@@ -1,9 +1,7 @@
-"""Items of a tar: where its members lie, how to cut it, and reading a slice of it.
+"""Items of a tar: which of its members are items, how to cut it, and reading a slice of it.
 
-Part of ``sources``. The headers are walked here rather than by ``tarfile.open``, which takes an
-invalid header in the middle for the end of the archive and says nothing; single headers are still
-parsed by ``tarfile``. An archive is whole only if zero blocks end it. Nothing is ever extracted by
-name: links, devices and folders are not followed, and a member's name is only a name.
+Part of ``sources``. Where members lie, ``tar_headers`` finds. Nothing is ever extracted by name:
+links, devices and folders are not followed, and a member's name is only a name.
 
 Siblings (``.json``, ``.txt``, ``.cls``) belong to the audio with the same WebDataset key: the
 name up to the first dot after its last slash. Neighbours with the same key make a **group**; an
@@ -16,18 +14,15 @@ compressed tar may expand to.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
+import functools
 import json
 import logging
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from transforms import storage
 from transforms.clip_ids import (
@@ -45,66 +40,27 @@ from transforms.clip_ids import (
 from transforms.errors import ContainerError, ReadError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
 from transforms.spooling import ReadLimits, check_item_size, second_name, spool
+from transforms.tar_headers import (
+    LONG_NAME,
+    MAX_NAME_CHARS,
+    Archive,
+    TarMember,
+    is_wide,
+    open_archive,
+    padded,
+    walk_members,
+    walk_wide,
+)
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = tarfile.BLOCKSIZE
-_MAX_EXTENDED_HEADER = 1 << 20  # long names and pax records; real ones have a few hundred bytes
-_MAX_NAME_CHARS = 4096  # no system has longer paths
-_MAX_SIZE = 1 << 62
 # What is read of the siblings of one group; beyond that, the metadata only says how large they are.
 _MAX_SIDECAR_BYTES = 4 << 20
 _MAX_SIDECARS = 1000
 # Files named like "take1.5_001.wav" all have the key "take1". Past this many audio members, a
 # group ends where the name without its last extension changes, or with the next audio.
 _MAX_GROUP = 64
-# A compressed tar may be all silence as long as it stays below this.
-_MIN_EXPANDED_BYTES = 1 << 30
-_WALK_BLOCK_BYTES = 64 << 10
-_SKIP_BYTES = 1 << 20
 _SIDECARS = frozenset({".json", ".txt", ".cls"})
-
-_KINDS = {
-    tarfile.REGTYPE: "file",
-    tarfile.AREGTYPE: "file",
-    tarfile.CONTTYPE: "file",
-    tarfile.DIRTYPE: "folder",
-    tarfile.SYMTYPE: "symbolic link",
-    tarfile.LNKTYPE: "hard link",
-    tarfile.CHRTYPE: "device",
-    tarfile.BLKTYPE: "device",
-    tarfile.FIFOTYPE: "pipe",
-    tarfile.GNUTYPE_SPARSE: "sparse file",
-}
-_LONG_NAME = "file with a long name"
-_KINDS_WITHOUT_DATA = frozenset({"folder", "symbolic link", "hard link", "device", "pipe"})
-_EXTENDED = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.XGLTYPE,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class TarMember:
-    """A member as its headers describe it.
-
-    Attributes:
-        name: As stored; bytes that are not UTF-8 are kept as lone surrogates. One of more than
-            4096 characters is its beginning and a digest: such a member is not read.
-        kind: ``file``, ``folder``, ``symbolic link`` and so on.
-        size: Bytes of its content.
-        start: Where its first header begins, extended headers included.
-        stop: One past its last block.
-    """
-
-    name: str
-    kind: str
-    size: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,237 +97,7 @@ class TarIndex:
     damage: str | None
 
 
-# --- Walking -------------------------------------------------------------------------------
-
-
-class _Archive:
-    """The bytes of a (decompressed) tar from a position on; every error a ContainerError.
-
-    Args:
-        file: The bytes.
-        uri: For messages.
-        can_seek: Whether ``file`` can.
-        compressed: The file that they are decompressed from, if they are.
-        max_expansion: Bytes that may come of a compressed one, once 1 GiB have.
-    """
-
-    def __init__(
-        self,
-        file: BinaryIO,
-        uri: str,
-        *,
-        can_seek: bool,
-        compressed: BinaryIO | None = None,
-        max_expansion: float = ReadLimits().max_expansion,
-    ) -> None:
-        self._file = file
-        self._uri = uri
-        self._compressed = compressed
-        self._max_expansion = max_expansion
-        self.can_seek = can_seek
-        self.position = 0
-        self.global_headers = False
-
-    def error(self, message: str) -> ContainerError:
-        return ContainerError(f"{self._uri}: {message}")
-
-    def read(self, size: int) -> bytes:
-        """``size`` bytes, or fewer at the end."""
-        parts = []
-        missing = size
-        try:
-            while missing and (part := self._file.read(missing)):
-                parts.append(part)
-                missing -= len(part)
-        except (OSError, EOFError, zlib.error) as error:
-            raise self.error(f"cannot be read past byte {self.position}: {error}") from error
-        self.position += size - missing
-        self._check_expansion()
-        return b"".join(parts)
-
-    def _check_expansion(self) -> None:
-        if self._compressed is None or self.position <= _MIN_EXPANDED_BYTES:
-            return
-        num_bytes = self._compressed.tell()
-        if self.position > self._max_expansion * num_bytes:
-            raise self.error(
-                f"{num_bytes} compressed bytes gave {self.position}; at most "
-                f"{self._max_expansion:g} per byte are allowed; to allow more, raise "
-                "read.max_expansion"
-            )
-
-    def read_exactly(self, size: int, what: str) -> bytes:
-        data = self.read(size)
-        if len(data) < size:
-            raise self.error(f"ends at byte {self.position}, inside {what}")
-        return data
-
-    def move_to(self, position: int) -> None:
-        """Go forward (or anywhere, if it can seek); past the end, nothing is left to read."""
-        if self.can_seek:
-            try:
-                self._file.seek(position)
-            except OSError as error:
-                raise self.error(f"cannot be read past byte {self.position}: {error}") from error
-            self.position = position
-        while self.position < position:
-            if not self.read(min(_SKIP_BYTES, position - self.position)):
-                raise self.error(f"ends at byte {self.position}, before {position}")
-
-    def copy_to(self, target: BinaryIO, size: int, what: str) -> None:
-        while size:
-            part = self.read_exactly(min(size, _SKIP_BYTES), what)
-            target.write(part)
-            size -= len(part)
-
-
-@contextmanager
-def _open_archive(
-    url: str, uri: str, max_expansion: float, *, to_walk: bool = False, stop: int | None = None
-) -> Iterator[_Archive]:
-    """The archive at byte 0, decompressed if its first bytes are those of gzip.
-
-    Args:
-        url: Where it lies.
-        uri: Its name in messages.
-        max_expansion: As for ``_Archive``.
-        to_walk: Only headers are read, here and there.
-        stop: Where what is to be read ends.
-    """
-    try:
-        file = storage.open_read(url, _WALK_BLOCK_BYTES if to_walk else None, stop)
-    except OSError as error:
-        raise ContainerError(f"{uri}: {error.strerror or error}") from error
-    with file:
-        try:
-            is_gzip = cast(bytes, file.peek(2)[:2]) == b"\x1f\x8b"  # type: ignore[attr-defined]
-        except OSError as error:
-            raise ContainerError(f"{uri}: cannot be read: {error}") from error
-        if is_gzip:
-            with gzip.GzipFile(fileobj=file, mode="rb") as plain:
-                yield _Archive(
-                    cast(BinaryIO, plain),
-                    uri,
-                    can_seek=False,
-                    compressed=file,
-                    max_expansion=max_expansion,
-                )
-        else:
-            yield _Archive(file, uri, can_seek=file.seekable())
-
-
-def _members(archive: _Archive, stop: int | None) -> Iterator[TarMember]:
-    """The members from the archive's position to ``stop``; the caller may read a member's bytes.
-
-    Raises:
-        ContainerError: What follows is neither a header nor the end of an archive.
-    """
-    ended = False  # zero blocks came since the last member
-    start = archive.position
-    extended: dict[str, str] = {}
-    while stop is None or archive.position < stop:
-        block = archive.read(_BLOCK)
-        if len(block) < _BLOCK:
-            if ended and not block.strip(b"\0"):
-                return
-            raise archive.error(
-                f"ends at byte {archive.position} without the zero blocks that end an archive; it "
-                "was probably cut short"
-            )
-        if not block.strip(b"\0"):
-            if extended:
-                raise archive.error(f"a member is missing at byte {start}, after its name")
-            ended, start = True, archive.position
-            continue
-        ended = False
-        info = _parse_header(archive, block)
-        if info.type in _EXTENDED:
-            extended |= _read_extended(archive, info)
-            continue
-        member = _make_member(archive, info, block, extended, start)
-        yield member
-        archive.move_to(member.stop)
-        start, extended = member.stop, {}
-
-
-def _parse_header(archive: _Archive, block: bytes) -> tarfile.TarInfo:
-    at = archive.position - _BLOCK
-    try:
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise archive.error(f"what is at byte {at} is not a tar header ({error})") from error
-    if not 0 <= info.size < _MAX_SIZE:
-        raise archive.error(f"the header at byte {at} gives a size of {info.size} bytes")
-    return info
-
-
-def _read_extended(archive: _Archive, info: tarfile.TarInfo) -> dict[str, str]:
-    """What a GNU long name or a pax header says of the member that follows."""
-    if info.size > _MAX_EXTENDED_HEADER:
-        raise archive.error(
-            f"the extended header at byte {archive.position - _BLOCK} has {info.size} bytes; "
-            f"at most {_MAX_EXTENDED_HEADER} are read"
-        )
-    data = archive.read_exactly(_blocks(info.size), "an extended header")[: info.size]
-    if info.type == tarfile.GNUTYPE_LONGNAME:
-        return {"path": data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
-    if info.type == tarfile.GNUTYPE_LONGLINK:
-        return {"linkpath": ""}
-    records = _parse_pax(archive, data)
-    if info.type == tarfile.XGLTYPE:
-        # It speaks of all members that follow; what git and others put there is a comment.
-        archive.global_headers = archive.global_headers or bool(records.keys() - {"comment"})
-        return {"comment": ""}
-    return {"pax": "", **records}
-
-
-def _parse_pax(archive: _Archive, data: bytes) -> dict[str, str]:
-    records = {}
-    data, at = data.rstrip(b"\0"), 0
-    while at < len(data):
-        # A record is "length key=value\n"; its length counts all of it.
-        digits = data[at : at + 11].partition(b" ")[0]
-        length = int(digits) if digits.isdigit() else 0
-        if not len(digits) + 2 < length <= len(data) - at:
-            raise archive.error(f"the pax header before byte {archive.position} is damaged")
-        record = data[at + len(digits) + 1 : at + length - 1]
-        key, _, value = record.decode("utf-8", "surrogateescape").partition("=")
-        records[key] = value
-        at += length
-    return records
-
-
-def _make_member(
-    archive: _Archive, info: tarfile.TarInfo, block: bytes, extended: dict[str, str], start: int
-) -> TarMember:
-    kind = _KINDS.get(info.type, "special file")
-    if kind == "sparse file" and block[482]:
-        while archive.read_exactly(_BLOCK, "a header")[504]:
-            pass  # further maps of a sparse file
-    if any(key.startswith("GNU.sparse.") for key in extended):
-        kind = "sparse file"
-    size = info.size
-    if "size" in extended:
-        digits = extended["size"]
-        if not (digits.isascii() and digits.isdigit()) or len(digits) > 18:
-            raise archive.error(f"the pax header before byte {archive.position} is damaged")
-        size = int(digits)
-    name = extended.get("GNU.sparse.name") or extended.get("path") or info.name
-    if len(name) > _MAX_NAME_CHARS:
-        kind = _LONG_NAME if kind == "file" else kind
-        name = _short_name(name)
-    data = 0 if kind in _KINDS_WITHOUT_DATA else _blocks(size)
-    return TarMember(name, kind, size, start, archive.position + data)
-
-
-def _short_name(name: str) -> str:
-    """What stands for a name that is too long: how it begins, a digest, and its extension."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{name[:64]}…{digest[:16]}{extension(name)[:16]}"
-
-
-def _blocks(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
+# --- Groups and the index -------------------------------------------------------------------
 
 
 def _key_and_rest(name: str) -> tuple[str, str]:
@@ -416,12 +142,13 @@ def index_tar(
     estimate: WindowEstimate,
     max_items: int | None = None,
     *,
+    size: int | None = None,
     max_expansion: float = ReadLimits().max_expansion,
 ) -> TarIndex:
     """Walk over the headers of a tar (of a compressed one: read it) and find where its items lie.
 
-    Damage ends the walk, and so does having found more than ``max_items`` items; what lies before
-    is given.
+    A large remote one is walked in many places at once, where ``size`` is given. Damage ends the
+    walk, and so does having found more than ``max_items`` items; what lies before is given.
     """
     groups: list[TarGroup] = []
     pending: list[TarMember] = []
@@ -429,9 +156,14 @@ def index_tar(
     damage = None
     has_global_headers = False
     try:
-        with _open_archive(url, uri, max_expansion, to_walk=True) as archive:
+        open_it = functools.partial(open_archive, url, uri, max_expansion, to_walk=True)
+        with open_it() as archive:
             grouping, num_items = _Grouping(), 0
-            for member in _members(archive, None):
+            if size is not None and is_wide(url, size) and archive.can_seek and max_items is None:
+                members = walk_wide(archive, open_it, size)
+            else:
+                members = walk_members(archive, None)
+            for member in members:
                 if grouping.starts_new(member):
                     groups += _index_group(pending, estimate)
                     whole_keys.add(pending)
@@ -550,7 +282,7 @@ class TarReader:
                 with self._open() as archive:
                     archive.move_to(self._part.start)
                     grouping = _Grouping()
-                    for member in _members(archive, self._part.stop):
+                    for member in walk_members(archive, self._part.stop):
                         if grouping.starts_new(member):
                             complete, group = group, _Group()
                             yield from self._emit(complete)
@@ -568,11 +300,11 @@ class TarReader:
             empty = ContainerError(f"{self._part.uri}: no member has an audio or video extension")
             yield read_failure(self._container_item(), empty, is_container=True)
 
-    def _open(self) -> AbstractContextManager[_Archive]:
+    def _open(self) -> AbstractContextManager[Archive]:
         part = self._part
-        return _open_archive(part.url, part.uri, self._limits.max_expansion, stop=part.stop)
+        return open_archive(part.url, part.uri, self._limits.max_expansion, stop=part.stop)
 
-    def _hold(self, group: _Group, member: TarMember, archive: _Archive) -> None:
+    def _hold(self, group: _Group, member: TarMember, archive: Archive) -> None:
         if _is_sidecar(member) and len(group.sidecars) < _MAX_SIDECARS:
             group.sidecars[member.name] = _read_sidecar(archive, member, group.sidecar_bytes)
             group.sidecar_bytes += len(group.sidecars[member.name])
@@ -595,9 +327,9 @@ class TarReader:
 
     def _refusal(self, member: TarMember) -> ReadError | None:
         """Why an audio member is not read; None if it is."""
-        if member.kind == _LONG_NAME:
+        if member.kind == LONG_NAME:
             return ReadError(
-                f"the member's name has more than {_MAX_NAME_CHARS} characters, and is cut here; "
+                f"the member's name has more than {MAX_NAME_CHARS} characters, and is cut here; "
                 "give it a shorter one"
             )
         if member.kind != "file":
@@ -719,15 +451,15 @@ class TarReader:
         with self._open() as archive:
             for member in self._torn[key][:_MAX_SIDECARS]:
                 with suppress(ContainerError):  # cut short: the pass that reads the items says so
-                    archive.move_to(member.stop - _blocks(member.size))
+                    archive.move_to(member.stop - padded(member.size))
                     found[member.name] = _read_sidecar(archive, member, num_bytes)
                     num_bytes += len(found[member.name])
         return found
 
     @staticmethod
-    def _collect_halves(archive: _Archive, halves: _KeyHalves, sidecars: list[TarMember]) -> None:
+    def _collect_halves(archive: Archive, halves: _KeyHalves, sidecars: list[TarMember]) -> None:
         grouping, pending = _Grouping(), list[TarMember]()
-        for member in _members(archive, None):
+        for member in walk_members(archive, None):
             if grouping.starts_new(member):
                 halves.add(pending)
                 pending = []
@@ -779,7 +511,7 @@ def _described(item: Item, truth: tuple[str, ...] | None, metadata: str | None) 
     )
 
 
-def _read_sidecar(archive: _Archive, member: TarMember, num_bytes: int) -> bytes:
+def _read_sidecar(archive: Archive, member: TarMember, num_bytes: int) -> bytes:
     """A sibling's content, or how large it is where ``num_bytes`` leave no room for it."""
     if num_bytes + member.size > _MAX_SIDECAR_BYTES:
         return f"<{member.size} bytes>".encode()
@@ -800,5 +532,5 @@ def _parse_sidecar(ending: str, data: bytes) -> object:
     return text
 
 
-def _spool(archive: _Archive, member: TarMember, what: str) -> str:
+def _spool(archive: Archive, member: TarMember, what: str) -> str:
     return spool(member.name, lambda file: archive.copy_to(file, member.size, what))

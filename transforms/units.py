@@ -7,6 +7,7 @@ once some are committed, the rest gives the rest of the units.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,32 +134,65 @@ def plan_units(
             present version that are committed; None as stop means to the end.
     """
     units = [
-        _files_unit(group, settings)
-        for group in _cut_items(sorted(items, key=plan_order), settings)
+        _files_unit(group, windows)
+        for group, windows in _cut_items(sorted(items, key=plan_order), settings)
     ]
-
-    def plan(container: Container) -> list[WorkUnit]:
-        ranges = () if container.items else (covered or {}).get(container.uri, ())
-        return list(_plan_container(container, ranges, settings))
-
-    for planned in in_threads(plan, containers):
-        units += planned
-    return units
+    rests = [RestOfContainer.of(container, covered or {}) for container in containers]
+    return units + cut_containers(rests, settings)
 
 
-def _cut_items(items: Sequence[Item], settings: SourceSettings) -> Iterator[list[Item]]:
+@dataclass(frozen=True)
+class RestOfContainer:
+    """What is left to do of a container; ``cut_container`` cuts it.
+
+    Attributes:
+        container: The tar or Parquet file.
+        covered: Where it is read as a whole, the ranges of it that are committed.
+    """
+
+    container: Container
+    covered: tuple[Range, ...] = ()
+
+    @staticmethod
+    def of(container: Container, covered: Mapping[str, Sequence[Range]]) -> RestOfContainer:
+        """The rest of a container, with the ranges that are covered by uri."""
+        ranges = () if container.items else tuple(covered.get(container.uri, ()))
+        return RestOfContainer(container, ranges)
+
+
+def cut_container(rest: RestOfContainer, settings: SourceSettings) -> list[WorkUnit]:
+    """Units of the rest of a container; the headers of a large tar are read for that."""
+    return list(_plan_container(rest.container, rest.covered, settings))
+
+
+def cut_containers(rests: Sequence[RestOfContainer], settings: SourceSettings) -> list[WorkUnit]:
+    """``cut_container`` of each, in order; several at the same time."""
+    cut = in_threads(functools.partial(cut_container, settings=settings), rests)
+    return [unit for units in cut for unit in units]
+
+
+def _cut_items(
+    items: Sequence[Item], settings: SourceSettings, row_bytes: int = 0
+) -> Iterator[tuple[list[Item], int]]:
+    """Groups that are a unit each, and the windows expected of them.
+
+    Args:
+        items: In the order to be cut in.
+        settings: Size of a unit.
+        row_bytes: Bytes of a row, where the items are rows.
+    """
     group: list[Item] = []
     windows = num_bytes = 0
     for item in items:
-        if not group or group[-1].uri != item.uri:  # segments share their file
-            num_bytes += item.size or 0
         group.append(item)
-        windows += _windows_of(item, settings)
+        expected = _windows_of(item, settings)
+        windows += expected
+        num_bytes += row_bytes or _bytes_of(item, expected, settings)
         if settings.is_full(windows, num_bytes):
-            yield group
+            yield group, windows
             group, windows, num_bytes = [], 0, 0
     if group:
-        yield group
+        yield group, windows
 
 
 def _windows_of(item: Item, settings: SourceSettings) -> int:
@@ -171,12 +205,21 @@ def _windows_of(item: Item, settings: SourceSettings) -> int:
     return max(1, whole - int(start_s / settings.hop_s))
 
 
-def _files_unit(items: Sequence[Item], settings: SourceSettings) -> WorkUnit:
+def _bytes_of(item: Item, windows: int, settings: SourceSettings) -> int:
+    """Bytes of a file; of a segment, its share of the file's."""
+    size = item.size or 0
+    if item.start_s is None and item.end_s is None:
+        return size
+    whole = settings.estimate.of_file(storage.file_name(item.uri), size)
+    return size * min(windows, whole) // whole
+
+
+def _files_unit(items: Sequence[Item], windows: int) -> WorkUnit:
     return WorkUnit(
         unit_id=make_unit_id("files", items),
         kind="files",
         items=tuple(items),
-        estimated_windows=sum(_windows_of(item, settings) for item in items),
+        estimated_windows=windows,
     )
 
 
@@ -200,7 +243,11 @@ def _plan_container(
             yield _container_unit(container, start, stop, windows, items=container.items)
         return
     index = index_tar(
-        container.url, container.uri, settings.estimate, max_expansion=settings.limits.max_expansion
+        container.url,
+        container.uri,
+        settings.estimate,
+        size=container.size,
+        max_expansion=settings.limits.max_expansion,
     )
     if container.items:
         yield from _plan_members(container, index, settings)
@@ -285,9 +332,10 @@ def _inside_order(item: Item) -> tuple[int, str, float, str]:
 def _plan_rows(container: Container, settings: SourceSettings) -> Iterator[WorkUnit]:
     """Units of the rows that a manifest asks for, each reading no more than it must."""
     items = sorted(container.items, key=_inside_order)
-    for group in _cut_items(items, settings):
+    num_rows = sum(rows for rows, _ in container.row_groups)
+    row_bytes = sum(num_bytes for _, num_bytes in container.row_groups) // max(1, num_rows)
+    for group, windows in _cut_items(items, settings, max(1, row_bytes)):
         rows = [item.row or 0 for item in group]
-        windows = sum(_windows_of(item, settings) for item in group)
         yield _container_unit(container, min(rows), max(rows) + 1, windows, items=group)
 
 

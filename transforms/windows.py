@@ -42,6 +42,8 @@ from transforms.records import FloatArray, ItemFailure, UnitEnd, Waveform, Windo
 _FRAME_LENGTH_MS = 25.0
 _FRAME_SHIFT_MS = 10.0
 
+_NO_SAMPLES: FloatArray = np.empty(0, np.float32)
+
 _Piece = Waveform | ItemFailure | UnitEnd
 _Element = Window | ItemFailure | UnitEnd
 
@@ -166,7 +168,8 @@ class WindowCutter:
 
     It holds two windows of samples: the one that it fills, and the one that it gave last, because
     the clip's last window may begin in there. A window is given only once there is a sample behind
-    its end, since the last one differs; that one is given by ``finish``.
+    its end, since the last one differs; that one is given by ``finish``. A window that lies in one
+    piece is a view of it, so nobody may write to pieces afterwards.
 
     Attributes:
         num_cuts: Windows given so far.
@@ -175,8 +178,8 @@ class WindowCutter:
     def __init__(self, settings: WindowSettings) -> None:
         self.num_cuts = 0
         self._settings = settings
-        self._given: FloatArray = np.empty(settings.window_samples, np.float32)
-        self._filled: FloatArray = np.empty(settings.window_samples, np.float32)
+        self._given: FloatArray = _NO_SAMPLES
+        self._filled: list[FloatArray] = []  # the parts of the window to be given next
         self._num_filled = 0
 
     def push(self, samples: FloatArray) -> list[Cut]:
@@ -195,16 +198,14 @@ class WindowCutter:
         while start < samples.size:
             if self._num_filled == self._settings.window_samples:
                 cuts.append(self._give())
-            room = self._filled[self._num_filled :]
-            part = samples[start : start + room.size]
-            room[: part.size] = part
-            self._num_filled += part.size
+            part = samples[start : start + self._settings.window_samples - self._num_filled]
+            self._fill(part)
             start += part.size
         return cuts
 
     def finish(self) -> Cut:
         """The clip has ended: give its last window. The cutter is then spent."""
-        start, samples = self._next_start, self._filled[: self._num_filled]
+        start, samples = self._next_start, self._join()
         tail = self._num_filled - self._num_shared
         if self.num_cuts > 0 and tail < self._settings.min_tail_samples:
             start += self._num_filled - self._settings.window_samples
@@ -223,12 +224,22 @@ class WindowCutter:
 
     def _give(self) -> Cut:
         """The window that is full; the next begins with what the two have in common."""
-        cut = Cut(self._next_start, self._filled)
+        self._given = self._join()
+        cut = Cut(self._next_start, self._given)
         self.num_cuts += 1
-        self._given, self._filled = self._filled, np.empty_like(self._filled)
-        self._num_filled = self._num_shared
-        self._filled[: self._num_filled] = self._given[self._settings.hop_samples :]
+        self._filled, self._num_filled = [], 0
+        self._fill(self._given[self._settings.hop_samples :])
         return cut
+
+    def _fill(self, part: FloatArray) -> None:
+        if part.size > 0:
+            self._filled.append(part)
+            self._num_filled += part.size
+
+    def _join(self) -> FloatArray:
+        if len(self._filled) == 1:
+            return self._filled[0]
+        return np.concatenate(self._filled) if self._filled else _NO_SAMPLES
 
 
 def _frame_samples(sample_rate_hz: int) -> int:

@@ -142,7 +142,7 @@ class Averages:
         self._section = section
         self._averaged: AveragedModel | None = None
         if section.moving_decay is not None:
-            moving = get_ema_multi_avg_fn(section.moving_decay)  # type: ignore[no-untyped-call]
+            moving = get_ema_multi_avg_fn(section.moving_decay)
             self._averaged = AveragedModel(model, multi_avg_fn=moving)
         elif section.first_epoch is not None:
             self._averaged = AveragedModel(model)

@@ -97,7 +97,7 @@ class Stepper:
     def step(self, loss: Tensor) -> None:
         """Change the weights against the loss."""
         self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss).backward()
         if self._max_norm is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._modules.parameters(), self._max_norm)

@@ -1,0 +1,144 @@
+"""Runners behind a job service: Flink, Spark, Prism, and whatever else speaks Beam's protocol.
+
+The command hands a job over to the service, which gives bundles to workers. These are threads of
+the command itself (LOOPBACK, the default where everything is on this machine), processes of a
+worker pool that somebody has started (EXTERNAL), or containers (DOCKER, the default elsewhere).
+Here stands what can be wrong with that before there is a job, and what becomes of the job when the
+command is interrupted.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, SetupOptions
+
+from transforms.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+SEE_DOCS = "docs/runners.md has the commands."
+
+# Where a runner's machines are named. All of them can also be given a job service by its address.
+MASTERS: Mapping[str, tuple[str, ...]] = {
+    "flinkrunner": ("flink_master", "job_endpoint"),
+    "sparkrunner": ("spark_master_url", "job_endpoint"),
+    "prismrunner": ("job_endpoint",),
+    "portablerunner": ("job_endpoint",),
+}
+
+# Masters that are no address: they are started for this job, on this machine.
+STARTED_HERE = re.compile(r"\[?(local|auto|collection|embed)(\[[\d,*]+\])?\]?", re.IGNORECASE)
+
+# What Flink's job server takes for a batch and Beam's Python does not know of, from its own answer
+# to DescribePipelineOptions. Not number_of_execution_retries: it has no effect on a batch, which is
+# tried again as Flink's own restart-strategy says.
+JOB_SERVER_OPTIONS: Mapping[str, frozenset[str]] = {
+    "flinkrunner": frozenset(
+        {
+            "attached_mode",
+            "disable_metrics",
+            "enable_heap_dumps",
+            "environment_expiration_millis",
+            "execution_mode_for_batch",
+            "faster_copy",
+            "flink_conf_dir",
+            "load_balance_bundles",
+            "max_bundle_size",
+            "max_bundle_time_mills",
+            "object_reuse",
+            "operator_chaining",
+            "re_iterable_group_by_key_result",
+            "use_data_stream_for_batch",
+        }
+    )
+}
+
+
+def is_on_this_machine(address: str | None) -> bool:
+    """Whether a master or endpoint is here: ``[local]``, ``http://localhost:8081``, None."""
+    if not address or STARTED_HERE.fullmatch(address.strip()):
+        return True
+    address = address.strip()
+    try:
+        host = urlsplit(address if "//" in address else f"//{address}").hostname or ""
+    except ValueError:  # brackets around what is no IPv6 address
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def has_all_machines_here(runner: str, options: PipelineOptions) -> bool:
+    """Whether a runner's service and workers are on this machine.
+
+    Args:
+        runner: Its class's name in lower case.
+        options: Beam's.
+    """
+    values = options.get_all_options()
+    return all(is_on_this_machine(values.get(name)) for name in MASTERS.get(runner, ()))
+
+
+def check_workers(runner: str, options: PipelineOptions) -> None:
+    """Refuse workers that would run in Beam's own image, which is the default of most services.
+
+    Raises:
+        ConfigError: Nothing says where workers have Earmark from.
+    """
+    portable, setup = options.view_as(PortableOptions), options.view_as(SetupOptions)
+    if runner not in MASTERS or portable.environment_type not in (None, "DOCKER"):
+        return
+    if portable.environment_type is None and _is_loopback(runner, options):
+        return
+    image = portable.environment_config
+    image = image or portable.lookup_environment_option("docker_container_image")
+    if image or setup.setup_file or setup.requirements_file or setup.extra_packages:
+        return
+    raise ConfigError(
+        "workers would run in Beam's own image, which holds neither Earmark nor torch; give "
+        "--environment_type=LOOPBACK (threads of this command), --environment_type=EXTERNAL with "
+        "--environment_config=HOST:PORT (a worker pool), or --environment_type=DOCKER with "
+        f"--environment_config=IMAGE (built from deploy/Dockerfile). {SEE_DOCS}"
+    )
+
+
+def _is_loopback(runner: str, options: PipelineOptions) -> bool:
+    """Whether Beam takes threads of this process for workers where nothing is said of them."""
+    values = options.get_all_options()
+    if values["output_executable_path"]:
+        return False
+    if runner == "flinkrunner":
+        return values["flink_master"] in ("[local]", "[auto]")
+    if runner == "sparkrunner":
+        return STARTED_HERE.fullmatch(values["spark_master_url"]) is not None
+    return runner == "prismrunner"
+
+
+def wait_for(result: Any) -> None:
+    """Wait for a pipeline's end; whoever interrupts that ends the job, if there is one elsewhere.
+
+    Args:
+        result: The runner's.
+    """
+    try:
+        result.wait_until_finish()
+    except KeyboardInterrupt:
+        from apache_beam.runners.portability import portable_runner
+
+        if isinstance(result, portable_runner.PipelineResult):
+            _cancel(result)
+        raise
+
+
+def _cancel(result: Any) -> None:
+    try:
+        result.cancel()
+    except Exception as error:  # a service that this command had started ends with the command
+        logger.debug("the job could not be cancelled: %s", error)

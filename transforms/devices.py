@@ -1,0 +1,101 @@
+"""The device that a process computes on: which of several GPUs, and copies to it that cost no time.
+
+A GPU works through what it is given while Python goes on. It is kept busy by giving it the next
+batch before the last one is done; what is sent to it from pinned memory, in a stream of its own,
+arrives meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transforms import caches
+
+
+@functools.cache
+def torch_device(name: str) -> torch.device:
+    """The device of this process; on a machine with several GPUs, each process has its own.
+
+    Args:
+        name: ``cpu``, ``cuda`` or ``mps``.
+    """
+    if name != "cuda" or torch.cuda.device_count() < 2:
+        return torch.device(name)
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = [str(getattr(gpu, "uuid", index)) for index, gpu in enumerate(gpus)]
+    root = caches.cache_root()
+    return torch.device("cuda", claim(names, None if root is None else root / "gpus"))
+
+
+def claim(names: Sequence[str], folder: Path | None) -> int:
+    """Take the one of several things that the fewest processes of this machine have taken.
+
+    It is taken until the process ends, however it ends.
+
+    Args:
+        names: What there is to take, by names that are the same in every process.
+        folder: Where processes see what others have taken; None where there is no such folder.
+
+    Returns:
+        Its index.
+    """
+    with contextlib.suppress(OSError):  # a file system without locks, or that cannot be written to
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for place in itertools.count():
+                for index, name in enumerate(names):
+                    if _lock(folder / f"{name}.{place}"):
+                        return index
+    return os.getpid() % len(names)
+
+
+_held: list[int] = []  # descriptors whose locks are this process's
+
+
+def _lock(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return False
+        raise
+    _held.append(descriptor)
+    return True
+
+
+class Sender:
+    """Sends tensors from the host to a device; to a GPU, while that computes something else.
+
+    Args:
+        device: Where to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The values on the device; what is computed with them there waits until they are.
+
+        Args:
+            values: On the host; what lies in pinned memory is not copied once more.
+        """
+        if self._stream is None:
+            return values.to(self._device)
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            sent = values.pin_memory().to(self._device, non_blocking=True)
+        computing.wait_stream(self._stream)
+        sent.record_stream(computing)  # or its memory might be given away before it is used
+        return sent
