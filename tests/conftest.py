@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import object_store
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_report_header() -> str:
+    """Which emulators of object stores there are: tests of the others are skipped."""
+    return f"stores: {', '.join(object_store.describe(name) for name in ('s3', 'gs'))}"
 
 
 @pytest.fixture(autouse=True)

@@ -161,6 +161,15 @@ def missing(protocol: str) -> str | None:
     return f"{protocol}:// needs {', '.join(absent)}: pip install -e '.[dev]'" if absent else None
 
 
+def describe(protocol: str) -> str:
+    """Which emulator there is of a store, for people."""
+    if missing(protocol):
+        return f"none of {protocol}://"
+    if protocol == "s3":
+        return "moto"
+    return "fake-gcs-server" if _fake_gcs_server() else "gcp-storage-emulator"
+
+
 @contextlib.contextmanager
 def open_store(protocol: str) -> Iterator[ObjectStore]:
     """An empty bucket, and the environment in which the protocol leads there.

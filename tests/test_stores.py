@@ -1,8 +1,8 @@
 """One body over every store: the same command, the same rows, and how much is asked of the store.
 
-``s3`` is moto's server, ``gs`` is fake-gcs-server (``scripts/provision_stores.sh``) or else
-gcp-storage-emulator, ``http`` a web server with index pages and ranges, ``memory`` fsspec's own.
-pytest's header says which emulators there are.
+``s3`` is moto's server, ``gs`` is fake-gcs-server or else gcp-storage-emulator (``docs/stores.md``),
+``http`` a web server with index pages and ranges, ``memory`` fsspec's own. The head of pytest's
+report says which emulators there are.
 """
 
 from __future__ import annotations
@@ -609,7 +609,7 @@ def peak_bytes(act: Any) -> int:
 # --- More than one process --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["s3", "gs"])
+@pytest.mark.parametrize("protocol", ["s3", pytest.param("gs", marks=pytest.mark.slow)])
 def test_worker_processes_read_and_write_a_store(
     protocol: str,
     emulators: dict[str, ObjectStore],
