@@ -1,8 +1,8 @@
 """One body over every store: the same command, the same rows, and how much is asked of the store.
 
-``s3`` is moto's server, ``gs`` is fake-gcs-server or else gcp-storage-emulator (``docs/stores.md``),
-``http`` a web server with index pages and ranges, ``memory`` fsspec's own. The head of pytest's
-report says which emulators there are.
+``s3`` is moto's server, ``gs`` is fake-gcs-server or else gcp-storage-emulator
+(``docs/stores.md``), ``http`` a web server with index pages and ranges, ``memory`` fsspec's own.
+The head of pytest's report says which emulators there are.
 """
 
 from __future__ import annotations
