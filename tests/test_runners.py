@@ -157,7 +157,9 @@ def fn_api_processes() -> list[str]:
 @pytest.fixture(scope="module")
 def direct() -> list[str]:
     """What DirectRunner is where there is no Prism: it looks for one first."""
-    return ["--runner=DirectRunner", "--prism_location=/no/such/prism"]
+    # Nor may it take the Prism that another test has started in this process.
+    alone = "--experiments=disable_prism_server_singleton"
+    return ["--runner=DirectRunner", "--prism_location=/no/such/prism", alone]
 
 
 @pytest.fixture(scope="module")
@@ -514,11 +516,12 @@ def test_an_interrupt_ends_the_job_too(
 
 
 @pytest.mark.parametrize(
-    ("location", "runner"), [("/no/such/prism", "FnApiRunner"), (None, "PrismRunner")]
+    ("direct_runner", "taken"), [("direct", "FnApiRunner"), ("direct_on_prism", "PrismRunner")]
 )
 def test_direct_runner_is_prism_where_there_is_one(
-    location: str | None,
-    runner: str,
+    direct_runner: str,
+    taken: str,
+    request: pytest.FixtureRequest,
     label: Labeller,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -532,6 +535,5 @@ def test_direct_runner_is_prism_where_there_is_one(
             return result
 
         monkeypatch.setattr(candidate, "run_pipeline", run)
-    prism = location or provisioned("prism")
-    assert label(tmp_path / "out", ["--runner=DirectRunner", f"--prism_location={prism}"]) == 0
-    assert used == [runner]
+    assert label(tmp_path / "out", request.getfixturevalue(direct_runner)) == 0
+    assert used == [taken]
