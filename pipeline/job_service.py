@@ -2,7 +2,8 @@
 
 The command hands a job over to the service, which gives bundles to workers. These are threads of
 the command itself (LOOPBACK, the default where everything is on this machine), processes of a
-worker pool that somebody has started (EXTERNAL), or containers (DOCKER, the default elsewhere).
+worker pool that somebody has started (EXTERNAL), processes that the service starts (PROCESS), or
+containers (DOCKER, the default elsewhere).
 Here stands what can be wrong with that before there is a job, and what becomes of the job when the
 command is interrupted.
 """
@@ -104,7 +105,8 @@ def check_workers(runner: str, options: PipelineOptions) -> None:
     raise ConfigError(
         "workers would run in Beam's own image, which holds neither Earmark nor torch; give "
         "--environment_type=LOOPBACK (threads of this command), --environment_type=EXTERNAL with "
-        "--environment_config=HOST:PORT (a worker pool), or --environment_type=DOCKER with "
+        "--environment_config=HOST:PORT (a worker pool), --environment_type=PROCESS with "
+        "deploy/beam_worker.py, or --environment_type=DOCKER with "
         f"--environment_config=IMAGE (built from deploy/Dockerfile). {SEE_DOCS}"
     )
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,20 +218,23 @@ def flink_with_pool(
 
 
 @pytest.fixture(scope="module")
-def flink_cluster(
-    servers: Servers, worker_pool: int, tmp_path_factory: pytest.TempPathFactory
-) -> list[str]:
-    """A job manager and two task managers of one slot each, and the workers that these ask for."""
+def flink_cluster(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A job manager and two task managers of one slot each, which start their own workers.
+
+    They could not share a worker pool: both number their workers alike.
+    """
     master = start_flink_cluster(servers, tmp_path_factory.mktemp("flink"))
     job_port = start_job_server(servers, master)
-    return [*flink_options(job_port, master), *external(worker_pool)]
+    worker = {"command": str(ROOT / "deploy" / "beam_worker.py"), "env": servers.environment}
+    started = ["--environment_type=PROCESS", f"--environment_config={json.dumps(worker)}"]
+    return [*flink_options(job_port, master), *started]
 
 
 @pytest.fixture(scope="module")
 def prism_server(servers: Servers) -> int:
     """Prism as a service of its own, which outlives the command."""
     port = free_port()
-    servers.run([provisioned("prism"), f"--job_port={port}", "--serve_http=false"], {})
+    servers.run([provisioned("prism"), f"--job_port={port}", "--serve_http=false"])
     wait_until(lambda: is_served(port), "Prism")
     return port
 
@@ -264,34 +267,41 @@ class Servers:
         self._folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, module: str, *arguments: str, **environment: str) -> int:
+    @property
+    def environment(self) -> dict[str, str]:
+        """What they and their workers have in their environment."""
+        return {
+            # Workers are started as ``python``, whichever that is on the PATH.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, module: str, *arguments: str) -> int:
         """Run a Python module; ``{port}`` in its arguments is the port it serves, given back."""
         port = free_port()
         given = [argument.format(port=port) for argument in arguments]
-        self.run([sys.executable, "-m", module, *given], environment)
+        self.run([sys.executable, "-m", module, *given])
         wait_until(lambda: is_served(port), f"{module} to serve {port}")
         return port
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def run(self, command: Sequence[str]) -> None:
         """Run a command; what it says goes into a file of its own."""
         log = self._folder / f"{len(self.processes)}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command,
-                # Workers are started as ``python``, whichever that is on the PATH.
-                env={
-                    **os.environ,
-                    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                    "PYTHONPATH": str(ROOT),
-                    "OMP_NUM_THREADS": "1",
-                    **environment,
-                },
+                env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         self.processes.append(process)
+
+    def count(self, text: str) -> int:
+        """How often they have said something so far."""
+        return sum(log.read_text(errors="replace").count(text) for log in self._folder.iterdir())
 
     def stop(self) -> None:
         for process in reversed(self.processes):
@@ -321,7 +331,7 @@ def worker_pool(servers: Servers) -> int:
 def start_job_server(servers: Servers, flink_master: str) -> int:
     port = free_port()
     command = ["java", "-jar", provisioned("flink"), f"--flink-master={flink_master}"]
-    servers.run([*command, f"--job-port={port}", "--artifact-port=0", "--expansion-port=0"], {})
+    servers.run([*command, f"--job-port={port}", "--artifact-port=0", "--expansion-port=0"])
     wait_until(lambda: is_served(port), "Flink's job server")
     return port
 
@@ -338,7 +348,7 @@ def start_flink_cluster(servers: Servers, folder: Path) -> str:
         "org.apache.flink.runtime.taskexecutor.TaskManagerRunner",
     ):
         command = ["java", "-cp", jar, main_class, "--configDir", str(folder)]
-        servers.run(command, {})
+        servers.run(command)
     overview = f"http://localhost:{rest_port}/overview"
 
     def has_two() -> bool:
@@ -400,12 +410,16 @@ def test_every_runner_gives_the_same_result_and_does_nothing_twice(
     request: pytest.FixtureRequest,
     label: Labeller,
     reference: Path,
+    servers: Servers,
     tmp_path: Path,
 ) -> None:
     options = request.getfixturevalue(runner)
     out = tmp_path / "out"
     assert label(out, options) == 0
     check_like(out, reference)
+    if runner.startswith("flink"):
+        assert servers.count("switched from RUNNING to FINISHED") > 0  # it was Flink that did it
+        assert servers.count("switched from RUNNING to FAILED") == 0  # and at the first try
 
     before = committed_files(out)
     assert label(out, options) == 0
@@ -437,15 +451,16 @@ def num_commits(out: Path) -> int:
 
 
 def worker_processes(servers: Servers) -> list[int]:
-    """The worker processes that the worker pool has started."""
+    """The worker processes that servers have started."""
     ours = {process.pid for process in servers.processes}
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if folder.name.isdigit() and b"SdkHarness" in (folder / "cmdline").read_bytes():
-                pid = int(folder.name)
-                if os.getsid(pid) in ours:
-                    found.append(pid)
+            if not folder.name.isdigit() or os.getsid(int(folder.name)) not in ours:
+                continue
+            command = (folder / "cmdline").read_bytes()
+            if b"SdkHarness" in command or b"beam_worker.py" in command:
+                found.append(int(folder.name))
     return found
 
 
