@@ -68,6 +68,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)),
         "load_before": _LOAD_BEFORE,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": _versions(),

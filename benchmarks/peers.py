@@ -465,9 +465,9 @@ def draw(result: Mapping[str, Any], target: Path) -> None:
     with drawn(target, f"{title} (toy)" if result["is_toy"] else title) as axes:
         names = [name for name in summary if name != CEILING][::-1]
         bars = axes.barh(names, [summary[name]["speedup"] for name in names])
-        axes.bar_label(bars, [f"{summary[name]['speedup']:.2f}×" for name in names], padding=3)
+        told = [f"{summary[name]['speedup']:.2f}×" for name in names]
+        axes.bar_label(bars, told, label_type="center", color="white")
         axes.axvline(summary[CEILING]["speedup"], color="black", linestyle="--", label=CEILING)
-        axes.margins(x=0.1)
         axes.legend()
 
 
