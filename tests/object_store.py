@@ -5,9 +5,8 @@
         storage.write_bytes(f"{store.url}/a", b"...")
         assert store.objects() == {"a": b"..."}  # past the proxy
 
-S3 is moto's server. Google's is fake-gcs-server where that is installed (``go install
-github.com/fsouza/fake-gcs-server@latest``), which also knows preconditions, else
-gcp-storage-emulator.
+S3 is moto's server. Google's is fake-gcs-server where that is installed
+(``tests/provision_stores.sh``), which also knows preconditions, else gcp-storage-emulator.
 """
 
 from __future__ import annotations
@@ -97,14 +96,15 @@ class ObjectStore:
             quoted = urllib.parse.quote(name, safe="")
             self._request("DELETE", f"/storage/v1/b/{BUCKET}/o/{quoted}")
 
-    def put(self, name: str, data: bytes) -> None:
-        """Store an object past the proxy."""
+    def put(self, name: str, data: bytes, content_encoding: str = "") -> None:
+        """Store an object past the proxy; in ``gs://``, also one that is unpacked on the way."""
         quoted = urllib.parse.quote(name, safe="")
         if self.protocol == "s3":
             self._request("PUT", f"/{BUCKET}/{urllib.parse.quote(name)}", data)
         else:
             path = f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quoted}"
-            self._request("POST", path, data)
+            encoding = f"&contentEncoding={content_encoding}" if content_encoding else ""
+            self._request("POST", path + encoding, data)
 
     def get(self, name: str) -> bytes:
         """An object's content, past the proxy."""

@@ -118,6 +118,30 @@ def test_large_files_are_read_where_they_lie(
         assert facts == mapped_facts
 
 
+def test_a_large_file_is_hashed_once_for_its_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = audio_factory.write(tmp_path / "a.wav", audio_factory.noise(3.0, seed=1), RATE)
+    small = decode_whole(path)[1].content_sha256
+    hashed: list[Any] = []
+    hash_bytes = audio_readers._hash_bytes
+
+    def count(encoded: Any, on_progress: Any) -> str:
+        hashed.append(encoded.path)
+        return hash_bytes(encoded, on_progress)
+
+    monkeypatch.setattr(audio_readers, "MAX_IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(audio_readers, "_hash_bytes", count)
+    for start_s in (0.0, 1.0, 2.0):
+        facts = decode_whole(path, start_s=start_s, end_s=start_s + 1)[1]
+        assert facts.content_sha256 == small
+    assert hashed == [str(path)]
+    audio_factory.write(path, audio_factory.noise(3.0, seed=2), RATE)  # as large as before
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+    facts = decode_whole(path, start_s=0.0, end_s=1.0)[1]
+    assert facts.content_sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != small
+
+
 @pytest.mark.parametrize("num_channels", [1, 3, 6])
 def test_channels_are_averaged(num_channels: int) -> None:
     samples = audio_factory.noise(0.3, RATE, num_channels=num_channels)

@@ -85,10 +85,17 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A file's bytes, in memory or mapped."""
+    """A file's bytes, in memory or mapped.
+
+    Attributes:
+        view: The bytes.
+        path: The local file that they come from, if they do.
+        identity: What tells a mapped file from others: device, inode, size, time of change.
+    """
 
     view: bytes | mmap.mmap
     path: str | None = None
+    identity: tuple[int, int, int, int] | None = None
 
     def open(self) -> BinaryIO:
         """A fresh file object over them."""
@@ -110,7 +117,7 @@ def open_encoded(source: bytes | str | Path) -> Iterator[Encoded]:
         yield Encoded(source)
         return
     try:
-        view = _read_or_map(source)
+        view, identity = _read_or_map(source)
     except OSError as error:
         raise DecodeError(
             f"cannot read the local file: {error.strerror}", error_type=type(error).__name__
@@ -118,21 +125,39 @@ def open_encoded(source: bytes | str | Path) -> Iterator[Encoded]:
     if not len(view):
         raise DecodeError("the file is empty (0 bytes)", error_type="EmptyFile")
     try:
-        yield Encoded(view, str(source))
+        yield Encoded(view, str(source), identity)
     finally:
         if not isinstance(view, bytes):
             view.close()
 
 
-def _read_or_map(path: str | Path) -> bytes | mmap.mmap:
+def _read_or_map(
+    path: str | Path,
+) -> tuple[bytes | mmap.mmap, tuple[int, int, int, int] | None]:
+    """The bytes, and the identity of a file that is mapped."""
     with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size <= MAX_IN_MEMORY_BYTES:
-            return file.read()
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        status = os.fstat(file.fileno())
+        if status.st_size <= MAX_IN_MEMORY_BYTES:
+            return file.read(), None
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), identity
+
+
+# Of the large file that was hashed last: thousands of segments of one come in a row.
+_last_hash: tuple[tuple[int, int, int, int], str] | None = None
 
 
 def hash_encoded(encoded: Encoded, on_progress: Callable[[], None]) -> str:
-    """The SHA-256 of the bytes, in hex."""
+    """The SHA-256 of the bytes, in hex; of a large file once for clips of it in a row."""
+    global _last_hash
+    if encoded.identity is None:
+        return _hash_bytes(encoded, on_progress)
+    if _last_hash is None or _last_hash[0] != encoded.identity:
+        _last_hash = (encoded.identity, _hash_bytes(encoded, on_progress))
+    return _last_hash[1]
+
+
+def _hash_bytes(encoded: Encoded, on_progress: Callable[[], None]) -> str:
     digest = hashlib.sha256()
     with memoryview(encoded.view) as view:
         for start in range(0, len(view), HASH_CHUNK_BYTES):

@@ -36,6 +36,7 @@ import os
 import re
 import shutil
 import stat as stat_module
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -640,9 +641,9 @@ def _open_remote(url: str, block_bytes: int | None, stop: int | None) -> io.RawI
         file.close()
         raise IsADirectoryError(f"{public_uri(url)} is a folder, a file was expected")
     if details.get("contentEncoding") == "gzip":
-        # Google unpacks it on the way: the size it gives is that of something else.
+        # It is unpacked on the way: the size that Google gives is that of something else.
         file.close()
-        return io.BytesIO(_ask_file(url, lambda: fs.cat_file(path)))
+        return _open_unpacked(fs, url, path)
     size = getattr(file, "size", None)
     has_ranges = getattr(type(file), "_fetch_range", None) not in (None, _NO_RANGES)
     if size is not None and has_ranges:
@@ -656,6 +657,15 @@ def _open_remote(url: str, block_bytes: int | None, stop: int | None) -> io.RawI
     details = _ask_file(url, lambda: _details(url))
     content.version = None if protocol(url) in _READ_ONLY else _version(details)
     return _StreamedFile(url, details.get("size"), content)
+
+
+def _open_unpacked(fs: Any, url: str, path: str) -> io.FileIO:
+    """The whole content in a local file, which goes when it is closed."""
+    with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
+        target = f"{folder}/unpacked"
+        # With headers of its own gcsfs asks for it in one stream, else in ranges of the packed one.
+        _ask_file(url, lambda: fs.get_file(path, target, headers={}))
+        return io.FileIO(target)
 
 
 class ChangedError(OSError):
