@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -18,7 +20,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline import cli, output_lock
+from pipeline import output_lock
 from pipeline.output_lock import LOCK_FILE, hold_output
 from transforms import retries, storage
 from transforms.errors import OutputError, OutputLostError
@@ -82,25 +84,35 @@ def test_a_damaged_file_is_watched_like_any_other(out: str, left: bytes) -> None
         assert time.monotonic() - began_s >= 0.6
 
 
-def test_a_run_that_was_taken_for_dead_is_stopped_and_says_so(
-    out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def taken_over(*_: object) -> int:
-        with hold_output(out, on_lost=run_interrupt):
-            leave_behind(out)
-            time.sleep(30)
-        return 0
+TAKEN_OVER = """
+import time
+from pipeline import cli, output_lock
+from pipeline.run import _interrupt_main_thread
+from tests.test_output_lock import holder_in, leave_behind
 
-    from pipeline.run import _interrupt_main_thread as run_interrupt
+output_lock.HEARTBEAT_S = 0.05
+OUT = "memory://lock/out"
 
-    monkeypatch.setattr(cli, "_run", taken_over)
-    began_s = time.monotonic()
-    assert cli.main(["label"]) == 1
-    assert time.monotonic() - began_s < 10
-    assert capsys.readouterr().err.startswith(
-        f"earmark: another run has taken {out} over while this one was stuck; nothing is lost."
+def taken_over(*_):
+    with output_lock.hold_output(OUT, on_lost=_interrupt_main_thread):
+        leave_behind(OUT)
+        time.sleep(30)
+    return 0
+
+cli._run = taken_over
+began_s = time.monotonic()
+code = cli.main(["label"])
+print(code, time.monotonic() - began_s < 10, holder_in(OUT)["token"])
+"""
+
+
+def test_a_run_that_was_taken_for_dead_is_stopped_and_says_so() -> None:
+    # In a process of its own, as a command is: what stops it is a signal to its main thread.
+    done = subprocess.run([sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True)
+    assert done.stdout == f"1 True {'t' * 32}\n"  # the other run's file stays
+    assert done.stderr.rpartition("earmark: ")[2].startswith(
+        "another run has taken memory://lock/out over while this one was stuck; nothing is lost."
     )
-    assert holder_in(out)["token"] == "t" * 32  # the other run's file stays
 
 
 def test_without_a_way_to_stop_it_the_run_learns_of_its_loss_at_the_end(out: str) -> None:
