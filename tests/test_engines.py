@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -576,6 +577,35 @@ def test_openvino_tells_nobody_that_it_is_used() -> None:
     openvino_engine.import_library("openvino")
     telemetry = sys.modules["openvino.tools.ovc.telemetry_utils"].tm
     assert telemetry.__name__ == "openvino.tools.ovc.telemetry_stub"
+
+
+LET_GO_OF_IN_A_THREAD = """
+import signal, threading, time
+import torch
+from transforms import openvino_engine
+from transforms.backbones import InferenceSettings
+
+openvino = openvino_engine.import_library("openvino")
+model = openvino.convert_model(torch.nn.ReLU(), example_input=torch.zeros(2, 3, 4))
+model.reshape([-1, 3, 4])
+held = [openvino_engine.OpenVinoBackbone(model, InferenceSettings(batch_size=1), "fp32")]
+drop = threading.Thread(target=held.clear)
+drop.start()
+drop.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_is_heard_whichever_threads_openvino_was_used_in() -> None:
+    # With AMX, a core that goes takes a stack for signals along; see load_core.
+    done = subprocess.run(
+        [sys.executable, "-c", LET_GO_OF_IN_A_THREAD], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 # --- Kept from run to run --------------------------------------------------------------------

@@ -11,6 +11,7 @@ which would tell a web address of each import and conversion, is kept from loadi
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -74,6 +75,20 @@ def import_library(name: str) -> Any:
         ) from error
 
 
+@functools.cache
+def load_core() -> Any:
+    """The process's ``openvino.Core``; it lives as long as the process.
+
+    Where a CPU has AMX, a core gives the thread that first uses it another stack for its signal
+    handlers, and takes it away when it goes. If another thread lets go of it, the first one is left
+    with a stack that is not there, and Ctrl-C ends the process as SIGSEGV does.
+
+    Raises:
+        ConfigError: OpenVINO is not installed, or cannot be loaded.
+    """
+    return import_library("openvino").Core()
+
+
 @contextlib.contextmanager
 def _without_telemetry() -> Iterator[None]:
     """Both libraries do without ``openvino_telemetry`` where it cannot be imported."""
@@ -104,7 +119,7 @@ def why_not(device: str, precision: str) -> str | None:
     if missing:
         return f"not installed: {', '.join(missing)}; {INSTALL}"
     try:
-        core = import_library("openvino").Core()
+        core = load_core()
     except ConfigError as error:
         return str(error)
     kind = {"bf16": "BF16", "fp16": "FP16"}.get(precision)
@@ -149,7 +164,6 @@ class OpenVinoBackbone:
         self.batch_size = batch_size
 
     def _compile(self) -> None:
-        openvino = import_library("openvino")
         _, *shape = self._model.input(0).partial_shape
         self._model.reshape([self.batch_size, *(dimension.get_length() for dimension in shape)])
         options = {
@@ -160,7 +174,7 @@ class OpenVinoBackbone:
             # Decoders and other workers run on the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        compiled = openvino.Core().compile_model(self._model, "CPU", options)
+        compiled = load_core().compile_model(self._model, "CPU", options)
         self._request = compiled.create_infer_request()
 
 
@@ -187,13 +201,12 @@ def load_backbone(
             "machine. Run earmark label again, which makes one, or use --precision auto."
         )
     else:
-        model = import_library("openvino").Core().read_model(settings.quantised.path)
+        model = load_core().read_model(settings.quantised.path)
     return OpenVinoBackbone(model, settings, precision)
 
 
 def load_converted(transformer: ASTModel, spec: ModelSpec, pooling: Pooling) -> Any:
     """A transformer as an ``openvino.Model``, from the cache if it is there."""
-    openvino = import_library("openvino")
     key = caches.make_key(_dependencies(spec, pooling))
     folder = caches.find_folder("converted", key)
     if folder is None:
@@ -201,7 +214,7 @@ def load_converted(transformer: ASTModel, spec: ModelSpec, pooling: Pooling) -> 
         folder = caches.keep_folder("converted", key, _saver(model))
         if folder is None:
             return model
-    return openvino.Core().read_model(folder / MODEL_FILE)
+    return load_core().read_model(folder / MODEL_FILE)
 
 
 def convert(pooled: PooledTransformer) -> Any:
