@@ -348,12 +348,26 @@ def change_commit(change: Callable[[dict[str, Any]], Any], part: str = "clips") 
     """Change the commit of a unit that has a part of this name."""
 
     def damage(out: Path) -> None:
-        path = out / "_commits" / f"{first(out / part).stem}.json"
-        commit = json.loads(path.read_text())
-        change(commit)
-        path.write_text(json.dumps(commit))
+        rewrite_commit(out / "_commits" / f"{first(out / part).stem}.json", change)
 
     return damage
+
+
+def change_items(change: Callable[[list[Any]], Any]) -> Damage:
+    """Change the ledger of a unit of files (a tar's names a range, and has no items)."""
+
+    def damage(out: Path) -> None:
+        commits = sorted((out / "_commits").iterdir())
+        path = next(p for p in commits if json.loads(p.read_text())["ledger"]["items"])
+        rewrite_commit(path, lambda c: change(c["ledger"]["items"]))
+
+    return damage
+
+
+def rewrite_commit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    commit = json.loads(path.read_text())
+    change(commit)
+    path.write_text(json.dumps(commit))
 
 
 def add_to(*keys: str) -> Callable[[dict[str, Any]], None]:
@@ -486,9 +500,9 @@ PLANTED: dict[str, Damage] = {
     "wrong size": change_commit(add_to("parts", "clips", "num_bytes")),
     "wrong hash": change_commit(lambda c: c["parts"]["clips"].update(sha256="0" * 64)),
     "wrong fingerprint": change_commit(lambda c: c.update(fingerprint="0" * 64)),
-    "an item less in the ledger": change_commit(lambda c: c["ledger"]["items"].pop()),
-    "an item more in the ledger": change_commit(
-        lambda c: c["ledger"]["items"].append({"clip_id": "/never", "version": "1"})
+    "an item less in the ledger": change_items(lambda items: items.pop()),
+    "an item more in the ledger": change_items(
+        lambda items: items.append({"clip_id": "/never", "version": "1"})
     ),
     "no run.json": lambda out: (out / "run.json").unlink(),
     "garbage in run.json": lambda out: (out / "run.json").write_bytes(b"garbage"),
