@@ -14,7 +14,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -379,12 +379,19 @@ def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED)
         OutputError: The output cannot be written.
     """
     is_new = bool(plan.units) or not plan.state.succeeded
-    run = begin_output(plan.state, plan.run, config, is_new=is_new)
+    # Beyond a limit there may be long files that another run goes on with.
+    to_do = None if config.limit is not None else {unit.unit_id for unit in plan.units}
+    run = begin_output(plan.state, plan.run, config, is_new=is_new, to_do=to_do)
     return make_finish(dataclasses.replace(plan, run=run), startup)
 
 
 def begin_output(
-    state: ResultState, run: Mapping[str, Any], config: RunConfig, *, is_new: bool
+    state: ResultState,
+    run: Mapping[str, Any],
+    config: RunConfig,
+    *,
+    is_new: bool,
+    to_do: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Bring the output in order, and give ``run.json`` as it is while a run is on.
 
@@ -405,7 +412,7 @@ def begin_output(
         if config.overwrite:
             remove_result(state)
         else:
-            heal(state)
+            heal(state, to_do)
         if is_new:
             write_run(state.output, run)
     except OSError as error:

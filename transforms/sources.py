@@ -29,8 +29,10 @@ from transforms.units import (
     SourceSettings,
     cut_container,
     cut_containers,
+    is_long,
     limit_items,
     plan_units,
+    windows_per_part,
 )
 
 __all__ = [
@@ -44,11 +46,13 @@ __all__ = [
     "cut_container",
     "cut_containers",
     "find_inputs",
+    "is_long",
     "limit_items",
     "make_clip_id",
     "make_unit_id",
     "plan_units",
     "read_unit",
+    "windows_per_part",
 ]
 
 _DEFAULT_SETTINGS = SourceSettings()
