@@ -406,6 +406,16 @@ def list_long_files(output: str) -> dict[str, list[str]]:
     return found
 
 
+def list_part_ids(output: str) -> list[str]:
+    """The parts of long units that have a commit file."""
+    return [
+        f"{long_id}.{storage.file_name(url).removesuffix('.json')}"
+        for long_id, urls in list_long_files(output).items()
+        for url in urls
+        if url.endswith(".json")
+    ]
+
+
 def remove_long_file(output: str, long_id: str, urls: Sequence[str] | None = None) -> None:
     """Remove the parts of a long unit, their commits first.
 
