@@ -102,6 +102,11 @@ def test_a_part_begins_at_a_whole_second(
         assert expected * hop_samples % RATE_HZ == 0
 
 
+def slow(*values: Any) -> Any:
+    """A case that takes its time."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class Label:
     """Labels with the tiny model; a file of more than eight windows is long, if ``in_parts``."""
 
@@ -189,7 +194,7 @@ def write_long(folder: Path, name: str = "cd", duration_s: float = 40.3) -> Path
     return path
 
 
-@pytest.mark.parametrize("hop_s", [1.0, 0.5])
+@pytest.mark.parametrize("hop_s", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_rows_are_those_of_files_labelled_in_one_go(
     label: Label, tmp_path: Path, joined: list[int], hop_s: float
 ) -> None:
@@ -227,11 +232,11 @@ def test_softmax_and_float16_embeddings_and_all_scores(
     )
 
 
-class Killed(BaseException):
+class KilledError(Exception):
     """What ends a run in the middle."""
 
 
-@pytest.mark.parametrize("num_commits", [1, 4, 10])
+@pytest.mark.parametrize("num_commits", [pytest.param(1, marks=pytest.mark.slow), 4, 10])
 def test_a_run_that_is_killed_goes_on_inside_the_file(
     label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_commits: int
 ) -> None:
@@ -242,12 +247,12 @@ def test_a_run_that_is_killed_goes_on_inside_the_file(
 
     def dying(unit: OpenUnit) -> Any:
         if len(committed) == num_commits:
-            raise Killed
+            raise KilledError
         done = commit(unit)
         committed.append(done.unit_id)
         return done
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="KilledError"):
         patched.setattr(OpenUnit, "commit", dying)
         run_label(label.config("parts", path), [])
     out = tmp_path / "parts"
@@ -276,7 +281,7 @@ def test_parts_that_were_damaged_or_are_of_other_settings_are_not_taken(
 ) -> None:
     path = write_long(tmp_path / "in", "exact")
     whole = label("whole", path, in_parts=False)
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="KilledError"):
         patched.setattr(join_step, "join_parts", _die)
         run_label(label.config("parts", path), [])
     out = tmp_path / "parts"
@@ -287,7 +292,7 @@ def test_parts_that_were_damaged_or_are_of_other_settings_are_not_taken(
     sorted(out.glob("_parts/*/_commits/*.json"))[7].write_bytes(b"{")
     label("parts", path)
     check_same(out, whole)
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="KilledError"):
         patched.setattr(join_step, "join_parts", _die)
         run_label(label.config("other", path, window={"length_s": 1.0, "hop_s": 0.5}), [])
     label("other", path)  # nothing was committed, so other settings are no mixture
@@ -295,7 +300,7 @@ def test_parts_that_were_damaged_or_are_of_other_settings_are_not_taken(
 
 
 def _die(*args: object) -> None:
-    raise Killed
+    raise KilledError
 
 
 def test_parts_of_a_file_that_is_not_to_be_done_any_more_go(
@@ -305,7 +310,7 @@ def test_parts_of_a_file_that_is_not_to_be_done_any_more_go(
     out = tmp_path / "out"
 
     def interrupt() -> None:
-        with monkeypatch.context() as patched, pytest.raises(Killed):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="KilledError"):
             patched.setattr(join_step, "join_parts", _die)
             run_label(label.config("out", path), [])
         assert (out / "_parts").exists()
@@ -350,13 +355,13 @@ def lie(path: Path, ratio: float) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("exact", lambda path: truncate(path, 0.62)),
-        ("mp3", lambda path: truncate(path, 0.7)),
-        ("vorbis", lambda path: truncate(path, 0.8)),
+        slow("exact", lambda path: truncate(path, 0.62)),
+        slow("mp3", lambda path: truncate(path, 0.7)),
+        slow("vorbis", lambda path: truncate(path, 0.8)),
         ("flac", lambda path: truncate(path, 0.71)),
-        ("flac", lambda path: lie(path, 1.5)),
-        ("flac", lambda path: lie(path, 0.7)),
-        ("mp3", lambda path: put_garbage(path, 0.5)),
+        slow("flac", lambda path: lie(path, 1.5)),
+        slow("flac", lambda path: lie(path, 0.7)),
+        slow("mp3", lambda path: put_garbage(path, 0.5)),
     ],
     ids=["cut wav", "cut mp3", "cut ogg", "cut flac", "long header", "short header", "garbage"],
 )
@@ -369,7 +374,10 @@ def test_damage_costs_what_it_costs_in_one_go(
     check_same(label("parts", path), whole)
 
 
-@pytest.mark.parametrize("at_s", [0.0, 3.7, 9.2, 12.4, 15.9999, 16.0, 16.3, 19.6, 40.2])
+@pytest.mark.parametrize(
+    "at_s",
+    [slow(0.0), slow(3.7), slow(9.2), slow(12.4), slow(15.9999), slow(16.0), 16.3, slow(40.2)],
+)
 def test_a_sample_that_is_no_number_ends_the_clip_wherever_it_is(
     label: Label, tmp_path: Path, at_s: float
 ) -> None:
@@ -382,7 +390,10 @@ def test_a_sample_that_is_no_number_ends_the_clip_wherever_it_is(
     check_same(label("parts", path, window=window), whole)
 
 
-@pytest.mark.parametrize("seconds", [16.0, 16.2, 16.5, 16.6, 16.7, 16.9, 15.1, 17.0])
+@pytest.mark.parametrize(
+    "seconds",
+    [slow(16.0), 16.2, slow(16.5), slow(16.6), slow(16.7), slow(16.9), slow(15.1), slow(17.0)],
+)
 def test_a_header_that_promises_too_much_loses_no_end(
     label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
