@@ -20,11 +20,15 @@ Source: Gong et al. 2021, arXiv:2104.01778; YuanGongND/ast ``src/dataloader.py``
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import logging
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from apache_beam.pvalue import PCollection
+from apache_beam.utils.windowed_value import WindowedValue
 from torch import Tensor
 
 from transforms.devices import Sender
@@ -599,6 +604,38 @@ class DeviceFbank:
         return torch.cat([self._fbank(*part) for part in parts])
 
 
+# Windows whose features are made before their turn: two batches of a CPU, and work for all threads.
+WINDOWS_AHEAD = 8
+MAX_THREADS = 8
+
+
+@functools.cache
+def feature_threads() -> ThreadPoolExecutor:
+    """The process's threads for features; in each of them torch computes with one thread.
+
+    Several threads on one window gain little, and lose much where decoders run on the same cores:
+    each step of it then waits for the slowest (15 to 100 ms a window instead of 5, on two cores).
+    """
+    num_threads = torch.get_num_threads()
+    threads = ThreadPoolExecutor(
+        min(num_threads, MAX_THREADS),
+        thread_name_prefix="earmark-features",
+        initializer=_compute_alone,
+    )
+    # Torch's setting is of the thread that sets it, and what threads start with that come after:
+    # so all of these are started now, and what others start with is as before.
+    all_started = threading.Barrier(min(num_threads, MAX_THREADS))
+    list(threads.map(lambda _: all_started.wait(), range(all_started.parties)))
+    torch.set_num_threads(num_threads)
+    return threads
+
+
+def _compute_alone() -> None:
+    """Let torch compute in this thread with no other."""
+    torch.get_num_threads()  # a thread's first call takes over what others were set to
+    torch.set_num_threads(1)
+
+
 def _with_features(window: Window, settings: FbankSettings, on_device: bool) -> Window:
     """The window with features for samples, or with the reason why not."""
     if window.error is not None or window.data is None:
@@ -617,7 +654,8 @@ def _with_features(window: Window, settings: FbankSettings, on_device: bool) -> 
 class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]):
     """Replace the samples of each window by its features.
 
-    Windows in, windows out, in the same order. A window that cannot have features travels on with
+    Windows in, windows out, in the same order; on a CPU their features are made by several threads,
+    some windows ahead of the model. A window that cannot have features travels on with
     ``error`` set and no data, because the windows of a clip are counted. Failures, unit ends and
     windows that already carry an error pass unchanged.
 
@@ -643,17 +681,55 @@ class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]
         return features
 
 
+@dataclasses.dataclass
+class _Begun:
+    """An element on its way through the step, and where in Beam's time it belongs."""
+
+    element: _Element | Future[Window]
+    window: Any
+    timestamp: Any
+
+    def finish(self) -> WindowedValue:
+        """The element; waits for its features."""
+        element = self.element
+        if isinstance(element, Future):
+            with timed("fbank"):
+                element = element.result()
+        return WindowedValue(element, self.timestamp, (self.window,))
+
+
 class _ExtractFbankFn(beam.DoFn):
+    """Runs some elements behind: their features are made while the model computes."""
+
     def __init__(self, settings: FbankSettings, on_device: Callable[[], bool]) -> None:
         self._settings = settings
         self._asks_on_device = on_device
         self._on_device = False
+        self._begun: deque[_Begun] = deque()
 
     def setup(self) -> None:
         self._on_device = self._asks_on_device()
 
-    def process(self, element: _Element) -> Iterator[_Element]:
-        if isinstance(element, Window):
-            with timed("fbank"):
-                element = _with_features(element, self._settings, self._on_device)
-        yield element
+    def start_bundle(self) -> None:
+        self._begun.clear()  # a bundle before this one may have failed halfway
+
+    def process(
+        self,
+        element: _Element,
+        window: Any = beam.DoFn.WindowParam,
+        timestamp: Any = beam.DoFn.TimestampParam,
+    ) -> Iterator[WindowedValue]:
+        self._begun.append(_Begun(self._begin(element), window, timestamp))
+        while len(self._begun) > (0 if self._on_device else WINDOWS_AHEAD):
+            yield self._begun.popleft().finish()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        while self._begun:
+            yield self._begun.popleft().finish()
+
+    def _begin(self, element: _Element) -> _Element | Future[Window]:
+        if not isinstance(element, Window):
+            return element
+        if self._on_device:
+            return _with_features(element, self._settings, on_device=True)
+        return feature_threads().submit(_with_features, element, self._settings, on_device=False)
