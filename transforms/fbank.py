@@ -100,13 +100,16 @@ def check_samples(samples: FloatArray, settings: FbankSettings) -> None:
     _check_values(samples)
 
 
-def extract_fbank(samples: FloatArray, settings: FbankSettings) -> FloatArray:
+def extract_fbank(
+    samples: FloatArray, settings: FbankSettings, out: FloatArray | None = None
+) -> FloatArray:
     """Compute the features of one window with torchaudio, as the reference does.
 
     Args:
         samples: Mono samples in [-1, 1], shape (num_samples,), at ``settings.sample_rate_hz``;
             between one frame and ``settings.max_samples`` of them.
         settings: The checkpoint's.
+        out: Where to put the features, or None for an array of their own.
 
     Returns:
         Normalised log-mel features, shape (num_frames, num_mel_bins), float32. Frames that the
@@ -118,7 +121,7 @@ def extract_fbank(samples: FloatArray, settings: FbankSettings) -> FloatArray:
     if samples.dtype != np.float32:
         raise FeatureError(f"samples are {samples.dtype}; must be float32 in [-1, 1].")
     check_samples(samples, settings)
-    return _normalise(_log_mel(samples, settings), settings)
+    return _normalise(_log_mel(samples, settings), settings, out)
 
 
 class KaldiFbank(torch.nn.Module):
@@ -457,8 +460,11 @@ def _log_mel(samples: FloatArray, settings: FbankSettings) -> FloatArray:
     return log_mel
 
 
-def _normalise(log_mel: FloatArray, settings: FbankSettings) -> FloatArray:
-    return (log_mel - settings.mean) / (settings.std * 2)
+def _normalise(
+    log_mel: FloatArray, settings: FbankSettings, out: FloatArray | None = None
+) -> FloatArray:
+    centred = np.subtract(log_mel, settings.mean, out=out)
+    return np.divide(centred, settings.std * 2, out=centred)
 
 
 def _check_length(samples: npt.NDArray[Any], settings: FbankSettings) -> None:
@@ -636,15 +642,18 @@ def _compute_alone() -> None:
     torch.set_num_threads(1)
 
 
-def _with_features(window: Window, settings: FbankSettings, on_device: bool) -> Window:
-    """The window with features for samples, or with the reason why not."""
+def _with_features(window: Window, settings: FbankSettings, out: FloatArray | None) -> Window:
+    """The window with features (in ``out``) for samples, or with the reason why not.
+
+    None as ``out`` leaves it the samples: they are only looked at.
+    """
     if window.error is not None or window.data is None:
         return window
     try:
-        if on_device:
+        if out is None:
             check_samples(window.data, settings)
             return window
-        return window.with_data(extract_fbank(window.data, settings))
+        return window.with_data(extract_fbank(window.data, settings, out))
     except FeatureError as error:
         return dataclasses.replace(window, data=None, error=str(error))
 
@@ -706,6 +715,8 @@ class _ExtractFbankFn(beam.DoFn):
         self._asks_on_device = on_device
         self._on_device = False
         self._begun: deque[_Begun] = deque()
+        # Parts of one array, the last one first: a batch of neighbours needs no copy.
+        self._free: list[FloatArray] = []
 
     def setup(self) -> None:
         self._on_device = self._asks_on_device()
@@ -731,5 +742,8 @@ class _ExtractFbankFn(beam.DoFn):
         if not isinstance(element, Window):
             return element
         if self._on_device:
-            return _with_features(element, self._settings, on_device=True)
-        return feature_threads().submit(_with_features, element, self._settings, on_device=False)
+            return _with_features(element, self._settings, None)
+        if not self._free:
+            shape = (WINDOWS_AHEAD, self._settings.num_frames, self._settings.num_mel_bins)
+            self._free = list(np.empty(shape, np.float32))[::-1]
+        return feature_threads().submit(_with_features, element, self._settings, self._free.pop())
