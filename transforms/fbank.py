@@ -42,7 +42,12 @@ from torch import Tensor
 
 from transforms.devices import Sender
 from transforms.errors import FeatureError
-from transforms.fbank_settings import FRAME_LENGTH_MS, FRAME_SHIFT_MS, LOG_FLOOR
+from transforms.fbank_settings import (
+    FRAME_LENGTH_MS,
+    FRAME_SHIFT_MS,
+    LOG_FLOOR,
+    MAX_FEATURE_THREADS,
+)
 from transforms.fbank_settings import FbankSettings as FbankSettings
 from transforms.records import FloatArray, ItemFailure, UnitEnd, Window
 from transforms.stage_clocks import timed
@@ -612,7 +617,6 @@ class DeviceFbank:
 
 # Windows whose features are made before their turn: two batches of a CPU, and work for all threads.
 WINDOWS_AHEAD = 8
-MAX_THREADS = 8
 
 
 @functools.cache
@@ -624,13 +628,13 @@ def feature_threads() -> ThreadPoolExecutor:
     """
     num_threads = torch.get_num_threads()
     threads = ThreadPoolExecutor(
-        min(num_threads, MAX_THREADS),
+        min(num_threads, MAX_FEATURE_THREADS),
         thread_name_prefix="earmark-features",
         initializer=_compute_alone,
     )
     # Torch's setting is of the thread that sets it, and what threads start with that come after:
     # so all of these are started now, and what others start with is as before.
-    all_started = threading.Barrier(min(num_threads, MAX_THREADS))
+    all_started = threading.Barrier(min(num_threads, MAX_FEATURE_THREADS))
     list(threads.map(lambda _: all_started.wait(), range(all_started.parties)))
     torch.set_num_threads(num_threads)
     return threads
