@@ -57,7 +57,7 @@ def use_null_model(clock: str) -> None:
     from torch import nn
 
     from transforms import stage_clocks
-    from transforms.inference import ASTModelHandler
+    from transforms.inference import ASTModelHandler, join_features
     from transforms.records import FloatArray, Prediction
 
     class NullEngine(nn.Module):
@@ -69,7 +69,7 @@ def use_null_model(clock: str) -> None:
             embedding = generator.normal(0, 1, HIDDEN_SIZE).astype(np.float32)
             scores = generator.uniform(0, 1, NUM_LABELS).astype(np.float32)
             self.prediction = Prediction(embedding, scores, "null cpu fp32")
-            self.make_features = np.stack
+            self.make_features = join_features
 
         def begin(self, features: FloatArray) -> None:
             """It computes nothing by itself."""

@@ -9,8 +9,9 @@ on beside them; how busy they were says whether they could have given more.
     startup           imports_s, planning_s, model_load_s and decoder_start_s, before labelling
     labelling         total_s, the wall time of the labelling threads, and its parts: model_s,
                       copy_s (features on their way to the device), queue_s (for the device, while
-                      another thread uses it), check_s (the precision check), fbank_s, wait_read_s,
-                      wait_decode_s, write_s and other_s (Beam, cutting, batching, rows)
+                      another thread uses it), check_s (the precision check), fbank_s (waiting for
+                      features, which threads of their own make), wait_read_s, wait_decode_s,
+                      write_s and other_s (Beam, cutting, batching, rows)
     labelling_shares  the same as shares of total_s; the two waits are one
     background        read_s, of each process's reading thread, and reader_share, of its time;
                       open_s (reading local files, hashing), decode_s and resample_s, of the decoder
@@ -29,6 +30,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.progress import format_duration
+from transforms.fbank_settings import MAX_FEATURE_THREADS
 from transforms.stage_clocks import StageSeconds
 
 # A run of which less than this was labelling has told nothing yet: its first seconds are those of
@@ -177,10 +179,11 @@ def _of_waiting(share: str, seconds: StageSeconds, circumstances: Circumstances)
 
 
 def _of_fbank(share: str, seconds: StageSeconds, circumstances: Circumstances) -> str:
-    remedy = "a faster processor" if circumstances.num_cores == 1 else "more --workers"
+    is_narrow = circumstances.num_cores <= MAX_FEATURE_THREADS
+    remedy = "more cores" if is_narrow else "more --workers"
     return (
-        f"Making features takes {share} of the time: {remedy} would help; a faster device would "
-        "not."
+        f"Waiting for features takes {share} of the time: {remedy} would help; a faster device "
+        "would not."
     )
 
 

@@ -131,6 +131,17 @@ def test_a_loaded_model_does_not_depend_on_its_file(folder: Path) -> None:
     assert states_equal(model, make_model())
 
 
+def test_no_weights_are_drawn_where_a_file_has_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(tensor: torch.Tensor, **_: float) -> None:
+        pytest.fail(f"weights of {tuple(tensor.shape)} on {tensor.device} were drawn")
+
+    spec = resolve_model(str(folder))
+    monkeypatch.setattr(torch.nn.init, "normal_", draw)
+    load_model(spec)
+
+
 def test_a_remote_folder_loads_like_a_local_one(folder: Path) -> None:
     store = fsspec.filesystem("memory")
     store.put(str(folder), "/models/tiny", recursive=True)

@@ -118,15 +118,15 @@ def made_of(**seconds: float) -> StageSeconds:
         ),
         (
             made_of(model_s=30.0, fbank_s=69.0),
-            Circumstances(num_cores=2),
-            "Making features takes 69 % of the time: more --workers would help; a faster device "
-            "would not.",
+            Circumstances(num_cores=64),
+            "Waiting for features takes 69 % of the time: more --workers would help; a faster "
+            "device would not.",
         ),
         (
             made_of(model_s=30.0, fbank_s=69.0),
-            Circumstances(num_cores=1),
-            "Making features takes 69 % of the time: a faster processor would help; a faster "
-            "device would not.",
+            Circumstances(num_cores=8),
+            "Waiting for features takes 69 % of the time: more cores would help; a faster device "
+            "would not.",
         ),
         (
             made_of(model_s=20.0, fbank_s=20.0, other_s=60.0),
@@ -307,7 +307,7 @@ def slow_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("slow_down", "words"),
     [
         (slow_model, "The model takes "),
-        (slow_fbank, "Making features takes "),
+        (slow_fbank, "Waiting for features takes "),
         (slow_output, "Writing takes "),
         (slow_decoder, "of the time for decoding: "),
     ],
@@ -351,7 +351,8 @@ def test_the_shares_add_up_and_every_step_has_taken_some_time(
     seconds = found["labelling"]
     parts = [value for name, value in seconds.items() if name != "total_s"]
     assert sum(parts) == pytest.approx(seconds["total_s"], abs=0.01)
-    for name in ("model_s", "fbank_s", "write_s", "other_s"):
+    # Features are made beside: they may have been there whenever the model asked.
+    for name in ("model_s", "write_s", "other_s"):
         assert seconds[name] > 0.0, name
     background = found["background"]
     assert background["decode_s"] > 0.0

@@ -6,7 +6,6 @@ import dataclasses
 import pickle
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -480,8 +479,7 @@ def test_where_bfloat16_is_only_emulated_auto_leaves_it_to_torch(
         def get_property(self, device: str, name: str) -> list[str]:
             return ["FP32", "INT8"]
 
-    plain = types.SimpleNamespace(Core=PlainCore)
-    monkeypatch.setattr(openvino_engine, "import_library", lambda name: plain)
+    monkeypatch.setattr(openvino_engine, "load_core", PlainCore)
     assert choose(precision="bf16") == "torch cpu bf16"
     assert choose(precision="fp32") == "openvino cpu fp32"
     with pytest.raises(ConfigError, match="does not compute in bf16 by itself; use --precision"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ from transforms.backbones import (
 from transforms.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.engines import choose_engine
 from transforms.errors import ConfigError, DeviceError
-from transforms.inference import ASTModelHandler, Engine, SafePredictor, score_embeddings
+from transforms.inference import (
+    ASTModelHandler,
+    Engine,
+    SafePredictor,
+    join_features,
+    score_embeddings,
+)
 from transforms.records import FloatArray, Prediction
 
 FP32 = InferenceSettings(precision="fp32", device="cpu", batch_size=4)
@@ -53,6 +60,33 @@ def test_scores_and_embeddings_are_the_models_own(spec: ModelSpec, engine: Engin
     np.testing.assert_allclose([p.scores for p in predictions], expected, atol=1e-6)
     np.testing.assert_allclose([p.embedding for p in predictions], pooled, atol=1e-6)
     assert {p.engine for p in predictions} == {"torch cpu fp32"}
+
+
+def test_neighbours_in_memory_are_joined_without_a_copy() -> None:
+    whole = features(4)
+    for start, stop in ((0, 4), (1, 3), (3, 4)):
+        joined = join_features(list(whole)[start:stop])
+        np.testing.assert_array_equal(joined, whole[start:stop])
+        assert np.shares_memory(joined, whole)
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda whole: [whole[1], whole[0]],
+        lambda whole: [whole[0], whole[2]],
+        lambda whole: [whole[3], whole[0].copy()],
+        lambda whole: [whole[0], features(1, seed=1)[0]],
+        lambda whole: [whole[0].copy(), whole[1]],
+        lambda whole: [whole[0, :128].T, whole[1, :128].T],
+        lambda whole: [whole[0, ::-1], whole[1, ::-1]],
+    ],
+)
+def test_windows_from_anywhere_are_joined_by_a_copy(
+    pick: Callable[[FloatArray], list[FloatArray]],
+) -> None:
+    windows = pick(features(4))
+    np.testing.assert_array_equal(join_features(windows), np.stack(windows))
 
 
 def test_softmax_models_score_with_a_softmax(tmp_path: Path) -> None:

@@ -20,11 +20,15 @@ Source: Gong et al. 2021, arXiv:2104.01778; YuanGongND/ast ``src/dataloader.py``
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import logging
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,11 +37,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from apache_beam.pvalue import PCollection
+from apache_beam.utils.windowed_value import WindowedValue
 from torch import Tensor
 
 from transforms.devices import Sender
 from transforms.errors import FeatureError
-from transforms.fbank_settings import FRAME_LENGTH_MS, FRAME_SHIFT_MS, LOG_FLOOR
+from transforms.fbank_settings import (
+    FRAME_LENGTH_MS,
+    FRAME_SHIFT_MS,
+    LOG_FLOOR,
+    MAX_FEATURE_THREADS,
+)
 from transforms.fbank_settings import FbankSettings as FbankSettings
 from transforms.records import FloatArray, ItemFailure, UnitEnd, Window
 from transforms.stage_clocks import timed
@@ -95,13 +105,16 @@ def check_samples(samples: FloatArray, settings: FbankSettings) -> None:
     _check_values(samples)
 
 
-def extract_fbank(samples: FloatArray, settings: FbankSettings) -> FloatArray:
+def extract_fbank(
+    samples: FloatArray, settings: FbankSettings, out: FloatArray | None = None
+) -> FloatArray:
     """Compute the features of one window with torchaudio, as the reference does.
 
     Args:
         samples: Mono samples in [-1, 1], shape (num_samples,), at ``settings.sample_rate_hz``;
             between one frame and ``settings.max_samples`` of them.
         settings: The checkpoint's.
+        out: Where to put the features, or None for an array of their own.
 
     Returns:
         Normalised log-mel features, shape (num_frames, num_mel_bins), float32. Frames that the
@@ -113,7 +126,7 @@ def extract_fbank(samples: FloatArray, settings: FbankSettings) -> FloatArray:
     if samples.dtype != np.float32:
         raise FeatureError(f"samples are {samples.dtype}; must be float32 in [-1, 1].")
     check_samples(samples, settings)
-    return _normalise(_log_mel(samples, settings), settings)
+    return _normalise(_log_mel(samples, settings), settings, out)
 
 
 class KaldiFbank(torch.nn.Module):
@@ -452,8 +465,11 @@ def _log_mel(samples: FloatArray, settings: FbankSettings) -> FloatArray:
     return log_mel
 
 
-def _normalise(log_mel: FloatArray, settings: FbankSettings) -> FloatArray:
-    return (log_mel - settings.mean) / (settings.std * 2)
+def _normalise(
+    log_mel: FloatArray, settings: FbankSettings, out: FloatArray | None = None
+) -> FloatArray:
+    centred = np.subtract(log_mel, settings.mean, out=out)
+    return np.divide(centred, settings.std * 2, out=centred)
 
 
 def _check_length(samples: npt.NDArray[Any], settings: FbankSettings) -> None:
@@ -599,15 +615,49 @@ class DeviceFbank:
         return torch.cat([self._fbank(*part) for part in parts])
 
 
-def _with_features(window: Window, settings: FbankSettings, on_device: bool) -> Window:
-    """The window with features for samples, or with the reason why not."""
+# Windows whose features are made before their turn: two batches of a CPU, and work for all threads.
+WINDOWS_AHEAD = 8
+
+
+@functools.cache
+def feature_threads() -> ThreadPoolExecutor:
+    """The process's threads for features; in each of them torch computes with one thread.
+
+    Several threads on one window gain little, and lose much where decoders run on the same cores:
+    each step of it then waits for the slowest (15 to 100 ms a window instead of 5, on two cores).
+    """
+    num_threads = torch.get_num_threads()
+    threads = ThreadPoolExecutor(
+        min(num_threads, MAX_FEATURE_THREADS),
+        thread_name_prefix="earmark-features",
+        initializer=_compute_alone,
+    )
+    # Torch's setting is of the thread that sets it, and what threads start with that come after:
+    # so all of these are started now, and what others start with is as before.
+    all_started = threading.Barrier(min(num_threads, MAX_FEATURE_THREADS))
+    list(threads.map(lambda _: all_started.wait(), range(all_started.parties)))
+    torch.set_num_threads(num_threads)
+    return threads
+
+
+def _compute_alone() -> None:
+    """Let torch compute in this thread with no other."""
+    torch.get_num_threads()  # a thread's first call takes over what others were set to
+    torch.set_num_threads(1)
+
+
+def _with_features(window: Window, settings: FbankSettings, out: FloatArray | None) -> Window:
+    """The window with features (in ``out``) for samples, or with the reason why not.
+
+    None as ``out`` leaves it the samples: they are only looked at.
+    """
     if window.error is not None or window.data is None:
         return window
     try:
-        if on_device:
+        if out is None:
             check_samples(window.data, settings)
             return window
-        return window.with_data(extract_fbank(window.data, settings))
+        return window.with_data(extract_fbank(window.data, settings, out))
     except FeatureError as error:
         return dataclasses.replace(window, data=None, error=str(error))
 
@@ -617,7 +667,8 @@ def _with_features(window: Window, settings: FbankSettings, on_device: bool) -> 
 class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]):
     """Replace the samples of each window by its features.
 
-    Windows in, windows out, in the same order. A window that cannot have features travels on with
+    Windows in, windows out, in the same order; on a CPU their features are made by several threads,
+    some windows ahead of the model. A window that cannot have features travels on with
     ``error`` set and no data, because the windows of a clip are counted. Failures, unit ends and
     windows that already carry an error pass unchanged.
 
@@ -643,17 +694,60 @@ class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]
         return features
 
 
+@dataclasses.dataclass
+class _Begun:
+    """An element on its way through the step, and where in Beam's time it belongs."""
+
+    element: _Element | Future[Window]
+    window: Any
+    timestamp: Any
+
+    def finish(self) -> WindowedValue:
+        """The element; waits for its features."""
+        element = self.element
+        if isinstance(element, Future):
+            with timed("fbank"):
+                element = element.result()
+        return WindowedValue(element, self.timestamp, (self.window,))
+
+
 class _ExtractFbankFn(beam.DoFn):
+    """Runs some elements behind: their features are made while the model computes."""
+
     def __init__(self, settings: FbankSettings, on_device: Callable[[], bool]) -> None:
         self._settings = settings
         self._asks_on_device = on_device
         self._on_device = False
+        self._begun: deque[_Begun] = deque()
+        # Parts of one array, the last one first: a batch of neighbours needs no copy.
+        self._free: list[FloatArray] = []
 
     def setup(self) -> None:
         self._on_device = self._asks_on_device()
 
-    def process(self, element: _Element) -> Iterator[_Element]:
-        if isinstance(element, Window):
-            with timed("fbank"):
-                element = _with_features(element, self._settings, self._on_device)
-        yield element
+    def start_bundle(self) -> None:
+        self._begun.clear()  # a bundle before this one may have failed halfway
+
+    def process(
+        self,
+        element: _Element,
+        window: Any = beam.DoFn.WindowParam,
+        timestamp: Any = beam.DoFn.TimestampParam,
+    ) -> Iterator[WindowedValue]:
+        self._begun.append(_Begun(self._begin(element), window, timestamp))
+        while len(self._begun) > (0 if self._on_device else WINDOWS_AHEAD):
+            yield self._begun.popleft().finish()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        while self._begun:
+            yield self._begun.popleft().finish()
+
+    def _begin(self, element: _Element) -> _Element | Future[Window]:
+        if not isinstance(element, Window):
+            return element
+        if self._on_device:
+            return _with_features(element, self._settings, None)
+        if not self._free:
+            shape = (WINDOWS_AHEAD, self._settings.num_frames, self._settings.num_mel_bins)
+            self._free = list(np.empty(shape, np.float32))[::-1]
+        return feature_threads().submit(_with_features, element, self._settings, self._free.pop())

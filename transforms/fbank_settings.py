@@ -15,6 +15,9 @@ FRAME_LENGTH_MS = 25.0
 FRAME_SHIFT_MS = 10.0
 LOG_FLOOR = 2.0**-23  # float32's epsilon, as in torchaudio
 
+# Threads of a process that make features; torch has no more than there are cores.
+MAX_FEATURE_THREADS = 8
+
 
 @dataclass(frozen=True)
 class FbankSettings:

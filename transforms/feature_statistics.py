@@ -27,7 +27,7 @@ import numpy.typing as npt
 from apache_beam.pvalue import PCollection
 
 from transforms.errors import FeatureError
-from transforms.fbank import FbankSettings, extract_fbank
+from transforms.fbank import FbankSettings, extract_fbank, feature_threads
 from transforms.live_counts import live_counts
 from transforms.records import Failure, FloatArray, ItemFailure, UnitEnd, Window
 
@@ -274,7 +274,8 @@ class _MeasureFn(beam.DoFn):
     def _measure_window(self, window: Window) -> Iterator[FeatureStatistics]:
         key = (window.unit_id, window.item_index)
         try:
-            yield self._statistics_of(window)
+            # Not in this thread: in those, torch does not compete with the decoders.
+            yield feature_threads().submit(self._statistics_of, window).result()
         except FeatureError as error:
             # A clip is one item, however many of its windows have no features.
             if key not in self._failed:

@@ -831,6 +831,8 @@ def _resize_axis(grid: Tensor, axis: int, size: int) -> Tensor:
 def _initialise(module: nn.Module, std: float) -> None:
     """Fresh weights as in transformers: normal, zero biases; tokens and positions stay zero."""
     if isinstance(module, nn.Linear | nn.Conv2d):
+        if module.weight.is_meta:  # nothing to draw, for which torch would load its compiler
+            return
         nn.init.normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -43,7 +43,7 @@ class StageSeconds:
     """Seconds by stage; those of several threads, processes and units are added up.
 
     Attributes:
-        fbank_s: Labelling threads: making features.
+        fbank_s: Labelling threads: waiting for features, which threads of their own make meanwhile.
         copy_s: Labelling threads: sending features to the device.
         model_s: Labelling threads: the model, until its embeddings are back on the host.
         queue_s: Labelling threads: waiting for the device while another thread uses it.
