@@ -116,9 +116,9 @@ def build_deferred_graph(pipeline: beam.Pipeline, plan: DeferredPlan) -> None:
     num_units = units | "Count planned units" >> Count.Globally()
     # Without this, all units would be labelled where they were planned.
     spread = units | "Spread units" >> beam.Reshuffle()
-    _ = label_units(spread, frame.label, frame.commit) | "Finish run" >> beam.Map(
-        finish_run, AsSingleton(finish), AsSingleton(num_units)
-    )
+    cuts = frame.label.sources.windows_per_part is not None
+    totals = label_units(spread, frame.label, frame.commit, cuts_long_files=cuts)
+    _ = totals | "Finish run" >> beam.Map(finish_run, AsSingleton(finish), AsSingleton(num_units))
 
 
 def finish_run(new: RunTotals, finish: FinishRun, num_units: int) -> None:

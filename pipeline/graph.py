@@ -4,6 +4,12 @@
                       └─────────────────── summaries of units already done ────┤
                                                      run.json, _SUCCESS ◀─ total
 
+Where a file is so long that it would be several units (``is_long``), it is labelled in parts, by
+the same steps as everything else, and joined once they are committed:
+
+    units ─▶ cut long files ─▶ skip … ─▶ CommitUnits ─▶ summaries ─┬─────────────────▶ total
+                     └─ parts ──▲                          parts ─▶ by file ─▶ join ─┘
+
 A unit is a small description of what to read: a few hundred files, or a slice of a tar or Parquet
 file (``plan`` makes them; where the inputs are too many, workers do: ``deferred``). From reading
 to commit everything happens in one fused stage; only units go in and only summaries come out, so
@@ -22,9 +28,12 @@ import apache_beam as beam
 from apache_beam.pvalue import PCollection
 
 from transforms.commit import CommitSettings, CommitUnits, SkipCommitted
+from transforms.join_parts import JoinParts
 from transforms.label_audio import LabelSettings, LabelUnits
 from transforms.ledger import Checks, UnitSummary, UnitTotals, add_checks
+from transforms.long_files import CutLongFiles
 from transforms.records import WorkUnit
+from transforms.sources import is_long
 from transforms.stage_clocks import NO_SECONDS, StageSeconds
 
 
@@ -57,7 +66,9 @@ class RunTotals:
 
     @staticmethod
     def of(summary: UnitSummary) -> RunTotals:
-        """The totals of one unit."""
+        """The totals of one unit; of a part of a long file, only what time it took."""
+        if summary.part is not None:
+            return RunTotals(seconds=summary.seconds)
         return RunTotals(1, summary.totals, summary.engines, summary.checks, summary.seconds)
 
 
@@ -84,11 +95,17 @@ def build_graph(
             picklable, since it runs where the pipeline runs.
     """
     listed = pipeline | "List units" >> beam.Create(units)
-    _ = label_units(listed, label, commit) | "Finish run" >> beam.Map(finish)
+    cuts = any(is_long(unit, label.sources) for unit in units)
+    totals = label_units(listed, label, commit, cuts_long_files=cuts)
+    _ = totals | "Finish run" >> beam.Map(finish)
 
 
 def label_units(
-    units: PCollection[WorkUnit], label: LabelSettings, commit: CommitSettings
+    units: PCollection[WorkUnit],
+    label: LabelSettings,
+    commit: CommitSettings,
+    *,
+    cuts_long_files: bool,
 ) -> PCollection[RunTotals]:
     """Draw what is done with units, however they were planned.
 
@@ -96,15 +113,26 @@ def label_units(
         units: What to label.
         label: The settings of every step.
         commit: Where and how to write.
+        cuts_long_files: Whether there may be files that are labelled in parts.
 
     Returns:
         The totals of all units, once the last is committed.
     """
+    if cuts_long_files:
+        whole, parts = units | "Cut long files" >> CutLongFiles(
+            label.sources, label.windows, commit.output, commit.fingerprint
+        )
+        # Without this, all parts of a file would be labelled where it was cut.
+        spread = parts | "Spread parts" >> beam.Reshuffle()
+        units = (whole, spread) | "Units and parts" >> beam.Flatten()
     to_do, done = units | "Skip committed" >> SkipCommitted(commit)
     labelled = to_do | "Label" >> LabelUnits(label) | "Commit" >> CommitUnits(commit)
+    summaries = (labelled, done) | "Gather summaries" >> beam.Flatten()
+    if cuts_long_files:
+        joined = summaries | "Join parts" >> JoinParts(commit, label.windows)
+        summaries = (summaries, joined) | "Add joined files" >> beam.Flatten()
     totals: PCollection[RunTotals] = (
-        (labelled, done)
-        | "Gather summaries" >> beam.Flatten()
+        summaries
         | "Count units" >> beam.Map(RunTotals.of)
         | "Sum up" >> beam.CombineGlobally(sum_totals)
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ from transforms.sources import (
     SourceSettings,
     cut_containers,
     find_inputs,
+    is_long,
     limit_items,
 )
 
@@ -473,9 +474,23 @@ def describe_plan(plan: RunPlan) -> list[str]:
             f"To do: {counted(len(backlog.units), 'unit')}, about "
             f"{counted(windows_to_do, 'window')}."
         )
+        lines += describe_long_files(backlog.units, plan.label.sources)
     else:
         lines.append("Nothing to do: everything found is done.")
     return lines
+
+
+def describe_long_files(units: Sequence[WorkUnit], sources: SourceSettings) -> list[str]:
+    """Which files are labelled in parts; a line, where there are any."""
+    long = [unit for unit in units if is_long(unit, sources)]
+    if not long or sources.windows_per_part is None:
+        return []
+    num_parts = sum(unit.estimated_windows // sources.windows_per_part for unit in long)
+    are = "is" if len(long) == 1 else "are"
+    return [
+        f"Of these, {counted(len(long), 'long file')} {are} cut into parts, about "
+        f"{num_parts:,}, where the header tells the length and reading can start anywhere."
+    ]
 
 
 def describe_model(label: LabelSettings) -> list[str]:

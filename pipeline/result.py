@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,9 +34,11 @@ from transforms.ledger import (
     Commit,
     are_commits_held,
     commit_url,
+    list_long_files,
     list_unit_ids,
     part_url,
     read_commits,
+    remove_long_file,
     remove_unit,
 )
 
@@ -81,6 +83,7 @@ class ResultState:
         orphans: Parts without a commit, as URLs.
         unfinished: Files that were being written when a run was killed, as URLs.
         foreign: Files in our folders that Earmark did not write, as URLs.
+        long_files: Files of parts of long units that are not joined, or were not removed, by unit.
         succeeded: ``_SUCCESS`` is there.
     """
 
@@ -93,6 +96,7 @@ class ResultState:
     orphans: tuple[str, ...] = ()
     unfinished: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    long_files: Mapping[str, Sequence[str]] = field(default_factory=dict)
     succeeded: bool = False
 
     @property
@@ -159,6 +163,7 @@ def _read_result(output: str) -> ResultState:
         orphans=tuple(sorted(orphans)),
         unfinished=tuple(_list_unfinished(output)),
         foreign=tuple(foreign),
+        long_files=list_long_files(output),
         succeeded=storage.exists(storage.join(output, SUCCESS_FILE)),
     )
 
@@ -238,14 +243,22 @@ def wait_for_writers(output: str) -> None:
         time.sleep(0.1)
 
 
-def heal(state: ResultState) -> None:
+def heal(state: ResultState, to_do: Collection[str] | None = None) -> None:
     """Bring a result in order before work starts: what does not count goes.
+
+    Args:
+        state: What lies in the folder.
+        to_do: The units to be done now, so that parts of other long files go; None where they are
+            not known, or not all.
 
     Damaged units are removed and so done again; leftovers of replaced units, parts without a
     commit, files that were being written and staged files of runs that died go. Nothing else is
     touched.
     """
     _remove_units_and_leftovers(state, (*state.damaged, *sorted(state.superseded)))
+    for long_id, urls in state.long_files.items():
+        if long_id in state.commits or (to_do is not None and long_id not in to_do):
+            remove_long_file(state.output, long_id, urls)
 
 
 def _remove_units_and_leftovers(state: ResultState, unit_ids: Iterable[str]) -> None:
@@ -283,6 +296,8 @@ def remove_result(state: ResultState) -> None:
     storage.remove(storage.join(state.output, SUCCESS_FILE))
     unit_ids = (*state.commits, *state.damaged, *state.unreadable, *sorted(state.superseded))
     _remove_units_and_leftovers(state, unit_ids)
+    for long_id, urls in state.long_files.items():
+        remove_long_file(state.output, long_id, urls)
     storage.remove(storage.join(state.output, RUN_FILE))
     for folder in (*PARTS, COMMITS):
         storage.remove_empty_folder(storage.join(state.output, folder))

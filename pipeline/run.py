@@ -14,7 +14,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,14 @@ from transforms import storage
 from transforms.checkpoints import ModelSpec
 from transforms.clip_ids import for_terminal
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
-from transforms.ledger import UnitTotals, list_unit_ids, read_commit, read_failures
+from transforms.ledger import (
+    UnitTotals,
+    list_part_ids,
+    list_unit_ids,
+    long_id_of,
+    read_commit,
+    read_failures,
+)
 from transforms.records import WorkUnit
 from transforms.scratch import sweep, temporary_files_in_scratch
 from transforms.sources import check_there
@@ -379,12 +386,19 @@ def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED)
         OutputError: The output cannot be written.
     """
     is_new = bool(plan.units) or not plan.state.succeeded
-    run = begin_output(plan.state, plan.run, config, is_new=is_new)
+    # Beyond a limit there may be long files that another run goes on with.
+    to_do = None if config.limit is not None else {unit.unit_id for unit in plan.units}
+    run = begin_output(plan.state, plan.run, config, is_new=is_new, to_do=to_do)
     return make_finish(dataclasses.replace(plan, run=run), startup)
 
 
 def begin_output(
-    state: ResultState, run: Mapping[str, Any], config: RunConfig, *, is_new: bool
+    state: ResultState,
+    run: Mapping[str, Any],
+    config: RunConfig,
+    *,
+    is_new: bool,
+    to_do: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Bring the output in order, and give ``run.json`` as it is while a run is on.
 
@@ -405,7 +419,7 @@ def begin_output(
         if config.overwrite:
             remove_result(state)
         else:
-            heal(state)
+            heal(state, to_do)
         if is_new:
             write_run(state.output, run)
     except OSError as error:
@@ -464,6 +478,7 @@ class _CommitReader:
     def __init__(self, output: str) -> None:
         self._output = output
         self._seen = set(list_unit_ids(output))
+        self._parts: dict[str, UnitTotals] = {}  # of long units that are not joined
         self._counts = ProgressCounts()
         self._next_s = 0.0
 
@@ -476,10 +491,32 @@ class _CommitReader:
         """Look at once; ``ProgressDisplay`` does so at the end."""
         self._next_s = time.monotonic() + COMMIT_POLL_INTERVAL_S
         with contextlib.suppress(OSError):  # a display is no reason for a run to fail
+            for unit_id in list_part_ids(self._output):
+                if unit_id not in self._seen:
+                    self._add_part(unit_id)
             for unit_id in list_unit_ids(self._output):
                 if unit_id not in self._seen:
                     self._add(read_commit(self._output, unit_id).totals)
+                    self._take_back_parts(unit_id)
                     self._seen.add(unit_id)
+
+    def _add_part(self, unit_id: str) -> None:
+        totals = read_commit(self._output, unit_id).totals
+        self._seen.add(unit_id)
+        self._add_windows(totals.windows, totals.audio_s)
+        long_id = str(long_id_of(unit_id))
+        self._parts[long_id] = self._parts.get(long_id, UnitTotals()) + totals
+
+    def _take_back_parts(self, unit_id: str) -> None:
+        """What has been counted of the parts of a unit that is itself counted now."""
+        totals = self._parts.pop(unit_id, UnitTotals())
+        self._add_windows(-totals.windows, -totals.audio_s)
+
+    def _add_windows(self, windows: int, audio_s: float) -> None:
+        counts = self._counts
+        self._counts = dataclasses.replace(
+            counts, windows=counts.windows + windows, audio_s=counts.audio_s + audio_s
+        )
 
     def _add(self, totals: UnitTotals) -> None:
         counts = self._counts

@@ -28,6 +28,7 @@ from transforms import storage
 from transforms.errors import InputError, OutputError
 from transforms.ledger import (
     COMMITS,
+    LONG_FILES,
     Commit,
     PartInfo,
     UnitTotals,
@@ -189,6 +190,10 @@ def verify_result(state: ResultState) -> Iterator[Finding]:
         )
     for url in state.orphans:
         yield Finding(url, "no commit vouches for it", Kind.LEFTOVER)
+    for long_id in state.long_files:  # while its run is not done, parts are as they should be
+        if state.succeeded or long_id in state.commits:
+            url = storage.join(state.output, LONG_FILES, long_id)
+            yield Finding(url, "parts of a file that is not labelled in parts now", Kind.LEFTOVER)
     for url in state.foreign:
         is_read = url.lower().endswith(".parquet")
         yield Finding(url, "Earmark did not write it", Kind.FOREIGN if is_read else Kind.STRAY)

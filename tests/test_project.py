@@ -92,6 +92,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"labels"},
     "ledger": {"storage", "stage_clocks"},
     "commit": {"storage", "rows", "ledger", "live_counts", "stage_clocks"},
+    # A very long file: cut into parts that are units of their own, and joined from them.
+    "long_files": {"storage", "units", "audio_readers", "windows", "ledger"},
+    "join_parts": {
+        *("storage", "decode_worker", "windows", "rows", "ledger", "commit", "live_counts"),
+    },
     "label_audio": {path.stem for path in STEPS},
     # LabelAudio for Beam YAML.
     "yaml_provider": {"label_audio", "checkpoints", "backbones", "rows"},

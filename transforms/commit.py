@@ -30,7 +30,7 @@ from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms import storage
-from transforms.errors import AccountingError
+from transforms.errors import AccountingError, OutputError
 from transforms.ledger import (
     PARTS,
     CheckFigures,
@@ -46,7 +46,9 @@ from transforms.ledger import (
     container_version,
     file_sha256,
     hold_commits,
+    is_whole,
     item_version,
+    long_id_of,
     part_url,
     read_commit,
     read_part,
@@ -117,6 +119,9 @@ class OpenUnit:
     """
 
     def __init__(self, settings: CommitSettings, staging: Path, unit_id: str) -> None:
+        if long_id_of(unit_id) is not None:  # joining takes every class's score
+            rows = dataclasses.replace(settings.rows, store_scores=True)
+            settings = dataclasses.replace(settings, rows=rows)
         self._settings = settings
         self._staging = staging
         self._unit_id = unit_id
@@ -148,6 +153,11 @@ class OpenUnit:
         else:
             self._end = event
 
+    def add_made(self, engines: Iterable[str], checks: Mapping[str, CheckFigures]) -> None:
+        """Note what computed rows that were made before, and how far that was from float32."""
+        self._engines.update(engines)
+        self._checks = add_checks(self._checks, checks)
+
     @property
     def is_complete(self) -> bool:
         """Whether everything has come."""
@@ -168,15 +178,20 @@ class OpenUnit:
             f"{expected} items"
         )
 
-    def commit(self) -> Commit:
-        """Write the parts, put them in place, commit, and remove what this unit replaces."""
+    @property
+    def end(self) -> UnitEnd:
+        """The unit's end, once it has come."""
         if self._end is None:
             raise AccountingError(f"{self.describe()}: cannot be committed before its end")
-        unit = self._end.unit
+        return self._end
+
+    def commit(self) -> Commit:
+        """Write the parts, put them in place, commit, and remove what this unit replaces."""
+        end, unit = self.end, self.end.unit
         num_listed = len(unit.items) + len(unit.failures)
-        if unit.kind == "files" and self._end.num_items != num_listed:
+        if unit.kind == "files" and end.num_items != num_listed:
             raise AccountingError(
-                f"{self.describe()}: it lists {num_listed} items, and {self._end.num_items} "
+                f"{self.describe()}: it lists {num_listed} items, and {end.num_items} "
                 "came out of it; nothing was committed"
             )
         output = self._settings.output
@@ -426,11 +441,23 @@ class _SkipCommittedFn(beam.DoFn):
 
     def process(self, unit: WorkUnit) -> Iterator[WorkUnit | TaggedOutput[str, UnitSummary]]:
         output = self._settings.output
-        if storage.exists(commit_url(output, unit.unit_id)):
-            commit = read_commit(output, unit.unit_id)
-            yield TaggedOutput("done", UnitSummary.of(commit))
-        else:
+        if not storage.exists(commit_url(output, unit.unit_id)):
             yield unit
+            return
+        if unit.part_of is None:
+            commit = read_commit(output, unit.unit_id)
+        else:  # nobody has looked at these before
+            try:
+                commit = read_commit(output, unit.unit_id)
+            except OutputError:
+                yield unit
+                return
+            if not is_whole(output, commit):
+                yield unit
+                return
+            live_counts.windows += commit.totals.windows
+            live_counts.audio_s += commit.totals.audio_s
+        yield TaggedOutput("done", UnitSummary.of(commit, unit=unit))
 
 
 @beam.typehints.with_input_types(UnitEvent)
@@ -491,14 +518,16 @@ class _CommitUnitsFn(beam.DoFn):
         if commit is not None:
             del self._open[unit_id]
             self._count(commit)
-            yield UnitSummary.of(commit, stage_clocks.lap())
+            yield UnitSummary.of(commit, stage_clocks.lap(), unit.end.unit)
 
     def _count(self, commit: Commit) -> None:
+        self._counters["windows_labelled"].inc(commit.totals.windows)
+        if long_id_of(commit.unit_id) is not None:  # its clip is counted where it is joined
+            return
         live_counts.units += 1
         self._counters["units_committed"].inc()
         self._counters["clips_labelled"].inc(commit.totals.clips)
         self._counters["items_failed"].inc(commit.totals.failures)
-        self._counters["windows_labelled"].inc(commit.totals.windows)
 
     def finish_bundle(self) -> None:
         if self._open:
@@ -526,7 +555,9 @@ def _count_live(event: UnitEvent, audio: AudioProgress) -> None:
     live_counts.audio_s += audio.add(event)
     if isinstance(event, WindowRow):
         live_counts.windows += 1
+    elif isinstance(event, UnitEnd) or long_id_of(event.unit_id) is not None:
+        return  # of a part, the clip is counted where it is joined
     elif isinstance(event, ClipRow):
         live_counts.clips += 1
-    elif isinstance(event, ItemFailure):
+    else:
         live_counts.failures += 1

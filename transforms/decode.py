@@ -31,6 +31,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import mmap
 import os
 import signal
@@ -661,11 +662,16 @@ class _ClipDecoding:
         is_bound = error.error_type in decode_worker.BOUND_ERRORS
         if self._held is None or self._held_facts is None or is_bound:
             return _item_failure(self._job, error)
-        duration_s = self._num_samples / self._pool.settings.sample_rate_hz
+        rate_hz, item = self._pool.settings.sample_rate_hz, self._job.item
+        duration_s, start_s = self._num_samples / rate_hz, 0.0
+        if item.part is not None:  # which has margins, and speaks of the whole file
+            start_s, end_s = item.start_s or 0.0, math.inf if item.end_s is None else item.end_s
+            duration_s = max(0.0, duration_s - item.part.before_samples / rate_hz)
+            duration_s = min(duration_s, end_s - start_s)
         facts = dataclasses.replace(
             self._held_facts,
             duration_s=duration_s,
-            warning=f"decoded {duration_s:.1f} s, then stopped: {error}",
+            warning=f"decoded {start_s + duration_s:.1f} s, then stopped: {error}",
         )
         return self._waveform(self._held, facts)
 
@@ -816,6 +822,7 @@ class _Child:
             "size": 0 if clip.data is None else len(clip.data),
             "start_s": clip.item.start_s,
             "end_s": clip.item.end_s,
+            "part": None if clip.item.part is None else dataclasses.asdict(clip.item.part),
             "returned_slots": self._slots_to_return,
         }
         self._slots_to_return = 0

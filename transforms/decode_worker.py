@@ -18,6 +18,9 @@ What a reader may rely on:
   Timestamps are not used: gaps between packets are closed, and a late start counts as the start.
 * A segment is exactly the source samples ``[round(start_s * rate), round(end_s * rate))`` of what
   decoding the whole file gives.
+* A part of a long file, which is labelled by itself and joined with the others, begins at a whole
+  second, so at a sample of any rate; the resampler runs in and out beside it. Its samples are those
+  of the whole file, to float rounding.
 * The resampler is soxr's HQ; streamed or in one go gives the same samples.
 """
 
@@ -54,10 +57,11 @@ from transforms.audio_readers import (
     open_encoded,
 )
 from transforms.errors import DecodeError
-from transforms.records import ClipFacts, FloatArray
+from transforms.records import ClipFacts, FloatArray, Part
 from transforms.stage_clocks import stage_clocks, timed
 
 MIN_CLIP_S = 0.025  # one fbank frame: less than this gives no features
+RUN_IN_S = 1  # what the resampler is given beside a part; its filter is a fraction of that
 CLIPPED_AT = 0.999
 SILENT_MEAN_SQUARE = 1e-6  # −60 dBFS
 LEVEL_FRAME_S = 0.02
@@ -111,6 +115,7 @@ def decode(
     piece_samples: int = 160_000,
     start_s: float | None = None,
     end_s: float | None = None,
+    part: Part | None = None,
     limits: DecodeLimits = NO_LIMITS,
     on_progress: Callable[[], None] = _ignore_progress,
 ) -> Iterator[DecodedPiece]:
@@ -122,6 +127,9 @@ def decode(
         piece_samples: Samples per piece; the last has between 1 and this many.
         start_s: Start of the segment in seconds, or None for the file's start.
         end_s: End of the segment, exclusive, or None for the file's end.
+        part: The segment is a part of a long file, from a whole second to another or to the end:
+            its samples have these margins, where there is audio; its facts have not. Only the
+            first hashes the content, and the words of a warning are those of a whole file.
         limits: What the item may cost.
         on_progress: Called whenever work has been done, for whoever watches for a hang.
 
@@ -139,12 +147,16 @@ def decode(
     with contextlib.ExitStack() as opened:
         with timed("open"):
             encoded = opened.enter_context(open_encoded(source))
-            sha256 = hash_encoded(encoded, on_progress)
-        segment = _Segment(start_s or 0.0, end_s)
+            is_first = part is None or not start_s
+            sha256 = hash_encoded(encoded, on_progress) if is_first else ""
+        if part is None:
+            stretch = _Stretch(start_s or 0.0, end_s)
+        else:
+            stretch = _PartStretch(start_s or 0.0, end_s, part, sample_rate_hz)
         budget = _Budget(limits, on_progress)
-        chain = ReaderChain(encoded, segment.start_s, budget.on_progress)
+        chain = ReaderChain(encoded, stretch.read.start_s, budget.on_progress)
         try:
-            yield from _decode_blocks(chain, segment, sha256, sample_rate_hz, piece_samples, budget)
+            yield from _decode_blocks(chain, stretch, sha256, sample_rate_hz, piece_samples, budget)
         finally:
             chain.close()
 
@@ -167,38 +179,41 @@ def decode_whole(
 
 def _decode_blocks(
     chain: ReaderChain,
-    segment: _Segment,
+    stretch: _Stretch,
     sha256: str,
     sample_rate_hz: int,
     piece_samples: int,
     budget: _Budget,
 ) -> Iterator[DecodedPiece]:
-    levels = _Levels()
+    levels = _Levels(stretch.origin_s)
     resampler = _Resampler(sample_rate_hz)
     pieces = _Pieces(piece_samples)
     notes: list[str] = []
     error: DecodeError | None = None
-    for block in segment.cut(budget.count(chain.blocks()), chain.first_frame):
+    for block in stretch.read.cut(budget.count(chain.blocks()), chain.first_frame):
         samples, energy, bad = _finite_part(block.samples)
-        levels.add(block.rate, samples, energy)
-        budget.check_duration(levels.duration_s)
+        start, stop = stretch.measured(block.rate, len(samples))
+        if start < stop or not len(samples):
+            levels.add(block.rate, samples[start:stop], energy[start:stop])
+        decoded_s = stretch.reached_s - stretch.counts_from_s
+        budget.check_duration(decoded_s)
         if bad:
             error = DecodeError(
-                f"the sample at {segment.start_s + levels.duration_s:.3f} s is NaN or infinite",
+                f"the sample at {stretch.reached_s:.3f} s is NaN or infinite",
                 error_type="NonFiniteSamples",
             )
-            notes.append(f"decoded {levels.duration_s:.1f} s, then stopped: {error}")
+            notes.append(f"decoded {decoded_s:.1f} s, then stopped: {error}")
         mono = mix_down(samples)
         with timed("resample"):
-            resampled = resampler.push(block.rate, mono)
+            resampled = stretch.given(resampler.push(block.rate, mono))
         for samples_out in pieces.push(resampled):
             yield DecodedPiece(samples_out, levels.facts(sha256, None), False)
         if error is not None:
             break
     else:
-        notes.extend(segment.shortfall(chain, levels.duration_s))
+        notes.extend(stretch.shortfall(chain, levels))
     with timed("resample"):
-        resampled = resampler.flush()
+        resampled = stretch.given(resampler.flush())
     yield from (
         DecodedPiece(samples_out, levels.facts(sha256, None), False)
         for samples_out in pieces.push(resampled)
@@ -207,7 +222,7 @@ def _decode_blocks(
     notes.extend(levels.notes)
     notes.extend(chain.notes())
     if not pieces.num_out and len(last) < round(MIN_CLIP_S * sample_rate_hz):
-        raise error or _too_short(levels.duration_s, segment, notes)
+        raise error or _too_short(levels.duration_s, stretch.read, notes)
     yield DecodedPiece(last, levels.facts(sha256, "; ".join(notes) or None), True)
 
 
@@ -294,6 +309,7 @@ class _Segment:
         start_s: Start in seconds.
         reached_s: How far the file was read, in seconds from its start.
         frames_seen: Whether anything was read at all.
+        is_read: Whether it was read to its own end, rather than the file's.
     """
 
     def __init__(self, start_s: float, end_s: float | None) -> None:
@@ -301,6 +317,7 @@ class _Segment:
         self.end_s = end_s
         self.reached_s = 0.0
         self.frames_seen = False
+        self.is_read = False
 
     def cut(self, blocks: Iterable[Block], first_frame: int) -> Iterator[Block]:
         run_start_s, rate, frame = 0.0, 0, first_frame
@@ -318,6 +335,7 @@ class _Segment:
             frame += len(block.samples)
             self.reached_s = run_start_s + frame / rate
             if self.end_s is not None and frame >= round((self.end_s - run_start_s) * rate):
+                self.is_read = True
                 return
 
     def shortfall(self, chain: ReaderChain, decoded_s: float) -> list[str]:
@@ -336,6 +354,77 @@ class _Segment:
         return [note]
 
 
+class _Stretch:
+    """What of a file is read, measured and given: of a segment, all the same.
+
+    Attributes:
+        read: What is read.
+        counts_from_s: Where words to the user count seconds of audio from.
+        origin_s: Seconds before what is measured, by the same count.
+        reached_s: How far samples have been taken in, in seconds from the start of the file.
+    """
+
+    def __init__(self, start_s: float, end_s: float | None) -> None:
+        self.read = _Segment(start_s, end_s)
+        self.counts_from_s = start_s
+        self.origin_s = 0.0
+        self.reached_s = start_s
+
+    def measured(self, rate: int, num_samples: int) -> tuple[int, int]:
+        """Take the next samples in; which of them count for the levels: from, and up to."""
+        self.reached_s += num_samples / rate
+        return 0, num_samples
+
+    def given(self, resampled: FloatArray) -> FloatArray:
+        """Which of the next resampled samples are given."""
+        return resampled
+
+    def shortfall(self, chain: ReaderChain, levels: _Levels) -> list[str]:
+        """A warning if there is less audio than there should be."""
+        return self.read.shortfall(chain, levels.duration_s)
+
+
+class _PartStretch(_Stretch):
+    """A part of a long file: more is read than is given, and more is given than is measured."""
+
+    def __init__(self, start_s: float, end_s: float | None, part: Part, rate_hz: int) -> None:
+        before_s = math.ceil(part.before_samples / rate_hz) + RUN_IN_S
+        after_s = part.after_samples / rate_hz + RUN_IN_S
+        first_s = max(0, round(start_s) - before_s)
+        super().__init__(first_s, None if end_s is None else end_s + after_s)
+        self.counts_from_s, self.origin_s = 0.0, start_s
+        self._start_s = start_s
+        self._end_s = math.inf if end_s is None else end_s
+        self._to_drop = round((start_s - first_s) * rate_hz) - part.before_samples
+        self._to_give: float = math.inf
+        if end_s is not None:
+            margins = part.before_samples + part.after_samples
+            self._to_give = round((end_s - start_s) * rate_hz) + margins
+
+    def measured(self, rate: int, num_samples: int) -> tuple[int, int]:
+        begins_s = self.reached_s
+        super().measured(rate, num_samples)
+        first, stop = (
+            round(min(max((bound_s - begins_s) * rate, 0), num_samples))
+            for bound_s in (self._start_s, self._end_s)
+        )
+        return first, stop
+
+    def given(self, resampled: FloatArray) -> FloatArray:
+        num_dropped = min(self._to_drop, len(resampled))
+        self._to_drop -= num_dropped
+        num_given = int(min(self._to_give, len(resampled) - num_dropped))
+        self._to_give -= num_given
+        return resampled[num_dropped : num_dropped + num_given]
+
+    def shortfall(self, chain: ReaderChain, levels: _Levels) -> list[str]:
+        """That of the whole file, where it ends in this part."""
+        if self.read.is_read:
+            return []
+        whole = _Segment(0.0, None)
+        return whole.shortfall(chain, self.read.reached_s)
+
+
 def _of(part_s: float, whole_s: float) -> str:
     """``3.2 of 5.0``, with as many decimals as it takes to tell the two apart."""
     digits = 1 if whole_s - part_s >= 0.1 else 3
@@ -351,10 +440,12 @@ class _Levels:
     Attributes:
         duration_s: Seconds added so far.
         notes: Changes of format on the way.
+        origin_s: What these are counted from: seconds before the first sample.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, origin_s: float = 0.0) -> None:
         self.duration_s = 0.0
+        self.origin_s = origin_s
         self.notes: list[str] = []
         self._first_format: tuple[int, int] | None = None
         self._format: tuple[int, int] = (0, 0)
@@ -396,8 +487,9 @@ class _Levels:
             self._first_format = (rate, channels)
         else:
             self.notes.append(
-                f"at {self.duration_s:.1f} s the audio changes from {self._format[0]} Hz, "
-                f"{self._format[1]} channels to {rate} Hz, {channels} channels"
+                f"at {self.origin_s + self.duration_s:.1f} s the audio changes from "
+                f"{self._format[0]} Hz, {self._format[1]} channels to {rate} Hz, "
+                f"{channels} channels"
             )
         self._close_partial_frame()
         self._format = (rate, channels)
@@ -576,8 +668,7 @@ class _Job:
     """A clip as the parent sends it."""
 
     source: bytes | str
-    start_s: float | None
-    end_s: float | None
+    options: dict[str, Any]  # of ``decode``: which stretch of the file
 
 
 @dataclass
@@ -614,7 +705,10 @@ class _Child:
                     self.credits.release(job["returned_slots"])
                 self.limit_memory(job["size"])
                 source = stream.read(job["size"]) if job["path"] is None else job["path"]
-                self.jobs.put(_Job(source, job["start_s"], job["end_s"]))
+                options = {"start_s": job["start_s"], "end_s": job["end_s"]}
+                if job["part"] is not None:
+                    options["part"] = Part(**job["part"])
+                self.jobs.put(_Job(source, options))
         finally:
             os._exit(0)
 
@@ -644,8 +738,7 @@ class _Child:
             job.source,
             sample_rate_hz=self.sample_rate_hz,
             piece_samples=self.piece_samples,
-            start_s=job.start_s,
-            end_s=job.end_s,
+            **job.options,
             limits=self.limits,
             on_progress=self.show_life,
         ):

@@ -46,7 +46,13 @@ from transforms.rows import (
     errors_table,
     windows_table,
 )
-from transforms.sources import SourceSettings, make_clip_id, make_unit_id, read_unit
+from transforms.sources import (
+    SourceSettings,
+    make_clip_id,
+    make_unit_id,
+    read_unit,
+    windows_per_part,
+)
 from transforms.windows import CutWindows, WindowSettings
 
 # Files that one unit of LabelAudio groups, so that decoding can look ahead across them.
@@ -146,6 +152,9 @@ def make_settings(
             window_s=windows.window_samples / windows.sample_rate_hz,
             hop_s=windows.hop_samples / windows.sample_rate_hz,
             limits=dataclasses.replace(sources.limits, max_item_bytes=decode.max_item_bytes),
+            windows_per_part=windows_per_part(
+                sources.windows_per_unit, windows.hop_samples, windows.sample_rate_hz
+            ),
         ),
     )
 

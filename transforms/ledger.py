@@ -8,6 +8,10 @@
 A commit holds the size, hash and row count of each part, what the unit held, and its **ledger**:
 the items, or the slice of a container, that need not be done again as long as their version is
 the same.
+
+A **part** of a long file (``long_files``) is a unit like any other, but that its files lie in a
+result of their own until it is joined, under ``_parts/<unit_id of the long file>/``: its name has
+that unit's name in it.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from transforms.records import (
     Item,
     UnitKind,
     WindowCheck,
+    WorkUnit,
 )
 from transforms.stage_clocks import NO_SECONDS, StageSeconds
 
@@ -39,6 +44,7 @@ PARTS = ("windows", "clips", "errors")
 
 
 COMMITS = "_commits"
+LONG_FILES = "_parts"
 
 
 @dataclass(frozen=True)
@@ -253,14 +259,36 @@ def container_version(size: int | None, version: str | None) -> str:
     return f"{size}:{version}"
 
 
+def make_part_id(long_id: str, fingerprint: str, start_s: float, end_s: float | None) -> str:
+    """The name of a part of a long unit, from what is in it and what makes its rows."""
+    content = json.dumps([long_id, fingerprint, start_s, end_s])
+    return f"{long_id}.{hashlib.sha256(content.encode()).hexdigest()[:20]}"
+
+
+def long_id_of(unit_id: str) -> str | None:
+    """The long unit that a unit is a part of, or None."""
+    long_id, dot, _ = unit_id.partition(".")
+    return long_id if dot else None
+
+
+def _place(output: str, unit_id: str) -> tuple[str, str]:
+    """The result that a unit's files lie in, and what they are called there."""
+    long_id = long_id_of(unit_id)
+    if long_id is None:
+        return output, unit_id
+    return storage.join(output, LONG_FILES, long_id), unit_id.removeprefix(f"{long_id}.")
+
+
 def part_url(output: str, part: str, unit_id: str) -> str:
     """Where a unit's part lies."""
-    return storage.join(output, part, f"{unit_id}.parquet")
+    folder, name = _place(output, unit_id)
+    return storage.join(folder, part, f"{name}.parquet")
 
 
 def commit_url(output: str, unit_id: str) -> str:
     """Where a unit's commit lies."""
-    return storage.join(output, COMMITS, f"{unit_id}.json")
+    folder, name = _place(output, unit_id)
+    return storage.join(folder, COMMITS, f"{name}.json")
 
 
 def read_commit(output: str, unit_id: str) -> Commit:
@@ -355,6 +383,59 @@ def remove_unit(output: str, unit_id: str) -> None:
         storage.remove(part_url(output, part, unit_id))
 
 
+def is_whole(output: str, commit: Commit) -> bool:
+    """Whether a commit's parts are there, in the size that it vouches for."""
+    urls = [part_url(output, part, commit.unit_id) for part in commit.parts]
+    try:
+        return [storage.stat(url).size for url in urls] == [
+            info.num_bytes for info in commit.parts.values()
+        ]
+    except FileNotFoundError:
+        return False
+
+
+def list_long_files(output: str) -> dict[str, list[str]]:
+    """The files of parts of long units that have not been removed, by long unit."""
+    folder = storage.join(output, LONG_FILES)
+    if not storage.exists(folder):
+        return {}
+    found: dict[str, list[str]] = {}
+    for file in storage.list_files(folder):
+        long_id = file.url.removeprefix(f"{folder}/").partition("/")[0]
+        found.setdefault(long_id, []).append(file.url)
+    return found
+
+
+def list_part_ids(output: str) -> list[str]:
+    """The parts of long units that have a commit file."""
+    return [
+        f"{long_id}.{storage.file_name(url).removesuffix('.json')}"
+        for long_id, urls in list_long_files(output).items()
+        for url in urls
+        if url.endswith(".json")
+    ]
+
+
+def remove_long_file(output: str, long_id: str, urls: Sequence[str] | None = None) -> None:
+    """Remove the parts of a long unit, their commits first.
+
+    Args:
+        output: The result.
+        long_id: The long unit.
+        urls: Their files, where these are known.
+    """
+    if urls is None:
+        urls = list_long_files(output).get(long_id, ())
+    folder = storage.join(output, LONG_FILES, long_id)
+    commits = storage.join(folder, COMMITS)
+    for url in sorted(urls, key=lambda url: storage.parent(url) != commits):
+        storage.remove(url)
+    for name in (*PARTS, COMMITS):
+        storage.remove_empty_folder(storage.join(folder, name))
+    storage.remove_empty_folder(folder)
+    storage.remove_empty_folder(storage.parent(folder))
+
+
 def read_failures(output: str, unit_id: str) -> list[dict[str, Any]]:
     """The rows of a unit's ``errors`` part."""
     return cast(list[dict[str, Any]], read_part(output, "errors", unit_id).to_pylist())
@@ -397,6 +478,7 @@ class UnitSummary:
         engines: What computed it.
         checks: How far they were from float32.
         seconds: Where the time went that it took; none where it was committed before.
+        part: Of a part of a long unit, the part itself; else None.
     """
 
     unit_id: str
@@ -404,8 +486,14 @@ class UnitSummary:
     engines: tuple[str, ...] = ()
     checks: Checks = field(default_factory=dict)
     seconds: StageSeconds = NO_SECONDS
+    part: WorkUnit | None = None
 
     @staticmethod
-    def of(commit: Commit, seconds: StageSeconds = NO_SECONDS) -> UnitSummary:
-        """The summary of a commit."""
-        return UnitSummary(commit.unit_id, commit.totals, commit.engines, commit.checks, seconds)
+    def of(
+        commit: Commit, seconds: StageSeconds = NO_SECONDS, unit: WorkUnit | None = None
+    ) -> UnitSummary:
+        """The summary of a commit; of that of a part, with the part."""
+        part = None if unit is None or unit.part_of is None else unit
+        return UnitSummary(
+            commit.unit_id, commit.totals, commit.engines, commit.checks, seconds, part
+        )

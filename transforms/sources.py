@@ -22,15 +22,17 @@ from transforms.clip_ids import AUDIO_EXTENSIONS, make_clip_id, make_unit_id, re
 from transforms.inputs import Container, Found, check_there, find_inputs
 from transforms.parquet_source import read_parquet
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
-from transforms.spooling import Fetched, ReadLimits, fetch, second_name
+from transforms.spooling import Fetched, ReadLimits, fetch, fetch_long, second_name
 from transforms.tar_source import TarReader
 from transforms.units import (
     RestOfContainer,
     SourceSettings,
     cut_container,
     cut_containers,
+    is_long,
     limit_items,
     plan_units,
+    windows_per_part,
 )
 
 __all__ = [
@@ -44,11 +46,13 @@ __all__ = [
     "cut_container",
     "cut_containers",
     "find_inputs",
+    "is_long",
     "limit_items",
     "make_clip_id",
     "make_unit_id",
     "plan_units",
     "read_unit",
+    "windows_per_part",
 ]
 
 _DEFAULT_SETTINGS = SourceSettings()
@@ -81,7 +85,11 @@ def _read_files(items: Sequence[Item], settings: SourceSettings) -> Iterator[Enc
             while groups or fetching:
                 while groups and len(fetching) < settings.read_ahead:
                     url, same = groups.popleft()
-                    future = pool.submit(fetch, url, same[0].size, settings.limits)
+                    size, version, limits = same[0].size, same[0].version, settings.limits
+                    if same[0].part is None:
+                        future = pool.submit(fetch, url, size, limits)
+                    else:
+                        future = pool.submit(fetch_long, url, size, version, limits)
                     fetching.append((same, future))
                 same, future = fetching.popleft()
                 yield from _fetched_clips(same, future)
