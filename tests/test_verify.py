@@ -79,7 +79,8 @@ def flip_byte(path: Path) -> None:
 
 
 def first(folder: Path) -> Path:
-    return min(folder.iterdir())
+    """The first file; which unit's that is depends on the clips' times."""
+    return min(path for path in folder.iterdir() if path.is_file())
 
 
 def kinds(out: Path) -> list[Kind]:
