@@ -24,7 +24,7 @@ from transforms import long_files, spooling
 from transforms.audio_readers import probe_duration_s
 from transforms.commit import OpenUnit
 from transforms.decode_worker import decode, decode_whole
-from transforms.ledger import long_id_of
+from transforms.ledger import list_long_files, long_id_of, remove_long_file
 from transforms.live_counts import live_counts
 from transforms.records import Part
 from transforms.sources import windows_per_part
@@ -473,3 +473,18 @@ def test_two_workers_share_the_parts(label: Label, tmp_path: Path) -> None:
     whole = label("whole", path, in_parts=False)
     inference = {"precision": "fp32", "device": "cpu", "batch_size": 8, "workers": 2}
     check_same(label("parts", path, inference=inference), whole)
+
+
+def test_files_of_others_where_parts_lie_are_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    mine = [
+        out / "_parts" / "drawing.step",
+        out / "_parts" / ("a" * 20) / "notes.json",
+        out / "_parts" / ("a" * 20) / "clips" / "mine.parquet",
+    ]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    assert list_long_files(str(out)) == {}
+    remove_long_file(str(out), "a" * 20)
+    assert [path.read_text() for path in mine] == ["mine"] * 3

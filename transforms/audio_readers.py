@@ -279,7 +279,7 @@ def probe_duration_s(file: BinaryIO) -> float | None:
         file.seek(0)
         with soundfile.SoundFile(file) as sound:
             frames, rate = int(sound.frames), int(sound.samplerate)
-    except (OSError, ValueError, soundfile.LibsndfileError):  # who decodes it will say
+    except (OSError, ValueError, TypeError, soundfile.LibsndfileError):  # who decodes it will say
         return None
     return frames / rate if 0 < frames < 1 << 62 and rate > 0 else None
 

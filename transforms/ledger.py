@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -395,15 +396,40 @@ def is_whole(output: str, commit: Commit) -> bool:
 
 
 def list_long_files(output: str) -> dict[str, list[str]]:
-    """The files of parts of long units that have not been removed, by long unit."""
+    """The files of parts of long units that have not been removed, by long unit.
+
+    What does not have the name and place of such a file is somebody else's, and left alone.
+    """
     folder = storage.join(output, LONG_FILES)
-    if not storage.exists(folder):
-        return {}
     found: dict[str, list[str]] = {}
-    for file in storage.list_files(folder):
-        long_id = file.url.removeprefix(f"{folder}/").partition("/")[0]
-        found.setdefault(long_id, []).append(file.url)
+    for url in _list_there(folder):
+        long_id, *inside = url.removeprefix(f"{folder}/").split("/")
+        if _LONG_ID.fullmatch(long_id) and _is_of_part(inside):
+            found.setdefault(long_id, []).append(url)
     return found
+
+
+# As ``make_unit_id`` and ``make_part_id`` write them.
+_LONG_ID = re.compile(r"[0-9a-f]{16,64}")
+_PART_FILE = re.compile(r"[0-9a-f]{20}\.(parquet|json)")
+
+
+def _is_of_part(inside: Sequence[str]) -> bool:
+    if len(inside) != 2 or inside[0] not in (*PARTS, COMMITS):
+        return False
+    return _PART_FILE.fullmatch(inside[1]) is not None or storage.is_temporary_name(inside[1])
+
+
+def _list_there(folder: str) -> list[str]:
+    """The files below a folder that another process may be removing."""
+
+    def ignore_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    if not storage.exists(folder):
+        return []
+    return [file.url for file in storage.list_files(folder, ignore_gone)]
 
 
 def list_part_ids(output: str) -> list[str]:
@@ -424,9 +450,13 @@ def remove_long_file(output: str, long_id: str, urls: Sequence[str] | None = Non
         long_id: The long unit.
         urls: Their files, where these are known.
     """
-    if urls is None:
-        urls = list_long_files(output).get(long_id, ())
     folder = storage.join(output, LONG_FILES, long_id)
+    if urls is None:
+        urls = [
+            url
+            for url in _list_there(folder)
+            if _is_of_part(url.removeprefix(f"{folder}/").split("/"))
+        ]
     commits = storage.join(folder, COMMITS)
     for url in sorted(urls, key=lambda url: storage.parent(url) != commits):
         storage.remove(url)
