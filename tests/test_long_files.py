@@ -9,7 +9,6 @@ from typing import Any
 
 import fsspec
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import soundfile
 
@@ -19,6 +18,7 @@ from pipeline.result import read_result
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory
+from tests.test_kill import rows_of
 from transforms import join_parts as join_step
 from transforms import long_files, spooling
 from transforms.audio_readers import probe_duration_s
@@ -156,16 +156,9 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def rows(out: Path, part: str) -> list[dict[str, Any]]:
-    found = [
-        row for path in (out / part).glob("*.parquet") for row in pq.read_table(path).to_pylist()
-    ]
-    return sorted(found, key=lambda row: (row["clip_id"], row.get("window_index", 0)))
-
-
 def check_same(out: Path, expected: Path) -> None:
     for part in ("windows", "clips"):
-        mine, others = rows(out, part), rows(expected, part)
+        mine, others = rows_of(out, part), rows_of(expected, part)
         assert [row["clip_id"] for row in mine] == [row["clip_id"] for row in others]
         for row, other in zip(mine, others, strict=True):
             assert row.keys() == other.keys()
@@ -179,10 +172,10 @@ def check_same(out: Path, expected: Path) -> None:
                 check_facts(row, other)
     assert [
         {name: value for name, value in row.items() if name != "unit_id"}
-        for row in (rows(out, "errors") if (out / "errors").exists() else [])
+        for row in (rows_of(out, "errors") if (out / "errors").exists() else [])
     ] == [
         {name: value for name, value in row.items() if name != "unit_id"}
-        for row in (rows(expected, "errors") if (expected / "errors").exists() else [])
+        for row in (rows_of(expected, "errors") if (expected / "errors").exists() else [])
     ]
 
 
@@ -226,7 +219,7 @@ def test_softmax_and_float16_embeddings_and_all_scores(
     parts = label("parts", path, **changes)
     assert joined == [10]
     check_same(parts, whole)
-    mine, others = rows(parts, "windows"), rows(whole, "windows")
+    mine, others = rows_of(parts, "windows"), rows_of(whole, "windows")
     np.testing.assert_allclose(
         [row["scores"] for row in mine], [row["scores"] for row in others], atol=2e-3
     )
@@ -317,7 +310,7 @@ def test_parts_of_a_file_that_is_not_to_be_done_any_more_go(
 
     interrupt()
     label("out", other)
-    assert [Path(row["uri"]).name for row in rows(out, "clips")] == ["flac.flac"]
+    assert [Path(row["uri"]).name for row in rows_of(out, "clips")] == ["flac.flac"]
     interrupt()
     kept = set(out.glob("_parts/*/windows/*"))
     assert run_label(label.config("out", other, limit=1), []) == 0  # another run goes on with them
@@ -327,7 +320,7 @@ def test_parts_of_a_file_that_is_not_to_be_done_any_more_go(
     interrupt()
     write_long(tmp_path / "in", "exact", duration_s=39.0)
     label("out", path)
-    clip = rows(out, "clips")[0]
+    clip = rows_of(out, "clips")[0]
     assert clip["duration_s"] == pytest.approx(39.0)
 
 
@@ -428,7 +421,7 @@ def test_a_failure_of_the_first_part_is_the_files(
     parts = label("parts", path, decode=limit)
     assert joined == [10]
     check_same(parts, whole)
-    (row,) = rows(parts, "errors")
+    (row,) = rows_of(parts, "errors")
     assert row["error_type"] == "ItemTooLong"
     again = label("parts", path, retry_failed=True)
     assert joined == [10, 10]
@@ -463,8 +456,10 @@ def test_a_remote_long_file_is_fetched_once(
     assert joined == [10]
     assert fetched == ["memory://long/exact.wav"]
     whole = label("whole", path, in_parts=False)
-    assert rows(out, "clips")[0]["content_sha256"] == rows(whole, "clips")[0]["content_sha256"]
-    assert len(rows(out, "windows")) == len(rows(whole, "windows"))
+    assert (
+        rows_of(out, "clips")[0]["content_sha256"] == rows_of(whole, "clips")[0]["content_sha256"]
+    )
+    assert len(rows_of(out, "windows")) == len(rows_of(whole, "windows"))
 
 
 @pytest.mark.slow

@@ -626,17 +626,18 @@ def feature_threads() -> ThreadPoolExecutor:
     Several threads on one window gain little, and lose much where decoders run on the same cores:
     each step of it then waits for the slowest (15 to 100 ms a window instead of 5, on two cores).
     """
-    num_threads = torch.get_num_threads()
+    num_torch_threads = torch.get_num_threads()
+    num_threads = min(num_torch_threads, MAX_FEATURE_THREADS)
     threads = ThreadPoolExecutor(
-        min(num_threads, MAX_FEATURE_THREADS),
+        num_threads,
         thread_name_prefix="earmark-features",
         initializer=_compute_alone,
     )
     # Torch's setting is of the thread that sets it, and what threads start with that come after:
     # so all of these are started now, and what others start with is as before.
-    all_started = threading.Barrier(min(num_threads, MAX_FEATURE_THREADS))
-    list(threads.map(lambda _: all_started.wait(), range(all_started.parties)))
-    torch.set_num_threads(num_threads)
+    all_started = threading.Barrier(num_threads)
+    list(threads.map(lambda _: all_started.wait(), range(num_threads)))
+    torch.set_num_threads(num_torch_threads)
     return threads
 
 

@@ -47,6 +47,10 @@ PARTS = ("windows", "clips", "errors")
 COMMITS = "_commits"
 LONG_FILES = "_parts"
 
+# As ``make_unit_id`` and ``make_part_id`` write them.
+_LONG_ID = re.compile(r"[0-9a-f]{16,64}")
+_PART_FILE = re.compile(r"[0-9a-f]{20}\.(parquet|json)")
+
 
 @dataclass(frozen=True)
 class PartInfo:
@@ -395,23 +399,22 @@ def is_whole(output: str, commit: Commit) -> bool:
         return False
 
 
-def list_long_files(output: str) -> dict[str, list[str]]:
+def list_long_files(output: str, long_id: str | None = None) -> dict[str, list[str]]:
     """The files of parts of long units that have not been removed, by long unit.
 
     What does not have the name and place of such a file is somebody else's, and left alone.
+
+    Args:
+        output: The result.
+        long_id: The only long unit to look for; None for all.
     """
-    folder = storage.join(output, LONG_FILES)
+    root = storage.join(output, LONG_FILES)
     found: dict[str, list[str]] = {}
-    for url in _list_there(folder):
-        long_id, *inside = url.removeprefix(f"{folder}/").split("/")
-        if _LONG_ID.fullmatch(long_id) and _is_of_part(inside):
-            found.setdefault(long_id, []).append(url)
+    for url in _list_there(root if long_id is None else storage.join(root, long_id)):
+        unit_id, *inside = url.removeprefix(f"{root}/").split("/")
+        if _LONG_ID.fullmatch(unit_id) and _is_of_part(inside):
+            found.setdefault(unit_id, []).append(url)
     return found
-
-
-# As ``make_unit_id`` and ``make_part_id`` write them.
-_LONG_ID = re.compile(r"[0-9a-f]{16,64}")
-_PART_FILE = re.compile(r"[0-9a-f]{20}\.(parquet|json)")
 
 
 def _is_of_part(inside: Sequence[str]) -> bool:
@@ -452,11 +455,7 @@ def remove_long_file(output: str, long_id: str, urls: Sequence[str] | None = Non
     """
     folder = storage.join(output, LONG_FILES, long_id)
     if urls is None:
-        urls = [
-            url
-            for url in _list_there(folder)
-            if _is_of_part(url.removeprefix(f"{folder}/").split("/"))
-        ]
+        urls = list_long_files(output, long_id).get(long_id, ())
     commits = storage.join(folder, COMMITS)
     for url in sorted(urls, key=lambda url: storage.parent(url) != commits):
         storage.remove(url)
