@@ -147,9 +147,9 @@ def fetch(url: str, size: int | None, limits: ReadLimits) -> Fetched:
 
 
 class _LongFile:
-    """The remote file whose parts this process reads: fetched once, and kept until another comes.
+    """The remote file whose parts this process reads: kept from one part to the next.
 
-    A part would else fetch all of it again.
+    A part would else fetch all of it again. Only one is kept: parts of another take its place.
     """
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ _long_file = _LongFile()
 
 
 def fetch_long(url: str, size: int | None, version: str | None, limits: ReadLimits) -> Fetched:
-    """The bytes of a file that is read in parts; a remote one is fetched once for them.
+    """The bytes of a file that is read in parts; a remote one is kept for the next.
 
     Arguments are those of ``fetch``, and what tells a changed file from an unchanged one.
     """
