@@ -103,6 +103,7 @@ class Size:
         matrix_sizes: Sides of the squares.
         batch_sizes: Windows at once, of the model run as it is.
         compiled_batch_sizes: Those that it is compiled for, which takes a minute each.
+        compiled_precisions: Those of the precisions tried that it is compiled in.
         fbank_batch_sizes: Windows at once, of features.
         seconds: That a measurement takes, about.
         few_clips: Of the smaller run end to end.
@@ -115,6 +116,7 @@ class Size:
     matrix_sizes: Sequence[int]
     batch_sizes: Sequence[int]
     compiled_batch_sizes: Sequence[int]
+    compiled_precisions: Sequence[str]
     fbank_batch_sizes: Sequence[int]
     seconds: float
     few_clips: int
@@ -128,6 +130,7 @@ FULL = Size(
     matrix_sizes=(4096, 6144, 8192, 12288, 16384),
     batch_sizes=(1, 4, 16, 32, 64, 128, 256),
     compiled_batch_sizes=(64, 128),
+    compiled_precisions=tuple(PRECISIONS),
     fbank_batch_sizes=(16, 64, 256),
     seconds=3.0,
     few_clips=512,
@@ -148,6 +151,7 @@ TOY = Size(
     matrix_sizes=(64, 128),
     batch_sizes=(1, 2),
     compiled_batch_sizes=(2,),
+    compiled_precisions=tuple(PRECISIONS),
     fbank_batch_sizes=(2,),
     seconds=0.05,
     few_clips=2,
@@ -268,6 +272,8 @@ def measure_model(bench: Bench, matrices: Mapping[str, Any]) -> list[dict[str, A
         with multiplying(precision):
             for engine in bench.engines:
                 sizes = bench.size
+                if engine == "compile" and name not in sizes.compiled_precisions:
+                    continue
                 batch_sizes = sizes.batch_sizes if engine == "eager" else sizes.compiled_batch_sizes
                 for batch_size in batch_sizes:
                     setting = {"precision": name, "engine": engine, "batch_size": batch_size}
@@ -723,7 +729,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch-sizes", nargs="+", type=int, help="of the model, uncompiled")
     parser.add_argument("--compiled-batch-sizes", nargs="+", type=int, help="and compiled")
+    parser.add_argument(
+        "--compiled-precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        help="those of the precisions that it is compiled in; all",
+    )
+    parser.add_argument("--seconds", type=float, help="that one measurement takes, about")
     parser.add_argument("--clips", type=int, help="of the larger run end to end")
+    parser.add_argument(
+        "--pipeline-clips", type=int, help="of each setting of the Hugging Face pipeline"
+    )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="of clips")
     parser.add_argument("--rounds", type=int, default=3, help="paired rounds, end to end")
     parser.add_argument(
@@ -742,7 +758,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     changes = {
         "batch_sizes": options.batch_sizes,
         "compiled_batch_sizes": options.compiled_batch_sizes,
+        "compiled_precisions": options.compiled_precisions,
+        "seconds": options.seconds,
         "clips": options.clips,
+        "pipeline_clips": options.pipeline_clips,
     }
     size = dataclasses.replace(size, **{k: v for k, v in changes.items() if v is not None})
     can = [name for name, way in PRECISIONS.items() if device == "cuda" or not way.may_use_tf32]
