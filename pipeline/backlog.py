@@ -29,6 +29,7 @@ from transforms.sources import (
     make_clip_id,
     make_unit_id,
     plan_units,
+    windows_of,
 )
 
 # Bad lines of manifests that one unit of failures holds.
@@ -116,7 +117,7 @@ def find_uncut_backlog(
     changed_ids = {commit.unit_id for commit in changed}
     same = {unit_id: commit for unit_id, commit in commits.items() if unit_id not in changed_ids}
     redone = _redo(changed, inventory, same, settings)
-    retried = [] if retry_from is None else _retry(retry_from, same.values(), inventory)
+    retried = [] if retry_from is None else _retry(retry_from, same.values(), inventory, settings)
     retried_from = [same[unit.replaces[0]].totals for unit in retried]
     known = {
         entry.clip_id
@@ -288,7 +289,7 @@ def _redo(
             slices[commit.ledger.container.uri].append(commit.unit_id)
             continue
         names = [entry.clip_id for entry in commit.ledger.items]
-        units.append(_unit_of(commit, names, inventory))
+        units.append(_unit_of(commit, names, inventory, settings))
     for uri, replaced in slices.items():
         covered = _covered(kept)
         first, *rest = plan_units([], [inventory.wholes[uri]], settings, covered=covered)
@@ -296,7 +297,9 @@ def _redo(
     return units
 
 
-def _retry(output: str, kept: Iterable[Commit], inventory: _Inventory) -> list[WorkUnit]:
+def _retry(
+    output: str, kept: Iterable[Commit], inventory: _Inventory, settings: SourceSettings
+) -> list[WorkUnit]:
     """Units that take the good rows of a unit over and try its failed items again."""
     units = []
     for commit in kept:
@@ -307,21 +310,25 @@ def _retry(output: str, kept: Iterable[Commit], inventory: _Inventory) -> list[W
         if ledger.container is not None and not ledger.items:
             whole = inventory.wholes.get(ledger.container.uri)
             if whole is not None:
-                units.append(_retried_slice(commit, ledger.container, whole, rows))
+                units.append(_retried_slice(commit, ledger.container, whole, rows, settings))
             continue
         names = [row["clip_id"] for row in rows if row["clip_id"] in inventory.items]
         if names:
-            units.append(_unit_of(commit, names, inventory))
+            units.append(_unit_of(commit, names, inventory, settings))
     return units
 
 
 def _retried_slice(
-    commit: Commit, part: LedgerSlice, whole: Container, rows: Sequence[Mapping[str, Any]]
+    commit: Commit,
+    part: LedgerSlice,
+    whole: Container,
+    rows: Sequence[Mapping[str, Any]],
+    settings: SourceSettings,
 ) -> WorkUnit:
     """The failed items of a slice; all of it where the container could not be read to its end."""
     container = _slice_of(whole, part.start, part.stop)
     if commit.totals.broken_containers:
-        return _rebuilt(commit, whole.kind, container=container)
+        return _rebuilt(commit, whole.kind, settings, container=container)
     items = tuple(
         Item(
             clip_id=row["clip_id"],
@@ -337,11 +344,13 @@ def _retried_slice(
     )
     # The slice is read from the container's start, so that the second of a name is known as such.
     container = _slice_of(whole, 0 if whole.kind == "tar" else part.start, part.stop)
-    unit = _rebuilt(commit, whole.kind, items, container=container)
+    unit = _rebuilt(commit, whole.kind, settings, items, container=container)
     return dataclasses.replace(unit, carried=Carried(commit.unit_id))
 
 
-def _unit_of(commit: Commit, names: Sequence[str], inventory: _Inventory) -> WorkUnit:
+def _unit_of(
+    commit: Commit, names: Sequence[str], inventory: _Inventory, settings: SourceSettings
+) -> WorkUnit:
     """One unit of the items named that are found, in place of the commit's own.
 
     It takes over the rows of all the commit's other items, the failed ones among them: each item
@@ -357,24 +366,26 @@ def _unit_of(commit: Commit, names: Sequence[str], inventory: _Inventory) -> Wor
         container = _slice_of(inventory.asked[commit.ledger.container.uri], 0, None)
     elif commit.ledger.container is not None:
         kind = "files"  # there is nothing to read: rows taken over, or none at all
-    unit = _rebuilt(commit, kind, items, failures, container)
+    unit = _rebuilt(commit, kind, settings, items, failures, container)
     return dataclasses.replace(unit, carried=Carried(commit.unit_id, others) if others else None)
 
 
 def _rebuilt(
     commit: Commit,
     kind: UnitKind,
+    settings: SourceSettings,
     items: tuple[Item, ...] = (),
     failures: tuple[Failure, ...] = (),
     container: ContainerSlice | None = None,
 ) -> WorkUnit:
     named = (*items, *(failure.item for failure in failures))
+    windows = sum(windows_of(item, settings) for item in items)
     return WorkUnit(
         unit_id=make_unit_id(kind, named, container, replaces=(commit.unit_id,)),
         kind=kind,
         items=items,
         container=container,
-        estimated_windows=max(1, len(named) or commit.totals.windows),
+        estimated_windows=max(1, windows if named else commit.totals.windows),
         replaces=(commit.unit_id,),
         failures=failures,
     )

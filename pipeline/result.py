@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -243,22 +243,14 @@ def wait_for_writers(output: str) -> None:
         time.sleep(0.1)
 
 
-def heal(state: ResultState, to_do: Collection[str] | None = None) -> None:
+def heal(state: ResultState) -> None:
     """Bring a result in order before work starts: what does not count goes.
-
-    Args:
-        state: What lies in the folder.
-        to_do: The units to be done now, so that parts of other long files go; None where they are
-            not known, or not all.
 
     Damaged units are removed and so done again; leftovers of replaced units, parts without a
     commit, files that were being written and staged files of runs that died go. Nothing else is
-    touched.
+    touched: parts of long files are what a run goes on with, and it removes them at its end.
     """
     _remove_units_and_leftovers(state, (*state.damaged, *sorted(state.superseded)))
-    for long_id, urls in state.long_files.items():
-        if long_id in state.commits or (to_do is not None and long_id not in to_do):
-            remove_long_file(state.output, long_id, urls)
 
 
 def _remove_units_and_leftovers(state: ResultState, unit_ids: Iterable[str]) -> None:
@@ -463,8 +455,19 @@ class FinishRun:
             ),
         }
         with storage.writing_to(self.output):
+            self._remove_long_files()
             write_run(self.output, run)
             storage.write_bytes(storage.join(self.output, SUCCESS_FILE), b"")
+
+    def _remove_long_files(self) -> None:
+        """Parts of long files that have been labelled otherwise, or are not in the input any more.
+
+        Beyond a limit there may be files that a run without one goes on with.
+        """
+        committed = set(list_unit_ids(self.output))
+        for long_id, urls in list_long_files(self.output).items():
+            if self.run["config"]["limit"] is None or long_id in committed:
+                remove_long_file(self.output, long_id, urls)
 
     def _check(self, new: RunTotals) -> None:
         if new.units != self.num_units:

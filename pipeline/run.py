@@ -14,7 +14,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -386,9 +386,7 @@ def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED)
         OutputError: The output cannot be written.
     """
     is_new = bool(plan.units) or not plan.state.succeeded
-    # Beyond a limit there may be long files that another run goes on with.
-    to_do = None if config.limit is not None else {unit.unit_id for unit in plan.units}
-    run = begin_output(plan.state, plan.run, config, is_new=is_new, to_do=to_do)
+    run = begin_output(plan.state, plan.run, config, is_new=is_new)
     return make_finish(dataclasses.replace(plan, run=run), startup)
 
 
@@ -398,7 +396,6 @@ def begin_output(
     config: RunConfig,
     *,
     is_new: bool,
-    to_do: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Bring the output in order, and give ``run.json`` as it is while a run is on.
 
@@ -419,7 +416,7 @@ def begin_output(
         if config.overwrite:
             remove_result(state)
         else:
-            heal(state, to_do)
+            heal(state)
         if is_new:
             write_run(state.output, run)
     except OSError as error:
@@ -490,7 +487,8 @@ class _CommitReader:
     def refresh(self) -> None:
         """Look at once; ``ProgressDisplay`` does so at the end."""
         self._next_s = time.monotonic() + COMMIT_POLL_INTERVAL_S
-        with contextlib.suppress(OSError):  # a display is no reason for a run to fail
+        # A display is no reason for a run to fail; nor is a commit that is being mended.
+        with contextlib.suppress(OSError, OutputError):
             for unit_id in list_part_ids(self._output):
                 if unit_id not in self._seen:
                     self._add_part(unit_id)

@@ -33,7 +33,7 @@ from transforms.ledger import (
     PartInfo,
     UnitTotals,
     commit_url,
-    file_sha256,
+    find_change,
     list_unit_ids,
     part_url,
     read_part,
@@ -53,7 +53,7 @@ class Kind(Enum):
         LEFTOVER: It does not count, and the next run removes it.
         UNFINISHED: The last run has not come to its end.
         FOREIGN: Not Earmark's, and read along by whoever reads the folder.
-        STRAY: Not Earmark's and in nobody's way.
+        STRAY: In nobody's way: not Earmark's, or kept for another run.
     """
 
     INCOMPLETE = "damaged"
@@ -190,10 +190,7 @@ def verify_result(state: ResultState) -> Iterator[Finding]:
         )
     for url in state.orphans:
         yield Finding(url, "no commit vouches for it", Kind.LEFTOVER)
-    for long_id in state.long_files:  # while its run is not done, parts are as they should be
-        if state.succeeded or long_id in state.commits:
-            url = storage.join(state.output, LONG_FILES, long_id)
-            yield Finding(url, "parts of a file that is not labelled in parts now", Kind.LEFTOVER)
+    yield from _check_long_files(state)
     for url in state.foreign:
         is_read = url.lower().endswith(".parquet")
         yield Finding(url, "Earmark did not write it", Kind.FOREIGN if is_read else Kind.STRAY)
@@ -208,6 +205,20 @@ def verify_result(state: ResultState) -> Iterator[Finding]:
                 if clip_ids[clip_id] == 2:
                     problem = f"it is there twice, the second time in {commit.unit_id}"
                     yield Finding(clip_id, problem, Kind.CHANGED, commit.unit_id)
+
+
+def _check_long_files(state: ResultState) -> Iterator[Finding]:
+    """Parts of long files that are not as they should be: while a run is not done, they are."""
+    is_limited = state.run is not None and state.run.get("config", {}).get("limit") is not None
+    for long_id in state.long_files:
+        url = storage.join(state.output, LONG_FILES, long_id)
+        if long_id in state.commits:
+            yield Finding(url, "parts of a file that has been labelled", Kind.LEFTOVER)
+        elif state.succeeded and is_limited:
+            problem = "parts of a file beyond --limit: a run without one goes on with them"
+            yield Finding(url, problem, Kind.STRAY)
+        elif state.succeeded:
+            yield Finding(url, "parts of a file that is not labelled in parts now", Kind.LEFTOVER)
 
 
 def _check_run(state: ResultState) -> Iterator[Finding]:
@@ -256,7 +267,7 @@ def check_unit(output: str, commit: Commit) -> tuple[list[Finding], list[str]]:
         url = part_url(output, part, commit.unit_id)
         kind, problem = Kind.CHANGED, None
         try:
-            problem = _check_file(url, info)
+            problem = find_change(url, info)
             if problem is None:
                 tables[part], problem = _read_checked(output, part, commit, info)
         except pa.ArrowException as error:
@@ -274,14 +285,6 @@ def check_unit(output: str, commit: Commit) -> tuple[list[Finding], list[str]]:
         if part in tables
         for clip_id in tables[part]["clip_id"].to_pylist()
     ]
-
-
-def _check_file(url: str, info: PartInfo) -> str | None:
-    with storage.open_read(url) as file:
-        digest = file_sha256(file)
-    if digest != info.sha256:
-        return f"its content has changed: sha256 is {digest}, and {info.sha256} was committed"
-    return None
 
 
 _COLUMNS = {

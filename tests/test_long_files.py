@@ -24,6 +24,7 @@ from transforms import long_files, spooling
 from transforms.audio_readers import probe_duration_s
 from transforms.commit import OpenUnit
 from transforms.decode_worker import decode, decode_whole
+from transforms.errors import AccountingError
 from transforms.ledger import list_long_files, long_id_of, remove_long_file
 from transforms.live_counts import live_counts
 from transforms.records import Part
@@ -283,6 +284,10 @@ def test_parts_that_were_damaged_or_are_of_other_settings_are_not_taken(
     parts[3].write_bytes(parts[3].read_bytes()[:-10])
     parts[5].unlink()
     sorted(out.glob("_parts/*/_commits/*.json"))[7].write_bytes(b"{")
+    data = parts[2].read_bytes()  # of the same size, which is not seen before they are joined
+    parts[2].write_bytes(data[:200] + bytes([data[200] ^ 1]) + data[201:])
+    with pytest.raises(AccountingError, match=r"windows/.*: its content has changed"):
+        run_label(label.config("parts", path), [])
     label("parts", path)
     check_same(out, whole)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="KilledError"):
@@ -315,7 +320,10 @@ def test_parts_of_a_file_that_is_not_to_be_done_any_more_go(
     kept = set(out.glob("_parts/*/windows/*"))
     assert run_label(label.config("out", other, limit=1), []) == 0  # another run goes on with them
     assert set(out.glob("_parts/*/windows/*")) == kept
-    assert run_verify(str(out), quiet=True) == 3
+    assert run_verify(str(out), quiet=True) == 0
+    label("out", other, overwrite=True)
+    interrupt()
+    label("out", path, in_parts=False)
     label("out", other, overwrite=True)
     interrupt()
     write_long(tmp_path / "in", "exact", duration_s=39.0)
@@ -423,6 +431,12 @@ def test_a_failure_of_the_first_part_is_the_files(
     check_same(parts, whole)
     (row,) = rows_of(parts, "errors")
     assert row["error_type"] == "ItemTooLong"
+    first, second = (
+        describe_plan(make_plan(label.config(out, path, retry_failed=True)))[-1]
+        for out in ("new", "parts")
+    )
+    assert "cut into parts" in first
+    assert second == first
     again = label("parts", path, retry_failed=True)
     assert joined == [10, 10]
     check_same(again, label("right", path, in_parts=False))
@@ -481,5 +495,6 @@ def test_files_of_others_where_parts_lie_are_left_alone(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
     assert list_long_files(str(out)) == {}
+    assert long_id_of("drawing.step") is None
     remove_long_file(str(out), "a" * 20)
     assert [path.read_text() for path in mine] == ["mine"] * 3

@@ -460,6 +460,42 @@ class _SkipCommittedFn(beam.DoFn):
         yield TaggedOutput("done", UnitSummary.of(commit, unit=unit))
 
 
+class Desk:
+    """What a step that commits has to itself: a staging folder, and a hold on the result.
+
+    Args:
+        settings: Where and how to write.
+    """
+
+    def __init__(self, settings: CommitSettings) -> None:
+        self._settings = settings
+        self._staging: Path | None = None
+        self._hold: int | None = None
+
+    def open(self) -> Path:
+        """The local folder for files that are not in place yet; from here on, the step may commit.
+
+        Raises:
+            WriteError: The output cannot be written.
+        """
+        if self._staging is None:
+            # Several instances of a step may write at once: each has a folder of its own.
+            name = f"{self._settings.run_id}-{uuid.uuid4().hex[:8]}"
+            with storage.writing_to(self._settings.output):
+                self._staging = Path(storage.staging_path(self._settings.output, name))
+                self._hold = hold_commits(self._settings.output)
+        return self._staging
+
+    def close(self) -> None:
+        """Remove the folder, and let go of the result."""
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        if self._hold is not None:
+            os.close(self._hold)
+            self._hold = None
+
+
 @beam.typehints.with_input_types(UnitEvent)
 @beam.typehints.with_output_types(UnitSummary)
 class CommitUnits(beam.PTransform[PCollection[UnitEvent], PCollection[UnitSummary]]):
@@ -490,18 +526,14 @@ class _CommitUnitsFn(beam.DoFn):
     def __init__(self, settings: CommitSettings) -> None:
         self._settings = settings
         self._open: dict[str, OpenUnit] = {}
-        self._hold: int | None = None
+        self._desk = Desk(settings)
         self._counters = {
             name: Metrics.counter("earmark", name)
             for name in ("units_committed", "clips_labelled", "items_failed", "windows_labelled")
         }
 
     def setup(self) -> None:
-        # Several instances may write at once: each has a folder of its own.
-        name = f"{self._settings.run_id}-{uuid.uuid4().hex[:8]}"
-        with storage.writing_to(self._settings.output):
-            self._staging = Path(storage.staging_path(self._settings.output, name))
-            self._hold = hold_commits(self._settings.output)
+        self._desk.open()
 
     def start_bundle(self) -> None:
         self._discard_open()
@@ -510,7 +542,8 @@ class _CommitUnitsFn(beam.DoFn):
         unit_id = event.unit.unit_id if isinstance(event, UnitEnd) else event.unit_id
         unit = self._open.get(unit_id)
         if unit is None:
-            unit = self._open[unit_id] = OpenUnit(self._settings, self._staging, unit_id)
+            unit = OpenUnit(self._settings, self._desk.open(), unit_id)
+            self._open[unit_id] = unit
         with timed("write"), storage.writing_to(self._settings.output):
             unit.add(event)
             commit = unit.commit() if unit.is_complete else None
@@ -540,10 +573,7 @@ class _CommitUnitsFn(beam.DoFn):
 
     def teardown(self) -> None:
         self._discard_open()
-        shutil.rmtree(self._staging, ignore_errors=True)
-        if self._hold is not None:
-            os.close(self._hold)
-            self._hold = None
+        self._desk.close()
 
     def _discard_open(self) -> None:
         for unit in self._open.values():

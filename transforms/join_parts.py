@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +22,22 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PCollection
 
 from transforms import storage
-from transforms.commit import CommitSettings, OpenUnit
+from transforms.commit import CommitSettings, Desk, OpenUnit
 from transforms.decode_worker import BOUND_ERRORS, LEVEL_FRAME_S
-from transforms.errors import AccountingError
+from transforms.errors import AccountingError, OutputError
 from transforms.ledger import (
     Commit,
     UnitSummary,
+    UnitTotals,
     commit_url,
-    hold_commits,
+    find_change,
     open_part,
+    part_url,
     read_commit,
     read_failures,
     read_part,
     remove_long_file,
+    remove_unit,
 )
 from transforms.live_counts import live_counts
 from transforms.records import (
@@ -106,11 +106,38 @@ class JoinedClip:
     facts: ClipFacts
 
 
+def read_whole_commit(output: str, unit: WorkUnit) -> Commit:
+    """The commit of a part whose rows are those that it vouches for; all of them are read.
+
+    Raises:
+        AccountingError: They are not; the part has been taken out, to be labelled again.
+        OSError: They cannot be read.
+    """
+    try:
+        commit = read_commit(output, unit.unit_id)
+        for name, info in commit.parts.items():
+            url = part_url(output, name, unit.unit_id)
+            if change := find_change(url, info):
+                raise OutputError(f"{storage.public_uri(url)}: {change}")
+    except (OutputError, FileNotFoundError) as error:
+        remove_unit(output, unit.unit_id)
+        raise AccountingError(
+            f"a part of {unit.items[0].clip_id} is not as it was committed, and has been removed "
+            f"({error}); run the same command again, and it labels that part again"
+        ) from error
+    return commit
+
+
 def read_labelled_part(output: str, unit: WorkUnit, windows: WindowSettings) -> LabelledPart:
-    """What came of a part that is committed."""
+    """What came of a part that is committed.
+
+    Raises:
+        AccountingError: Its rows are not those that were committed.
+        OSError: They cannot be read.
+    """
     rate_hz, item = windows.sample_rate_hz, unit.items[0]
     first_index = round((item.start_s or 0.0) * rate_hz) // windows.hop_samples
-    commit = read_commit(output, unit.unit_id)
+    commit = read_whole_commit(output, unit)
     table = read_part(output, "windows", unit.unit_id, ["window_index", "end_s"])
     ends_s = {
         index: end_s
@@ -262,6 +289,11 @@ def join_parts(
         staging: A local folder for files that are not in place yet.
         unit: The long unit.
         parts: Its parts, all committed, in order.
+
+    Raises:
+        AccountingError: The parts are not the whole of the file, or not as they were committed.
+        OSError: They cannot be read.
+        WriteError: The output cannot be written.
     """
     output = settings.output
     if storage.exists(commit_url(output, unit.unit_id)):  # by an attempt before this one
@@ -271,30 +303,24 @@ def join_parts(
     labelled = [read_labelled_part(output, part, windows) for part in parts]
     overlap = windows.window_samples - windows.hop_samples
     joined = join_clip(labelled, overlap / windows.sample_rate_hz)
-    rows = OpenUnit(settings, staging, unit.unit_id)
-    item, num_windows = unit.items[0], 0
-    try:
-        if isinstance(joined, Failure):
-            failure = dataclasses.replace(joined, item=item)
-            rows.add(ItemFailure(unit.unit_id, 0, failure))
-        else:
-            num_windows = sum(part.num_windows for part in joined.parts)
-            _add_rows(rows, settings, unit, joined, num_windows)
-        for part in labelled if isinstance(joined, Failure) else joined.parts:
-            rows.add_made(part.commit.engines, part.commit.checks)
-        rows.add(UnitEnd(unit, 1))
-        commit = rows.commit()
-    except BaseException:
-        rows.discard()
-        raise
-    totals = [part.commit.totals for part in labelled]
+    with storage.writing_to(output):
+        rows = OpenUnit(settings, staging, unit.unit_id)
+        try:
+            _add_rows(rows, settings, unit, joined)
+            for part in labelled if isinstance(joined, Failure) else joined.parts:
+                rows.add_made(part.commit.engines, part.commit.checks)
+            rows.add(UnitEnd(unit, 1))
+            commit = rows.commit()
+        except BaseException:
+            rows.discard()
+            raise
+        remove_long_file(output, unit.unit_id)
+    counted = sum((part.commit.totals for part in labelled), UnitTotals())
     live_counts.units += 1
-    live_counts.windows += num_windows - sum(one.windows for one in totals)
-    live_counts.clips += int(isinstance(joined, JoinedClip))
-    live_counts.failures += int(isinstance(joined, Failure))
-    duration_s = joined.facts.duration_s if isinstance(joined, JoinedClip) else 0.0
-    live_counts.audio_s += duration_s - sum(one.audio_s for one in totals)
-    remove_long_file(output, unit.unit_id)
+    live_counts.windows += commit.totals.windows - counted.windows
+    live_counts.clips += commit.totals.clips
+    live_counts.failures += commit.totals.failures
+    live_counts.audio_s += commit.totals.audio_s - counted.audio_s
     return commit
 
 
@@ -309,14 +335,14 @@ def _check_whole(unit: WorkUnit, parts: Sequence[WorkUnit]) -> None:
 
 
 def _add_rows(
-    rows: OpenUnit,
-    settings: CommitSettings,
-    unit: WorkUnit,
-    joined: JoinedClip,
-    num_windows: int,
+    rows: OpenUnit, settings: CommitSettings, unit: WorkUnit, joined: JoinedClip | Failure
 ) -> None:
-    """Give the windows and the clip to the unit, as ``AssembleRows`` does."""
+    """Give the unit its windows and its clip, as ``AssembleRows`` does, or why there are none."""
     item = unit.items[0]
+    if isinstance(joined, Failure):
+        rows.add(ItemFailure(unit.unit_id, 0, dataclasses.replace(joined, item=item)))
+        return
+    num_windows = sum(part.num_windows for part in joined.parts)
     clip = ClipAggregate(item, settings.rows)
     num_seen = 0
     for part in joined.parts:
@@ -384,32 +410,22 @@ class _JoinPartsFn(beam.DoFn):
     def __init__(self, settings: CommitSettings, windows: WindowSettings) -> None:
         self._settings = settings
         self._windows = windows
-        self._hold: int | None = None
-        self._staging: Path | None = None
+        self._desk = Desk(settings)
+
+    def setup(self) -> None:
+        self._desk.open()
 
     def process(self, keyed: tuple[str, Iterable[WorkUnit]]) -> Iterator[UnitSummary]:
-        output = self._settings.output
         by_id = {part.unit_id: part for part in keyed[1]}
         parts = sorted(by_id.values(), key=lambda part: part.items[0].start_s or 0.0)
         unit = parts[0].part_of
         if unit is None:
             raise AccountingError(f"part {parts[0].unit_id} is a part of nothing")
-        with storage.writing_to(output):
-            if self._hold is None:
-                self._hold = hold_commits(output)
-            if self._staging is None:
-                name = f"{self._settings.run_id}-{uuid.uuid4().hex[:8]}"
-                self._staging = Path(storage.staging_path(output, name))
-            commit = join_parts(self._settings, self._windows, self._staging, unit, parts)
+        commit = join_parts(self._settings, self._windows, self._desk.open(), unit, parts)
         Metrics.counter("earmark", "units_committed").inc()
         Metrics.counter("earmark", "clips_labelled").inc(commit.totals.clips)
         Metrics.counter("earmark", "items_failed").inc(commit.totals.failures)
         yield UnitSummary.of(commit)
 
     def teardown(self) -> None:
-        if self._staging is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-        if self._hold is not None:
-            os.close(self._hold)
-            self._hold = None
+        self._desk.close()

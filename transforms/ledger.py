@@ -49,6 +49,7 @@ LONG_FILES = "_parts"
 
 # As ``make_unit_id`` and ``make_part_id`` write them.
 _LONG_ID = re.compile(r"[0-9a-f]{16,64}")
+_PART_ID = re.compile(r"(?P<long_id>[0-9a-f]{16,64})\.[0-9a-f]{20}")
 _PART_FILE = re.compile(r"[0-9a-f]{20}\.(parquet|json)")
 
 
@@ -272,8 +273,8 @@ def make_part_id(long_id: str, fingerprint: str, start_s: float, end_s: float | 
 
 def long_id_of(unit_id: str) -> str | None:
     """The long unit that a unit is a part of, or None."""
-    long_id, dot, _ = unit_id.partition(".")
-    return long_id if dot else None
+    match = _PART_ID.fullmatch(unit_id)
+    return None if match is None else match["long_id"]
 
 
 def _place(output: str, unit_id: str) -> tuple[str, str]:
@@ -397,6 +398,15 @@ def is_whole(output: str, commit: Commit) -> bool:
         ]
     except FileNotFoundError:
         return False
+
+
+def find_change(url: str, info: PartInfo) -> str | None:
+    """How a part's file differs from what was committed, or None; all of it is read."""
+    with storage.open_read(url) as file:
+        digest = file_sha256(file)
+    if digest == info.sha256:
+        return None
+    return f"its content has changed: sha256 is {digest}, and {info.sha256} was committed"
 
 
 def list_long_files(output: str, long_id: str | None = None) -> dict[str, list[str]]:

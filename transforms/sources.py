@@ -32,6 +32,7 @@ from transforms.units import (
     is_long,
     limit_items,
     plan_units,
+    windows_of,
     windows_per_part,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "make_unit_id",
     "plan_units",
     "read_unit",
+    "windows_of",
     "windows_per_part",
 ]
 

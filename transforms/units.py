@@ -206,7 +206,7 @@ def _is_long(item: Item, settings: SourceSettings) -> bool:
     if settings.windows_per_part is None or item.member is not None or item.row is not None:
         return False
     is_whole = item.start_s is None and item.end_s is None
-    return is_whole and _windows_of(item, settings) >= 2 * settings.windows_per_part
+    return is_whole and windows_of(item, settings) >= 2 * settings.windows_per_part
 
 
 def _cut_items(
@@ -224,7 +224,7 @@ def _cut_items(
     group: list[Item] = []
     windows = num_bytes = 0
     for item in items:
-        expected = _windows_of(item, settings)
+        expected = windows_of(item, settings)
         if not row_bytes and _is_long(item, settings):
             yield [item], expected
             continue
@@ -238,7 +238,8 @@ def _cut_items(
         yield group, windows
 
 
-def _windows_of(item: Item, settings: SourceSettings) -> int:
+def windows_of(item: Item, settings: SourceSettings) -> int:
+    """About how many windows an item has, by its size; of what lies in a container, one."""
     start_s = item.start_s or 0.0
     if item.end_s is not None:
         return settings.estimate.of_duration(item.end_s - start_s)
@@ -440,7 +441,7 @@ def _plan_members(
         parts.append((start, stop, items + missing))
     names = _seen_names(index, [(start, stop) for start, stop, _ in parts])
     for (start, stop, items), seen in zip(parts, names, strict=True):
-        windows = sum(_windows_of(item, settings) for item in items)
+        windows = sum(windows_of(item, settings) for item in items)
         yield _container_unit(container, start, stop, windows, items=items, seen_names=seen)
 
 
@@ -462,7 +463,7 @@ def _cut_members(
             continue
         start = start if items else group.start
         items += wanted
-        windows += max(group.windows, sum(_windows_of(item, settings) for item in wanted))
+        windows += max(group.windows, sum(windows_of(item, settings) for item in wanted))
         size += group.size
         last = (start, stop, items)
         if settings.is_full(windows, size):
