@@ -499,9 +499,16 @@ def test_the_device_gives_the_numbers_of_the_cpu(cuda: torch.device) -> None:
 def test_the_device_gives_the_numbers_of_torchaudio(name: str, cuda: torch.device) -> None:
     samples = SIGNALS[name](164_080)
     found = KaldiFbank(RAW).to(cuda)(torch.from_numpy(samples)[None].to(cuda))[0].cpu().numpy()
-    difference = np.abs(found - torchaudio_fbank(samples))
-    assert difference.max() <= (2e-2 if name == "chirp" else 2e-3)
+    expected = torchaudio_fbank(samples)
+    difference = np.abs(found - expected)
     assert difference.mean() < 1e-4
+    if name != "chirp":
+        assert difference.max() <= 2e-3
+    # What float32 rounds off is a share of a frame's loudest band. Between the side lobes of a pure
+    # sweep there is little else: torchaudio's own float32 is 0.014 off its float64 there.
+    energy, expected_energy = np.exp(found, dtype=np.float64), np.exp(expected, dtype=np.float64)
+    loudest = expected_energy.max(axis=1, keepdims=True)
+    assert (np.abs(energy - expected_energy) / loudest).max() <= 5e-6
 
 
 # --- ASTFeatureExtractor
