@@ -452,6 +452,7 @@ def measure_end_to_end(bench: Bench, model_rows: Sequence[Mapping[str, Any]]) ->
                 run_module("pipeline", ["label", *given, *asked], environment)
                 seconds = time.monotonic() - began_s
                 run = json.loads((target / "run.json").read_text())
+            print(f"{source.name}: {seconds:.1f} s", flush=True)  # whoever waits sees how long yet
             return {"seconds": seconds, "time": run["time"], "checks": run["checks"]}
 
         label(shards[_case(bench.formats[0], size.few_clips)])  # caches of compilers, of the check
@@ -648,21 +649,32 @@ def why_left_out(part: str) -> str | None:
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
-def run_parts(bench: Bench, parts: Sequence[str]) -> dict[str, Any]:
-    """Measure what is asked for and can be had here."""
+def run_parts(
+    bench: Bench, parts: Sequence[str], keep: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
+    """Measure what is asked for and can be had here.
+
+    Args:
+        bench: How.
+        parts: What is asked for.
+        keep: Called after each part with all that has been found by then: a machine that is lent
+            may go before the last.
+    """
     left_out = {part: reason for part in parts if (reason := why_left_out(part)) is not None}
     for part, reason in left_out.items():
         print(f"left out: {part}: {reason}")
-    wanted = [part for part in parts if part not in left_out]
+    wanted = [part for part in PARTS if part in parts and part not in left_out]
     result: dict[str, Any] = {"left_out": left_out}
-    if "matrices" in wanted:
-        result["matrices"] = measure_matrices(bench)
-    if "model" in wanted:
-        result["model"] = measure_model(bench, result.get("matrices", {}))
-    if "fbank" in wanted:
-        result["fbank"] = measure_fbank(bench)
-    if "end-to-end" in wanted:
-        result["end_to_end"] = measure_end_to_end(bench, result.get("model", []))
+    for part in wanted:  # in the order in which one needs what another has found
+        if part == "matrices":
+            result["matrices"] = measure_matrices(bench)
+        elif part == "model":
+            result["model"] = measure_model(bench, result.get("matrices", {}))
+        elif part == "fbank":
+            result["fbank"] = measure_fbank(bench)
+        else:
+            result["end_to_end"] = measure_end_to_end(bench, result.get("model", []))
+        keep(result)
     return result
 
 
@@ -774,17 +786,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recordings=[] if options.toy else find_recordings(options.data),
         formats=options.formats,
     )
-    result = {
-        "is_toy": options.toy,
-        "device": describe_device(device),
-        **run_parts(bench, options.parts),
-    }
-    write_results(options.results / "gpu.json", result)
-    if "model" in result:
+    about = {"is_toy": options.toy, "device": describe_device(device)}
+
+    def keep(found: Mapping[str, Any]) -> None:
+        write_results(options.results / "gpu.json", {**about, **found})
+
+    found = run_parts(bench, options.parts, keep)
+    if "model" in found:
         if importlib.util.find_spec("matplotlib") is None:
             print("left out: the picture: matplotlib is not installed")
         else:
-            draw(result, options.results / "gpu.png")
+            draw({**about, **found}, options.results / "gpu.png")
 
 
 if __name__ == "__main__":

@@ -182,7 +182,11 @@ def test_the_gpu_s_benchmark_needs_torch_alone(
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     bench = gpu.Bench("cpu", gpu.TOY, True, gpu.ENGINES, ("fp32",), 1, [], gpu.FORMATS)
-    result = gpu.run_parts(bench, ["matrices", "fbank", "end-to-end"])
+    kept: list[Any] = []
+    result = gpu.run_parts(
+        bench, ["matrices", "fbank", "end-to-end"], lambda found: kept.append(dict(found))
+    )
+    assert kept == [result]
     reason = "not installed: apache_beam"
     assert result["left_out"] == {"fbank": reason, "end-to-end": reason}
     assert f"left out: fbank: {reason}" in capsys.readouterr().out

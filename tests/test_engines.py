@@ -392,12 +392,28 @@ def test_a_gpu_gives_the_same_ahead(spec: ModelSpec, expected: FloatArray, needs
         np.testing.assert_allclose(begun_scores(waits), expected, rtol=0, atol=1e-4)
 
 
-# --- torch's compiler ------------------------------------------------------------------------
-
-
 def torch_backbone(spec: ModelSpec, **changes: Any) -> TorchBackbone:
     settings = InferenceSettings(device="cpu", batch_size=4, **changes)
     return TorchBackbone(load_model(spec).audio_spectrogram_transformer, settings, "fp32")
+
+
+def test_float32_is_not_cut_to_tf32(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Which torch allows on a GPU for convolutions, and the patches are made by one.
+    seen: list[bool] = []
+    convolve = torch.nn.Conv2d.forward
+
+    def looking(module: torch.nn.Conv2d, values: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return convolve(module, values)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", looking)
+    assert torch.backends.cudnn.allow_tf32
+    torch_backbone(spec).embed(features(2))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
+
+
+# --- torch's compiler ------------------------------------------------------------------------
 
 
 def test_compiled_code_sees_batches_of_one_size(

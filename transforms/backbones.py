@@ -323,7 +323,8 @@ class TorchBackbone:
         """
         with timed("copy"):
             batch = self._to_device(features)
-        outputs = self._run(batch)
+        with true_float32():
+            outputs = self._run(batch)
         return Embeddings(*(output.float().cpu().numpy() for output in outputs))
 
     @torch.inference_mode()
@@ -339,7 +340,8 @@ class TorchBackbone:
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             batch = self._to_device(features)
             began.record()
-            outputs = self._run(batch)
+            with true_float32():
+                outputs = self._run(batch)
             # To pinned memory, which torch takes of itself where it is not to wait.
             fetched = [output.float().to("cpu", non_blocking=True) for output in outputs]
             ended.record()
