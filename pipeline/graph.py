@@ -120,7 +120,7 @@ def label_units(
     """
     if cuts_long_files:
         whole, parts = units | "Cut long files" >> CutLongFiles(
-            label.sources, label.windows, commit.output, commit.fingerprint
+            label.sources, label.windows, label.decode, commit.output, commit.fingerprint
         )
         # Without this, all parts of a file would be labelled where it was cut.
         spread = parts | "Spread parts" >> beam.Reshuffle()

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
@@ -88,16 +88,29 @@ class SparseTar:
         return bytes(data)
 
 
+class Content(Protocol):
+    """What can be read of the store."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of it."""
+        ...
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        """Some of them."""
+        ...
+
+
 class ListingFileSystem(AbstractFileSystem):
     """The store; see the module."""
 
     protocol = PROTOCOL
     cachable = False
-    tars: ClassVar[dict[str, SparseTar]] = {}
+    tars: ClassVar[dict[str, Content]] = {}
 
     @classmethod
-    def add_tar(cls, name: str, tar: SparseTar) -> str:
-        """Put an archive into the bucket ``tars``; its URL."""
+    def add_tar(cls, name: str, tar: Content) -> str:
+        """Put an archive, or what else has content, into the bucket ``tars``; its URL."""
         cls.tars[f"tars/{name}"] = tar
         return f"{PROTOCOL}://tars/{name}"
 

@@ -15,6 +15,8 @@ import soundfile
 from tests.listing_store import ListingFileSystem, SparseTar, bucket_url
 from tests.unit_factory import make_item
 from transforms import tar_headers
+from transforms.decode import DecodeSettings
+from transforms.header_probe import HeaderProbe
 from transforms.long_files import cut_long
 from transforms.records import WorkUnit
 from transforms.sources import SourceSettings, find_inputs, is_long, plan_units
@@ -89,7 +91,10 @@ def test_a_recording_of_40_hours_is_cut_into_parts(tmp_path: Path) -> None:
     (whole,) = plan([str(recording)])
     assert whole.estimated_windows > 14_000
     windows = WindowSettings.from_seconds(None, None, 0.1, 1024, 16_000)
-    parts = cut_long(whole, SETTINGS, windows, "f" * 64)
+    with HeaderProbe(DecodeSettings()) as probe:
+        duration_s = probe.read_duration_s(whole.items[0])
+    assert duration_s == 40 * 3600
+    parts = cut_long(whole, duration_s, SETTINGS, windows, "f" * 64)
     assert len(parts) == 71
     assert {part.estimated_windows for part in parts[:-1]} == {200}
     check_even(parts[:-1])
@@ -99,9 +104,9 @@ def test_a_recording_of_40_hours_is_cut_into_parts(tmp_path: Path) -> None:
     assert [item.end_s for item in items] == [*(item.start_s for item in items[1:]), None]
     assert len({part.unit_id for part in parts}) == 71
     assert all(part.part_of == whole for part in parts)
-    again = cut_long(whole, SETTINGS, windows, "f" * 64)
+    again = cut_long(whole, duration_s, SETTINGS, windows, "f" * 64)
     assert [part.unit_id for part in again] == [part.unit_id for part in parts]
-    others = cut_long(whole, SETTINGS, windows, "0" * 64)
+    others = cut_long(whole, duration_s, SETTINGS, windows, "0" * 64)
     assert not {part.unit_id for part in others} & {part.unit_id for part in parts}
 
 

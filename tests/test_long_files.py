@@ -20,11 +20,12 @@ from pipeline.verify import run_verify
 from tests import audio_factory
 from tests.test_kill import rows_of
 from transforms import join_parts as join_step
-from transforms import long_files, spooling
+from transforms import spooling
 from transforms.audio_readers import probe_duration_s
 from transforms.commit import OpenUnit
 from transforms.decode_worker import decode, decode_whole
 from transforms.errors import AccountingError
+from transforms.header_probe import HeaderProbe
 from transforms.ledger import list_long_files, long_id_of, remove_long_file
 from transforms.live_counts import live_counts
 from transforms.records import Part
@@ -404,7 +405,7 @@ def test_a_header_that_promises_too_much_loses_no_end(
     window = {"length_s": 1.0, "hop_s": 0.5, "min_tail": 0.3}
     # Parts of four windows, two seconds.
     whole = label("whole", path, in_parts=False, window=window)
-    monkeypatch.setattr(long_files, "probe_duration_s", lambda file: 30.0)
+    monkeypatch.setattr(HeaderProbe, "read_duration_s", lambda probe, item: 30.0)
     check_same(label("parts", path, window=window), whole)
 
 

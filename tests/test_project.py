@@ -44,11 +44,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("storage", "clip_ids", "spooling", "tar_source", "parquet_source", "inputs", "units"),
     },
     # Decoding from the inside out: which library reads a file, the libraries, the process that
-    # runs them, the pool of such processes.
+    # runs them, its parent's side, the pool of such processes.
     "audio_routes": set(),
     "audio_readers": {"audio_routes"},
     "decode_worker": {"audio_readers", "stage_clocks"},
-    "decode": {"decode_worker", "stage_clocks"},
+    "decode_process": {"decode_worker", "stage_clocks"},
+    "decode": {"decode_process", "decode_worker", "stage_clocks"},
     "windows": set(),
     "live_counts": set(),
     "stage_clocks": set(),
@@ -93,7 +94,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ledger": {"storage", "stage_clocks"},
     "commit": {"storage", "rows", "ledger", "live_counts", "stage_clocks"},
     # A very long file: cut into parts that are units of their own, and joined from them.
-    "long_files": {"storage", "units", "audio_readers", "windows", "ledger"},
+    "header_probe": {"storage", "decode", "decode_process", "decode_worker"},
+    "long_files": {"storage", "units", "decode", "header_probe", "windows", "ledger"},
     "join_parts": {
         *("storage", "decode_worker", "windows", "rows", "ledger", "commit", "live_counts"),
     },

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 import numpy as np
 import soundfile
 
-from transforms.audio_routes import UNKNOWN_SIZE_FROM, Route, find_route
+from transforms.audio_routes import UNKNOWN_SIZE_FROM, Route, find_route, needs_ffmpeg
 from transforms.errors import DecodeError
 from transforms.records import FloatArray
 
@@ -267,14 +267,17 @@ def probe_duration_s(file: BinaryIO) -> float | None:
     """Seconds of audio in a file that can be entered at any place, by its header alone.
 
     Args:
-        file: The encoded bytes; of a remote file, no more than the header and the end are read.
+        file: The encoded bytes, of which no more is read than the header, and for some formats
+            the end.
 
     Returns:
         The length, to be held against what decoding gives; None where the header does not say, or
         where reading would start at the beginning whatever the place (FFmpeg).
     """
     try:
-        if not find_route(cast(bytes, _LazyView(file)), lambda: None).soundfile_first:
+        view = cast(bytes, _LazyView(file))
+        # Finding the route of what FFmpeg reads would go from box to box through the whole file.
+        if needs_ffmpeg(view[:64]) or not find_route(view, lambda: None).soundfile_first:
             return None
         file.seek(0)
         with soundfile.SoundFile(file) as sound:

@@ -28,17 +28,9 @@ import atexit
 import collections
 import contextlib
 import dataclasses
-import fcntl
-import json
 import logging
 import math
-import mmap
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,11 +39,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import apache_beam as beam
-import numpy as np
 from apache_beam.metrics.metric import Metrics
 from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms import decode_worker
+from transforms.decode_process import (
+    WORKER_COMMAND,
+    DecoderLostError,
+    DecoderOptions,
+    DecoderProcess,
+    start_decoder,
+)
 from transforms.errors import DecodeError, EarmarkError, item_too_large
 from transforms.records import (
     ClipFacts,
@@ -72,8 +70,6 @@ Decoded: TypeAlias = Waveform | ItemFailure
 ReadUnit: TypeAlias = Callable[[WorkUnit], Iterator[EncodedClip | Failure]]
 
 PIECES_AHEAD = 3  # decoded pieces of one clip that wait to be taken
-START_TIMEOUT_S = 120.0  # importing the libraries on a busy machine with a cold disk
-MAX_FAILED_STARTS = 3
 MIN_DECODER_BYTES = 256 << 20  # less would not hold the libraries themselves
 CLOSE_TIMEOUT_S = 30.0
 
@@ -139,6 +135,13 @@ class DecodeSettings:
             max_decoder_bytes=self.max_decoder_bytes,
         )
 
+    @property
+    def of_process(self) -> DecoderOptions:
+        """What a decoder process is started with."""
+        return DecoderOptions(
+            self.sample_rate_hz, self.piece_samples, self.limits, self.stall_timeout_s
+        )
+
     def resolve_num_processes(self) -> int:
         """``num_processes``, or the number of usable cores."""
         return self.num_processes or usable_cores()
@@ -171,7 +174,7 @@ class DecodePool:
         self,
         settings: DecodeSettings | None = None,
         *,
-        worker_command: Sequence[str] = (sys.executable, "-P", "-m", "transforms.decode_worker"),
+        worker_command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
         self.settings = settings or DecodeSettings()
         self.worker_command = tuple(worker_command)
@@ -433,7 +436,7 @@ class DecodePool:
         with self.lock:
             self._workers.discard(worker)
 
-    def begin(self, job: _Job, child: _Child) -> bool:
+    def begin(self, job: _Job, child: DecoderProcess) -> bool:
         """Note which child decodes a job; False if nobody wants it any more."""
         with self.lock:
             job.child = child
@@ -537,7 +540,7 @@ class _Job:
     taken: threading.Condition  # the worker waits here for room
     results: collections.deque[Decoded] = field(default_factory=collections.deque)
     num_bytes: int = 0
-    child: _Child | None = None
+    child: DecoderProcess | None = None
     done: bool = False
     cancelled: bool = False
 
@@ -560,7 +563,7 @@ class _Worker:
     def __init__(self, pool: DecodePool, first_job: _Job | None) -> None:
         self._pool = pool
         self._first_job = first_job
-        self._child: _Child | None = None
+        self._child: DecoderProcess | None = None
         self.thread = threading.Thread(target=self._run, name="earmark-decoder", daemon=True)
 
     def _run(self) -> None:
@@ -592,34 +595,22 @@ class _Worker:
         finally:
             self._pool.end(job, result)
 
-    def _living_child(self) -> _Child:
+    def _living_child(self) -> DecoderProcess:
         """The child, started or replaced if need be."""
         if self._child is not None and self._child.is_usable():
             return self._child
         if self._child is not None:
             self._child.close()
             self._child = None
-        for attempt in range(1, MAX_FAILED_STARTS + 1):
-            try:
-                self._child = _start_child(self._pool.settings, self._pool.worker_command)
-            except (_ChildLostError, OSError) as error:
-                problem = error
-                logger.warning(
-                    "decoder process: start %d of %d: %s", attempt, MAX_FAILED_STARTS, error
-                )
-            else:
-                self._pool.note_start()
-                return self._child
-        command = " ".join(self._pool.worker_command)
-        raise EarmarkError(
-            f"no decoder process could be started: {problem}; see what {command!r} says by itself"
-        )
+        self._child = start_decoder(self._pool.settings.of_process, self._pool.worker_command)
+        self._pool.note_start()
+        return self._child
 
 
 class _ClipDecoding:
     """One clip in a child: its pieces as they come, and how it ends."""
 
-    def __init__(self, pool: DecodePool, job: _Job, child: _Child) -> None:
+    def __init__(self, pool: DecodePool, job: _Job, child: DecoderProcess) -> None:
         self._pool = pool
         self._job = job
         self._child = child
@@ -645,7 +636,7 @@ class _ClipDecoding:
                 self._child.return_slot()
         except DecodeError as error:
             return self._end_early(error)
-        except _ChildLostError as error:
+        except DecoderLostError as error:
             return self._end_early(DecodeError(str(error), error_type=error.error_type))
 
     def _hand_out(self, samples: FloatArray) -> bool:
@@ -692,235 +683,6 @@ def _check_size(clip: EncodedClip, max_item_bytes: int) -> None:
 def _item_failure(job: _Job, error: DecodeError) -> ItemFailure:
     failure = Failure(job.item, error.stage, error.error_type, str(error))
     return ItemFailure(job.stream.unit_id, job.item_index, failure)
-
-
-class _ChildLostError(Exception):
-    """The child died or hangs."""
-
-    def __init__(self, message: str, error_type: str) -> None:
-        super().__init__(message)
-        self.error_type = error_type
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """A piece as the child sends it."""
-
-    samples: FloatArray
-    facts: ClipFacts
-    is_last: bool
-
-
-def _start_child(settings: DecodeSettings, command: Sequence[str]) -> _Child:
-    """A child that is ready for work.
-
-    Raises:
-        _ChildLostError: It died on the way.
-        OSError: It could not be started at all.
-    """
-    with contextlib.ExitStack() as undo:
-        stderr = _nameless_file()
-        undo.callback(os.close, stderr)
-        # Appending, so that truncating it between clips moves the child's position too.
-        fcntl.fcntl(stderr, fcntl.F_SETFL, os.O_APPEND)
-        memory_fd = _nameless_file()
-        ours, theirs = socket.socketpair()
-        undo.enter_context(ours)
-        try:
-            os.ftruncate(memory_fd, decode_worker.NUM_SLOTS * settings.piece_samples * 4)
-            memory = mmap.mmap(memory_fd, 0)
-            undo.callback(memory.close)
-            fds = (theirs.fileno(), memory_fd)
-            numbers = (*fds, settings.sample_rate_hz, settings.piece_samples)
-            limits = json.dumps(dataclasses.asdict(settings.limits))
-            process = subprocess.Popen(
-                [*command, *map(str, numbers), limits],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                pass_fds=fds,
-                env=_child_environment(),
-                start_new_session=True,  # Ctrl-C in the terminal does not reach it
-            )
-        finally:
-            os.close(memory_fd)
-            theirs.close()
-        undo.pop_all()
-    child = _Child(process, ours, memory, stderr, settings.max_decoder_bytes)
-    try:
-        child.wait_until_ready(settings)
-    except BaseException:
-        child.close()
-        raise
-    return child
-
-
-def _nameless_file() -> int:
-    """A file that lives in memory where the system can, and cannot be left behind."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("earmark-decode")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
-def _child_environment() -> dict[str, str]:
-    """One thread per library, and this package where the child can import it."""
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
-
-
-class _Child:
-    """The parent's side of a decoder process."""
-
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        connection: socket.socket,
-        memory: mmap.mmap,
-        stderr: int,
-        max_decoder_bytes: int,
-    ) -> None:
-        self._process = process
-        self._max_decoder_bytes = max_decoder_bytes
-        self._base_bytes = 0
-        self._connection = connection
-        self._stream = connection.makefile("rb")
-        self._memory = memory
-        self._slots: FloatArray = np.frombuffer(memory, np.float32).reshape(
-            decode_worker.NUM_SLOTS, -1
-        )
-        self._stderr = stderr
-        self._num_received = 0
-        self._slots_to_return = 0
-        self._is_killed = False
-
-    def is_usable(self) -> bool:
-        """Alive, and with at least half of the allowed memory to itself: libraries may leak."""
-        if self._is_killed or self._process.poll() is not None:
-            return False
-        if not self._base_bytes:  # the system does not tell
-            return True
-        held_bytes = decode_worker.data_bytes(self._process.pid)  # 0 once it has begun to end
-        return 0 < held_bytes <= self._base_bytes + self._max_decoder_bytes // 2
-
-    def wait_until_ready(self, settings: DecodeSettings) -> None:
-        self._connection.settimeout(START_TIMEOUT_S)
-        self._receive()
-        self._connection.settimeout(settings.stall_timeout_s)
-        self._base_bytes = decode_worker.data_bytes(self._process.pid)
-
-    def send_job(self, clip: EncodedClip) -> None:
-        """Send a clip to decode."""
-        os.ftruncate(self._stderr, 0)
-        job = {
-            "path": None if clip.path is None else str(Path(clip.path).absolute()),
-            "size": 0 if clip.data is None else len(clip.data),
-            "start_s": clip.item.start_s,
-            "end_s": clip.item.end_s,
-            "part": None if clip.item.part is None else dataclasses.asdict(clip.item.part),
-            "returned_slots": self._slots_to_return,
-        }
-        self._slots_to_return = 0
-        self._send(decode_worker.JOB, json.dumps(job).encode(), clip.data or b"")
-
-    def return_slot(self) -> None:
-        """Give the slot of the last piece back while its clip goes on."""
-        self._slots_to_return -= 1
-        self._send(decode_worker.CREDIT)
-
-    def receive_reply(self) -> _Reply:
-        """The next piece, copied out of shared memory.
-
-        Raises:
-            DecodeError: What the child says of the clip.
-            _ChildLostError: The child died, or showed no sign of life and was killed.
-        """
-        kind, payload = self._receive()
-        while kind == decode_worker.ALIVE:
-            kind, payload = self._receive()
-        content: dict[str, Any] = json.loads(payload)
-        stage_clocks.add(StageSeconds(**content.get("seconds", {})))  # at the end of each clip
-        if kind == decode_worker.ERROR:
-            raise DecodeError(content["message"], error_type=content["error_type"])
-        slot = self._num_received % decode_worker.NUM_SLOTS
-        self._num_received += 1
-        self._slots_to_return += 1
-        samples = self._slots[slot, : content["num_samples"]].copy()
-        return _Reply(samples, ClipFacts(**content["facts"]), kind == decode_worker.LAST)
-
-    def _send(self, kind: bytes, payload: bytes = b"", data: bytes = b"") -> None:
-        try:
-            decode_worker.send_frame(self._connection, kind, payload)
-            if data:
-                self._connection.sendall(data)
-        except TimeoutError as error:
-            raise self._hung() from error
-        except OSError as error:
-            raise self._lost() from error
-
-    def _receive(self) -> tuple[bytes, bytes]:
-        try:
-            header = self._stream.read(decode_worker.FRAME_HEADER.size)
-            if len(header) == decode_worker.FRAME_HEADER.size:
-                kind, length = decode_worker.FRAME_HEADER.unpack(header)
-                payload = self._stream.read(length)
-                if len(payload) == length:
-                    return kind, payload
-        except TimeoutError as error:
-            raise self._hung() from error
-        except OSError as error:
-            raise self._lost() from error
-        raise self._lost()
-
-    def _hung(self) -> _ChildLostError:
-        timeout_s = self._connection.gettimeout()
-        self.kill()
-        return _ChildLostError(
-            f"the decoder gave no sign of life for {timeout_s:g} s and was killed", "DecoderHung"
-        )
-
-    def _lost(self) -> _ChildLostError:
-        try:
-            code = self._process.wait(timeout=1.0)  # it closed the connection: it is ending
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
-        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        return _ChildLostError(f"the decoder {how}{self._last_words()}", "DecoderCrashed")
-
-    def _last_words(self) -> str:
-        size = os.fstat(self._stderr).st_size
-        tail = os.pread(self._stderr, 4096, max(size - 4096, 0)).decode(errors="replace")
-        lines = [line.strip() for line in tail.splitlines() if line.strip()]
-        return f" ({lines[-1][:500]})" if lines else ""
-
-    def kill(self) -> None:
-        """End the process; whoever reads from it notices."""
-        self._is_killed = True
-        self._process.kill()
-
-    def close(self) -> None:
-        """End the process and free what belongs to it."""
-        self.kill()
-        self._process.wait()
-        self._stream.close()
-        self._connection.close()
-        del self._slots
-        self._memory.close()
-        os.close(self._stderr)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    return f"{name} (out of memory?)" if number == signal.SIGKILL else name
 
 
 # One pool for all the DoFns of a process, so that threads of a runner share the decoders.

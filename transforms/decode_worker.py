@@ -27,6 +27,7 @@ What a reader may rely on:
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import mmap
@@ -43,7 +44,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,7 @@ from transforms.audio_readers import (
     ReaderChain,
     hash_encoded,
     open_encoded,
+    probe_duration_s,
 )
 from transforms.errors import DecodeError
 from transforms.records import ClipFacts, FloatArray, Part
@@ -641,11 +643,15 @@ class _Pieces:
 
 FRAME_HEADER = struct.Struct("!cQ")
 READY, PIECE, LAST, ERROR, ALIVE = b"R", b"P", b"L", b"E", b"A"  # to the parent
+WANTED, LENGTH = b"W", b"T"  # to the parent, of a file whose header is probed
 JOB, CREDIT = b"J", b"C"  # to the child
+PROBE, BLOCK = b"H", b"B"  # to the child, of a file whose header is probed
 NUM_SLOTS = 3
 ALIVE_EVERY_S = 1.0
+BLOCK_BYTES = 64 << 10  # what of a file that is probed is asked for at once
 
 DecodeFunction = Callable[..., Iterator[DecodedPiece]]
+ProbeFunction = Callable[[BinaryIO], float | None]
 
 
 def data_bytes(process: int | str) -> int:
@@ -672,6 +678,50 @@ class _Job:
 
 
 @dataclass
+class _Probe:
+    """A file whose header the parent asks about; its blocks are the parent's."""
+
+    size: int
+
+
+class _ParentsFile(io.RawIOBase):
+    """A file of which the parent gives one block after another, as they are read.
+
+    None is asked for twice: how many there are is the parent's bound.
+    """
+
+    def __init__(self, size: int, fetch: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._size = size
+        self._fetch = fetch
+        self._blocks: dict[int, bytes] = {}
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        if self._position >= self._size:
+            return 0
+        start = self._position - self._position % BLOCK_BYTES
+        if start not in self._blocks:
+            self._blocks[start] = self._fetch(start)
+        at = self._position - start
+        data = memoryview(self._blocks[start])[at : at + len(buffer)]
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+@dataclass
 class _Child:
     """The child's side of the connection.
 
@@ -683,7 +733,8 @@ class _Child:
     piece_samples: int
     limits: DecodeLimits
     slots: FloatArray  # (NUM_SLOTS, piece_samples)
-    jobs: queue.SimpleQueue[_Job] = field(default_factory=queue.SimpleQueue)
+    jobs: queue.SimpleQueue[_Job | _Probe] = field(default_factory=queue.SimpleQueue)
+    blocks: queue.SimpleQueue[bytes] = field(default_factory=queue.SimpleQueue)
     credits: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(NUM_SLOTS))
     num_sent: int = 0
     last_sign_s: float = 0.0
@@ -700,7 +751,14 @@ class _Child:
                 if kind == CREDIT:
                     self.credits.release()
                     continue
+                if kind == BLOCK:
+                    self.blocks.put(payload)
+                    continue
                 job = json.loads(payload)
+                if kind == PROBE:
+                    self.limit_memory(0)
+                    self.jobs.put(_Probe(job["size"]))
+                    continue
                 if job["returned_slots"]:
                     self.credits.release(job["returned_slots"])
                 self.limit_memory(job["size"])
@@ -712,11 +770,14 @@ class _Child:
         finally:
             os._exit(0)
 
-    def run_job(self, decode_function: DecodeFunction) -> None:
-        """Decode one clip and send what comes of it."""
+    def run_job(self, decode_function: DecodeFunction, probe_function: ProbeFunction) -> None:
+        """Decode one clip, or probe one header, and send what comes of it."""
         job = self.jobs.get()
         try:
-            self.send_pieces(job, decode_function)
+            if isinstance(job, _Probe):
+                self.send_length(job, probe_function)
+            else:
+                self.send_pieces(job, decode_function)
         except DecodeError as error:
             self.send_error(error.error_type, str(error))
         except MemoryError as error:
@@ -730,6 +791,16 @@ class _Child:
         except Exception as error:  # whatever a library throws belongs to this clip alone
             message = f"the decoder failed: {type(error).__name__}: {error}"
             self.send_error(type(error).__name__, message)
+
+    def send_length(self, probe: _Probe, probe_function: ProbeFunction) -> None:
+        """Probe one header and send what it says."""
+        with io.BufferedReader(_ParentsFile(probe.size, self.fetch_block)) as file:
+            self.send(LENGTH, {"length_s": probe_function(file)})
+
+    def fetch_block(self, start: int) -> bytes:
+        """The block of the file under probe that begins there."""
+        self.send(WANTED, {"start": start})
+        return self.blocks.get()
 
     @timed("decode")
     def send_pieces(self, job: _Job, decode_function: DecodeFunction) -> None:
@@ -785,13 +856,18 @@ def seconds_of_decoder() -> dict[str, float]:
     return {"open_s": lap.open_s, "decode_s": lap.decode_s, "resample_s": lap.resample_s}
 
 
-def serve(arguments: list[str], decode_function: DecodeFunction = decode) -> None:
-    """Decode clips for the parent process until it goes away; never returns.
+def serve(
+    arguments: list[str],
+    decode_function: DecodeFunction = decode,
+    probe_function: ProbeFunction = probe_duration_s,
+) -> None:
+    """Decode clips and probe headers for the parent process until it goes away; never returns.
 
     Args:
         arguments: File descriptors of the socket and of the shared memory, the rate in Hz, the
             samples per piece, and ``DecodeLimits`` as JSON.
         decode_function: What decodes; tests put a crashing one here.
+        probe_function: What probes, likewise.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # hostile files would fill the disk with cores
@@ -805,7 +881,7 @@ def serve(arguments: list[str], decode_function: DecodeFunction = decode) -> Non
     threading.Thread(target=child.read_frames, daemon=True).start()
     send_frame(child.connection, READY)
     while True:
-        child.run_job(decode_function)
+        child.run_job(decode_function, probe_function)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms import storage
-from transforms.audio_readers import probe_duration_s
+from transforms.decode import DecodeSettings
+from transforms.errors import EarmarkError
+from transforms.header_probe import HeaderProbe
 from transforms.ledger import commit_url, make_part_id
-from transforms.records import Item, Part, WorkUnit
+from transforms.records import Part, WorkUnit
 from transforms.units import SourceSettings, is_long
 from transforms.windows import WindowSettings
 
@@ -36,32 +38,24 @@ from transforms.windows import WindowSettings
 # three months.
 MAX_PARTS = 4096
 
-# What a remote file's header is read in.
-_HEADER_BLOCK_BYTES = 64 << 10
-
-
-def read_duration_s(item: Item) -> float | None:
-    """Seconds of audio in a file, by its header; None where it does not say or cannot be read."""
-    try:
-        with storage.open_read(item.url or item.uri, _HEADER_BLOCK_BYTES) as file:
-            return probe_duration_s(file) if file.seekable() else None
-    except OSError:  # who reads it will say
-        return None
-
 
 def cut_long(
-    unit: WorkUnit, sources: SourceSettings, windows: WindowSettings, fingerprint: str
+    unit: WorkUnit,
+    duration_s: float | None,
+    sources: SourceSettings,
+    windows: WindowSettings,
+    fingerprint: str,
 ) -> list[WorkUnit]:
-    """The parts of a long unit; the unit itself where it is none, or its header tells otherwise.
+    """The parts of a long unit; the unit itself where its length is that of one, or not known.
 
     Args:
-        unit: Any unit.
+        unit: A long unit.
+        duration_s: Seconds of audio in it, by its header; None where that is not known.
         sources: What is long, and how many windows a part has.
         windows: How windows are cut.
         fingerprint: Of everything that changes results.
     """
     per_part = sources.windows_per_part
-    duration_s = read_duration_s(unit.items[0]) if is_long(unit, sources) else None
     if per_part is None or duration_s is None:
         return [unit]
     rate_hz, window, hop = windows.sample_rate_hz, windows.window_samples, windows.hop_samples
@@ -100,15 +94,21 @@ class CutLongFiles(
     Args:
         sources: What is long, and how many windows a part has.
         windows: How windows are cut.
+        decode: What reading a header may take.
         output: Where units are committed.
         fingerprint: Of everything that changes results.
     """
 
     def __init__(
-        self, sources: SourceSettings, windows: WindowSettings, output: str, fingerprint: str
+        self,
+        sources: SourceSettings,
+        windows: WindowSettings,
+        decode: DecodeSettings,
+        output: str,
+        fingerprint: str,
     ) -> None:
         super().__init__()
-        self._step = _CutLongFn(sources, windows, output, fingerprint)
+        self._step = _CutLongFn(sources, windows, decode, output, fingerprint)
 
     def default_type_hints(self) -> IOTypeHints:
         """What Beam checks what goes in and comes out against."""
@@ -125,12 +125,36 @@ class CutLongFiles(
 
 class _CutLongFn(beam.DoFn):
     def __init__(
-        self, sources: SourceSettings, windows: WindowSettings, output: str, fingerprint: str
+        self,
+        sources: SourceSettings,
+        windows: WindowSettings,
+        decode: DecodeSettings,
+        output: str,
+        fingerprint: str,
     ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sources = sources
         self._windows = windows
+        self._decode = decode
         self._output = output
         self._fingerprint = fingerprint
+        self._probe: HeaderProbe | None = None
+
+    def setup(self) -> None:
+        self._probe = HeaderProbe(self._decode)
+
+    def start_bundle(self) -> None:
+        self._end_process()  # a bundle before this one may have failed halfway
+
+    def finish_bundle(self) -> None:
+        self._end_process()
+
+    def teardown(self) -> None:
+        self._end_process()
+
+    def _end_process(self) -> None:
+        if self._probe is not None:
+            self._probe.close()
 
     def process(self, unit: WorkUnit) -> Iterator[WorkUnit | TaggedOutput[str, WorkUnit]]:
         if not is_long(unit, self._sources) or storage.exists(
@@ -138,5 +162,8 @@ class _CutLongFn(beam.DoFn):
         ):
             yield unit
             return
-        for part in cut_long(unit, self._sources, self._windows, self._fingerprint):
+        if self._probe is None:
+            raise EarmarkError("setup was not called before process; a runner must call it")
+        duration_s = self._probe.read_duration_s(unit.items[0])
+        for part in cut_long(unit, duration_s, self._sources, self._windows, self._fingerprint):
             yield unit if part is unit else TaggedOutput("parts", part)

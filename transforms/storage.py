@@ -572,7 +572,13 @@ def _version(details: dict[str, Any]) -> str | None:
 # --- Reading -------------------------------------------------------------------------------
 
 
-def open_read(url: str, block_bytes: int | None = None, stop: int | None = None) -> BinaryIO:
+def open_read(
+    url: str,
+    block_bytes: int | None = None,
+    stop: int | None = None,
+    *,
+    only_ranges: bool = False,
+) -> BinaryIO:
     """Open a file as a buffered stream of bytes, in bounded memory; close it after use.
 
     The stream can seek, except over ``http`` from a server that does not give a size. Of a file in
@@ -585,6 +591,9 @@ def open_read(url: str, block_bytes: int | None = None, stop: int | None = None)
             one while the last is being used.
         stop: The byte before which reading in order will end; nothing from there on is asked for
             ahead. None: the file's end.
+        only_ranges: Of a file on the web or in an object store, never read more than is asked for:
+            an error rather than all that comes before, where a server gives no ranges, or all of
+            it, where a store unpacks it on the way.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -594,7 +603,7 @@ def open_read(url: str, block_bytes: int | None = None, stop: int | None = None)
     if is_local(url):
         path = _regular_file(url)
         return open(path, "rb")
-    raw = cast(io.RawIOBase, _open_remote(url, block_bytes, stop))
+    raw = cast(io.RawIOBase, _open_remote(url, block_bytes, stop, only_ranges))
     return cast(BinaryIO, io.BufferedReader(raw, _BUFFER_BYTES))
 
 
@@ -626,7 +635,9 @@ def _regular_file(url: str) -> str:
     return path
 
 
-def _open_remote(url: str, block_bytes: int | None, stop: int | None) -> io.RawIOBase | io.BytesIO:
+def _open_remote(
+    url: str, block_bytes: int | None, stop: int | None, only_ranges: bool
+) -> io.RawIOBase | io.BytesIO:
     fs, path = _filesystem(url)
     options: dict[str, Any] = {} if block_bytes is None else {"block_size": block_bytes}
     if protocol(url) == "memory":
@@ -643,6 +654,8 @@ def _open_remote(url: str, block_bytes: int | None, stop: int | None) -> io.RawI
     if details.get("contentEncoding") == "gzip":
         # It is unpacked on the way: the size that Google gives is that of something else.
         file.close()
+        if only_ranges:
+            raise _no_ranges(url)
         return _open_unpacked(fs, url, path)
     size = getattr(file, "size", None)
     has_ranges = getattr(type(file), "_fetch_range", None) not in (None, _NO_RANGES)
@@ -652,11 +665,17 @@ def _open_remote(url: str, block_bytes: int | None, stop: int | None) -> io.RawI
             pace = _Pace(block_bytes, size if stop is None else min(stop, size))
         else:  # one connection, for one request at a time
             pace = _Pace(block_bytes or int(file.blocksize), size)
-        return _RangedFile(file, url, size, content, pace)
+        return _RangedFile(file, url, size, content, pace, only_ranges)
     file.close()
+    if only_ranges and protocol(url) in _READ_ONLY:
+        raise _no_ranges(url)
     details = _ask_file(url, lambda: _details(url))
     content.version = None if protocol(url) in _READ_ONLY else _version(details)
     return _StreamedFile(url, details.get("size"), content)
+
+
+def _no_ranges(url: str) -> OSError:
+    return OSError(f"{public_uri(url)}: its server gives it only from start to end")
 
 
 def _open_unpacked(fs: Any, url: str, path: str) -> io.FileIO:
@@ -811,10 +830,19 @@ class _RangedFile(io.RawIOBase):
     web server that turns out to give no ranges, the rest comes as a stream.
     """
 
-    def __init__(self, file: Any, url: str, size: int, content: _WebContent, pace: _Pace) -> None:
+    def __init__(
+        self,
+        file: Any,
+        url: str,
+        size: int,
+        content: _WebContent,
+        pace: _Pace,
+        only_ranges: bool = False,
+    ) -> None:
         super().__init__()
         self._file, self._url, self._size, self._content = file, url, size, content
         self._pace = pace
+        self._only_ranges = only_ranges
         self._position = 0
         self._start, self._block = 0, b""
         self._ahead: _Ahead | None = None
@@ -877,6 +905,8 @@ class _RangedFile(io.RawIOBase):
             piece = ahead.result() if ahead is not None else self._ask_for(start, end)
             if piece is not None:
                 return piece
+            if self._only_ranges:
+                raise _no_ranges(self._url)
         if self._stream is None or self._stream.tell() != start:
             self._close_stream()
             self._stream = _StreamedFile(self._url, self._size, self._content, start)
@@ -963,7 +993,7 @@ class _StreamedFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if not self.seekable():
-            raise OSError(f"{public_uri(self._url)}: its server gives it only from start to end")
+            raise _no_ranges(self._url)
         with _told(self._url):
             self._position = int(self._file.seek(offset, whence))
         return self._position

@@ -1,0 +1,359 @@
+"""A decoder process as its parent sees it: started with limits, spoken to, replaced when lost.
+
+    parent ─ JOB, clip ──────────▶ decode_worker ─ pieces, in shared memory ─▶ parent
+           ─ PROBE, size of file ▶               ─ which blocks it needs, the length ─▶
+
+Whatever a hostile file does to a library, it does to this process: it may die, say nothing more, or
+ask for more memory than it is allowed. ``decode`` makes a failed clip of that, ``header_probe`` a
+length that is not known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from transforms import decode_worker
+from transforms.errors import DecodeError, EarmarkError
+from transforms.records import ClipFacts, EncodedClip, FloatArray
+from transforms.stage_clocks import StageSeconds, stage_clocks
+
+logger = logging.getLogger(__name__)
+
+# Starts a decoder; its arguments follow.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "transforms.decode_worker")
+START_TIMEOUT_S = 120.0  # importing the libraries on a busy machine with a cold disk
+MAX_FAILED_STARTS = 3
+
+
+class DecoderLostError(Exception):
+    """The process died or hangs.
+
+    Attributes:
+        error_type: ``DecoderCrashed`` or ``DecoderHung``.
+    """
+
+    def __init__(self, message: str, error_type: str) -> None:
+        super().__init__(message)
+        self.error_type = error_type
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A piece as the child sends it.
+
+    Attributes:
+        samples: Shape (num_samples,), mono float32.
+        facts: The clip's facts as far as decoded.
+        is_last: Nothing follows.
+    """
+
+    samples: FloatArray
+    facts: ClipFacts
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """What a decoder process is started with.
+
+    Attributes:
+        sample_rate_hz: The rate to resample to.
+        piece_samples: Samples per piece.
+        limits: The bounds that it holds to.
+        stall_timeout_s: It is killed when it shows no sign of life for this long.
+    """
+
+    sample_rate_hz: int
+    piece_samples: int
+    limits: decode_worker.DecodeLimits
+    stall_timeout_s: float
+
+
+def start_decoder(
+    options: DecoderOptions, command: Sequence[str] = WORKER_COMMAND
+) -> DecoderProcess:
+    """A process that is ready for work; a start that fails is tried again.
+
+    Raises:
+        EarmarkError: None could be started.
+    """
+    for attempt in range(1, MAX_FAILED_STARTS + 1):
+        try:
+            return _start_once(options, command)
+        except (DecoderLostError, OSError) as error:
+            problem = error
+            logger.warning("decoder process: start %d of %d: %s", attempt, MAX_FAILED_STARTS, error)
+    raise EarmarkError(
+        f"no decoder process could be started: {problem}; see what {' '.join(command)!r} says by "
+        "itself"
+    )
+
+
+def _start_once(options: DecoderOptions, command: Sequence[str]) -> DecoderProcess:
+    """One try.
+
+    Raises:
+        DecoderLostError: It died on the way.
+        OSError: It could not be started at all.
+    """
+    with contextlib.ExitStack() as undo:
+        stderr = _nameless_file()
+        undo.callback(os.close, stderr)
+        # Appending, so that truncating it between clips moves the child's position too.
+        fcntl.fcntl(stderr, fcntl.F_SETFL, os.O_APPEND)
+        memory_fd = _nameless_file()
+        ours, theirs = socket.socketpair()
+        undo.enter_context(ours)
+        try:
+            os.ftruncate(memory_fd, decode_worker.NUM_SLOTS * options.piece_samples * 4)
+            memory = mmap.mmap(memory_fd, 0)
+            undo.callback(memory.close)
+            fds = (theirs.fileno(), memory_fd)
+            numbers = (*fds, options.sample_rate_hz, options.piece_samples)
+            limits = json.dumps(dataclasses.asdict(options.limits))
+            process = subprocess.Popen(
+                [*command, *map(str, numbers), limits],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=fds,
+                env=_child_environment(),
+                start_new_session=True,  # Ctrl-C in the terminal does not reach it
+            )
+        finally:
+            os.close(memory_fd)
+            theirs.close()
+        undo.pop_all()
+    child = DecoderProcess(process, ours, memory, stderr, options)
+    try:
+        child.wait_until_ready()
+    except BaseException:
+        child.close()
+        raise
+    return child
+
+
+def _nameless_file() -> int:
+    """A file that lives in memory where the system can, and cannot be left behind."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("earmark-decode")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _child_environment() -> dict[str, str]:
+    """One thread per library, and this package where the child can import it."""
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+
+
+class DecoderProcess:
+    """The parent's side of a decoder process; ``start_decoder`` makes one."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        connection: socket.socket,
+        memory: mmap.mmap,
+        stderr: int,
+        options: DecoderOptions,
+    ) -> None:
+        self._process = process
+        self._options = options
+        self._base_bytes = 0
+        self._connection = connection
+        self._stream = connection.makefile("rb")
+        self._memory = memory
+        self._slots: FloatArray = np.frombuffer(memory, np.float32).reshape(
+            decode_worker.NUM_SLOTS, -1
+        )
+        self._stderr = stderr
+        self._num_received = 0
+        self._slots_to_return = 0
+        self._is_killed = False
+
+    def is_usable(self) -> bool:
+        """Alive, and with at least half of the allowed memory to itself: libraries may leak."""
+        if self._is_killed or self._process.poll() is not None:
+            return False
+        if not self._base_bytes:  # the system does not tell
+            return True
+        held_bytes = decode_worker.data_bytes(self._process.pid)  # 0 once it has begun to end
+        return 0 < held_bytes <= self._base_bytes + self._options.limits.max_decoder_bytes / 2
+
+    def wait_until_ready(self) -> None:
+        """Wait for its first sign of life."""
+        self._connection.settimeout(START_TIMEOUT_S)
+        self._receive()
+        self._connection.settimeout(self._options.stall_timeout_s)
+        self._base_bytes = decode_worker.data_bytes(self._process.pid)
+
+    def send_job(self, clip: EncodedClip) -> None:
+        """Send a clip to decode."""
+        os.ftruncate(self._stderr, 0)
+        job = {
+            "path": None if clip.path is None else str(Path(clip.path).absolute()),
+            "size": 0 if clip.data is None else len(clip.data),
+            "start_s": clip.item.start_s,
+            "end_s": clip.item.end_s,
+            "part": None if clip.item.part is None else dataclasses.asdict(clip.item.part),
+            "returned_slots": self._slots_to_return,
+        }
+        self._slots_to_return = 0
+        self._send(decode_worker.JOB, json.dumps(job).encode(), clip.data or b"")
+
+    def return_slot(self) -> None:
+        """Give the slot of the last piece back while its clip goes on."""
+        self._slots_to_return -= 1
+        self._send(decode_worker.CREDIT)
+
+    def receive_reply(self) -> Reply:
+        """The next piece, copied out of shared memory.
+
+        Raises:
+            DecodeError: What the child says of the clip.
+            DecoderLostError: The child died, or showed no sign of life and was killed.
+        """
+        kind, content = self._receive_answer()
+        slot = self._num_received % decode_worker.NUM_SLOTS
+        self._num_received += 1
+        self._slots_to_return += 1
+        samples = self._slots[slot, : content["num_samples"]].copy()
+        return Reply(samples, ClipFacts(**content["facts"]), kind == decode_worker.LAST)
+
+    def probe(self, file: BinaryIO, size: int, max_blocks: int) -> float | None:
+        """Seconds of audio by a file's header, of which the child is given the blocks it asks for.
+
+        Args:
+            file: The encoded bytes; can seek.
+            size: How many there are.
+            max_blocks: Of ``decode_worker.BLOCK_BYTES``; a child that asks for more is killed.
+
+        Returns:
+            The length; None where the header does not say, or not within so many blocks.
+
+        Raises:
+            DecodeError: The child cannot take the header.
+            DecoderLostError: The child died, or showed no sign of life and was killed.
+            OSError: The file cannot be read; the child then waits for ever, and is to be killed.
+        """
+        os.ftruncate(self._stderr, 0)
+        self._send(decode_worker.PROBE, json.dumps({"size": size}).encode())
+        num_given = 0
+        while True:
+            kind, content = self._receive_answer()
+            if kind == decode_worker.LENGTH:
+                length_s: float | None = content["length_s"]
+                return length_s
+            if num_given == max_blocks:
+                self.kill()
+                return None
+            num_given += 1
+            file.seek(content["start"])
+            self._send(decode_worker.BLOCK, file.read(decode_worker.BLOCK_BYTES))
+
+    def _receive_answer(self) -> tuple[bytes, dict[str, Any]]:
+        """The next frame that is not only a sign of life.
+
+        Raises:
+            DecodeError: It is an error.
+        """
+        kind, payload = self._receive()
+        while kind == decode_worker.ALIVE:
+            kind, payload = self._receive()
+        content: dict[str, Any] = json.loads(payload)
+        stage_clocks.add(StageSeconds(**content.get("seconds", {})))  # at the end of each clip
+        if kind == decode_worker.ERROR:
+            raise DecodeError(content["message"], error_type=content["error_type"])
+        return kind, content
+
+    def _send(self, kind: bytes, payload: bytes = b"", data: bytes = b"") -> None:
+        try:
+            decode_worker.send_frame(self._connection, kind, payload)
+            if data:
+                self._connection.sendall(data)
+        except TimeoutError as error:
+            raise self._hung() from error
+        except OSError as error:
+            raise self._lost() from error
+
+    def _receive(self) -> tuple[bytes, bytes]:
+        try:
+            header = self._stream.read(decode_worker.FRAME_HEADER.size)
+            if len(header) == decode_worker.FRAME_HEADER.size:
+                kind, length = decode_worker.FRAME_HEADER.unpack(header)
+                payload = self._stream.read(length)
+                if len(payload) == length:
+                    return kind, payload
+        except TimeoutError as error:
+            raise self._hung() from error
+        except OSError as error:
+            raise self._lost() from error
+        raise self._lost()
+
+    def _hung(self) -> DecoderLostError:
+        timeout_s = self._connection.gettimeout()
+        self.kill()
+        return DecoderLostError(
+            f"the decoder gave no sign of life for {timeout_s:g} s and was killed", "DecoderHung"
+        )
+
+    def _lost(self) -> DecoderLostError:
+        try:
+            code = self._process.wait(timeout=1.0)  # it closed the connection: it is ending
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        return DecoderLostError(f"the decoder {how}{self._last_words()}", "DecoderCrashed")
+
+    def _last_words(self) -> str:
+        size = os.fstat(self._stderr).st_size
+        tail = os.pread(self._stderr, 4096, max(size - 4096, 0)).decode(errors="replace")
+        lines = [line.strip() for line in tail.splitlines() if line.strip()]
+        return f" ({lines[-1][:500]})" if lines else ""
+
+    def kill(self) -> None:
+        """End the process; whoever reads from it notices."""
+        self._is_killed = True
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the process and free what belongs to it."""
+        self.kill()
+        self._process.wait()
+        self._stream.close()
+        self._connection.close()
+        del self._slots
+        self._memory.close()
+        os.close(self._stderr)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return f"{name} (out of memory?)" if number == signal.SIGKILL else name
