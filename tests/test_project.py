@@ -82,7 +82,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "caches": set(),
     "devices": {"caches"},
     "backbones": {"spectrogram_transformer", "devices", "stage_clocks"},
-    "openvino_engine": {"backbones", "caches", "checkpoints", "spectrogram_transformer"},
+    "openvino_engine": {
+        *("backbones", "caches", "checkpoints", "devices", "spectrogram_transformer"),
+    },
     "engines": {"backbones", "openvino_engine", "checkpoints", "spectrogram_transformer"},
     "precision_check": {"backbones", "caches"},
     "inference": {
