@@ -20,7 +20,7 @@ from pipeline.verify import run_verify
 from tests import audio_factory
 from tests.test_kill import rows_of
 from transforms import join_parts as join_step
-from transforms import long_files, spooling
+from transforms import kept_files, long_files
 from transforms.audio_readers import probe_duration_s
 from transforms.commit import OpenUnit
 from transforms.decode_worker import decode, decode_whole
@@ -445,13 +445,13 @@ def test_a_remote_long_file_is_fetched_once(
     memory = fsspec.filesystem("memory")
     memory.pipe("/long/exact.wav", path.read_bytes())
     fetched: list[str] = []
-    fetch = spooling.fetch
+    fetch = kept_files.fetch
 
     def counting(url: str, *args: Any) -> Any:
         fetched.append(url)
         return fetch(url, *args)
 
-    monkeypatch.setattr(spooling, "fetch", counting)
+    monkeypatch.setattr(kept_files, "fetch", counting)
     out = label("out", "memory://long/exact.wav")
     assert joined == [10]
     assert fetched == ["memory://long/exact.wav"]
