@@ -65,11 +65,13 @@ class Circumstances:
         engines: What computed, as commits name it: ``torch cpu fp32``.
         asked_precision: The precision as asked for; ``auto`` has taken the fastest there is.
         num_cores: Cores that a worker may use.
+        num_processes: Processes that share them.
     """
 
     engines: tuple[str, ...] = ()
     asked_precision: str = "auto"
     num_cores: int = 1
+    num_processes: int = 1
 
 
 def labelling_shares(seconds: StageSeconds) -> dict[str, float | None]:
@@ -179,7 +181,7 @@ def _of_waiting(share: str, seconds: StageSeconds, circumstances: Circumstances)
 
 
 def _of_fbank(share: str, seconds: StageSeconds, circumstances: Circumstances) -> str:
-    is_narrow = circumstances.num_cores <= MAX_FEATURE_THREADS
+    is_narrow = circumstances.num_cores <= MAX_FEATURE_THREADS * circumstances.num_processes
     remedy = "more cores" if is_narrow else "more --workers"
     return (
         f"Waiting for features takes {share} of the time: {remedy} would help; a faster device "
@@ -209,6 +211,7 @@ def record_time(
     *,
     asked_precision: str,
     num_cores: int,
+    num_processes: int = 1,
 ) -> dict[str, Any]:
     """What ``run.json`` says in ``time``; see the module.
 
@@ -218,11 +221,13 @@ def record_time(
         engines: What computed them.
         asked_precision: The precision as asked for.
         num_cores: Cores that a worker may use.
+        num_processes: Processes that share them.
     """
     waits = ("wait_read", "wait_decode")
     labelling = ("model", "copy", "queue", "check", "fbank", *waits, "write", "other")
     background = ("read", "open", "decode", "resample", "device_ahead")
     values = asdict(seconds)
+    circumstances = Circumstances(tuple(engines), asked_precision, num_cores, num_processes)
     record = {
         "startup": {
             **asdict(startup),
@@ -241,7 +246,7 @@ def record_time(
             "decoder_share": decoder_share(seconds),
         },
         "device_idle_share": device_idle_share(seconds),
-        "advice": advise(seconds, Circumstances(tuple(engines), asked_precision, num_cores)),
+        "advice": advise(seconds, circumstances),
     }
     rounded: dict[str, Any] = _rounded(record)
     return rounded

@@ -452,6 +452,7 @@ class FinishRun:
                 new.engines,
                 asked_precision=self.run["config"]["inference"]["precision"],
                 num_cores=usable_cores(),
+                num_processes=self.run["config"]["inference"]["workers"],
             ),
         }
         with storage.writing_to(self.output):

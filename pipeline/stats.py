@@ -70,6 +70,7 @@ class StatsPlan:
         windows: How to cut.
         fbank: What features to make.
         as_original: As the script does that the published figures were made with.
+        num_processes: Processes that share this machine's cores.
     """
 
     inputs: tuple[str, ...]
@@ -81,6 +82,7 @@ class StatsPlan:
     windows: WindowSettings
     fbank: FbankSettings
     as_original: bool
+    num_processes: int
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,7 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
         windows=windows,
         fbank=fbank,
         as_original=as_original,
+        num_processes=config.inference.workers,
     )
 
 
@@ -252,7 +255,10 @@ def build_stats_graph(pipeline: beam.Pipeline, plan: StatsPlan, url: str) -> Non
         | "List units" >> beam.Create(plan.units)
         | "Decode" >> DecodeAudio(plan.decode, functools.partial(read_items, settings=plan.sources))
         | "Cut into windows" >> CutWindows(plan.windows)
-        | "Measure" >> MeasureFeatures(plan.fbank, as_original=plan.as_original)
+        | "Measure"
+        >> MeasureFeatures(
+            plan.fbank, as_original=plan.as_original, num_processes=plan.num_processes
+        )
         | "Sum up" >> beam.CombineGlobally(sum_statistics)
         | "Write figures" >> beam.Map(WriteStatistics(url))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from pipeline import cli
 from tests.audio_factory import noise, write
 from tests.model_factory import write_tiny_model
-from transforms import backbones, engines, openvino_engine
+from transforms import backbones, devices, engines, openvino_engine
 from transforms.backbones import (
     Embeddings,
     Features,
@@ -711,8 +712,12 @@ def test_int8_is_quantised_once_for_the_same_windows(
 
 
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    uncached = devices._torch_threads.__wrapped__
+    monkeypatch.setattr(devices, "_torch_threads", functools.cache(uncached))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert [backbones.threads_of(number) for number in (1, 3, 8, 20)] == [8, 2, 1, 1]
+    assert [devices.threads_of(number) for number in (1, 3, 8, 20)] == [8, 2, 1, 1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # set to it, and asked again
+    assert devices.threads_of(4) == 2
 
 
 def test_every_engine_of_the_dict_is_one_that_the_config_knows() -> None:

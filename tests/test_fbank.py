@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -889,6 +892,38 @@ def test_threads_for_features_leave_torch_s_own_alone() -> None:
     thread.start()
     thread.join()
     assert (ahead, torch.get_num_threads(), later) == ({1}, before, [before])
+
+
+def test_threads_that_ask_at_once_get_the_same_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    another_starts_too = threading.Barrier(2)
+
+    def start(num_threads: int) -> object:
+        started.append(num_threads)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            another_starts_too.wait(0.2)
+        return object()
+
+    monkeypatch.setattr(fbank, "_start_threads", functools.cache(start))
+    monkeypatch.setattr(fbank, "threads_of", lambda num_processes: 12 // num_processes)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fbank.feature_threads(3), range(4)))
+    assert (len(set(found)), started) == (1, [4])
+
+
+def test_processes_share_the_cores_that_make_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    threads = fbank.feature_threads()
+
+    def counting(num_processes: int) -> ThreadPoolExecutor:
+        asked.append(num_processes)
+        return threads
+
+    monkeypatch.setattr(fbank, "feature_threads", counting)
+    with beam.Pipeline(runner="FnApiRunner") as pipeline:
+        windows = pipeline | beam.Create([window(0, noise(2000, 1))], reshuffle=False)
+        _ = windows | ExtractFbank(SETTINGS, num_processes=3)
+    assert asked == [3]
 
 
 def test_a_window_that_already_failed_is_left_as_it_is() -> None:

@@ -20,7 +20,7 @@ from pipeline.verify import run_verify
 from tests import audio_factory
 from tests.test_kill import rows_of
 from transforms import join_parts as join_step
-from transforms import spooling
+from transforms import kept_files
 from transforms.audio_readers import probe_duration_s
 from transforms.commit import OpenUnit
 from transforms.decode_worker import decode, decode_whole
@@ -345,6 +345,13 @@ def put_garbage(path: Path, share: float) -> None:
     path.write_bytes(data)
 
 
+def flip(path: Path, share: float) -> None:
+    """Change one bit: FFmpeg gives what libsndfile refuses, and no sample is lost."""
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * share)] ^= 0x10
+    path.write_bytes(data)
+
+
 def lie(path: Path, ratio: float) -> None:
     """Make a FLAC's header speak of more or fewer samples than there are."""
     data = bytearray(path.read_bytes())
@@ -364,8 +371,13 @@ def lie(path: Path, ratio: float) -> None:
         slow("flac", lambda path: lie(path, 1.5)),
         slow("flac", lambda path: lie(path, 0.7)),
         slow("mp3", lambda path: put_garbage(path, 0.5)),
+        slow("flac", lambda path: flip(path, 0.5)),
+        slow("flac", lambda path: flip(path, 0.22)),
     ],
-    ids=["cut wav", "cut mp3", "cut ogg", "cut flac", "long header", "short header", "garbage"],
+    ids=[
+        *("cut wav", "cut mp3", "cut ogg", "cut flac", "long header", "short header", "garbage"),
+        *("a bit", "a bit just behind a part"),
+    ],
 )
 def test_damage_costs_what_it_costs_in_one_go(
     label: Label, tmp_path: Path, name: str, damage: Callable[[Path], None]
@@ -374,6 +386,63 @@ def test_damage_costs_what_it_costs_in_one_go(
     damage(path)
     whole = label("whole", path, in_parts=False)
     check_same(label("parts", path), whole)
+
+
+def test_damage_just_behind_a_part_is_not_its_own(tmp_path: Path) -> None:
+    path = write_long(tmp_path, "flac")
+    flip(path, 0.22)
+    warnings = {
+        start_s: list(decode(path, start_s=start_s, end_s=start_s + 4.0, part=Part(0, 8_000)))[
+            -1
+        ].facts.warning
+        for start_s in (4.0, 8.0)
+    }
+    assert warnings[4.0] is None
+    assert str(warnings[8.0]).startswith("damaged at 9.6 s (libsndfile: ")
+
+
+def test_one_damage_is_told_once_whatever_libsndfile_calls_it() -> None:
+    one, two = (f"damaged at 8.0 s (libsndfile: {words})" for words in ("lost sync", "unknown"))
+    further = "damaged at 12.0 s (libsndfile: lost sync)"
+    notes = [one, "", two, "2 damaged packets skipped", further, one]
+    assert join_step._once(notes) == [one, "2 damaged packets skipped", further]
+
+
+def test_parts_behind_lost_frames_are_where_they_were(tmp_path: Path) -> None:
+    path = write_long(tmp_path, "flac")
+    sound, _ = decode_whole(path)
+    put_garbage(path, 0.5)
+    whole, facts = decode_whole(path)
+    assert len(whole) < len(sound)
+    for start_s, end_s in ((16.0, 20.0), (20.0, 24.0), (24.0, 28.0), (36.0, None)):
+        pieces = list(decode(path, start_s=start_s, end_s=end_s, part=Part(0, 0)))
+        found = np.concatenate([piece.samples for piece in pieces])
+        # The part with the damage goes on behind it as the whole file does.
+        expected = sound if start_s > 20.0 else whole
+        stop = None if end_s is None else round(end_s * RATE_HZ)
+        np.testing.assert_allclose(found, expected[round(start_s * RATE_HZ) : stop], atol=2e-6)
+        has_damage = start_s in (16.0, 20.0)  # 20.7 s is in what the resampler needs of the first
+        assert pieces[-1].facts.warning == (facts.warning if has_damage else None)
+
+
+@pytest.mark.slow
+def test_lost_frames_cost_what_they_cost_in_one_go_up_to_the_end_of_their_part(
+    label: Label, tmp_path: Path, joined: list[int]
+) -> None:
+    path = write_long(tmp_path / "in", "flac")
+    sound = label("sound", path, in_parts=False)
+    put_garbage(path, 0.5)
+    whole, parts = label("whole", path, in_parts=False), label("parts", path)
+    assert joined == [10]
+    found, as_one, undamaged = (rows_of(out, "windows") for out in (parts, whole, sound))
+    assert [row["start_s"] for row in found] == [row["start_s"] for row in undamaged]
+    for row, one, other in zip(found, as_one, undamaged, strict=True):
+        expected = one if row["start_s"] < 24.0 else other
+        np.testing.assert_allclose(row["embedding"], expected["embedding"], atol=2e-3)
+    (clip,), (whole_clip,), (sound_clip,) = (rows_of(out, "clips") for out in (parts, whole, sound))
+    assert clip["warning"] == whole_clip["warning"]
+    assert clip["duration_s"] == sound_clip["duration_s"]
+    assert whole_clip["duration_s"] == pytest.approx(sound_clip["duration_s"] - 4096 / 48_000)
 
 
 @pytest.mark.parametrize(
@@ -460,13 +529,13 @@ def test_a_remote_long_file_is_fetched_once(
     memory = fsspec.filesystem("memory")
     memory.pipe("/long/exact.wav", path.read_bytes())
     fetched: list[str] = []
-    fetch = spooling.fetch
+    fetch = kept_files.fetch
 
     def counting(url: str, *args: Any) -> Any:
         fetched.append(url)
         return fetch(url, *args)
 
-    monkeypatch.setattr(spooling, "fetch", counting)
+    monkeypatch.setattr(kept_files, "fetch", counting)
     out = label("out", "memory://long/exact.wav")
     assert joined == [10]
     assert fetched == ["memory://long/exact.wav"]

@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # them; sources joins them.
     "clip_ids": {"storage"},
     "spooling": {"storage", "scratch", "clip_ids"},
+    "kept_files": {"storage", "scratch", "spooling"},
     "tar_headers": {"storage", "clip_ids", "spooling"},
     "tar_source": {"storage", "clip_ids", "spooling", "tar_headers"},
     "parquet_pages": set(),
@@ -41,7 +42,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inputs": {"storage", "clip_ids", "spooling", "parquet_source", "manifests"},
     "units": {"storage", "clip_ids", "spooling", "tar_source", "inputs"},
     "sources": {
-        *("storage", "clip_ids", "spooling", "tar_source", "parquet_source", "inputs", "units"),
+        *("storage", "clip_ids", "spooling", "kept_files"),
+        *("tar_source", "parquet_source", "inputs", "units"),
     },
     # Decoding from the inside out: which library reads a file, the libraries, the process that
     # runs them, its parent's side, the pool of such processes.
@@ -83,7 +85,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "caches": set(),
     "devices": {"caches"},
     "backbones": {"spectrogram_transformer", "devices", "stage_clocks"},
-    "openvino_engine": {"backbones", "caches", "checkpoints", "spectrogram_transformer"},
+    "openvino_engine": {
+        *("backbones", "caches", "checkpoints", "devices", "spectrogram_transformer"),
+    },
     "engines": {"backbones", "openvino_engine", "checkpoints", "spectrogram_transformer"},
     "precision_check": {"backbones", "caches"},
     "inference": {

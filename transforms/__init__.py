@@ -7,12 +7,12 @@ gives it to Beam YAML; ``long_files`` cuts a very long file into parts before, b
 ``header_probe``, and ``join_parts`` makes one clip of them behind; ``live_counts`` is for a
 display, ``feature_statistics`` for ``earmark stats``. Four stand on files of their own: ``storage``
 on ``retries`` and ``scratch``; ``sources`` on ``inputs``, ``manifests``, ``tar_source``,
-``tar_headers``, ``parquet_source``, ``parquet_pages``, ``units``, ``spooling`` and ``clip_ids``;
-``decode`` on ``decode_process``, ``decode_worker``, ``audio_routes`` and ``audio_readers``;
-``checkpoints`` on ``public_checkpoints``, ``bundled``, ``tensor_names``, ``model_files``,
-``model_weights`` and ``original_checkpoints``. ``image_checkpoints``, on ``checkpoints``, is for
-``earmark train`` alone. Nothing here imports ``pipeline``. What people use on its own can be
-imported from here; nothing is loaded until it is asked for.
+``tar_headers``, ``parquet_source``, ``parquet_pages``, ``units``, ``spooling``, ``kept_files`` and
+``clip_ids``; ``decode`` on ``decode_process``, ``decode_worker``, ``audio_routes`` and
+``audio_readers``; ``checkpoints`` on ``public_checkpoints``, ``bundled``, ``tensor_names``,
+``model_files``, ``model_weights`` and ``original_checkpoints``. ``image_checkpoints``, on
+``checkpoints``, is for ``earmark train`` alone. Nothing here imports ``pipeline``. What people use
+on its own can be imported from here; nothing is loaded until it is asked for.
 """
 
 import importlib

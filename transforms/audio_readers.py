@@ -177,6 +177,7 @@ class ReaderChain:
         self._on_progress = on_progress
         self._route = find_route(encoded.view, on_progress)
         self._notes: list[str] = []
+        self._stopped: str | None = None  # once somebody has read as far as that
         self._current = self._open_first()
         self.first_frame = self._current.seek(start_s)
 
@@ -209,12 +210,13 @@ class ReaderChain:
             rate, channels = block.rate, block.samples.shape[1]
             position += len(block.samples)
             yield block
-        stopped = self._current.stopped
+        stopped = self._stopped = self._current.stopped
         if stopped is None or not isinstance(self._current, _SoundFileReader):
             return
         for block in self._go_on_with_ffmpeg(stopped, position, rate):
             if block.samples.shape[1] == channels or not channels:
                 yield block
+        self._stopped = self._current.stopped
 
     def _go_on_with_ffmpeg(self, stopped: str, position: int, rate: int) -> Iterator[Block]:
         try:
@@ -223,7 +225,7 @@ class ReaderChain:
             return
         other.promised_s = self._current.promised_s
         self._current.close()
-        self._current = other
+        self._current, self._stopped = other, None
         at = f" at {position / rate:.1f} s" if rate else ""
         self._notes.append(f"damaged{at} (libsndfile: {stopped})")
         for block in other.blocks(self._on_progress):
@@ -236,8 +238,7 @@ class ReaderChain:
 
     def notes(self) -> list[str]:
         """What the libraries said, for the clip's warning."""
-        stopped = self._current.stopped
-        words = [] if stopped is None else [f"{self._current.library}: {stopped}"]
+        words = [] if self._stopped is None else [f"{self._current.library}: {self._stopped}"]
         return [*self._route.notes, *self._notes, *self._current.notes, *words]
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transforms.devices import Sender, torch_device
+from transforms.devices import Sender, threads_of, torch_device
 from transforms.errors import ConfigError
 from transforms.records import FloatArray
 from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS, ASTModel
@@ -148,11 +148,6 @@ def resolve_batch_size(batch_size: int | None, device: str) -> int:
     if batch_size is not None:
         return batch_size
     return CPU_BATCH_SIZE if device == "cpu" else ACCELERATOR_BATCH_SIZE
-
-
-def threads_of(num_processes: int) -> int:
-    """Threads for one of several processes that share this machine's cores."""
-    return max(1, torch.get_num_threads() // num_processes)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The device that a process computes on: which of several GPUs, and copies to it that cost no time.
+"""What a process computes on: how many threads, which of several GPUs, copies that cost no time.
 
 A GPU works through what it is given while Python goes on. It is kept busy by giving it the next
 batch before the last one is done; what is sent to it from pinned memory, in a stream of its own,
@@ -12,6 +12,7 @@ import fcntl
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,23 @@ import torch
 from torch import Tensor
 
 from transforms import caches
+
+_counting_threads = threading.Lock()
+
+
+def threads_of(num_processes: int) -> int:
+    """Threads for one of several processes that share this machine's cores.
+
+    Whoever asks gets the same answer, also after torch has been set to it.
+    """
+    with _counting_threads:
+        return max(1, _torch_threads() // num_processes)
+
+
+@functools.cache
+def _torch_threads() -> int:
+    """What torch would take alone: its number of threads before anybody here has set it."""
+    return torch.get_num_threads()
 
 
 @functools.cache

@@ -40,7 +40,7 @@ from apache_beam.pvalue import PCollection
 from apache_beam.utils.windowed_value import WindowedValue
 from torch import Tensor
 
-from transforms.devices import Sender
+from transforms.devices import Sender, threads_of
 from transforms.errors import FeatureError
 from transforms.fbank_settings import (
     FRAME_LENGTH_MS,
@@ -619,15 +619,25 @@ class DeviceFbank:
 WINDOWS_AHEAD = 8
 
 
-@functools.cache
-def feature_threads() -> ThreadPoolExecutor:
+_starting_threads = threading.Lock()
+
+
+def feature_threads(num_processes: int = 1) -> ThreadPoolExecutor:
     """The process's threads for features; in each of them torch computes with one thread.
 
     Several threads on one window gain little, and lose much where decoders run on the same cores:
     each step of it then waits for the slowest (15 to 100 ms a window instead of 5, on two cores).
+
+    Args:
+        num_processes: Processes that share this machine's cores.
     """
+    with _starting_threads:  # else two threads that ask first would each start a pool
+        return _start_threads(min(threads_of(num_processes), MAX_FEATURE_THREADS))
+
+
+@functools.cache
+def _start_threads(num_threads: int) -> ThreadPoolExecutor:
     num_torch_threads = torch.get_num_threads()
-    num_threads = min(num_torch_threads, MAX_FEATURE_THREADS)
     threads = ThreadPoolExecutor(
         num_threads,
         thread_name_prefix="earmark-features",
@@ -677,18 +687,21 @@ class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]
         settings: The checkpoint's.
         on_device: Says, where the step runs, whether features are made later by the device
             (``DeviceFbank``); windows then keep their samples, and are only looked at here.
+        num_processes: Processes that share this machine's cores.
     """
 
     def __init__(
-        self, settings: FbankSettings, on_device: Callable[[], bool] = lambda: False
+        self,
+        settings: FbankSettings,
+        on_device: Callable[[], bool] = lambda: False,
+        num_processes: int = 1,
     ) -> None:
         super().__init__()
-        self._settings = settings
-        self._on_device = on_device
+        self._step = _ExtractFbankFn(settings, on_device, num_processes)
 
     def expand(self, elements: PCollection[_Element]) -> PCollection[_Element]:
         """Wire the step."""
-        step = beam.ParDo(_ExtractFbankFn(self._settings, self._on_device))
+        step = beam.ParDo(self._step)
         # Said to Beam explicitly: it reads no annotations that are kept as text.
         step = step.with_input_types(_Element).with_output_types(_Element)
         features: PCollection[_Element] = elements | "Compute features" >> step
@@ -715,9 +728,12 @@ class _Begun:
 class _ExtractFbankFn(beam.DoFn):
     """Runs some elements behind: their features are made while the model computes."""
 
-    def __init__(self, settings: FbankSettings, on_device: Callable[[], bool]) -> None:
+    def __init__(
+        self, settings: FbankSettings, on_device: Callable[[], bool], num_processes: int
+    ) -> None:
         self._settings = settings
         self._asks_on_device = on_device
+        self._num_processes = num_processes
         self._on_device = False
         self._begun: deque[_Begun] = deque()
         # Parts of one array, the last one first: a batch of neighbours needs no copy.
@@ -751,4 +767,5 @@ class _ExtractFbankFn(beam.DoFn):
         if not self._free:
             shape = (WINDOWS_AHEAD, self._settings.num_frames, self._settings.num_mel_bins)
             self._free = list(np.empty(shape, np.float32))[::-1]
-        return feature_threads().submit(_with_features, element, self._settings, self._free.pop())
+        threads = feature_threads(self._num_processes)
+        return threads.submit(_with_features, element, self._settings, self._free.pop())

@@ -229,16 +229,18 @@ class MeasureFeatures(beam.PTransform[PCollection[_Element], PCollection[Feature
     Args:
         settings: What features to make.
         as_original: As the original script measures them.
+        num_processes: Processes that share this machine's cores.
     """
 
-    def __init__(self, settings: FbankSettings, *, as_original: bool = False) -> None:
+    def __init__(
+        self, settings: FbankSettings, *, as_original: bool = False, num_processes: int = 1
+    ) -> None:
         super().__init__()
-        self._settings = settings
-        self._as_original = as_original
+        self._step = _MeasureFn(settings, as_original, num_processes)
 
     def expand(self, elements: PCollection[_Element]) -> PCollection[FeatureStatistics]:
         """Apply the transform."""
-        step = beam.ParDo(_MeasureFn(self._settings, self._as_original))
+        step = beam.ParDo(self._step)
         # Said to Beam explicitly: it reads no annotations that are kept as text.
         step = step.with_input_types(_Element).with_output_types(FeatureStatistics)
         measured: PCollection[FeatureStatistics] = elements | "Measure windows" >> step
@@ -246,9 +248,10 @@ class MeasureFeatures(beam.PTransform[PCollection[_Element], PCollection[Feature
 
 
 class _MeasureFn(beam.DoFn):
-    def __init__(self, settings: FbankSettings, as_original: bool) -> None:
+    def __init__(self, settings: FbankSettings, as_original: bool, num_processes: int = 1) -> None:
         self._settings = settings
         self._as_original = as_original
+        self._num_processes = num_processes
         self._previous: dict[str, FloatArray] = {}  # by unit
         self._failed: set[tuple[str, int]] = set()
 
@@ -275,7 +278,8 @@ class _MeasureFn(beam.DoFn):
         key = (window.unit_id, window.item_index)
         try:
             # Not in this thread: in those, torch does not compete with the decoders.
-            yield feature_threads().submit(self._statistics_of, window).result()
+            threads = feature_threads(self._num_processes)
+            yield threads.submit(self._statistics_of, window).result()
         except FeatureError as error:
             # A clip is one item, however many of its windows have no features.
             if key not in self._failed:

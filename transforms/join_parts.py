@@ -201,8 +201,16 @@ def join_clip(parts: Sequence[LabelledPart], overlap_s: float) -> JoinedClip | F
         if part.facts.duration_s < part.asked_s:
             break
     # As of a file that is decoded in one go: what was decoded first, then what else is to be said.
-    words = sorted(filter(None, dict.fromkeys(notes)), key=lambda n: not n.startswith("decoded "))
+    words = sorted(_once(notes), key=lambda note: not note.startswith("decoded "))
     return JoinedClip(tuple(taken), add_facts(facts, "; ".join(words) or None))
+
+
+def _once(notes: Sequence[str]) -> list[str]:
+    """The notes, each once; libsndfile has several words for one damage, by where it came from."""
+    by_place: dict[str, str] = {}
+    for note in filter(None, notes):
+        by_place.setdefault(note.split(" (libsndfile: ")[0], note)
+    return list(by_place.values())
 
 
 def _costs_the_clip(failure: Failure | None) -> bool:

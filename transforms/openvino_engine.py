@@ -36,9 +36,9 @@ from transforms.backbones import (
     QuantisedModel,
     cpu_has_native_bf16,
     resolve_batch_size,
-    threads_of,
 )
 from transforms.checkpoints import ModelSpec
+from transforms.devices import threads_of
 from transforms.errors import ConfigError
 from transforms.records import FloatArray
 from transforms.spectrogram_transformer import ASTModel

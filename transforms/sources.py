@@ -8,7 +8,8 @@ loose **items**, and **containers** (a tar, a Parquet file) whose items are foun
 
 This is the door; behind it are ``inputs`` (what the inputs hold), ``manifests``, ``units`` (cutting
 it into units), ``tar_source`` (on ``tar_headers``) and ``parquet_source`` (reading containers),
-``spooling`` (an item's bytes, within bounds) and ``clip_ids`` (names).
+``spooling`` (an item's bytes, within bounds), ``kept_files`` (those of long files) and ``clip_ids``
+(names).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from itertools import groupby
 
 from transforms.clip_ids import AUDIO_EXTENSIONS, make_clip_id, make_unit_id, read_failure
 from transforms.inputs import Container, Found, check_there, find_inputs
+from transforms.kept_files import fetch_long
 from transforms.parquet_source import read_parquet
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
-from transforms.spooling import Fetched, ReadLimits, fetch, fetch_long, second_name
+from transforms.spooling import Fetched, ReadLimits, fetch, second_name
 from transforms.tar_source import TarReader
 from transforms.units import (
     RestOfContainer,

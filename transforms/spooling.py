@@ -7,12 +7,10 @@ source tells it, and while they are taken where it does not.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import io
 import os
 import shutil
 import tempfile
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -144,46 +142,6 @@ def fetch(url: str, size: int | None, limits: ReadLimits) -> Fetched:
             return Fetched(path=path, is_temporary=True)
     except (OSError, ValueError, EarmarkError) as error:
         return Fetched(error=error)
-
-
-class _LongFile:
-    """The remote file whose parts this process reads: kept from one part to the next.
-
-    A part would else fetch all of it again. Only one is kept: parts of another take its place.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._key: tuple[str, int | None, str | None] | None = None
-        self._fetched = Fetched()
-
-    def fetch(self, url: str, size: int | None, version: str | None, limits: ReadLimits) -> Fetched:
-        if storage.is_local(url):
-            return fetch(url, size, limits)
-        with self._lock:  # whoever comes meanwhile wants the same file
-            path = self._fetched.path
-            if self._key != (url, size, version) or path is None or not Path(path).exists():
-                self._key = None
-                self._fetched.discard()
-                self._fetched = fetch(url, size, dataclasses.replace(limits, spool_bytes=1))
-                if self._fetched.path is None:
-                    return self._fetched
-                self._key = (url, size, version)
-            try:
-                return Fetched(path=second_name(str(self._fetched.path)), is_temporary=True)
-            except OSError as error:
-                return Fetched(error=error)
-
-
-_long_file = _LongFile()
-
-
-def fetch_long(url: str, size: int | None, version: str | None, limits: ReadLimits) -> Fetched:
-    """The bytes of a file that is read in parts; a remote one is kept for the next.
-
-    Arguments are those of ``fetch``, and what tells a changed file from an unchanged one.
-    """
-    return _long_file.fetch(url, size, version, limits)
 
 
 def _copy_rest(data: bytes, rest: BinaryIO, target: BinaryIO, limits: ReadLimits) -> None:
