@@ -175,6 +175,22 @@ def test_torchs_compiler_gives_the_same_scores(
     np.testing.assert_allclose(scores_of(compiled, features(5)), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"flags": "avx avx2"}, "enable"),
+        ({"flags": "avx2 avx512_vnni"}, "first_layer_only"),
+        ({"Features": "fp asimd asimddp"}, "first_layer_only"),
+        ({}, "enable"),
+    ],
+)
+def test_int8_leaves_room_where_sums_are_cut_to_16_bits(
+    monkeypatch: pytest.MonkeyPatch, facts: dict[str, str], expected: str
+) -> None:
+    monkeypatch.setattr(openvino_engine, "processor_facts", lambda: facts)
+    assert openvino_engine._overflow_fix() == expected
+
+
 # --- The same promises -----------------------------------------------------------------------
 
 

@@ -89,7 +89,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("backbones", "caches", "checkpoints", "devices", "spectrogram_transformer"),
     },
     "engines": {"backbones", "openvino_engine", "checkpoints", "spectrogram_transformer"},
-    "precision_check": {"backbones", "caches"},
+    "precision_check": {"backbones", "caches", "devices"},
     "inference": {
         *("checkpoints", "spectrogram_transformer", "devices", "backbones", "engines"),
         *("precision_check", "stage_clocks"),

@@ -40,6 +40,17 @@ def _torch_threads() -> int:
 
 
 @functools.cache
+def processor_facts() -> dict[str, str]:
+    """What Linux says of the first processor (``model name``, ``flags``…); nothing elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+@functools.cache
 def torch_device(name: str) -> torch.device:
     """The device of this process; on a machine with several GPUs, each process has its own.
 

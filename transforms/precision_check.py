@@ -22,7 +22,6 @@ import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ import torch
 
 from transforms import caches
 from transforms.backbones import Features, first_line
+from transforms.devices import processor_facts
 from transforms.records import FloatArray, Prediction, WindowCheck
 
 logger = logging.getLogger(__name__)
@@ -173,9 +173,4 @@ def surroundings(device: str) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor_facts().get("model name") or platform.processor() or platform.machine()
