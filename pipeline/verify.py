@@ -137,9 +137,11 @@ def _has_commits(output: str) -> bool:
 
 def _counts(state: ResultState) -> str:
     totals = sum((commit.totals for commit in state.commits.values()), UnitTotals())
+    num_parts = sum(url.endswith(".json") for urls in state.long_files.values() for url in urls)
     return (
         f"{len(state.commits)} units, {totals.clips} clips, {totals.windows} windows, "
         f"{totals.failures} failures"
+        + (f", {num_parts} parts of files that are not joined yet" if num_parts else "")
     )
 
 

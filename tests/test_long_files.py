@@ -233,7 +233,11 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("num_commits", [pytest.param(1, marks=pytest.mark.slow), 4, 10])
 def test_a_run_that_is_killed_goes_on_inside_the_file(
-    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_commits: int
+    label: Label,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    num_commits: int,
 ) -> None:
     """After some of the ten parts are committed; the last time between them and the join."""
     path = write_long(tmp_path / "in", "exact")
@@ -254,6 +258,7 @@ def test_a_run_that_is_killed_goes_on_inside_the_file(
     assert len(list(out.glob("_parts/*/_commits/*.json"))) == num_commits
     assert all(long_id_of(unit_id) for unit_id in committed)
     assert run_verify(str(out), quiet=True) == 3
+    assert f" 0 failures, {num_commits} parts of files" in capsys.readouterr().out
     before = live_counts.windows
     again: list[str] = []
 
