@@ -147,8 +147,12 @@ def test_a_web_server_without_ranges_is_not_read_to_the_end(
 # Whatever a header does to a library
 
 HOSTILE_WORKER = """
-import ctypes, os, signal, sys
+import ctypes, os, sys
 from transforms import decode_worker
+
+def answer(kind, payload, length=None):
+    header = decode_worker.FRAME_HEADER.pack(kind, length or len(payload))
+    os.write(int(sys.argv[1]), header + payload)
 
 def harm(mark):
     if mark == b"SEGFAULT":
@@ -159,6 +163,14 @@ def harm(mark):
         bytes(1 << 30)
     if mark == b"RAISES__":
         raise RuntimeError("it is too much")
+    if mark == b"NOWHERE_":
+        answer(decode_worker.WANTED, b'{"start": 36893488147419103232}')
+    if mark == b"NO_JSON_":
+        answer(decode_worker.LENGTH, b"[")
+    if mark == b"ENDLESS_":
+        answer(decode_worker.LENGTH, b"", 10**14)
+    if mark == b"NO_NUMB_":
+        answer(decode_worker.LENGTH, b'{"length_s": NaN}')
 
 def probe(file):
     file.seek(-8, os.SEEK_END)
@@ -183,7 +195,7 @@ def hostile_worker(tmp_path: Path) -> list[str]:
 
 def test_a_header_that_takes_its_process_along_has_no_length(hostile_worker: list[str]) -> None:
     settings = DecodeSettings(stall_timeout_s=1.5, max_decoder_bytes=256 << 20)
-    marks = [b"SEGFAULT", b"NATIVE_S", b"RAISES__"]
+    marks = b"SEGFAULT NATIVE_S RAISES__ NOWHERE_ NO_JSON_ ENDLESS_ NO_NUMB_".split()
     marks += [b"GREEDY__"] if sys.platform == "linux" else []
     with HeaderProbe(settings, worker_command=hostile_worker) as probe:
         for mark in marks:

@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import mmap
 import os
 import signal
@@ -22,7 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 # Starts a decoder; its arguments follow.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "transforms.decode_worker")
 START_TIMEOUT_S = 120.0  # importing the libraries on a busy machine with a cold disk
+MAX_ANSWER_BYTES = 1 << 20  # facts, a length or the message of an error
 MAX_FAILED_STARTS = 3
 
 
@@ -118,9 +120,10 @@ def _start_once(options: DecoderOptions, command: Sequence[str]) -> DecoderProce
         undo.callback(os.close, stderr)
         # Appending, so that truncating it between clips moves the child's position too.
         fcntl.fcntl(stderr, fcntl.F_SETFL, os.O_APPEND)
-        memory_fd = _nameless_file()
         ours, theirs = socket.socketpair()
         undo.enter_context(ours)
+        undo.enter_context(theirs)
+        memory_fd = _nameless_file()
         try:
             os.ftruncate(memory_fd, decode_worker.NUM_SLOTS * options.piece_samples * 4)
             memory = mmap.mmap(memory_fd, 0)
@@ -234,14 +237,15 @@ class DecoderProcess:
 
         Raises:
             DecodeError: What the child says of the clip.
-            DecoderLostError: The child died, or showed no sign of life and was killed.
+            DecoderLostError: The child died, showed no sign of life, or answered with nonsense.
         """
         kind, content = self._receive_answer()
         slot = self._num_received % decode_worker.NUM_SLOTS
         self._num_received += 1
         self._slots_to_return += 1
-        samples = self._slots[slot, : content["num_samples"]].copy()
-        return Reply(samples, ClipFacts(**content["facts"]), kind == decode_worker.LAST)
+        with self._understanding():
+            samples = self._slots[slot, : content["num_samples"]].copy()
+            return Reply(samples, ClipFacts(**content["facts"]), kind == decode_worker.LAST)
 
     def probe(self, file: BinaryIO, size: int, max_blocks: int) -> float | None:
         """Seconds of audio by a file's header, of which the child is given the blocks it asks for.
@@ -256,7 +260,7 @@ class DecoderProcess:
 
         Raises:
             DecodeError: The child cannot take the header.
-            DecoderLostError: The child died, or showed no sign of life and was killed.
+            DecoderLostError: The child died, showed no sign of life, or answered with nonsense.
             OSError: The file cannot be read; the child then waits for ever, and is to be killed.
         """
         os.ftruncate(self._stderr, 0)
@@ -264,14 +268,15 @@ class DecoderProcess:
         num_given = 0
         while True:
             kind, content = self._receive_answer()
-            if kind == decode_worker.LENGTH:
-                length_s: float | None = content["length_s"]
-                return length_s
+            with self._understanding():
+                if kind == decode_worker.LENGTH:
+                    return _checked_length(content["length_s"])
+                start = _checked_start(kind, content["start"], size)
             if num_given == max_blocks:
                 self.kill()
                 return None
             num_given += 1
-            file.seek(content["start"])
+            file.seek(start)
             self._send(decode_worker.BLOCK, file.read(decode_worker.BLOCK_BYTES))
 
     def _receive_answer(self) -> tuple[bytes, dict[str, Any]]:
@@ -279,15 +284,35 @@ class DecoderProcess:
 
         Raises:
             DecodeError: It is an error.
+            DecoderLostError: As in ``receive_reply``.
         """
         kind, payload = self._receive()
         while kind == decode_worker.ALIVE:
             kind, payload = self._receive()
-        content: dict[str, Any] = json.loads(payload)
-        stage_clocks.add(StageSeconds(**content.get("seconds", {})))  # at the end of each clip
-        if kind == decode_worker.ERROR:
-            raise DecodeError(content["message"], error_type=content["error_type"])
-        return kind, content
+        with self._understanding():
+            content: dict[str, Any] = json.loads(payload)
+            stage_clocks.add(StageSeconds(**content.get("seconds", {})))  # at the end of each clip
+            if kind != decode_worker.ERROR:
+                return kind, content
+            error = DecodeError(str(content["message"]), error_type=str(content["error_type"]))
+        raise error
+
+    @contextlib.contextmanager
+    def _understanding(self) -> Iterator[None]:
+        """What the child says is believed as far as it makes sense: a library may have damaged it.
+
+        Raises:
+            DecoderLostError: It does not; the child has been killed.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            self.kill()
+            raise DecoderLostError(
+                f"the decoder answered with nonsense ({type(error).__name__}: {error}) and was "
+                "killed",
+                "DecoderCrashed",
+            ) from error
 
     def _send(self, kind: bytes, payload: bytes = b"", data: bytes = b"") -> None:
         try:
@@ -304,6 +329,9 @@ class DecoderProcess:
             header = self._stream.read(decode_worker.FRAME_HEADER.size)
             if len(header) == decode_worker.FRAME_HEADER.size:
                 kind, length = decode_worker.FRAME_HEADER.unpack(header)
+                with self._understanding():
+                    if length > MAX_ANSWER_BYTES:
+                        raise ValueError(f"an answer of {length} bytes")
                 payload = self._stream.read(length)
                 if len(payload) == length:
                     return kind, payload
@@ -349,6 +377,18 @@ class DecoderProcess:
         del self._slots
         self._memory.close()
         os.close(self._stderr)
+
+
+def _checked_length(length_s: Any) -> float | None:
+    if length_s is not None and not (isinstance(length_s, float) and 0.0 <= length_s < math.inf):
+        raise ValueError(f"a length of {length_s!r}")
+    return length_s
+
+
+def _checked_start(kind: bytes, start: Any, size: int) -> int:
+    if kind != decode_worker.WANTED or not isinstance(start, int) or not 0 <= start < size:
+        raise ValueError(f"{kind!r} of a block at {start!r} of {size} bytes")
+    return start
 
 
 def _signal_name(number: int) -> str:
