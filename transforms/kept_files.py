@@ -174,7 +174,7 @@ def _no_room(url: str, size: int | None) -> ReadError:
     return ReadError(
         f"no room in {folder} for {storage.public_uri(url)}, which is fetched whole because it is "
         f"labelled in parts: it needs {needed} bytes, and {shutil.disk_usage(folder).free} are "
-        "free. Make room there, or set TMPDIR to a folder on a larger disk; then run the same "
-        "command with --retry-failed",
+        "free on the disk. Make room there, raise the quota if there is one, or set TMPDIR to a "
+        "folder on a larger disk; then run the same command with --retry-failed",
         error_type="NoRoom",
     )

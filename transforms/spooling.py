@@ -76,6 +76,7 @@ def temporary_file(name: str) -> Iterator[BinaryIO]:
     with tempfile.NamedTemporaryFile(dir=scratch_folder(), suffix=suffix, delete=False) as file:
         try:
             yield cast(BinaryIO, file)
+            file.flush()  # closing it would find a full disk too late
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
