@@ -137,7 +137,13 @@ def _has_commits(output: str) -> bool:
 
 def _counts(state: ResultState) -> str:
     totals = sum((commit.totals for commit in state.commits.values()), UnitTotals())
-    num_parts = sum(url.endswith(".json") for urls in state.long_files.values() for url in urls)
+    waiting = {} if state.succeeded else state.long_files
+    num_parts = sum(
+        url.endswith(".json")
+        for long_id, urls in waiting.items()
+        if long_id not in state.commits
+        for url in urls
+    )
     return (
         f"{len(state.commits)} units, {totals.clips} clips, {totals.windows} windows, "
         f"{totals.failures} failures"

@@ -24,7 +24,7 @@ from apache_beam.pvalue import PCollection
 from transforms import storage
 from transforms.commit import CommitSettings, Desk, OpenUnit
 from transforms.decode_worker import BOUND_ERRORS, LEVEL_FRAME_S
-from transforms.errors import AccountingError, OutputError
+from transforms.errors import AccountingError, OutputError, in_words
 from transforms.ledger import (
     Commit,
     UnitSummary,
@@ -106,38 +106,47 @@ class JoinedClip:
     facts: ClipFacts
 
 
-def read_whole_commit(output: str, unit: WorkUnit) -> Commit:
-    """The commit of a part whose rows are those that it vouches for; all of them are read.
+def check_unchanged(output: str, parts: Sequence[WorkUnit]) -> None:
+    """Hold the rows of parts against what their commits vouch for; all of them are read.
 
     Raises:
-        AccountingError: They are not; the part has been taken out, to be labelled again.
+        AccountingError: Some have changed; these parts have been taken out, to be labelled again.
         OSError: They cannot be read.
     """
-    try:
-        commit = read_commit(output, unit.unit_id)
-        for name, info in commit.parts.items():
-            url = part_url(output, name, unit.unit_id)
-            if change := find_change(url, info):
-                raise OutputError(f"{storage.public_uri(url)}: {change}")
-    except (OutputError, FileNotFoundError) as error:
-        remove_unit(output, unit.unit_id)
+    changes = {part.unit_id: why for part in parts if (why := _find_change(output, part.unit_id))}
+    for unit_id in changes:
+        remove_unit(output, unit_id)
+    if changes:
         raise AccountingError(
-            f"a part of {unit.items[0].clip_id} is not as it was committed, and has been removed "
-            f"({error}); run the same command again, and it labels that part again"
-        ) from error
-    return commit
+            f"{len(changes)} of {len(parts)} parts of {parts[0].items[0].clip_id} were not as they "
+            f"had been committed, and have been removed ({next(iter(changes.values()))}); run the "
+            "same command again, and it labels them again"
+        )
+
+
+def _find_change(output: str, unit_id: str) -> str | None:
+    try:
+        for name, info in read_commit(output, unit_id).parts.items():
+            url = part_url(output, name, unit_id)
+            if change := find_change(url, info):
+                return f"{storage.public_uri(url)}: {change}"
+    except FileNotFoundError as error:
+        return in_words(error)
+    except OutputError as error:
+        return str(error)
+    return None
 
 
 def read_labelled_part(output: str, unit: WorkUnit, windows: WindowSettings) -> LabelledPart:
     """What came of a part that is committed.
 
     Raises:
-        AccountingError: Its rows are not those that were committed.
-        OSError: They cannot be read.
+        AccountingError: It has not the windows that it must have.
+        OSError: It cannot be read.
     """
     rate_hz, item = windows.sample_rate_hz, unit.items[0]
     first_index = round((item.start_s or 0.0) * rate_hz) // windows.hop_samples
-    commit = read_whole_commit(output, unit)
+    commit = read_commit(output, unit.unit_id)
     table = read_part(output, "windows", unit.unit_id, ["window_index", "end_s"])
     ends_s = {
         index: end_s
@@ -308,6 +317,7 @@ def join_parts(
         remove_long_file(output, unit.unit_id)
         return read_commit(output, unit.unit_id)
     _check_whole(unit, parts)
+    check_unchanged(output, parts)
     labelled = [read_labelled_part(output, part, windows) for part in parts]
     overlap = windows.window_samples - windows.hop_samples
     joined = join_clip(labelled, overlap / windows.sample_rate_hz)
