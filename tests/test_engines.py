@@ -185,10 +185,29 @@ def test_torchs_compiler_gives_the_same_scores(
     ],
 )
 def test_int8_leaves_room_where_sums_are_cut_to_16_bits(
-    monkeypatch: pytest.MonkeyPatch, facts: dict[str, str], expected: str
+    spec: ModelSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    facts: dict[str, str],
+    expected: str,
 ) -> None:
-    monkeypatch.setattr(openvino_engine, "processor_facts", lambda: facts)
-    assert openvino_engine._overflow_fix() == expected
+    nncf, asked = pytest.importorskip("nncf"), []
+
+    def quantize(model: Any, data: Any, *, advanced_parameters: Any, **others: Any) -> Any:
+        asked.append(advanced_parameters.overflow_fix.value)
+        return model
+
+    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path))
+    monkeypatch.setattr(nncf, "quantize", quantize)
+    digests = []
+    for each in (facts, {"flags": "avx512_vnni"}):
+        monkeypatch.setattr(openvino_engine, "processor_facts", lambda facts=each: facts)
+        transformer = load_model(spec).audio_spectrogram_transformer
+        made = openvino_engine.quantise(transformer, spec, "pooler_output", features(2), tmp_path)
+        digests.append(made.digest)
+    # A model that was made for other processors is another model.
+    assert (digests[0] == digests[1]) == (expected == "first_layer_only")
+    assert asked == list(dict.fromkeys([expected, "first_layer_only"]))
 
 
 # --- The same promises -----------------------------------------------------------------------
@@ -425,7 +444,11 @@ def test_float32_is_not_cut_to_tf32(spec: ModelSpec, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", looking)
     assert torch.backends.cudnn.allow_tf32
-    torch_backbone(spec).embed(features(2))
+    first, second = backbones.true_float32(), backbones.true_float32()
+    first.__enter__()
+    with second:
+        first.__exit__(None, None, None)  # of another thread, which leaves before this one
+        torch_backbone(spec).embed(features(2))
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32
 

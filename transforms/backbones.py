@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class QuantisedModel:
 
     Attributes:
         path: The model's ``.xml`` on this machine.
-        digest: Hex digest of the windows it was calibrated on.
+        digest: Hex digest of the windows it was calibrated on, and of how its weights are kept.
         windows: How many they were.
     """
 
@@ -388,8 +389,39 @@ def first_line(error: BaseException) -> str:
     return (lines or ["no message"])[0]
 
 
+class _ConvolutionsInTf32:
+    """torch's switch for them, which is one for all threads: off while any of them wants it so."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_wanting_off = 0
+        self._before: bool | None = None
+
+    def switch_off(self) -> None:
+        with self._lock:
+            self._num_wanting_off += 1
+            if self._num_wanting_off == 1:
+                # Where a program has set the newer ``fp32_precision``, torch refuses to say, and
+                # the program has chosen for itself.
+                with contextlib.suppress(RuntimeError):
+                    self._before = torch.backends.cudnn.allow_tf32
+                    torch.backends.cudnn.allow_tf32 = False
+
+    def switch_back(self) -> None:
+        with self._lock:
+            self._num_wanting_off -= 1
+            if self._num_wanting_off == 0 and self._before is not None:
+                torch.backends.cudnn.allow_tf32, self._before = self._before, None
+
+
+_convolutions_in_tf32 = _ConvolutionsInTf32()
+
+
 @contextlib.contextmanager
 def true_float32() -> Iterator[None]:
     """No TF32 in float32's stead, which torch allows for convolutions on cuda."""
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+    _convolutions_in_tf32.switch_off()
+    try:
         yield
+    finally:
+        _convolutions_in_tf32.switch_back()

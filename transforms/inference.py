@@ -40,7 +40,6 @@ from transforms.backbones import (
     resolve_batch_size,
     resolve_device,
     start_windows,
-    true_float32,
 )
 from transforms.checkpoints import ModelSpec, load_model
 from transforms.devices import torch_device
@@ -265,8 +264,7 @@ def _make_check(spec: ModelSpec, settings: InferenceSettings, name: str) -> Prec
         reference = load_reference(spec, settings)
 
         def predict(features: FloatArray) -> list[Prediction]:
-            with true_float32():
-                return reference.predict(features)
+            return reference.predict(features)
 
         return predict
 

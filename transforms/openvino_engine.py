@@ -270,7 +270,8 @@ def quantise(
         RuntimeError: The model cannot be converted or quantised.
     """
     nncf = import_library("nncf")
-    digest = hashlib.sha256(windows.tobytes()).hexdigest()[:16]
+    overflow_fix = _overflow_fix()
+    digest = hashlib.sha256(windows.tobytes() + overflow_fix.encode()).hexdigest()[:16]
     found = find_quantised(spec, pooling, digest, len(windows))
     if found is not None:
         return found
@@ -294,7 +295,7 @@ def quantise(
             ),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 activations_range_estimator_params=estimators.MINMAX,
-                overflow_fix=nncf.OverflowFix(_overflow_fix()),
+                overflow_fix=nncf.OverflowFix(overflow_fix),
             ),
         )
     folder = caches.keep_folder("int8", _quantised_key(spec, pooling, digest), _saver(model))
@@ -325,7 +326,7 @@ def find_quantised(
     Args:
         spec: The checkpoint.
         pooling: What is stored as the embedding.
-        digest: Of the windows.
+        digest: As ``quantise`` made it, of the windows and of how weights are kept.
         num_windows: How many they were.
     """
     folder = caches.find_folder("int8", _quantised_key(spec, pooling, digest))
@@ -336,5 +337,4 @@ def find_quantised(
 
 def _quantised_key(spec: ModelSpec, pooling: Pooling, digest: str) -> str:
     nncf = importlib.metadata.version("nncf")
-    parts = {"nncf": nncf, "calibration": digest, "overflow_fix": _overflow_fix()}
-    return caches.make_key({**_dependencies(spec, pooling), **parts})
+    return caches.make_key({**_dependencies(spec, pooling), "nncf": nncf, "calibration": digest})
