@@ -66,7 +66,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         ("plan", ["--files", "100", "1000"], True),
         ("memory", ["--windows", "10", "20"], False),
         ("scaling", ["--windows", "10", "--factors", "1", "2", "--workers", "1"], True),
-        ("peers", ["--toy", "--seconds", "1", "--contenders", "loop", "torch-fp32"], True),
+        pytest.param(
+            *("peers", ["--toy", "--seconds", "1", "--contenders", "loop", "torch-fp32"], True),
+            marks=pytest.mark.slow,
+        ),
         ("gpu", ["--toy", "--device", "cpu", "--engines", "eager", "--formats", "flac"], True),
     ],
 )

@@ -255,8 +255,8 @@ def before(tmp_path: Path) -> Path:
     "make_job",
     [
         new_unit,
-        unit_of_several_row_groups_with_a_late_failure,
-        unit_that_replaces_another,
+        pytest.param(unit_of_several_row_groups_with_a_late_failure, marks=pytest.mark.slow),
+        pytest.param(unit_that_replaces_another, marks=pytest.mark.slow),
         retry_that_carries_rows_over,
     ],
 )

@@ -39,6 +39,7 @@ def claim_apart(folder: Path) -> tuple[subprocess.Popen[str], int]:
     return process, int(process.stdout.readline())
 
 
+@pytest.mark.slow
 def test_processes_share_gpus_evenly_and_give_them_back(tmp_path: Path) -> None:
     held = [claim_apart(tmp_path) for _ in range(3)]
     assert [index for _, index in held] == [0, 1, 0]

@@ -123,7 +123,7 @@ def scores_in_order(folder: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
     return scored.scores[order]
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", [pytest.param("softmax", marks=pytest.mark.slow), "sigmoid"])
 def test_scores_come_back_from_embeddings_as_they_were(results: dict[str, Path], kind: str) -> None:
     stored, computed = results[f"{kind}_scores"], results[kind]
     np.testing.assert_allclose(

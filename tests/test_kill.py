@@ -244,7 +244,10 @@ def test_a_run_killed_twice_gives_what_an_uninterrupted_one_gives(
 
 @pytest.mark.parametrize(
     ("kill", "number"),
-    [(Run.kill_group, signal.SIGINT), (Run.kill_process, signal.SIGTERM)],
+    [
+        (Run.kill_group, signal.SIGINT),
+        pytest.param(Run.kill_process, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
     ids=["Ctrl-C in a terminal", "SIGTERM"],
 )
 def test_an_interrupted_run_says_how_to_go_on_and_leaves_nothing_behind(

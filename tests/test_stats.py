@@ -89,7 +89,7 @@ def test_the_figures_are_those_of_all_frames(stats: Stats, clips: Path) -> None:
     [
         ["--set", "units.windows=1"],
         ["--set", "units.windows=2", "--", "--direct_num_workers=2"],
-        ["--set", "units.windows=3", "--workers", "2"],
+        pytest.param(["--set", "units.windows=3", "--workers", "2"], marks=pytest.mark.slow),
     ],
     ids=["a unit per window", "two threads", "two processes"],
 )
@@ -112,6 +112,7 @@ def test_a_window_that_is_shorter_is_measured_as_such(stats: Stats, clips: Path)
     assert said.figures == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_as_original_differs_and_repeats(stats: Stats, clips: Path) -> None:
     plain = stats(clips).figures
     first = stats(clips, "--as-original")

@@ -131,6 +131,7 @@ def test_a_folder_from_the_command_line(here: Path, capfd: pytest.CaptureFixture
     assert re.fullmatch(r"0\.0+\t5\.0+\trooster \(0\.\d+\)\n", track.read_text())
 
 
+@pytest.mark.slow
 @needs_model
 def test_a_dataset_of_one_s_own(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_part("A dataset of your own", capfd)
