@@ -657,8 +657,8 @@ def run_parts(
     Args:
         bench: How.
         parts: What is asked for.
-        keep: Called after each part with all that has been found by then: a machine that is lent
-            may go before the last.
+        keep: Called after each part with all that has been found by then: a run of an hour
+            may not come to its end.
     """
     left_out = {part: reason for part in parts if (reason := why_left_out(part)) is not None}
     for part, reason in left_out.items():
