@@ -63,7 +63,6 @@ from transforms.sources import (
     find_inputs,
     is_long,
     limit_items,
-    windows_of,
 )
 
 # The fields of a config that the forward pass depends on; others (dropouts, what to return) may
@@ -486,7 +485,7 @@ def describe_long_files(units: Sequence[WorkUnit], sources: SourceSettings) -> l
     long = [unit for unit in units if is_long(unit, sources)]
     if not long or sources.windows_per_part is None:
         return []
-    num_parts = sum(windows_of(unit.items[0], sources) // sources.windows_per_part for unit in long)
+    num_parts = sum(unit.estimated_windows // sources.windows_per_part for unit in long)
     are = "is" if len(long) == 1 else "are"
     return [
         f"Of these, {counted(len(long), 'long file')} {are} cut into parts, about "

@@ -465,9 +465,9 @@ class FinishRun:
 
         Beyond a limit there may be files that a run without one goes on with.
         """
-        committed = set(list_unit_ids(self.output))
+        is_limited = self.run["config"]["limit"] is not None
         for long_id, urls in list_long_files(self.output).items():
-            if self.run["config"]["limit"] is None or long_id in committed:
+            if not is_limited or storage.exists(commit_url(self.output, long_id)):
                 remove_long_file(self.output, long_id, urls)
 
     def _check(self, new: RunTotals) -> None:

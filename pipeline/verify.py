@@ -35,6 +35,8 @@ from transforms.ledger import (
     commit_url,
     find_change,
     list_unit_ids,
+    long_id_of,
+    part_ids_of,
     part_url,
     read_part,
 )
@@ -137,13 +139,8 @@ def _has_commits(output: str) -> bool:
 
 def _counts(state: ResultState) -> str:
     totals = sum((commit.totals for commit in state.commits.values()), UnitTotals())
-    waiting = {} if state.succeeded else state.long_files
-    num_parts = sum(
-        url.endswith(".json")
-        for long_id, urls in waiting.items()
-        if long_id not in state.commits
-        for url in urls
-    )
+    part_ids = [] if state.succeeded else part_ids_of(state.long_files)
+    num_parts = sum(long_id_of(part_id) not in state.commits for part_id in part_ids)
     return (
         f"{len(state.commits)} units, {totals.clips} clips, {totals.windows} windows, "
         f"{totals.failures} failures"

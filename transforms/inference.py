@@ -261,12 +261,7 @@ def _make_check(spec: ModelSpec, settings: InferenceSettings, name: str) -> Prec
         return None
 
     def load_predict() -> Callable[[FloatArray], list[Prediction]]:
-        reference = load_reference(spec, settings)
-
-        def predict(features: FloatArray) -> list[Prediction]:
-            return reference.predict(features)
-
-        return predict
+        return load_reference(spec, settings).predict
 
     depends_on = {
         "model_sha256": spec.sha256,

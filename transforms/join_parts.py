@@ -106,38 +106,41 @@ class JoinedClip:
     facts: ClipFacts
 
 
-def check_unchanged(output: str, parts: Sequence[WorkUnit]) -> None:
-    """Hold the rows of parts against what their commits vouch for; all of them are read.
+def read_unchanged(output: str, parts: Sequence[WorkUnit]) -> list[Commit]:
+    """The commits of parts, whose rows are held against what these vouch for; all are read.
 
     Raises:
         AccountingError: Some have changed; these parts have been taken out, to be labelled again.
         OSError: They cannot be read.
     """
-    changes = {part.unit_id: why for part in parts if (why := _find_change(output, part.unit_id))}
-    for unit_id in changes:
-        remove_unit(output, unit_id)
+    commits, changes = [], []
+    for part in parts:
+        try:
+            commits.append(_read_unchanged(output, part.unit_id))
+        except (OutputError, FileNotFoundError) as error:
+            changes.append(in_words(error) if isinstance(error, OSError) else str(error))
+            remove_unit(output, part.unit_id)
     if changes:
         raise AccountingError(
             f"{len(changes)} of {len(parts)} parts of {parts[0].items[0].clip_id} were not as they "
-            f"had been committed, and have been removed ({next(iter(changes.values()))}); run the "
+            f"had been committed, and have been removed ({changes[0]}); run the "
             "same command again, and it labels them again"
         )
+    return commits
 
 
-def _find_change(output: str, unit_id: str) -> str | None:
-    try:
-        for name, info in read_commit(output, unit_id).parts.items():
-            url = part_url(output, name, unit_id)
-            if change := find_change(url, info):
-                return f"{storage.public_uri(url)}: {change}"
-    except FileNotFoundError as error:
-        return in_words(error)
-    except OutputError as error:
-        return str(error)
-    return None
+def _read_unchanged(output: str, unit_id: str) -> Commit:
+    commit = read_commit(output, unit_id)
+    for name, info in commit.parts.items():
+        url = part_url(output, name, unit_id)
+        if change := find_change(url, info):
+            raise OutputError(f"{storage.public_uri(url)}: {change}")
+    return commit
 
 
-def read_labelled_part(output: str, unit: WorkUnit, windows: WindowSettings) -> LabelledPart:
+def read_labelled_part(
+    output: str, unit: WorkUnit, commit: Commit, windows: WindowSettings
+) -> LabelledPart:
     """What came of a part that is committed.
 
     Raises:
@@ -146,7 +149,6 @@ def read_labelled_part(output: str, unit: WorkUnit, windows: WindowSettings) -> 
     """
     rate_hz, item = windows.sample_rate_hz, unit.items[0]
     first_index = round((item.start_s or 0.0) * rate_hz) // windows.hop_samples
-    commit = read_commit(output, unit.unit_id)
     table = read_part(output, "windows", unit.unit_id, ["window_index", "end_s"])
     ends_s = {
         index: end_s
@@ -317,8 +319,10 @@ def join_parts(
         remove_long_file(output, unit.unit_id)
         return read_commit(output, unit.unit_id)
     _check_whole(unit, parts)
-    check_unchanged(output, parts)
-    labelled = [read_labelled_part(output, part, windows) for part in parts]
+    labelled = [
+        read_labelled_part(output, part, commit, windows)
+        for part, commit in zip(parts, read_unchanged(output, parts), strict=True)
+    ]
     overlap = windows.window_samples - windows.hop_samples
     joined = join_clip(labelled, overlap / windows.sample_rate_hz)
     with storage.writing_to(output):

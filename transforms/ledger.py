@@ -447,9 +447,14 @@ def _list_there(folder: str) -> list[str]:
 
 def list_part_ids(output: str) -> list[str]:
     """The parts of long units that have a commit file."""
+    return part_ids_of(list_long_files(output))
+
+
+def part_ids_of(long_files: Mapping[str, Sequence[str]]) -> list[str]:
+    """Those of the files that ``list_long_files`` has found."""
     return [
         f"{long_id}.{storage.file_name(url).removesuffix('.json')}"
-        for long_id, urls in list_long_files(output).items()
+        for long_id, urls in long_files.items()
         for url in urls
         if url.endswith(".json")
     ]

@@ -27,7 +27,6 @@ from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms import storage
 from transforms.decode import DecodeSettings
-from transforms.errors import EarmarkError
 from transforms.header_probe import HeaderProbe
 from transforms.ledger import commit_url, make_part_id
 from transforms.records import Part, WorkUnit
@@ -135,26 +134,18 @@ class _CutLongFn(beam.DoFn):
         super().__init__()  # type: ignore[no-untyped-call]
         self._sources = sources
         self._windows = windows
-        self._decode = decode
         self._output = output
         self._fingerprint = fingerprint
-        self._probe: HeaderProbe | None = None
-
-    def setup(self) -> None:
-        self._probe = HeaderProbe(self._decode)
+        self._probe = HeaderProbe(decode)
 
     def start_bundle(self) -> None:
-        self._end_process()  # a bundle before this one may have failed halfway
+        self._probe.close()  # a bundle before this one may have failed halfway
 
     def finish_bundle(self) -> None:
-        self._end_process()
+        self._probe.close()
 
     def teardown(self) -> None:
-        self._end_process()
-
-    def _end_process(self) -> None:
-        if self._probe is not None:
-            self._probe.close()
+        self._probe.close()
 
     def process(self, unit: WorkUnit) -> Iterator[WorkUnit | TaggedOutput[str, WorkUnit]]:
         if not is_long(unit, self._sources) or storage.exists(
@@ -162,8 +153,6 @@ class _CutLongFn(beam.DoFn):
         ):
             yield unit
             return
-        if self._probe is None:
-            raise EarmarkError("setup was not called before process; a runner must call it")
         duration_s = self._probe.read_duration_s(unit.items[0])
         for part in cut_long(unit, duration_s, self._sources, self._windows, self._fingerprint):
             yield unit if part is unit else TaggedOutput("parts", part)
