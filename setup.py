@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 
@@ -32,7 +32,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["pipeline", "pipeline.configs", "pipeline.training", "transforms"],
+    packages=[*find_packages(include=["pipeline*", "transforms*"]), "pipeline.configs"],
     # configs/ lies at the top of the checkout, and inside the package once installed;
     # pipeline.config.config_folder() knows both places.
     package_dir={"pipeline.configs": "configs"},
