@@ -56,8 +56,8 @@ def use_null_model(clock: str) -> None:
     import numpy as np
     from torch import nn
 
-    from transforms import stage_clocks
     from transforms.inference import ASTModelHandler, join_features
+    from transforms.process import stage_times
     from transforms.records import FloatArray, Prediction
 
     class NullEngine(nn.Module):
@@ -79,7 +79,7 @@ def use_null_model(clock: str) -> None:
 
     ASTModelHandler.load_model = lambda self: NullEngine()  # type: ignore[method-assign]
     if clock == "cpu":
-        stage_clocks.time = SimpleNamespace(perf_counter=time.thread_time)  # type: ignore
+        stage_times.time = SimpleNamespace(perf_counter=time.thread_time)  # type: ignore
 
 
 def per_window_ms(run: dict[str, Any]) -> dict[str, float]:

@@ -27,8 +27,8 @@ from transforms.errors import FeatureError, InputError
 from transforms.fbank import extract_fbank
 from transforms.label_audio import LabelSettings, read_items
 from transforms.openvino_engine import find_quantised, quantise
+from transforms.process.temp_folders import scratch_folder
 from transforms.records import EncodedClip, FloatArray, ItemFailure, WorkUnit
-from transforms.scratch import scratch_folder
 from transforms.windows import WindowCutter
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from typing import Any
 
 from pipeline.progress import format_duration
 from transforms.fbank_settings import MAX_FEATURE_THREADS
-from transforms.stage_clocks import StageSeconds
+from transforms.process.stage_times import StageSeconds
 
 # A run of which less than this was labelling has told nothing yet: its first seconds are those of
 # decoders that start and of a model that warms up.

@@ -32,9 +32,9 @@ from transforms.join_parts import JoinParts
 from transforms.label_audio import LabelSettings, LabelUnits
 from transforms.ledger import Checks, UnitSummary, UnitTotals, add_checks
 from transforms.long_files import CutLongFiles
+from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import WorkUnit
 from transforms.sources import is_long
-from transforms.stage_clocks import NO_SECONDS, StageSeconds
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from transforms import storage
 from transforms.errors import OutputError, OutputLostError
+from transforms.process.temp_folders import is_still
 from transforms.retries import patient_for
-from transforms.scratch import is_still
 
 logger = logging.getLogger(__name__)
 

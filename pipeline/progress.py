@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
 from transforms.clip_ids import for_terminal
-from transforms.live_counts import live_counts
+from transforms.process.progress_counts import live_counts
 
 POLL_INTERVAL_S = 0.25
 LINE_INTERVAL_S = 10.0

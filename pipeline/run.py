@@ -81,10 +81,10 @@ from transforms.ledger import (
     read_commit,
     read_failures,
 )
+from transforms.process.stage_times import stage_clocks
+from transforms.process.temp_folders import sweep, temporary_files_in_scratch
 from transforms.records import WorkUnit
-from transforms.scratch import sweep, temporary_files_in_scratch
 from transforms.sources import check_there
-from transforms.stage_clocks import stage_clocks
 
 # Listing a remote folder takes a while: what others commit is looked up every few seconds.
 COMMIT_POLL_INTERVAL_S = 5.0

@@ -48,8 +48,8 @@ from transforms.feature_statistics import (
 )
 from transforms.label_audio import read_items
 from transforms.model_files import FEATURES_NAME
+from transforms.process.temp_folders import scratch_folder, sweep, temporary_files_in_scratch
 from transforms.records import WorkUnit
-from transforms.scratch import scratch_folder, sweep, temporary_files_in_scratch
 from transforms.sources import Found, SourceSettings, find_inputs, limit_items
 from transforms.windows import CutWindows, WindowSettings
 

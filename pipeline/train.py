@@ -65,10 +65,10 @@ from transforms.decode import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.fbank import FbankSettings, KaldiFbank
 from transforms.feature_statistics import without_normalising
-from transforms.live_counts import live_counts
 from transforms.model_files import CONFIG_NAME, FEATURES_NAME, WEIGHTS_NAME
+from transforms.process.progress_counts import live_counts
+from transforms.process.temp_folders import sweep
 from transforms.records import ItemFailure
-from transforms.scratch import sweep
 from transforms.sources import Found, SourceSettings, find_inputs, limit_items
 from transforms.spectrogram_transformer import ASTForAudioClassification
 from transforms.windows import WindowSettings

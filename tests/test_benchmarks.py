@@ -28,9 +28,9 @@ from benchmarks.common import (
     print_table,
     spread,
 )
-from transforms import stage_clocks
 from transforms.backbones import cpu_has_native_bf16
 from transforms.inference import ASTModelHandler
+from transforms.process import stage_times
 from transforms.spectrogram_transformer import ASTConfig, ASTModel
 
 
@@ -47,7 +47,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
                 patched.setattr(sys, "argv", ["-c", *arguments])
                 # What the overhead's null model replaces comes back.
                 patched.setattr(ASTModelHandler, "load_model", ASTModelHandler.load_model)
-                patched.setattr(stage_clocks, "time", stage_clocks.time)
+                patched.setattr(stage_times, "time", stage_times.time)
                 exec(program, {"__name__": "__main__"})
             else:
                 name = "pipeline.cli" if program == "pipeline" else program

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from transforms import caches
-from transforms.caches import cache_root, find_folder, keep_figures, keep_folder, read_figures
+from transforms.process import disk_cache
+from transforms.process.disk_cache import (
+    cache_root,
+    find_folder,
+    keep_figures,
+    keep_folder,
+    read_figures,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +61,11 @@ def test_what_cannot_be_written_leaves_nothing_behind(root: Path) -> None:
 
 
 def test_the_folders_that_were_last_used_stay(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "MAX_FOLDERS", 2)
+    monkeypatch.setattr(disk_cache, "MAX_FOLDERS", 2)
     times = iter(range(1, 100))
 
     def age(folder: Path) -> None:
-        caches.os.utime(folder, (next(times),) * 2)
+        disk_cache.os.utime(folder, (next(times),) * 2)
 
     for key in ("a", "b"):
         folder = keep_folder("models", key, write_a)

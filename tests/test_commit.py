@@ -34,7 +34,7 @@ from transforms.ledger import (
     read_commit,
     read_commits,
 )
-from transforms.live_counts import live_counts
+from transforms.process.progress_counts import live_counts
 from transforms.records import (
     Carried,
     ClipRow,

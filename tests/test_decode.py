@@ -32,8 +32,8 @@ from transforms import decode as decode_module
 from transforms.decode import DecodeAudio, DecodePool, DecodeSettings
 from transforms.decode_worker import decode, decode_whole
 from transforms.errors import DecodeError, EarmarkError
+from transforms.process.stage_times import stage_clocks
 from transforms.records import EncodedClip, Failure, Item, ItemFailure, UnitEnd, Waveform, WorkUnit
-from transforms.stage_clocks import stage_clocks
 
 RATE = 16_000
 LOSSLESS = [name for name, f in audio_factory.FORMATS.items() if f.lossless_bits is not None]

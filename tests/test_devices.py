@@ -13,9 +13,9 @@ import torch
 
 from pipeline import cli
 from tests.audio_factory import noise, write
-from transforms import devices
-from transforms.devices import Sender, claim, torch_device
 from transforms.fbank import DeviceFbank, FbankSettings, extract_fbank
+from transforms.process import devices
+from transforms.process.devices import Sender, claim, torch_device
 
 RATE = 16_000
 SETTINGS = FbankSettings()
@@ -23,7 +23,7 @@ SETTINGS = FbankSettings()
 CLAIM = """
 import sys
 from pathlib import Path
-from transforms.devices import claim
+from transforms.process.devices import claim
 print(claim(["a", "b"], Path(sys.argv[1])), flush=True)
 sys.stdin.read()
 """

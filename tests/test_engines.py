@@ -19,7 +19,7 @@ import torch
 from pipeline import cli
 from tests.audio_factory import noise, write
 from tests.model_factory import write_tiny_model
-from transforms import backbones, devices, engines, openvino_engine
+from transforms import backbones, engines, openvino_engine
 from transforms.backbones import (
     Embeddings,
     Features,
@@ -38,6 +38,7 @@ from transforms.inference import (
     load_engine,
     score_embeddings,
 )
+from transforms.process import devices
 from transforms.records import FloatArray, PendingPrediction, Prediction
 
 pytestmark = pytest.mark.usefixtures("openvino_as_installed")

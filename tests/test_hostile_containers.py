@@ -37,9 +37,10 @@ from pipeline.config import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory
-from transforms import manifests, parquet_pages, scratch, storage, tar_headers, tar_source
+from transforms import manifests, parquet_pages, storage, tar_headers, tar_source
 from transforms.clip_ids import for_terminal
 from transforms.errors import InputError
+from transforms.process import temp_folders
 from transforms.records import EncodedClip
 from transforms.sources import SourceSettings, find_inputs, plan_units, read_unit
 
@@ -157,7 +158,7 @@ def label(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "outside" / "secret.wav").write_bytes(SECRET)
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    monkeypatch.setattr(scratch, "_scratch", scratch._Scratch())
+    monkeypatch.setattr(temp_folders, "_scratch", temp_folders._Scratch())
     return Label(tmp_path, tmp_path / "inside", tmp_path / "outside", tmp_path / "out", tiny_model)
 
 

@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 import fsspec
 import pytest
 
-from transforms import kept_files, scratch, spooling
+from transforms import kept_files, spooling
 from transforms.errors import ReadError
 from transforms.kept_files import KeptFiles
-from transforms.scratch import scratch_folder
+from transforms.process import temp_folders
+from transforms.process.temp_folders import scratch_folder
 from transforms.spooling import Fetched, ReadLimits
 
 NUM_BYTES = 5000
@@ -30,9 +31,9 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The scratch folder, of this test alone."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(scratch, "_scratch", scratch._Scratch())
+    monkeypatch.setattr(temp_folders, "_scratch", temp_folders._Scratch())
     yield scratch_folder()
-    scratch._scratch.remove()
+    temp_folders._scratch.remove()
 
 
 @pytest.fixture

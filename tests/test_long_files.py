@@ -27,7 +27,7 @@ from transforms.decode_worker import decode, decode_whole
 from transforms.errors import AccountingError
 from transforms.header_probe import HeaderProbe
 from transforms.ledger import list_long_files, long_id_of, remove_long_file
-from transforms.live_counts import live_counts
+from transforms.process.progress_counts import live_counts
 from transforms.records import Part
 from transforms.sources import windows_per_part
 

@@ -198,7 +198,7 @@ def test_a_library_has_one_door(library: str) -> None:
         ("pipeline/progress.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("transforms/records.py", {"torch", "apache_beam", "pyarrow"}),
         ("transforms/storage.py", {"torch", "apache_beam", "pyarrow"}),
-        ("transforms/stage_clocks.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("transforms/process/stage_times.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("transforms/labels.py", {"torch", "apache_beam"}),
         ("transforms/public_checkpoints.py", {"torch", "apache_beam"}),
         ("transforms/bundled.py", {"torch", "apache_beam"}),

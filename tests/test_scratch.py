@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from transforms import scratch
-from transforms.scratch import scratch_folder, sweep, temporary_files_in_scratch
+from transforms.process import temp_folders
+from transforms.process.temp_folders import scratch_folder, sweep, temporary_files_in_scratch
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # Makes a file in its scratch folder, says where that is, and does what it is told.
 MAKE = """
 import sys, time
-from transforms.scratch import scratch_folder
+from transforms.process.temp_folders import scratch_folder
 (scratch_folder() / "spool.wav").write_bytes(b"x")
 print(scratch_folder(), flush=True)
 """
@@ -35,9 +35,9 @@ def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(scratch, "_scratch", scratch._Scratch())
+    monkeypatch.setattr(temp_folders, "_scratch", temp_folders._Scratch())
     yield folder
-    scratch._scratch.remove()
+    temp_folders._scratch.remove()
 
 
 def start(code: str) -> subprocess.Popen[str]:
@@ -206,22 +206,22 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another process may sweep in the moment between making and locking: here it always does."""
-    real_open, made = scratch._open, []
+    real_open, made = temp_folders._open, []
 
     def sweep_before(path: Path) -> int:
-        monkeypatch.setattr(scratch, "_open", real_open)
+        monkeypatch.setattr(temp_folders, "_open", real_open)
         made.append(path)
         sweep()
         return real_open(path)
 
     def sweep_after(path: Path) -> int:
-        monkeypatch.setattr(scratch, "_open", sweep_before)
+        monkeypatch.setattr(temp_folders, "_open", sweep_before)
         made.append(path)
         descriptor = real_open(path)
         path.rmdir()
         return descriptor
 
-    monkeypatch.setattr(scratch, "_open", sweep_after)
+    monkeypatch.setattr(temp_folders, "_open", sweep_after)
     folder = scratch_folder()
     assert folder.is_dir()
     assert len(made) == 2
@@ -233,7 +233,7 @@ def test_many_processes_at_once_keep_their_folders(temporary_folder: Path) -> No
     """Each makes a folder, uses it and is killed, while all the others sweep."""
     code = """
 import os, sys, time
-from transforms.scratch import scratch_folder, _start_anew
+from transforms.process.temp_folders import scratch_folder, _start_anew
 deadline = time.monotonic() + 5
 while time.monotonic() < deadline:
     (scratch_folder() / "file").write_bytes(b"x")

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from transforms import stage_clocks as module
-from transforms.stage_clocks import NO_SECONDS, StageClocks, StageSeconds, timed
+from transforms.process import stage_times as module
+from transforms.process.stage_times import NO_SECONDS, StageClocks, StageSeconds, timed
 
 
 class Clock:

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transforms.devices import Sender, threads_of, torch_device
 from transforms.errors import ConfigError
+from transforms.process.devices import Sender, threads_of, torch_device
+from transforms.process.stage_times import StageSeconds, stage_clocks, timed
 from transforms.records import FloatArray
 from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS, ASTModel
-from transforms.stage_clocks import StageSeconds, stage_clocks, timed
 
 logger = logging.getLogger(__name__)
 

@@ -54,7 +54,8 @@ from transforms.ledger import (
     read_part,
     remove_unit,
 )
-from transforms.live_counts import live_counts
+from transforms.process.progress_counts import live_counts
+from transforms.process.stage_times import stage_clocks, timed
 from transforms.records import (
     ClipRow,
     ItemFailure,
@@ -73,7 +74,6 @@ from transforms.rows import (
     windows_schema,
     windows_table,
 )
-from transforms.stage_clocks import stage_clocks, timed
 
 # Window rows kept in memory before they go to the staging file as a row group: about 25 MB of
 # AST base's embeddings and scores.

@@ -51,6 +51,7 @@ from transforms.decode_process import (
     start_decoder,
 )
 from transforms.errors import DecodeError, EarmarkError, item_too_large
+from transforms.process.stage_times import LabellingStage, StageSeconds, stage_clocks, timed
 from transforms.records import (
     ClipFacts,
     EncodedClip,
@@ -62,7 +63,6 @@ from transforms.records import (
     Waveform,
     WorkUnit,
 )
-from transforms.stage_clocks import LabellingStage, StageSeconds, stage_clocks, timed
 
 logger = logging.getLogger(__name__)
 

@@ -32,8 +32,8 @@ import numpy as np
 
 from transforms import decode_worker
 from transforms.errors import DecodeError, EarmarkError
+from transforms.process.stage_times import StageSeconds, stage_clocks
 from transforms.records import ClipFacts, EncodedClip, FloatArray
-from transforms.stage_clocks import StageSeconds, stage_clocks
 
 logger = logging.getLogger(__name__)
 

@@ -59,8 +59,8 @@ from transforms.audio_readers import (
     probe_duration_s,
 )
 from transforms.errors import DecodeError
+from transforms.process.stage_times import stage_clocks, timed
 from transforms.records import ClipFacts, FloatArray, Part
-from transforms.stage_clocks import stage_clocks, timed
 
 MIN_CLIP_S = 0.025  # one fbank frame: less than this gives no features
 RUN_IN_S = 1  # what the resampler is given beside a part; its filter is a fraction of that

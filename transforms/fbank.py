@@ -40,7 +40,6 @@ from apache_beam.pvalue import PCollection
 from apache_beam.utils.windowed_value import WindowedValue
 from torch import Tensor
 
-from transforms.devices import Sender, threads_of
 from transforms.errors import FeatureError
 from transforms.fbank_settings import (
     FRAME_LENGTH_MS,
@@ -49,8 +48,9 @@ from transforms.fbank_settings import (
     MAX_FEATURE_THREADS,
 )
 from transforms.fbank_settings import FbankSettings as FbankSettings
+from transforms.process.devices import Sender, threads_of
+from transforms.process.stage_times import timed
 from transforms.records import FloatArray, ItemFailure, UnitEnd, Window
-from transforms.stage_clocks import timed
 
 try:
     from torchaudio.compliance import kaldi

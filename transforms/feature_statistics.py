@@ -28,7 +28,7 @@ from apache_beam.pvalue import PCollection
 
 from transforms.errors import FeatureError
 from transforms.fbank import FbankSettings, extract_fbank, feature_threads
-from transforms.live_counts import live_counts
+from transforms.process.progress_counts import live_counts
 from transforms.records import Failure, FloatArray, ItemFailure, UnitEnd, Window
 
 # Of the original script: batches, share of windows that are mixed, the shape of the Beta

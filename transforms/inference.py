@@ -42,13 +42,13 @@ from transforms.backbones import (
     start_windows,
 )
 from transforms.checkpoints import ModelSpec, load_model
-from transforms.devices import torch_device
 from transforms.engines import load_backbone
 from transforms.errors import DeviceError, EarmarkError
 from transforms.precision_check import PrecisionCheck, surroundings
+from transforms.process.devices import torch_device
+from transforms.process.stage_times import LabellingStage, timed
 from transforms.records import FloatArray, PendingBatch, PendingPrediction, Prediction
 from transforms.spectrogram_transformer import ASTForAudioClassification, ASTMLPHead
-from transforms.stage_clocks import LabellingStage, timed
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from transforms.ledger import (
     remove_long_file,
     remove_unit,
 )
-from transforms.live_counts import live_counts
+from transforms.process.progress_counts import live_counts
 from transforms.records import (
     ClipFacts,
     Failure,

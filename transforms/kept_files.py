@@ -23,7 +23,7 @@ from pathlib import Path
 
 from transforms import storage
 from transforms.errors import ReadError
-from transforms.scratch import scratch_folder
+from transforms.process.temp_folders import scratch_folder
 from transforms.spooling import Fetched, ReadLimits, fetch, second_name
 
 # The room on the disk is what bounds long files; this is for a disk that is all but empty.

@@ -33,13 +33,13 @@ import pyarrow.parquet as pq
 
 from transforms import storage
 from transforms.errors import OutputError
+from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import (
     Item,
     UnitKind,
     WindowCheck,
     WorkUnit,
 )
-from transforms.stage_clocks import NO_SECONDS, StageSeconds
 
 PARTS = ("windows", "clips", "errors")
 

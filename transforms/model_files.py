@@ -29,7 +29,7 @@ from huggingface_hub import errors as hub_errors
 from transforms import storage
 from transforms.bundled import bundled_model, bundled_names
 from transforms.errors import ModelError
-from transforms.scratch import scratch_folder
+from transforms.process.temp_folders import scratch_folder
 
 Source = Literal["bundled", "hub", "folder", "original"]
 

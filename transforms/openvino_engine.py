@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from transforms import caches
 from transforms.backbones import (
     Embeddings,
     Features,
@@ -38,8 +37,9 @@ from transforms.backbones import (
     resolve_batch_size,
 )
 from transforms.checkpoints import ModelSpec
-from transforms.devices import processor_facts, threads_of
 from transforms.errors import ConfigError
+from transforms.process import disk_cache
+from transforms.process.devices import processor_facts, threads_of
 from transforms.records import FloatArray
 from transforms.spectrogram_transformer import ASTModel
 
@@ -207,11 +207,11 @@ def load_backbone(
 
 def load_converted(transformer: ASTModel, spec: ModelSpec, pooling: Pooling) -> Any:
     """A transformer as an ``openvino.Model``, from the cache if it is there."""
-    key = caches.make_key(_dependencies(spec, pooling))
-    folder = caches.find_folder("converted", key)
+    key = disk_cache.make_key(_dependencies(spec, pooling))
+    folder = disk_cache.find_folder("converted", key)
     if folder is None:
         model = convert(PooledTransformer(transformer, pooling).eval())
-        folder = caches.keep_folder("converted", key, _saver(model))
+        folder = disk_cache.keep_folder("converted", key, _saver(model))
         if folder is None:
             return model
     return load_core().read_model(folder / MODEL_FILE)
@@ -298,7 +298,7 @@ def quantise(
                 overflow_fix=nncf.OverflowFix(overflow_fix),
             ),
         )
-    folder = caches.keep_folder("int8", _quantised_key(spec, pooling, digest), _saver(model))
+    folder = disk_cache.keep_folder("int8", _quantised_key(spec, pooling, digest), _saver(model))
     if folder is None:
         folder = scratch
         _saver(model)(folder)
@@ -329,7 +329,7 @@ def find_quantised(
         digest: As ``quantise`` made it, of the windows and of how weights are kept.
         num_windows: How many they were.
     """
-    folder = caches.find_folder("int8", _quantised_key(spec, pooling, digest))
+    folder = disk_cache.find_folder("int8", _quantised_key(spec, pooling, digest))
     if folder is None:
         return None
     return QuantisedModel(str(folder / MODEL_FILE), digest, num_windows)
@@ -337,4 +337,6 @@ def find_quantised(
 
 def _quantised_key(spec: ModelSpec, pooling: Pooling, digest: str) -> str:
     nncf = importlib.metadata.version("nncf")
-    return caches.make_key({**_dependencies(spec, pooling), "nncf": nncf, "calibration": digest})
+    return disk_cache.make_key(
+        {**_dependencies(spec, pooling), "nncf": nncf, "calibration": digest}
+    )

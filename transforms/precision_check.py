@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from transforms import caches
 from transforms.backbones import Features, first_line
-from transforms.devices import processor_facts
+from transforms.process import disk_cache
+from transforms.process.devices import processor_facts
 from transforms.records import FloatArray, Prediction, WindowCheck
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class PrecisionCheck:
         self._load_reference = load_reference
         self._reference: Predict | None = None
         self._left = num_windows
-        self._key = caches.make_key(depends_on)
+        self._key = disk_cache.make_key(depends_on)
         self._kept: dict[str, Any] | None = None
         self._lock = threading.Lock()  # threads of a process share an engine
 
@@ -100,12 +100,12 @@ class PrecisionCheck:
         fresh = dict(zip((digests[i] for i in missing), measured, strict=True))
         if fresh:
             figures = {digest: asdict(check) for digest, check in fresh.items()}
-            caches.keep_figures(KIND, self._key, figures, MAX_KEPT_WINDOWS)
+            disk_cache.keep_figures(KIND, self._key, figures, MAX_KEPT_WINDOWS)
         return [fresh[d] if d in fresh else replace(kept[d], reused=True) for d in digests]
 
     def _find_kept(self, digests: Sequence[str]) -> dict[str, WindowCheck]:
         if self._kept is None:
-            self._kept = caches.read_figures(KIND, self._key)
+            self._kept = disk_cache.read_figures(KIND, self._key)
         found = {digest: _read_check(self._kept.get(digest)) for digest in digests}
         return {digest: check for digest, check in found.items() if check is not None}
 

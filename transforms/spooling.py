@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO, cast
 from transforms import storage
 from transforms.clip_ids import AUDIO_EXTENSIONS, extension
 from transforms.errors import EarmarkError, ReadError, item_too_large
-from transforms.scratch import scratch_folder
+from transforms.process.temp_folders import scratch_folder
 
 _COPY_BYTES = 1 << 20
 _SMALL_BLOCK_BYTES = 64 << 10

@@ -56,6 +56,7 @@ from transforms import storage
 from transforms.decode import DecodePool, DecodeSettings
 from transforms.errors import AccountingError, ConfigError, InputError, OutputError, WriteError
 from transforms.label_audio import read_items
+from transforms.process.temp_folders import is_still
 from transforms.records import (
     ClipFacts,
     ContainerSlice,
@@ -68,7 +69,6 @@ from transforms.records import (
     WorkUnit,
 )
 from transforms.rows import errors_table
-from transforms.scratch import is_still
 from transforms.sources import Found, SourceSettings, make_unit_id, plan_units
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transforms import caches
+from transforms.process import disk_cache
 
 _counting_threads = threading.Lock()
 
@@ -61,7 +61,7 @@ def torch_device(name: str) -> torch.device:
         return torch.device(name)
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = [str(getattr(gpu, "uuid", index)) for index, gpu in enumerate(gpus)]
-    root = caches.cache_root()
+    root = disk_cache.cache_root()
     return torch.device("cuda", claim(names, None if root is None else root / "gpus"))
 
 

@@ -1,0 +1,1 @@
+"""What one process has: temporary files, locks, devices, disk caches, clocks and counts."""
