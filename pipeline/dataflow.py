@@ -34,8 +34,8 @@ from apache_beam.runners.runner import PipelineState, create_runner
 
 from pipeline.job_service import wait_for
 from pipeline.streams import say
-from transforms import storage
 from transforms.errors import ConfigError, OutputError
+from transforms.storage import filesystem as storage
 
 logger = logging.getLogger(__name__)
 

@@ -39,13 +39,13 @@ from pipeline.truth import (
     place_of,
     read_truth,
 )
-from transforms import storage
 from transforms.checkpoints import load_model, resolve_model
 from transforms.clip_ids import for_terminal
 from transforms.errors import InputError, ModelError, OutputError
 from transforms.inference import score_embeddings
 from transforms.labels import Label
 from transforms.ledger import open_part
+from transforms.storage import filesystem as storage
 
 JSON_FILE = "evaluation.json"
 PICTURE_FILE = "evaluation.png"

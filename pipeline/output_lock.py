@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transforms import storage
 from transforms.errors import OutputError, OutputLostError
 from transforms.process.temp_folders import is_still
-from transforms.retries import patient_for
+from transforms.storage import filesystem as storage
+from transforms.storage.retries import patient_for
 
 logger = logging.getLogger(__name__)
 

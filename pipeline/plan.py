@@ -42,7 +42,6 @@ from pipeline.result import (
     read_result,
     software_versions,
 )
-from transforms import storage
 from transforms.backbones import InferenceSettings
 from transforms.bundled import DEFAULT_MODEL, describe_default
 from transforms.checkpoints import ModelOverrides, ModelSpec, load_features, resolve_model
@@ -64,6 +63,7 @@ from transforms.sources import (
     is_long,
     limit_items,
 )
+from transforms.storage import filesystem as storage
 
 # The fields of a config that the forward pass depends on; others (dropouts, what to return) may
 # differ between two folders of the same model.

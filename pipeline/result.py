@@ -25,7 +25,6 @@ from pipeline import __version__
 from pipeline.checks import checks_record
 from pipeline.doctor import Startup, record_time
 from pipeline.graph import RunTotals
-from transforms import storage
 from transforms.decode import usable_cores
 from transforms.errors import AccountingError, OutputError, in_words
 from transforms.ledger import (
@@ -41,6 +40,7 @@ from transforms.ledger import (
     remove_long_file,
     remove_unit,
 )
+from transforms.storage import filesystem as storage
 
 logger = logging.getLogger(__name__)
 

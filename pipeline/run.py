@@ -69,7 +69,6 @@ from pipeline.result import (
     write_run,
 )
 from pipeline.streams import say
-from transforms import storage
 from transforms.checkpoints import ModelSpec
 from transforms.clip_ids import for_terminal
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
@@ -85,6 +84,7 @@ from transforms.process.stage_times import stage_clocks
 from transforms.process.temp_folders import sweep, temporary_files_in_scratch
 from transforms.records import WorkUnit
 from transforms.sources import check_there
+from transforms.storage import filesystem as storage
 
 # Listing a remote folder takes a while: what others commit is looked up every few seconds.
 COMMIT_POLL_INTERVAL_S = 5.0

@@ -36,7 +36,6 @@ from pipeline.run import (
     pipeline_options,
 )
 from pipeline.streams import answer, say
-from transforms import storage
 from transforms.decode import DecodeAudio, DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.fbank import ASTFeatureExtractor, FbankSettings
@@ -51,6 +50,7 @@ from transforms.model_files import FEATURES_NAME
 from transforms.process.temp_folders import scratch_folder, sweep, temporary_files_in_scratch
 from transforms.records import WorkUnit
 from transforms.sources import Found, SourceSettings, find_inputs, limit_items
+from transforms.storage import filesystem as storage
 from transforms.windows import CutWindows, WindowSettings
 
 AUDIOSET = FbankSettings()  # its defaults are AudioSet's mean and standard deviation

@@ -58,7 +58,6 @@ from pipeline.training.initial import Initial, build_model, measure_statistics, 
 from pipeline.training.loop import STATE_NAME, Progress, Row, Stage, run_stages
 from pipeline.training.pretraining import PretrainingStage
 from pipeline.training.validation import Scorer
-from transforms import storage
 from transforms.backbones import resolve_device, resolve_precision
 from transforms.checkpoints import save_pretrained
 from transforms.decode import DecodeSettings
@@ -71,6 +70,7 @@ from transforms.process.temp_folders import sweep
 from transforms.records import ItemFailure
 from transforms.sources import Found, SourceSettings, find_inputs, limit_items
 from transforms.spectrogram_transformer import ASTForAudioClassification
+from transforms.storage import filesystem as storage
 from transforms.windows import WindowSettings
 
 TRAIN_NAME = "train.json"

@@ -24,7 +24,6 @@ import pyarrow.compute as pc
 
 from pipeline.result import RUN_FILE, SUCCESS_FILE, ResultState, read_result
 from pipeline.streams import answer
-from transforms import storage
 from transforms.errors import InputError, OutputError
 from transforms.ledger import (
     COMMITS,
@@ -40,6 +39,7 @@ from transforms.ledger import (
     part_url,
     read_part,
 )
+from transforms.storage import filesystem as storage
 
 EXIT_WHOLE = 0
 EXIT_DAMAGED = 3

@@ -21,7 +21,7 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores are given up on after three tries in a row, rather than after two minutes."""
-    from transforms import retries
+    from transforms.storage import retries
 
     monkeypatch.setattr(retries, "RETRY_S", 0.0)
     monkeypatch.setattr(retries, "MAX_WAIT_S", 0.001)

@@ -26,7 +26,6 @@ from pipeline.train_config import ArchitectureSection
 from pipeline.training.initial import build_model, resolve_initial
 from tests.fake_hub import COMMIT, TOKEN, FakeHub, serve_hub, use_hub
 from tests.test_spectrogram_transformer import TINY, assert_close, make_input, make_pair, randomise
-from transforms import retries
 from transforms.checkpoints import (
     ModelOverrides,
     ModelSpec,
@@ -45,6 +44,7 @@ from transforms.spectrogram_transformer import (
     ASTModel,
     resize_position_embeddings,
 )
+from transforms.storage import retries
 from transforms.tensor_names import Layout, from_layout, tensor_names, to_layout
 
 NAMES = ("dog", "rain", "sea, waves", "crying baby", "clock")

@@ -23,7 +23,6 @@ from tests.unit_factory import (
     unit_events,
 )
 from transforms import commit as commit_step
-from transforms import storage
 from transforms.commit import CommitSettings, CommitUnits, OpenUnit, SkipCommitted
 from transforms.errors import AccountingError, OutputError
 from transforms.ledger import (
@@ -44,6 +43,7 @@ from transforms.records import (
     WindowRow,
     WorkUnit,
 )
+from transforms.storage import filesystem as storage
 
 
 @pytest.fixture

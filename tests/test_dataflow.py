@@ -41,12 +41,12 @@ from pipeline.run import check_runner, pipeline_options, run_label
 from pipeline.stats import run_stats
 from tests import audio_factory
 from tests.unit_factory import file_unit
-from transforms import storage
 from transforms.checkpoints import resolve_model
 from transforms.commit import CommitSettings
 from transforms.errors import ConfigError, ModelError, OutputError
 from transforms.inference import InferenceSettings
 from transforms.label_audio import LabelSettings, make_settings
+from transforms.storage import filesystem as storage
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = "us-central1-docker.pkg.dev/proj-1/earmark/earmark:gpu"

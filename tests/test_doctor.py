@@ -19,9 +19,10 @@ from pipeline import doctor
 from pipeline.config import RunConfig
 from pipeline.doctor import Circumstances, Startup, advise, describe_time, record_time
 from pipeline.run import run_label
-from transforms import decode, fbank, storage
+from transforms import decode, fbank
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.spectrogram_transformer import ASTModel
+from transforms.storage import filesystem as storage
 
 RATE_HZ = 16_000
 NUM_CLIPS = 4

@@ -31,7 +31,8 @@ import soundfile
 from pipeline.cli import main
 from tests.fault_proxy import CUTS, KINDS, FaultProxy, Faults
 from tests.object_store import ObjectStore, damaged_commits, missing, open_store, result_rows
-from transforms import retries, storage
+from transforms.storage import filesystem as storage
+from transforms.storage import retries
 
 RATE_HZ = 16_000
 # A refusal, a lost answer, a body that is short without a sign; -m slow has the rest.

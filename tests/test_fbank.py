@@ -32,7 +32,7 @@ from transformers.models.audio_spectrogram_transformer import (
 )
 
 from tests.fake_hub import COMMIT, FakeHub, serve_hub, use_hub
-from transforms import fbank, storage
+from transforms import fbank
 from transforms.errors import ConfigError, FeatureError, ModelError
 from transforms.fbank import (
     ASTFeatureExtractor,
@@ -51,6 +51,7 @@ from transforms.records import (
     Window,
     WorkUnit,
 )
+from transforms.storage import filesystem as storage
 
 SETTINGS = FbankSettings()
 RAW = FbankSettings(mean=0.0, std=0.5)  # (x - 0) / (2 · 0.5): log-mel values as they are

@@ -37,12 +37,13 @@ from pipeline.config import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory
-from transforms import manifests, parquet_pages, storage, tar_headers, tar_source
+from transforms import manifests, parquet_pages, tar_headers, tar_source
 from transforms.clip_ids import for_terminal
 from transforms.errors import InputError
 from transforms.process import temp_folders
 from transforms.records import EncodedClip
 from transforms.sources import SourceSettings, find_inputs, plan_units, read_unit
+from transforms.storage import filesystem as storage
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE_HZ = 16_000

@@ -22,8 +22,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import output_lock
 from pipeline.output_lock import LOCK_FILE, hold_output
-from transforms import retries, storage
 from transforms.errors import OutputError, OutputLostError
+from transforms.storage import filesystem as storage
+from transforms.storage import retries
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from pipeline.training.schedule import schedule_factor
 from transforms.labels import read_labels
 from transforms.manifests import ManifestRow, read_manifest
 from transforms.public_checkpoints import AUDIOSET_STATS, PUBLIC_CHECKPOINTS, SPEECH_COMMANDS_STATS
-from transforms.storage import normalise, read_bytes
+from transforms.storage.filesystem import normalise, read_bytes
 
 FOLDER = config_folder() / "train"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -34,7 +34,7 @@ from pipeline import cli
 from pipeline.config import NOT_WRITTEN, load_config
 from tests.audio_factory import encode, noise
 from tests.fake_hub import TOKEN, serve_hub, use_hub
-from transforms import retries
+from transforms.storage import retries
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 16_000

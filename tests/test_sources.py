@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import RunConfig
-from transforms import spooling, storage
+from transforms import spooling
 from transforms.errors import InputError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item, WorkUnit
 from transforms.sources import (
@@ -40,6 +40,7 @@ from transforms.sources import (
     plan_units,
     read_unit,
 )
+from transforms.storage import filesystem as storage
 
 _numbers = itertools.count()
 SMALL_UNITS = SourceSettings(windows_per_unit=2)

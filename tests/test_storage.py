@@ -22,8 +22,9 @@ import requests
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from transforms import retries, storage
 from transforms.errors import OutputError, UsageError
+from transforms.storage import filesystem as storage
+from transforms.storage import retries
 
 _numbers = itertools.count()
 

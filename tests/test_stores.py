@@ -38,10 +38,10 @@ from tests.audio_factory import encode, noise
 from tests.fault_proxy import FaultProxy, Faults
 from tests.model_factory import TINY_LABELS
 from tests.object_store import ObjectStore, missing, open_store
-from transforms import storage
 from transforms.commit import OpenUnit
 from transforms.records import ContainerSlice, Item, WorkUnit
 from transforms.sources import read_unit
+from transforms.storage import filesystem as storage
 from transforms.tar_source import TarReader
 
 RATE_HZ = 16_000

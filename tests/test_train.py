@@ -29,7 +29,7 @@ from pipeline.training import finetuning, loop
 from pipeline.training.validation import Validation
 from tests import audio_factory
 from tests.model_factory import TINY_LABELS, write_tiny_model
-from transforms import storage
+from transforms.storage import filesystem as storage
 
 RATE_HZ = 16_000
 KINDS = ("tone", "clicks", "noise")

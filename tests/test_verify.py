@@ -24,8 +24,8 @@ from pipeline.result import read_result
 from pipeline.run import run_label
 from pipeline.verify import Finding, Kind, make_advice, run_verify, verify_result
 from tests.audio_factory import noise, write
-from transforms import storage
 from transforms.errors import OutputError
+from transforms.storage import filesystem as storage
 
 RERUN = "un the same earmark label command again"
 CapturedText = pytest.CaptureFixture[str]

@@ -28,7 +28,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from transforms import storage
 from transforms.errors import ModelError
 from transforms.labels import Label, labels_from_names, read_labels
 from transforms.model_files import (
@@ -57,6 +56,7 @@ from transforms.spectrogram_transformer import (
     ASTModel,
     resize_position_embeddings,
 )
+from transforms.storage import filesystem as storage
 from transforms.tensor_names import BASE, tensor_names, to_layout
 
 Activation = Literal["sigmoid", "softmax"]

@@ -29,7 +29,6 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints.decorators import IOTypeHints
 
-from transforms import storage
 from transforms.errors import AccountingError, OutputError
 from transforms.ledger import (
     PARTS,
@@ -74,6 +73,7 @@ from transforms.rows import (
     windows_schema,
     windows_table,
 )
+from transforms.storage import filesystem as storage
 
 # Window rows kept in memory before they go to the staging file as a row group: about 25 MB of
 # AST base's embeddings and scores.

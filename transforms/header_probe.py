@@ -17,7 +17,6 @@ import os
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from transforms import storage
 from transforms.decode import DecodeSettings
 from transforms.decode_process import (
     WORKER_COMMAND,
@@ -28,6 +27,7 @@ from transforms.decode_process import (
 from transforms.decode_worker import BLOCK_BYTES
 from transforms.errors import DecodeError
 from transforms.records import Item
+from transforms.storage import filesystem as storage
 
 # A few blocks are enough for a header; a picture may lie before it.
 MAX_HEADER_BYTES = 16 << 20

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from transforms import storage
 from transforms.clip_ids import (
     extension,
     for_terminal,
@@ -38,7 +37,8 @@ from transforms.manifests import (
 from transforms.parquet_source import URI_COLUMNS, ParquetIndex, index_parquet
 from transforms.records import Failure, Item
 from transforms.spooling import ReadLimits
-from transforms.storage import FileInfo
+from transforms.storage import filesystem as storage
+from transforms.storage.filesystem import FileInfo
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")

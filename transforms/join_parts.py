@@ -21,7 +21,6 @@ import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PCollection
 
-from transforms import storage
 from transforms.commit import CommitSettings, Desk, OpenUnit
 from transforms.decode_worker import BOUND_ERRORS, LEVEL_FRAME_S
 from transforms.errors import AccountingError, OutputError, in_words
@@ -52,6 +51,7 @@ from transforms.records import (
     WorkUnit,
 )
 from transforms.rows import ClipAggregate
+from transforms.storage import filesystem as storage
 from transforms.windows import WindowSettings
 
 # What a part says that lies behind the end of the audio.

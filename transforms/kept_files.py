@@ -21,10 +21,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transforms import storage
 from transforms.errors import ReadError
 from transforms.process.temp_folders import scratch_folder
 from transforms.spooling import Fetched, ReadLimits, fetch, second_name
+from transforms.storage import filesystem as storage
 
 # The room on the disk is what bounds long files; this is for a disk that is all but empty.
 MAX_FILES = 16

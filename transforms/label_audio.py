@@ -20,7 +20,6 @@ from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints import Dict
 from apache_beam.typehints.decorators import IOTypeHints
 
-from transforms import storage
 from transforms.backbones import InferenceSettings, makes_features_on_device
 from transforms.checkpoints import ModelSpec
 from transforms.decode import DecodeAudio, DecodeSettings
@@ -53,6 +52,7 @@ from transforms.sources import (
     read_unit,
     windows_per_part,
 )
+from transforms.storage import filesystem as storage
 from transforms.windows import CutWindows, WindowSettings
 
 # Files that one unit of LabelAudio groups, so that decoding can look ahead across them.

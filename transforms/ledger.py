@@ -31,7 +31,6 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transforms import storage
 from transforms.errors import OutputError
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import (
@@ -40,6 +39,7 @@ from transforms.records import (
     WindowCheck,
     WorkUnit,
 )
+from transforms.storage import filesystem as storage
 
 PARTS = ("windows", "clips", "errors")
 

@@ -25,11 +25,11 @@ import apache_beam as beam
 from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints.decorators import IOTypeHints
 
-from transforms import storage
 from transforms.decode import DecodeSettings
 from transforms.header_probe import HeaderProbe
 from transforms.ledger import commit_url, make_part_id
 from transforms.records import Part, WorkUnit
+from transforms.storage import filesystem as storage
 from transforms.units import SourceSettings, is_long
 from transforms.windows import WindowSettings
 

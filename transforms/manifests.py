@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
-from transforms import storage
 from transforms.clip_ids import (
     extension,
     is_tar_name,
@@ -44,6 +43,7 @@ from transforms.parquet_source import (
 )
 from transforms.records import Failure, Item
 from transforms.spooling import ReadLimits
+from transforms.storage import filesystem as storage
 
 MANIFEST_EXTENSIONS = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv"})
 _MAX_LINE_BYTES = 16 << 20  # parsed, JSON takes up to 25 times as much

@@ -26,10 +26,10 @@ from typing import Any, Literal, NoReturn
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from transforms import storage
 from transforms.bundled import bundled_model, bundled_names
 from transforms.errors import ModelError
 from transforms.process.temp_folders import scratch_folder
+from transforms.storage import filesystem as storage
 
 Source = Literal["bundled", "hub", "folder", "original"]
 

@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transforms import storage
 from transforms.clip_ids import (
     make_clip_id,
     make_metadata,
@@ -35,6 +34,7 @@ from transforms.errors import ContainerError, EarmarkError, ReadError
 from transforms.parquet_pages import RowGroup, measure_row_group, read_footer
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
 from transforms.spooling import RangeReader, ReadLimits, check_item_size, fetch, spool
+from transforms.storage import filesystem as storage
 from transforms.tar_source import container_item
 
 URI_COLUMNS = ("uri", "path", "file", "audio_filepath", "filename")

@@ -24,10 +24,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from transforms import storage
 from transforms.clip_ids import extension
 from transforms.errors import ContainerError
 from transforms.spooling import ReadLimits
+from transforms.storage import filesystem as storage
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_EXTENDED_HEADER = 1 << 20  # long names and pax records; real ones have a few hundred bytes

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from transforms import storage
 from transforms.clip_ids import (
     WindowEstimate,
     extension,
@@ -40,6 +39,7 @@ from transforms.clip_ids import (
 from transforms.errors import ContainerError, ReadError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
 from transforms.spooling import ReadLimits, check_item_size, second_name, spool
+from transforms.storage import filesystem as storage
 from transforms.tar_headers import (
     LONG_NAME,
     MAX_NAME_CHARS,

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from transforms import storage
 from transforms.clip_ids import (
     DEFAULT_BYTES_PER_S,
     WindowEstimate,
@@ -25,6 +24,7 @@ from transforms.clip_ids import (
 from transforms.inputs import Container, Found, in_threads, plan_order
 from transforms.records import ContainerSlice, Item, WorkUnit
 from transforms.spooling import ReadLimits
+from transforms.storage import filesystem as storage
 from transforms.tar_source import TarIndex, index_tar
 
 Range = tuple[int, int | None]

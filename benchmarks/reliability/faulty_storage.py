@@ -47,7 +47,7 @@ from tests.fault_proxy import Faults
 from tests.model_factory import write_tiny_model
 from tests.object_store import ObjectStore, damaged_commits, missing, open_store
 from tests.test_faulty_storage import assert_same_rows, fill, label
-from transforms import retries
+from transforms.storage import retries
 
 NUM_EACH = 3
 MAX_RUNS = 20

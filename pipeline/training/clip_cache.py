@@ -52,7 +52,6 @@ import pyarrow.parquet as pq
 from pipeline.backlog import count_found_items, find_backlog
 from pipeline.plan import counted
 from pipeline.training.packed_clips import INT16_SCALE, STORED_DTYPES, CacheDtype, SampleFile
-from transforms import storage
 from transforms.decode import DecodePool, DecodeSettings
 from transforms.errors import AccountingError, ConfigError, InputError, OutputError, WriteError
 from transforms.label_audio import read_items
@@ -70,6 +69,7 @@ from transforms.records import (
 )
 from transforms.rows import errors_table
 from transforms.sources import Found, SourceSettings, make_unit_id, plan_units
+from transforms.storage import filesystem as storage
 
 logger = logging.getLogger(__name__)
 

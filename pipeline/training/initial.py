@@ -22,7 +22,6 @@ from pipeline.train_config import (
     ArchitectureSection,
 )
 from pipeline.training.dataset import ClipSet
-from transforms import storage
 from transforms.checkpoints import ModelOverrides, ModelSpec, load_for_finetuning, resolve_model
 from transforms.errors import ModelError
 from transforms.fbank import FbankSettings
@@ -45,6 +44,7 @@ from transforms.spectrogram_transformer import (
     ASTForAudioClassification,
     initialise_from_scratch,
 )
+from transforms.storage import filesystem as storage
 from transforms.windows import WindowSettings, cut_windows
 
 SCRATCH = "scratch"

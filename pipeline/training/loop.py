@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
-from transforms import storage
 from transforms.errors import OutputError
+from transforms.storage import filesystem as storage
 
 STATE_NAME = "_resume.pt"
 _STATE_VERSION = 2

@@ -55,8 +55,8 @@ from fsspec.utils import glob_translate
 
 from transforms.errors import OutputError, UsageError, WriteError
 from transforms.process.temp_folders import scratch_folder
-from transforms.retries import ShortBodyError, ask, cause_words, may_pass, status_of
-from transforms.web_pages import links_below
+from transforms.storage.retries import ShortBodyError, ask, cause_words, may_pass, status_of
+from transforms.storage.web_pages import links_below
 
 # gcsfs would first ask Google by gRPC what kind of bucket it is, which takes a minute where that
 # is not to be had; Earmark needs nothing that depends on it. It reads this when it is imported.
