@@ -582,7 +582,7 @@ def _decode_rate(source: Path) -> float:
     """Clips a second of reading and decoding alone, on all cores, as a run does it."""
     from transforms.decode import DecodePool
     from transforms.records import Waveform
-    from transforms.sources import SourceSettings, find_inputs, plan_units, read_unit
+    from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units, read_unit
 
     found, settings = find_inputs([str(source)]), SourceSettings()
     units = plan_units(found.items, found.containers, settings)

@@ -75,7 +75,7 @@ from transforms.records import (
     WorkUnit,
 )
 from transforms.rows import RowSettings, windows_table
-from transforms.sources import read_unit
+from transforms.sources.read_unit import read_unit
 from transforms.spectrogram_transformer import ASTConfig, ASTModel
 
 CLIP_S = 10.0

@@ -20,7 +20,7 @@ from typing import Any
 from transforms.errors import InputError
 from transforms.ledger import Commit, LedgerSlice, container_version, item_version, read_failures
 from transforms.records import Carried, ContainerSlice, Failure, Item, UnitKind, WorkUnit
-from transforms.sources import (
+from transforms.sources.read_unit import (
     Container,
     Found,
     RestOfContainer,

@@ -1025,7 +1025,7 @@ def _fail(code: int, message: str) -> int:
     if _is_debugging():
         traceback.print_exc()
     if code != EXIT_INTERRUPTED:  # its words are ours; and an interrupted import may not work again
-        from transforms.clip_ids import for_terminal  # brings numpy along
+        from transforms.sources.clip_ids import for_terminal  # brings numpy along
 
         message = for_terminal(message, keep_lines=True)
     print(f"earmark: {message}", file=sys.stderr)

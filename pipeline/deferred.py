@@ -27,7 +27,7 @@ from pipeline.graph import RunTotals, label_units
 from pipeline.plan import RunFrame, find_work, make_finish
 from pipeline.result import FinishRun, ResultState, read_result
 from transforms.records import WorkUnit
-from transforms.sources import RestOfContainer, cut_container
+from transforms.sources.read_unit import RestOfContainer, cut_container
 
 
 @dataclass(frozen=True)

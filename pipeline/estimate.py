@@ -22,12 +22,12 @@ from pipeline.progress import format_audio, format_duration
 from pipeline.run import is_remote, pipeline_options
 from pipeline.streams import answer
 from transforms.backbones import resolve_batch_size, resolve_device
-from transforms.clip_ids import WindowEstimate, extension
 from transforms.decode import DecodePool
 from transforms.inference import ASTModelHandler, Engine
 from transforms.label_audio import LabelSettings, read_items
 from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit
-from transforms.sources import SourceSettings
+from transforms.sources.clip_ids import WindowEstimate, extension
+from transforms.sources.read_unit import SourceSettings
 
 SAMPLED_UNITS = 8
 SAMPLED_CLIPS = 32

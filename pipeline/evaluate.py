@@ -40,11 +40,11 @@ from pipeline.truth import (
     read_truth,
 )
 from transforms.checkpoints import load_model, resolve_model
-from transforms.clip_ids import for_terminal
 from transforms.errors import InputError, ModelError, OutputError
 from transforms.inference import score_embeddings
 from transforms.labels import Label
 from transforms.ledger import open_part
+from transforms.sources.clip_ids import for_terminal
 from transforms.storage import filesystem as storage
 
 JSON_FILE = "evaluation.json"

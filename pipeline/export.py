@@ -30,9 +30,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.streams import say
-from transforms.clip_ids import make_clip_id
 from transforms.errors import InputError, OutputError, UsageError, in_words
 from transforms.ledger import COMMITS, PARTS, open_part, part_url, read_commits
+from transforms.sources.clip_ids import make_clip_id
 from transforms.storage import filesystem as storage
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from transforms.ledger import Checks, UnitSummary, UnitTotals, add_checks
 from transforms.long_files import CutLongFiles
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import WorkUnit
-from transforms.sources import is_long
+from transforms.sources.read_unit import is_long
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from transforms.label_audio import LabelSettings, make_settings
 from transforms.ledger import UnitSummary
 from transforms.model_files import FEATURES_NAME
 from transforms.records import WorkUnit
-from transforms.sources import (
+from transforms.sources.read_unit import (
     Found,
     ReadLimits,
     SourceSettings,

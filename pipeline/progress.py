@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
-from transforms.clip_ids import for_terminal
 from transforms.process.progress_counts import live_counts
+from transforms.sources.clip_ids import for_terminal
 
 POLL_INTERVAL_S = 0.25
 LINE_INTERVAL_S = 10.0

@@ -70,7 +70,6 @@ from pipeline.result import (
 )
 from pipeline.streams import say
 from transforms.checkpoints import ModelSpec
-from transforms.clip_ids import for_terminal
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
 from transforms.ledger import (
     UnitTotals,
@@ -83,7 +82,8 @@ from transforms.ledger import (
 from transforms.process.stage_times import stage_clocks
 from transforms.process.temp_folders import sweep, temporary_files_in_scratch
 from transforms.records import WorkUnit
-from transforms.sources import check_there
+from transforms.sources.clip_ids import for_terminal
+from transforms.sources.read_unit import check_there
 from transforms.storage import filesystem as storage
 
 # Listing a remote folder takes a while: what others commit is looked up every few seconds.

@@ -49,7 +49,7 @@ from transforms.label_audio import read_items
 from transforms.model_files import FEATURES_NAME
 from transforms.process.temp_folders import scratch_folder, sweep, temporary_files_in_scratch
 from transforms.records import WorkUnit
-from transforms.sources import Found, SourceSettings, find_inputs, limit_items
+from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
 from transforms.storage import filesystem as storage
 from transforms.windows import CutWindows, WindowSettings
 

@@ -20,7 +20,7 @@ from transforms.errors import AnswerError
 def say(text: str, *, quiet: bool = False) -> None:
     """A line on standard error, unless the run is to be quiet."""
     if not quiet:
-        from transforms.clip_ids import for_terminal  # brings numpy along
+        from transforms.sources.clip_ids import for_terminal  # brings numpy along
 
         print(for_terminal(text), file=sys.stderr)
 
@@ -29,7 +29,7 @@ def answer(text: str, *, kind: str = "") -> None:
     """A line on standard output; ``kind`` stands before it, in red where there are colours."""
     from rich.console import Console
 
-    from transforms.clip_ids import for_terminal
+    from transforms.sources.clip_ids import for_terminal
 
     console = Console(highlight=False, soft_wrap=True, emoji=False)
     if kind:

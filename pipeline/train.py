@@ -68,7 +68,7 @@ from transforms.model_files import CONFIG_NAME, FEATURES_NAME, WEIGHTS_NAME
 from transforms.process.progress_counts import live_counts
 from transforms.process.temp_folders import sweep
 from transforms.records import ItemFailure
-from transforms.sources import Found, SourceSettings, find_inputs, limit_items
+from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
 from transforms.spectrogram_transformer import ASTForAudioClassification
 from transforms.storage import filesystem as storage
 from transforms.windows import WindowSettings

@@ -17,10 +17,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from transforms.clip_ids import make_clip_id, make_truth
 from transforms.errors import InputError
 from transforms.labels import Label, find_label
-from transforms.manifests import ContainerRow, ManifestRow, read_manifest
+from transforms.sources.clip_ids import make_clip_id, make_truth
+from transforms.sources.manifests import ContainerRow, ManifestRow, read_manifest
 from transforms.storage import filesystem as storage
 
 _SEGMENT_COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")

@@ -29,7 +29,7 @@ from transforms.ledger import (
 )
 from transforms.records import Carried, Failure, Item, WorkUnit
 from transforms.rows import errors_schema, errors_table
-from transforms.sources import Container, Found, SourceSettings, limit_items, plan_units
+from transforms.sources.read_unit import Container, Found, SourceSettings, limit_items, plan_units
 
 SETTINGS = SourceSettings(windows_per_unit=2)
 RESULT = "memory://backlog"

@@ -116,7 +116,7 @@ class Label:
 @pytest.fixture
 def label(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Label:
     # A container counts as large enough to be cut.
-    monkeypatch.setattr("transforms.units.SourceSettings.is_full", _is_full)
+    monkeypatch.setattr("transforms.sources.units.SourceSettings.is_full", _is_full)
     return Label(tiny_model)
 
 

@@ -37,12 +37,12 @@ from pipeline.config import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory
-from transforms import manifests, parquet_pages, tar_headers, tar_source
-from transforms.clip_ids import for_terminal
 from transforms.errors import InputError
 from transforms.process import temp_folders
 from transforms.records import EncodedClip
-from transforms.sources import SourceSettings, find_inputs, plan_units, read_unit
+from transforms.sources import manifests, parquet_pages, tar, tar_headers
+from transforms.sources.clip_ids import for_terminal
+from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units, read_unit
 from transforms.storage import filesystem as storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -394,7 +394,7 @@ def test_an_item_beyond_the_bound_is_never_unpacked(
     (label.inside / "x.tar.gz").write_bytes(packed)
     (label.inside / "x.tar").write_bytes(gzip.decompress(packed))
     spooled: list[str] = []
-    monkeypatch.setattr(tar_source, "_spool", lambda *args: spooled.append(str(args)))
+    monkeypatch.setattr(tar, "_spool", lambda *args: spooled.append(str(args)))
     assert label(decode={"processes": 1, "max_item_bytes": 1 << 20}) == 0
     endings = ("tar", "tar.gz")
     assert label.labelled() == {f"x.{ending}#{n}.wav" for ending in endings for n in "ab"}
@@ -1245,7 +1245,7 @@ READ_MUTANTS = """
 import sys
 from pathlib import Path
 from transforms.errors import InputError
-from transforms.sources import SourceSettings, find_inputs, plan_units, read_unit
+from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units, read_unit
 settings = SourceSettings(windows_per_unit=2, max_unit_bytes=3000)
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     print(folder.name, flush=True)
@@ -1291,7 +1291,7 @@ def test_thousands_of_damaged_containers_never_end_the_run(tmp_path: Path) -> No
 
 PLAN_LINES = """
 import resource, sys, time
-from transforms.sources import SourceSettings, find_inputs, plan_units
+from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units
 began = time.monotonic()
 found = find_inputs([sys.argv[1]])
 units = plan_units(found.items, found.containers, SourceSettings())

@@ -15,12 +15,12 @@ from typing import Any, BinaryIO
 import fsspec
 import pytest
 
-from transforms import kept_files, spooling
 from transforms.errors import ReadError
-from transforms.kept_files import KeptFiles
 from transforms.process import temp_folders
 from transforms.process.temp_folders import scratch_folder
-from transforms.spooling import Fetched, ReadLimits
+from transforms.sources import fetching, kept_files
+from transforms.sources.fetching import Fetched, ReadLimits
+from transforms.sources.kept_files import KeptFiles
 
 NUM_BYTES = 5000
 WAIT_S = 30.0  # for what comes at once, or never
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that were fetched, by their names."""
     names: list[str] = []
-    fetch = spooling.fetch
+    fetch = fetching.fetch
 
     def counting(url: str, *args: Any) -> Fetched:
         names.append(url[-1])
@@ -130,7 +130,7 @@ def test_one_thread_fetches_a_file_and_others_are_fetched_beside(
 ) -> None:
     begun: list[str] = []
     both_have_begun = threading.Barrier(2)
-    fetch = spooling.fetch
+    fetch = fetching.fetch
 
     def waiting(url: str, *args: Any) -> Fetched:
         begun.append(url[-1])
@@ -165,7 +165,7 @@ def test_a_local_file_is_read_where_it_lies(tmp_path: Path, folder: Path) -> Non
 @pytest.fixture
 def small_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No room for a second file, though the system says that there is plenty."""
-    copy_rest = spooling._copy_rest
+    copy_rest = fetching._copy_rest
 
     def copying(data: bytes, rest: BinaryIO, target: BinaryIO, limits: ReadLimits) -> None:
         if any(path.stat().st_size for path in folder.iterdir()):
@@ -173,7 +173,7 @@ def small_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         copy_rest(data, rest, target, limits)
 
-    monkeypatch.setattr(spooling, "_copy_rest", copying)
+    monkeypatch.setattr(fetching, "_copy_rest", copying)
 
 
 @pytest.mark.usefixtures("small_disk")

@@ -20,7 +20,6 @@ from pipeline.verify import run_verify
 from tests import audio_factory
 from tests.test_kill import rows_of
 from transforms import join_parts as join_step
-from transforms import kept_files
 from transforms.audio_readers import probe_duration_s
 from transforms.commit import OpenUnit
 from transforms.decode_worker import decode, decode_whole
@@ -29,7 +28,8 @@ from transforms.header_probe import HeaderProbe
 from transforms.ledger import list_long_files, long_id_of, remove_long_file
 from transforms.process.progress_counts import live_counts
 from transforms.records import Part
-from transforms.sources import windows_per_part
+from transforms.sources import kept_files
+from transforms.sources.read_unit import windows_per_part
 
 RATE_HZ = 16_000
 

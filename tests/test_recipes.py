@@ -20,8 +20,8 @@ from pipeline.train import VALIDATION_NAME
 from pipeline.train_config import TRAIN_SCHEMA, TrainConfig
 from pipeline.training.schedule import schedule_factor
 from transforms.labels import read_labels
-from transforms.manifests import ManifestRow, read_manifest
 from transforms.public_checkpoints import AUDIOSET_STATS, PUBLIC_CHECKPOINTS, SPEECH_COMMANDS_STATS
+from transforms.sources.manifests import ManifestRow, read_manifest
 from transforms.storage.filesystem import normalise, read_bytes
 
 FOLDER = config_folder() / "train"

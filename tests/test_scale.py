@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import cost
 from benchmarks.cost import PRICES, Costs, read_prices, with_tables
-from transforms.sources import SourceSettings
+from transforms.sources.read_unit import SourceSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "scale.md"

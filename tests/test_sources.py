@@ -26,10 +26,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import RunConfig
-from transforms import spooling
 from transforms.errors import InputError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item, WorkUnit
-from transforms.sources import (
+from transforms.sources import fetching
+from transforms.sources.read_unit import (
     Found,
     ReadLimits,
     SourceSettings,
@@ -845,7 +845,7 @@ def test_no_byte_of_a_remote_parquet_file_is_asked_for_twice(
 ) -> None:
     """Of one whose row groups are too large to be held, the headers of its pages are."""
     if not is_held:
-        monkeypatch.setattr(spooling, "_MAX_HELD_BYTES", 0)
+        monkeypatch.setattr(fetching, "_MAX_HELD_BYTES", 0)
     cells = [{"bytes": os.urandom(100_000), "path": f"{n}.wav"} for n in range(200)]
     buffer = io.BytesIO()
     options = {"data_page_size": page_bytes, "write_batch_size": 1, "use_dictionary": False}
@@ -864,7 +864,7 @@ def test_no_byte_of_a_remote_parquet_file_is_asked_for_twice(
 def test_ranges_that_are_held_are_read_as_the_file_is(tmp_path: Path) -> None:
     data = os.urandom(300_000)
     url = put(f"memory://held-{next(_numbers)}", "x", data)
-    with spooling.RangeReader(url) as reader:
+    with fetching.RangeReader(url) as reader:
         for ranges in ([], [(0, 10)], [(5, 9), (7, 20), (100_000, 900_000)], [(-5, 3), (9, 4)]):
             assert reader.hold(ranges)
             for start, length in ((0, 300_000), (3, 30), (99_990, 20), (299_999, 5), (300_000, 1)):
@@ -879,8 +879,8 @@ def test_ranges_that_are_held_are_read_as_the_file_is(tmp_path: Path) -> None:
 def test_without_room_to_hold_them_row_groups_are_read_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(spooling, "_HELD_IN_MEMORY_BYTES", 1000)
-    monkeypatch.setattr(spooling, "scratch_folder", lambda: tmp_path / "gone")
+    monkeypatch.setattr(fetching, "_HELD_IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(fetching, "scratch_folder", lambda: tmp_path / "gone")
     cells = [os.urandom(5000) for _ in range(4)]
     url = put(
         f"memory://no-room-{next(_numbers)}", "t.parquet", parquet_bytes(pa.table({"audio": cells}))

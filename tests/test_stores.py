@@ -40,9 +40,9 @@ from tests.model_factory import TINY_LABELS
 from tests.object_store import ObjectStore, missing, open_store
 from transforms.commit import OpenUnit
 from transforms.records import ContainerSlice, Item, WorkUnit
-from transforms.sources import read_unit
+from transforms.sources.read_unit import read_unit
+from transforms.sources.tar import TarReader
 from transforms.storage import filesystem as storage
-from transforms.tar_source import TarReader
 
 RATE_HZ = 16_000
 MIB = 1 << 20

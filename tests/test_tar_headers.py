@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.listing_store import ListingFileSystem, SparseTar
-from transforms import tar_headers
-from transforms.clip_ids import WindowEstimate
 from transforms.errors import ContainerError
-from transforms.tar_headers import TarMember, open_archive, walk_members, walk_wide
-from transforms.tar_source import index_tar
+from transforms.sources import tar_headers
+from transforms.sources.clip_ids import WindowEstimate
+from transforms.sources.tar import index_tar
+from transforms.sources.tar_headers import TarMember, open_archive, walk_members, walk_wide
 
 ESTIMATE = WindowEstimate(10.0, 10.0)
 

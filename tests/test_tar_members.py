@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from transforms import tar_source
 from transforms.records import ContainerSlice, EncodedClip
-from transforms.tar_source import TarReader
+from transforms.sources import tar
+from transforms.sources.tar import TarReader
 
 
 def test_members_of_other_kinds_are_named_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tar_source, "_left_aside", set())
+    monkeypatch.setattr(tar, "_left_aside", set())
     path = tmp_path / "shard.tar"
     with tarfile.open(path, "w") as archive:
         for name in ("a.wav", "a.json", "inner.tar", "b.xyz", "c.xyz"):
@@ -25,7 +25,7 @@ def test_members_of_other_kinds_are_named_once(
             info.size = 4
             archive.addfile(info, io.BytesIO(b"null"))
     part = ContainerSlice(str(path), str(path), path.stat().st_size, "1")
-    with caplog.at_level(logging.INFO, logger="transforms.tar_source"):
+    with caplog.at_level(logging.INFO, logger="transforms.sources.tar"):
         for _ in range(2):
             (clip,) = TarReader(part, ()).read()
             assert isinstance(clip, EncodedClip)

@@ -48,7 +48,7 @@ from transforms.decode import DecodeSettings
 from transforms.decode_worker import decode_whole
 from transforms.errors import ConfigError, InputError, OutputError, WriteError
 from transforms.records import Failure, Item, ItemFailure
-from transforms.sources import Found, SourceSettings, find_inputs, limit_items
+from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 16_000
@@ -659,7 +659,7 @@ KILLED = """
 import os, signal, sys
 from pipeline.training import clip_cache
 from transforms.decode import DecodeSettings
-from transforms.sources import SourceSettings, find_inputs
+from transforms.sources.read_unit import SourceSettings, find_inputs
 clip_cache.LOG_INTERVAL_S = 0.0
 left = int(sys.argv[3])
 def on_clip(num_samples, failed):
@@ -774,7 +774,7 @@ import sys
 from pipeline.training.clip_cache import cache_clips
 from transforms.decode import DecodeSettings
 from transforms.errors import EarmarkError
-from transforms.sources import SourceSettings, find_inputs
+from transforms.sources.read_unit import SourceSettings, find_inputs
 try:
     cache_clips(find_inputs([sys.argv[1]]), sys.argv[2], decode=DecodeSettings(num_processes=1),
                 sources=SourceSettings())

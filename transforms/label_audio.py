@@ -45,7 +45,7 @@ from transforms.rows import (
     errors_table,
     windows_table,
 )
-from transforms.sources import (
+from transforms.sources.read_unit import (
     SourceSettings,
     make_clip_id,
     make_unit_id,

@@ -29,8 +29,8 @@ from transforms.decode import DecodeSettings
 from transforms.header_probe import HeaderProbe
 from transforms.ledger import commit_url, make_part_id
 from transforms.records import Part, WorkUnit
+from transforms.sources.units import SourceSettings, is_long
 from transforms.storage import filesystem as storage
-from transforms.units import SourceSettings, is_long
 from transforms.windows import WindowSettings
 
 # A header that speaks of more is not believed, and its file not cut: 4096 parts of 200 windows are

@@ -68,7 +68,7 @@ from transforms.records import (
     WorkUnit,
 )
 from transforms.rows import errors_table
-from transforms.sources import Found, SourceSettings, make_unit_id, plan_units
+from transforms.sources.read_unit import Found, SourceSettings, make_unit_id, plan_units
 from transforms.storage import filesystem as storage
 
 logger = logging.getLogger(__name__)

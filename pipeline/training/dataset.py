@@ -28,9 +28,9 @@ from pipeline.training.clip_cache import CachedClip, CachedClips, check_failures
 from pipeline.training.packed_clips import PackedClips, SampleFile
 from transforms.errors import ConfigError, InputError
 from transforms.labels import find_label, labels_from_names
-from transforms.manifests import MANIFEST_EXTENSIONS
 from transforms.records import FloatArray, Item
-from transforms.sources import Found
+from transforms.sources.manifests import MANIFEST_EXTENSIONS
+from transforms.sources.read_unit import Found
 
 Loss: TypeAlias = Literal["cross_entropy", "binary_cross_entropy"]
 

@@ -19,14 +19,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
-from transforms.clip_ids import AUDIO_EXTENSIONS, make_clip_id, make_unit_id, read_failure
-from transforms.inputs import Container, Found, check_there, find_inputs
-from transforms.kept_files import fetch_long
-from transforms.parquet_source import read_parquet
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
-from transforms.spooling import Fetched, ReadLimits, fetch, second_name
-from transforms.tar_source import TarReader
-from transforms.units import (
+from transforms.sources.clip_ids import AUDIO_EXTENSIONS, make_clip_id, make_unit_id, read_failure
+from transforms.sources.fetching import Fetched, ReadLimits, fetch, second_name
+from transforms.sources.inputs import Container, Found, check_there, find_inputs
+from transforms.sources.kept_files import fetch_long
+from transforms.sources.parquet import read_parquet
+from transforms.sources.tar import TarReader
+from transforms.sources.units import (
     RestOfContainer,
     SourceSettings,
     cut_container,

@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from transforms.clip_ids import (
+from transforms.errors import ContainerError, InputError, TooManyListedError, in_words
+from transforms.records import Failure, Item
+from transforms.sources.clip_ids import (
     extension,
     for_terminal,
     is_audio_name,
@@ -27,16 +29,14 @@ from transforms.clip_ids import (
     printable,
     read_failure,
 )
-from transforms.errors import ContainerError, InputError, TooManyListedError, in_words
-from transforms.manifests import (
+from transforms.sources.fetching import ReadLimits
+from transforms.sources.manifests import (
     MANIFEST_EXTENSIONS,
     ContainerRow,
     ManifestRow,
     read_manifest,
 )
-from transforms.parquet_source import URI_COLUMNS, ParquetIndex, index_parquet
-from transforms.records import Failure, Item
-from transforms.spooling import ReadLimits
+from transforms.sources.parquet import URI_COLUMNS, ParquetIndex, index_parquet
 from transforms.storage import filesystem as storage
 from transforms.storage.filesystem import FileInfo
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from transforms.errors import ReadError
 from transforms.process.temp_folders import scratch_folder
-from transforms.spooling import Fetched, ReadLimits, fetch, second_name
+from transforms.sources.fetching import Fetched, ReadLimits, fetch, second_name
 from transforms.storage import filesystem as storage
 
 # The room on the disk is what bounds long files; this is for a disk that is all but empty.

@@ -23,19 +23,19 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transforms.clip_ids import (
+from transforms.errors import ContainerError, EarmarkError, ReadError
+from transforms.records import ContainerSlice, EncodedClip, Failure, Item
+from transforms.sources.clip_ids import (
     make_clip_id,
     make_metadata,
     make_truth,
     printable,
     read_failure,
 )
-from transforms.errors import ContainerError, EarmarkError, ReadError
-from transforms.parquet_pages import RowGroup, measure_row_group, read_footer
-from transforms.records import ContainerSlice, EncodedClip, Failure, Item
-from transforms.spooling import RangeReader, ReadLimits, check_item_size, fetch, spool
+from transforms.sources.fetching import RangeReader, ReadLimits, check_item_size, fetch, spool
+from transforms.sources.parquet_pages import RowGroup, measure_row_group, read_footer
+from transforms.sources.tar import container_item
 from transforms.storage import filesystem as storage
-from transforms.tar_source import container_item
 
 URI_COLUMNS = ("uri", "path", "file", "audio_filepath", "filename")
 _BATCH_BYTES = 16 << 20

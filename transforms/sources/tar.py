@@ -24,7 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from transforms.clip_ids import (
+from transforms.errors import ContainerError, ReadError
+from transforms.records import ContainerSlice, EncodedClip, Failure, Item
+from transforms.sources.clip_ids import (
     WindowEstimate,
     extension,
     for_terminal,
@@ -36,11 +38,8 @@ from transforms.clip_ids import (
     printable,
     read_failure,
 )
-from transforms.errors import ContainerError, ReadError
-from transforms.records import ContainerSlice, EncodedClip, Failure, Item
-from transforms.spooling import ReadLimits, check_item_size, second_name, spool
-from transforms.storage import filesystem as storage
-from transforms.tar_headers import (
+from transforms.sources.fetching import ReadLimits, check_item_size, second_name, spool
+from transforms.sources.tar_headers import (
     LONG_NAME,
     MAX_NAME_CHARS,
     Archive,
@@ -51,6 +50,7 @@ from transforms.tar_headers import (
     walk_members,
     walk_wide,
 )
+from transforms.storage import filesystem as storage
 
 logger = logging.getLogger(__name__)
 

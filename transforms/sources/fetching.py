@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from transforms.clip_ids import AUDIO_EXTENSIONS, extension
 from transforms.errors import EarmarkError, ReadError, item_too_large
 from transforms.process.temp_folders import scratch_folder
+from transforms.sources.clip_ids import AUDIO_EXTENSIONS, extension
 from transforms.storage import filesystem as storage
 
 _COPY_BYTES = 1 << 20

@@ -24,9 +24,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from transforms.clip_ids import extension
 from transforms.errors import ContainerError
-from transforms.spooling import ReadLimits
+from transforms.sources.clip_ids import extension
+from transforms.sources.fetching import ReadLimits
 from transforms.storage import filesystem as storage
 
 _BLOCK = tarfile.BLOCKSIZE

@@ -14,18 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from transforms.clip_ids import (
+from transforms.records import ContainerSlice, Item, WorkUnit
+from transforms.sources.clip_ids import (
     DEFAULT_BYTES_PER_S,
     WindowEstimate,
     make_unit_id,
     occurrence_of,
     printable,
 )
-from transforms.inputs import Container, Found, in_threads, plan_order
-from transforms.records import ContainerSlice, Item, WorkUnit
-from transforms.spooling import ReadLimits
+from transforms.sources.fetching import ReadLimits
+from transforms.sources.inputs import Container, Found, in_threads, plan_order
+from transforms.sources.tar import TarIndex, index_tar
 from transforms.storage import filesystem as storage
-from transforms.tar_source import TarIndex, index_tar
 
 Range = tuple[int, int | None]
 

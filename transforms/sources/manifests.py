@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
-from transforms.clip_ids import (
+from transforms.errors import ContainerError, InputError, ReadError
+from transforms.records import Failure, Item
+from transforms.sources.clip_ids import (
     extension,
     is_tar_name,
     make_clip_id,
@@ -33,16 +35,14 @@ from transforms.clip_ids import (
     printable,
     read_failure,
 )
-from transforms.errors import ContainerError, InputError, ReadError
-from transforms.parquet_source import (
+from transforms.sources.fetching import ReadLimits
+from transforms.sources.parquet import (
     URI_COLUMNS,
     UnreadableValue,
     open_parquet,
     resolve,
     rows_of,
 )
-from transforms.records import Failure, Item
-from transforms.spooling import ReadLimits
 from transforms.storage import filesystem as storage
 
 MANIFEST_EXTENSIONS = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv"})

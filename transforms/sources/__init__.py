@@ -1,0 +1,1 @@
+"""What there is to label: inputs, containers and manifests, cut into work units and read."""
