@@ -580,7 +580,7 @@ def _write_shards(
 
 def _decode_rate(source: Path) -> float:
     """Clips a second of reading and decoding alone, on all cores, as a run does it."""
-    from transforms.decode import DecodePool
+    from transforms.decoding.pool import DecodePool
     from transforms.records import Waveform
     from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units, read_unit
 

@@ -49,7 +49,6 @@ from benchmarks.common import (
     write_results,
 )
 from tests import audio_factory
-from transforms import decode_worker
 from transforms.backbones import (
     CPU_BATCH_SIZE,
     TORCH_DTYPES,
@@ -58,7 +57,8 @@ from transforms.backbones import (
     resolve_precision,
 )
 from transforms.commit import CommitSettings, OpenUnit
-from transforms.decode import DecodePool, DecodeSettings
+from transforms.decoding import decode
+from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.fbank import FbankSettings, KaldiFbank, extract_fbank
 from transforms.labels import Label
 from transforms.records import (
@@ -166,7 +166,7 @@ def resampling(num_clips: int) -> Stage:
 
     def work() -> None:
         for _ in range(num_clips):
-            resampler = decode_worker._Resampler(MODEL_RATE_HZ)
+            resampler = decode._Resampler(MODEL_RATE_HZ)
             for start in range(0, len(mono), RATE_HZ):
                 resampler.push(RATE_HZ, mono[start : start + RATE_HZ])
             resampler.flush()

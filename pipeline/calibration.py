@@ -22,7 +22,7 @@ from pipeline.backlog import find_backlog
 from pipeline.plan import RunPlan
 from transforms.backbones import QuantisedModel
 from transforms.checkpoints import load_model
-from transforms.decode import DecodePool
+from transforms.decoding.pool import DecodePool
 from transforms.errors import FeatureError, InputError
 from transforms.fbank import extract_fbank
 from transforms.label_audio import LabelSettings, read_items

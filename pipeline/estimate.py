@@ -22,7 +22,7 @@ from pipeline.progress import format_audio, format_duration
 from pipeline.run import is_remote, pipeline_options
 from pipeline.streams import answer
 from transforms.backbones import resolve_batch_size, resolve_device
-from transforms.decode import DecodePool
+from transforms.decoding.pool import DecodePool
 from transforms.inference import ASTModelHandler, Engine
 from transforms.label_audio import LabelSettings, read_items
 from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit

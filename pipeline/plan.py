@@ -46,7 +46,7 @@ from transforms.backbones import InferenceSettings
 from transforms.bundled import DEFAULT_MODEL, describe_default
 from transforms.checkpoints import ModelOverrides, ModelSpec, load_features, resolve_model
 from transforms.commit import CommitSettings
-from transforms.decode import DecodeSettings
+from transforms.decoding.pool import DecodeSettings
 from transforms.engines import check_settings
 from transforms.errors import ConfigError, ModelError
 from transforms.fbank import FEATURES_VERSION

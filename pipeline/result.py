@@ -25,7 +25,7 @@ from pipeline import __version__
 from pipeline.checks import checks_record
 from pipeline.doctor import Startup, record_time
 from pipeline.graph import RunTotals
-from transforms.decode import usable_cores
+from transforms.decoding.pool import usable_cores
 from transforms.errors import AccountingError, OutputError, in_words
 from transforms.ledger import (
     COMMITS,

@@ -36,7 +36,7 @@ from pipeline.run import (
     pipeline_options,
 )
 from pipeline.streams import answer, say
-from transforms.decode import DecodeAudio, DecodeSettings
+from transforms.decoding.pool import DecodeAudio, DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.fbank import ASTFeatureExtractor, FbankSettings
 from transforms.feature_statistics import (

@@ -60,7 +60,7 @@ from pipeline.training.pretraining import PretrainingStage
 from pipeline.training.validation import Scorer
 from transforms.backbones import resolve_device, resolve_precision
 from transforms.checkpoints import save_pretrained
-from transforms.decode import DecodeSettings
+from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.fbank import FbankSettings, KaldiFbank
 from transforms.feature_statistics import without_normalising

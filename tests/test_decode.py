@@ -27,10 +27,10 @@ import soxr
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 
-from transforms import audio_readers
-from transforms import decode as decode_module
-from transforms.decode import DecodeAudio, DecodePool, DecodeSettings
-from transforms.decode_worker import decode, decode_whole
+from transforms.decoding import pool as decode_module
+from transforms.decoding import readers
+from transforms.decoding.decode import decode, decode_whole
+from transforms.decoding.pool import DecodeAudio, DecodePool, DecodeSettings
 from transforms.errors import DecodeError, EarmarkError
 from transforms.process.stage_times import stage_clocks
 from transforms.records import EncodedClip, Failure, Item, ItemFailure, UnitEnd, Waveform, WorkUnit
@@ -111,8 +111,8 @@ def test_large_files_are_read_where_they_lie(
         path = audio_factory.write(tmp_path / name, sound(name, 2.0), rate_for(name), name)
         in_memory, facts = decode_whole(path)
         with monkeypatch.context() as patch:
-            patch.setattr(audio_readers, "MAX_IN_MEMORY_BYTES", 1000)
-            patch.setattr(audio_readers, "HASH_CHUNK_BYTES", 777)
+            patch.setattr(readers, "MAX_IN_MEMORY_BYTES", 1000)
+            patch.setattr(readers, "HASH_CHUNK_BYTES", 777)
             mapped, mapped_facts = decode_whole(path)
         assert np.array_equal(in_memory, mapped)
         assert facts == mapped_facts
@@ -124,14 +124,14 @@ def test_a_large_file_is_hashed_once_for_its_segments(
     path = audio_factory.write(tmp_path / "a.wav", audio_factory.noise(3.0, seed=1), RATE)
     small = decode_whole(path)[1].content_sha256
     hashed: list[Any] = []
-    hash_bytes = audio_readers._hash_bytes
+    hash_bytes = readers._hash_bytes
 
     def count(encoded: Any, on_progress: Any) -> str:
         hashed.append(encoded.path)
         return hash_bytes(encoded, on_progress)
 
-    monkeypatch.setattr(audio_readers, "MAX_IN_MEMORY_BYTES", 1000)
-    monkeypatch.setattr(audio_readers, "_hash_bytes", count)
+    monkeypatch.setattr(readers, "MAX_IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(readers, "_hash_bytes", count)
     for start_s in (0.0, 1.0, 2.0):
         facts = decode_whole(path, start_s=start_s, end_s=start_s + 1)[1]
         assert facts.content_sha256 == small
@@ -180,7 +180,7 @@ def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         for seed in range(3):
             sizes = np.random.default_rng(seed)
             monkeypatch.setattr(
-                audio_readers,
+                readers,
                 "_block_frames",
                 lambda rate, channels, r=sizes: int(r.integers(1, 9999)),
             )
@@ -281,7 +281,7 @@ def test_content_hash_is_that_of_the_encoded_bytes() -> None:
     "name", ["wav", "wav24", "flac", "aiff", "ogg", "mp3", "mp3_no_header", "m4a", "opus", "mkv"]
 )
 def test_a_segment_is_what_slicing_the_whole_gives(name: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(audio_readers, "PREROLL_FRAMES", 60_000)  # so that short files seek, too
+    monkeypatch.setattr(readers, "PREROLL_FRAMES", 60_000)  # so that short files seek, too
     rate = rate_for(name)
     data = audio_factory.encode(sound(name, 6.0, 2), rate, name)
     whole = native(data, rate)
@@ -474,7 +474,7 @@ def test_a_header_that_lies_allocates_nothing(tmp_path: Path) -> None:
     path = tmp_path / "liar.wav"
     path.write_bytes(data)
     code = (
-        "import resource, sys; from transforms.decode_worker import decode_whole\n"
+        "import resource, sys; from transforms.decoding.decode import decode_whole\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "samples, facts = decode_whole(sys.argv[1])\n"
         "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"

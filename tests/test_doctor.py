@@ -19,7 +19,8 @@ from pipeline import doctor
 from pipeline.config import RunConfig
 from pipeline.doctor import Circumstances, Startup, advise, describe_time, record_time
 from pipeline.run import run_label
-from transforms import decode, fbank
+from transforms import fbank
+from transforms.decoding import pool
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.spectrogram_transformer import ASTModel
 from transforms.storage import filesystem as storage
@@ -307,7 +308,7 @@ def slow_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "decode_worker.serve(sys.argv[1:], decode)\n"
     )
     command = (sys.executable, str(script))
-    monkeypatch.setitem(decode.DecodePool.__init__.__kwdefaults__, "worker_command", command)
+    monkeypatch.setitem(pool.DecodePool.__init__.__kwdefaults__, "worker_command", command)
 
 
 @pytest.mark.parametrize(

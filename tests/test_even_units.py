@@ -14,7 +14,7 @@ import soundfile
 
 from tests.listing_store import ListingFileSystem, SparseTar, bucket_url
 from tests.unit_factory import make_item
-from transforms.decode import DecodeSettings
+from transforms.decoding.pool import DecodeSettings
 from transforms.header_probe import HeaderProbe
 from transforms.long_files import cut_long
 from transforms.records import WorkUnit

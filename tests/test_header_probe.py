@@ -20,11 +20,11 @@ from tests import audio_factory
 from tests.listing_store import ListingFileSystem
 from tests.test_faulty_storage import web_server
 from tests.test_kill import rows_of
-from transforms import decode as decode_module
 from transforms import header_probe, long_files
-from transforms.audio_readers import probe_duration_s
-from transforms.decode import DecodePool, DecodeSettings
-from transforms.decode_worker import BLOCK_BYTES
+from transforms.decoding import pool as decode_module
+from transforms.decoding.decode import BLOCK_BYTES
+from transforms.decoding.pool import DecodePool, DecodeSettings
+from transforms.decoding.readers import probe_duration_s
 from transforms.header_probe import HeaderProbe
 from transforms.records import Item
 

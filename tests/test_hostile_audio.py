@@ -31,9 +31,9 @@ from pipeline.config import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory
-from transforms import decode as decode_module
-from transforms.decode import DecodePool, DecodeSettings
-from transforms.decode_worker import DecodeLimits, data_bytes, decode, decode_whole
+from transforms.decoding import pool as decode_module
+from transforms.decoding.decode import DecodeLimits, data_bytes, decode, decode_whole
+from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.errors import DecodeError
 from transforms.records import EncodedClip, Item, ItemFailure, Waveform
 

@@ -20,9 +20,9 @@ from pipeline.verify import run_verify
 from tests import audio_factory
 from tests.test_kill import rows_of
 from transforms import join_parts as join_step
-from transforms.audio_readers import probe_duration_s
 from transforms.commit import OpenUnit
-from transforms.decode_worker import decode, decode_whole
+from transforms.decoding.decode import decode, decode_whole
+from transforms.decoding.readers import probe_duration_s
 from transforms.errors import AccountingError
 from transforms.header_probe import HeaderProbe
 from transforms.ledger import list_long_files, long_id_of, remove_long_file

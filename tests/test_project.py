@@ -204,9 +204,9 @@ def test_a_library_has_one_door(library: str) -> None:
         ("transforms/bundled.py", {"torch", "apache_beam"}),
         ("transforms/model_files.py", {"torch", "apache_beam"}),
         ("transforms/fbank_settings.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
-        ("transforms/decode.py", {"torch"}),
-        ("transforms/decode_worker.py", {"torch", "apache_beam"}),
-        ("transforms/audio_readers.py", {"torch", "apache_beam", "av"}),
+        ("transforms/decoding/pool.py", {"torch"}),
+        ("transforms/decoding/decode.py", {"torch", "apache_beam"}),
+        ("transforms/decoding/readers.py", {"torch", "apache_beam", "av"}),
     ],
 )
 def test_light_modules_import_nothing_heavy(module: str, libraries: set[str]) -> None:

@@ -44,8 +44,8 @@ from pipeline.training.dataset import (
 )
 from tests import audio_factory
 from tests.test_faulty_disk import Namespace, namespace  # noqa: F401
-from transforms.decode import DecodeSettings
-from transforms.decode_worker import decode_whole
+from transforms.decoding.decode import decode_whole
+from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError, WriteError
 from transforms.records import Failure, Item, ItemFailure
 from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
@@ -658,7 +658,7 @@ def test_a_stale_cache_that_was_set_aside_is_not_gone_on_with(
 KILLED = """
 import os, signal, sys
 from pipeline.training import clip_cache
-from transforms.decode import DecodeSettings
+from transforms.decoding.pool import DecodeSettings
 from transforms.sources.read_unit import SourceSettings, find_inputs
 clip_cache.LOG_INTERVAL_S = 0.0
 left = int(sys.argv[3])
@@ -772,7 +772,7 @@ def test_a_limit_for_the_size_of_files_is_told(tmp_path: Path, limit_of_file_siz
 CACHE = """
 import sys
 from pipeline.training.clip_cache import cache_clips
-from transforms.decode import DecodeSettings
+from transforms.decoding.pool import DecodeSettings
 from transforms.errors import EarmarkError
 from transforms.sources.read_unit import SourceSettings, find_inputs
 try:

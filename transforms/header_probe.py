@@ -17,14 +17,14 @@ import os
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from transforms.decode import DecodeSettings
-from transforms.decode_process import (
+from transforms.decoding.decode import BLOCK_BYTES
+from transforms.decoding.pool import DecodeSettings
+from transforms.decoding.process import (
     WORKER_COMMAND,
     DecoderLostError,
     DecoderProcess,
     start_decoder,
 )
-from transforms.decode_worker import BLOCK_BYTES
 from transforms.errors import DecodeError
 from transforms.records import Item
 from transforms.storage import filesystem as storage

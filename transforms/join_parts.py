@@ -22,7 +22,7 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PCollection
 
 from transforms.commit import CommitSettings, Desk, OpenUnit
-from transforms.decode_worker import BOUND_ERRORS, LEVEL_FRAME_S
+from transforms.decoding.decode import BOUND_ERRORS, LEVEL_FRAME_S
 from transforms.errors import AccountingError, OutputError, in_words
 from transforms.ledger import (
     Commit,

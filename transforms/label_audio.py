@@ -22,7 +22,7 @@ from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms.backbones import InferenceSettings, makes_features_on_device
 from transforms.checkpoints import ModelSpec
-from transforms.decode import DecodeAudio, DecodeSettings
+from transforms.decoding.pool import DecodeAudio, DecodeSettings
 from transforms.fbank import DeviceFbank, ExtractFbank, FbankSettings
 from transforms.inference import ASTModelHandler
 from transforms.records import (

@@ -25,7 +25,7 @@ import apache_beam as beam
 from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints.decorators import IOTypeHints
 
-from transforms.decode import DecodeSettings
+from transforms.decoding.pool import DecodeSettings
 from transforms.header_probe import HeaderProbe
 from transforms.ledger import commit_url, make_part_id
 from transforms.records import Part, WorkUnit

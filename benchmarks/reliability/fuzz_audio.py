@@ -37,7 +37,7 @@ import soundfile
 import soxr
 
 from tests.audio_factory import FORMATS, Samples, encode
-from transforms.decode import Decoded, DecodePool, DecodeSettings
+from transforms.decoding.pool import Decoded, DecodePool, DecodeSettings
 from transforms.records import EncodedClip, Item, ItemFailure, Waveform
 
 BATCH_FILES = 200

@@ -52,7 +52,7 @@ import pyarrow.parquet as pq
 from pipeline.backlog import count_found_items, find_backlog
 from pipeline.plan import counted
 from pipeline.training.packed_clips import INT16_SCALE, STORED_DTYPES, CacheDtype, SampleFile
-from transforms.decode import DecodePool, DecodeSettings
+from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.errors import AccountingError, ConfigError, InputError, OutputError, WriteError
 from transforms.label_audio import read_items
 from transforms.process.temp_folders import is_still

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from transforms import decode_worker
+from transforms.decoding import decode
 from transforms.errors import DecodeError, EarmarkError
 from transforms.process.stage_times import StageSeconds, stage_clocks
 from transforms.records import ClipFacts, EncodedClip, FloatArray
@@ -38,7 +38,7 @@ from transforms.records import ClipFacts, EncodedClip, FloatArray
 logger = logging.getLogger(__name__)
 
 # Starts a decoder; its arguments follow.
-WORKER_COMMAND = (sys.executable, "-P", "-m", "transforms.decode_worker")
+WORKER_COMMAND = (sys.executable, "-P", "-m", "transforms.decoding.decode")
 START_TIMEOUT_S = 120.0  # importing the libraries on a busy machine with a cold disk
 MAX_ANSWER_BYTES = 1 << 20  # facts, a length or the message of an error
 MAX_FAILED_STARTS = 3
@@ -84,7 +84,7 @@ class DecoderOptions:
 
     sample_rate_hz: int
     piece_samples: int
-    limits: decode_worker.DecodeLimits
+    limits: decode.DecodeLimits
     stall_timeout_s: float
 
 
@@ -125,7 +125,7 @@ def _start_once(options: DecoderOptions, command: Sequence[str]) -> DecoderProce
         undo.enter_context(theirs)
         memory_fd = _nameless_file()
         try:
-            os.ftruncate(memory_fd, decode_worker.NUM_SLOTS * options.piece_samples * 4)
+            os.ftruncate(memory_fd, decode.NUM_SLOTS * options.piece_samples * 4)
             memory = mmap.mmap(memory_fd, 0)
             undo.callback(memory.close)
             fds = (theirs.fileno(), memory_fd)
@@ -189,9 +189,7 @@ class DecoderProcess:
         self._connection = connection
         self._stream = connection.makefile("rb")
         self._memory = memory
-        self._slots: FloatArray = np.frombuffer(memory, np.float32).reshape(
-            decode_worker.NUM_SLOTS, -1
-        )
+        self._slots: FloatArray = np.frombuffer(memory, np.float32).reshape(decode.NUM_SLOTS, -1)
         self._stderr = stderr
         self._num_received = 0
         self._slots_to_return = 0
@@ -203,7 +201,7 @@ class DecoderProcess:
             return False
         if not self._base_bytes:  # the system does not tell
             return True
-        held_bytes = decode_worker.data_bytes(self._process.pid)  # 0 once it has begun to end
+        held_bytes = decode.data_bytes(self._process.pid)  # 0 once it has begun to end
         return 0 < held_bytes <= self._base_bytes + self._options.limits.max_decoder_bytes / 2
 
     def wait_until_ready(self) -> None:
@@ -211,7 +209,7 @@ class DecoderProcess:
         self._connection.settimeout(START_TIMEOUT_S)
         self._receive()
         self._connection.settimeout(self._options.stall_timeout_s)
-        self._base_bytes = decode_worker.data_bytes(self._process.pid)
+        self._base_bytes = decode.data_bytes(self._process.pid)
 
     def send_job(self, clip: EncodedClip) -> None:
         """Send a clip to decode."""
@@ -225,12 +223,12 @@ class DecoderProcess:
             "returned_slots": self._slots_to_return,
         }
         self._slots_to_return = 0
-        self._send(decode_worker.JOB, json.dumps(job).encode(), clip.data or b"")
+        self._send(decode.JOB, json.dumps(job).encode(), clip.data or b"")
 
     def return_slot(self) -> None:
         """Give the slot of the last piece back while its clip goes on."""
         self._slots_to_return -= 1
-        self._send(decode_worker.CREDIT)
+        self._send(decode.CREDIT)
 
     def receive_reply(self) -> Reply:
         """The next piece, copied out of shared memory.
@@ -240,12 +238,12 @@ class DecoderProcess:
             DecoderLostError: The child died, showed no sign of life, or answered with nonsense.
         """
         kind, content = self._receive_answer()
-        slot = self._num_received % decode_worker.NUM_SLOTS
+        slot = self._num_received % decode.NUM_SLOTS
         self._num_received += 1
         self._slots_to_return += 1
         with self._understanding():
             samples = self._slots[slot, : content["num_samples"]].copy()
-            return Reply(samples, ClipFacts(**content["facts"]), kind == decode_worker.LAST)
+            return Reply(samples, ClipFacts(**content["facts"]), kind == decode.LAST)
 
     def probe(self, file: BinaryIO, size: int, max_blocks: int) -> float | None:
         """Seconds of audio by a file's header, of which the child is given the blocks it asks for.
@@ -264,12 +262,12 @@ class DecoderProcess:
             OSError: The file cannot be read; the child then waits for ever, and is to be killed.
         """
         os.ftruncate(self._stderr, 0)
-        self._send(decode_worker.PROBE, json.dumps({"size": size}).encode())
+        self._send(decode.PROBE, json.dumps({"size": size}).encode())
         num_given = 0
         while True:
             kind, content = self._receive_answer()
             with self._understanding():
-                if kind == decode_worker.LENGTH:
+                if kind == decode.LENGTH:
                     return _checked_length(content["length_s"])
                 start = _checked_start(kind, content["start"], size)
             if num_given == max_blocks:
@@ -277,7 +275,7 @@ class DecoderProcess:
                 return None
             num_given += 1
             file.seek(start)
-            self._send(decode_worker.BLOCK, file.read(decode_worker.BLOCK_BYTES))
+            self._send(decode.BLOCK, file.read(decode.BLOCK_BYTES))
 
     def _receive_answer(self) -> tuple[bytes, dict[str, Any]]:
         """The next frame that is not only a sign of life.
@@ -287,12 +285,12 @@ class DecoderProcess:
             DecoderLostError: As in ``receive_reply``.
         """
         kind, payload = self._receive()
-        while kind == decode_worker.ALIVE:
+        while kind == decode.ALIVE:
             kind, payload = self._receive()
         with self._understanding():
             content: dict[str, Any] = json.loads(payload)
             stage_clocks.add(StageSeconds(**content.get("seconds", {})))  # at the end of each clip
-            if kind != decode_worker.ERROR:
+            if kind != decode.ERROR:
                 return kind, content
             error = DecodeError(str(content["message"]), error_type=str(content["error_type"]))
         raise error
@@ -316,7 +314,7 @@ class DecoderProcess:
 
     def _send(self, kind: bytes, payload: bytes = b"", data: bytes = b"") -> None:
         try:
-            decode_worker.send_frame(self._connection, kind, payload)
+            decode.send_frame(self._connection, kind, payload)
             if data:
                 self._connection.sendall(data)
         except TimeoutError as error:
@@ -326,9 +324,9 @@ class DecoderProcess:
 
     def _receive(self) -> tuple[bytes, bytes]:
         try:
-            header = self._stream.read(decode_worker.FRAME_HEADER.size)
-            if len(header) == decode_worker.FRAME_HEADER.size:
-                kind, length = decode_worker.FRAME_HEADER.unpack(header)
+            header = self._stream.read(decode.FRAME_HEADER.size)
+            if len(header) == decode.FRAME_HEADER.size:
+                kind, length = decode.FRAME_HEADER.unpack(header)
                 with self._understanding():
                     if length > MAX_ANSWER_BYTES:
                         raise ValueError(f"an answer of {length} bytes")
@@ -386,7 +384,7 @@ def _checked_length(length_s: Any) -> float | None:
 
 
 def _checked_start(kind: bytes, start: Any, size: int) -> int:
-    if kind != decode_worker.WANTED or not isinstance(start, int) or not 0 <= start < size:
+    if kind != decode.WANTED or not isinstance(start, int) or not 0 <= start < size:
         raise ValueError(f"{kind!r} of a block at {start!r} of {size} bytes")
     return start
 

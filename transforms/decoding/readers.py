@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 import numpy as np
 import soundfile
 
-from transforms.audio_routes import UNKNOWN_SIZE_FROM, Route, find_route, needs_ffmpeg
+from transforms.decoding.routes import UNKNOWN_SIZE_FROM, Route, find_route, needs_ffmpeg
 from transforms.errors import DecodeError
 from transforms.records import FloatArray
 

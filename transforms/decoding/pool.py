@@ -42,8 +42,8 @@ import apache_beam as beam
 from apache_beam.metrics.metric import Metrics
 from apache_beam.utils.windowed_value import WindowedValue
 
-from transforms import decode_worker
-from transforms.decode_process import (
+from transforms.decoding import decode
+from transforms.decoding.process import (
     WORKER_COMMAND,
     DecoderLostError,
     DecoderOptions,
@@ -123,12 +123,12 @@ class DecodeSettings:
     @property
     def min_clip_samples(self) -> int:
         """Samples below which a clip is an error: 25 ms."""
-        return round(decode_worker.MIN_CLIP_S * self.sample_rate_hz)
+        return round(decode.MIN_CLIP_S * self.sample_rate_hz)
 
     @property
-    def limits(self) -> decode_worker.DecodeLimits:
+    def limits(self) -> decode.DecodeLimits:
         """The bounds that a decoder process holds to."""
-        return decode_worker.DecodeLimits(
+        return decode.DecodeLimits(
             max_item_s=self.max_item_s,
             max_decode_ratio=self.max_decode_ratio,
             min_decode_s=self.stall_timeout_s,
@@ -650,7 +650,7 @@ class _ClipDecoding:
         """What was decoded so far with a warning, or else the failure."""
         if error.error_type == "DecoderOutOfMemory":
             self._child.kill()  # libraries leak on this path: a fresh one takes its place
-        is_bound = error.error_type in decode_worker.BOUND_ERRORS
+        is_bound = error.error_type in decode.BOUND_ERRORS
         if self._held is None or self._held_facts is None or is_bound:
             return _item_failure(self._job, error)
         rate_hz, item = self._pool.settings.sample_rate_hz, self._job.item

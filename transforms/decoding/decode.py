@@ -5,7 +5,7 @@
 ``decode`` turns any audio or video file into pieces of mono float32 at the model's rate, in
 memory that does not grow with the file. ``serve`` runs it in a child process, one clip after
 another: a decoder that crashes or hangs takes its child along, and nothing else. The child is
-started with ``python -m transforms.decode_worker``, not with multiprocessing, so that it never
+started with ``python -m transforms.decoding.decode``, not with multiprocessing, so that it never
 imports the user's main module. It imports neither torch nor Beam, and FFmpeg only once a clip
 needs it.
 
@@ -50,7 +50,7 @@ import numpy as np
 import numpy.typing as npt
 import soxr
 
-from transforms.audio_readers import (
+from transforms.decoding.readers import (
     ROUNDING_S,
     Block,
     ReaderChain,
