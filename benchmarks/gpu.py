@@ -349,7 +349,7 @@ def _percent(share: float | None) -> str:
 
 def measure_fbank(bench: Bench) -> dict[str, Any]:
     """Windows a second of features, and how far they are from the CPU's."""
-    from transforms.fbank import DeviceFbank, FbankSettings, KaldiFbank, extract_fbank
+    from transforms.features.fbank import DeviceFbank, FbankSettings, KaldiFbank, extract_fbank
 
     settings, device = FbankSettings(), torch.device(bench.device)
     windows = _windows(bench)

@@ -59,7 +59,7 @@ from transforms.backbones import (
 from transforms.commit import CommitSettings, OpenUnit
 from transforms.decoding import decode
 from transforms.decoding.pool import DecodePool, DecodeSettings
-from transforms.fbank import FbankSettings, KaldiFbank, extract_fbank
+from transforms.features.fbank import FbankSettings, KaldiFbank, extract_fbank
 from transforms.labels import Label
 from transforms.records import (
     ClipFacts,

@@ -24,12 +24,12 @@ from transforms.backbones import QuantisedModel
 from transforms.checkpoints import load_model
 from transforms.decoding.pool import DecodePool
 from transforms.errors import FeatureError, InputError
-from transforms.fbank import extract_fbank
+from transforms.features.fbank import extract_fbank
+from transforms.features.windows import WindowCutter
 from transforms.label_audio import LabelSettings, read_items
 from transforms.openvino_engine import find_quantised, quantise
 from transforms.process.temp_folders import scratch_folder
 from transforms.records import EncodedClip, FloatArray, ItemFailure, WorkUnit
-from transforms.windows import WindowCutter
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.progress import format_duration
-from transforms.fbank_settings import MAX_FEATURE_THREADS
+from transforms.features.fbank_settings import MAX_FEATURE_THREADS
 from transforms.process.stage_times import StageSeconds
 
 # A run of which less than this was labelling has told nothing yet: its first seconds are those of

@@ -49,7 +49,7 @@ from transforms.commit import CommitSettings
 from transforms.decoding.pool import DecodeSettings
 from transforms.engines import check_settings
 from transforms.errors import ConfigError, ModelError
-from transforms.fbank import FEATURES_VERSION
+from transforms.features.fbank import FEATURES_VERSION
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.ledger import UnitSummary
 from transforms.model_files import FEATURES_NAME

@@ -38,20 +38,20 @@ from pipeline.run import (
 from pipeline.streams import answer, say
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
-from transforms.fbank import ASTFeatureExtractor, FbankSettings
-from transforms.feature_statistics import (
+from transforms.features.fbank import ASTFeatureExtractor, FbankSettings
+from transforms.features.statistics import (
     FeatureStatistics,
     MeasureFeatures,
     mean_and_std,
     sum_statistics,
 )
+from transforms.features.windows import CutWindows, WindowSettings
 from transforms.label_audio import read_items
 from transforms.model_files import FEATURES_NAME
 from transforms.process.temp_folders import scratch_folder, sweep, temporary_files_in_scratch
 from transforms.records import WorkUnit
 from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
 from transforms.storage import filesystem as storage
-from transforms.windows import CutWindows, WindowSettings
 
 AUDIOSET = FbankSettings()  # its defaults are AudioSet's mean and standard deviation
 

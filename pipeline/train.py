@@ -62,8 +62,9 @@ from transforms.backbones import resolve_device, resolve_precision
 from transforms.checkpoints import save_pretrained
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
-from transforms.fbank import FbankSettings, KaldiFbank
-from transforms.feature_statistics import without_normalising
+from transforms.features.fbank import FbankSettings, KaldiFbank
+from transforms.features.statistics import without_normalising
+from transforms.features.windows import WindowSettings
 from transforms.model_files import CONFIG_NAME, FEATURES_NAME, WEIGHTS_NAME
 from transforms.process.progress_counts import live_counts
 from transforms.process.temp_folders import sweep
@@ -71,7 +72,6 @@ from transforms.records import ItemFailure
 from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
 from transforms.spectrogram_transformer import ASTForAudioClassification
 from transforms.storage import filesystem as storage
-from transforms.windows import WindowSettings
 
 TRAIN_NAME = "train.json"
 VALIDATION_NAME = "validation.jsonl"

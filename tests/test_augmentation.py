@@ -26,8 +26,8 @@ from pipeline.training.augmentation import (
     roll_frames,
     shift_circularly,
 )
-from transforms.fbank import FbankSettings, KaldiFbank
-from transforms.feature_statistics import without_normalising
+from transforms.features.fbank import FbankSettings, KaldiFbank
+from transforms.features.statistics import without_normalising
 
 FBANK = FbankSettings(num_frames=64, mean=-5.0, std=4.0)
 NUM_SAMPLES = FBANK.max_samples

@@ -16,7 +16,7 @@ from pipeline.config import RunConfig
 from pipeline.plan import RunPlan, make_plan
 from tests.audio_factory import noise, quantised, write
 from transforms.errors import ConfigError
-from transforms.fbank import extract_fbank
+from transforms.features.fbank import extract_fbank
 from transforms.records import FloatArray
 
 pytestmark = pytest.mark.usefixtures("openvino_as_installed")

@@ -13,7 +13,7 @@ import torch
 
 from pipeline import cli
 from tests.audio_factory import noise, write
-from transforms.fbank import DeviceFbank, FbankSettings, extract_fbank
+from transforms.features.fbank import DeviceFbank, FbankSettings, extract_fbank
 from transforms.process import devices
 from transforms.process.devices import Sender, claim, torch_device
 

@@ -19,8 +19,8 @@ from pipeline import doctor
 from pipeline.config import RunConfig
 from pipeline.doctor import Circumstances, Startup, advise, describe_time, record_time
 from pipeline.run import run_label
-from transforms import fbank
 from transforms.decoding import pool
+from transforms.features import fbank
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.spectrogram_transformer import ASTModel
 from transforms.storage import filesystem as storage

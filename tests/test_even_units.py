@@ -15,12 +15,12 @@ import soundfile
 from tests.listing_store import ListingFileSystem, SparseTar, bucket_url
 from tests.unit_factory import make_item
 from transforms.decoding.pool import DecodeSettings
+from transforms.features.windows import WindowSettings
 from transforms.header_probe import HeaderProbe
 from transforms.long_files import cut_long
 from transforms.records import WorkUnit
 from transforms.sources import tar_headers
 from transforms.sources.read_unit import SourceSettings, find_inputs, is_long, plan_units
-from transforms.windows import WindowSettings
 
 SETTINGS = SourceSettings(windows_per_part=200)
 FIVE_SECONDS = 44 + 5 * 44_100 * 2

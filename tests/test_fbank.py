@@ -32,9 +32,9 @@ from transformers.models.audio_spectrogram_transformer import (
 )
 
 from tests.fake_hub import COMMIT, FakeHub, serve_hub, use_hub
-from transforms import fbank
 from transforms.errors import ConfigError, FeatureError, ModelError
-from transforms.fbank import (
+from transforms.features import fbank
+from transforms.features.fbank import (
     ASTFeatureExtractor,
     ExtractFbank,
     FbankSettings,

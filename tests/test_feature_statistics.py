@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.unit_factory import FACTS, file_unit, make_item, make_window
 from transforms.errors import FeatureError
-from transforms.fbank import FbankSettings, extract_fbank
-from transforms.feature_statistics import (
+from transforms.features.fbank import FbankSettings, extract_fbank
+from transforms.features.statistics import (
     ORIGINAL_BATCH_WINDOWS,
     FeatureStatistics,
     MeasureFeatures,
@@ -148,7 +148,7 @@ def test_as_original_is_the_mean_over_batches_whatever_the_order() -> None:
 
 
 def measure(elements: list[Window | ItemFailure | UnitEnd], **options: bool) -> FeatureStatistics:
-    from transforms.feature_statistics import _MeasureFn
+    from transforms.features.statistics import _MeasureFn
 
     step = _MeasureFn(SETTINGS, options.get("as_original", False))
     step.start_bundle()

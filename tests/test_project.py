@@ -110,7 +110,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # The only modules that may import a library: one door each.
 DOORS = {
-    "torchaudio": {"transforms/fbank.py"},
+    "torchaudio": {"transforms/features/fbank.py"},
     "fsspec": {"transforms/storage/filesystem.py"},
     "openvino": set(),  # by name alone, in transforms/openvino_engine.py: it may not be installed
     "nncf": set(),
@@ -203,7 +203,7 @@ def test_a_library_has_one_door(library: str) -> None:
         ("transforms/public_checkpoints.py", {"torch", "apache_beam"}),
         ("transforms/bundled.py", {"torch", "apache_beam"}),
         ("transforms/model_files.py", {"torch", "apache_beam"}),
-        ("transforms/fbank_settings.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("transforms/features/fbank_settings.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("transforms/decoding/pool.py", {"torch"}),
         ("transforms/decoding/decode.py", {"torch", "apache_beam"}),
         ("transforms/decoding/readers.py", {"torch", "apache_beam", "av"}),

@@ -16,9 +16,9 @@ from pipeline.config import RunConfig
 from pipeline.plan import make_plan
 from tests import audio_factory
 from transforms import decode_whole
-from transforms.fbank import ASTFeatureExtractor, FbankSettings, extract_fbank
-from transforms.feature_statistics import without_normalising
-from transforms.windows import WindowSettings, cut_windows
+from transforms.features.fbank import ASTFeatureExtractor, FbankSettings, extract_fbank
+from transforms.features.statistics import without_normalising
+from transforms.features.windows import WindowSettings, cut_windows
 
 RATE_HZ = 16_000
 

@@ -35,11 +35,11 @@ from pipeline.training.steps import Precision
 from pipeline.training.validation import Scorer, loss_of_scores, score_clips
 from tests.model_factory import write_tiny_model
 from transforms.backbones import InferenceSettings, TorchBackbone
-from transforms.fbank import FbankSettings, KaldiFbank
+from transforms.features.fbank import FbankSettings, KaldiFbank
+from transforms.features.windows import WindowSettings
 from transforms.inference import Engine
 from transforms.records import Item
 from transforms.spectrogram_transformer import ASTForAudioClassification
-from transforms.windows import WindowSettings
 
 NAMES = ("common", "rare", "never")
 
@@ -170,7 +170,11 @@ def test_a_process_that_makes_batches_imports_little(tmp_path: Path) -> None:
     assert own == {
         *("pipeline.config", "pipeline.train_config", "pipeline.training"),
         *("pipeline.training.augmentation", "pipeline.training.batches"),
-        *("pipeline.training.packed_clips", "transforms.errors", "transforms.fbank_settings"),
+        *(
+            "pipeline.training.packed_clips",
+            "transforms.errors",
+            "transforms.features.fbank_settings",
+        ),
         "transforms.records",
     }
 

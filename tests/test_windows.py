@@ -13,7 +13,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from transforms.errors import AccountingError, ConfigError
-from transforms.fbank import FbankSettings
+from transforms.features.fbank import FbankSettings
+from transforms.features.windows import (
+    Cut,
+    CutWindows,
+    WindowCutter,
+    WindowSettings,
+    _CutWindowsFn,
+    cut_windows,
+)
 from transforms.records import (
     ClipFacts,
     Failure,
@@ -24,14 +32,6 @@ from transforms.records import (
     Waveform,
     Window,
     WorkUnit,
-)
-from transforms.windows import (
-    Cut,
-    CutWindows,
-    WindowCutter,
-    WindowSettings,
-    _CutWindowsFn,
-    cut_windows,
 )
 
 RATE_HZ = 16_000

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transforms.decoding.decode import decode_whole as decode_whole
-    from transforms.fbank import ASTFeatureExtractor as ASTFeatureExtractor
+    from transforms.features.fbank import ASTFeatureExtractor as ASTFeatureExtractor
     from transforms.label_audio import LabelAudio as LabelAudio
     from transforms.spectrogram_transformer import ASTConfig as ASTConfig
     from transforms.spectrogram_transformer import (

@@ -24,6 +24,7 @@ from apache_beam.pvalue import PCollection
 from transforms.commit import CommitSettings, Desk, OpenUnit
 from transforms.decoding.decode import BOUND_ERRORS, LEVEL_FRAME_S
 from transforms.errors import AccountingError, OutputError, in_words
+from transforms.features.windows import WindowSettings
 from transforms.ledger import (
     Commit,
     UnitSummary,
@@ -52,7 +53,6 @@ from transforms.records import (
 )
 from transforms.rows import ClipAggregate
 from transforms.storage import filesystem as storage
-from transforms.windows import WindowSettings
 
 # What a part says that lies behind the end of the audio.
 _BEHIND_THE_END = frozenset({"BadSegment", "TooShort"})

@@ -23,7 +23,8 @@ from apache_beam.typehints.decorators import IOTypeHints
 from transforms.backbones import InferenceSettings, makes_features_on_device
 from transforms.checkpoints import ModelSpec
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
-from transforms.fbank import DeviceFbank, ExtractFbank, FbankSettings
+from transforms.features.fbank import DeviceFbank, ExtractFbank, FbankSettings
+from transforms.features.windows import CutWindows, WindowSettings
 from transforms.inference import ASTModelHandler
 from transforms.records import (
     ClipRow,
@@ -53,7 +54,6 @@ from transforms.sources.read_unit import (
     windows_per_part,
 )
 from transforms.storage import filesystem as storage
-from transforms.windows import CutWindows, WindowSettings
 
 # Files that one unit of LabelAudio groups, so that decoding can look ahead across them.
 FILES_PER_UNIT = 64

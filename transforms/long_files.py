@@ -26,12 +26,12 @@ from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms.decoding.pool import DecodeSettings
+from transforms.features.windows import WindowSettings
 from transforms.header_probe import HeaderProbe
 from transforms.ledger import commit_url, make_part_id
 from transforms.records import Part, WorkUnit
 from transforms.sources.units import SourceSettings, is_long
 from transforms.storage import filesystem as storage
-from transforms.windows import WindowSettings
 
 # A header that speaks of more is not believed, and its file not cut: 4096 parts of 200 windows are
 # three months.

@@ -24,13 +24,14 @@ from pipeline.train_config import (
 from pipeline.training.dataset import ClipSet
 from transforms.checkpoints import ModelOverrides, ModelSpec, load_for_finetuning, resolve_model
 from transforms.errors import ModelError
-from transforms.fbank import FbankSettings
-from transforms.feature_statistics import (
+from transforms.features.fbank import FbankSettings
+from transforms.features.statistics import (
     FeatureStatistics,
     mean_and_std,
     measure_window,
     sum_statistics,
 )
+from transforms.features.windows import WindowSettings, cut_windows
 from transforms.image_checkpoints import (
     ImageModel,
     is_image_model,
@@ -45,7 +46,6 @@ from transforms.spectrogram_transformer import (
     initialise_from_scratch,
 )
 from transforms.storage import filesystem as storage
-from transforms.windows import WindowSettings, cut_windows
 
 SCRATCH = "scratch"
 # Of a model that does not bring a shape along: AST's own for AudioSet, patches side by side.

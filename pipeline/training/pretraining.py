@@ -25,7 +25,7 @@ from pipeline.training.steps import (
     make_optimizer,
     weighted_mean,
 )
-from transforms.fbank import KaldiFbank
+from transforms.features.fbank import KaldiFbank
 from transforms.spectrogram_transformer import ASTAttention, ASTForAudioClassification
 
 # He et al. 2021, arXiv:2111.06377, table 8.

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from apache_beam.pvalue import PCollection
 
 from transforms.errors import FeatureError
-from transforms.fbank import FbankSettings, extract_fbank, feature_threads
+from transforms.features.fbank import FbankSettings, extract_fbank, feature_threads
 from transforms.process.progress_counts import live_counts
 from transforms.records import Failure, FloatArray, ItemFailure, UnitEnd, Window
 

@@ -41,13 +41,13 @@ from apache_beam.utils.windowed_value import WindowedValue
 from torch import Tensor
 
 from transforms.errors import FeatureError
-from transforms.fbank_settings import (
+from transforms.features.fbank_settings import (
     FRAME_LENGTH_MS,
     FRAME_SHIFT_MS,
     LOG_FLOOR,
     MAX_FEATURE_THREADS,
 )
-from transforms.fbank_settings import FbankSettings as FbankSettings
+from transforms.features.fbank_settings import FbankSettings as FbankSettings
 from transforms.process.devices import Sender, threads_of
 from transforms.process.stage_times import timed
 from transforms.records import FloatArray, ItemFailure, UnitEnd, Window

@@ -1,0 +1,1 @@
+"""Samples to the model's input: windows, Kaldi filter banks, their statistics."""
