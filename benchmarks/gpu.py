@@ -60,7 +60,7 @@ from benchmarks.common import (
     write_results,
 )
 from transforms.backbones import PooledTransformer, resolve_device, resolve_precision, true_float32
-from transforms.spectrogram_transformer import ASTConfig, ASTModel
+from transforms.models.ast.model import ASTConfig, ASTModel
 
 Call = Callable[[], object]
 
@@ -547,8 +547,8 @@ def _write_model(folder: Path, bench: Bench) -> Path:
     """A checkpoint with random weights, of the shape that the model is measured with."""
     from benchmarks.peer_programs import WEIGHT_SCALE
     from tests.model_factory import MEAN, STD, randomise
-    from transforms.checkpoints import save_pretrained
-    from transforms.spectrogram_transformer import ASTForAudioClassification
+    from transforms.models.ast.checkpoints import save_pretrained
+    from transforms.models.ast.model import ASTForAudioClassification
 
     model = ASTForAudioClassification(bench.size.config).eval()
     randomise(model, scale=0.2 if bench.is_toy else WEIGHT_SCALE)

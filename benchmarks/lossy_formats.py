@@ -35,9 +35,9 @@ from pipeline.config import RunConfig
 from pipeline.run import run_label
 from tests.audio_factory import FORMATS, Format, Samples, encode, quantised
 from tests.model_factory import MEAN, STD, randomise
-from transforms.checkpoints import save_pretrained
-from transforms.labels import audioset_labels
-from transforms.spectrogram_transformer import ASTConfig, ASTForAudioClassification
+from transforms.models.ast.checkpoints import save_pretrained
+from transforms.models.ast.model import ASTConfig, ASTForAudioClassification
+from transforms.models.labels import audioset_labels
 
 OPUS_RATE_HZ = 48_000  # the only rate of these that Opus has, so clips are resampled for it
 WEIGHT_SCALE = 0.05  # keeps scores between 0.1 and 0.9, and clips apart; the seed is fixed

@@ -293,7 +293,7 @@ class _Logits(nn.Module):
 def _load_graph(job: Job) -> _Logits:
     """The model as transformers runs it, or as Earmark does, without what no score needs."""
     if job.graph == "earmark":
-        from transforms.spectrogram_transformer import ASTForAudioClassification as OurAST
+        from transforms.models.ast.model import ASTForAudioClassification as OurAST
 
         ours = OurAST.from_pretrained(job.model)
         return _Logits(ours, ours.compute_logits)

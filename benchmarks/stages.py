@@ -60,7 +60,8 @@ from transforms.commit import CommitSettings, OpenUnit
 from transforms.decoding import decode
 from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.features.fbank import FbankSettings, KaldiFbank, extract_fbank
-from transforms.labels import Label
+from transforms.models.ast.model import ASTConfig, ASTModel
+from transforms.models.labels import Label
 from transforms.records import (
     ClipFacts,
     ClipRow,
@@ -76,7 +77,6 @@ from transforms.records import (
 )
 from transforms.rows import RowSettings, windows_table
 from transforms.sources.read_unit import read_unit
-from transforms.spectrogram_transformer import ASTConfig, ASTModel
 
 CLIP_S = 10.0
 RATE_HZ, MODEL_RATE_HZ, OPUS_RATE_HZ = 44_100, 16_000, 48_000

@@ -814,8 +814,8 @@ def _refuse_beam_options(context: typer.Context) -> None:
 
 
 def _print_models_json() -> int:
-    from transforms.bundled import bundled_models
-    from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
+    from transforms.models.ast.bundled import bundled_models
+    from transforms.models.ast.public import PUBLIC_CHECKPOINTS
 
     bundled = [
         {
@@ -848,8 +848,8 @@ def _print_models() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from transforms.bundled import bundled_models
-    from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
+    from transforms.models.ast.bundled import bundled_models
+    from transforms.models.ast.public import PUBLIC_CHECKPOINTS
 
     console = Console(highlight=False)
     table = Table("--model", "window", "trained on", "published", "licence", title="Public models")

@@ -39,11 +39,11 @@ from pipeline.truth import (
     place_of,
     read_truth,
 )
-from transforms.checkpoints import load_model, resolve_model
 from transforms.errors import InputError, ModelError, OutputError
 from transforms.inference import score_embeddings
-from transforms.labels import Label
 from transforms.ledger import open_part
+from transforms.models.ast.checkpoints import load_model, resolve_model
+from transforms.models.labels import Label
 from transforms.sources.clip_ids import for_terminal
 from transforms.storage import filesystem as storage
 

@@ -43,8 +43,6 @@ from pipeline.result import (
     software_versions,
 )
 from transforms.backbones import InferenceSettings
-from transforms.bundled import DEFAULT_MODEL, describe_default
-from transforms.checkpoints import ModelOverrides, ModelSpec, load_features, resolve_model
 from transforms.commit import CommitSettings
 from transforms.decoding.pool import DecodeSettings
 from transforms.engines import check_settings
@@ -52,7 +50,14 @@ from transforms.errors import ConfigError, ModelError
 from transforms.features.fbank import FEATURES_VERSION
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.ledger import UnitSummary
-from transforms.model_files import FEATURES_NAME
+from transforms.models.ast.bundled import DEFAULT_MODEL, describe_default
+from transforms.models.ast.checkpoints import (
+    ModelOverrides,
+    ModelSpec,
+    load_features,
+    resolve_model,
+)
+from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
 from transforms.sources.read_unit import (
     Found,

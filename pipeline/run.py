@@ -69,7 +69,6 @@ from pipeline.result import (
     write_run,
 )
 from pipeline.streams import say
-from transforms.checkpoints import ModelSpec
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
 from transforms.ledger import (
     UnitTotals,
@@ -79,6 +78,7 @@ from transforms.ledger import (
     read_commit,
     read_failures,
 )
+from transforms.models.ast.checkpoints import ModelSpec
 from transforms.process.stage_times import stage_clocks
 from transforms.process.temp_folders import sweep, temporary_files_in_scratch
 from transforms.records import WorkUnit

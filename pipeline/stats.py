@@ -47,7 +47,7 @@ from transforms.features.statistics import (
 )
 from transforms.features.windows import CutWindows, WindowSettings
 from transforms.label_audio import read_items
-from transforms.model_files import FEATURES_NAME
+from transforms.models.ast.files import FEATURES_NAME
 from transforms.process.temp_folders import scratch_folder, sweep, temporary_files_in_scratch
 from transforms.records import WorkUnit
 from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items

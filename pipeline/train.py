@@ -59,18 +59,18 @@ from pipeline.training.loop import STATE_NAME, Progress, Row, Stage, run_stages
 from pipeline.training.pretraining import PretrainingStage
 from pipeline.training.validation import Scorer
 from transforms.backbones import resolve_device, resolve_precision
-from transforms.checkpoints import save_pretrained
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.features.fbank import FbankSettings, KaldiFbank
 from transforms.features.statistics import without_normalising
 from transforms.features.windows import WindowSettings
-from transforms.model_files import CONFIG_NAME, FEATURES_NAME, WEIGHTS_NAME
+from transforms.models.ast.checkpoints import save_pretrained
+from transforms.models.ast.files import CONFIG_NAME, FEATURES_NAME, WEIGHTS_NAME
+from transforms.models.ast.model import ASTForAudioClassification
 from transforms.process.progress_counts import live_counts
 from transforms.process.temp_folders import sweep
 from transforms.records import ItemFailure
 from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
-from transforms.spectrogram_transformer import ASTForAudioClassification
 from transforms.storage import filesystem as storage
 
 TRAIN_NAME = "train.json"

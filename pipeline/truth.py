@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transforms.errors import InputError
-from transforms.labels import Label, find_label
+from transforms.models.labels import Label, find_label
 from transforms.sources.clip_ids import make_clip_id, make_truth
 from transforms.sources.manifests import ContainerRow, ManifestRow, read_manifest
 from transforms.storage import filesystem as storage

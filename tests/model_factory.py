@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from transforms.checkpoints import save_pretrained
-from transforms.spectrogram_transformer import ASTConfig, ASTForAudioClassification
+from transforms.models.ast.checkpoints import save_pretrained
+from transforms.models.ast.model import ASTConfig, ASTForAudioClassification
 
 TINY_LABELS = ("dog", "rain", "rooster", "helicopter", "clock tick")
 MEAN, STD = -4.2677393, 4.5689974

@@ -30,8 +30,8 @@ from benchmarks.common import (
 )
 from transforms.backbones import cpu_has_native_bf16
 from transforms.inference import ASTModelHandler
+from transforms.models.ast.model import ASTConfig, ASTModel
 from transforms.process import stage_times
-from transforms.spectrogram_transformer import ASTConfig, ASTModel
 
 
 @pytest.fixture

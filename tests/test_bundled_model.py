@@ -22,11 +22,21 @@ from pipeline.plan import RunPlan, describe_plan, make_plan
 from pipeline.train_config import TRAIN_SCHEMA
 from tests.audio_factory import write
 from tests.model_factory import MEAN, STD, TINY_LABELS, write_tiny_model
-from transforms import bundled
-from transforms.bundled import bundled_folder, bundled_models, bundled_names, describe_default
-from transforms.checkpoints import ModelOverrides, load_features, load_model, resolve_model
 from transforms.errors import ModelError
-from transforms.spectrogram_transformer import ASTForAudioClassification
+from transforms.models.ast import bundled
+from transforms.models.ast.bundled import (
+    bundled_folder,
+    bundled_models,
+    bundled_names,
+    describe_default,
+)
+from transforms.models.ast.checkpoints import (
+    ModelOverrides,
+    load_features,
+    load_model,
+    resolve_model,
+)
+from transforms.models.ast.model import ASTForAudioClassification
 
 CARD = """\
 ---

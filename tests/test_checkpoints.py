@@ -26,7 +26,8 @@ from pipeline.train_config import ArchitectureSection
 from pipeline.training.initial import build_model, resolve_initial
 from tests.fake_hub import COMMIT, TOKEN, FakeHub, serve_hub, use_hub
 from tests.test_spectrogram_transformer import TINY, assert_close, make_input, make_pair, randomise
-from transforms.checkpoints import (
+from transforms.errors import ModelError
+from transforms.models.ast.checkpoints import (
     ModelOverrides,
     ModelSpec,
     load_for_finetuning,
@@ -35,17 +36,16 @@ from transforms.checkpoints import (
     save_model,
     save_pretrained,
 )
-from transforms.errors import ModelError
-from transforms.labels import audioset_labels, speech_commands_labels
-from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
-from transforms.spectrogram_transformer import (
+from transforms.models.ast.model import (
     ASTConfig,
     ASTForAudioClassification,
     ASTModel,
     resize_position_embeddings,
 )
+from transforms.models.ast.public import PUBLIC_CHECKPOINTS
+from transforms.models.ast.tensor_names import Layout, from_layout, tensor_names, to_layout
+from transforms.models.labels import audioset_labels, speech_commands_labels
 from transforms.storage import retries
-from transforms.tensor_names import Layout, from_layout, tensor_names, to_layout
 
 NAMES = ("dog", "rain", "sea, waves", "crying baby", "clock")
 STATS = {"mean": -3.5, "std": 2.5}

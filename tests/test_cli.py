@@ -434,7 +434,7 @@ def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_models_lists_the_public_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
+    from transforms.models.ast.public import PUBLIC_CHECKPOINTS
 
     assert cli.main(["models"]) == 0
     table = capsys.readouterr().out
@@ -453,7 +453,7 @@ def test_models_lists_the_public_ones(capsys: pytest.CaptureFixture[str]) -> Non
 def test_models_are_named_whole_on_a_terminal_of_any_width(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
-    from transforms.public_checkpoints import PUBLIC_CHECKPOINTS
+    from transforms.models.ast.public import PUBLIC_CHECKPOINTS
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", str(width))

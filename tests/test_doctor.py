@@ -21,8 +21,8 @@ from pipeline.doctor import Circumstances, Startup, advise, describe_time, recor
 from pipeline.run import run_label
 from transforms.decoding import pool
 from transforms.features import fbank
+from transforms.models.ast.model import ASTModel
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
-from transforms.spectrogram_transformer import ASTModel
 from transforms.storage import filesystem as storage
 
 RATE_HZ = 16_000

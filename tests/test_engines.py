@@ -28,7 +28,6 @@ from transforms.backbones import (
     TorchBackbone,
     embed_windows,
 )
-from transforms.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.engines import ENGINES, choose_engine
 from transforms.errors import ConfigError, DeviceError
 from transforms.inference import (
@@ -38,6 +37,7 @@ from transforms.inference import (
     load_engine,
     score_embeddings,
 )
+from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.process import devices
 from transforms.records import FloatArray, PendingPrediction, Prediction
 

@@ -20,7 +20,7 @@ from pipeline.evaluate import combine_results, read_scores
 from tests import audio_factory
 from tests.model_factory import TINY_LABELS, write_tiny_model
 from transforms.errors import InputError
-from transforms.labels import audioset_labels
+from transforms.models.labels import audioset_labels
 
 RATE_HZ = 16_000
 NUM_CLIPS = 15

@@ -27,11 +27,11 @@ from pipeline import cli
 from tests.audio_factory import noise, write
 from tests.fake_hub import TOKEN, FakeHub, serve_hub, use_hub
 from tests.model_factory import TINY_LABELS, tiny_config, write_tiny_model
-from transforms.checkpoints import load_model, resolve_model
 from transforms.errors import ModelError
-from transforms.model_files import MAX_JSON_BYTES
-from transforms.spectrogram_transformer import ASTForAudioClassification
-from transforms.tensor_names import to_layout
+from transforms.models.ast.checkpoints import load_model, resolve_model
+from transforms.models.ast.files import MAX_JSON_BYTES
+from transforms.models.ast.model import ASTForAudioClassification
+from transforms.models.ast.tensor_names import to_layout
 
 WEIGHTS, CONFIG, FEATURES = "model.safetensors", "config.json", "preprocessor_config.json"
 QUERY = "audio_spectrogram_transformer.encoder.layer.0.attention.attention.query.weight"

@@ -17,15 +17,15 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
 from tests.fake_hub import COMMIT, serve_hub, use_hub
 from tests.test_spectrogram_transformer import assert_close, make_input, randomise
-from transforms.checkpoints import ModelSpec, load_model, resolve_model, save_pretrained
 from transforms.errors import ModelError
-from transforms.image_checkpoints import (
+from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model, save_pretrained
+from transforms.models.ast.image_models import (
     image_model_config,
     is_image_model,
     load_image_model,
     resolve_image_model,
 )
-from transforms.spectrogram_transformer import ASTConfig
+from transforms.models.ast.model import ASTConfig
 
 # Images of 32 by 32 pixels, in 4 by 4 patches.
 IMAGE: dict[str, Any] = {

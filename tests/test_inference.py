@@ -22,7 +22,6 @@ from transforms.backbones import (
     resolve_device,
     resolve_precision,
 )
-from transforms.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.engines import choose_engine
 from transforms.errors import ConfigError, DeviceError
 from transforms.inference import (
@@ -32,6 +31,7 @@ from transforms.inference import (
     join_features,
     score_embeddings,
 )
+from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.records import FloatArray, Prediction
 
 FP32 = InferenceSettings(precision="fp32", device="cpu", batch_size=4)

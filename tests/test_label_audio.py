@@ -17,8 +17,8 @@ from pipeline.config import RunConfig
 from pipeline.run import run_label
 from tests import audio_factory
 from transforms.backbones import InferenceSettings
-from transforms.checkpoints import resolve_model
 from transforms.label_audio import LabelAudio, LabelSettings, make_settings, unit_of_files
+from transforms.models.ast.checkpoints import resolve_model
 from transforms.rows import clips_schema, errors_schema, windows_schema
 
 Rows = dict[str, list[dict[str, Any]]]

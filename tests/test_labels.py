@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from transforms.errors import ModelError
-from transforms.labels import (
+from transforms.models.labels import (
     Label,
     audioset_labels,
     labels_from_names,

@@ -14,7 +14,7 @@ from pipeline.training.masked_patches import (
     masked_patch_loss,
     patches_of,
 )
-from transforms.spectrogram_transformer import ASTConfig, ASTModel, initialise_from_scratch
+from transforms.models.ast.model import ASTConfig, ASTModel, initialise_from_scratch
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,

@@ -151,7 +151,7 @@ def test_a_checkout_finds_its_configs(tmp_path: Path) -> None:
 
 
 def test_an_installed_earmark_finds_its_label_lists(installed: Path, tmp_path: Path) -> None:
-    code = "from transforms.labels import audioset_labels; print(len(audioset_labels()))"
+    code = "from transforms.models.labels import audioset_labels; print(len(audioset_labels()))"
     assert run_from(installed, tmp_path, code) == "527"
 
 
@@ -159,7 +159,7 @@ def test_an_installed_earmark_labels_with_the_models_it_holds(
     installed: Path, tmp_path: Path
 ) -> None:
     code = (
-        "from transforms.checkpoints import load_model, resolve_model;"
+        "from transforms.models.ast.checkpoints import load_model, resolve_model;"
         "spec = resolve_model('tiny'); load_model(spec);"
         "print(spec.source, spec.license, len(spec.labels))"
     )

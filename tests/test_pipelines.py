@@ -21,9 +21,9 @@ from apache_beam.typehints import Optional, TypeCheckError, typehints
 import pipeline
 import transforms
 from tests import audio_factory
-from transforms.checkpoints import resolve_model
 from transforms.errors import InputError
 from transforms.label_audio import make_settings
+from transforms.models.ast.checkpoints import resolve_model
 from transforms.rows import clips_schema, errors_schema
 from transforms.yaml_provider import LabelAudioRows, row_of, row_type, uri_of
 

@@ -18,7 +18,6 @@ from pipeline.checks import checks_record, describe_checks, precision_warnings
 from tests.audio_factory import noise, write
 from transforms import backbones, inference, precision_check
 from transforms.backbones import InferenceSettings
-from transforms.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.inference import Engine, load_engine
 from transforms.ledger import (
     CheckFigures,
@@ -28,6 +27,7 @@ from transforms.ledger import (
     UnitTotals,
     add_checks,
 )
+from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.precision_check import PrecisionCheck, compare
 from transforms.records import FloatArray, Prediction, WindowCheck
 

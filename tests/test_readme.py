@@ -24,8 +24,8 @@ from pipeline.run import pipeline_options
 from tests.bird_factory import write_birds
 from tests.fake_hub import serve_hub
 from tests.model_factory import write_tiny_model
-from transforms.bundled import DEFAULT_MODEL, bundled_model, describe_default
-from transforms.labels import audioset_labels
+from transforms.models.ast.bundled import DEFAULT_MODEL, bundled_model, describe_default
+from transforms.models.labels import audioset_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -19,8 +19,8 @@ from pipeline.config import config_folder, flatten, load_config
 from pipeline.train import VALIDATION_NAME
 from pipeline.train_config import TRAIN_SCHEMA, TrainConfig
 from pipeline.training.schedule import schedule_factor
-from transforms.labels import read_labels
-from transforms.public_checkpoints import AUDIOSET_STATS, PUBLIC_CHECKPOINTS, SPEECH_COMMANDS_STATS
+from transforms.models.ast.public import AUDIOSET_STATS, PUBLIC_CHECKPOINTS, SPEECH_COMMANDS_STATS
+from transforms.models.labels import read_labels
 from transforms.sources.manifests import ManifestRow, read_manifest
 from transforms.storage.filesystem import normalise, read_bytes
 

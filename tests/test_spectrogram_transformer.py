@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from transforms.spectrogram_transformer import (
+from transforms.models.ast.model import (
     ASTConfig,
     ASTForAudioClassification,
     ASTModel,

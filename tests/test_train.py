@@ -204,7 +204,7 @@ def test_a_model_learns_and_label_and_evaluate_find_what_training_said(
 def test_transformers_gives_the_same_scores(train: Train, tmp_path: Path, loss: str) -> None:
     import transformers
 
-    from transforms.spectrogram_transformer import ASTForAudioClassification
+    from transforms.models.ast.model import ASTForAudioClassification
 
     assert train(tmp_path / "model", training__loss=loss, training__epochs=2).code == 0
     ours = ASTForAudioClassification.from_pretrained(tmp_path / "model")
@@ -415,7 +415,7 @@ def test_other_strides_and_lengths_start_from_resized_position_embeddings(
         model__time_stride=8,
     )
     assert said.code == 0, said.err
-    from transforms.spectrogram_transformer import resize_position_embeddings
+    from transforms.models.ast.model import resize_position_embeddings
 
     name = "audio_spectrogram_transformer.embeddings.position_embeddings"
     expected = resize_position_embeddings(weights(checkpoint)[name], (8, 64), (8, 15))

@@ -38,8 +38,8 @@ from transforms.backbones import InferenceSettings, TorchBackbone
 from transforms.features.fbank import FbankSettings, KaldiFbank
 from transforms.features.windows import WindowSettings
 from transforms.inference import Engine
+from transforms.models.ast.model import ASTForAudioClassification
 from transforms.records import Item
-from transforms.spectrogram_transformer import ASTForAudioClassification
 
 NAMES = ("common", "rare", "never")
 

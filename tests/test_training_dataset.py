@@ -946,7 +946,7 @@ def test_labels_of_a_list_are_found_by_id_and_spelling() -> None:
 
 
 def test_ids_of_audioset_are_known() -> None:
-    from transforms.labels import audioset_labels
+    from transforms.models.labels import audioset_labels
 
     names = [label.name for label in audioset_labels()]
     clips = [clip("a", "/m/09x0r", "Speech"), clip("b", "Dog", "/m/04rlf")]

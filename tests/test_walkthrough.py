@@ -18,7 +18,7 @@ from pipeline import cli
 from pipeline.config import load_config
 from pipeline.train_config import TRAIN_SCHEMA
 from tests.bird_factory import write_birds
-from transforms.bundled import DEFAULT_MODEL, bundled_names
+from transforms.models.ast.bundled import DEFAULT_MODEL, bundled_names
 
 ROOT = Path(__file__).resolve().parents[1]
 WALKTHROUGH = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")

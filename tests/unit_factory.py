@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from transforms.labels import Label
+from transforms.models.labels import Label
 from transforms.records import (
     ClipFacts,
     ClipRow,

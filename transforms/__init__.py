@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from transforms.decoding.decode import decode_whole as decode_whole
     from transforms.features.fbank import ASTFeatureExtractor as ASTFeatureExtractor
     from transforms.label_audio import LabelAudio as LabelAudio
-    from transforms.spectrogram_transformer import ASTConfig as ASTConfig
-    from transforms.spectrogram_transformer import (
+    from transforms.models.ast.model import ASTConfig as ASTConfig
+    from transforms.models.ast.model import (
         ASTForAudioClassification as ASTForAudioClassification,
     )
-    from transforms.spectrogram_transformer import ASTModel as ASTModel
+    from transforms.models.ast.model import ASTModel as ASTModel
 
 _HOMES = {
     "ASTConfig": "spectrogram_transformer",

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from transforms.errors import ConfigError
+from transforms.models.ast.model import NUM_PREFIX_TOKENS, ASTModel
 from transforms.process.devices import Sender, threads_of, torch_device
 from transforms.process.stage_times import StageSeconds, stage_clocks, timed
 from transforms.records import FloatArray
-from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS, ASTModel
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from transforms.backbones import (
     resolve_device,
     resolve_precision,
 )
-from transforms.checkpoints import ModelSpec
 from transforms.errors import ConfigError, DeviceError, EarmarkError
-from transforms.spectrogram_transformer import ASTModel
+from transforms.models.ast.checkpoints import ModelSpec
+from transforms.models.ast.model import ASTModel
 
 logger = logging.getLogger(__name__)
 

@@ -41,14 +41,14 @@ from transforms.backbones import (
     resolve_device,
     start_windows,
 )
-from transforms.checkpoints import ModelSpec, load_model
 from transforms.engines import load_backbone
 from transforms.errors import DeviceError, EarmarkError
+from transforms.models.ast.checkpoints import ModelSpec, load_model
+from transforms.models.ast.model import ASTForAudioClassification, ASTMLPHead
 from transforms.precision_check import PrecisionCheck, surroundings
 from transforms.process.devices import torch_device
 from transforms.process.stage_times import LabellingStage, timed
 from transforms.records import FloatArray, PendingBatch, PendingPrediction, Prediction
-from transforms.spectrogram_transformer import ASTForAudioClassification, ASTMLPHead
 
 logger = logging.getLogger(__name__)
 

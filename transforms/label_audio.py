@@ -21,11 +21,11 @@ from apache_beam.typehints import Dict
 from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms.backbones import InferenceSettings, makes_features_on_device
-from transforms.checkpoints import ModelSpec
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
 from transforms.features.fbank import DeviceFbank, ExtractFbank, FbankSettings
 from transforms.features.windows import CutWindows, WindowSettings
 from transforms.inference import ASTModelHandler
+from transforms.models.ast.checkpoints import ModelSpec
 from transforms.records import (
     ClipRow,
     EncodedClip,

@@ -36,12 +36,12 @@ from transforms.backbones import (
     cpu_has_native_bf16,
     resolve_batch_size,
 )
-from transforms.checkpoints import ModelSpec
 from transforms.errors import ConfigError
+from transforms.models.ast.checkpoints import ModelSpec
+from transforms.models.ast.model import ASTModel
 from transforms.process import disk_cache
 from transforms.process.devices import processor_facts, threads_of
 from transforms.records import FloatArray
-from transforms.spectrogram_transformer import ASTModel
 
 logger = logging.getLogger(__name__)
 

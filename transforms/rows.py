@@ -22,7 +22,7 @@ from apache_beam.transforms.window import GlobalWindows
 from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms.errors import FeatureError, InferenceError
-from transforms.labels import Label
+from transforms.models.labels import Label
 from transforms.records import (
     ClipFacts,
     ClipRow,

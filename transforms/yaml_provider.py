@@ -21,9 +21,9 @@ from apache_beam.typehints.decorators import IOTypeHints
 from apache_beam.typehints.row_type import RowTypeConstraint
 
 from transforms.backbones import DeviceName, InferenceSettings, Precision
-from transforms.checkpoints import ModelOverrides, resolve_model
 from transforms.errors import InputError
 from transforms.label_audio import LabelAudio, LabelSettings, make_settings
+from transforms.models.ast.checkpoints import ModelOverrides, resolve_model
 from transforms.rows import clips_schema, errors_schema, windows_schema
 
 # How Beam knows the types that the tables' columns have.

@@ -27,7 +27,7 @@ from pipeline.train_config import split_hold_out
 from pipeline.training.clip_cache import CachedClip, CachedClips, check_failures
 from pipeline.training.packed_clips import PackedClips, SampleFile
 from transforms.errors import ConfigError, InputError
-from transforms.labels import find_label, labels_from_names
+from transforms.models.labels import find_label, labels_from_names
 from transforms.records import FloatArray, Item
 from transforms.sources.manifests import MANIFEST_EXTENSIONS
 from transforms.sources.read_unit import Found

@@ -42,7 +42,7 @@ from pipeline.training.steps import (
 from pipeline.training.validation import Scorer, Validation, parameters_are_finite, validate
 from transforms.errors import TrainingError
 from transforms.features.fbank import KaldiFbank
-from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS, ASTForAudioClassification
+from transforms.models.ast.model import NUM_PREFIX_TOKENS, ASTForAudioClassification
 
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 

@@ -22,7 +22,6 @@ from pipeline.train_config import (
     ArchitectureSection,
 )
 from pipeline.training.dataset import ClipSet
-from transforms.checkpoints import ModelOverrides, ModelSpec, load_for_finetuning, resolve_model
 from transforms.errors import ModelError
 from transforms.features.fbank import FbankSettings
 from transforms.features.statistics import (
@@ -32,19 +31,25 @@ from transforms.features.statistics import (
     sum_statistics,
 )
 from transforms.features.windows import WindowSettings, cut_windows
-from transforms.image_checkpoints import (
+from transforms.models.ast.checkpoints import (
+    ModelOverrides,
+    ModelSpec,
+    load_for_finetuning,
+    resolve_model,
+)
+from transforms.models.ast.files import locate_model
+from transforms.models.ast.image_models import (
     ImageModel,
     is_image_model,
     load_image_model,
     resolve_image_model,
 )
-from transforms.labels import read_labels
-from transforms.model_files import locate_model
-from transforms.spectrogram_transformer import (
+from transforms.models.ast.model import (
     ASTConfig,
     ASTForAudioClassification,
     initialise_from_scratch,
 )
+from transforms.models.labels import read_labels
 from transforms.storage import filesystem as storage
 
 SCRATCH = "scratch"

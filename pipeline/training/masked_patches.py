@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transforms.spectrogram_transformer import (
+from transforms.models.ast.model import (
     NUM_PREFIX_TOKENS,
     ASTConfig,
     ASTLayer,

@@ -26,7 +26,7 @@ from pipeline.training.steps import (
     weighted_mean,
 )
 from transforms.features.fbank import KaldiFbank
-from transforms.spectrogram_transformer import ASTAttention, ASTForAudioClassification
+from transforms.models.ast.model import ASTAttention, ASTForAudioClassification
 
 # He et al. 2021, arXiv:2111.06377, table 8.
 _BETAS = (0.9, 0.95)

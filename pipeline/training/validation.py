@@ -25,7 +25,7 @@ from transforms.backbones import TORCH_DTYPES
 from transforms.errors import TrainingError
 from transforms.features.fbank import KaldiFbank
 from transforms.features.windows import WindowSettings, cut_windows
-from transforms.spectrogram_transformer import ASTForAudioClassification, ASTModel
+from transforms.models.ast.model import ASTForAudioClassification, ASTModel
 
 # Windows whose samples are held at once; 10 s of float32 are 0.64 MB.
 _WINDOWS_AT_ONCE = 256

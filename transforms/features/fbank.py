@@ -389,7 +389,9 @@ class ASTFeatureExtractor:
         Raises:
             ModelError: There is no such file, or it does not describe an AST extractor.
         """
-        from transforms import checkpoints  # lazy: features need no checkpoint to be computed
+        from transforms.models.ast import (
+            checkpoints,  # lazy: features need no checkpoint to be computed
+        )
 
         features = checkpoints.load_features(os.fspath(pretrained_model_name_or_path), revision)
         names = inspect.signature(ASTFeatureExtractor).parameters

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import yaml
 
 from transforms.errors import ModelError
-from transforms.public_checkpoints import window_length_s
+from transforms.models.ast.public import window_length_s
 
 BUNDLED_FOLDER = Path(__file__).resolve().parent / "bundled_models"
 # What is labelled with where no model is named.

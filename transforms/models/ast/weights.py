@@ -21,13 +21,13 @@ import safetensors
 import torch
 from torch import Tensor
 
-from transforms.model_files import CONFIG_NAME, ModelFiles, first_line
-from transforms.spectrogram_transformer import (
+from transforms.models.ast.files import CONFIG_NAME, ModelFiles, first_line
+from transforms.models.ast.model import (
     NUM_PREFIX_TOKENS,
     ASTConfig,
     ASTForAudioClassification,
 )
-from transforms.tensor_names import (
+from transforms.models.ast.tensor_names import (
     CLASSIFIER,
     ORIGINAL_CLASSIFIER,
     UNUSED,

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transforms.checkpoints import (
+from transforms.models.ast.checkpoints import (
     FIXED_FIELDS,
     IMAGE_MODEL_TYPES,
     ModelOverrides,
@@ -36,7 +36,7 @@ from transforms.checkpoints import (
     make_config,
     start_model,
 )
-from transforms.model_files import (
+from transforms.models.ast.files import (
     CONFIG_NAME,
     ModelFiles,
     ModelLocation,
@@ -45,14 +45,14 @@ from transforms.model_files import (
     hash_files,
     locate_model,
 )
-from transforms.model_weights import Weights, check_values, read_tensor
-from transforms.spectrogram_transformer import (
+from transforms.models.ast.model import (
     NUM_PREFIX_TOKENS,
     ASTConfig,
     ASTForAudioClassification,
     ASTModel,
 )
-from transforms.tensor_names import BASE, StoredTensor, layout_of, tensor_names
+from transforms.models.ast.tensor_names import BASE, StoredTensor, layout_of, tensor_names
+from transforms.models.ast.weights import Weights, check_values, read_tensor
 
 # What a model that starts from an image model takes over from it.
 _TAKEN_FIELDS = (*FIXED_FIELDS, "layer_norm_eps")

@@ -26,8 +26,8 @@ from typing import Any, Literal, NoReturn
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from transforms.bundled import bundled_model, bundled_names
 from transforms.errors import ModelError
+from transforms.models.ast.bundled import bundled_model, bundled_names
 from transforms.process.temp_folders import scratch_folder
 from transforms.storage import filesystem as storage
 

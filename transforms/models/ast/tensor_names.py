@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transforms.spectrogram_transformer import ASTConfig
+from transforms.models.ast.model import ASTConfig
 
 Layout = Literal["original", "disk", "memory"]
 

@@ -236,13 +236,15 @@ class ASTConfig:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> ASTConfig:
         """The config of a checkpoint; names as for ``ASTForAudioClassification``."""
-        from transforms import checkpoints  # lazy: the model needs no checkpoint to exist
+        from transforms.models.ast import (
+            checkpoints,  # lazy: the model needs no checkpoint to exist
+        )
 
         return checkpoints.load_config(str(name_or_path), revision)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` into a local folder, made if it is not there."""
-        from transforms import checkpoints
+        from transforms.models.ast import checkpoints
 
         checkpoints.save_config(self, folder)
 
@@ -635,13 +637,13 @@ class ASTModel(nn.Module):
 
         Args and errors: as ``ASTForAudioClassification.from_pretrained``.
         """
-        from transforms import checkpoints
+        from transforms.models.ast import checkpoints
 
         return checkpoints.load_base_model(str(name_or_path), revision)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights into a local folder, as transformers reads them."""
-        from transforms import checkpoints
+        from transforms.models.ast import checkpoints
 
         checkpoints.save_model(self, folder)
 
@@ -733,7 +735,7 @@ class ASTForAudioClassification(nn.Module):
         Raises:
             ModelError: it is not there, is damaged, or its tensors do not fit its config.
         """
-        from transforms import checkpoints
+        from transforms.models.ast import checkpoints
 
         return checkpoints.load_pretrained(str(name_or_path), revision)
 
@@ -742,7 +744,7 @@ class ASTForAudioClassification(nn.Module):
 
         ``checkpoints.save_pretrained`` also writes the feature extractor's settings.
         """
-        from transforms import checkpoints
+        from transforms.models.ast import checkpoints
 
         checkpoints.save_model(self, folder)
 

@@ -13,13 +13,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from transforms.labels import audioset_labels, speech_commands_labels
-from transforms.model_files import CONFIG_NAME, FEATURES_NAME, ModelFiles, ModelLocation
-from transforms.model_weights import Weights
-from transforms.public_checkpoints import PUBLISHED_FILES
-from transforms.spectrogram_transformer import NUM_PREFIX_TOKENS
+from transforms.models.ast.files import CONFIG_NAME, FEATURES_NAME, ModelFiles, ModelLocation
+from transforms.models.ast.model import NUM_PREFIX_TOKENS
+from transforms.models.ast.public import PUBLISHED_FILES
+from transforms.models.ast.tensor_names import ORIGINAL_CLASSIFIER
+from transforms.models.ast.weights import Weights
+from transforms.models.labels import audioset_labels, speech_commands_labels
 from transforms.storage import filesystem as storage
-from transforms.tensor_names import ORIGINAL_CLASSIFIER
 
 # Of the original code: timm's LayerNorm, and torch's default in the head (ast_models.py:132).
 ORIGINAL_LAYER_NORM_EPS = 1e-6

@@ -29,8 +29,7 @@ import torch
 from torch import Tensor
 
 from transforms.errors import ModelError
-from transforms.labels import Label, labels_from_names, read_labels
-from transforms.model_files import (
+from transforms.models.ast.files import (
     CONFIG_NAME,
     FEATURES_NAME,
     WEIGHTS_NAME,
@@ -41,23 +40,24 @@ from transforms.model_files import (
     hash_files,
     locate_model,
 )
-from transforms.model_weights import Weights, check_finite, check_tensors, read_state
-from transforms.original_checkpoints import complete_original, fail_missing, original_values
-from transforms.public_checkpoints import (
+from transforms.models.ast.model import (
+    ASTConfig,
+    ASTForAudioClassification,
+    ASTModel,
+    resize_position_embeddings,
+)
+from transforms.models.ast.original import complete_original, fail_missing, original_values
+from transforms.models.ast.public import (
     AUDIOSET_STATS,
     PUBLIC_CHECKPOINTS,
     PUBLISHED_FILES,
     SAMPLING_RATE_HZ,
     window_length_s,
 )
-from transforms.spectrogram_transformer import (
-    ASTConfig,
-    ASTForAudioClassification,
-    ASTModel,
-    resize_position_embeddings,
-)
+from transforms.models.ast.tensor_names import BASE, tensor_names, to_layout
+from transforms.models.ast.weights import Weights, check_finite, check_tensors, read_state
+from transforms.models.labels import Label, labels_from_names, read_labels
 from transforms.storage import filesystem as storage
-from transforms.tensor_names import BASE, tensor_names, to_layout
 
 Activation = Literal["sigmoid", "softmax"]
 

@@ -1,0 +1,1 @@
+"""Audio classifiers: a family a folder; what their outputs mean."""

@@ -1,0 +1,1 @@
+"""The Audio Spectrogram Transformer: the model and its checkpoints."""
