@@ -59,7 +59,12 @@ from benchmarks.common import (
     run_module,
     write_results,
 )
-from transforms.backbones import PooledTransformer, resolve_device, resolve_precision, true_float32
+from transforms.inference.backbones import (
+    PooledTransformer,
+    resolve_device,
+    resolve_precision,
+    true_float32,
+)
 from transforms.models.ast.model import ASTConfig, ASTModel
 
 Call = Callable[[], object]

@@ -56,7 +56,7 @@ def use_null_model(clock: str) -> None:
     import numpy as np
     from torch import nn
 
-    from transforms.inference import ASTModelHandler, join_features
+    from transforms.inference.engine import ASTModelHandler, join_features
     from transforms.process import stage_times
     from transforms.records import FloatArray, Prediction
 

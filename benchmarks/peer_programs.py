@@ -305,7 +305,7 @@ def _load_graph(job: Job) -> _Logits:
 
 def _read_graph(job: Job, shape: Sequence[int]) -> Any:
     """The converted model; it is converted once, and kept in the folder that all runs share."""
-    from transforms.openvino_engine import import_library  # without telemetry
+    from transforms.inference.openvino import import_library  # without telemetry
 
     openvino = import_library("openvino")
     path = Path(job.converted) / f"{job.graph}.xml"
@@ -322,7 +322,7 @@ def _read_graph(job: Job, shape: Sequence[int]) -> Any:
 
 
 def _compile_graph(job: Job, shape: Sequence[int]) -> Any:
-    from transforms.openvino_engine import import_library
+    from transforms.inference.openvino import import_library
 
     openvino = import_library("openvino")
     core, graph = openvino.Core(), _read_graph(job, shape)

@@ -49,17 +49,17 @@ from benchmarks.common import (
     write_results,
 )
 from tests import audio_factory
-from transforms.backbones import (
+from transforms.commit import CommitSettings, OpenUnit
+from transforms.decoding import decode
+from transforms.decoding.pool import DecodePool, DecodeSettings
+from transforms.features.fbank import FbankSettings, KaldiFbank, extract_fbank
+from transforms.inference.backbones import (
     CPU_BATCH_SIZE,
     TORCH_DTYPES,
     InferenceSettings,
     TorchBackbone,
     resolve_precision,
 )
-from transforms.commit import CommitSettings, OpenUnit
-from transforms.decoding import decode
-from transforms.decoding.pool import DecodePool, DecodeSettings
-from transforms.features.fbank import FbankSettings, KaldiFbank, extract_fbank
 from transforms.models.ast.model import ASTConfig, ASTModel
 from transforms.models.labels import Label
 from transforms.records import (

@@ -20,14 +20,14 @@ import numpy as np
 
 from pipeline.backlog import find_backlog
 from pipeline.plan import RunPlan
-from transforms.backbones import QuantisedModel
 from transforms.decoding.pool import DecodePool
 from transforms.errors import FeatureError, InputError
 from transforms.features.fbank import extract_fbank
 from transforms.features.windows import WindowCutter
+from transforms.inference.backbones import QuantisedModel
+from transforms.inference.openvino import find_quantised, quantise
 from transforms.label_audio import LabelSettings, read_items
 from transforms.models.ast.checkpoints import load_model
-from transforms.openvino_engine import find_quantised, quantise
 from transforms.process.temp_folders import scratch_folder
 from transforms.records import EncodedClip, FloatArray, ItemFailure, WorkUnit
 

@@ -21,9 +21,9 @@ from pipeline.plan import RunPlan, describe_plan, make_plan
 from pipeline.progress import format_audio, format_duration
 from pipeline.run import is_remote, pipeline_options
 from pipeline.streams import answer
-from transforms.backbones import resolve_batch_size, resolve_device
 from transforms.decoding.pool import DecodePool
-from transforms.inference import ASTModelHandler, Engine
+from transforms.inference.backbones import resolve_batch_size, resolve_device
+from transforms.inference.engine import ASTModelHandler, Engine
 from transforms.label_audio import LabelSettings, read_items
 from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit
 from transforms.sources.clip_ids import WindowEstimate, extension

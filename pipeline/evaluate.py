@@ -40,7 +40,7 @@ from pipeline.truth import (
     read_truth,
 )
 from transforms.errors import InputError, ModelError, OutputError
-from transforms.inference import score_embeddings
+from transforms.inference.engine import score_embeddings
 from transforms.ledger import open_part
 from transforms.models.ast.checkpoints import load_model, resolve_model
 from transforms.models.labels import Label

@@ -42,12 +42,12 @@ from pipeline.result import (
     read_result,
     software_versions,
 )
-from transforms.backbones import InferenceSettings
 from transforms.commit import CommitSettings
 from transforms.decoding.pool import DecodeSettings
-from transforms.engines import check_settings
 from transforms.errors import ConfigError, ModelError
 from transforms.features.fbank import FEATURES_VERSION
+from transforms.inference.backbones import InferenceSettings
+from transforms.inference.engines import check_settings
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.ledger import UnitSummary
 from transforms.models.ast.bundled import DEFAULT_MODEL, describe_default

@@ -58,12 +58,12 @@ from pipeline.training.initial import Initial, build_model, measure_statistics, 
 from pipeline.training.loop import STATE_NAME, Progress, Row, Stage, run_stages
 from pipeline.training.pretraining import PretrainingStage
 from pipeline.training.validation import Scorer
-from transforms.backbones import resolve_device, resolve_precision
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.features.fbank import FbankSettings, KaldiFbank
 from transforms.features.statistics import without_normalising
 from transforms.features.windows import WindowSettings
+from transforms.inference.backbones import resolve_device, resolve_precision
 from transforms.models.ast.checkpoints import save_pretrained
 from transforms.models.ast.files import CONFIG_NAME, FEATURES_NAME, WEIGHTS_NAME
 from transforms.models.ast.model import ASTForAudioClassification

@@ -46,10 +46,10 @@ def without_openvino() -> Iterator[None]:
 
     ``openvino_as_installed`` gives it back. Child processes see what is installed.
     """
-    from transforms import openvino_engine
+    from transforms.inference import openvino
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(openvino_engine, "is_installed", lambda name: False)
+        patched.setattr(openvino, "is_installed", lambda name: False)
         yield
 
 
@@ -58,10 +58,10 @@ def openvino_as_installed(without_openvino: None) -> Iterator[None]:
     """OpenVINO is what it is on this machine."""
     from importlib.util import find_spec
 
-    from transforms import openvino_engine
+    from transforms.inference import openvino
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(openvino_engine, "is_installed", lambda name: find_spec(name) is not None)
+        patched.setattr(openvino, "is_installed", lambda name: find_spec(name) is not None)
         yield
 
 

@@ -28,8 +28,8 @@ from benchmarks.common import (
     print_table,
     spread,
 )
-from transforms.backbones import cpu_has_native_bf16
-from transforms.inference import ASTModelHandler
+from transforms.inference.backbones import cpu_has_native_bf16
+from transforms.inference.engine import ASTModelHandler
 from transforms.models.ast.model import ASTConfig, ASTModel
 from transforms.process import stage_times
 

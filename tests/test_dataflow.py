@@ -43,7 +43,7 @@ from tests import audio_factory
 from tests.unit_factory import file_unit
 from transforms.commit import CommitSettings
 from transforms.errors import ConfigError, ModelError, OutputError
-from transforms.inference import InferenceSettings
+from transforms.inference.engine import InferenceSettings
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.models.ast.checkpoints import resolve_model
 from transforms.storage import filesystem as storage

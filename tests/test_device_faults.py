@@ -21,9 +21,9 @@ from pipeline import cli
 from pipeline.verify import run_verify
 from tests.audio_factory import noise, write
 from tests.model_factory import write_tiny_model
-from transforms import inference
 from transforms.errors import DeviceError
-from transforms.inference import NOT_FINITE, Engine, SafePredictor
+from transforms.inference import engine
+from transforms.inference.engine import NOT_FINITE, Engine, SafePredictor
 from transforms.records import FloatArray, Prediction
 
 RATE = 16_000
@@ -78,7 +78,7 @@ def label(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Label:
-    monkeypatch.setattr(inference, "MEMORY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(engine, "MEMORY_WAITS_S", (0.0, 0.0))
     monkeypatch.delenv("EARMARK_DEBUG", raising=False)
     return Label(tiny_model, tmp_path / "out", capsys)
 
@@ -152,7 +152,7 @@ def test_out_of_memory_halves_the_batch_and_the_rows_are_the_same(
         assert_same_rows(label.rows(part), undisturbed.rows(part), atol=1e-5)
     told = [line for line in label.said.splitlines() if "Out of memory" in line]
     assert told == [
-        "WARNING transforms.inference: Out of memory on torch cpu fp32 with 8 windows a batch; "
+        "WARNING transforms.inference.engine: Out of memory on torch cpu fp32 with 8 windows a batch; "
         f"going on with {fits}. To begin so: --batch-size {fits}"
     ]
     assert run_verify(str(label.out), quiet=True) == 0
@@ -462,7 +462,7 @@ def test_a_bad_first_clip_costs_itself_alone_with_batches_of_one(
 def test_what_comes_after_waiting_for_memory_is_judged_like_anything_else(
     monkeypatch: pytest.MonkeyPatch, second: Exception, outcome: str | None
 ) -> None:
-    monkeypatch.setattr(inference, "MEMORY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(engine, "MEMORY_WAITS_S", (0.0, 0.0))
     errors = iter([OUT_OF_MEMORY, second])
 
     def predict(features: FloatArray) -> list[Prediction]:

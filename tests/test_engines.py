@@ -19,8 +19,9 @@ import torch
 from pipeline import cli
 from tests.audio_factory import noise, write
 from tests.model_factory import write_tiny_model
-from transforms import backbones, engines, openvino_engine
-from transforms.backbones import (
+from transforms.errors import ConfigError, DeviceError
+from transforms.inference import backbones, engines, openvino
+from transforms.inference.backbones import (
     Embeddings,
     Features,
     InferenceSettings,
@@ -28,15 +29,14 @@ from transforms.backbones import (
     TorchBackbone,
     embed_windows,
 )
-from transforms.engines import ENGINES, choose_engine
-from transforms.errors import ConfigError, DeviceError
-from transforms.inference import (
+from transforms.inference.engine import (
     NOT_FINITE,
     ASTModelHandler,
     Engine,
     load_engine,
     score_embeddings,
 )
+from transforms.inference.engines import ENGINES, choose_engine
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.process import devices
 from transforms.records import FloatArray, PendingPrediction, Prediction
@@ -70,7 +70,7 @@ def spec(tiny_model: Path) -> ModelSpec:
 def quantised(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> QuantisedModel:
     transformer = load_model(spec).audio_spectrogram_transformer
     folder = tmp_path_factory.mktemp("int8")
-    return openvino_engine.quantise(transformer, spec, "pooler_output", features(8, 1), folder)
+    return openvino.quantise(transformer, spec, "pooler_output", features(8, 1), folder)
 
 
 @pytest.fixture
@@ -202,9 +202,9 @@ def test_int8_leaves_room_where_sums_are_cut_to_16_bits(
     monkeypatch.setattr(nncf, "quantize", quantize)
     digests = []
     for each in (facts, {"flags": "avx512_vnni"}):
-        monkeypatch.setattr(openvino_engine, "processor_facts", lambda facts=each: facts)
+        monkeypatch.setattr(openvino, "processor_facts", lambda facts=each: facts)
         transformer = load_model(spec).audio_spectrogram_transformer
-        made = openvino_engine.quantise(transformer, spec, "pooler_output", features(2), tmp_path)
+        made = openvino.quantise(transformer, spec, "pooler_output", features(2), tmp_path)
         digests.append(made.digest)
     # A model that was made for other processors is another model.
     assert (digests[0] == digests[1]) == (expected == "first_layer_only")
@@ -512,7 +512,7 @@ def choose(**values: Any) -> str:
 
 
 def with_packages(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
-    monkeypatch.setattr(openvino_engine, "is_installed", lambda name: name in there)
+    monkeypatch.setattr(openvino, "is_installed", lambda name: name in there)
 
 
 def test_auto_takes_openvino_on_a_cpu_where_it_is_installed(
@@ -536,7 +536,7 @@ def test_where_bfloat16_is_only_emulated_auto_leaves_it_to_torch(
         def get_property(self, device: str, name: str) -> list[str]:
             return ["FP32", "INT8"]
 
-    monkeypatch.setattr(openvino_engine, "load_core", PlainCore)
+    monkeypatch.setattr(openvino, "load_core", PlainCore)
     assert choose(precision="bf16") == "torch cpu bf16"
     assert choose(precision="fp32") == "openvino cpu fp32"
     with pytest.raises(ConfigError, match="does not compute in bf16 by itself; use --precision"):
@@ -589,7 +589,7 @@ def test_int8_on_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_int8_without_a_calibrated_model_is_an_error(load: Callable[..., Engine]) -> None:
     settings = {"quantised": QuantisedModel("/nowhere/model.xml", "0", 1)}
     with pytest.raises(ConfigError, match="no model that was calibrated for it on this machine"):
-        openvino_engine.load_backbone(
+        openvino.load_backbone(
             None,  # type: ignore[arg-type]
             None,  # type: ignore[arg-type]
             InferenceSettings(precision="int8", **settings),  # type: ignore[arg-type]
@@ -601,7 +601,7 @@ def break_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pooled: Any) -> Any:
         raise RuntimeError("no conversion rule for aten::new_thing\nand a page more")
 
-    monkeypatch.setattr(openvino_engine, "convert", refuse)
+    monkeypatch.setattr(openvino, "convert", refuse)
 
 
 def test_a_model_that_openvino_cannot_convert_runs_in_torch_with_a_warning(
@@ -629,7 +629,7 @@ def test_openvino_by_name_that_cannot_convert_a_model_is_an_error(
 
 
 def test_openvino_tells_nobody_that_it_is_used() -> None:
-    openvino_engine.import_library("openvino")
+    openvino.import_library("openvino")
     telemetry = sys.modules["openvino.tools.ovc.telemetry_utils"].tm
     assert telemetry.__name__ == "openvino.tools.ovc.telemetry_stub"
 
@@ -638,7 +638,7 @@ LET_GO_OF_IN_A_THREAD = """
 import signal, threading, time
 import torch
 from transforms import openvino_engine
-from transforms.backbones import InferenceSettings
+from transforms.inference.backbones import InferenceSettings
 
 openvino = openvino_engine.import_library("openvino")
 model = openvino.convert_model(torch.nn.ReLU(), example_input=torch.zeros(2, 3, 4))
@@ -733,7 +733,7 @@ def test_a_disk_that_fills_up_while_the_model_is_kept_does_no_harm(
 
         return save
 
-    monkeypatch.setattr(openvino_engine, "_saver", fill_up)
+    monkeypatch.setattr(openvino, "_saver", fill_up)
     loaded = load("openvino", "fp32")
     np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
     assert not list((cache / "converted").iterdir())
@@ -743,11 +743,11 @@ def test_int8_is_quantised_once_for_the_same_windows(
     spec: ModelSpec, quantised: QuantisedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        openvino_engine, "load_converted", lambda *arguments: pytest.fail("quantised again")
+        openvino, "load_converted", lambda *arguments: pytest.fail("quantised again")
     )
     arguments = (spec, "pooler_output", features(8, 1), tmp_path)
-    assert openvino_engine.quantise(None, *arguments) == quantised  # type: ignore[arg-type]
-    missing = openvino_engine.find_quantised(spec, "pooler_output", "another digest", 8)
+    assert openvino.quantise(None, *arguments) == quantised  # type: ignore[arg-type]
+    missing = openvino.find_quantised(spec, "pooler_output", "another digest", 8)
     assert missing is None
 
 

@@ -15,22 +15,22 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 
 from tests.model_factory import write_tiny_model
-from transforms import inference
-from transforms.backbones import (
+from transforms.errors import ConfigError, DeviceError
+from transforms.inference import engine
+from transforms.inference.backbones import (
     InferenceSettings,
     resolve_batch_size,
     resolve_device,
     resolve_precision,
 )
-from transforms.engines import choose_engine
-from transforms.errors import ConfigError, DeviceError
-from transforms.inference import (
+from transforms.inference.engine import (
     ASTModelHandler,
     Engine,
     SafePredictor,
     join_features,
     score_embeddings,
 )
+from transforms.inference.engines import choose_engine
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.records import FloatArray, Prediction
 
@@ -193,7 +193,7 @@ def test_a_single_window_waits_for_memory_and_then_gives_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(inference.time, "sleep", waited.append)
+    monkeypatch.setattr(engine.time, "sleep", waited.append)
     safe = SafePredictor(MemoryLimit(0, torch.OutOfMemoryError("CUDA out of memory")), "e")
     with pytest.raises(DeviceError, match=r"e: out of memory with a single window \(CUDA out of"):
         safe(features(2))

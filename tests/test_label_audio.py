@@ -16,7 +16,7 @@ from apache_beam.testing import test_pipeline
 from pipeline.config import RunConfig
 from pipeline.run import run_label
 from tests import audio_factory
-from transforms.backbones import InferenceSettings
+from transforms.inference.backbones import InferenceSettings
 from transforms.label_audio import LabelAudio, LabelSettings, make_settings, unit_of_files
 from transforms.models.ast.checkpoints import resolve_model
 from transforms.rows import clips_schema, errors_schema, windows_schema

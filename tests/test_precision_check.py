@@ -16,9 +16,10 @@ import pytest
 from pipeline import cli
 from pipeline.checks import checks_record, describe_checks, precision_warnings
 from tests.audio_factory import noise, write
-from transforms import backbones, inference, precision_check
-from transforms.backbones import InferenceSettings
-from transforms.inference import Engine, load_engine
+from transforms.inference import backbones, engine, precision_check
+from transforms.inference.backbones import InferenceSettings
+from transforms.inference.engine import Engine, load_engine
+from transforms.inference.precision_check import PrecisionCheck, compare
 from transforms.ledger import (
     CheckFigures,
     Commit,
@@ -28,7 +29,6 @@ from transforms.ledger import (
     add_checks,
 )
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
-from transforms.precision_check import PrecisionCheck, compare
 from transforms.records import FloatArray, Prediction, WindowCheck
 
 RATE = 16_000
@@ -249,7 +249,7 @@ def test_no_second_model_stays_in_memory(spec: ModelSpec, monkeypatch: pytest.Mo
         models.add(model.audio_spectrogram_transformer)
         return model
 
-    monkeypatch.setattr(inference, "load_model", load)
+    monkeypatch.setattr(engine, "load_model", load)
     engine = engine_of(spec, precision="bf16")
     engine.label(windows(2))
     assert len(models) == 1
@@ -266,7 +266,7 @@ def test_a_check_that_fails_leaves_the_answers_as_they_are(
     def refuse(*arguments: Any) -> Any:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(inference, "load_reference", refuse)
+    monkeypatch.setattr(engine, "load_reference", refuse)
     checked = engine_of(spec, precision="bf16").label(windows(2))
     for mine, theirs in zip(checked, plain, strict=True):
         assert mine.check == WindowCheck(error="RuntimeError: CUDA out of memory")
@@ -346,7 +346,7 @@ def test_a_check_that_cannot_be_made_is_said_however_quiet_the_run(
     def refuse(*arguments: Any) -> Any:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(inference, "load_reference", refuse)
+    monkeypatch.setattr(engine, "load_reference", refuse)
     checks, said = label(tmp_path / "out", "--quiet")
     assert checks["torch cpu bf16"] == {"windows": 0, "error": "MemoryError: no room"}
     assert "The precision of torch cpu bf16 could not be checked on all windows: Memory" in said

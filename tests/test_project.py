@@ -112,7 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 DOORS = {
     "torchaudio": {"transforms/features/fbank.py"},
     "fsspec": {"transforms/storage/filesystem.py"},
-    "openvino": set(),  # by name alone, in transforms/openvino_engine.py: it may not be installed
+    "openvino": set(),  # by name alone, in transforms/inference/openvino.py: it may not be installed
     "nncf": set(),
     "gcsfs": set(),
 }

@@ -34,10 +34,10 @@ from pipeline.training.packed_clips import PackedClips, SampleFile
 from pipeline.training.steps import Precision
 from pipeline.training.validation import Scorer, loss_of_scores, score_clips
 from tests.model_factory import write_tiny_model
-from transforms.backbones import InferenceSettings, TorchBackbone
 from transforms.features.fbank import FbankSettings, KaldiFbank
 from transforms.features.windows import WindowSettings
-from transforms.inference import Engine
+from transforms.inference.backbones import InferenceSettings, TorchBackbone
+from transforms.inference.engine import Engine
 from transforms.models.ast.model import ASTForAudioClassification
 from transforms.records import Item
 

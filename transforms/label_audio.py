@@ -20,11 +20,11 @@ from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints import Dict
 from apache_beam.typehints.decorators import IOTypeHints
 
-from transforms.backbones import InferenceSettings, makes_features_on_device
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
 from transforms.features.fbank import DeviceFbank, ExtractFbank, FbankSettings
 from transforms.features.windows import CutWindows, WindowSettings
-from transforms.inference import ASTModelHandler
+from transforms.inference.backbones import InferenceSettings, makes_features_on_device
+from transforms.inference.engine import ASTModelHandler
 from transforms.models.ast.checkpoints import ModelSpec
 from transforms.records import (
     ClipRow,

@@ -20,8 +20,8 @@ from apache_beam.typehints import List, Optional
 from apache_beam.typehints.decorators import IOTypeHints
 from apache_beam.typehints.row_type import RowTypeConstraint
 
-from transforms.backbones import DeviceName, InferenceSettings, Precision
 from transforms.errors import InputError
+from transforms.inference.backbones import DeviceName, InferenceSettings, Precision
 from transforms.label_audio import LabelAudio, LabelSettings, make_settings
 from transforms.models.ast.checkpoints import ModelOverrides, resolve_model
 from transforms.rows import clips_schema, errors_schema, windows_schema

@@ -21,10 +21,10 @@ from pipeline.metrics import Metrics, compute_metrics
 from pipeline.training.batches import window_batches
 from pipeline.training.dataset import ClipSet
 from pipeline.training.steps import IF_DIVERGED, Precision
-from transforms.backbones import TORCH_DTYPES
 from transforms.errors import TrainingError
 from transforms.features.fbank import KaldiFbank
 from transforms.features.windows import WindowSettings, cut_windows
+from transforms.inference.backbones import TORCH_DTYPES
 from transforms.models.ast.model import ASTForAudioClassification, ASTModel
 
 # Windows whose samples are held at once; 10 s of float32 are 0.64 MB.

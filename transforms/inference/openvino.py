@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from transforms.backbones import (
+from transforms.errors import ConfigError
+from transforms.inference.backbones import (
     Embeddings,
     Features,
     InferenceSettings,
@@ -36,7 +37,6 @@ from transforms.backbones import (
     cpu_has_native_bf16,
     resolve_batch_size,
 )
-from transforms.errors import ConfigError
 from transforms.models.ast.checkpoints import ModelSpec
 from transforms.models.ast.model import ASTModel
 from transforms.process import disk_cache

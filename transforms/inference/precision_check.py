@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transforms.backbones import Features, first_line
+from transforms.inference.backbones import Features, first_line
 from transforms.process import disk_cache
 from transforms.process.devices import processor_facts
 from transforms.records import FloatArray, Prediction, WindowCheck

@@ -25,7 +25,8 @@ import torch
 from apache_beam.ml.inference.base import ModelHandler
 from torch import nn
 
-from transforms.backbones import (
+from transforms.errors import DeviceError, EarmarkError
+from transforms.inference.backbones import (
     Activation,
     Backbone,
     DeviceName,
@@ -41,11 +42,10 @@ from transforms.backbones import (
     resolve_device,
     start_windows,
 )
-from transforms.engines import load_backbone
-from transforms.errors import DeviceError, EarmarkError
+from transforms.inference.engines import load_backbone
+from transforms.inference.precision_check import PrecisionCheck, surroundings
 from transforms.models.ast.checkpoints import ModelSpec, load_model
 from transforms.models.ast.model import ASTForAudioClassification, ASTMLPHead
-from transforms.precision_check import PrecisionCheck, surroundings
 from transforms.process.devices import torch_device
 from transforms.process.stage_times import LabellingStage, timed
 from transforms.records import FloatArray, PendingBatch, PendingPrediction, Prediction

@@ -11,8 +11,9 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from transforms import openvino_engine
-from transforms.backbones import (
+from transforms.errors import ConfigError, DeviceError, EarmarkError
+from transforms.inference import openvino
+from transforms.inference.backbones import (
     Backbone,
     InferenceSettings,
     TorchBackbone,
@@ -20,7 +21,6 @@ from transforms.backbones import (
     resolve_device,
     resolve_precision,
 )
-from transforms.errors import ConfigError, DeviceError, EarmarkError
 from transforms.models.ast.checkpoints import ModelSpec
 from transforms.models.ast.model import ASTModel
 
@@ -54,7 +54,7 @@ def _why_not_torch(device: str, precision: str) -> str | None:
 
 # By name; ``auto`` takes the first that can do what is asked for.
 ENGINES: Mapping[str, EngineKind] = {
-    "openvino": EngineKind(openvino_engine.load_backbone, openvino_engine.why_not),
+    "openvino": EngineKind(openvino.load_backbone, openvino.why_not),
     "torch": EngineKind(_load_torch, _why_not_torch),
 }
 

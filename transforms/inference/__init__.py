@@ -1,0 +1,1 @@
+"""Features to predictions: engines, RunInference's handler, the precision check."""
