@@ -49,7 +49,6 @@ from benchmarks.common import (
     write_results,
 )
 from tests import audio_factory
-from transforms.commit import CommitSettings, OpenUnit
 from transforms.decoding import decode
 from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.features.fbank import FbankSettings, KaldiFbank, extract_fbank
@@ -75,7 +74,8 @@ from transforms.records import (
     WindowRow,
     WorkUnit,
 )
-from transforms.rows import RowSettings, windows_table
+from transforms.results.rows import RowSettings, windows_table
+from transforms.results.write_units import CommitSettings, OpenUnit
 from transforms.sources.read_unit import read_unit
 
 CLIP_S = 10.0

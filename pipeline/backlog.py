@@ -18,8 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from transforms.errors import InputError
-from transforms.ledger import Commit, LedgerSlice, container_version, item_version, read_failures
 from transforms.records import Carried, ContainerSlice, Failure, Item, UnitKind, WorkUnit
+from transforms.results.commits import (
+    Commit,
+    LedgerSlice,
+    container_version,
+    item_version,
+    read_failures,
+)
 from transforms.sources.read_unit import (
     Container,
     Found,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transforms.ledger import CheckFigures, Checks
+from transforms.results.commits import CheckFigures, Checks
 
 # Beyond these an engine's answers are said aloud not to be float32's.
 MAX_SCORE_DIFFERENCE = 0.02

@@ -41,9 +41,9 @@ from pipeline.truth import (
 )
 from transforms.errors import InputError, ModelError, OutputError
 from transforms.inference.engine import score_embeddings
-from transforms.ledger import open_part
 from transforms.models.ast.checkpoints import load_model, resolve_model
 from transforms.models.labels import Label
+from transforms.results.commits import open_part
 from transforms.sources.clip_ids import for_terminal
 from transforms.storage import filesystem as storage
 

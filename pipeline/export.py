@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from pipeline.streams import say
 from transforms.errors import InputError, OutputError, UsageError, in_words
-from transforms.ledger import COMMITS, PARTS, open_part, part_url, read_commits
+from transforms.results.commits import COMMITS, PARTS, open_part, part_url, read_commits
 from transforms.sources.clip_ids import make_clip_id
 from transforms.storage import filesystem as storage
 

@@ -27,13 +27,13 @@ from dataclasses import dataclass, field
 import apache_beam as beam
 from apache_beam.pvalue import PCollection
 
-from transforms.commit import CommitSettings, CommitUnits, SkipCommitted
 from transforms.join_parts import JoinParts
 from transforms.label_audio import LabelSettings, LabelUnits
-from transforms.ledger import Checks, UnitSummary, UnitTotals, add_checks
 from transforms.long_files import CutLongFiles
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import WorkUnit
+from transforms.results.commits import Checks, UnitSummary, UnitTotals, add_checks
+from transforms.results.write_units import CommitSettings, CommitUnits, SkipCommitted
 from transforms.sources.read_unit import is_long
 
 

@@ -42,14 +42,12 @@ from pipeline.result import (
     read_result,
     software_versions,
 )
-from transforms.commit import CommitSettings
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, ModelError
 from transforms.features.fbank import FEATURES_VERSION
 from transforms.inference.backbones import InferenceSettings
 from transforms.inference.engines import check_settings
 from transforms.label_audio import LabelSettings, make_settings
-from transforms.ledger import UnitSummary
 from transforms.models.ast.bundled import DEFAULT_MODEL, describe_default
 from transforms.models.ast.checkpoints import (
     ModelOverrides,
@@ -59,6 +57,8 @@ from transforms.models.ast.checkpoints import (
 )
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
+from transforms.results.commits import UnitSummary
+from transforms.results.write_units import CommitSettings
 from transforms.sources.read_unit import (
     Found,
     ReadLimits,

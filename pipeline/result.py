@@ -27,7 +27,7 @@ from pipeline.doctor import Startup, record_time
 from pipeline.graph import RunTotals
 from transforms.decoding.pool import usable_cores
 from transforms.errors import AccountingError, OutputError, in_words
-from transforms.ledger import (
+from transforms.results.commits import (
     COMMITS,
     PARTS,
     Commit,

@@ -70,7 +70,11 @@ from pipeline.result import (
 )
 from pipeline.streams import say
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
-from transforms.ledger import (
+from transforms.models.ast.checkpoints import ModelSpec
+from transforms.process.stage_times import stage_clocks
+from transforms.process.temp_folders import sweep, temporary_files_in_scratch
+from transforms.records import WorkUnit
+from transforms.results.commits import (
     UnitTotals,
     list_part_ids,
     list_unit_ids,
@@ -78,10 +82,6 @@ from transforms.ledger import (
     read_commit,
     read_failures,
 )
-from transforms.models.ast.checkpoints import ModelSpec
-from transforms.process.stage_times import stage_clocks
-from transforms.process.temp_folders import sweep, temporary_files_in_scratch
-from transforms.records import WorkUnit
 from transforms.sources.clip_ids import for_terminal
 from transforms.sources.read_unit import check_there
 from transforms.storage import filesystem as storage

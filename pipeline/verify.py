@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from pipeline.result import RUN_FILE, SUCCESS_FILE, ResultState, read_result
 from pipeline.streams import answer
 from transforms.errors import InputError, OutputError
-from transforms.ledger import (
+from transforms.results.commits import (
     COMMITS,
     LONG_FILES,
     Commit,

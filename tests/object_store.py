@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 
 from tests.fault_proxy import FaultProxy
 from transforms.errors import EarmarkError
-from transforms.ledger import Commit
+from transforms.results.commits import Commit
 
 BUCKET = "earmark-test"
 START_S = 30.0

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pipeline.backlog import FAILURES_PER_UNIT, Backlog, find_backlog
 from tests.unit_factory import make_item
 from transforms.errors import InputError
-from transforms.ledger import (
+from transforms.records import Carried, Failure, Item, WorkUnit
+from transforms.results.commits import (
     Commit,
     Ledger,
     LedgerItem,
@@ -27,8 +28,7 @@ from transforms.ledger import (
     item_version,
     part_url,
 )
-from transforms.records import Carried, Failure, Item, WorkUnit
-from transforms.rows import errors_schema, errors_table
+from transforms.results.rows import errors_schema, errors_table
 from transforms.sources.read_unit import Container, Found, SourceSettings, limit_items, plan_units
 
 SETTINGS = SourceSettings(windows_per_unit=2)

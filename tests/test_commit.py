@@ -22,17 +22,7 @@ from tests.unit_factory import (
     row_settings,
     unit_events,
 )
-from transforms import commit as commit_step
-from transforms.commit import CommitSettings, CommitUnits, OpenUnit, SkipCommitted
 from transforms.errors import AccountingError, OutputError
-from transforms.ledger import (
-    Commit,
-    UnitSummary,
-    UnitTotals,
-    item_version,
-    read_commit,
-    read_commits,
-)
 from transforms.process.progress_counts import live_counts
 from transforms.records import (
     Carried,
@@ -43,6 +33,16 @@ from transforms.records import (
     WindowRow,
     WorkUnit,
 )
+from transforms.results import write_units as commit_step
+from transforms.results.commits import (
+    Commit,
+    UnitSummary,
+    UnitTotals,
+    item_version,
+    read_commit,
+    read_commits,
+)
+from transforms.results.write_units import CommitSettings, CommitUnits, OpenUnit, SkipCommitted
 from transforms.storage import filesystem as storage
 
 

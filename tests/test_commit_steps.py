@@ -31,10 +31,10 @@ from pipeline.result import FinishRun, heal, read_result
 from pipeline.run import prepare_output, run_label
 from pipeline.verify import run_verify
 from tests.unit_factory import clip_events, failure_event, file_unit, row_settings, unit_events
-from transforms import commit as commit_step
-from transforms.commit import CommitSettings, OpenUnit
-from transforms.ledger import file_sha256, read_commits
 from transforms.records import Carried, UnitEnd, UnitEvent, WorkUnit
+from transforms.results import write_units as commit_step
+from transforms.results.commits import file_sha256, read_commits
+from transforms.results.write_units import CommitSettings, OpenUnit
 from transforms.storage import filesystem as storage
 
 ROOT = Path(__file__).resolve().parents[1]

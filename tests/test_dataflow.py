@@ -41,11 +41,11 @@ from pipeline.run import check_runner, pipeline_options, run_label
 from pipeline.stats import run_stats
 from tests import audio_factory
 from tests.unit_factory import file_unit
-from transforms.commit import CommitSettings
 from transforms.errors import ConfigError, ModelError, OutputError
 from transforms.inference.engine import InferenceSettings
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.models.ast.checkpoints import resolve_model
+from transforms.results.write_units import CommitSettings
 from transforms.storage import filesystem as storage
 
 ROOT = Path(__file__).resolve().parents[1]

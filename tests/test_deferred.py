@@ -26,7 +26,7 @@ from tests.test_label import write_clip
 from tests.test_tar_headers import tar_of
 from tests.unit_factory import file_unit
 from transforms.errors import ConfigError, InputError
-from transforms.ledger import list_unit_ids
+from transforms.results.commits import list_unit_ids
 
 
 def files(folder: Path) -> list[str]:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from pipeline.export import Source, name_files, raven_text, run_export, source_of
 from tests.unit_factory import FACTS, make_item, make_prediction, row_settings
-from transforms.commit import CommitSettings, OpenUnit
 from transforms.errors import EarmarkError, InputError, OutputError, UsageError
 from transforms.records import ClipRow, Item, UnitEnd, WindowRow, WorkUnit
+from transforms.results.write_units import CommitSettings, OpenUnit
 from transforms.storage import filesystem as storage
 
 # The labels are Alpha (/m/a), "Beta, loud" (/m/b) and Gamma (no id); two of them are stored.

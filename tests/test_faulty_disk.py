@@ -27,8 +27,8 @@ from pipeline import cli
 from pipeline.verify import run_verify
 from tests.audio_factory import noise, write
 from tests.test_device_faults import Rows, assert_same_rows
-from transforms import commit as commit_module
-from transforms.ledger import PARTS
+from transforms.results import write_units as commit_module
+from transforms.results.commits import PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 16_000

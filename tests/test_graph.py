@@ -11,11 +11,11 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from pipeline.graph import RunTotals, build_graph, sum_totals
 from tests.unit_factory import file_unit, make_item
-from transforms.commit import CommitSettings
 from transforms.label_audio import LabelSettings, make_settings
-from transforms.ledger import UnitSummary, UnitTotals
 from transforms.models.ast.checkpoints import resolve_model
 from transforms.records import WorkUnit
+from transforms.results.commits import UnitSummary, UnitTotals
+from transforms.results.write_units import CommitSettings
 
 
 @pytest.fixture(scope="module")

@@ -278,7 +278,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_leaves_nothing_behind(
 
 HOLD = """
 import sys, time
-from transforms.ledger import hold_commits
+from transforms.results.commits import hold_commits
 hold_commits(sys.argv[1])
 print("held", flush=True)
 time.sleep(float(sys.argv[2]))

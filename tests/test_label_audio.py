@@ -19,7 +19,7 @@ from tests import audio_factory
 from transforms.inference.backbones import InferenceSettings
 from transforms.label_audio import LabelAudio, LabelSettings, make_settings, unit_of_files
 from transforms.models.ast.checkpoints import resolve_model
-from transforms.rows import clips_schema, errors_schema, windows_schema
+from transforms.results.rows import clips_schema, errors_schema, windows_schema
 
 Rows = dict[str, list[dict[str, Any]]]
 

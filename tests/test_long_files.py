@@ -20,14 +20,14 @@ from pipeline.verify import run_verify
 from tests import audio_factory
 from tests.test_kill import rows_of
 from transforms import join_parts as join_step
-from transforms.commit import OpenUnit
 from transforms.decoding.decode import decode, decode_whole
 from transforms.decoding.readers import probe_duration_s
 from transforms.errors import AccountingError
 from transforms.header_probe import HeaderProbe
-from transforms.ledger import list_long_files, long_id_of, remove_long_file
 from transforms.process.progress_counts import live_counts
 from transforms.records import Part
+from transforms.results.commits import list_long_files, long_id_of, remove_long_file
+from transforms.results.write_units import OpenUnit
 from transforms.sources import kept_files
 from transforms.sources.read_unit import windows_per_part
 

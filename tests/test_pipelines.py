@@ -24,7 +24,7 @@ from tests import audio_factory
 from transforms.errors import InputError
 from transforms.label_audio import make_settings
 from transforms.models.ast.checkpoints import resolve_model
-from transforms.rows import clips_schema, errors_schema
+from transforms.results.rows import clips_schema, errors_schema
 from transforms.yaml_provider import LabelAudioRows, row_of, row_type, uri_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,9 @@ from transforms.inference import backbones, engine, precision_check
 from transforms.inference.backbones import InferenceSettings
 from transforms.inference.engine import Engine, load_engine
 from transforms.inference.precision_check import PrecisionCheck, compare
-from transforms.ledger import (
+from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
+from transforms.records import FloatArray, Prediction, WindowCheck
+from transforms.results.commits import (
     CheckFigures,
     Commit,
     Ledger,
@@ -28,8 +30,6 @@ from transforms.ledger import (
     UnitTotals,
     add_checks,
 )
-from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
-from transforms.records import FloatArray, Prediction, WindowCheck
 
 RATE = 16_000
 EARLY, LATE = "2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00"

@@ -31,7 +31,7 @@ from transforms.records import (
     WindowRow,
     WorkUnit,
 )
-from transforms.rows import (
+from transforms.results.rows import (
     AssembleRows,
     ClipAggregate,
     _AssembleRowsFn,

@@ -38,8 +38,8 @@ from tests.audio_factory import encode, noise
 from tests.fault_proxy import FaultProxy, Faults
 from tests.model_factory import TINY_LABELS
 from tests.object_store import ObjectStore, missing, open_store
-from transforms.commit import OpenUnit
 from transforms.records import ContainerSlice, Item, WorkUnit
+from transforms.results.write_units import OpenUnit
 from transforms.sources.read_unit import read_unit
 from transforms.sources.tar import TarReader
 from transforms.storage import filesystem as storage

@@ -20,7 +20,7 @@ from transforms.records import (
     WindowRow,
     WorkUnit,
 )
-from transforms.rows import RowSettings
+from transforms.results.rows import RowSettings
 
 HIDDEN_SIZE = 4
 LABELS = (Label(0, "/m/a", "Alpha"), Label(1, "/m/b", "Beta, loud"), Label(2, None, "Gamma"))

@@ -21,11 +21,22 @@ import pyarrow as pa
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PCollection
 
-from transforms.commit import CommitSettings, Desk, OpenUnit
 from transforms.decoding.decode import BOUND_ERRORS, LEVEL_FRAME_S
 from transforms.errors import AccountingError, OutputError, in_words
 from transforms.features.windows import WindowSettings
-from transforms.ledger import (
+from transforms.process.progress_counts import live_counts
+from transforms.records import (
+    ClipFacts,
+    Failure,
+    Item,
+    ItemFailure,
+    Prediction,
+    UnitEnd,
+    Window,
+    WindowRow,
+    WorkUnit,
+)
+from transforms.results.commits import (
     Commit,
     UnitSummary,
     UnitTotals,
@@ -39,19 +50,8 @@ from transforms.ledger import (
     remove_long_file,
     remove_unit,
 )
-from transforms.process.progress_counts import live_counts
-from transforms.records import (
-    ClipFacts,
-    Failure,
-    Item,
-    ItemFailure,
-    Prediction,
-    UnitEnd,
-    Window,
-    WindowRow,
-    WorkUnit,
-)
-from transforms.rows import ClipAggregate
+from transforms.results.rows import ClipAggregate
+from transforms.results.write_units import CommitSettings, Desk, OpenUnit
 from transforms.storage import filesystem as storage
 
 # What a part says that lies behind the end of the audio.

@@ -39,7 +39,7 @@ from transforms.records import (
     WindowRow,
     WorkUnit,
 )
-from transforms.rows import (
+from transforms.results.rows import (
     AssembleRows,
     RowSettings,
     clips_table,

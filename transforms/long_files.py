@@ -28,8 +28,8 @@ from apache_beam.typehints.decorators import IOTypeHints
 from transforms.decoding.pool import DecodeSettings
 from transforms.features.windows import WindowSettings
 from transforms.header_probe import HeaderProbe
-from transforms.ledger import commit_url, make_part_id
 from transforms.records import Part, WorkUnit
+from transforms.results.commits import commit_url, make_part_id
 from transforms.sources.units import SourceSettings, is_long
 from transforms.storage import filesystem as storage
 

@@ -24,7 +24,7 @@ from transforms.errors import InputError
 from transforms.inference.backbones import DeviceName, InferenceSettings, Precision
 from transforms.label_audio import LabelAudio, LabelSettings, make_settings
 from transforms.models.ast.checkpoints import ModelOverrides, resolve_model
-from transforms.rows import clips_schema, errors_schema, windows_schema
+from transforms.results.rows import clips_schema, errors_schema, windows_schema
 
 # How Beam knows the types that the tables' columns have.
 SCALARS: Mapping[pa.DataType, type] = {

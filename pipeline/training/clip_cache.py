@@ -67,7 +67,7 @@ from transforms.records import (
     Waveform,
     WorkUnit,
 )
-from transforms.rows import errors_table
+from transforms.results.rows import errors_table
 from transforms.sources.read_unit import Found, SourceSettings, make_unit_id, plan_units
 from transforms.storage import filesystem as storage
 

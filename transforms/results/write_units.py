@@ -30,7 +30,17 @@ from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms.errors import AccountingError, OutputError
-from transforms.ledger import (
+from transforms.process.progress_counts import live_counts
+from transforms.process.stage_times import stage_clocks, timed
+from transforms.records import (
+    ClipRow,
+    ItemFailure,
+    UnitEnd,
+    UnitEvent,
+    WindowRow,
+    WorkUnit,
+)
+from transforms.results.commits import (
     PARTS,
     CheckFigures,
     Commit,
@@ -53,17 +63,7 @@ from transforms.ledger import (
     read_part,
     remove_unit,
 )
-from transforms.process.progress_counts import live_counts
-from transforms.process.stage_times import stage_clocks, timed
-from transforms.records import (
-    ClipRow,
-    ItemFailure,
-    UnitEnd,
-    UnitEvent,
-    WindowRow,
-    WorkUnit,
-)
-from transforms.rows import (
+from transforms.results.rows import (
     SCHEMA_VERSION,
     RowSettings,
     clips_schema,

@@ -1,0 +1,1 @@
+"""Predictions to committed Parquet: rows, the parts of a unit, its commit."""
