@@ -21,11 +21,11 @@ from apache_beam.typehints import Optional, TypeCheckError, typehints
 import pipeline
 import transforms
 from tests import audio_factory
+from transforms.beam_yaml import LabelAudioRows, row_of, row_type, uri_of
 from transforms.errors import InputError
 from transforms.label_audio import make_settings
 from transforms.models.ast.checkpoints import resolve_model
 from transforms.results.rows import clips_schema, errors_schema
-from transforms.yaml_provider import LabelAudioRows, row_of, row_type, uri_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
