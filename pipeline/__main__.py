@@ -19,7 +19,7 @@ def main() -> int:
     """Run the command line; gives the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_at_once)
-    from pipeline.cli import main as run
+    from pipeline.cli.main import main as run
 
     code = run()
     if code == EXIT_INTERRUPTED:

@@ -25,7 +25,7 @@ import pytest
 import soundfile
 import torch
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from tests import audio_factory
 from tests.model_factory import write_tiny_model
 

@@ -50,7 +50,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
                 patched.setattr(stage_times, "time", stage_times.time)
                 exec(program, {"__name__": "__main__"})
             else:
-                name = "pipeline.cli" if program == "pipeline" else program
+                name = "pipeline.cli.main" if program == "pipeline" else program
                 if importlib.import_module(name).main(arguments):
                     raise SystemExit(f"{' '.join(command)} failed")
         return said.getvalue()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.config import RunConfig, load_config
 from pipeline.plan import RunPlan, describe_plan, make_plan
 from pipeline.train_config import TRAIN_SCHEMA

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import calibration, cli
+from pipeline import calibration
 from pipeline.calibration import sample_windows
+from pipeline.cli import main as cli
 from pipeline.config import RunConfig
 from pipeline.plan import RunPlan, make_plan
 from tests.audio_factory import noise, quantised, write

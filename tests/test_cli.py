@@ -20,7 +20,8 @@ import pytest
 import typer
 from rich.console import Console
 
-from pipeline import __version__, cli
+from pipeline import __version__
+from pipeline.cli import main as cli
 from pipeline.config import (
     OPTION_KEYS,
     RUN_SCHEMA,
@@ -474,7 +475,7 @@ def test_models_are_named_whole_on_a_terminal_of_any_width(
 )
 def test_help_imports_nothing_heavy(command: str, flag: str) -> None:
     script = (
-        f"import sys; from pipeline.cli import main; code = main(['{command}', '--help']);"
+        f"import sys; from pipeline.cli.main import main; code = main(['{command}', '--help']);"
         "heavy = {'torch', 'apache_beam', 'pyarrow', 'av', 'soundfile', 'fsspec', 'numpy'}"
         " & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else code)"
@@ -488,7 +489,7 @@ def test_help_imports_nothing_heavy(command: str, flag: str) -> None:
 
 def test_wrong_usage_of_train_is_told_before_anything_heavy_is_loaded() -> None:
     script = (
-        "import sys; from pipeline.cli import main; code = main(['train', '-t', 'x.csv']);"
+        "import sys; from pipeline.cli.main import main; code = main(['train', '-t', 'x.csv']);"
         "heavy = {'torch', 'apache_beam', 'pyarrow', 'av', 'soundfile'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )

@@ -28,7 +28,7 @@ from apache_beam.runners.dataflow.internal import apiclient
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineState
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.config import RunConfig, load_config
 from pipeline.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
 from pipeline.deferred import DeferredPlan, build_deferred_graph
@@ -503,7 +503,7 @@ def test_the_launcher_writes_a_template_and_ends(
 
     monkeypatch.setattr(apiclient.DataflowApplicationClient, "stage_file", keep)
     # The store of these tests ends with the process, and the command would not have it.
-    monkeypatch.setattr("pipeline.cli._check_output_lasts", lambda output: None)
+    monkeypatch.setattr("pipeline.cli.main._check_output_lasts", lambda output: None)
     given = [
         f"--input={config.inputs[0]}",
         f"--output={config.output}",

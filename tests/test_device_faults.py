@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import torch
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.verify import run_verify
 from tests.audio_factory import noise, write
 from tests.model_factory import write_tiny_model

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from tests.audio_factory import noise, write
 from transforms.features.fbank import DeviceFbank, FbankSettings, extract_fbank
 from transforms.process import devices

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from tests.audio_factory import noise, write
 from tests.model_factory import write_tiny_model
 from transforms.errors import ConfigError, DeviceError

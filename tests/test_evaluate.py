@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.evaluate import combine_results, read_scores
 from tests import audio_factory
 from tests.model_factory import TINY_LABELS, write_tiny_model

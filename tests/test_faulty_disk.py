@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.verify import run_verify
 from tests.audio_factory import noise, write
 from tests.test_device_faults import Rows, assert_same_rows

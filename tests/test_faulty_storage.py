@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from tests.fault_proxy import CUTS, KINDS, FaultProxy, Faults
 from tests.object_store import ObjectStore, damaged_commits, missing, open_store, result_rows
 from transforms.storage import filesystem as storage

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.config import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify

@@ -23,7 +23,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from tests.audio_factory import noise, write
 from tests.fake_hub import TOKEN, FakeHub, serve_hub, use_hub
 from tests.model_factory import TINY_LABELS, tiny_config, write_tiny_model

@@ -189,7 +189,7 @@ def test_a_library_has_one_door(library: str) -> None:
 @pytest.mark.parametrize(
     ("module", "libraries"),
     [
-        ("pipeline/cli.py", {"torch", "apache_beam", "pyarrow", "numpy", "rich"}),
+        ("pipeline/cli/main.py", {"torch", "apache_beam", "pyarrow", "numpy", "rich"}),
         ("pipeline/config.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("pipeline/train_config.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("pipeline/training/packed_clips.py", {"torch", "apache_beam", "pyarrow"}),

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.config import RunConfig, load_config, shipped_configs
 from pipeline.run import pipeline_options
 from tests.bird_factory import write_birds

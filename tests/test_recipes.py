@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.config import config_folder, flatten, load_config
 from pipeline.train import VALIDATION_NAME
 from pipeline.train_config import TRAIN_SCHEMA, TrainConfig

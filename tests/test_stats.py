@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.config import RunConfig
 from pipeline.plan import make_plan
 from tests import audio_factory

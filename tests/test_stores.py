@@ -33,7 +33,7 @@ import pytest
 import soundfile
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from tests.audio_factory import encode, noise
 from tests.fault_proxy import FaultProxy, Faults
 from tests.model_factory import TINY_LABELS
@@ -191,7 +191,7 @@ def place(
     """An empty store that can be written."""
     if request.param == "memory":
         # The command refuses it, because it ends with the process; this process goes on.
-        monkeypatch.setattr("pipeline.cli._check_output_lasts", lambda output: None)
+        monkeypatch.setattr("pipeline.cli.main._check_output_lasts", lambda output: None)
         yield Memory("memory://stores")
         MemoryFileSystem.store.clear()
         MemoryFileSystem.pseudo_dirs[:] = [""]

@@ -23,8 +23,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline import cli
 from pipeline import train as train_module
+from pipeline.cli import main as cli
 from pipeline.training import finetuning, loop
 from pipeline.training.validation import Validation
 from tests import audio_factory

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.config import RunConfig
 from pipeline.export import run_export
 from pipeline.result import read_result

@@ -14,7 +14,7 @@ import duckdb
 import pytest
 import typer
 
-from pipeline import cli
+from pipeline.cli import main as cli
 from pipeline.config import load_config
 from pipeline.train_config import TRAIN_SCHEMA
 from tests.bird_factory import write_birds

@@ -41,8 +41,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 from pipeline import output_lock
-from pipeline.cli import EXIT_INTERRUPTED
-from pipeline.cli import main as earmark
+from pipeline.cli.main import EXIT_INTERRUPTED
+from pipeline.cli.main import main as earmark
 from tests.fault_proxy import Faults
 from tests.model_factory import write_tiny_model
 from tests.object_store import ObjectStore, damaged_commits, missing, open_store

@@ -159,7 +159,7 @@ class Setup:
 
 
 _warm = multiprocessing.get_context("forkserver")
-_warm.set_forkserver_preload(["pipeline.run", "pipeline.cli", "transforms.label_audio"])
+_warm.set_forkserver_preload(["pipeline.run", "pipeline.cli.main", "transforms.label_audio"])
 
 
 class Run:
@@ -257,7 +257,7 @@ def label_in_this_process(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from pipeline.cli import main
+    from pipeline.cli.main import main
 
     if kill_before:
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipeline import cli
+from pipeline.cli import main as cli
 
 # Parameters of the template that are Earmark's, with the option that each becomes.
 OPTIONS = {"output": "--output", "model": "--model", "config": "--config"}
