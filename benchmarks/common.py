@@ -52,7 +52,7 @@ _LOAD_BEFORE = os.getloadavg()[0]
 _RUN = """
 import json, resource, sys
 {prelude}
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.run import run_label
 code = run_label(RunConfig.model_validate(json.loads(sys.argv[1])), [])
 own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

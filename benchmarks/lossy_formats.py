@@ -31,7 +31,7 @@ import soundfile
 import soxr
 import torch
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.run import run_label
 from tests.audio_factory import FORMATS, Format, Samples, encode, quantised
 from tests.model_factory import MEAN, STD, randomise

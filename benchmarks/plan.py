@@ -27,7 +27,7 @@ WAV_BYTES = 44 + 5 * 44_100 * 2
 _PLAN = """
 import json, resource, sys, time
 import tests.listing_store
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.plan import describe_plan, make_plan
 one, many = json.loads(sys.argv[1])
 def plan(url):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.calibration import calibrate, thinned
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.plan import RunPlan, describe_plan, make_plan
 from pipeline.progress import format_audio, format_duration
 from pipeline.run import is_remote, pipeline_options

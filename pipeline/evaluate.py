@@ -25,7 +25,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.metrics import ClassMetrics, Metrics, compute_metrics
 from pipeline.plan import counted, make_overrides
 from pipeline.result import ResultState, read_result

@@ -23,7 +23,7 @@ from pipeline.backlog import (
     count_vanished_failures,
     find_uncut_backlog,
 )
-from pipeline.config import (
+from pipeline.config.label import (
     DecodeSection,
     ReadSection,
     RunConfig,

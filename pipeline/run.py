@@ -24,7 +24,7 @@ from apache_beam.runners.runner import create_runner
 
 from pipeline.calibration import calibrate
 from pipeline.checks import describe_checks, precision_warnings
-from pipeline.config import DEFAULT_RUNNER, RunConfig, given_inputs, given_output
+from pipeline.config.label import DEFAULT_RUNNER, RunConfig, given_inputs, given_output
 from pipeline.dataflow import (
     check_dataflow,
     check_device,

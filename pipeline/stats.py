@@ -22,7 +22,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.backlog import count_found_items, find_backlog
-from pipeline.config import RunConfig, given_inputs
+from pipeline.config.label import RunConfig, given_inputs
 from pipeline.dataflow import follow, is_left_running
 from pipeline.plan import counted, describe_inputs, make_decode_settings, make_source_settings
 from pipeline.progress import LiveReader, ProgressDisplay, format_audio, format_duration

@@ -35,7 +35,8 @@ from typing import Any, Self
 import torch
 
 from pipeline.backlog import count_found_items
-from pipeline.config import given_output
+from pipeline.config.label import given_output
+from pipeline.config.train import TrainConfig
 from pipeline.output_lock import hold_output
 from pipeline.plan import counted, describe_inputs, make_decode_settings, make_read_limits
 from pipeline.progress import LiveReader, ProgressDisplay, format_duration
@@ -46,7 +47,6 @@ from pipeline.result import (
     utc_now,
 )
 from pipeline.streams import answer, say
-from pipeline.train_config import TrainConfig
 from pipeline.training.augmentation import Augment
 from pipeline.training.batches import BatchSettings
 from pipeline.training.clip_cache import CachedClips, cache_clips, cache_key, write_errors

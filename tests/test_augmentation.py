@@ -11,7 +11,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from pipeline.train_config import AugmentationSection
+from pipeline.config.train import AugmentationSection
 from pipeline.training.augmentation import (
     Augment,
     add_noise,

@@ -13,7 +13,7 @@ import pytest
 from pipeline import calibration
 from pipeline.calibration import sample_windows
 from pipeline.cli import main as cli
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.plan import RunPlan, make_plan
 from tests.audio_factory import noise, quantised, write
 from transforms.errors import ConfigError

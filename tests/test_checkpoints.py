@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from pipeline.config import CheckpointSection
-from pipeline.train_config import ArchitectureSection
+from pipeline.config.label import CheckpointSection
+from pipeline.config.train import ArchitectureSection
 from pipeline.training.initial import build_model, resolve_initial
 from tests.fake_hub import COMMIT, TOKEN, FakeHub, serve_hub, use_hub
 from tests.test_spectrogram_transformer import TINY, assert_close, make_input, make_pair, randomise

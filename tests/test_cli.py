@@ -22,7 +22,7 @@ from rich.console import Console
 
 from pipeline import __version__
 from pipeline.cli import main as cli
-from pipeline.config import (
+from pipeline.config.label import (
     OPTION_KEYS,
     RUN_SCHEMA,
     RunConfig,
@@ -30,6 +30,7 @@ from pipeline.config import (
     flatten,
     shipped_configs,
 )
+from pipeline.config.train import TRAIN_SCHEMA, TrainConfig
 from pipeline.progress import (
     Expected,
     Moment,
@@ -43,7 +44,6 @@ from pipeline.progress import (
     seconds_left,
     share_done,
 )
-from pipeline.train_config import TRAIN_SCHEMA, TrainConfig
 from pipeline.verify import run_verify
 from tests.audio_factory import noise, write
 from transforms.errors import AccountingError, ConfigError, InputError, ModelError

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.graph import RunTotals
 from pipeline.plan import RunPlan, make_plan
 from pipeline.result import FinishRun, heal, read_result

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import (
+from pipeline.config.label import (
     KEYS,
     NOT_WRITTEN,
     OPTION_KEYS,

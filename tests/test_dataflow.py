@@ -29,7 +29,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineState
 
 from pipeline.cli import main as cli
-from pipeline.config import RunConfig, load_config
+from pipeline.config.label import RunConfig, load_config
 from pipeline.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
 from pipeline.deferred import DeferredPlan, build_deferred_graph
 from pipeline.doctor import UNTIMED

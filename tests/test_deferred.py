@@ -16,7 +16,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from pipeline import run as run_module
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.deferred import DeferredPlan, build_deferred_graph
 from pipeline.doctor import UNTIMED
 from pipeline.plan import make_frame

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from pipeline import doctor
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.doctor import Circumstances, Startup, advise, describe_time, record_time
 from pipeline.run import run_label
 from transforms.decoding import pool

@@ -18,7 +18,7 @@ import soxr
 import torch
 import transformers
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests.model_factory import write_transformers_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.estimate import estimate_work, run_plan
 from pipeline.plan import make_plan
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import KEYS, RunConfig, flatten
+from pipeline.config.label import KEYS, RunConfig, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")

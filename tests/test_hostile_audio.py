@@ -26,8 +26,8 @@ from benchmarks.reliability.fuzz_audio import (
     TimedPool,
     decode_batch,
 )
-from pipeline import config as config_module
-from pipeline.config import RunConfig
+from pipeline.config import label as config_module
+from pipeline.config.label import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main as cli
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from apache_beam.runners.portability.portable_runner import PipelineResult
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.job_service import wait_for
 from pipeline.run import check_runner, is_remote, pipeline_options
 from transforms.errors import ConfigError

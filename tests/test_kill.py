@@ -39,7 +39,7 @@ from benchmarks.reliability.kill_runs import (
     signal_round,
     together_round,
 )
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.result import wait_for_writers
 from pipeline.run import run_label
 from pipeline.verify import run_verify

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.output_lock import hold_output
 from pipeline.result import read_result
 from pipeline.run import run_label

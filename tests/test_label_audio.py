@@ -13,7 +13,7 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing import test_pipeline
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.run import run_label
 from tests import audio_factory
 from transforms.inference.backbones import InferenceSettings

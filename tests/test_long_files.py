@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.plan import describe_plan, make_plan
 from pipeline.result import read_result
 from pipeline.run import run_label

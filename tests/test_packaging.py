@@ -126,7 +126,7 @@ def run_from(folder: Path, elsewhere: Path, code: str) -> str:
 
 def test_an_installed_earmark_finds_its_configs(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from pipeline.config import config_folder, load_config;"
+        "from pipeline.config.label import config_folder, load_config;"
         "print(config_folder(), load_config('audioset').model.name)"
     )
     assert run_from(installed, tmp_path, code) == (
@@ -136,8 +136,8 @@ def test_an_installed_earmark_finds_its_configs(installed: Path, tmp_path: Path)
 
 def test_an_installed_earmark_finds_its_recipes(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from pipeline.config import find_config, load_config;"
-        "from pipeline.train_config import TRAIN_SCHEMA as schema;"
+        "from pipeline.config.label import find_config, load_config;"
+        "from pipeline.config.train import TRAIN_SCHEMA as schema;"
         "print(find_config('esc50', schema), load_config('esc50', schema=schema).model.max_length)"
     )
     assert run_from(installed, tmp_path, code) == (
@@ -146,7 +146,7 @@ def test_an_installed_earmark_finds_its_recipes(installed: Path, tmp_path: Path)
 
 
 def test_a_checkout_finds_its_configs(tmp_path: Path) -> None:
-    code = "from pipeline.config import config_folder; print(config_folder())"
+    code = "from pipeline.config.label import config_folder; print(config_folder())"
     assert run_from(ROOT, tmp_path, code) == str(ROOT / "configs")
 
 

@@ -190,8 +190,8 @@ def test_a_library_has_one_door(library: str) -> None:
     ("module", "libraries"),
     [
         ("pipeline/cli/main.py", {"torch", "apache_beam", "pyarrow", "numpy", "rich"}),
-        ("pipeline/config.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
-        ("pipeline/train_config.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("pipeline/config/label.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("pipeline/config/train.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("pipeline/training/packed_clips.py", {"torch", "apache_beam", "pyarrow"}),
         ("pipeline/training/batches.py", {"apache_beam", "pyarrow"}),
         ("pipeline/training/augmentation.py", {"apache_beam", "pyarrow"}),

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import soundfile
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.run import run_label
 from tests.model_factory import TINY_LABELS
 

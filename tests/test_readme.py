@@ -19,7 +19,7 @@ import pytest
 import typer
 
 from pipeline.cli import main as cli
-from pipeline.config import RunConfig, load_config, shipped_configs
+from pipeline.config.label import RunConfig, load_config, shipped_configs
 from pipeline.run import pipeline_options
 from tests.bird_factory import write_birds
 from tests.fake_hub import serve_hub

@@ -28,7 +28,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.prism_runner import PrismRunner
 
 from benchmarks.reliability.kill_runs import check_same_names, check_same_rows, files_below
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import provision_runners

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.train_config import ScheduleSection
+from pipeline.config.train import ScheduleSection
 from pipeline.training.schedule import schedule_factor
 
 

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main as cli
-from pipeline.config import NOT_WRITTEN, load_config
+from pipeline.config.label import NOT_WRITTEN, load_config
 from tests.audio_factory import encode, noise
 from tests.fake_hub import TOKEN, serve_hub, use_hub
 from transforms.storage import retries

@@ -25,7 +25,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from transforms.errors import InputError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item, WorkUnit
 from transforms.sources import fetching

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.cli import main as cli
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.plan import make_plan
 from tests import audio_factory
 from transforms import decode_whole

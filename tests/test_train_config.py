@@ -10,8 +10,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import config_folder, find_config, flatten, load_config, shipped_configs
-from pipeline.train_config import (
+from pipeline.config.label import config_folder, find_config, flatten, load_config, shipped_configs
+from pipeline.config.train import (
     OPTION_KEYS,
     TRAIN_SCHEMA,
     TrainConfig,

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from sklearn.metrics import log_loss
 
-from pipeline.train_config import AugmentationSection
+from pipeline.config.train import AugmentationSection
 from pipeline.training.augmentation import Augment
 from pipeline.training.batches import (
     BatchSettings,
@@ -168,7 +168,7 @@ def test_a_process_that_makes_batches_imports_little(tmp_path: Path) -> None:
     assert heavy & {module.split(".")[0] for module in modules} == set()
     own = {module for module in modules if module.startswith(("pipeline.", "transforms."))}
     assert own == {
-        *("pipeline.config", "pipeline.train_config", "pipeline.training"),
+        *("pipeline.config.label", "pipeline.config.train", "pipeline.training"),
         *("pipeline.training.augmentation", "pipeline.training.batches"),
         *(
             "pipeline.training.packed_clips",

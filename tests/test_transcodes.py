@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.run import run_label
 from tests.audio_factory import FORMATS, Format, Samples, encode, quantised
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main as cli
-from pipeline.config import RunConfig
+from pipeline.config.label import RunConfig
 from pipeline.export import run_export
 from pipeline.result import read_result
 from pipeline.run import run_label

@@ -15,8 +15,8 @@ import pytest
 import typer
 
 from pipeline.cli import main as cli
-from pipeline.config import load_config
-from pipeline.train_config import TRAIN_SCHEMA
+from pipeline.config.label import load_config
+from pipeline.config.train import TRAIN_SCHEMA
 from tests.bird_factory import write_birds
 from transforms.models.ast.bundled import DEFAULT_MODEL, bundled_names
 

@@ -40,8 +40,8 @@ from transforms.errors import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig, Schema
-    from pipeline.train_config import TrainConfig
+    from pipeline.config.label import RunConfig, Schema
+    from pipeline.config.train import TrainConfig
 
 EXIT_UNEXPECTED = 1
 EXIT_USAGE = 2
@@ -83,7 +83,7 @@ app = typer.Typer(
 OUTPUT_PANEL, MODEL_PANEL, WINDOWS_PANEL, RUN_PANEL = "Output", "Model", "Windows", "Run"
 CLIPS_PANEL, TRAINING_PANEL = "Clips", "Training"
 
-# Each option is a key of the config (OPTION_KEYS of pipeline.config and pipeline.train_config),
+# Each option is a key of the config (OPTION_KEYS of pipeline.config.label and pipeline.config.train),
 # which checks its value and knows its default: None is "not given". The defaults said here are
 # held to those by a test.
 Inputs = Annotated[
@@ -729,7 +729,7 @@ def _labelling_job(context: typer.Context) -> Job:
 
 def _read_config(parameters: dict[str, Any], *, needs_output: bool) -> RunConfig:
     """Load the configuration, and check that nothing is missing that no default can give."""
-    from pipeline.config import (
+    from pipeline.config.label import (
         RUN_SCHEMA,
         given_inputs,
         given_output,
@@ -747,8 +747,8 @@ def _read_config(parameters: dict[str, Any], *, needs_output: bool) -> RunConfig
 
 def _read_train_config(parameters: dict[str, Any]) -> TrainConfig:
     """Load a training's configuration, and check that what no default can give is there."""
-    from pipeline.config import given_output, load_config
-    from pipeline.train_config import TRAIN_SCHEMA, given_train
+    from pipeline.config.label import given_output, load_config
+    from pipeline.config.train import TRAIN_SCHEMA, given_train
 
     given = _split_parameters(parameters, TRAIN_SCHEMA, {})
     config = load_config(*given, schema=TRAIN_SCHEMA)

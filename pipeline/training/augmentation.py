@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
-from pipeline.train_config import AugmentationSection
+from pipeline.config.train import AugmentationSection
 from transforms.features.fbank_settings import LOG_FLOOR, FbankSettings
 
 # Control points of the equalizer's curve lie about so many mel bins apart: 6 of them over 128.

@@ -22,8 +22,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config.train import split_hold_out
 from pipeline.plan import counted
-from pipeline.train_config import split_hold_out
 from pipeline.training.clip_cache import CachedClip, CachedClips, check_failures
 from pipeline.training.packed_clips import PackedClips, SampleFile
 from transforms.errors import ConfigError, InputError

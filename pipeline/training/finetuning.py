@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.train_config import (
+from pipeline.config.train import (
     AveragingSection,
     OptimizerSection,
     ScheduleSection,

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.config import CheckpointSection
-from pipeline.plan import read_features
-from pipeline.train_config import (
+from pipeline.config.label import CheckpointSection
+from pipeline.config.train import (
     SCRATCH_NUM_FRAMES,
     SCRATCH_NUM_MEL_BINS,
     SCRATCH_STRIDE,
     ArchitectureSection,
 )
+from pipeline.plan import read_features
 from pipeline.training.dataset import ClipSet
 from transforms.errors import ModelError
 from transforms.features.fbank import FbankSettings

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.train_config import OptimizerSection, PretrainingSection, ScheduleSection
+from pipeline.config.train import OptimizerSection, PretrainingSection, ScheduleSection
 from pipeline.training.augmentation import Augment
 from pipeline.training.batches import Batch, BatchLoader, BatchSettings
 from pipeline.training.dataset import ClipSet, pack_clips

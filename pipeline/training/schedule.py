@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.train_config import ScheduleSection
+from pipeline.config.train import ScheduleSection
 
 
 def schedule_factor(

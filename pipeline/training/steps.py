@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.train_config import OptimizerSection
+from pipeline.config.train import OptimizerSection
 from transforms.errors import TrainingError
 
 Precision = Literal["fp32", "bf16", "fp16"]

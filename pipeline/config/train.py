@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.config import (
+from pipeline.config.label import (
     CheckpointSection,
     Count,
     DecodeSection,
