@@ -53,7 +53,7 @@ _RUN = """
 import json, resource, sys
 {prelude}
 from pipeline.config.label import RunConfig
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 code = run_label(RunConfig.model_validate(json.loads(sys.argv[1])), [])
 own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({{"exit_code": code, "peak_kb": own}}))

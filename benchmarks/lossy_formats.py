@@ -32,7 +32,7 @@ import soxr
 import torch
 
 from pipeline.config.label import RunConfig
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 from tests.audio_factory import FORMATS, Format, Samples, encode, quantised
 from tests.model_factory import MEAN, STD, randomise
 from transforms.models.ast.checkpoints import save_pretrained

@@ -28,7 +28,7 @@ _PLAN = """
 import json, resource, sys, time
 import tests.listing_store
 from pipeline.config.label import RunConfig
-from pipeline.plan import describe_plan, make_plan
+from pipeline.labelling.plan import describe_plan, make_plan
 one, many = json.loads(sys.argv[1])
 def plan(url):
     config = RunConfig.model_validate({"inputs": [url], "inference": {"device": "cpu"}})

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config.label import RunConfig
+from pipeline.labelling.plan import counted, make_overrides
 from pipeline.metrics import ClassMetrics, Metrics, compute_metrics
-from pipeline.plan import counted, make_overrides
 from pipeline.result import ResultState, read_result
 from pipeline.truth import (
     Matches,

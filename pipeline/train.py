@@ -34,11 +34,11 @@ from typing import Any, Self
 
 import torch
 
-from pipeline.backlog import count_found_items
 from pipeline.config.label import given_output
 from pipeline.config.train import TrainConfig
+from pipeline.labelling.backlog import count_found_items
+from pipeline.labelling.plan import counted, describe_inputs, make_decode_settings, make_read_limits
 from pipeline.output_lock import hold_output
-from pipeline.plan import counted, describe_inputs, make_decode_settings, make_read_limits
 from pipeline.progress import LiveReader, ProgressDisplay, format_duration
 from pipeline.result import (
     describe_differences,

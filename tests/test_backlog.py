@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.backlog import FAILURES_PER_UNIT, Backlog, find_backlog
+from pipeline.labelling.backlog import FAILURES_PER_UNIT, Backlog, find_backlog
 from tests.unit_factory import make_item
 from transforms.errors import InputError
 from transforms.records import Carried, Failure, Item, WorkUnit

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig, load_config
 from pipeline.config.train import TRAIN_SCHEMA
-from pipeline.plan import RunPlan, describe_plan, make_plan
+from pipeline.labelling.plan import RunPlan, describe_plan, make_plan
 from tests.audio_factory import write
 from tests.model_factory import MEAN, STD, TINY_LABELS, write_tiny_model
 from transforms.errors import ModelError

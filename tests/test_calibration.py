@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import calibration
-from pipeline.calibration import sample_windows
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig
-from pipeline.plan import RunPlan, make_plan
+from pipeline.labelling import calibration
+from pipeline.labelling.calibration import sample_windows
+from pipeline.labelling.plan import RunPlan, make_plan
 from tests.audio_factory import noise, quantised, write
 from transforms.errors import ConfigError
 from transforms.features.fbank import extract_fbank

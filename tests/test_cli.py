@@ -71,8 +71,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Stands in for the work of every command."""
     calls = Calls()
     for module, name in (
-        ("pipeline.run", "run_label"),
-        ("pipeline.estimate", "run_plan"),
+        ("pipeline.labelling.run", "run_label"),
+        ("pipeline.labelling.estimate", "run_plan"),
         ("pipeline.verify", "run_verify"),
         ("pipeline.export", "run_export"),
         ("pipeline.train", "run_train"),

@@ -31,14 +31,14 @@ from apache_beam.runners.runner import PipelineState
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig, load_config
 from pipeline.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
-from pipeline.deferred import DeferredPlan, build_deferred_graph
 from pipeline.doctor import UNTIMED
-from pipeline.estimate import run_plan
 from pipeline.graph import build_graph
-from pipeline.plan import RunFrame
+from pipeline.labelling.estimate import run_plan
+from pipeline.labelling.plan import RunFrame
+from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
+from pipeline.labelling.run import check_runner, pipeline_options, run_label
+from pipeline.labelling.stats import run_stats
 from pipeline.result import ResultState
-from pipeline.run import check_runner, pipeline_options, run_label
-from pipeline.stats import run_stats
 from tests import audio_factory
 from tests.unit_factory import file_unit
 from transforms.errors import ConfigError, ModelError, OutputError

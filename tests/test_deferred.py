@@ -15,12 +15,12 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from pipeline import run as run_module
 from pipeline.config.label import RunConfig
-from pipeline.deferred import DeferredPlan, build_deferred_graph
 from pipeline.doctor import UNTIMED
-from pipeline.plan import make_frame
-from pipeline.run import fits_job, plan_there, run_label
+from pipeline.labelling import run as run_module
+from pipeline.labelling.plan import make_frame
+from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
+from pipeline.labelling.run import fits_job, plan_there, run_label
 from pipeline.verify import run_verify
 from tests.test_label import write_clip
 from tests.test_tar_headers import tar_of

@@ -18,7 +18,7 @@ import soundfile
 from pipeline import doctor
 from pipeline.config.label import RunConfig
 from pipeline.doctor import Circumstances, Startup, advise, describe_time, record_time
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 from transforms.decoding import pool
 from transforms.features import fbank
 from transforms.models.ast.model import ASTModel

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from pipeline.config.label import RunConfig
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 from pipeline.verify import run_verify
 from tests.model_factory import write_transformers_model
 

@@ -11,8 +11,8 @@ import pytest
 import soundfile
 
 from pipeline.config.label import RunConfig
-from pipeline.estimate import estimate_work, run_plan
-from pipeline.plan import make_plan
+from pipeline.labelling.estimate import estimate_work, run_plan
+from pipeline.labelling.plan import make_plan
 
 RATE_HZ = 16_000
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.label import RunConfig
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory
 from tests.listing_store import ListingFileSystem

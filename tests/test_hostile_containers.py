@@ -34,7 +34,7 @@ import pytest
 
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory
 from transforms.errors import InputError

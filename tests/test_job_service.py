@@ -10,7 +10,7 @@ from apache_beam.runners.portability.portable_runner import PipelineResult
 
 from pipeline.config.label import RunConfig
 from pipeline.job_service import wait_for
-from pipeline.run import check_runner, is_remote, pipeline_options
+from pipeline.labelling.run import check_runner, is_remote, pipeline_options
 from transforms.errors import ConfigError
 
 FLINK = "--runner=FlinkRunner"

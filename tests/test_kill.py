@@ -40,8 +40,8 @@ from benchmarks.reliability.kill_runs import (
     together_round,
 )
 from pipeline.config.label import RunConfig
+from pipeline.labelling.run import run_label
 from pipeline.result import wait_for_writers
-from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests.model_factory import write_tiny_model
 from transforms.errors import OutputError

@@ -14,9 +14,9 @@ import pytest
 import soundfile
 
 from pipeline.config.label import RunConfig
+from pipeline.labelling.run import run_label
 from pipeline.output_lock import hold_output
 from pipeline.result import read_result
-from pipeline.run import run_label
 from pipeline.verify import run_verify, verify_result
 from transforms.errors import ConfigError, InputError, OutputError
 

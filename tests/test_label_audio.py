@@ -14,7 +14,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing import test_pipeline
 
 from pipeline.config.label import RunConfig
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 from tests import audio_factory
 from transforms.inference.backbones import InferenceSettings
 from transforms.label_audio import LabelAudio, LabelSettings, make_settings, unit_of_files

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from pipeline.config.label import RunConfig
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory
 from tests.audio_factory import Samples

@@ -13,9 +13,9 @@ import pytest
 import soundfile
 
 from pipeline.config.label import RunConfig
-from pipeline.plan import describe_plan, make_plan
+from pipeline.labelling.plan import describe_plan, make_plan
+from pipeline.labelling.run import run_label
 from pipeline.result import read_result
-from pipeline.run import run_label
 from pipeline.verify import run_verify
 from tests import audio_factory
 from tests.test_kill import rows_of

@@ -88,7 +88,7 @@ def test_a_damaged_file_is_watched_like_any_other(out: str, left: bytes) -> None
 TAKEN_OVER = """
 import time
 from pipeline import cli, output_lock
-from pipeline.run import _interrupt_main_thread
+from pipeline.labelling.run import _interrupt_main_thread
 from tests.test_output_lock import holder_in, leave_behind
 
 output_lock.HEARTBEAT_S = 0.05

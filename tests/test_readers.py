@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from pipeline.config.label import RunConfig
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 from tests.model_factory import TINY_LABELS
 
 HIDDEN_SIZE = 32

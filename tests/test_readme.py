@@ -20,7 +20,7 @@ import typer
 
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig, load_config, shipped_configs
-from pipeline.run import pipeline_options
+from pipeline.labelling.run import pipeline_options
 from tests.bird_factory import write_birds
 from tests.fake_hub import serve_hub
 from tests.model_factory import write_tiny_model

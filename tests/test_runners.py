@@ -29,7 +29,7 @@ from apache_beam.runners.portability.prism_runner import PrismRunner
 
 from benchmarks.reliability.kill_runs import check_same_names, check_same_rows, files_below
 from pipeline.config.label import RunConfig
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 from pipeline.verify import run_verify
 from tests import provision_runners
 from tests.audio_factory import noise

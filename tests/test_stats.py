@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig
-from pipeline.plan import make_plan
+from pipeline.labelling.plan import make_plan
 from tests import audio_factory
 from transforms import decode_whole
 from transforms.features.fbank import ASTFeatureExtractor, FbankSettings, extract_fbank

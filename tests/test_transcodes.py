@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from pipeline.config.label import RunConfig
-from pipeline.run import run_label
+from pipeline.labelling.run import run_label
 from tests.audio_factory import FORMATS, Format, Samples, encode, quantised
 
 CLASSES = ("dog_bark", "rain", "clock_tick", "helicopter")

@@ -384,7 +384,7 @@ def folder_bytes(folder: Path) -> int:
 PLAN = """
 import sys
 from pipeline.config.label import RunConfig
-from pipeline.plan import make_plan, describe_plan
+from pipeline.labelling.plan import make_plan, describe_plan
 plan = make_plan(RunConfig(inputs=(sys.argv[1],), output=sys.argv[2], model={"name": sys.argv[3]}))
 print(describe_plan(plan)[-1], file=sys.stderr)
 """

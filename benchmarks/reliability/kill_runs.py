@@ -159,7 +159,9 @@ class Setup:
 
 
 _warm = multiprocessing.get_context("forkserver")
-_warm.set_forkserver_preload(["pipeline.run", "pipeline.cli.main", "transforms.label_audio"])
+_warm.set_forkserver_preload(
+    ["pipeline.labelling.run", "pipeline.cli.main", "transforms.label_audio"]
+)
 
 
 class Run:

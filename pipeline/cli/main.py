@@ -540,7 +540,7 @@ def stats(
         run_config = _read_config(parameters, needs_output=False)
         _check_output_lasts(run_config.output)
         _configure_logging(run_config.quiet)
-        from pipeline.stats import run_stats
+        from pipeline.labelling.stats import run_stats
 
         return run_stats(run_config, beam_options, as_original=as_original)
 
@@ -717,10 +717,10 @@ def _labelling_job(context: typer.Context) -> Job:
         _configure_logging(config.quiet)
         if name == "label":
             began_s = time.monotonic()
-            from pipeline.run import run_label
+            from pipeline.labelling.run import run_label
 
             return run_label(config, beam_options, imports_s=time.monotonic() - began_s)
-        from pipeline.estimate import run_plan
+        from pipeline.labelling.estimate import run_plan
 
         return run_plan(config, beam_options)
 

@@ -20,7 +20,7 @@ from pipeline.config.train import (
     SCRATCH_STRIDE,
     ArchitectureSection,
 )
-from pipeline.plan import read_features
+from pipeline.labelling.plan import read_features
 from pipeline.training.dataset import ClipSet
 from transforms.errors import ModelError
 from transforms.features.fbank import FbankSettings

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.backlog import find_backlog
-from pipeline.plan import RunPlan
+from pipeline.labelling.backlog import find_backlog
+from pipeline.labelling.plan import RunPlan
 from transforms.decoding.pool import DecodePool
 from transforms.errors import FeatureError, InputError
 from transforms.features.fbank import extract_fbank

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.calibration import calibrate, thinned
 from pipeline.config.label import RunConfig
-from pipeline.plan import RunPlan, describe_plan, make_plan
+from pipeline.labelling.calibration import calibrate, thinned
+from pipeline.labelling.plan import RunPlan, describe_plan, make_plan
+from pipeline.labelling.run import is_remote, pipeline_options
 from pipeline.progress import format_audio, format_duration
-from pipeline.run import is_remote, pipeline_options
 from pipeline.streams import answer
 from transforms.decoding.pool import DecodePool
 from transforms.inference.backbones import resolve_batch_size, resolve_device

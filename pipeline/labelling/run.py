@@ -22,7 +22,6 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 from apache_beam.runners.runner import create_runner
 
-from pipeline.calibration import calibrate
 from pipeline.checks import describe_checks, precision_warnings
 from pipeline.config.label import DEFAULT_RUNNER, RunConfig, given_inputs, given_output
 from pipeline.dataflow import (
@@ -34,12 +33,11 @@ from pipeline.dataflow import (
     is_left_running,
     submit,
 )
-from pipeline.deferred import DeferredPlan, build_deferred_graph
 from pipeline.doctor import UNTIMED, Startup, describe_time
 from pipeline.graph import RunTotals, build_graph
 from pipeline.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
-from pipeline.output_lock import hold_output
-from pipeline.plan import (
+from pipeline.labelling.calibration import calibrate
+from pipeline.labelling.plan import (
     RunFrame,
     RunPlan,
     counted,
@@ -49,6 +47,8 @@ from pipeline.plan import (
     make_finish,
     make_frame,
 )
+from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
+from pipeline.output_lock import hold_output
 from pipeline.progress import (
     LiveReader,
     ProgressCounts,

@@ -17,12 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.backlog import (
-    Backlog,
-    count_found_items,
-    count_vanished_failures,
-    find_uncut_backlog,
-)
 from pipeline.config.label import (
     DecodeSection,
     ReadSection,
@@ -32,6 +26,12 @@ from pipeline.config.label import (
 )
 from pipeline.doctor import Startup
 from pipeline.graph import RunTotals
+from pipeline.labelling.backlog import (
+    Backlog,
+    count_found_items,
+    count_vanished_failures,
+    find_uncut_backlog,
+)
 from pipeline.result import (
     RUN_SCHEMA_VERSION,
     FinishRun,

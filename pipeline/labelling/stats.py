@@ -21,12 +21,16 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipeline.backlog import count_found_items, find_backlog
 from pipeline.config.label import RunConfig, given_inputs
 from pipeline.dataflow import follow, is_left_running
-from pipeline.plan import counted, describe_inputs, make_decode_settings, make_source_settings
-from pipeline.progress import LiveReader, ProgressDisplay, format_audio, format_duration
-from pipeline.run import (
+from pipeline.labelling.backlog import count_found_items, find_backlog
+from pipeline.labelling.plan import (
+    counted,
+    describe_inputs,
+    make_decode_settings,
+    make_source_settings,
+)
+from pipeline.labelling.run import (
     EXIT_DONE,
     EXIT_TOO_MANY_FAILED,
     check_reachable,
@@ -35,6 +39,7 @@ from pipeline.run import (
     is_remote,
     pipeline_options,
 )
+from pipeline.progress import LiveReader, ProgressDisplay, format_audio, format_duration
 from pipeline.streams import answer, say
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError

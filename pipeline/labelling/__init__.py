@@ -1,0 +1,1 @@
+"""``earmark label``, ``plan`` and ``stats``: find the work, run the graph."""
