@@ -28,7 +28,7 @@ from rich.table import Table
 from pipeline.config.label import RunConfig
 from pipeline.labelling.plan import counted, make_overrides
 from pipeline.metrics import ClassMetrics, Metrics, compute_metrics
-from pipeline.result import ResultState, read_result
+from pipeline.result.state import ResultState, read_result
 from pipeline.truth import (
     Matches,
     Place,

@@ -38,9 +38,9 @@ from pipeline.config.label import given_output
 from pipeline.config.train import TrainConfig
 from pipeline.labelling.backlog import count_found_items
 from pipeline.labelling.plan import counted, describe_inputs, make_decode_settings, make_read_limits
-from pipeline.output_lock import hold_output
 from pipeline.progress import LiveReader, ProgressDisplay, format_duration
-from pipeline.result import (
+from pipeline.result.lock import hold_output
+from pipeline.result.state import (
     describe_differences,
     make_fingerprint,
     software_versions,

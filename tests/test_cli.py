@@ -44,7 +44,7 @@ from pipeline.progress import (
     seconds_left,
     share_done,
 )
-from pipeline.verify import run_verify
+from pipeline.result.verify import run_verify
 from tests.audio_factory import noise, write
 from transforms.errors import AccountingError, ConfigError, InputError, ModelError
 
@@ -73,8 +73,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     for module, name in (
         ("pipeline.labelling.run", "run_label"),
         ("pipeline.labelling.estimate", "run_plan"),
-        ("pipeline.verify", "run_verify"),
-        ("pipeline.export", "run_export"),
+        ("pipeline.result.verify", "run_verify"),
+        ("pipeline.result.export", "run_export"),
         ("pipeline.train", "run_train"),
     ):
         fake = ModuleType(module)
@@ -390,7 +390,7 @@ def test_sigterm_is_an_interruption(
         time.sleep(5)
         return 0
 
-    monkeypatch.setattr(sys.modules["pipeline.verify"], "run_verify", terminated)
+    monkeypatch.setattr(sys.modules["pipeline.result.verify"], "run_verify", terminated)
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main(["verify", "x"]) == 130
     assert "goes on from here" in capsys.readouterr().err
@@ -413,7 +413,7 @@ def test_an_interrupt_that_beam_wraps_is_one_all_the_same(
             raise RuntimeError("KeyboardInterrupt [while running 'Label']") from error
         return 0
 
-    monkeypatch.setattr(sys.modules["pipeline.verify"], "run_verify", interrupted)
+    monkeypatch.setattr(sys.modules["pipeline.result.verify"], "run_verify", interrupted)
     assert cli.main(["verify", "x"]) == 130
     assert capsys.readouterr().err == "earmark: interrupted; the same command goes on from here\n"
 

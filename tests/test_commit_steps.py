@@ -28,8 +28,8 @@ from pipeline.config.label import RunConfig
 from pipeline.graph import RunTotals
 from pipeline.labelling.plan import RunPlan, make_plan
 from pipeline.labelling.run import prepare_output, run_label
-from pipeline.result import FinishRun, heal, read_result
-from pipeline.verify import run_verify
+from pipeline.result.state import FinishRun, heal, read_result
+from pipeline.result.verify import run_verify
 from tests.unit_factory import clip_events, failure_event, file_unit, row_settings, unit_events
 from transforms.records import Carried, UnitEnd, UnitEvent, WorkUnit
 from transforms.results import write_units as commit_step

@@ -38,7 +38,7 @@ from pipeline.labelling.plan import RunFrame
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
 from pipeline.labelling.run import check_runner, pipeline_options, run_label
 from pipeline.labelling.stats import run_stats
-from pipeline.result import ResultState
+from pipeline.result.state import ResultState
 from tests import audio_factory
 from tests.unit_factory import file_unit
 from transforms.errors import ConfigError, ModelError, OutputError

@@ -21,7 +21,7 @@ from pipeline.labelling import run as run_module
 from pipeline.labelling.plan import make_frame
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
 from pipeline.labelling.run import fits_job, plan_there, run_label
-from pipeline.verify import run_verify
+from pipeline.result.verify import run_verify
 from tests.test_label import write_clip
 from tests.test_tar_headers import tar_of
 from tests.unit_factory import file_unit

@@ -18,7 +18,7 @@ import soundfile
 import torch
 
 from pipeline.cli import main as cli
-from pipeline.verify import run_verify
+from pipeline.result.verify import run_verify
 from tests.audio_factory import noise, write
 from tests.model_factory import write_tiny_model
 from transforms.errors import DeviceError

@@ -20,7 +20,7 @@ import transformers
 
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
-from pipeline.verify import run_verify
+from pipeline.result.verify import run_verify
 from tests.model_factory import write_transformers_model
 
 CLIPS_PER_SHARD = 80

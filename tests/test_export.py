@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.export import Source, name_files, raven_text, run_export, source_of
+from pipeline.result.export import Source, name_files, raven_text, run_export, source_of
 from tests.unit_factory import FACTS, make_item, make_prediction, row_settings
 from transforms.errors import EarmarkError, InputError, OutputError, UsageError
 from transforms.records import ClipRow, Item, UnitEnd, WindowRow, WorkUnit
@@ -215,7 +215,7 @@ def test_an_export_leaves_no_staging_behind(result: str, tmp_path: Path) -> None
 def test_batches_make_no_difference(result: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exports = []
     for batch_rows in (4096, 1):
-        monkeypatch.setattr("pipeline.export.BATCH_ROWS", batch_rows)
+        monkeypatch.setattr("pipeline.result.export.BATCH_ROWS", batch_rows)
         for name in ("csv", "raven"):
             run_export(result, name)
         exports.append(files_of(f"{result}/export"))

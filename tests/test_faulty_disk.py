@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main as cli
-from pipeline.verify import run_verify
+from pipeline.result.verify import run_verify
 from tests.audio_factory import noise, write
 from tests.test_device_faults import Rows, assert_same_rows
 from transforms.results import write_units as commit_module

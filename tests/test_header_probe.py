@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
-from pipeline.verify import run_verify
+from pipeline.result.verify import run_verify
 from tests import audio_factory
 from tests.listing_store import ListingFileSystem
 from tests.test_faulty_storage import web_server

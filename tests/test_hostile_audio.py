@@ -29,7 +29,7 @@ from benchmarks.reliability.fuzz_audio import (
 from pipeline.config import label as config_module
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
-from pipeline.verify import run_verify
+from pipeline.result.verify import run_verify
 from tests import audio_factory
 from transforms.decoding import pool as decode_module
 from transforms.decoding.decode import DecodeLimits, data_bytes, decode, decode_whole

@@ -35,7 +35,7 @@ import pytest
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
-from pipeline.verify import run_verify
+from pipeline.result.verify import run_verify
 from tests import audio_factory
 from transforms.errors import InputError
 from transforms.process import temp_folders

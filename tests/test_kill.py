@@ -41,8 +41,8 @@ from benchmarks.reliability.kill_runs import (
 )
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
-from pipeline.result import wait_for_writers
-from pipeline.verify import run_verify
+from pipeline.result.state import wait_for_writers
+from pipeline.result.verify import run_verify
 from tests.model_factory import write_tiny_model
 from transforms.errors import OutputError
 
@@ -322,7 +322,7 @@ def test_a_run_is_refused_when_such_workers_do_not_end(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pipeline.result.WRITERS_PATIENCE_S", 0.2)
+    monkeypatch.setattr("pipeline.result.state.WRITERS_PATIENCE_S", 0.2)
     worker_that_outlives_its_run(120.0)
     with pytest.raises(OutputError, match=r"still write to .*; stop them, then run this command"):
         run_label(config_of(slow_model, clips, tmp_path / "out"), [])

@@ -15,9 +15,9 @@ import soundfile
 
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
-from pipeline.output_lock import hold_output
-from pipeline.result import read_result
-from pipeline.verify import run_verify, verify_result
+from pipeline.result.lock import hold_output
+from pipeline.result.state import read_result
+from pipeline.result.verify import run_verify, verify_result
 from transforms.errors import ConfigError, InputError, OutputError
 
 RATE_HZ = 16_000

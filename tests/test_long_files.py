@@ -15,8 +15,8 @@ import soundfile
 from pipeline.config.label import RunConfig
 from pipeline.labelling.plan import describe_plan, make_plan
 from pipeline.labelling.run import run_label
-from pipeline.result import read_result
-from pipeline.verify import run_verify
+from pipeline.result.state import read_result
+from pipeline.result.verify import run_verify
 from tests import audio_factory
 from tests.test_kill import rows_of
 from transforms import join_parts as join_step

@@ -20,8 +20,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline import output_lock
-from pipeline.output_lock import LOCK_FILE, hold_output
+from pipeline.result import lock
+from pipeline.result.lock import LOCK_FILE, hold_output
 from transforms.errors import OutputError, OutputLostError
 from transforms.storage import filesystem as storage
 from transforms.storage import retries
@@ -30,9 +30,9 @@ from transforms.storage import retries
 @pytest.fixture
 def out(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An output without a system's lock, and a heart that beats fast."""
-    monkeypatch.setattr(output_lock, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(output_lock, "PATIENCE_S", 0.6)
-    monkeypatch.setattr(output_lock, "POLL_S", 0.02)
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.6)
+    monkeypatch.setattr(lock, "POLL_S", 0.02)
     url = f"memory://lock-{uuid.uuid4().hex}/out"
     yield url
     storage.remove(storage.join(url, LOCK_FILE))
@@ -44,7 +44,7 @@ def holder_in(out: str) -> dict[str, object]:
 
 def leave_behind(out: str) -> None:
     """The file of a run that was killed on another machine."""
-    left = output_lock._Holder("t" * 32, "elsewhere", 77, heartbeat=4)
+    left = lock._Holder("t" * 32, "elsewhere", 77, heartbeat=4)
     storage.write_bytes(storage.join(out, LOCK_FILE), left.to_json())
 
 
@@ -68,7 +68,7 @@ def test_a_second_run_on_a_remote_output_is_refused_while_the_first_is_alive(out
 def test_what_a_run_elsewhere_left_is_taken_over_after_watching_it(
     out: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, output_lock.__name__)
+    caplog.set_level(logging.INFO, lock.__name__)
     leave_behind(out)
     began_s = time.monotonic()
     with hold_output(out):
@@ -150,7 +150,7 @@ def _fail(*_: object) -> None:
 def test_a_store_that_stays_silent_does_not_hold_up_the_end(
     out: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(output_lock, "STOP_S", 0.2)
+    monkeypatch.setattr(lock, "STOP_S", 0.2)
     answers = threading.Event()
     real = storage.remove
     with monkeypatch.context() as patch, contextlib.ExitStack() as held:

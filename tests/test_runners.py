@@ -30,7 +30,7 @@ from apache_beam.runners.portability.prism_runner import PrismRunner
 from benchmarks.reliability.kill_runs import check_same_names, check_same_rows, files_below
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
-from pipeline.verify import run_verify
+from pipeline.result.verify import run_verify
 from tests import provision_runners
 from tests.audio_factory import noise
 from tests.model_factory import write_tiny_model

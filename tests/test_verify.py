@@ -19,10 +19,10 @@ import pytest
 
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig
-from pipeline.export import run_export
 from pipeline.labelling.run import run_label
-from pipeline.result import read_result
-from pipeline.verify import Finding, Kind, make_advice, run_verify, verify_result
+from pipeline.result.export import run_export
+from pipeline.result.state import read_result
+from pipeline.result.verify import Finding, Kind, make_advice, run_verify, verify_result
 from tests.audio_factory import noise, write
 from transforms.errors import OutputError
 from transforms.storage import filesystem as storage

@@ -40,9 +40,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from pipeline import output_lock
 from pipeline.cli.main import EXIT_INTERRUPTED
 from pipeline.cli.main import main as earmark
+from pipeline.result import lock
 from tests.fault_proxy import Faults
 from tests.model_factory import write_tiny_model
 from tests.object_store import ObjectStore, damaged_commits, missing, open_store
@@ -210,7 +210,7 @@ def main() -> int:
     arguments = parser.parse_args()
     results: dict[str, dict[str, Tally]] = {}
     print("store    scenario         rounds  runs  requests  faults  looks  broken  exit codes")
-    with tempfile.TemporaryDirectory() as folder, patch.object(output_lock, "PATIENCE_S", 3.0):
+    with tempfile.TemporaryDirectory() as folder, patch.object(lock, "PATIENCE_S", 3.0):
         model = write_tiny_model(Path(folder) / "tiny")
         for protocol in arguments.stores:
             if reason := missing(protocol):

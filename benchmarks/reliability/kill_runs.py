@@ -358,7 +358,7 @@ def folders_of(out: Path) -> list[str]:
 
 
 def check_verified(out: Path) -> None:
-    from pipeline.verify import run_verify
+    from pipeline.result.verify import run_verify
 
     with contextlib.redirect_stdout(io.StringIO()) as words:
         code = run_verify(str(out))

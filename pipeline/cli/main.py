@@ -494,7 +494,7 @@ def verify(context: typer.Context, folder: ResultFolder, quiet: Quiet = None) ->
     _refuse_beam_options(context)
 
     def job() -> int:
-        from pipeline.verify import run_verify
+        from pipeline.result.verify import run_verify
 
         return run_verify(folder, quiet=bool(quiet))
 
@@ -698,7 +698,7 @@ def export(
 
     def job() -> int:
         _check_output_lasts(output)
-        from pipeline.export import run_export
+        from pipeline.result.export import run_export
 
         return run_export(
             folder, format, output, threshold=threshold, top_k=top_k, quiet=bool(quiet)

@@ -32,7 +32,7 @@ from pipeline.labelling.backlog import (
     count_vanished_failures,
     find_uncut_backlog,
 )
-from pipeline.result import (
+from pipeline.result.state import (
     RUN_SCHEMA_VERSION,
     FinishRun,
     ResultState,

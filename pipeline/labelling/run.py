@@ -48,7 +48,6 @@ from pipeline.labelling.plan import (
     make_frame,
 )
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
-from pipeline.output_lock import hold_output
 from pipeline.progress import (
     LiveReader,
     ProgressCounts,
@@ -56,7 +55,8 @@ from pipeline.progress import (
     format_audio,
     format_duration,
 )
-from pipeline.result import (
+from pipeline.result.lock import hold_output
+from pipeline.result.state import (
     SUCCESS_FILE,
     FinishRun,
     ResultState,

@@ -357,7 +357,9 @@ class _Result:
 
 def _why_empty(folder: str) -> str:
     """What to say of a folder without commits, and what to do."""
-    from pipeline.result import read_run  # pulls in Beam, which an export has no other need of
+    from pipeline.result.state import (
+        read_run,  # pulls in Beam, which an export has no other need of
+    )
 
     if not storage.exists(folder):
         return "does not exist; give the --output folder of earmark label"

@@ -22,7 +22,7 @@ from enum import Enum
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.result import RUN_FILE, SUCCESS_FILE, ResultState, read_result
+from pipeline.result.state import RUN_FILE, SUCCESS_FILE, ResultState, read_result
 from pipeline.streams import answer
 from transforms.errors import InputError, OutputError
 from transforms.results.commits import (

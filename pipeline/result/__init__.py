@@ -1,0 +1,1 @@
+"""A result folder: its state, its lock, and what is made of it."""
