@@ -30,7 +30,6 @@ from apache_beam.runners.runner import PipelineState
 
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig, load_config
-from pipeline.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
 from pipeline.doctor import UNTIMED
 from pipeline.graph import build_graph
 from pipeline.labelling.estimate import run_plan
@@ -39,6 +38,7 @@ from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_grap
 from pipeline.labelling.run import check_runner, pipeline_options, run_label
 from pipeline.labelling.stats import run_stats
 from pipeline.result.state import ResultState
+from pipeline.runners.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
 from tests import audio_factory
 from tests.unit_factory import file_unit
 from transforms.errors import ConfigError, ModelError, OutputError
@@ -324,7 +324,7 @@ def test_without_the_client_of_the_service_the_command_says_what_to_install(
     def fail(name: str) -> None:
         raise ImportError(f"No module named {name}")
 
-    monkeypatch.setattr("pipeline.dataflow.importlib.import_module", fail)
+    monkeypatch.setattr("pipeline.runners.dataflow.importlib.import_module", fail)
     config = load_config(
         "dataflow_cpu", (), {"INPUT": ["memory://in"], "--output": "memory://refused/out"}
     )
@@ -451,7 +451,7 @@ def test_ctrl_c_cancels_the_job_and_the_output_stays_its_own_until_it_has_ended(
     assert service.calls == ["run", "wait", "cancel"]
     assert recorded_job("memory://df/out") == JOB
     states = iter(["JOB_STATE_CANCELLING", "JOB_STATE_CANCELLED"])
-    monkeypatch.setattr("pipeline.dataflow.ask_state", lambda job: next(states))
+    monkeypatch.setattr("pipeline.runners.dataflow.ask_state", lambda job: next(states))
     with pytest.raises(OutputError, match=r"still writes to memory://df/out \(JOB_STATE_CANCEL"):
         run_label(config, flags())
     service.meanwhile = lambda: None

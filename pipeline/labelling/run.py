@@ -24,18 +24,8 @@ from apache_beam.runners.runner import create_runner
 
 from pipeline.checks import describe_checks, precision_warnings
 from pipeline.config.label import DEFAULT_RUNNER, RunConfig, given_inputs, given_output
-from pipeline.dataflow import (
-    check_dataflow,
-    check_device,
-    check_no_job,
-    follow,
-    is_dataflow,
-    is_left_running,
-    submit,
-)
 from pipeline.doctor import UNTIMED, Startup, describe_time
 from pipeline.graph import RunTotals, build_graph
-from pipeline.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
 from pipeline.labelling.calibration import calibrate
 from pipeline.labelling.plan import (
     RunFrame,
@@ -68,6 +58,16 @@ from pipeline.result.state import (
     wait_for_writers,
     write_run,
 )
+from pipeline.runners.dataflow import (
+    check_dataflow,
+    check_device,
+    check_no_job,
+    follow,
+    is_dataflow,
+    is_left_running,
+    submit,
+)
+from pipeline.runners.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
 from pipeline.streams import say
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
 from transforms.models.ast.checkpoints import ModelSpec

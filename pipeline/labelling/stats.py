@@ -22,7 +22,6 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config.label import RunConfig, given_inputs
-from pipeline.dataflow import follow, is_left_running
 from pipeline.labelling.backlog import count_found_items, find_backlog
 from pipeline.labelling.plan import (
     counted,
@@ -40,6 +39,7 @@ from pipeline.labelling.run import (
     pipeline_options,
 )
 from pipeline.progress import LiveReader, ProgressDisplay, format_audio, format_duration
+from pipeline.runners.dataflow import follow, is_left_running
 from pipeline.streams import answer, say
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError

@@ -32,7 +32,7 @@ from apache_beam.options.pipeline_options import (
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 from apache_beam.runners.runner import PipelineState, create_runner
 
-from pipeline.job_service import wait_for
+from pipeline.runners.job_service import wait_for
 from pipeline.streams import say
 from transforms.errors import ConfigError, OutputError
 from transforms.storage import filesystem as storage

@@ -1,0 +1,1 @@
+"""Beam runners: Dataflow, and those behind a job service."""
