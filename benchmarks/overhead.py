@@ -4,7 +4,7 @@
 
 The real graph, from files to committed Parquet, with a null model of AST base's width: 768 numbers
 of embedding and 527 scores a window, all stored. Where the time of the labelling thread goes, the
-run's own clocks say (``pipeline/doctor.py``). The overhead is what is neither features nor waiting
+run's own clocks say (``pipeline/terminal/time_report.py``). The overhead is what is neither features nor waiting
 for audio nor the model: Beam, cutting, batching, rows, Parquet and commits. Reading, decoding and
 level statistics go on in other processes.
 

@@ -38,7 +38,6 @@ from pipeline.config.label import given_output
 from pipeline.config.train import TrainConfig
 from pipeline.labelling.backlog import count_found_items
 from pipeline.labelling.plan import counted, describe_inputs, make_decode_settings, make_read_limits
-from pipeline.progress import LiveReader, ProgressDisplay, format_duration
 from pipeline.result.lock import hold_output
 from pipeline.result.state import (
     describe_differences,
@@ -46,7 +45,8 @@ from pipeline.result.state import (
     software_versions,
     utc_now,
 )
-from pipeline.streams import answer, say
+from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_duration
+from pipeline.terminal.std_streams import answer, say
 from pipeline.training.augmentation import Augment
 from pipeline.training.batches import BatchSettings
 from pipeline.training.clip_cache import CachedClips, cache_clips, cache_key, write_errors

@@ -31,7 +31,8 @@ from pipeline.config.label import (
     shipped_configs,
 )
 from pipeline.config.train import TRAIN_SCHEMA, TrainConfig
-from pipeline.progress import (
+from pipeline.result.verify import run_verify
+from pipeline.terminal.progress import (
     Expected,
     Moment,
     ProgressCounts,
@@ -44,7 +45,6 @@ from pipeline.progress import (
     seconds_left,
     share_done,
 )
-from pipeline.result.verify import run_verify
 from tests.audio_factory import noise, write
 from transforms.errors import AccountingError, ConfigError, InputError, ModelError
 
@@ -564,7 +564,7 @@ def test_a_run_needs_no_standard_streams(
 def test_a_log_that_cannot_be_written_costs_its_lines_alone() -> None:
     script = (
         "import logging, sys; from rich.console import Console\n"
-        "from pipeline.streams import answer, say, usable_streams\n"
+        "from pipeline.terminal.std_streams import answer, say, usable_streams\n"
         "with usable_streams():\n"
         "    say('x' * 9999); print('lost', file=sys.stderr, flush=True)\n"
         "    Console(stderr=True).print('lost'); logging.warning('lost'); answer('found')\n"
@@ -585,7 +585,7 @@ def test_an_answer_that_cannot_be_written_names_standard_output(arguments: str) 
 
 def test_files_never_get_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pipeline.streams import usable_streams\n"
+        "import os, sys; from pipeline.terminal.std_streams import usable_streams\n"
         "with usable_streams():\n"
         "    file = open(sys.argv[1], 'w'); print('lost'); print('lost', file=sys.stderr)\n"
         "    os.write(1, b'lost'); os.write(2, b'lost'); file.write(str(file.fileno() > 2))\n"
@@ -809,8 +809,8 @@ def test_a_line_tells_share_and_times() -> None:
 def test_without_a_terminal_there_are_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.progress.POLL_INTERVAL_S", 0.001)
-    monkeypatch.setattr("pipeline.progress.LINE_INTERVAL_S", 0.01)
+    monkeypatch.setattr("pipeline.terminal.progress.POLL_INTERVAL_S", 0.001)
+    monkeypatch.setattr("pipeline.terminal.progress.LINE_INTERVAL_S", 0.01)
     reads = iter(range(1_000_000))
 
     def read() -> ProgressCounts:

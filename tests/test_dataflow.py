@@ -30,7 +30,6 @@ from apache_beam.runners.runner import PipelineState
 
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig, load_config
-from pipeline.doctor import UNTIMED
 from pipeline.graph import build_graph
 from pipeline.labelling.estimate import run_plan
 from pipeline.labelling.plan import RunFrame
@@ -39,6 +38,7 @@ from pipeline.labelling.run import check_runner, pipeline_options, run_label
 from pipeline.labelling.stats import run_stats
 from pipeline.result.state import ResultState
 from pipeline.runners.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
+from pipeline.terminal.time_report import UNTIMED
 from tests import audio_factory
 from tests.unit_factory import file_unit
 from transforms.errors import ConfigError, ModelError, OutputError

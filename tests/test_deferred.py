@@ -16,12 +16,12 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from pipeline.config.label import RunConfig
-from pipeline.doctor import UNTIMED
 from pipeline.labelling import run as run_module
 from pipeline.labelling.plan import make_frame
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
 from pipeline.labelling.run import fits_job, plan_there, run_label
 from pipeline.result.verify import run_verify
+from pipeline.terminal.time_report import UNTIMED
 from tests.test_label import write_clip
 from tests.test_tar_headers import tar_of
 from tests.unit_factory import file_unit

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline import doctor
 from pipeline.config.label import RunConfig
-from pipeline.doctor import Circumstances, Startup, advise, describe_time, record_time
 from pipeline.labelling.run import run_label
+from pipeline.terminal import time_report
+from pipeline.terminal.time_report import Circumstances, Startup, advise, describe_time, record_time
 from transforms.decoding import pool
 from transforms.features import fbank
 from transforms.models.ast.model import ASTModel
@@ -328,7 +328,7 @@ def test_the_step_that_is_slow_is_the_one_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(doctor, "MIN_ADVISED_S", 0.0)
+    monkeypatch.setattr(time_report, "MIN_ADVISED_S", 0.0)
     slow_down(monkeypatch, tmp_path)
     found = label()
     assert words in found["advice"]
@@ -341,7 +341,7 @@ def test_a_slow_store_is_named(label: Run, clips: Path, monkeypatch: pytest.Monk
     fs = MemoryFileSystem()
     fs.put(str(clips), "/slow", recursive=True)
     monkeypatch.setattr(MemoryFileSystem, "cat_file", slowed(MemoryFileSystem.cat_file, 3.0))
-    monkeypatch.setattr(doctor, "MIN_ADVISED_S", 0.0)
+    monkeypatch.setattr(time_report, "MIN_ADVISED_S", 0.0)
     try:
         found = label("memory://slow")
     finally:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.checks import checks_record, describe_checks, precision_warnings
 from pipeline.cli import main as cli
+from pipeline.terminal.precision_report import checks_record, describe_checks, precision_warnings
 from tests.audio_factory import noise, write
 from transforms.inference import backbones, engine, precision_check
 from transforms.inference.backbones import InferenceSettings

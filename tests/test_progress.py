@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from pipeline.progress import (
+from pipeline.terminal.progress import (
     Expected,
     Moment,
     ProgressCounts,

@@ -195,7 +195,7 @@ def test_a_library_has_one_door(library: str) -> None:
         ("pipeline/training/packed_clips.py", {"torch", "apache_beam", "pyarrow"}),
         ("pipeline/training/batches.py", {"apache_beam", "pyarrow"}),
         ("pipeline/training/augmentation.py", {"apache_beam", "pyarrow"}),
-        ("pipeline/progress.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("pipeline/terminal/progress.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
         ("transforms/records.py", {"torch", "apache_beam", "pyarrow"}),
         ("transforms/storage/filesystem.py", {"torch", "apache_beam", "pyarrow"}),
         ("transforms/process/stage_times.py", {"torch", "apache_beam", "pyarrow", "numpy"}),

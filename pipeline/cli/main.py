@@ -28,7 +28,7 @@ from typer.exceptions import TyperException
 
 from pipeline import __version__
 from pipeline.__main__ import EXIT_INTERRUPTED, INTERRUPTED
-from pipeline.streams import usable_streams
+from pipeline.terminal.std_streams import usable_streams
 from transforms import errors
 from transforms.errors import (
     AnswerError,
@@ -891,7 +891,7 @@ def _print_models() -> int:
 
 def _configure_logging(quiet: bool) -> None:
     """Earmark's own words from INFO on, other libraries' from WARNING on, to stderr."""
-    from pipeline.progress import StderrHandler
+    from pipeline.terminal.progress import StderrHandler
 
     handler = StderrHandler()
     handler.addFilter(_is_worth_showing)

@@ -24,7 +24,6 @@ from pipeline.config.label import (
     given_inputs,
     given_output,
 )
-from pipeline.doctor import Startup
 from pipeline.graph import RunTotals
 from pipeline.labelling.backlog import (
     Backlog,
@@ -42,6 +41,7 @@ from pipeline.result.state import (
     read_result,
     software_versions,
 )
+from pipeline.terminal.time_report import Startup
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, ModelError
 from transforms.features.fbank import FEATURES_VERSION

@@ -22,10 +22,10 @@ from apache_beam.pvalue import AsSingleton, PCollection, TaggedOutput
 from apache_beam.transforms.combiners import Count
 from apache_beam.typehints.decorators import IOTypeHints
 
-from pipeline.doctor import Startup
 from pipeline.graph import RunTotals, label_units
 from pipeline.labelling.plan import RunFrame, find_work, make_finish
 from pipeline.result.state import FinishRun, ResultState, read_result
+from pipeline.terminal.time_report import Startup
 from transforms.records import WorkUnit
 from transforms.sources.read_unit import RestOfContainer, cut_container
 

@@ -22,9 +22,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 from apache_beam.runners.runner import create_runner
 
-from pipeline.checks import describe_checks, precision_warnings
 from pipeline.config.label import DEFAULT_RUNNER, RunConfig, given_inputs, given_output
-from pipeline.doctor import UNTIMED, Startup, describe_time
 from pipeline.graph import RunTotals, build_graph
 from pipeline.labelling.calibration import calibrate
 from pipeline.labelling.plan import (
@@ -38,13 +36,6 @@ from pipeline.labelling.plan import (
     make_frame,
 )
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
-from pipeline.progress import (
-    LiveReader,
-    ProgressCounts,
-    ProgressDisplay,
-    format_audio,
-    format_duration,
-)
 from pipeline.result.lock import hold_output
 from pipeline.result.state import (
     SUCCESS_FILE,
@@ -68,7 +59,16 @@ from pipeline.runners.dataflow import (
     submit,
 )
 from pipeline.runners.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
-from pipeline.streams import say
+from pipeline.terminal.precision_report import describe_checks, precision_warnings
+from pipeline.terminal.progress import (
+    LiveReader,
+    ProgressCounts,
+    ProgressDisplay,
+    format_audio,
+    format_duration,
+)
+from pipeline.terminal.std_streams import say
+from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
 from transforms.models.ast.checkpoints import ModelSpec
 from transforms.process.stage_times import stage_clocks

@@ -38,9 +38,9 @@ from pipeline.labelling.run import (
     is_remote,
     pipeline_options,
 )
-from pipeline.progress import LiveReader, ProgressDisplay, format_audio, format_duration
 from pipeline.runners.dataflow import follow, is_left_running
-from pipeline.streams import answer, say
+from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio, format_duration
+from pipeline.terminal.std_streams import answer, say
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.features.fbank import ASTFeatureExtractor, FbankSettings

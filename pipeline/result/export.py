@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from pipeline.streams import say
+from pipeline.terminal.std_streams import say
 from transforms.errors import InputError, OutputError, UsageError, in_words
 from transforms.results.commits import COMMITS, PARTS, open_part, part_url, read_commits
 from transforms.sources.clip_ids import make_clip_id

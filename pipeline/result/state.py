@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline import __version__
-from pipeline.checks import checks_record
-from pipeline.doctor import Startup, record_time
 from pipeline.graph import RunTotals
+from pipeline.terminal.precision_report import checks_record
+from pipeline.terminal.time_report import Startup, record_time
 from transforms.decoding.pool import usable_cores
 from transforms.errors import AccountingError, OutputError, in_words
 from transforms.results.commits import (

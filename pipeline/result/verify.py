@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.result.state import RUN_FILE, SUCCESS_FILE, ResultState, read_result
-from pipeline.streams import answer
+from pipeline.terminal.std_streams import answer
 from transforms.errors import InputError, OutputError
 from transforms.results.commits import (
     COMMITS,

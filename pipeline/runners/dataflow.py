@@ -33,7 +33,7 @@ from apache_beam.options.pipeline_options_validator import PipelineOptionsValida
 from apache_beam.runners.runner import PipelineState, create_runner
 
 from pipeline.runners.job_service import wait_for
-from pipeline.streams import say
+from pipeline.terminal.std_streams import say
 from transforms.errors import ConfigError, OutputError
 from transforms.storage import filesystem as storage
 

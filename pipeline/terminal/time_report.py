@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.progress import format_duration
+from pipeline.terminal.progress import format_duration
 from transforms.features.fbank_settings import MAX_FEATURE_THREADS
 from transforms.process.stage_times import StageSeconds
 

@@ -1,0 +1,1 @@
+"""What a run prints: progress, where the time went, precision; the standard streams."""
