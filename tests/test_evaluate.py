@@ -16,7 +16,7 @@ import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
 from pipeline.cli import main as cli
-from pipeline.evaluate import combine_results, read_scores
+from pipeline.evaluation.evaluate import combine_results, read_scores
 from tests import audio_factory
 from tests.model_factory import TINY_LABELS, write_tiny_model
 from transforms.errors import InputError

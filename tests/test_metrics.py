@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, roc_auc_score
 
-from pipeline.metrics import compute_metrics, d_prime
+from pipeline.evaluation.metrics import compute_metrics, d_prime
 
 NAMES = ("dog", "rain", "rooster", "never", "always")
 

@@ -594,7 +594,7 @@ def evaluate(
 
     def job() -> int:
         _check_output_lasts(output)
-        from pipeline.evaluate import run_evaluate
+        from pipeline.evaluation.evaluate import run_evaluate
 
         return run_evaluate(
             folders,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from pipeline.metrics import Metrics, compute_metrics
+from pipeline.evaluation.metrics import Metrics, compute_metrics
 from pipeline.training.batches import window_batches
 from pipeline.training.dataset import ClipSet
 from pipeline.training.steps import IF_DIVERGED, Precision

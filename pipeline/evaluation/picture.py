@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
-from pipeline.metrics import Metrics
+from pipeline.evaluation.metrics import Metrics
 
 # Curves of more classes than these cannot be told apart; the lowest, middle and highest are drawn.
 MAX_CURVES = 10

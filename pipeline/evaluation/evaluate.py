@@ -26,10 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config.label import RunConfig
-from pipeline.labelling.plan import counted, make_overrides
-from pipeline.metrics import ClassMetrics, Metrics, compute_metrics
-from pipeline.result.state import ResultState, read_result
-from pipeline.truth import (
+from pipeline.evaluation.metrics import ClassMetrics, Metrics, compute_metrics
+from pipeline.evaluation.truth import (
     Matches,
     Place,
     Truth,
@@ -39,6 +37,8 @@ from pipeline.truth import (
     place_of,
     read_truth,
 )
+from pipeline.labelling.plan import counted, make_overrides
+from pipeline.result.state import ResultState, read_result
 from transforms.errors import InputError, ModelError, OutputError
 from transforms.inference.engine import score_embeddings
 from transforms.models.ast.checkpoints import load_model, resolve_model
@@ -505,7 +505,7 @@ def write_evaluation(
     Raises:
         OutputError: They cannot be written.
     """
-    from pipeline.evaluation_picture import draw_evaluation  # brings matplotlib along
+    from pipeline.evaluation.picture import draw_evaluation  # brings matplotlib along
 
     contents = {
         JSON_FILE: json.dumps(

@@ -1,0 +1,1 @@
+"""``earmark evaluate``: truth, metrics, and their picture."""
