@@ -12,7 +12,7 @@ import torchaudio
 from torch import Tensor
 
 from pipeline.config.train import AugmentationSection
-from pipeline.training.augmentation import (
+from pipeline.training.data.augmentation import (
     Augment,
     add_noise,
     change_gain,

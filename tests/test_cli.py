@@ -75,7 +75,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         ("pipeline.labelling.estimate", "run_plan"),
         ("pipeline.result.verify", "run_verify"),
         ("pipeline.result.export", "run_export"),
-        ("pipeline.train", "run_train"),
+        ("pipeline.training.run", "run_train"),
     ):
         fake = ModuleType(module)
         setattr(fake, name, calls.take)

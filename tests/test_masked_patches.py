@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.training.masked_patches import (
+from pipeline.training.stages.masked_patches import (
     MaskedPatchDecoder,
     draw_kept,
     masked_patch_loss,

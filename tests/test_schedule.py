@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config.train import ScheduleSection
-from pipeline.training.schedule import schedule_factor
+from pipeline.training.stages.schedule import schedule_factor
 
 
 def rates_of_epochs(

@@ -23,10 +23,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline import train as train_module
 from pipeline.cli import main as cli
-from pipeline.training import finetuning, loop
-from pipeline.training.validation import Validation
+from pipeline.training import run as train_module
+from pipeline.training.stages import finetuning, loop
+from pipeline.training.stages.validation import Validation
 from tests import audio_factory
 from tests.model_factory import TINY_LABELS, write_tiny_model
 from transforms.storage import filesystem as storage

@@ -18,21 +18,21 @@ from rich.console import Console
 from sklearn.metrics import log_loss
 
 from pipeline.config.train import AugmentationSection
-from pipeline.training.augmentation import Augment
-from pipeline.training.batches import (
+from pipeline.training.data.augmentation import Augment
+from pipeline.training.data.batches import (
     BatchSettings,
     balancing_weights,
     make_batch,
     order_of_epoch,
 )
-from pipeline.training.dataset import ClipSet, LabelledClip, pack_clips
+from pipeline.training.data.dataset import ClipSet, LabelledClip, pack_clips
+from pipeline.training.data.packed_clips import PackedClips, SampleFile
 from pipeline.training.display import EpochDisplay
-from pipeline.training.finetuning import Best, is_better
 from pipeline.training.history import draw_curves, history_table
-from pipeline.training.loop import Row
-from pipeline.training.packed_clips import PackedClips, SampleFile
-from pipeline.training.steps import Precision
-from pipeline.training.validation import Scorer, loss_of_scores, score_clips
+from pipeline.training.stages.finetuning import Best, is_better
+from pipeline.training.stages.loop import Row
+from pipeline.training.stages.steps import Precision
+from pipeline.training.stages.validation import Scorer, loss_of_scores, score_clips
 from tests.model_factory import write_tiny_model
 from transforms.features.fbank import FbankSettings, KaldiFbank
 from transforms.features.windows import WindowSettings
@@ -169,9 +169,9 @@ def test_a_process_that_makes_batches_imports_little(tmp_path: Path) -> None:
     own = {module for module in modules if module.startswith(("pipeline.", "transforms."))}
     assert own == {
         *("pipeline.config.label", "pipeline.config.train", "pipeline.training"),
-        *("pipeline.training.augmentation", "pipeline.training.batches"),
+        *("pipeline.training.data.augmentation", "pipeline.training.data.batches"),
         *(
-            "pipeline.training.packed_clips",
+            "pipeline.training.data.packed_clips",
             "transforms.errors",
             "transforms.features.fbank_settings",
         ),

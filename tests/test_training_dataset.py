@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from pipeline.training import clip_cache
-from pipeline.training.clip_cache import (
+from pipeline.training.data import clip_cache
+from pipeline.training.data.clip_cache import (
     CachedClip,
     CachedClips,
     CacheDtype,
@@ -35,7 +35,7 @@ from pipeline.training.clip_cache import (
     check_failures,
     write_errors,
 )
-from pipeline.training.dataset import (
+from pipeline.training.data.dataset import (
     ClipSet,
     label_clips,
     make_clip_sets,
@@ -771,7 +771,7 @@ def test_a_limit_for_the_size_of_files_is_told(tmp_path: Path, limit_of_file_siz
 
 CACHE = """
 import sys
-from pipeline.training.clip_cache import cache_clips
+from pipeline.training.data.clip_cache import cache_clips
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import EarmarkError
 from transforms.sources.read_unit import SourceSettings, find_inputs

@@ -643,7 +643,7 @@ def train(
         train_config = _read_train_config(parameters)
         _check_output_lasts(train_config.output)
         _configure_logging(train_config.quiet)
-        from pipeline.train import run_train
+        from pipeline.training.run import run_train
 
         return run_train(train_config)
 

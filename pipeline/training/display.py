@@ -12,8 +12,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.training.finetuning import Best
-from pipeline.training.loop import Row, Stage
+from pipeline.training.stages.finetuning import Best
+from pipeline.training.stages.loop import Row, Stage
 
 LINE_INTERVAL_S = 60.0
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.training.loop import Row
+from pipeline.training.stages.loop import Row
 
 HISTORY_NAME = "history.csv"
 CURVES_NAME = "curves.png"

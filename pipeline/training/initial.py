@@ -21,7 +21,7 @@ from pipeline.config.train import (
     ArchitectureSection,
 )
 from pipeline.labelling.plan import read_features
-from pipeline.training.dataset import ClipSet
+from pipeline.training.data.dataset import ClipSet
 from transforms.errors import ModelError
 from transforms.features.fbank import FbankSettings
 from transforms.features.statistics import (

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from pipeline.config.train import OptimizerSection, PretrainingSection, ScheduleSection
-from pipeline.training.augmentation import Augment
-from pipeline.training.batches import Batch, BatchLoader, BatchSettings
-from pipeline.training.dataset import ClipSet, pack_clips
-from pipeline.training.loop import Row
-from pipeline.training.masked_patches import MaskedPatchDecoder, draw_kept, masked_patch_loss
-from pipeline.training.schedule import schedule_factor
-from pipeline.training.steps import (
+from pipeline.training.data.augmentation import Augment
+from pipeline.training.data.batches import Batch, BatchLoader, BatchSettings
+from pipeline.training.data.dataset import ClipSet, pack_clips
+from pipeline.training.stages.loop import Row
+from pipeline.training.stages.masked_patches import MaskedPatchDecoder, draw_kept, masked_patch_loss
+from pipeline.training.stages.schedule import schedule_factor
+from pipeline.training.stages.steps import (
     Precision,
     Stepper,
     autocast,

@@ -24,13 +24,13 @@ from pipeline.config.train import (
     OptimizerSection,
     ScheduleSection,
 )
-from pipeline.training.augmentation import Augment
-from pipeline.training.batches import Batch, BatchLoader, BatchSettings
-from pipeline.training.dataset import ClipSet, pack_clips
-from pipeline.training.loop import Row
-from pipeline.training.masked_patches import draw_kept
-from pipeline.training.schedule import schedule_factor
-from pipeline.training.steps import (
+from pipeline.training.data.augmentation import Augment
+from pipeline.training.data.batches import Batch, BatchLoader, BatchSettings
+from pipeline.training.data.dataset import ClipSet, pack_clips
+from pipeline.training.stages.loop import Row
+from pipeline.training.stages.masked_patches import draw_kept
+from pipeline.training.stages.schedule import schedule_factor
+from pipeline.training.stages.steps import (
     IF_DIVERGED,
     Precision,
     Stepper,
@@ -39,7 +39,7 @@ from pipeline.training.steps import (
     make_optimizer,
     weighted_mean,
 )
-from pipeline.training.validation import Scorer, Validation, parameters_are_finite, validate
+from pipeline.training.stages.validation import Scorer, Validation, parameters_are_finite, validate
 from transforms.errors import TrainingError
 from transforms.features.fbank import KaldiFbank
 from transforms.models.ast.model import NUM_PREFIX_TOKENS, ASTForAudioClassification

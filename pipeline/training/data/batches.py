@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
 
-from pipeline.training.augmentation import Augment, mix
-from pipeline.training.packed_clips import PackedClips
+from pipeline.training.data.augmentation import Augment, mix
+from pipeline.training.data.packed_clips import PackedClips
 
 Purpose = Literal["order", "clips", "features", "tokens", "weights"]
 _PURPOSES: dict[Purpose, int] = {"order": 0, "clips": 1, "features": 2, "tokens": 3, "weights": 4}

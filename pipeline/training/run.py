@@ -47,17 +47,22 @@ from pipeline.result.state import (
 )
 from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_duration
 from pipeline.terminal.std_streams import answer, say
-from pipeline.training.augmentation import Augment
-from pipeline.training.batches import BatchSettings
-from pipeline.training.clip_cache import CachedClips, cache_clips, cache_key, write_errors
-from pipeline.training.dataset import ClipSet, ClipSets, check_found, make_clip_sets
+from pipeline.training.data.augmentation import Augment
+from pipeline.training.data.batches import BatchSettings
+from pipeline.training.data.clip_cache import CachedClips, cache_clips, cache_key, write_errors
+from pipeline.training.data.dataset import ClipSet, ClipSets, check_found, make_clip_sets
 from pipeline.training.display import EpochDisplay
-from pipeline.training.finetuning import Best, FinetuningSettings, FinetuningStage, copy_for_saving
 from pipeline.training.history import CURVES_NAME, HISTORY_NAME, draw_curves, history_table
 from pipeline.training.initial import Initial, build_model, measure_statistics, resolve_initial
-from pipeline.training.loop import STATE_NAME, Progress, Row, Stage, run_stages
-from pipeline.training.pretraining import PretrainingStage
-from pipeline.training.validation import Scorer
+from pipeline.training.stages.finetuning import (
+    Best,
+    FinetuningSettings,
+    FinetuningStage,
+    copy_for_saving,
+)
+from pipeline.training.stages.loop import STATE_NAME, Progress, Row, Stage, run_stages
+from pipeline.training.stages.pretraining import PretrainingStage
+from pipeline.training.stages.validation import Scorer
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.features.fbank import FbankSettings, KaldiFbank

@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from pipeline.config.train import split_hold_out
 from pipeline.labelling.plan import counted
-from pipeline.training.clip_cache import CachedClip, CachedClips, check_failures
-from pipeline.training.packed_clips import PackedClips, SampleFile
+from pipeline.training.data.clip_cache import CachedClip, CachedClips, check_failures
+from pipeline.training.data.packed_clips import PackedClips, SampleFile
 from transforms.errors import ConfigError, InputError
 from transforms.models.labels import find_label, labels_from_names
 from transforms.records import FloatArray, Item

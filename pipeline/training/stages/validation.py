@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from pipeline.evaluation.metrics import Metrics, compute_metrics
-from pipeline.training.batches import window_batches
-from pipeline.training.dataset import ClipSet
-from pipeline.training.steps import IF_DIVERGED, Precision
+from pipeline.training.data.batches import window_batches
+from pipeline.training.data.dataset import ClipSet
+from pipeline.training.stages.steps import IF_DIVERGED, Precision
 from transforms.errors import TrainingError
 from transforms.features.fbank import KaldiFbank
 from transforms.features.windows import WindowSettings, cut_windows

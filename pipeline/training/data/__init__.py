@@ -1,0 +1,1 @@
+"""Labelled clips, decoded once, in batches, augmented."""
