@@ -38,7 +38,8 @@ setup(
     package_dir={"pipeline.configs": "configs"},
     package_data={
         "pipeline.configs": ["*.yaml", "train/*.yaml"],
-        "transforms": ["label_lists/*.csv", "bundled_models/*/*"],
+        "transforms.models": ["label_lists/*.csv"],
+        "transforms.models.ast": ["bundled_models/*/*"],
     },
     entry_points={"console_scripts": ["earmark = pipeline.__main__:main"]},
     install_requires=[

@@ -524,7 +524,7 @@ def test_odd_rates_stay_in_bounds(rate: int) -> None:
 
 MISBEHAVING_WORKER = """
 import os, sys, time
-from transforms import decode_worker
+from transforms.decoding import decode as decode_worker
 
 def decode(source, **options):
     marks = bytes(source[-40:]) if isinstance(source, bytes) else b""
@@ -704,7 +704,7 @@ def test_signs_of_life_keep_a_slow_clip_alive(tmp_path: Path) -> None:
     path = tmp_path / "slow_worker.py"
     path.write_text(
         "import sys, time\n"
-        "from transforms import decode_worker\n"
+        "from transforms.decoding import decode as decode_worker\n"
         "decode_worker.ALIVE_EVERY_S = 0.05\n"
         "def decode(source, on_progress, **options):\n"
         "    for _ in range(20):\n"

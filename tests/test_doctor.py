@@ -301,7 +301,7 @@ def slow_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "slow_worker.py"
     script.write_text(
         "import sys, time\n"
-        "from transforms import decode_worker\n"
+        "from transforms.decoding import decode as decode_worker\n"
         "def decode(source, **options):\n"
         "    time.sleep(0.75)\n"
         "    yield from decode_worker.decode(source, **options)\n"

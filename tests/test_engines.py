@@ -637,7 +637,7 @@ def test_openvino_tells_nobody_that_it_is_used() -> None:
 LET_GO_OF_IN_A_THREAD = """
 import signal, threading, time
 import torch
-from transforms import openvino_engine
+from transforms.inference import openvino as openvino_engine
 from transforms.inference.backbones import InferenceSettings
 
 openvino = openvino_engine.import_library("openvino")

@@ -148,7 +148,7 @@ def test_a_web_server_without_ranges_is_not_read_to_the_end(
 
 HOSTILE_WORKER = """
 import ctypes, os, sys
-from transforms import decode_worker
+from transforms.decoding import decode as decode_worker
 
 def answer(kind, payload, length=None):
     header = decode_worker.FRAME_HEADER.pack(kind, length or len(payload))

@@ -305,7 +305,7 @@ def test_the_whole_day_of_a_slow_consumer_is_not_the_items_time() -> None:
 
 HOSTILE_WORKER = """
 import ctypes, os, signal, sys
-from transforms import decode_worker
+from transforms.decoding import decode as decode_worker
 
 held = []
 

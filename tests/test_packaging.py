@@ -35,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
     # Beside what ships: a model of the test's own, which the others cannot be mistaken for.
-    model = write_tiny_model(source / "transforms" / "bundled_models" / "tiny")
+    model = write_tiny_model(source / "transforms" / "models" / "ast" / "bundled_models" / "tiny")
     (model / "README.md").write_text(MODEL_CARD)
     target = tmp_path_factory.mktemp("wheel")
     built = subprocess.run(
@@ -69,23 +69,23 @@ def test_the_wheel_holds_all_that_the_checkout_has(installed: Path) -> None:
             if path.is_file()
         ),
         *(
-            f"transforms/label_lists/{path.name}"
-            for path in (ROOT / "transforms" / "label_lists").iterdir()
+            f"transforms/models/label_lists/{path.name}"
+            for path in (ROOT / "transforms" / "models" / "label_lists").iterdir()
         ),
         *(
             str(path.relative_to(ROOT))
-            for path in (ROOT / "transforms" / "bundled_models").rglob("*")
+            for path in (ROOT / "transforms" / "models" / "ast" / "bundled_models").rglob("*")
             if path.is_file()
         ),
         *(
-            f"transforms/bundled_models/tiny/{name}"
+            f"transforms/models/ast/bundled_models/tiny/{name}"
             for name in "README.md config.json model.safetensors preprocessor_config.json".split()
         ),
     }
     assert "pipeline/configs/default.yaml" in expected
     assert "pipeline/configs/train/esc50.yaml" in expected
     assert "pipeline/training/__init__.py" in expected
-    assert "transforms/label_lists/audioset.csv" in expected
+    assert "transforms/models/label_lists/audioset.csv" in expected
     found = {
         str(path.relative_to(installed))
         for path in installed.rglob("*")

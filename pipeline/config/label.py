@@ -716,9 +716,9 @@ def _list_problems(problems: Sequence[str], schema: Schema[Any]) -> str:
 
 def config_folder() -> Path:
     """The folder of the YAML files that ship with Earmark: in the package, or in the checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "configs"
-    return installed if installed.is_dir() else here.parent / "configs"
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def _folder_of(command: str) -> Path:

@@ -163,7 +163,7 @@ def _nameless_file() -> int:
 
 def _child_environment() -> dict[str, str]:
     """One thread per library, and this package where the child can import it."""
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -119,7 +119,7 @@ def read_labels(
 
 
 def _bundled(name: str) -> tuple[Label, ...]:
-    text = (resources.files("transforms") / "label_lists" / f"{name}.csv").read_text("utf-8")
+    text = (resources.files("transforms.models") / "label_lists" / f"{name}.csv").read_text("utf-8")
     rows = csv.DictReader(io.StringIO(text, newline=""))
     return tuple(Label(int(row["index"]), row["id"] or None, row["name"]) for row in rows)
 
