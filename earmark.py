@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transforms.results.read import read_result
+
     from pipeline.__main__ import main as main
     from transforms.decoding.decode import decode_whole as decode
     from transforms.features.fbank import ASTFeatureExtractor
     from transforms.label_audio import LabelAudio, LabelSettings, make_settings
     from transforms.models.ast.checkpoints import resolve_model
     from transforms.models.ast.model import ASTConfig, ASTForAudioClassification, ASTModel
-    from transforms.results.read import read_result
 
 __all__ = [
     "ASTConfig",
@@ -59,7 +60,9 @@ def _check_not_shadowed(package: str) -> None:
     """Raise ``ImportError`` if Python finds somebody else's package under the name of ours."""
     own = Path(__file__).resolve().parent / package / "__init__.py"
     spec = importlib.util.find_spec(package)
-    found = own if spec is None else Path(spec.origin or [*spec.submodule_search_locations or ()][0])
+    if spec is None:
+        return  # the import that follows says so
+    found = Path(spec.origin or next(iter(spec.submodule_search_locations or [""])))
     if found.resolve() != own:
         raise ImportError(
             f"{found} hides the package {package!r} of Earmark ({own.parent}). Rename it, or start "

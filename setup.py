@@ -83,7 +83,8 @@ setup(
             "polars>=1.0",
             "duckdb>=1.0",
             "datasets>=3.0",
-            # Object stores for tests/object_store.py; moto's "server" extra is ten times that.
+            # Object stores for tests/support/object_store.py; moto's "server" extra is ten times
+            # that.
             "moto>=5.1",
             "flask>=3.0",
             "flask-cors>=5.0",
@@ -94,7 +95,7 @@ setup(
             "google-cloud-dataflow-client>=0.13,<0.14",
             "docstring-parser>=0.15,<1",
             "jsonschema>=4,<5",
-            # The first setuptools that builds wheels by itself: tests/test_packaging.py does.
+            # The first setuptools that builds wheels by itself, as test_packaging.py does.
             "setuptools>=70.1",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<2.5",

@@ -222,7 +222,7 @@ def write_noise(folder: Path, window_counts: Iterable[int]) -> tuple[Path, dict[
     Returns:
         A small model, and for each count a folder of noise that has so many windows.
     """
-    from tests.model_factory import write_tiny_model
+    from tests.support.model_factory import write_tiny_model
 
     model = write_tiny_model(folder / "model", hidden_size=192, num_attention_heads=3)
     sources = write_sources(folder, WINDOWS_PER_FILE)

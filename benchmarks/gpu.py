@@ -551,7 +551,7 @@ def _show_end_to_end(found: Mapping[str, Mapping[str, Any]], pipeline: Mapping[s
 def _write_model(folder: Path, bench: Bench) -> Path:
     """A checkpoint with random weights, of the shape that the model is measured with."""
     from benchmarks.peer_programs import WEIGHT_SCALE
-    from tests.model_factory import MEAN, STD, randomise
+    from tests.support.model_factory import MEAN, STD, randomise
     from transforms.models.ast.checkpoints import save_pretrained
     from transforms.models.ast.model import ASTForAudioClassification
 
@@ -565,7 +565,7 @@ def _write_shards(
     folder: Path, clips: Sequence[tuple[Any, int]], format_name: str, num_clips: int
 ) -> Path:
     """A folder of tars of so many clips, the few distinct ones again and again."""
-    from tests import audio_factory
+    from tests.support import audio_factory
 
     target = folder / f"{format_name}-{num_clips}"
     target.mkdir()
@@ -614,7 +614,7 @@ def _measure_pipeline(
     """Clips a second of the Hugging Face pipeline at its best setting, over FLAC files."""
     if importlib.util.find_spec("transformers") is None:
         return {"error": "transformers is not installed"}
-    from tests import audio_factory
+    from tests.support import audio_factory
 
     audio = folder / "files"
     audio.mkdir()

@@ -33,8 +33,8 @@ import torch
 
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
-from tests.audio_factory import FORMATS, Format, Samples, encode, quantised
-from tests.model_factory import MEAN, STD, randomise
+from tests.support.audio_factory import FORMATS, Format, Samples, encode, quantised
+from tests.support.model_factory import MEAN, STD, randomise
 from transforms.models.ast.checkpoints import save_pretrained
 from transforms.models.ast.model import ASTConfig, ASTForAudioClassification
 from transforms.models.labels import audioset_labels

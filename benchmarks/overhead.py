@@ -4,9 +4,9 @@
 
 The real graph, from files to committed Parquet, with a null model of AST base's width: 768 numbers
 of embedding and 527 scores a window, all stored. Where the time of the labelling thread goes, the
-run's own clocks say (``pipeline/terminal/time_report.py``). The overhead is what is neither features nor waiting
-for audio nor the model: Beam, cutting, batching, rows, Parquet and commits. Reading, decoding and
-level statistics go on in other processes.
+run's own clocks say (``pipeline/terminal/time_report.py``). The overhead is what is neither
+features nor waiting for audio nor the model: Beam, cutting, batching, rows, Parquet and commits.
+Reading, decoding and level statistics go on in other processes.
 
 ``--clock cpu`` counts the processor's time instead of the wall's, which other work on the machine
 hardly moves; it does not see what waiting for the disk costs.
@@ -34,7 +34,7 @@ from benchmarks.common import (
     write_results,
     write_sources,
 )
-from tests.model_factory import write_tiny_model
+from tests.support.model_factory import write_tiny_model
 
 WINDOWS_PER_FILE = 4
 HIDDEN_SIZE = 768

@@ -420,7 +420,7 @@ def openvino_sweep(job: Job) -> dict[str, Any]:
 
 def write_model(job: Job) -> dict[str, Any]:
     """AST base with random weights, as transformers writes it."""
-    from tests.model_factory import write_transformers_model
+    from tests.support.model_factory import write_transformers_model
 
     write_transformers_model(Path(job.model), scale=WEIGHT_SCALE, **AST_BASE)
     return {}
@@ -428,7 +428,7 @@ def write_model(job: Job) -> dict[str, Any]:
 
 def write_tiny_model(job: Job) -> dict[str, Any]:
     """A small one, for a look at whether all of this works."""
-    from tests.model_factory import write_transformers_model
+    from tests.support.model_factory import write_transformers_model
 
     write_transformers_model(Path(job.model))
     return {}

@@ -48,7 +48,7 @@ from benchmarks.common import (
     spread,
     write_results,
 )
-from tests import audio_factory
+from tests.support import audio_factory
 from transforms.decoding import decode
 from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.features.fbank import FbankSettings, KaldiFbank, extract_fbank

@@ -15,8 +15,8 @@ file (``plan`` makes them; where the inputs are too many, workers do: ``deferred
 to commit everything happens in one fused stage; only units go in and only summaries come out, so
 that memory stays flat and a unit is committed as soon as its last window is labelled. Any
 shuffle, side input, state or differing resource hint in between would split that stage:
-``tests/test_graph.py`` holds it together, and ``CommitUnits`` raises rather than commit half a
-unit.
+``tests/pipeline/test_graph.py`` holds it together, and ``CommitUnits`` raises rather than commit
+half a unit.
 """
 
 from __future__ import annotations

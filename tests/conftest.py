@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import object_store
-
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+from tests.support import object_store
+from tests.support.paths import SHARED_DATA
 
 
 def pytest_report_header() -> str:
@@ -82,7 +81,7 @@ def esc10(shared_data: Path) -> list[Path]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small AST with random weights and five labels (sigmoid)."""
-    from tests.model_factory import write_tiny_model
+    from tests.support.model_factory import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 

@@ -16,10 +16,10 @@ import pytest
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
-from tests import audio_factory
-from tests.listing_store import ListingFileSystem
-from tests.test_faulty_storage import web_server
-from tests.test_kill import rows_of
+from tests.pipeline.labelling.test_kill import rows_of
+from tests.support import audio_factory
+from tests.support.listing_store import ListingFileSystem
+from tests.transforms.storage.test_faulty_storage import web_server
 from transforms import header_probe, long_files
 from transforms.decoding import pool as decode_module
 from transforms.decoding.decode import BLOCK_BYTES

@@ -17,8 +17,8 @@ from pipeline.labelling.plan import describe_plan, make_plan
 from pipeline.labelling.run import run_label
 from pipeline.result.state import read_result
 from pipeline.result.verify import run_verify
-from tests import audio_factory
-from tests.test_kill import rows_of
+from tests.pipeline.labelling.test_kill import rows_of
+from tests.support import audio_factory
 from transforms import join_parts as join_step
 from transforms.decoding.decode import decode, decode_whole
 from transforms.decoding.readers import probe_duration_s

@@ -2,9 +2,9 @@
 
     python -m benchmarks.reliability.fuzz_audio [--files 10000] [--data ../shared/data/esc10/audio]
 
-Recordings are encoded in every format of ``tests/audio_factory.py``, mutated (see ``MUTATIONS``),
-and put through ``DecodePool`` as the pipeline does it, half of them as bytes, half as files with
-an extension drawn at random. Every file must come to exactly one end: decoded whole, decoded in
+Recordings are encoded in every format of ``tests/support/audio_factory.py``, mutated (see
+``MUTATIONS``), and put through ``DecodePool`` as the pipeline does it, half of them as bytes,
+half as files with an extension drawn at random. Every file must come to exactly one end: decoded whole, decoded in
 part with a warning, or a failure. A decoder that crashes or hangs makes the exit code 1.
 
 File number n of a seed is always the same: ``--first n --files 1`` has it alone. Prints tables and
@@ -36,7 +36,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from tests.audio_factory import FORMATS, Samples, encode
+from tests.support.audio_factory import FORMATS, Samples, encode
 from transforms.decoding.pool import Decoded, DecodePool, DecodeSettings
 from transforms.records import EncodedClip, Item, ItemFailure, Waveform
 

@@ -36,8 +36,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests import audio_factory
-from tests.model_factory import write_tiny_model
+from tests.support import audio_factory
+from tests.support.model_factory import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOK_EVERY_S = 0.05

@@ -10,7 +10,7 @@ small random model, first undisturbed, then again and again:
   a random moment after the first commit, then the next run one to four times more, also before its
   first commit; then a run is left to finish.
 - **aimed**: a run is killed just before its first step on disk below the output, the next just
-  before its second, and so on to the end (``tests/disk_steps.py``): for new results, for
+  before its second, and so on to the end (``tests/support/disk_steps.py``): for new results, for
   ``--retry-failed`` and for ``--overwrite``.
 - **signals**: SIGINT to the group and SIGTERM to the main process; exit code 130 and the words.
 - **together**: two runs on one output; the second must say why not, and whichever is killed, the
@@ -58,8 +58,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import soundfile
 
-from tests.disk_steps import on_each_step
-from tests.model_factory import write_tiny_model
+from tests.support.disk_steps import on_each_step
+from tests.support.model_factory import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("windows", "clips", "errors", "_commits")

@@ -83,9 +83,9 @@ app = typer.Typer(
 OUTPUT_PANEL, MODEL_PANEL, WINDOWS_PANEL, RUN_PANEL = "Output", "Model", "Windows", "Run"
 CLIPS_PANEL, TRAINING_PANEL = "Clips", "Training"
 
-# Each option is a key of the config (OPTION_KEYS of pipeline.config.label and pipeline.config.train),
-# which checks its value and knows its default: None is "not given". The defaults said here are
-# held to those by a test.
+# Each option is a key of the config (OPTION_KEYS of pipeline.config.label and
+# pipeline.config.train), which checks its value and knows its default: None is "not given".
+# The defaults said here are held to those by a test.
 Inputs = Annotated[
     list[str] | None,
     typer.Argument(

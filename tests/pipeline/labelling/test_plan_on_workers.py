@@ -1,0 +1,248 @@
+"""Planned by workers or by the launching machine: the same units, the same result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+
+from pipeline.config.label import RunConfig
+from pipeline.labelling import run as run_module
+from pipeline.labelling.plan import make_frame
+from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
+from pipeline.labelling.run import fits_job, plan_there, run_label
+from pipeline.result.verify import run_verify
+from pipeline.terminal.time_report import UNTIMED
+from tests.pipeline.labelling.test_run import write_clip
+from tests.support.unit_factory import file_unit
+from tests.transforms.sources.test_tar_headers import tar_of
+from transforms.errors import ConfigError, InputError
+from transforms.results.commits import list_unit_ids
+
+
+def files(folder: Path) -> list[str]:
+    """Loose files, one of them damaged and one twice."""
+    for number in range(7):
+        write_clip(folder / "files" / f"{number}.wav", seed=number)
+    (folder / "files" / "broken.wav").write_bytes(b"no audio")
+    (folder / "files" / "notes.txt").write_bytes(b"left aside")
+    return [str(folder / "files"), str(folder / "files" / "0.wav")]
+
+
+def clips_of(folder: Path, count: int) -> list[tuple[str, bytes]]:
+    return [
+        (f"{n}.wav", write_clip(folder / f"{n}.wav", seed=n).read_bytes()) for n in range(count)
+    ]
+
+
+def tar(folder: Path) -> list[str]:
+    """An archive of several units, with a name twice and siblings."""
+    members = clips_of(folder / "clips", 9)
+    members[4:4] = [("3.json", b'{"label": "bird"}'), ("1.wav", members[5][1])]
+    (folder / "x.tar").write_bytes(tar_of(members))
+    return [str(folder / "x.tar")]
+
+
+def parquet(folder: Path) -> list[str]:
+    """A Parquet file of several row groups."""
+    rows = [data for _, data in clips_of(folder / "clips", 7)]
+    pq.write_table(pa.table({"audio": rows, "n": list(range(7))}), folder / "x.parquet", 2)
+    return [str(folder / "x.parquet")]
+
+
+def manifest(folder: Path) -> list[str]:
+    """Segments, metadata, a file that is not there and a line that cannot be read."""
+    write_clip(folder / "long.wav", 12.0)
+    rows = [{"uri": "long.wav", "start_s": n, "end_s": n + 2, "n": n} for n in range(5)]
+    lines = [*map(json.dumps, [*rows, {"uri": "nowhere.wav"}]), "{"]
+    (folder / "list.jsonl").write_text("\n".join(lines))
+    return [str(folder / "list.jsonl")]
+
+
+def mixture(folder: Path) -> list[str]:
+    """Some of each."""
+    return [
+        text for make in (tar, parquet, manifest) for text in make(_made(folder / make.__name__))
+    ]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+SHAPES = [
+    files,
+    mixture,
+    *(pytest.param(make, marks=pytest.mark.slow) for make in (tar, parquet, manifest)),
+]
+
+
+class Label:
+    """``label`` with the tiny model and small units, planned here or there."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+
+    def config(self, inputs: list[str], output: Path, **changes: Any) -> RunConfig:
+        values: dict[str, Any] = {
+            "inputs": inputs,
+            "output": str(output),
+            "quiet": True,
+            "model": {"name": str(self.model)},
+            "inference": {"device": "cpu", "precision": "fp32", "check_windows": 0},
+            "decode": {"processes": 1},
+            "max_failed": 1.0,
+        }
+        return RunConfig.model_validate(values | changes)
+
+    def here(self, inputs: list[str], output: Path, **changes: Any) -> int:
+        return run_label(self.config(inputs, output, units={"windows": 2}, **changes), [])
+
+    def there(self, inputs: list[str], output: Path, **changes: Any) -> int:
+        units = {"windows": 2, "max_listed_here": 0}
+        return run_label(self.config(inputs, output, units=units, **changes), [])
+
+
+@pytest.fixture
+def label(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Label:
+    # A container counts as large enough to be cut.
+    monkeypatch.setattr("transforms.sources.units.SourceSettings.is_full", _is_full)
+    return Label(tiny_model)
+
+
+def _is_full(settings: Any, windows: int, num_bytes: int) -> bool:
+    return windows >= settings.windows_per_unit or num_bytes >= 100_000
+
+
+def record(output: Path) -> dict[str, Any]:
+    """What ``run.json`` says that does not depend on when the run was."""
+    run = json.loads((output / "run.json").read_text())
+    return {name: run[name] for name in ("status", "fingerprint", "results", "input", "totals")}
+
+
+def clip_ids(output: Path) -> list[str]:
+    tables = [pq.read_table(path) for path in sorted((output / "clips").glob("*.parquet"))]
+    return sorted(pa.concat_tables(tables)["clip_id"].to_pylist())
+
+
+@pytest.mark.parametrize("make", SHAPES)
+def test_workers_plan_the_same_units(
+    make: Callable[[Path], list[str]], label: Label, tmp_path: Path
+) -> None:
+    inputs = make(_made(tmp_path / "in"))
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert label.here(inputs, here) == label.there(inputs, there)
+    units = list_unit_ids(str(here))
+    assert list_unit_ids(str(there)) == units
+    assert len(units) >= 3
+    assert record(there) == record(here)
+    assert clip_ids(there) == clip_ids(here)
+    assert run_verify(str(there)) == 0
+    # Again: all is done, whoever plans.
+    for again in (label.there, label.here):
+        again(inputs, there)
+        assert record(there)["totals"]["new_units"] == 0
+        assert record(there)["totals"]["found_items"] == record(here)["totals"]["found_items"]
+    assert list_unit_ids(str(there)) == units
+
+
+def test_what_is_missing_or_has_changed_is_done_alone(label: Label, tmp_path: Path) -> None:
+    inputs = files(_made(tmp_path / "in"))
+    out = tmp_path / "out"
+    label.there(inputs, out)
+    before = set(list_unit_ids(str(out)))
+    (lost,) = (
+        path
+        for path in (out / "clips").glob("*.parquet")
+        if inputs[1] in pq.read_table(path)["clip_id"].to_pylist()
+    )
+    lost.unlink()
+    write_clip(tmp_path / "in" / "files" / "7.wav", seed=99)  # new
+    write_clip(tmp_path / "in" / "files" / "6.wav", 2.0)  # changed
+    (tmp_path / "in" / "files" / "5.wav").unlink()
+    assert label.there(inputs, out) == 0
+    totals = record(out)["totals"]
+    after = set(list_unit_ids(str(out)))
+    assert lost.stem in after
+    assert len(before - after) == 1  # the unit of the changed file, replaced
+    assert (totals["found_items"], totals["vanished_items"]) == (8, 1)
+    assert run_verify(str(out)) == 0
+    shutil.copytree(out, tmp_path / "twin")
+    label.here(inputs, out)
+    assert record(out)["totals"]["new_units"] == 0
+    assert label.there(inputs, tmp_path / "twin", overwrite=True) == 0
+    totals = record(tmp_path / "twin")["totals"]
+    assert (totals["new_items"], totals["vanished_items"]) == (8, 0)
+
+
+def test_failed_items_are_tried_again(label: Label, tmp_path: Path) -> None:
+    inputs = files(_made(tmp_path / "in"))
+    out = tmp_path / "out"
+    label.there(inputs, out)
+    assert record(out)["totals"]["found_failures"] == 1
+    assert label.there(inputs, out, retry_failed=True) == 0
+    assert record(out)["totals"]["new_items"] == 1
+
+
+@pytest.mark.parametrize(("most", "is_here"), [(9, False), (10, True)])
+def test_the_number_of_files_decides(
+    most: int, is_here: bool, label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = files(_made(tmp_path / "in"))
+    drawn = []
+    monkeypatch.setattr(run_module, "build_graph", lambda *args, **kwargs: drawn.append("here"))
+    monkeypatch.setattr(
+        run_module, "build_deferred_graph", lambda *args, **kwargs: drawn.append("there")
+    )
+    units = {"max_listed_here": most}
+    with pytest.raises((KeyError, TypeError)):  # no totals: nothing has been run
+        run_label(label.config(inputs, tmp_path / "out", units=units), [])
+    assert drawn == ["here" if is_here else "there"]
+
+
+def test_what_is_wrong_is_found_before_the_work_starts(label: Label, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        label.there([str(tmp_path / "nowhere")], out)
+    inputs = files(_made(tmp_path / "in"))
+    frame = make_frame(label.config(inputs, out))
+    calibrated = {"device": "cpu", "precision": "int8"}
+    with pytest.raises(ConfigError, match=r"units\.max_listed_here is 1000000"):
+        plan_there(frame, label.config(inputs, out, inference=calibrated))
+    assert not (out / "run.json").exists()
+
+
+def test_what_only_listing_shows_ends_the_run(label: Label, tmp_path: Path) -> None:
+    (_made(tmp_path / "in") / "notes.txt").write_bytes(b"x")
+    with pytest.raises(InputError, match="holds nothing to label"):
+        label.there([str(tmp_path / "in")], tmp_path / "out")
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_a_job_that_dataflow_would_not_take_is_planned_there() -> None:
+    assert fits_job([file_unit("u", 100)])
+    assert not fits_job([file_unit(str(n), 1000) for n in range(200)])
+
+
+def test_reading_to_commit_is_one_stage(label: Label, tmp_path: Path) -> None:
+    frame = make_frame(label.config([str(tmp_path)], tmp_path / "out"))
+    pipeline = beam.Pipeline(FnApiRunner(), options=PipelineOptions([]))
+    build_deferred_graph(pipeline, DeferredPlan.of(frame, UNTIMED))
+    _, stages = FnApiRunner().create_stages(pipeline.to_runner_api())
+    names = [[transform.unique_name for transform in stage.transforms] for stage in stages]
+    steps = ("Skip committed", "Decode", "Extract fbank", "Run AST", "Commit")
+    holding = [stage for stage in names if any(step in name for step in steps for name in stage)]
+    assert len(holding) == 1, names
+    assert all(any(step in name for name in holding[0]) for step in steps)
+    assert not any("List and compare" in name for name in holding[0])
+    assert not any("Cut containers" in name for name in holding[0])

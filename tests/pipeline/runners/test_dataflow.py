@@ -1,0 +1,683 @@
+"""A run on Dataflow, as far as it can be checked without Dataflow.
+
+The job is built for good, by Beam's own client of the service, from our graph and our configs; what
+it would upload is kept here instead. The service is played by a result that does the work in this
+process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import fsspec
+import pytest
+import typer
+import yaml
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.dataflow.internal import apiclient
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+from apache_beam.runners.runner import PipelineState
+
+from pipeline.cli import main as cli
+from pipeline.config.label import RunConfig, load_config
+from pipeline.graph import build_graph
+from pipeline.labelling.estimate import run_plan
+from pipeline.labelling.plan import RunFrame
+from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
+from pipeline.labelling.run import check_runner, pipeline_options, run_label
+from pipeline.labelling.stats import run_stats
+from pipeline.result.state import ResultState
+from pipeline.runners.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
+from pipeline.terminal.time_report import UNTIMED
+from tests.support import audio_factory
+from tests.support.paths import ROOT
+from tests.support.unit_factory import file_unit
+from transforms.errors import ConfigError, ModelError, OutputError
+from transforms.inference.engine import InferenceSettings
+from transforms.label_audio import LabelSettings, make_settings
+from transforms.models.ast.checkpoints import resolve_model
+from transforms.results.write_units import CommitSettings
+from transforms.storage import filesystem as storage
+
+IMAGE = "us-central1-docker.pkg.dev/proj-1/earmark/earmark:gpu"
+REQUIRED = {
+    "project": "proj-1",
+    "region": "us-central1",
+    "temp_location": "gs://mybucket/tmp",
+    "sdk_container_image": IMAGE,
+}
+L4 = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
+T4 = "worker_accelerator=type:nvidia-tesla-t4;count:1;install-nvidia-driver"
+JOB = DataflowJob("proj-1", "us-central1", "2026-01-01_00_00_00-1")
+STEPS = ("Skip committed", "Decode", "Cut into windows", "Extract fbank", "Run AST",
+         "Assemble rows", "Commit")  # fmt: skip
+
+
+def load_launcher() -> ModuleType:
+    """The flex template's script, which lies in no package."""
+    spec = importlib.util.spec_from_file_location("launcher", ROOT / "deploy/flex_template/main.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+launcher = load_launcher()
+
+
+def flags(**changes: str | None) -> list[str]:
+    """The options that no config can know, as they come behind ``--``."""
+    given = {**REQUIRED, **changes}
+    return ["--no_auth", *(f"--{name}={text}" for name, text in given.items() if text is not None)]
+
+
+@pytest.fixture(autouse=True)
+def no_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beam asks the bucket for its policy, even of a pipeline that is not run."""
+    monkeypatch.setattr(GoogleCloudOptions, "_warn_if_soft_delete_policy_enabled", lambda *_: None)
+    monkeypatch.setenv("PATH", "")  # no gcloud, which Beam would ask for a region
+
+
+# --- The job ---------------------------------------------------------------------------------
+
+
+class Built(NamedTuple):
+    """A job as it would be handed to the service."""
+
+    job: dict[str, Any]
+    proto: beam_runner_api_pb2.Pipeline
+    staged: set[str]
+
+    @property
+    def pool(self) -> dict[str, Any]:
+        (pool,) = self.job["environment"]["workerPools"]
+        return dict(pool)
+
+
+Draw = Callable[[beam.Pipeline, LabelSettings, CommitSettings], None]
+
+
+def draw_planned(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitSettings) -> None:
+    """A run whose units are known."""
+    build_graph(pipeline, [file_unit("u", 2), file_unit("v", 3)], label, commit, print)
+
+
+def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitSettings) -> None:
+    """A run that begins with its own planning."""
+    frame = RunFrame(
+        urls=("gs://mybucket/recordings",),
+        output=commit.output,
+        state=ResultState(commit.output),
+        label=label,
+        commit=commit,
+        run={},
+        limit=None,
+        keeps=True,
+        retry_failed=False,
+    )
+    build_deferred_graph(pipeline, DeferredPlan.of(frame, UNTIMED))
+
+
+def build(
+    folder: Path, options: PipelineOptions, model: Path, device: str, draw: Draw = draw_planned
+) -> Built:
+    staged: dict[str, bytes] = {}
+
+    def keep(
+        self: object, place: str, name: str, stream: Any, *rest: object, **more: object
+    ) -> None:
+        staged[name] = stream.read()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apiclient.DataflowApplicationClient, "stage_file", keep)
+        patch.setattr(GoogleCloudOptions, "_warn_if_soft_delete_policy_enabled", lambda *_: None)
+        options.view_as(GoogleCloudOptions).template_location = str(folder / "job.json")
+        inference = InferenceSettings(device=device)  # type: ignore[arg-type]
+        label = make_settings(resolve_model(str(model)), inference=inference)
+        commit = CommitSettings(
+            "gs://mybucket/out", "run", "f" * 64, label.model.sha256, label.rows
+        )
+        pipeline = beam.Pipeline(options=options)
+        draw(pipeline, label, commit)
+        pipeline.run()
+    proto = beam_runner_api_pb2.Pipeline.FromString(staged.pop("pipeline.pb"))
+    return Built(json.loads(staged.pop("job.json")), proto, set(staged))
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
+    """The jobs of both configs, by the device that they label on."""
+    folder = tmp_path_factory.mktemp("jobs")
+    found = {}
+    for device, name in (("cuda", "dataflow_gpu"), ("cpu", "dataflow_cpu")):
+        config = load_config(name)
+        assert config.inference.device == device
+        found[device] = build(folder, pipeline_options(config, flags()), tiny_model, device)
+    return found
+
+
+def test_the_gpu_job_is_what_its_config_says(jobs: dict[str, Built]) -> None:
+    environment, pool = jobs["cuda"].job["environment"], jobs["cuda"].pool
+    assert jobs["cuda"].job["type"] == "JOB_TYPE_BATCH"
+    assert environment["serviceOptions"] == [L4]
+    assert "no_use_multiple_sdk_containers" in environment["experiments"]
+    assert "use_multiple_sdk_containers" not in environment["experiments"]
+    assert "use_runner_v2" in environment["experiments"]
+    assert (pool["machineType"], pool["numWorkers"]) == ("g2-standard-8", 4)
+    assert (pool["diskSizeGb"], pool["numThreadsPerWorker"]) == (100, 4)
+    assert pool["autoscalingSettings"] == {"algorithm": "AUTOSCALING_ALGORITHM_NONE"}
+    assert "ipConfiguration" not in pool
+
+
+def test_the_cpu_job_is_what_its_config_says(jobs: dict[str, Built]) -> None:
+    environment, pool = jobs["cpu"].job["environment"], jobs["cpu"].pool
+    assert "serviceOptions" not in environment
+    assert "no_use_multiple_sdk_containers" in environment["experiments"]
+    assert (pool["machineType"], pool["numThreadsPerWorker"]) == ("n2-standard-8", 2)
+    assert pool["autoscalingSettings"] == {
+        "algorithm": "AUTOSCALING_ALGORITHM_BASIC",
+        "maxNumWorkers": 10,
+    }
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_all_steps_run_in_one_environment_of_our_image(jobs: dict[str, Built], device: str) -> None:
+    (image,) = jobs[device].pool["sdkHarnessContainerImages"]
+    assert image["containerImage"] == IMAGE
+    environments = jobs[device].proto.components.environments
+    (payload,) = {
+        beam_runner_api_pb2.DockerPayload.FromString(environment.payload).container_image
+        for environment in environments.values()
+    }
+    assert payload == IMAGE
+    used = {
+        transform.environment_id
+        for transform in jobs[device].proto.components.transforms.values()
+        if transform.environment_id
+    }
+    assert len(used) == 1
+    # A hint on a step would give it an environment, and machines, of its own.
+    assert [dict(environment.resource_hints) for environment in environments.values()] == [
+        {}
+    ] * len(environments)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_reading_to_commit_is_one_stage_of_the_job(jobs: dict[str, Built], device: str) -> None:
+    assert stages_with_steps(jobs[device].proto) == [set(STEPS)]
+
+
+def test_a_job_that_plans_for_itself_is_small_and_keeps_the_stage(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    options = pipeline_options(load_config("dataflow_gpu"), flags())
+    built = build(tmp_path, options, tiny_model, "cuda", draw_deferred)
+    assert stages_with_steps(built.proto) == [set(STEPS)]
+    assert len(json.dumps(built.job)) < 1 << 20
+    assert len({e.payload for e in built.proto.components.environments.values()}) == 1
+
+
+def stages_with_steps(proto: beam_runner_api_pb2.Pipeline) -> list[set[str]]:
+    """Which of our steps each stage holds; stages without any are left out."""
+    _, stages = FnApiRunner().create_stages(proto)
+    names = [[transform.unique_name for transform in stage.transforms] for stage in stages]
+    found = [{step for step in STEPS if any(step in name for name in stage)} for stage in names]
+    return [steps for steps in found if steps]
+
+
+def test_a_hint_on_a_step_would_split_the_stage(tmp_path: Path, tiny_model: Path) -> None:
+    """What the tests above would see."""
+    pipeline = beam.Pipeline(FnApiRunner(), options=PipelineOptions([]))
+    numbers = pipeline | "Decode" >> beam.Create([1]) | "Cut into windows" >> beam.Map(abs)
+    hinted = beam.Map(abs).with_resource_hints(accelerator="type:nvidia-l4;count:1")
+    _ = numbers | "Run AST" >> hinted | "Commit" >> beam.Map(abs)
+    assert len(stages_with_steps(pipeline.to_runner_api())) > 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_nothing_is_staged_that_workers_would_install(jobs: dict[str, Built], device: str) -> None:
+    # The list of what is installed here is for the service's own warnings.
+    assert jobs[device].staged == {"submission_environment_dependencies.txt"}
+    options = jobs[device].job["environment"]["sdkPipelineOptions"]["options"]
+    assert options["save_main_session"] is False
+    assert not options.get("setup_file")
+
+
+def test_the_main_session_stays_here_unless_it_is_asked_for() -> None:
+    def saved(*given: str) -> object:
+        return pipeline_options(RunConfig(), list(given)).get_all_options()["save_main_session"]
+
+    assert saved() is False
+    assert saved("--save_main_session") is True
+
+
+# --- What is refused before there is a job ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dataflow_gpu", flags(temp_location=None), "no temp_location is given"),
+        (
+            "dataflow_gpu",
+            flags(temp_location="/tmp/x"),
+            "temp_location is /tmp/x; must be a folder",
+        ),
+        ("dataflow_gpu", flags(project=None), "project"),
+        ("dataflow_gpu", flags(region=None), "region"),
+        ("dataflow_gpu", flags(job_name="Not Valid"), "job_name"),
+        ("dataflow_gpu", flags(sdk_container_image=None), "build one from deploy/Dockerfile"),
+        ("dataflow_gpu", flags(max_num_workers="2"), "num_workers is 4; must be at most"),
+        ("dataflow_gpu", flags(flexrs_goal="COST_OPTIMIZED"), "FlexRS has no GPUs"),
+        ("dataflow_gpu", flags(dry_run="True"), "earmark plan says what there is to do"),
+        (
+            "dataflow_gpu",
+            flags(dataflow_service_options="worker_accelerator=type:nvidia-l4;count:1"),
+            "must end in ;install-nvidia-driver",
+        ),
+        (
+            "dataflow_gpu",
+            [*flags(), f"--dataflow_service_options={L4}", f"--dataflow_service_options={T4}"],
+            "is given 2 times",
+        ),
+        ("dataflow_cpu", flags(dataflow_service_options=L4), "at the price of a GPU"),
+    ],
+)
+def test_a_job_that_could_not_be_done_is_refused_before_anything_is_written(
+    name: str, options: list[str], message: str
+) -> None:
+    config = load_config(name, (), {"INPUT": ["memory://in"], "--output": "memory://refused/out"})
+    with pytest.raises(ConfigError, match=message):
+        run_label(config, options)
+    assert not storage.exists("memory://refused/out")
+
+
+def test_a_gpu_that_the_workers_have_not_is_refused() -> None:
+    options = {"INPUT": ["memory://in"], "--output": "memory://refused/out", "--device": "cuda"}
+    with pytest.raises(ConfigError, match="the workers have no such device"):
+        run_label(load_config("dataflow_cpu", (), options), flags())
+
+
+def test_local_paths_are_refused(tmp_path: Path) -> None:
+    options = {"INPUT": [str(tmp_path)], "--output": "memory://refused/out", "--model": "x/y"}
+    with pytest.raises(ConfigError, match="is the local path"):
+        run_label(load_config("dataflow_cpu", (), options), flags())
+    options = {"INPUT": ["memory://in"], "--output": str(tmp_path / "out"), "--model": "x/y"}
+    with pytest.raises(ConfigError, match="--output is the local path"):
+        run_label(load_config("dataflow_cpu", (), options), flags())
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_client_of_the_service_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(name: str) -> None:
+        raise ImportError(f"No module named {name}")
+
+    monkeypatch.setattr("pipeline.runners.dataflow.importlib.import_module", fail)
+    config = load_config(
+        "dataflow_cpu", (), {"INPUT": ["memory://in"], "--output": "memory://refused/out"}
+    )
+    with pytest.raises(ConfigError, match=r"pip install 'earmark\[gcp\]'"):
+        run_label(config, flags())
+
+
+def test_options_behind_the_dashes_take_the_place_of_the_config_s() -> None:
+    config = load_config("dataflow_gpu")
+    options = pipeline_options(config, flags(dataflow_service_options=T4, num_workers="9"))
+    cloud = options.view_as(GoogleCloudOptions)
+    assert cloud.dataflow_service_options == [T4]
+    assert options.get_all_options()["num_workers"] == 9
+    assert options.get_all_options()["machine_type"] == "g2-standard-8"
+    more = pipeline_options(config, ["--experiments=enable_data_sampling"]).get_all_options()
+    assert more["experiments"] == ["no_use_multiple_sdk_containers", "enable_data_sampling"]
+
+
+def test_stats_waits_for_its_job() -> None:
+    config = load_config("dataflow_cpu", (), {"INPUT": ["memory://in"]})
+    with pytest.raises(ConfigError, match="leave out no_wait_until_finish"):
+        run_stats(config, [*flags(), "--no_wait_until_finish"])
+
+
+# --- The job while it lasts -------------------------------------------------------------------
+
+
+class Service:
+    """Plays Dataflow: the job does its work in this process, when it is waited for.
+
+    Attributes:
+        state: What the service says of the job.
+        calls: What was asked of it.
+    """
+
+    has_job = True
+
+    def __init__(self) -> None:
+        self.state = PipelineState.RUNNING
+        self.calls: list[str] = []
+        self.meanwhile: Callable[[], None] = lambda: None
+        self._pipeline: beam.Pipeline | None = None
+
+    def run(self, pipeline: beam.Pipeline) -> Service:
+        self.calls.append("run")
+        self._pipeline = pipeline
+        return self
+
+    def job_id(self) -> str:
+        return JOB.job_id
+
+    def wait_until_finish(self) -> None:
+        self.calls.append("wait")
+        self.meanwhile()
+        self.work()
+
+    def work(self) -> None:
+        assert self._pipeline is not None
+        FnApiRunner().run_pipeline(self._pipeline, PipelineOptions([])).wait_until_finish()
+        self.state = PipelineState.DONE
+
+    def cancel(self) -> None:
+        self.calls.append("cancel")
+        self.state = PipelineState.CANCELLING
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    service = Service()
+    monkeypatch.setattr(beam.Pipeline, "run", lambda pipeline: service.run(pipeline))
+    return service
+
+
+@pytest.fixture
+def config(tiny_model: Path, tmp_path: Path) -> Iterator[RunConfig]:
+    """Two clips and a model, in a store."""
+    store = fsspec.filesystem("memory")
+    for index in range(2):
+        clip = audio_factory.write(tmp_path / f"{index}.wav", audio_factory.noise(1.0), 16_000)
+        store.put_file(str(clip), f"/df/in/{index}.wav")
+    for path in tiny_model.iterdir():
+        store.put_file(str(path), f"/df/model/{path.name}")
+    yield load_config(
+        "dataflow_cpu",
+        ["decode.processes=1"],
+        {
+            "INPUT": ["memory://df/in"],
+            "--output": "memory://df/out",
+            "--model": "memory://df/model",
+        },
+    )
+    store.rm("/df", recursive=True)
+
+
+def status() -> str:
+    return str(json.loads(storage.read_bytes("memory://df/out/run.json"))["status"])
+
+
+def test_a_job_is_named_and_waited_for(
+    service: Service, config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    service.meanwhile = lambda: seen.append(recorded_job("memory://df/out"))
+    assert run_label(config, flags()) == 0
+    assert service.calls == ["run", "wait"]
+    assert seen == [JOB]
+    assert not storage.exists(f"memory://df/out/{JOB_FILE}")
+    assert (status(), storage.exists("memory://df/out/_SUCCESS")) == ("done", True)
+    err = capsys.readouterr().err
+    assert f"Dataflow job {JOB.job_id}: https://console.cloud.google.com/dataflow/jobs/" in err
+    assert "us-central1/2026-01-01_00_00_00-1?project=proj-1" in err
+    assert "2 items found: 2 labelled, 0 failed" in err
+
+
+def test_ctrl_c_cancels_the_job_and_the_output_stays_its_own_until_it_has_ended(
+    service: Service, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    service.meanwhile = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run_label(config, flags())
+    assert service.calls == ["run", "wait", "cancel"]
+    assert recorded_job("memory://df/out") == JOB
+    states = iter(["JOB_STATE_CANCELLING", "JOB_STATE_CANCELLED"])
+    monkeypatch.setattr("pipeline.runners.dataflow.ask_state", lambda job: next(states))
+    with pytest.raises(OutputError, match=r"still writes to memory://df/out \(JOB_STATE_CANCEL"):
+        run_label(config, flags())
+    service.meanwhile = lambda: None
+    assert run_label(config, flags()) == 0
+    assert status() == "done"
+
+
+def test_a_job_need_not_be_waited_for(
+    service: Service, config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_label(config, [*flags(), "--no_wait_until_finish"]) == 0
+    assert service.calls == ["run"]
+    assert status() == "running"
+    err = capsys.readouterr().err
+    assert f"To stop it: gcloud dataflow jobs cancel {JOB.job_id} --region=us-central1" in err
+    assert "earmark verify memory://df/out" in err
+    with pytest.raises(OutputError, match="still writes"):
+        check_no_job("memory://df/out", ask=lambda job: "JOB_STATE_RUNNING")
+    service.work()  # the graph's last step is the job's, not the command's
+    assert status() == "done"
+    check_no_job("memory://df/out", ask=lambda job: "JOB_STATE_DONE")
+    assert recorded_job("memory://df/out") is None
+
+
+def test_a_job_that_cannot_be_asked_for_keeps_its_output() -> None:
+    storage.write_bytes(
+        f"memory://asked/out/{JOB_FILE}", json.dumps(dataclasses.asdict(JOB)).encode()
+    )
+
+    def fail(job: DataflowJob) -> str:
+        raise ConnectionError("no route\nmore")
+
+    with pytest.raises(OutputError, match=r"cannot be asked for \(no route\).* remove memory://"):
+        check_no_job("memory://asked/out", ask=fail)
+    storage.write_bytes(f"memory://asked/out/{JOB_FILE}", b"nonsense")
+    with pytest.raises(OutputError, match="does not name a Dataflow job"):
+        check_no_job("memory://asked/out", ask=fail)
+
+
+def test_the_launcher_writes_a_template_and_ends(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    staged: dict[str, bytes] = {}
+
+    def keep(
+        self: object, place: str, name: str, stream: Any, *rest: object, **more: object
+    ) -> None:
+        staged[f"{place}/{name}"] = stream.read()
+
+    monkeypatch.setattr(apiclient.DataflowApplicationClient, "stage_file", keep)
+    # The store of these tests ends with the process, and the command would not have it.
+    monkeypatch.setattr("pipeline.cli.main._check_output_lasts", lambda output: None)
+    given = [
+        f"--input={config.inputs[0]}",
+        f"--output={config.output}",
+        f"--model={config.model.name}",
+        "--config=dataflow_gpu",
+        "--set=labels.top_k=3;decode.processes=1",
+        "--runner=DataflowRunner",
+        "--template_location=gs://mybucket/t/job.json",
+        *flags(),
+    ]
+    assert cli.main(launcher.make_command(given)) == 0
+    job = json.loads(staged["gs://mybucket/t/job.json"])
+    assert job["environment"]["serviceOptions"] == [L4]
+    assert "No job has been started: the template was written to" in capsys.readouterr().err
+    assert recorded_job("memory://df/out") is None
+    run = json.loads(storage.read_bytes("memory://df/out/run.json"))
+    assert (run["status"], run["config"]["labels"]["top_k"]) == ("running", 3)
+
+
+def test_a_model_on_this_machine_is_refused(config: RunConfig, tiny_model: Path) -> None:
+    model = config.model.model_copy(update={"name": str(tiny_model)})
+    with pytest.raises(ModelError, match="lies on this machine, and the runner works on others"):
+        run_label(config.model_copy(update={"model": model}), flags())
+    assert not storage.exists("memory://df/out/run.json")
+
+
+def test_plan_needs_neither_the_gpu_nor_the_cloud(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beam_section = load_config("dataflow_gpu").beam
+    inference = config.inference.model_copy(update={"device": "cuda"})
+    changes = {"inference": inference, "beam": beam_section}
+    assert run_plan(config.model_copy(update=changes), []) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Estimate from 2 clips: 2 s of audio, 2 windows." in out
+    assert "docs/dataflow.md has a formula for the cost" in out
+    assert "Time on this machine" not in out
+
+
+# --- The image and the template ---------------------------------------------------------------
+
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+PARAMETERS = {
+    parameter["name"]: parameter
+    for parameter in json.loads(
+        (ROOT / "deploy" / "flex_template" / "metadata.json").read_text(encoding="utf-8")
+    )["parameters"]
+}
+
+
+def test_the_image_has_one_python_and_the_beam_that_is_installed_here() -> None:
+    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    pythons = {text for base in bases for text in re.findall(r"python:?(3\.?\d\d)", base)}
+    assert {text.replace(".", "") for text in pythons} == {"311"}
+    assert f"apache/beam_python3.11_sdk:{beam.version.__version__}" in bases
+    assert DOCKERFILE.rstrip().endswith('ENTRYPOINT ["/opt/apache/beam/boot"]')
+
+
+def test_the_image_copies_what_is_there_and_all_that_setup_needs() -> None:
+    copied = {
+        name
+        for line in re.findall(r"^COPY (?!--)(.*)$", DOCKERFILE, re.MULTILINE)
+        for name in line.split()[:-1]
+    }
+    assert all((ROOT / name).exists() for name in copied)
+    assert {"setup.py", "pyproject.toml", "LICENSE", "pipeline", "transforms", "configs"} <= copied
+
+
+def test_the_build_gives_the_arguments_that_the_image_takes() -> None:
+    build = yaml.safe_load((ROOT / "deploy" / "cloudbuild.yaml").read_text(encoding="utf-8"))
+    (step,) = build["steps"]
+    given = {text for word in step["args"] for text in re.findall(r"--build-arg=(\w+)=", word)}
+    assert given == set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE)) == {"TORCH", "MODEL"}
+    used = {text for word in step["args"] for text in re.findall(r"\$\{(\w+)\}", word)}
+    assert used == set(build["substitutions"])
+
+
+def test_the_template_s_parameters_are_those_of_the_launcher() -> None:
+    own = {"input", "set", *launcher.OPTIONS}
+    known = PipelineOptions([]).get_all_options()
+    assert set(PARAMETERS) - own == {"sdk_container_image"} <= set(known)
+    assert own <= set(PARAMETERS)
+    required = {name for name, found in PARAMETERS.items() if not found.get("isOptional")}
+    assert required == {"input", "output", "model", "sdk_container_image"}
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("input", ["gs://b/x", "https://h/a.csv", "gs://b/a b/*.wav"], ["/data", "x", "gs://"]),
+        ("output", ["gs://b/out"], ["out", "s3://b/out", "gs://"]),
+        ("model", ["esc10", "MIT/ast@main", "gs://b/m", "a/b@c0ffee"], ["/m", "a/b/c", ""]),
+        ("sdk_container_image", [IMAGE, "gcr.io/p/i@sha256:0f"], ["", "-x", "a b"]),
+        ("config", ["dataflow_gpu", "dataflow_cpu"], ["local", "dataflow_tpu"]),
+        ("set", ["", "labels.top_k=5", "limit=3;labels.scores=true"], ["labels", "a=1;b"]),
+    ],
+)
+def test_a_parameter_s_pattern_tells_good_from_bad(
+    name: str, good: list[str], bad: list[str]
+) -> None:
+    (pattern,) = PARAMETERS[name]["regexes"]
+    assert [text for text in good if not re.fullmatch(pattern, text)] == []
+    assert [text for text in bad if re.fullmatch(pattern, text)] == []
+
+
+def test_the_launcher_passes_beam_s_options_on_and_leaves_out_what_beam_does_not_know(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["--input", "gs://b/in", "--output=gs://b/out", "--model=esc10", "--set=",
+             "--num_workers=2", "--no_use_public_ips", "--launched_by=service"]  # fmt: skip
+    assert launcher.make_command(given) == [
+        *("label", "gs://b/in", "--config", "dataflow_gpu", "--output", "gs://b/out"),
+        *("--model", "esc10", "--", "--num_workers=2", "--no_use_public_ips"),
+    ]
+    assert "left out --launched_by" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="stray stands behind no option"):
+        launcher.make_command(["--num_workers=2", "stray"])
+
+
+# --- The document ----------------------------------------------------------------------------
+
+DOCUMENT = (ROOT / "docs" / "dataflow.md").read_text(encoding="utf-8")
+
+
+def commands_of(program: str) -> list[list[str]]:
+    """Every command of a program in the document's blocks, in words."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith(f"{program} ")]
+
+
+def test_the_document_s_commands_have_options_that_there_are() -> None:
+    commands: Any = typer.main.get_command(cli.app)
+    found = commands_of("earmark")
+    assert [words[0] for words in found] == ["plan", "label", "verify"]
+    for words in found:
+        (name, *own), beam_options = cli.split_beam_options(words)
+        known = {text for parameter in commands.commands[name].params for text in parameter.opts}
+        assert {word for word in own if word.startswith("--")} <= known
+        pipeline_options(RunConfig(), beam_options)  # refuses what Beam does not know
+
+
+def test_the_document_s_command_for_label_would_be_submitted(config: RunConfig) -> None:
+    (words,) = [words for words in commands_of("earmark") if words[0] == "label"]
+    names = {"PROJECT": "proj-1", "REGION": "us-central1", "BUCKET": "mybucket", "IMAGE": IMAGE,
+             "WORKER": "w@proj-1.iam.gserviceaccount.com", "MODEL": "a/b"}  # fmt: skip
+    words = [re.sub(r"\$(\w+)", lambda found: names[found[1]], word) for word in words]
+    own, beam_options = cli.split_beam_options(words)
+    named = own[own.index("--config") + 1]
+    run_config = load_config(named)
+    check_runner(pipeline_options(run_config, beam_options), run_config.inference.device)
+
+
+def test_the_document_names_files_and_parameters_that_there_are() -> None:
+    for path in re.findall(r"(?<![\w/])((?:deploy|configs|tests|docs)/[\w./]+\w)", DOCUMENT):
+        assert (ROOT / path).exists(), path
+    (run,) = [
+        words
+        for words in commands_of("gcloud")
+        if words[:3] == ["dataflow", "flex-template", "run"]
+    ]
+    given = [word.removeprefix("--parameters=") for word in run if word.startswith("--parameters=")]
+    names = {pair.partition("=")[0] for text in given for pair in text.split(",")}
+    assert names == {name for name, found in PARAMETERS.items() if not found.get("isOptional")}
+    assert set(re.findall(r"_([A-Z]+)=", DOCUMENT)) == {"IMAGE", "MODEL", "TORCH"}
+
+
+def test_the_document_s_costs_follow_from_its_prices() -> None:
+    rows = re.findall(r"^\| ([a-z]\d-[\w-]+), \w+ \| (.*) \|$", DOCUMENT, re.MULTILINE)
+    assert len(rows) == 3
+    for _, text in rows:
+        cpus, memory, disk, gpu, price, speed, cost = map(float, text.split(" | "))
+        hourly = cpus * 0.056 + memory * 0.003557 + disk * 0.000298 + gpu
+        assert price == round(hourly, 2)
+        assert cost == round(1000 * hourly / speed, 2)
+    assert round(10_000 / (4 * 2370), 2) == 1.05
+    assert round(4 * 1.26 * 1.30, 1) == 6.6

@@ -1,0 +1,174 @@
+"""The main job on 320 real recordings: every way in gives the same labels, and they are right."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import soxr
+import torch
+import transformers
+
+from pipeline.config.label import RunConfig
+from pipeline.labelling.run import run_label
+from pipeline.result.verify import run_verify
+from tests.support.model_factory import write_transformers_model
+
+CLIPS_PER_SHARD = 80
+
+
+@pytest.fixture(scope="module")
+def transformers_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that transformers itself wrote, random in every parameter."""
+    return write_transformers_model(tmp_path_factory.mktemp("transformers-model"))
+
+
+def label(model: Path, inputs: list[Path], output: Path) -> dict[str, dict[str, Any]]:
+    """Run the main job; rows of ``clips`` by file name."""
+    config = RunConfig.model_validate(
+        {
+            "inputs": [str(path) for path in inputs],
+            "output": str(output),
+            "quiet": True,
+            "model": {"name": str(model)},
+            "labels": {"scores": True},
+            "inference": {"precision": "fp32", "device": "cpu"},
+        }
+    )
+    assert run_label(config, []) == 0
+    assert run_verify(str(output), quiet=True) == 0
+    rows = [row for path in (output / "clips").iterdir() for row in pq.read_table(path).to_pylist()]
+    return {file_name(row): row for row in rows}
+
+
+def file_name(row: dict[str, Any]) -> str:
+    """The recording's own name, wherever this way in keeps it."""
+    if row["row"] is not None:
+        return str(json.loads(row["metadata"])["name"])
+    return Path(row["member"] or row["uri"]).name
+
+
+@pytest.fixture(scope="module")
+def from_files(
+    esc10: list[Path], transformers_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Labels of the recordings as loose files: what the other ways in are held to."""
+    output = tmp_path_factory.mktemp("files") / "out"
+    return label(transformers_model, [esc10[0].parent], output)
+
+
+@pytest.fixture(scope="module")
+def classes(esc10: list[Path]) -> dict[str, str]:
+    with open(esc10[0].parent.parent / "esc10.csv", newline="") as file:
+        return {row["filename"]: row["label"] for row in csv.DictReader(file)}
+
+
+def assert_same_labels(
+    actual: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]
+) -> None:
+    assert actual.keys() == expected.keys()
+    names = sorted(expected)
+    for column, tolerance in (("scores", 1e-5), ("embedding", 1e-4)):
+        np.testing.assert_allclose(
+            [actual[name][column] for name in names],
+            [expected[name][column] for name in names],
+            atol=tolerance,
+        )
+    for name in names:
+        assert actual[name]["content_sha256"] == expected[name]["content_sha256"]
+        assert actual[name]["num_windows"] == expected[name]["num_windows"] == 1
+
+
+def test_scores_are_those_of_transformers(
+    from_files: dict[str, dict[str, Any]], esc10: list[Path], transformers_model: Path
+) -> None:
+    model = transformers.ASTForAudioClassification.from_pretrained(transformers_model).eval()
+    extractor = transformers.ASTFeatureExtractor.from_pretrained(transformers_model)
+    assert len(from_files) == 320
+    for start in range(0, len(esc10), 32):
+        paths = esc10[start : start + 32]
+        clips = [soundfile.read(path, dtype="float32", always_2d=True) for path in paths]
+        mono = [soxr.resample(samples.mean(axis=1), rate_hz, 16_000) for samples, rate_hz in clips]
+        inputs = extractor(mono, sampling_rate=16_000, return_tensors="pt")
+        with torch.inference_mode():
+            expected = model(**inputs).logits.sigmoid().numpy()
+        actual = np.array([from_files[path.name]["scores"] for path in paths])
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_every_recording_says_what_it_is(from_files: dict[str, dict[str, Any]]) -> None:
+    for row in from_files.values():
+        info = soundfile.info(row["uri"])
+        assert (row["sample_rate_hz"], row["channels"]) == (info.samplerate, info.channels)
+        assert row["duration_s"] == pytest.approx(info.duration, abs=1e-6)
+        assert row["warning"] is None
+        assert -120 < row["rms_dbfs"] < row["peak_dbfs"] <= 1
+
+
+def test_tars_give_the_same_labels(
+    from_files: dict[str, dict[str, Any]],
+    esc10: list[Path],
+    classes: dict[str, str],
+    transformers_model: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "tars").mkdir()
+    for start in range(0, len(esc10), CLIPS_PER_SHARD):
+        suffix = "tar.gz" if start == 0 else "tar"
+        with tarfile.open(tmp_path / "tars" / f"{start:04}.{suffix}", f"w:{suffix[4:]}") as shard:
+            for path in esc10[start : start + CLIPS_PER_SHARD]:
+                shard.add(path, path.name)
+                text = json.dumps({"label": classes[path.name]}).encode()
+                info = tarfile.TarInfo(f"{path.stem}.json")
+                info.size = len(text)
+                shard.addfile(info, io.BytesIO(text))
+    rows = label(transformers_model, [tmp_path / "tars"], tmp_path / "out")
+    assert_same_labels(rows, from_files)
+    assert {name: row["truth"] for name, row in rows.items()} == {
+        path.name: [classes[path.name]] for path in esc10
+    }
+
+
+def test_parquet_shards_give_the_same_labels(
+    from_files: dict[str, dict[str, Any]],
+    esc10: list[Path],
+    transformers_model: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "shards").mkdir()
+    for start in range(0, len(esc10), CLIPS_PER_SHARD):
+        paths = esc10[start : start + CLIPS_PER_SHARD]
+        audio = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+        table = pa.table({"audio": audio, "name": [path.name for path in paths]})
+        pq.write_table(table, tmp_path / "shards" / f"{start:04}.parquet", row_group_size=30)
+    rows = label(transformers_model, [tmp_path / "shards"], tmp_path / "out")
+    assert_same_labels(rows, from_files)
+
+
+def test_a_manifest_gives_the_same_labels_and_the_truth(
+    from_files: dict[str, dict[str, Any]],
+    esc10: list[Path],
+    classes: dict[str, str],
+    transformers_model: Path,
+    tmp_path: Path,
+) -> None:
+    manifest = tmp_path / "manifest.csv"
+    with manifest.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["uri", "labels", "fold"])
+        for path in esc10:
+            writer.writerow([path, classes[path.name], path.name[0]])
+    rows = label(transformers_model, [manifest], tmp_path / "out")
+    assert_same_labels(rows, from_files)
+    for name, row in rows.items():
+        assert row["truth"] == [classes[name]]
+        assert json.loads(row["metadata"]) == {"fold": name[0]}

@@ -1,0 +1,264 @@
+"""What holds for the project as a whole: who imports whom, what the README shows."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+MODULES = sorted([*(ROOT / "transforms").glob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
+STEPS = [path for path in MODULES if path.parent.name == "transforms"]
+
+# What each step may import of the others. Everyone may import errors and records; label_audio
+# joins the steps and may import all of them.
+EVERYONE = {"errors", "records"}
+MAY_IMPORT: dict[str, set[str]] = {
+    # Names that people import from the package itself, loaded when they are asked for.
+    "__init__": {"decode_worker", "fbank", "label_audio", "spectrogram_transformer"},
+    "errors": set(),
+    "records": set(),
+    "scratch": set(),
+    "retries": set(),
+    "web_pages": set(),
+    "storage": {"retries", "scratch", "web_pages"},
+    "labels": set(),
+    # What there is to read: names, a file per kind of container, the inputs, the units cut from
+    # them; sources joins them.
+    "clip_ids": {"storage"},
+    "spooling": {"storage", "scratch", "clip_ids"},
+    "kept_files": {"storage", "scratch", "spooling"},
+    "tar_headers": {"storage", "clip_ids", "spooling"},
+    "tar_source": {"storage", "clip_ids", "spooling", "tar_headers"},
+    "parquet_pages": set(),
+    "parquet_source": {"storage", "clip_ids", "spooling", "parquet_pages", "tar_source"},
+    "manifests": {"storage", "clip_ids", "spooling", "parquet_source"},
+    "inputs": {"storage", "clip_ids", "spooling", "parquet_source", "manifests"},
+    "units": {"storage", "clip_ids", "spooling", "tar_source", "inputs"},
+    "sources": {
+        *("storage", "clip_ids", "spooling", "kept_files"),
+        *("tar_source", "parquet_source", "inputs", "units"),
+    },
+    # Decoding from the inside out: which library reads a file, the libraries, the process that
+    # runs them, its parent's side, the pool of such processes.
+    "audio_routes": set(),
+    "audio_readers": {"audio_routes"},
+    "decode_worker": {"audio_readers", "stage_clocks"},
+    "decode_process": {"decode_worker", "stage_clocks"},
+    "decode": {"decode_process", "decode_worker", "stage_clocks"},
+    "windows": set(),
+    "live_counts": set(),
+    "stage_clocks": set(),
+    "fbank_settings": set(),
+    "feature_statistics": {"fbank", "live_counts"},
+    # from_pretrained asks checkpoints where a folder or hub id lies, inside the method.
+    "fbank": {"devices", "checkpoints", "fbank_settings", "stage_clocks"},
+    "spectrogram_transformer": {"checkpoints"},
+    # A checkpoint: which there are, which ship with Earmark, what its tensors are called, where its
+    # files lie, whether its weights are sound, what an original file says; checkpoints joins them.
+    "public_checkpoints": set(),
+    "bundled": {"public_checkpoints"},
+    "tensor_names": {"spectrogram_transformer"},
+    "model_files": {"storage", "scratch", "bundled"},
+    "model_weights": {"spectrogram_transformer", "tensor_names", "model_files"},
+    "original_checkpoints": {
+        *("storage", "labels", "spectrogram_transformer"),
+        *("public_checkpoints", "tensor_names", "model_files", "model_weights"),
+    },
+    "checkpoints": {
+        *("storage", "labels", "spectrogram_transformer", "original_checkpoints"),
+        *("public_checkpoints", "tensor_names", "model_files", "model_weights"),
+    },
+    # An AST that starts from a transformer for images; for training alone.
+    "image_checkpoints": {
+        *("checkpoints", "spectrogram_transformer"),
+        *("tensor_names", "model_files", "model_weights"),
+    },
+    # What runs the model: the interface and torch, OpenVINO, all engines; what is kept from run to
+    # run, how far from float32 it is; inference joins them.
+    "caches": set(),
+    "devices": {"caches"},
+    "backbones": {"spectrogram_transformer", "devices", "stage_clocks"},
+    "openvino_engine": {
+        *("backbones", "caches", "checkpoints", "devices", "spectrogram_transformer"),
+    },
+    "engines": {"backbones", "openvino_engine", "checkpoints", "spectrogram_transformer"},
+    "precision_check": {"backbones", "caches", "devices"},
+    "inference": {
+        *("checkpoints", "spectrogram_transformer", "devices", "backbones", "engines"),
+        *("precision_check", "stage_clocks"),
+    },
+    "rows": {"labels"},
+    "ledger": {"storage", "stage_clocks"},
+    "commit": {"storage", "rows", "ledger", "live_counts", "stage_clocks"},
+    # A very long file: cut into parts that are units of their own, and joined from them.
+    "header_probe": {"storage", "decode", "decode_process", "decode_worker"},
+    "long_files": {"storage", "units", "decode", "header_probe", "windows", "ledger"},
+    "join_parts": {
+        *("storage", "decode_worker", "windows", "rows", "ledger", "commit", "live_counts"),
+    },
+    "label_audio": {path.stem for path in STEPS},
+    # LabelAudio for Beam YAML.
+    "yaml_provider": {"label_audio", "checkpoints", "backbones", "rows"},
+}
+
+# The only modules that may import a library: one door each.
+DOORS = {
+    "torchaudio": {"transforms/features/fbank.py"},
+    "fsspec": {"transforms/storage/filesystem.py"},
+    "openvino": set(),  # imported by name where it is used: it may not be installed
+    "nncf": set(),
+    "gcsfs": set(),
+}
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, str, bool]]:
+    """Each import of a file: module, name in it (or ""), and whether it is done at import time."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    at_top = {id(node) for node in ast.walk(tree)}
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            at_top -= {id(node) for node in ast.walk(function)}
+        if isinstance(function, ast.If) and ast.unparse(function.test) == "TYPE_CHECKING":
+            at_top -= {id(node) for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, "", id(node) in at_top
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import, line {node.lineno}"
+            for alias in node.names:
+                yield node.module or "", alias.name, id(node) in at_top
+
+
+def siblings_of(path: Path) -> set[str]:
+    """The modules of ``transforms`` that a file imports."""
+    stems = {step.stem for step in STEPS}
+    found = set()
+    for module, name, _ in imports_of(path):
+        if module == "transforms":
+            found.add(name)
+        elif module.startswith("transforms."):
+            found.add(module.split(".")[1])
+    return found & stems
+
+
+def test_every_step_has_its_place_in_the_table() -> None:
+    assert {path.stem for path in STEPS} - set(MAY_IMPORT) == set()
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
+def test_steps_import_only_what_lies_before_them(path: Path) -> None:
+    allowed = MAY_IMPORT[path.stem] | EVERYONE
+    assert siblings_of(path) - allowed - {path.stem} == set()
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
+def test_transforms_never_import_the_pipeline(path: Path) -> None:
+    assert [m for m, _, _ in imports_of(path) if m.split(".")[0] == "pipeline"] == []
+
+
+def test_the_package_gives_its_names_and_loads_nothing_before() -> None:
+    code = """
+import sys, transforms
+names = sorted(transforms._HOMES)
+assert set(names) <= set(dir(transforms))
+assert not [name for name in sys.modules if name.startswith(("transforms.", "torch", "apache"))]
+print([getattr(transforms, name).__name__ for name in names] == names)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_library_has_one_door(library: str) -> None:
+    importers = {
+        str(path.relative_to(ROOT))
+        for path in MODULES
+        if any(module.split(".")[0] == library for module, _, _ in imports_of(path))
+    }
+    assert importers <= DOORS[library]
+
+
+@pytest.mark.parametrize(
+    ("module", "libraries"),
+    [
+        ("pipeline/cli/main.py", {"torch", "apache_beam", "pyarrow", "numpy", "rich"}),
+        ("pipeline/config/label.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("pipeline/config/train.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("pipeline/training/data/packed_clips.py", {"torch", "apache_beam", "pyarrow"}),
+        ("pipeline/training/data/batches.py", {"apache_beam", "pyarrow"}),
+        ("pipeline/training/data/augmentation.py", {"apache_beam", "pyarrow"}),
+        ("pipeline/terminal/progress.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("transforms/records.py", {"torch", "apache_beam", "pyarrow"}),
+        ("transforms/storage/filesystem.py", {"torch", "apache_beam", "pyarrow"}),
+        ("transforms/process/stage_times.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("transforms/models/labels.py", {"torch", "apache_beam"}),
+        ("transforms/models/ast/public.py", {"torch", "apache_beam"}),
+        ("transforms/models/ast/bundled.py", {"torch", "apache_beam"}),
+        ("transforms/models/ast/files.py", {"torch", "apache_beam"}),
+        ("transforms/features/fbank_settings.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
+        ("transforms/decoding/pool.py", {"torch"}),
+        ("transforms/decoding/decode.py", {"torch", "apache_beam"}),
+        ("transforms/decoding/readers.py", {"torch", "apache_beam", "av"}),
+    ],
+)
+def test_light_modules_import_nothing_heavy(module: str, libraries: set[str]) -> None:
+    path = ROOT / module
+    at_top = {name.split(".")[0] for name, _, is_at_top in imports_of(path) if is_at_top}
+    assert at_top & libraries == set()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_code_checks_without_assert(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert lines == [], "python -O removes assert: raise an error with words"
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_shows_how_to_start_and_how_to_test() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(code_blocks(text)) >= 2
+    behind_marker = text.partition("<!-- test-command -->")[2]
+    assert "pytest" in code_blocks(behind_marker)[0]
+
+
+def test_ci_runs_the_readme_s_own_commands() -> None:
+    """The shell's way to find them finds what a reader sees."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    function = re.search(r"^test_commands\(\) \{.*?^\}", script, flags=re.MULTILINE | re.DOTALL)
+    assert function is not None
+    found = subprocess.run(
+        ["bash", "-c", f"{function.group()}\ntest_commands"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert found == code_blocks(text.partition("<!-- test-command -->")[2])[0]
+
+
+def test_ci_is_valid_bash_and_executable() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {line.split()[1] for line in told.stdout.splitlines()} == targets

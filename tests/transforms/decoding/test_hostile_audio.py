@@ -1,0 +1,451 @@
+"""Hostile audio: every file ends as audio, as audio with a warning, or as an error with its cause.
+
+No file may crash or hang a decoder, or take more than the bounds of the config. The mutations are
+those of ``benchmarks/reliability/fuzz_audio.py``, which runs them by the ten thousand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.reliability.fuzz_audio import (
+    LOST,
+    MUTATIONS,
+    Corpus,
+    TimedPool,
+    decode_batch,
+)
+from pipeline.config import label as config_module
+from pipeline.config.label import RunConfig
+from pipeline.labelling.run import run_label
+from pipeline.result.verify import run_verify
+from tests.support import audio_factory
+from transforms.decoding import pool as decode_module
+from transforms.decoding.decode import DecodeLimits, data_bytes, decode, decode_whole
+from transforms.decoding.pool import DecodePool, DecodeSettings
+from transforms.errors import DecodeError
+from transforms.records import EncodedClip, Item, ItemFailure, Waveform
+
+RATE = 16_000
+NUM_FORMATS = len(audio_factory.FORMATS)
+
+
+def clip(name: str, data: bytes) -> EncodedClip:
+    return EncodedClip(Item(name, name), data=data)
+
+
+def sound(
+    format: str = "wav", rate: int = RATE, duration_s: float = 1.0, channels: int = 1
+) -> bytes:
+    samples = np.repeat(audio_factory.tone(duration_s, rate), channels, axis=1)
+    return audio_factory.encode(samples, rate, format)
+
+
+def put(data: bytes, at: int, code: str, *values: int) -> bytes:
+    """The bytes with numbers written over them."""
+    changed = bytearray(data)
+    struct.pack_into(code, changed, at, *values)
+    return bytes(changed)
+
+
+# Mutated files of every format
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("recordings")
+    for index in range(3):
+        samples = audio_factory.noise(4.0, 44_100, seed=index)
+        audio_factory.write(folder / f"{index}.ogg", samples, 44_100, "ogg")
+    return Corpus(folder)
+
+
+def check(corpus: Corpus, numbers: range, folder: Path) -> None:
+    """Every file has its one end, none costs its decoder, and errors say something."""
+    outcomes = set()
+    with TimedPool(DecodeSettings(num_processes=2, max_item_s=600.0)) as pool:
+        mutants = [corpus.mutant(index) for index in numbers]
+        for mutant, end in zip(mutants, decode_batch(pool, mutants, folder), strict=True):
+            what = f"{mutant.index} ({mutant.format}, {mutant.mutation}): {end}"
+            assert end.error_type not in LOST, what
+            assert end.outcome == "whole" or end.words, what
+            if mutant.mutation == "untouched":
+                assert end.outcome == "whole", what
+            outcomes.add(end.outcome)
+    assert outcomes == {"whole", "part", "error"}
+    assert list(folder.iterdir()) == []
+
+
+def test_every_mutation_of_every_format_comes_to_one_end(corpus: Corpus, tmp_path: Path) -> None:
+    check(corpus, range(NUM_FORMATS * len(MUTATIONS)), tmp_path)
+
+
+@pytest.mark.slow
+def test_thousands_of_mutations_come_to_one_end(esc10: list[Path], tmp_path: Path) -> None:
+    check(Corpus(esc10[0].parent, seed=1), range(4000), tmp_path)
+
+
+def test_a_mutant_is_the_same_every_time(corpus: Corpus) -> None:
+    assert [corpus.mutant(n) for n in (5, 777)] == [corpus.mutant(n) for n in (5, 777)]
+    assert corpus.mutant(NUM_FORMATS + 3) != corpus.mutant(NUM_FORMATS + 4)
+
+
+# Headers that lie
+
+
+def flac_with(num_frames: int) -> bytes:
+    data = sound("flac")
+    facts = int.from_bytes(data[18:26], "big")  # rate, channels, bits, and 36 bits of frames
+    return data[:18] + (facts >> 36 << 36 | num_frames).to_bytes(8, "big") + data[26:]
+
+
+def rf64_with(num_frames: int) -> bytes:
+    data = sound("rf64")
+    return put(data, data.find(b"ds64") + 16, "<QQ", 2 * num_frames, num_frames)
+
+
+def aiff_with(num_frames: int) -> bytes:
+    data = sound("aiff")
+    return put(data, data.find(b"COMM") + 10, ">I", num_frames)
+
+
+@pytest.mark.parametrize("make", [flac_with, rf64_with, aiff_with])
+def test_two_billion_frames_that_are_not_there_are_a_warning(make: Callable[[int], bytes]) -> None:
+    samples, facts = decode_whole(make(1 << 31))
+    assert len(samples) == RATE
+    assert facts.warning == "decoded 1.0 of 134217.7 s"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda: put(sound("wav"), 24, "<I", 0), "FFmpeg: Invalid sample rate: 0"),
+        (lambda: put(sound("au"), 16, ">I", 0), "libsndfile: .*; FFmpeg: Invalid data"),
+        # libsndfile would take it for 1 Hz, and a second for hours.
+        (
+            lambda: put(sound("aiff"), sound("aiff").find(b"COMM") + 16, ">HQ", 0, 0),
+            "the sample rate is 0 Hz; must be at least 1",
+        ),
+    ],
+)
+def test_a_rate_of_0_hz_is_an_error(data: Callable[[], bytes], words: str) -> None:
+    with pytest.raises(DecodeError, match=words):
+        decode_whole(data())
+
+
+@pytest.mark.parametrize("name", ["wav", "wav_float", "aiff", "caf", "w64", "wavpack"])
+def test_768_khz_is_a_rate_like_any_other(name: str) -> None:
+    samples, facts = decode_whole(sound(name, 768_000))
+    assert (facts.sample_rate_hz, facts.duration_s, facts.warning) == (768_000, 1.0, None)
+    np.testing.assert_allclose(samples[100:-100], audio_factory.tone(1.0)[100:-100, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wav", "wav_float", "aiff", "caf", "au"])
+def test_64_channels_are_averaged(name: str) -> None:
+    samples, facts = decode_whole(sound(name, channels=64))
+    assert (facts.channels, facts.warning) == (64, None)
+    np.testing.assert_allclose(samples, audio_factory.tone(1.0)[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("num_channels", [0, 64, 1024, 65_535])
+def test_channels_that_are_not_there_are_an_error(num_channels: int) -> None:
+    with pytest.raises(DecodeError, match="at least 25 ms are needed"):
+        decode_whole(put(sound("wav"), 22, "<H", num_channels))
+
+
+@pytest.mark.parametrize(
+    ("size", "duration_s", "warning"),
+    [
+        (0, 1.0, "the header says that there is no audio; read to the end"),
+        (
+            16_000,
+            0.5,
+            "16000 bytes follow the 16000 bytes of audio that the header tells of",
+        ),
+        (0x70000000, 1.0, "decoded 1.0 of 58720.3 s"),
+        (0xFFFFFFFF, 1.0, None),
+    ],
+)
+def test_a_wav_whose_size_lies_is_read_as_far_as_it_goes(
+    size: int, duration_s: float, warning: str | None
+) -> None:
+    facts = decode_whole(put(sound("wav"), 40, "<I", size))[1]
+    assert (facts.duration_s, facts.warning) == (duration_s, warning)
+
+
+@pytest.mark.parametrize("more", [b"LIST\4\0\0\0abcd", b"TAG" + bytes(125), bytes(1000), b"x"])
+def test_what_may_follow_the_audio_of_a_wav_is_no_damage(more: bytes) -> None:
+    assert decode_whole(sound("wav") + more)[1].warning is None
+
+
+@pytest.mark.parametrize("name", ["mkv", "mkv_video", "webm", "mp4_video", "m4a", "opus"])
+def test_a_cut_that_the_length_does_not_show_is_a_warning(name: str) -> None:
+    data = sound(name, 48_000, 3.0)
+    assert decode_whole(data)[1].warning is None
+    facts = decode_whole(data[:-20])[1]
+    assert "cut short" in str(facts.warning)
+
+
+def test_a_large_number_in_a_small_file_is_a_size_not_unknown() -> None:
+    data = sound("w64")
+    warning = decode_whole(put(data, 16, "<Q", 1 << 40))[1].warning
+    assert f"the file is cut short: {len(data)} of {1 << 40} bytes" in str(warning)
+
+
+def test_damage_that_leaves_nothing_is_told_in_ffmpegs_words() -> None:
+    data = bytearray(sound("opus", 48_000, 0.5))
+    data[-50] ^= 1  # the one page that holds audio
+    with pytest.raises(DecodeError, match="FFmpeg: CRC mismatch!"):
+        decode_whole(bytes(data))
+
+
+# Bounds
+
+
+def failed(settings: DecodeSettings, *clips: EncodedClip, **options: Any) -> list[Any]:
+    """Each clip's end: ``(error_type, message)``, or its duration."""
+    ends: list[Any] = []
+    with DecodePool(settings, **options) as pool:
+        for result in pool.stream("u", clips):
+            if isinstance(result, ItemFailure):
+                assert result.failure.stage == "decode"
+                ends.append((result.failure.error_type, result.failure.message))
+            elif result.facts is not None:
+                ends.append(result.facts.duration_s)
+    return ends
+
+
+def test_an_item_with_too_many_bytes_is_an_error(tmp_path: Path) -> None:
+    data = sound("wav")
+    path = tmp_path / "large.wav"
+    path.write_bytes(data)
+    ends = failed(
+        DecodeSettings(num_processes=1, max_item_bytes=len(data) - 1),
+        clip("a", data),
+        EncodedClip(Item("b", "b"), path=str(path), delete_path=True),
+        clip("c", sound("wav", duration_s=0.5)),
+    )
+    expected = (
+        "ItemTooLarge",
+        "the item has 32044 bytes; at most 32043 are allowed; to allow more, raise "
+        "decode.max_item_bytes",
+    )
+    assert ends == [expected, expected, 0.5]
+    assert not path.exists()
+
+
+def test_an_item_that_is_too_long_is_an_error_and_not_cut() -> None:
+    settings = DecodeSettings(num_processes=1, max_item_s=5.0, piece_samples=RATE)
+    ends = failed(
+        settings,
+        clip("a", sound(duration_s=5.0)),
+        clip("b", sound(duration_s=7.0)),
+        clip("c", sound()),
+    )
+    assert ends == [
+        5.0,
+        (
+            "ItemTooLong",
+            "the item goes on after 6.0 s of audio; at most 5 s are allowed; to allow more, raise "
+            "decode.max_item_s, or label it in segments",
+        ),
+        1.0,
+    ]
+
+
+def test_a_segment_of_a_long_file_is_as_long_as_the_segment() -> None:
+    limits = DecodeLimits(max_item_s=2.0)
+    pieces = list(decode(sound(duration_s=9.0), start_s=4.0, end_s=5.5, limits=limits))
+    assert pieces[-1].facts.duration_s == 1.5
+
+
+def test_an_item_that_takes_too_much_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = iter(np.arange(0.0, 1e4, 0.5))
+    monkeypatch.setattr(time, "process_time", lambda: float(next(clock_s)))
+    limits = DecodeLimits(max_decode_ratio=0.25, min_decode_s=2.0)
+    with pytest.raises(DecodeError) as error:
+        list(decode(sound(duration_s=60.0), limits=limits))
+    assert error.value.error_type == "DecodingTooSlow"
+    assert str(error.value) == (
+        "decoding took 2.5 s for 4.0 s of audio; at most 0.25 s per second are allowed (and 2 s "
+        "for any item); to allow more, raise decode.max_decode_ratio"
+    )
+
+
+def test_time_is_looked_at_where_every_packet_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is decoded, so that no block of samples would ever stop it."""
+    clock_s = iter(np.arange(0.0, 1e6, 0.5))
+    monkeypatch.setattr(time, "process_time", lambda: float(next(clock_s)))
+    hostile = put(sound("wav", duration_s=4.0), 22, "<H", 0)  # no channels
+    with pytest.raises(DecodeError, match=r"decoding took 10\.5 s for 0\.0 s of audio"):
+        list(decode(hostile, limits=DecodeLimits(max_decode_ratio=1.0, min_decode_s=10.0)))
+
+
+def test_the_whole_day_of_a_slow_consumer_is_not_the_items_time() -> None:
+    settings = DecodeSettings(num_processes=1, piece_samples=RATE, stall_timeout_s=1.0)
+    with DecodePool(settings) as pool:
+        stream = pool.stream("u", [clip("a", sound(duration_s=12.0))])
+        next(stream)
+        time.sleep(1.5)
+        rest = list(stream)
+    assert isinstance(rest[-1], Waveform) and rest[-1].facts is not None
+    assert (rest[-1].facts.duration_s, rest[-1].facts.warning) == (12.0, None)
+
+
+HOSTILE_WORKER = """
+import ctypes, os, signal, sys
+from transforms.decoding import decode as decode_worker
+
+held = []
+
+def decode(source, **options):
+    mark = bytes(source[-8:]) if isinstance(source, bytes) else b""
+    for index, piece in enumerate(decode_worker.decode(source, **options)):
+        if mark == b"SEGFAULT":
+            ctypes.string_at(0)
+        if mark == b"NATIVE_S":
+            ctypes.PyDLL(None).sleep(1000)  # in C, and no other Python thread can run
+        if mark == b"SIGSTOP_":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if mark == b"LEAKS___":
+            held.append(bytes(200 << 20))
+        if mark == b"GREEDY__" and index == 2:
+            held.append(bytes(1 << 30))
+        yield piece
+
+decode_worker.serve(sys.argv[1:], decode)
+"""
+
+
+@pytest.fixture
+def hostile_worker(tmp_path: Path) -> list[str]:
+    path = tmp_path / "hostile_worker.py"
+    path.write_text(HOSTILE_WORKER)
+    return [sys.executable, str(path)]
+
+
+@pytest.mark.parametrize(
+    ("mark", "error_type", "words"),
+    [
+        (b"SEGFAULT", "DecoderCrashed", "the decoder was killed by SIGSEGV"),
+        (b"NATIVE_S", "DecoderHung", "the decoder gave no sign of life for 1.5 s and was killed"),
+        (b"SIGSTOP_", "DecoderHung", "the decoder gave no sign of life for 1.5 s and was killed"),
+    ],
+)
+def test_a_library_that_takes_its_process_along_costs_its_clip(
+    mark: bytes, error_type: str, words: str, hostile_worker: list[str]
+) -> None:
+    settings = DecodeSettings(num_processes=1, stall_timeout_s=1.5)
+    clips = [clip("a", sound()), clip("b", sound() + mark), clip("c", sound(duration_s=0.5))]
+    ends = failed(settings, *clips, worker_command=hostile_worker)
+    assert ends == [1.0, (error_type, words), 0.5]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings only on Linux")
+def test_a_decoder_that_needs_too_much_memory_costs_its_clip(hostile_worker: list[str]) -> None:
+    """Even after some of it was decoded; and the next clip gets a fresh decoder."""
+    settings = DecodeSettings(num_processes=1, max_decoder_bytes=256 << 20, piece_samples=RATE)
+    greedy = clip("b", sound(duration_s=9.0) + b"GREEDY__")
+    ends = failed(
+        settings, clip("a", sound()), greedy, clip("c", sound()), worker_command=hostile_worker
+    )
+    assert (ends[0], ends[2]) == (1.0, 1.0)
+    assert ends[1] == (
+        "DecoderOutOfMemory",
+        "the decoder needs too much memory (out of memory); at most 268435456 bytes are allowed; "
+        "to allow more, raise decode.max_decoder_bytes",
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings only on Linux")
+def test_a_decoder_that_leaks_is_replaced_before_it_costs_a_clip(hostile_worker: list[str]) -> None:
+    settings = DecodeSettings(num_processes=1, max_decoder_bytes=512 << 20)
+    clips = [clip(str(index), sound() + b"LEAKS___") for index in range(6)]
+    assert failed(settings, *clips, worker_command=hostile_worker) == [1.0] * 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings only on Linux")
+def test_a_header_that_makes_ffmpeg_ask_for_gigabytes_is_told_as_that() -> None:
+    data = sound("mov", 44_100)
+    at = data.find(b"stsz") + 8  # a size of its own for each of so many samples
+    hostile = put(data, at, ">II", 0, 0x0FFFFFFF)
+    ends = failed(DecodeSettings(num_processes=1), clip("a", hostile), clip("b", sound()))
+    assert ends[1] == 1.0
+    assert isinstance(ends[0], tuple), ends
+
+
+def test_memory_of_a_process_is_known_on_linux_only() -> None:
+    assert data_bytes("no such process") == 0
+    assert (data_bytes("self") > 1 << 20) == (sys.platform == "linux")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_item_bytes", 0),
+        ("max_decoder_bytes", (256 << 20) - 1),
+        ("max_item_s", 0.0),
+        ("max_decode_ratio", math.nan),
+    ],
+)
+def test_bounds_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        DecodeSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_the_config_and_the_step_agree_on_the_bounds() -> None:
+    section, settings = RunConfig().decode.model_dump(), DecodeSettings()
+    bounds = [name for name in section if name.startswith("max_")]
+    assert bounds == ["max_item_bytes", "max_item_s", "max_decode_ratio", "max_decoder_bytes"]
+    assert {name: section[name] for name in bounds} == {n: getattr(settings, n) for n in bounds}
+    assert config_module.MIN_DECODER_BYTES == decode_module.MIN_DECODER_BYTES
+
+
+# Through the whole pipeline
+
+
+@pytest.fixture
+def rows(tmp_path: Path, tiny_model: Path) -> dict[str, list[dict[str, Any]]]:
+    """What is stored of a good file and of one that passes max_item_s after some windows."""
+    (tmp_path / "in").mkdir()
+    audio_factory.write(tmp_path / "in" / "good.wav", audio_factory.noise(12.0), RATE)
+    audio_factory.write(tmp_path / "in" / "long.wav", audio_factory.noise(65.0), RATE)
+    out = tmp_path / "out"
+    config = RunConfig(
+        inputs=(str(tmp_path / "in"),),
+        output=str(out),
+        quiet=True,
+        max_failed=1.0,
+        model={"name": str(tiny_model)},
+        inference={"precision": "fp32", "device": "cpu", "batch_size": 2},
+        decode={"processes": 1, "max_item_s": 60.0},
+    )
+    assert run_label(config, []) == 0
+    assert json.loads((out / "run.json").read_text())["totals"]["failures"] == 1
+    assert run_verify(str(out), quiet=True) == 0
+    return {
+        part: [r for p in (out / part).glob("*.parquet") for r in pq.read_table(p).to_pylist()]
+        for part in ("windows", "clips", "errors")
+    }
+
+
+def test_an_item_that_fails_after_some_windows_leaves_only_its_error(
+    rows: dict[str, list[dict[str, Any]]],
+) -> None:
+    (error,) = rows["errors"]
+    assert Path(error["uri"]).name == "long.wav"
+    assert (error["stage"], error["error_type"]) == ("decode", "ItemTooLong")
+    assert "decode.max_item_s" in error["message"]
+    assert [Path(row["uri"]).name for row in rows["clips"]] == ["good.wav"]
+    assert {row["clip_id"] for row in rows["windows"]} == {rows["clips"][0]["clip_id"]}

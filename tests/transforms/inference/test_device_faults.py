@@ -1,0 +1,540 @@
+"""Faults of the device and the model, through the whole graph.
+
+Out of memory halves the batch and the run goes on; a window for which the model gives no number
+costs its own clip; what no window can be the cause of ends the run, with words that help.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+
+from pipeline.cli import main as cli
+from pipeline.result.verify import run_verify
+from tests.support.audio_factory import noise, write
+from tests.support.model_factory import write_tiny_model
+from transforms.errors import DeviceError
+from transforms.inference import engine
+from transforms.inference.engine import NOT_FINITE, Engine, SafePredictor
+from transforms.records import FloatArray, Prediction
+
+RATE = 16_000
+WINDOW_S = 10.255
+SETTINGS = (
+    *("--precision", "fp32", "--device", "cpu", "--batch-size", "8"),
+    *("--set", "decode.processes=1"),
+)
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs")
+Rows = dict[tuple[str, int], dict[str, Any]]
+Embed = Callable[[Engine, FloatArray], Any]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight clips of a window, and one of three whose second is digital silence."""
+    folder = tmp_path_factory.mktemp("clips")
+    for index in range(8):
+        write(folder / f"{index}.wav", noise(1.0, seed=index), RATE)
+    three = noise(3 * WINDOW_S, seed=9)
+    length = round(WINDOW_S * RATE)
+    three[length : 2 * length] = 0
+    write(folder / "silent.wav", three, RATE)
+    return folder
+
+
+class Label:
+    """Runs ``earmark label``; batches of eight windows, and all clips in one unit."""
+
+    def __init__(self, model: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.model, self.out, self.capsys = model, out, capsys
+        self.said = ""
+
+    def __call__(self, source: Path, *options: str) -> int:
+        arguments = ["label", str(source), "-o", str(self.out), "-m", str(self.model)]
+        code = cli.main([*arguments, *SETTINGS, *options])
+        self.said = self.capsys.readouterr().err
+        return code
+
+    def rows(self, part: str) -> Rows:
+        return {
+            (Path(row["clip_id"]).name, row.get("window_index", 0)): row
+            for path in (self.out / part).glob("*.parquet")
+            for row in pq.read_table(path).to_pylist()
+        }
+
+
+@pytest.fixture
+def label(
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Label:
+    monkeypatch.setattr(engine, "MEMORY_WAITS_S", (0.0, 0.0))
+    monkeypatch.delenv("EARMARK_DEBUG", raising=False)
+    return Label(tiny_model, tmp_path / "out", capsys)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_folder(
+    tiny_model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert cli.main(["label", str(clips), "-o", str(out), "-m", str(tiny_model), *SETTINGS]) == 0
+    return out
+
+
+@pytest.fixture
+def undisturbed(
+    undisturbed_folder: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> Label:
+    """The result of the same command where nothing goes wrong."""
+    return Label(tiny_model, undisturbed_folder, capsys)
+
+
+def break_engine(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Embed], Embed]) -> None:
+    """Put a fault before the engine's own forward pass."""
+    monkeypatch.setattr(Engine, "_embed", fault(Engine._embed))
+
+
+def out_of_memory_above(most: int, sizes: list[int]) -> Callable[[Embed], Embed]:
+    def fault(embed: Embed) -> Embed:
+        def limited(engine: Engine, features: FloatArray) -> Any:
+            sizes.append(len(features))
+            if len(features) > most:
+                raise OUT_OF_MEMORY
+            return embed(engine, features)
+
+        return limited
+
+    return fault
+
+
+def assert_same_rows(mine: Rows, others: Rows, *, atol: float) -> None:
+    assert mine.keys() == others.keys()
+    for key, row in mine.items():
+        other = others[key]
+        for name in row:
+            if name == "embedding":
+                np.testing.assert_allclose(row[name], other[name], rtol=0, atol=atol)
+            elif name == "labels":
+                scores = [[entry["score"] for entry in one[name]] for one in (row, other)]
+                np.testing.assert_allclose(*scores, rtol=0, atol=atol)
+                indices = [[entry["index"] for entry in one[name]] for one in (row, other)]
+                assert indices[0] == indices[1]
+            elif name != "unit_id":
+                assert row[name] == other[name] or row[name] is other[name], name
+
+
+# --- Memory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [7, 3, 1])
+def test_out_of_memory_halves_the_batch_and_the_rows_are_the_same(
+    label: Label, undisturbed: Label, clips: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    sizes: list[int] = []
+    break_engine(monkeypatch, out_of_memory_above(most, sizes))
+    assert label(clips) == 0
+    fits = {7: 4, 3: 2, 1: 1}[most]
+    # What has once been too much is not tried again.
+    assert [size for size in sizes if size > most] == [8, 4, 2][: {7: 1, 3: 2, 1: 3}[most]]
+    assert set(sizes[-3:]) <= {fits, fits - 1}
+    for part in ("clips", "windows"):
+        assert_same_rows(label.rows(part), undisturbed.rows(part), atol=1e-5)
+    told = [line for line in label.said.splitlines() if "Out of memory" in line]
+    assert told == [
+        "WARNING transforms.inference.engine: Out of memory on torch cpu fp32 with 8 windows a "
+        "batch; "
+        f"going on with {fits}. To begin so: --batch-size {fits}"
+    ]
+    assert run_verify(str(label.out), quiet=True) == 0
+
+
+def test_memory_that_comes_back_for_a_single_window_is_waited_for(
+    label: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter([True] * 5)  # at 8, 4, 2 and 1, and once more at 1
+
+    def fault(embed: Embed) -> Embed:
+        def scarce(engine: Engine, features: FloatArray) -> Any:
+            if next(failures, False):
+                raise OUT_OF_MEMORY
+            return embed(engine, features)
+
+        return scarce
+
+    break_engine(monkeypatch, fault)
+    assert label(clips) == 0
+    assert not label.rows("errors")
+    assert "going on with 1." in label.said
+
+
+def test_no_memory_for_a_single_window_ends_the_run_and_the_next_goes_on(
+    label: Label, undisturbed: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It is no window's fault: a row of errors for each would have to be tried again one by one.
+    calls: list[int] = []
+
+    def fault(embed: Embed) -> Embed:
+        def lost(engine: Engine, features: FloatArray) -> Any:
+            calls.append(len(features))
+            if len(calls) > 2:  # another program takes the memory in the middle of the run
+                raise OUT_OF_MEMORY
+            return embed(engine, features)
+
+        return lost
+
+    with monkeypatch.context() as patched:
+        break_engine(patched, fault)
+        assert label(clips, "--set", "units.windows=2", "--batch-size", "2") == 1
+    assert "torch cpu fp32: out of memory with a single window (CUDA out of memory" in label.said
+    assert "nvidia-smi" in label.said
+    assert "the same command goes on from there" in label.said
+    assert not label.rows("errors")
+    committed = set(label.rows("clips"))
+    assert committed
+    assert label(clips, "--set", "units.windows=2", "--batch-size", "2") == 0
+    assert committed < set(label.rows("clips"))
+    for part in ("clips", "windows"):
+        assert_same_rows(label.rows(part), undisturbed.rows(part), atol=1e-5)
+    assert run_verify(str(label.out), quiet=True) == 0
+
+
+def test_a_model_that_does_not_fit_onto_the_device_ends_the_run(
+    label: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack_memory(*arguments: Any) -> None:
+        raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(Engine, "__init__", lack_memory)
+    assert label(clips) == 1
+    assert "cpu: the model cannot be loaded onto it: CUDA out of memory" in label.said
+    assert not label.rows("errors")
+
+
+# --- NaN -----------------------------------------------------------------------------------
+
+
+def give_nan_for_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that divides by the spread of its input, wherever the features lie."""
+    read = Engine._read
+
+    def unstable(engine: Engine, features: Any, *embeddings: FloatArray) -> Any:
+        silent = [bool(window.std() < 1e-3) for window in features]
+        broken = [values.copy() for values in embeddings]
+        for values in broken:
+            values[silent] = np.nan
+        return read(engine, features, *broken)
+
+    monkeypatch.setattr(Engine, "_read", unstable)
+
+
+def test_a_window_that_makes_the_model_give_nan_costs_its_clip_alone(
+    label: Label, undisturbed: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_nan_for_silence(monkeypatch)
+    assert label(clips, "--max-failed", "0.2") == 0
+    (error,) = label.rows("errors").values()
+    assert error["clip_id"] == str(clips / "silent.wav")
+    assert (error["stage"], error["error_type"]) == ("inference", "InferenceError")
+    assert error["message"] == f"window 1 (10.255 to 20.510 s): {NOT_FINITE}"
+    # Bit for bit: the same batches were computed.
+    for part in ("clips", "windows"):
+        others = {key: row for key, row in undisturbed.rows(part).items() if key[0] != "silent.wav"}
+        assert_same_rows(label.rows(part), others, atol=0)
+    assert run_verify(str(label.out), quiet=True) == 0
+
+
+def test_a_stored_embedding_that_is_not_finite_is_an_error_too(
+    label: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The patches' mean is stored, the scores come from another vector, which may be finite.
+    def fault(embed: Embed) -> Embed:
+        def half_broken(engine: Engine, features: FloatArray) -> Any:
+            pooled, stored = embed(engine, features)
+            stored[features.std(axis=(1, 2)) < 1e-3, 0] = np.inf
+            return pooled, stored
+
+        return half_broken
+
+    break_engine(monkeypatch, fault)
+    options = ["--set", "embedding.pooling=patch_mean", "--max-failed", "0.2"]
+    assert label(clips, *options) == 0
+    assert [row["message"] for row in label.rows("errors").values()] == [
+        f"window 1 (10.255 to 20.510 s): {NOT_FINITE}"
+    ]
+
+
+def float_wav(path: Path, samples: FloatArray) -> Path:
+    content = io.BytesIO()
+    soundfile.write(content, samples, RATE, format="WAV", subtype="FLOAT")
+    path.write_bytes(content.getvalue())
+    return path
+
+
+def with_value(value: float, at_s: float = 1.0, duration_s: float = 2.0) -> FloatArray:
+    samples = noise(duration_s, seed=4)[:, 0]
+    samples[round(at_s * RATE)] = value
+    return samples
+
+
+def test_samples_that_are_no_sound_cost_their_clip_alone(label: Label, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for index in range(3):
+        write(folder / f"{index}.wav", noise(1.0, seed=index), RATE)
+    assert label(folder) == 0
+    before = {part: label.rows(part) for part in ("clips", "windows")}
+    for name, value in (("nan", np.nan), ("inf", np.inf), ("minus", -np.inf), ("huge", 3e38)):
+        float_wav(folder / f"{name}.wav", with_value(value))
+        float_wav(folder / f"{name}-late.wav", with_value(value, at_s=15.0, duration_s=25.0))
+    other = Label(label.model, tmp_path / "again", label.capsys)
+    assert other(folder, "--max-failed", "0.5") == 0
+    errors = {key[0]: row["message"] for key, row in other.rows("errors").items()}
+    overflow = "samples reach 3e+38; must be in [-1, 1]. Beyond ±1e+15 the features overflow."
+    assert errors == {
+        "huge.wav": f"window 0 (0.000 to 2.000 s): {overflow}",
+        "huge-late.wav": f"window 1 (10.255 to 20.510 s): {overflow}",
+    }
+    # What ends in the middle is labelled as far as it goes, and says so.
+    clips, windows = other.rows("clips"), other.rows("windows")
+    for name in ("nan", "inf", "minus", "nan-late", "inf-late", "minus-late"):
+        end_s, num_windows = (15.0, 2) if name.endswith("late") else (1.0, 1)
+        name += ".wav"
+        row = clips.pop((name, 0))
+        assert (row["duration_s"], row["num_windows"]) == (end_s, num_windows)
+        assert f"the sample at {end_s:.3f} s is NaN or infinite" in row["warning"]
+        assert np.isfinite(row["embedding"]).all()
+        for index in range(num_windows):
+            assert np.isfinite(windows.pop((name, index))["embedding"]).all()
+    assert_same_rows(clips, before["clips"], atol=1e-5)
+    assert_same_rows(windows, before["windows"], atol=1e-5)
+    assert run_verify(str(other.out), quiet=True) == 0
+
+
+def test_loud_samples_are_labelled_or_refused_but_never_nan(label: Label, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for exponent in range(0, 39, 3):
+        float_wav(folder / f"1e{exponent:02d}.wav", with_value(10.0**exponent))
+    code = label(folder, "--max-failed", "1")
+    assert code == 0, label.said
+    clips = label.rows("clips")
+    assert len(clips) + len(label.rows("errors")) == 13
+    assert ("1e00.wav", 0) in clips
+    for row in (*clips.values(), *label.rows("windows").values()):
+        assert np.isfinite(row["embedding"]).all()
+        assert np.isfinite([entry["score"] for entry in row["labels"]]).all()
+        assert np.isfinite(row.get("peak_dbfs", 0.0))
+    assert run_verify(str(label.out), quiet=True) == 0
+
+
+# --- A model that does not do what it should -------------------------------------------------
+
+
+def raise_for_silence(embed: Embed) -> Embed:
+    def choosy(engine: Engine, features: FloatArray) -> Any:
+        if (features.std(axis=(1, 2)) < 1e-3).any():
+            raise IndexError("index 7 is out of bounds\nand a page more")
+        return embed(engine, features)
+
+    return choosy
+
+
+def test_a_window_for_which_the_model_raises_costs_its_clip_alone(
+    label: Label, undisturbed: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_engine(monkeypatch, raise_for_silence)
+    assert label(clips, "--max-failed", "0.2") == 0
+    (error,) = label.rows("errors").values()
+    assert error["clip_id"] == str(clips / "silent.wav")
+    assert error["message"] == (
+        "window 1 (10.255 to 20.510 s): IndexError: index 7 is out of bounds"
+    )
+    for part in ("clips", "windows"):
+        others = {key: row for key, row in undisturbed.rows(part).items() if key[0] != "silent.wav"}
+        assert_same_rows(label.rows(part), others, atol=1e-5)
+
+
+def raise_always(embed: Embed) -> Embed:
+    def broken(engine: Engine, features: FloatArray) -> Any:
+        raise RuntimeError("could not create a primitive\nand a page more")
+
+    return broken
+
+
+def narrow(embed: Embed) -> Embed:
+    return lambda engine, features: tuple(vector[:, :-1] for vector in embed(engine, features))
+
+
+def short(embed: Embed) -> Embed:
+    return lambda engine, features: tuple(
+        np.concatenate([vector, vector]) for vector in embed(engine, features)
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (raise_always, "RuntimeError: could not create a primitive. Check the installation"),
+        (narrow, "RuntimeError: the model gave an embedding of shape (1, 31), not (1, 32)"),
+        (short, "RuntimeError: the model gave an embedding of shape (2, 32), not (1, 32)"),
+    ],
+)
+def test_a_model_that_never_works_ends_the_run_at_its_first_batch(
+    label: Label,
+    clips: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[Embed], Embed],
+    words: str,
+) -> None:
+    # An error row for each of a million clips would say less, and take days.
+    with monkeypatch.context() as patched:
+        break_engine(patched, fault)
+        assert label(clips) == 1
+    assert f"torch cpu fp32: the model cannot be run: {words}" in label.said
+    assert "the same command goes on from there" in label.said
+    assert not label.rows("errors")
+    assert not (label.out / "_SUCCESS").exists()
+    assert label(clips) == 0
+    assert len(label.rows("clips")) == 9
+
+
+def test_a_first_window_for_which_the_model_raises_is_not_taken_for_a_model_that_never_works() -> (
+    None
+):
+    calls: list[int] = []
+
+    def predict(features: FloatArray) -> list[Prediction]:
+        calls.append(len(features))
+        if features.max() > 1:
+            raise IndexError("index 7 is out of bounds")
+        return [Prediction(row[0], row[0], "e") for row in features]
+
+    safe = SafePredictor(predict, "torch cpu fp32")
+    bad, good = np.full((1, 2, 2), 9, np.float32), np.ones((1, 2, 2), np.float32)
+    assert [p.error for p in safe(bad)] == ["IndexError: index 7 is out of bounds"]
+    assert [p.error for p in safe(good)] == [None]
+    assert [p.error for p in safe(bad)] == ["IndexError: index 7 is out of bounds"]
+    assert calls == [1, 1, 1, 1]  # the second is a silent window, asked for once
+
+
+def test_a_bad_first_clip_costs_itself_alone_with_batches_of_one(
+    label: Label, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    write(folder / "0.wav", np.zeros((round(WINDOW_S * RATE), 1), np.float32), RATE)
+    write(folder / "1.wav", noise(1.0, seed=1), RATE)
+
+    def fault(embed: Embed) -> Embed:
+        def choosy(engine: Engine, features: FloatArray) -> Any:
+            if features.std() < 1e-3 and features.any():  # digital silence is not zero, normalised
+                raise IndexError("index 7 is out of bounds")
+            return embed(engine, features)
+
+        return choosy
+
+    break_engine(monkeypatch, fault)
+    assert label(folder, "--batch-size", "1", "--max-failed", "1") == 0, label.said
+    (error,) = label.rows("errors").values()
+    assert error["clip_id"] == str(folder / "0.wav")
+    assert error["message"].endswith("IndexError: index 7 is out of bounds")
+    assert list(label.rows("clips")) == [("1.wav", 0)]
+
+
+@pytest.mark.parametrize(
+    ("second", "outcome"),
+    [
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), None),
+        (RuntimeError("could not create a primitive"), "RuntimeError: could not create"),
+        (KeyError("mask"), "KeyError: 'mask'"),
+    ],
+)
+def test_what_comes_after_waiting_for_memory_is_judged_like_anything_else(
+    monkeypatch: pytest.MonkeyPatch, second: Exception, outcome: str | None
+) -> None:
+    monkeypatch.setattr(engine, "MEMORY_WAITS_S", (0.0, 0.0))
+    errors = iter([OUT_OF_MEMORY, second])
+
+    def predict(features: FloatArray) -> list[Prediction]:
+        error = next(errors, None)
+        if error is not None:
+            raise error
+        return [Prediction(row[0], row[0], "e") for row in features]
+
+    safe = SafePredictor(predict, "torch cuda bf16")
+    window = np.ones((1, 2, 2), np.float32)
+    if outcome is None:
+        with pytest.raises(DeviceError, match="the device has failed: CUDA error: unspecified"):
+            safe(window)
+        return
+    (prediction,) = safe(window)
+    assert str(prediction.error).startswith(outcome)
+
+
+def test_a_device_that_fails_ends_the_run_even_after_it_has_worked() -> None:
+    # CUDA repeats such an error for every call of the process: no window is the cause.
+    calls: list[int] = []
+
+    def predict(features: FloatArray) -> list[Prediction]:
+        calls.append(len(features))
+        if len(calls) == 2:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return [Prediction(row[0], row[0], "e") for row in features]
+
+    safe = SafePredictor(predict, "torch cuda bf16")
+    batch = np.zeros((4, 2, 2), np.float32)
+    assert len(safe(batch)) == 4
+    with pytest.raises(Exception, match="torch cuda bf16: the device has failed: CUDA error: an"):
+        safe(batch)
+    assert calls == [4, 4]
+
+
+# --- On a GPU ------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_nearly_full_gives_the_same_rows(
+    needs_gpu: None, label: Label, clips: Path, tmp_path: Path
+) -> None:
+    # A wide model, so that a batch is large beside what torch keeps for itself.
+    label.model = write_tiny_model(
+        tmp_path / "wide", hidden_size=768, intermediate_size=3072, num_attention_heads=12,
+        frequency_stride=10, time_stride=10,
+    )  # fmt: skip
+    options = ["--device", "cuda", "--batch-size", "64", "--hop-s", "0.5"]
+    assert label(clips, *options) == 0
+    wanted, out = label.rows("windows"), label.out
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(0.5 * (1 << 30) / total)
+    try:
+        label.out = tmp_path / "tight"
+        assert label(clips, *options) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Out of memory on torch cuda fp32 with 51 windows" in label.said, label.said
+    assert_same_rows(label.rows("windows"), wanted, atol=1e-4)
+    assert run_verify(str(out), quiet=True) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_nan_on_a_gpu_costs_its_clip_alone(
+    needs_gpu: None, label: Label, clips: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    give_nan_for_silence(monkeypatch)
+    options = ["--device", "cuda", "--precision", precision, "--max-failed", "0.2"]
+    assert label(clips, *options) == 0
+    assert [key[0] for key in label.rows("errors")] == ["silent.wav"]
+    assert len(label.rows("clips")) == 8

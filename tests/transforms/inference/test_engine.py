@@ -1,0 +1,284 @@
+"""The engine and the handler: right scores, and no window that takes its batch along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pytest
+import torch
+from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
+from apache_beam.testing.test_pipeline import TestPipeline
+from apache_beam.testing.util import assert_that
+
+from tests.support.model_factory import write_tiny_model
+from transforms.errors import ConfigError, DeviceError
+from transforms.inference import engine as engine_module
+from transforms.inference.backbones import (
+    InferenceSettings,
+    resolve_batch_size,
+    resolve_device,
+    resolve_precision,
+)
+from transforms.inference.engine import (
+    ASTModelHandler,
+    Engine,
+    SafePredictor,
+    join_features,
+    score_embeddings,
+)
+from transforms.inference.engines import choose_engine
+from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
+from transforms.records import FloatArray, Prediction
+
+FP32 = InferenceSettings(precision="fp32", device="cpu", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_model: Path) -> ModelSpec:
+    return resolve_model(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def engine(spec: ModelSpec) -> Engine:
+    return ASTModelHandler(spec, FP32).load_model()
+
+
+def features(num: int, seed: int = 0) -> FloatArray:
+    return np.random.default_rng(seed).normal(0, 0.5, (num, 1024, 128)).astype(np.float32)
+
+
+def test_scores_and_embeddings_are_the_models_own(spec: ModelSpec, engine: Engine) -> None:
+    model, batch = load_model(spec), features(3)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(batch)).logits.sigmoid().numpy()
+        pooled = model.audio_spectrogram_transformer(torch.from_numpy(batch)).pooler_output.numpy()
+    predictions = engine.predict(batch)
+    np.testing.assert_allclose([p.scores for p in predictions], expected, atol=1e-6)
+    np.testing.assert_allclose([p.embedding for p in predictions], pooled, atol=1e-6)
+    assert {p.engine for p in predictions} == {"torch cpu fp32"}
+
+
+def test_neighbours_in_memory_are_joined_without_a_copy() -> None:
+    whole = features(4)
+    for start, stop in ((0, 4), (1, 3), (3, 4)):
+        joined = join_features(list(whole)[start:stop])
+        np.testing.assert_array_equal(joined, whole[start:stop])
+        assert np.shares_memory(joined, whole)
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda whole: [whole[1], whole[0]],
+        lambda whole: [whole[0], whole[2]],
+        lambda whole: [whole[3], whole[0].copy()],
+        lambda whole: [whole[0], features(1, seed=1)[0]],
+        lambda whole: [whole[0].copy(), whole[1]],
+        lambda whole: [whole[0, :128].T, whole[1, :128].T],
+        lambda whole: [whole[0, ::-1], whole[1, ::-1]],
+    ],
+)
+def test_windows_from_anywhere_are_joined_by_a_copy(
+    pick: Callable[[FloatArray], list[FloatArray]],
+) -> None:
+    windows = pick(features(4))
+    np.testing.assert_array_equal(join_features(windows), np.stack(windows))
+
+
+def test_softmax_models_score_with_a_softmax(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "m", problem_type="single_label_classification")
+    engine = ASTModelHandler(resolve_model(str(folder)), FP32).load_model()
+    assert engine.predict(features(1))[0].scores.sum() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scores_can_be_had_back_exactly_from_what_is_stored(
+    spec: ModelSpec, dtype: str, precision: str
+) -> None:
+    settings = InferenceSettings(precision=precision, device="cpu", embedding_dtype=dtype)  # type: ignore[arg-type]
+    engine = ASTModelHandler(spec, settings).load_model()
+    predictions = engine.predict(features(4))
+    stored = np.stack([p.embedding for p in predictions])
+    assert stored.dtype == np.dtype(dtype)
+    again = score_embeddings(load_model(spec).classifier, stored, spec.activation)
+    np.testing.assert_array_equal(again, np.stack([p.scores for p in predictions]))
+
+
+def test_patch_mean_changes_what_is_stored_and_not_the_scores(
+    spec: ModelSpec, engine: Engine
+) -> None:
+    settings = InferenceSettings(precision="fp32", device="cpu", pooling="patch_mean")
+    other, plain = ASTModelHandler(spec, settings).load_model(), engine
+    batch = features(2)
+    with torch.inference_mode():
+        hidden = load_model(spec).audio_spectrogram_transformer(torch.from_numpy(batch))
+    for got, reference, tokens in zip(
+        other.predict(batch), plain.predict(batch), hidden.last_hidden_state, strict=True
+    ):
+        np.testing.assert_allclose(got.scores, reference.scores, atol=1e-6)
+        np.testing.assert_allclose(got.embedding, tokens[2:].mean(dim=0).numpy(), atol=1e-6)
+
+
+def test_the_batch_size_does_not_change_scores(engine: Engine) -> None:
+    batch = features(5)
+    together = [p.scores for p in engine.predict(batch)]
+    alone = [engine.predict(window[None])[0].scores for window in batch]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_a_window_with_nan_fails_alone(engine: Engine) -> None:
+    batch = features(3)
+    batch[1, 5, 5] = np.nan
+    errors = [p.error for p in engine.predict(batch)]
+    assert errors == [None, "the model gave NaN or infinite values", None]
+
+
+class MemoryLimit:
+    """Predicts batches up to a size, and runs out of memory beyond it."""
+
+    def __init__(self, limit: int, error: Exception) -> None:
+        self.limit, self.error, self.sizes = limit, error, list[int]()
+
+    def __call__(self, batch: FloatArray) -> list[Prediction]:
+        self.sizes.append(len(batch))
+        if len(batch) > self.limit:
+            raise self.error
+        return [Prediction(row[0, :2], row[0, :1], "e") for row in batch]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_halves_the_batch_keeps_the_order_and_is_remembered(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch, predict = features(8), MemoryLimit(2, error)
+    safe = SafePredictor(predict, "torch cuda bf16")
+    predictions = safe(batch)
+    assert predict.sizes == [8, 4, 2, 2, 2, 2]
+    np.testing.assert_array_equal([p.embedding for p in predictions], batch[:, 0, :2])
+    predict.sizes = []
+    assert len(safe(batch[:5])) == 5
+    assert predict.sizes == [2, 2, 1]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Out of memory on torch cuda bf16 with 8 windows a batch; going on with 2. To begin so: "
+        "--batch-size 2"
+    ]
+
+
+def test_memory_that_gets_scarcer_is_said_again(caplog: pytest.LogCaptureFixture) -> None:
+    predict = MemoryLimit(4, MemoryError())
+    safe = SafePredictor(predict, "e")
+    assert len(safe(features(8))) == 8
+    predict.limit = 1
+    assert len(safe(features(3))) == 3
+    told = [record.getMessage().partition(";")[2] for record in caplog.records]
+    assert told == [
+        " going on with 4. To begin so: --batch-size 4",
+        " going on with 1. To begin so: --batch-size 1",
+    ]
+
+
+def test_a_single_window_waits_for_memory_and_then_gives_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(engine_module.time, "sleep", waited.append)
+    safe = SafePredictor(MemoryLimit(0, torch.OutOfMemoryError("CUDA out of memory")), "e")
+    with pytest.raises(DeviceError, match=r"e: out of memory with a single window \(CUDA out of"):
+        safe(features(2))
+    assert waited == [1.0, 5.0, 20.0]
+
+
+def test_a_poisoned_window_is_isolated_and_the_rest_is_kept() -> None:
+    def predict(batch: FloatArray) -> list[Prediction]:
+        if (batch == 99).any():
+            raise ValueError("bad window\nwith a long story")
+        return [Prediction(row[0, :2], row[0, :1], "e") for row in batch]
+
+    batch = features(5)
+    batch[3] = 99
+    safe = SafePredictor(predict, "e")
+    errors = [p.error for p in safe(batch)]
+    assert errors == [None, None, None, "ValueError: bad window", None]
+    # After that, a batch of such windows alone is still theirs, not the device's.
+    assert [p.error for p in safe(batch[3:4])] == ["ValueError: bad window"]
+
+
+def test_what_has_never_worked_is_not_the_windows_fault() -> None:
+    def predict(batch: FloatArray) -> list[Prediction]:
+        raise ValueError("no kernel")
+
+    with pytest.raises(DeviceError, match="e: the model cannot be run: ValueError: no kernel"):
+        SafePredictor(predict, "e")(features(3))
+
+
+def test_an_output_of_another_shape_is_an_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = Engine._embed
+
+    def one_too_many(self: Engine, batch: FloatArray) -> Any:
+        return embed(self, np.concatenate([batch, batch[:1]]))
+
+    monkeypatch.setattr(Engine, "_embed", one_too_many)
+    with pytest.raises(RuntimeError, match=r"an embedding of shape \(3, 32\), not \(2, 32\)"):
+        engine.predict(features(2))
+
+
+def test_a_device_that_is_not_there_is_an_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(ConfigError, match=r"inference\.device is cuda; this machine has"):
+        resolve_device("cuda")
+
+
+def test_automatic_settings() -> None:
+    assert resolve_precision("bf16", "cpu") == "bf16"
+    assert resolve_precision("auto", "mps") == "fp32"
+    assert choose_engine(InferenceSettings(device="cpu", precision="fp32")).engine == "torch"
+    assert (resolve_batch_size(3, "cpu"), resolve_batch_size(None, "cuda")) == (3, 64)
+
+
+def test_run_inference_passes_what_has_no_features(spec: ModelSpec) -> None:
+    batch = features(6)
+    elements = [(str(i), None if i % 3 == 1 else batch[i]) for i in range(6)]
+
+    def check(actual: list[tuple[str, Prediction | None]]) -> None:
+        assert [key for key, _ in actual] == [key for key, _ in elements]
+        assert [p is None for _, p in actual] == [i % 3 == 1 for i in range(6)]
+
+    with TestPipeline(runner="FnApiRunner") as pipeline:
+        predictions = (
+            pipeline
+            | beam.Create([elements])
+            | beam.FlatMap(list)
+            | RunInference(KeyedModelHandler(ASTModelHandler(spec, FP32)))
+        )
+        assert_that(predictions, check)
+
+
+def test_the_handler_counts_bytes_without_pickling(spec: ModelSpec) -> None:
+    handler = ASTModelHandler(spec, FP32)
+    assert handler.get_num_bytes([features(1)[0], None]) == 1024 * 128 * 4
+    assert handler.batch_elements_kwargs() == {"min_batch_size": 4, "max_batch_size": 4}
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu_stays_close_to_float32(spec: ModelSpec, needs_gpu: None) -> None:
+    gpu = ASTModelHandler(spec, InferenceSettings(device="cuda")).load_model()
+    cpu = ASTModelHandler(spec, FP32).load_model()
+    batch = features(8)
+    np.testing.assert_allclose(
+        [p.scores for p in gpu.predict(batch)], [p.scores for p in cpu.predict(batch)], atol=0.02
+    )

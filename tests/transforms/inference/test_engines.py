@@ -1,0 +1,768 @@
+"""The engines: the same scores from each of them, and the same promises kept by each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.cli import main as cli
+from tests.support.audio_factory import noise, write
+from tests.support.model_factory import write_tiny_model
+from transforms.errors import ConfigError, DeviceError
+from transforms.inference import backbones, engines, openvino
+from transforms.inference.backbones import (
+    Embeddings,
+    Features,
+    InferenceSettings,
+    QuantisedModel,
+    TorchBackbone,
+    embed_windows,
+)
+from transforms.inference.engine import (
+    NOT_FINITE,
+    ASTModelHandler,
+    Engine,
+    load_engine,
+    score_embeddings,
+)
+from transforms.inference.engines import ENGINES, choose_engine
+from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
+from transforms.process import devices
+from transforms.records import FloatArray, PendingPrediction, Prediction
+
+pytestmark = pytest.mark.usefixtures("openvino_as_installed")
+
+# How far a score of the tiny model may be from float32's, by precision.
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005, "int8": 0.05}
+
+KINDS = [
+    ("torch", "fp32"),
+    ("torch", "bf16"),
+    ("openvino", "fp32"),
+    pytest.param(
+        "openvino",
+        "bf16",
+        marks=pytest.mark.skipif(
+            not backbones.cpu_has_native_bf16(), reason="this CPU has no native bfloat16"
+        ),
+    ),
+    ("openvino", "int8"),
+]
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_model: Path) -> ModelSpec:
+    return resolve_model(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def quantised(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> QuantisedModel:
+    transformer = load_model(spec).audio_spectrogram_transformer
+    folder = tmp_path_factory.mktemp("int8")
+    return openvino.quantise(transformer, spec, "pooler_output", features(8, 1), folder)
+
+
+@pytest.fixture
+def load(spec: ModelSpec, request: pytest.FixtureRequest) -> Callable[..., Engine]:
+    """Loads an engine on the CPU, in batches of four unless told otherwise."""
+
+    def load_one(engine: str, precision: str, **changes: Any) -> Engine:
+        if precision == "int8":
+            changes["quantised"] = request.getfixturevalue("quantised")
+        values = {"device": "cpu", "batch_size": 4, **changes}
+        settings = InferenceSettings(precision=precision, engine=engine, **values)  # type: ignore[arg-type]
+        return load_engine(load_model(spec), spec, settings)
+
+    return load_one
+
+
+@pytest.fixture(scope="module")
+def expected(spec: ModelSpec) -> FloatArray:
+    """What torch gives in float32 for ``features(5)``, without any of our engines."""
+    with torch.inference_mode():
+        scores: FloatArray = (
+            load_model(spec)(torch.from_numpy(features(5))).logits.sigmoid().numpy()
+        )
+    return scores
+
+
+def features(num: int, seed: int = 0) -> FloatArray:
+    return np.random.default_rng(seed).normal(0, 0.5, (num, 1024, 128)).astype(np.float32)
+
+
+def scores_of(engine: Engine, batch: FloatArray) -> FloatArray:
+    return np.stack([prediction.scores for prediction in engine.label(batch)])
+
+
+# --- The same scores -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("engine", "precision"), KINDS)
+def test_scores_are_float32s_whatever_the_engine_and_the_batch(
+    load: Callable[..., Engine], expected: FloatArray, engine: str, precision: str
+) -> None:
+    tolerance = TOLERANCE[precision]
+    for batch_size in (4, 1):  # five windows: a full batch and a padded one, then none padded
+        loaded = load(engine, precision, batch_size=batch_size)
+        assert loaded.name == f"{engine} cpu {precision}"
+        np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=tolerance)
+    alone = np.concatenate([scores_of(loaded, window[None]) for window in features(5)])
+    np.testing.assert_allclose(alone, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_patch_means_are_the_models_own(
+    load: Callable[..., Engine], spec: ModelSpec, engine: str
+) -> None:
+    batch = features(3)
+    with torch.inference_mode():
+        hidden = load_model(spec).audio_spectrogram_transformer(torch.from_numpy(batch))
+    loaded = load(engine, "fp32", pooling="patch_mean")
+    stored = np.stack([prediction.embedding for prediction in loaded.label(batch)])
+    means = hidden.last_hidden_state[:, 2:].mean(dim=1).numpy()
+    np.testing.assert_allclose(stored, means, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("engine", "precision"), KINDS)
+def test_scores_can_be_had_back_exactly_from_what_any_engine_stores(
+    load: Callable[..., Engine], spec: ModelSpec, engine: str, precision: str
+) -> None:
+    predictions = load(engine, precision, embedding_dtype="float16").label(features(3))
+    stored = np.stack([prediction.embedding for prediction in predictions])
+    assert stored.dtype == np.float16
+    again = score_embeddings(load_model(spec).classifier, stored, spec.activation)
+    np.testing.assert_array_equal(again, np.stack([p.scores for p in predictions]))
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_does_not_change_scores(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for index in range(6):
+        write(tmp_path / "clips" / f"{index}.wav", noise(1.0, seed=index), 16_000)
+
+    def label(*options: str) -> dict[str, list[float]]:
+        out = tmp_path / "-".join(("out", *options))
+        arguments = ["label", str(tmp_path / "clips"), "-o", str(out), "-m", str(tiny_model)]
+        settings = ["--device", "cpu", "--scores", "--set", "units.windows=2", "--quiet"]
+        assert cli.main([*arguments, *settings, *options]) == 0
+        table = pq.read_table(out / "clips").to_pylist()
+        return {Path(row["clip_id"]).name: row["scores"] for row in table}
+
+    expected = label("--precision", "fp32", "--engine", "torch")
+    for engine, precision in (("torch", "fp32"), ("openvino", "fp32"), ("openvino", "int8")):
+        found = label("--precision", precision, "--engine", engine, "--workers", "2")
+        assert found.keys() == expected.keys()
+        for name, scores in found.items():
+            np.testing.assert_allclose(scores, expected[name], rtol=0, atol=TOLERANCE[precision])
+
+
+@pytest.mark.slow
+def test_torchs_compiler_gives_the_same_scores(
+    load: Callable[..., Engine], expected: FloatArray
+) -> None:
+    compiled = load("torch", "fp32", compile=True)
+    assert compiled.backbone.batch_size == 4
+    np.testing.assert_allclose(scores_of(compiled, features(5)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"flags": "avx avx2"}, "enable"),
+        ({"flags": "avx2 avx512_vnni"}, "first_layer_only"),
+        ({"Features": "fp asimd asimddp"}, "first_layer_only"),
+        ({}, "enable"),
+    ],
+)
+def test_int8_leaves_room_where_sums_are_cut_to_16_bits(
+    spec: ModelSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    facts: dict[str, str],
+    expected: str,
+) -> None:
+    nncf, asked = pytest.importorskip("nncf"), []
+
+    def quantize(model: Any, data: Any, *, advanced_parameters: Any, **others: Any) -> Any:
+        asked.append(advanced_parameters.overflow_fix.value)
+        return model
+
+    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path))
+    monkeypatch.setattr(nncf, "quantize", quantize)
+    digests = []
+    for each in (facts, {"flags": "avx512_vnni"}):
+        monkeypatch.setattr(openvino, "processor_facts", lambda facts=each: facts)
+        transformer = load_model(spec).audio_spectrogram_transformer
+        made = openvino.quantise(transformer, spec, "pooler_output", features(2), tmp_path)
+        digests.append(made.digest)
+    # A model that was made for other processors is another model.
+    assert (digests[0] == digests[1]) == (expected == "first_layer_only")
+    assert asked == list(dict.fromkeys([expected, "first_layer_only"]))
+
+
+# --- The same promises -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("engine", "precision"), KINDS)
+def test_a_window_with_nan_fails_alone_in_every_engine(
+    load: Callable[..., Engine], expected: FloatArray, engine: str, precision: str
+) -> None:
+    batch = features(5)
+    batch[1, 5, 5] = np.nan
+    predictions = load(engine, precision).label(batch)
+    assert predictions[1].error == NOT_FINITE
+    others = [index for index in range(5) if index != 1]
+    found = np.stack([predictions[index].scores for index in others])
+    np.testing.assert_allclose(found, expected[others], rtol=0, atol=TOLERANCE[precision])
+
+
+class Scarce:
+    """A backbone of fixed size with too little memory for more than two windows."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.sizes = inner, list[int]()
+        self.name = inner.name
+
+    @property
+    def batch_size(self) -> int | None:
+        size: int | None = self.inner.batch_size
+        return size
+
+    def start(self, batch: Features) -> None:
+        pass
+
+    def embed(self, batch: Features) -> Embeddings:
+        self.sizes.append(len(batch))
+        if len(batch) > 2:
+            raise MemoryError("bad allocation")
+        embeddings: Embeddings = self.inner.embed(batch)
+        return embeddings
+
+    def shrink(self, batch_size: int) -> None:
+        self.inner.shrink(batch_size)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_out_of_memory_halves_the_batch_of_every_engine(
+    load: Callable[..., Engine], spec: ModelSpec, expected: FloatArray, engine: str
+) -> None:
+    scarce = Scarce(load(engine, "fp32").backbone)
+    loaded = Engine(scarce, load_model(spec).classifier, spec.activation)
+    np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
+    assert [size for size in scarce.sizes if size > 2] == [4 if engine == "openvino" else 5]
+    scarce.sizes.clear()
+    np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
+    assert max(scarce.sizes) == 2  # what has once been too much is not tried again
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_never_works_is_no_windows_fault(
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    def refuse(features: FloatArray) -> Embeddings:
+        raise RuntimeError("no kernel")
+
+    loaded = load(engine, "fp32")
+    monkeypatch.setattr(loaded.backbone, "embed", refuse)
+    with pytest.raises(DeviceError, match=f"{engine} cpu fp32: the model cannot be run: Runtime"):
+        loaded.label(features(2))
+
+
+class Fixed:
+    """A backbone for three windows, which gives each window's first two values."""
+
+    name, batch_size = "fixed", 3
+
+    def __init__(self) -> None:
+        self.batches: list[FloatArray] = []
+
+    def start(self, batch: Features) -> None:
+        pass
+
+    def embed(self, batch: Features) -> Embeddings:
+        assert isinstance(batch, np.ndarray)
+        self.batches.append(batch)
+        return Embeddings(batch[:, 0, :2], batch[:, 1, :2])
+
+    def shrink(self, batch_size: int) -> None:
+        raise NotImplementedError
+
+
+def test_the_last_batch_is_padded_and_cut() -> None:
+    backbone, batch = Fixed(), features(7)
+    embeddings = embed_windows(backbone, batch)
+    assert [len(each) for each in backbone.batches] == [3, 3, 3]
+    assert not backbone.batches[-1][1:].any()
+    np.testing.assert_array_equal(embeddings.pooled, batch[:, 0, :2])
+    np.testing.assert_array_equal(embeddings.patch_mean, batch[:, 1, :2])
+
+
+# --- Running ahead ---------------------------------------------------------------------------
+
+
+class Ahead:
+    """A backbone whose device computes by itself: a batch is done when it is waited for."""
+
+    name, batch_size = "ahead", 3
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.steps = inner, list[str]()
+        self.fault: Exception | None = None
+
+    def embed(self, batch: Features) -> Embeddings:
+        self.steps.append("embed")
+        embeddings: Embeddings = self.inner.embed(batch)
+        return embeddings
+
+    def start(self, batch: Features) -> Callable[[], Embeddings]:
+        self.steps.append("start")
+        assert len(batch) == 3
+        fault, self.fault = self.fault, None
+
+        def wait() -> Embeddings:
+            self.steps.append("wait")
+            if fault is not None:
+                raise fault
+            embeddings: Embeddings = self.inner.embed(batch)
+            return embeddings
+
+        return wait
+
+    def shrink(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+
+@pytest.fixture
+def ahead(load: Callable[..., Engine], spec: ModelSpec) -> Engine:
+    backbone = Ahead(load("torch", "fp32").backbone)
+    return Engine(backbone, load_model(spec).classifier, spec.activation)
+
+
+def begun_scores(waits: Callable[[], list[Prediction]] | None) -> FloatArray:
+    assert waits is not None
+    return np.stack([prediction.scores for prediction in waits()])
+
+
+def test_a_batch_that_was_begun_is_waited_for_later(ahead: Engine, expected: FloatArray) -> None:
+    first, second = ahead.begin(features(5)[:3]), ahead.begin(features(5)[3:])
+    assert ahead.backbone.steps == ["start", "start"]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(begun_scores(first), expected[:3], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(begun_scores(second), expected[3:], rtol=0, atol=1e-5)
+    assert ahead.backbone.steps == ["start", "start", "wait", "wait"]  # type: ignore[attr-defined]
+
+
+def test_an_engine_on_a_cpu_begins_nothing(load: Callable[..., Engine]) -> None:
+    for engine in ENGINES:
+        assert load(engine, "fp32").begin(features(5)) is None
+
+
+def test_what_goes_wrong_ahead_is_done_again_at_once(ahead: Engine, expected: FloatArray) -> None:
+    ahead.backbone.fault = RuntimeError("no such kernel")  # type: ignore[attr-defined]
+    waits = ahead.begin(features(3))
+    np.testing.assert_allclose(begun_scores(waits), expected[:3], rtol=0, atol=1e-5)
+    assert ahead.backbone.steps == ["start", "wait", "embed"]  # type: ignore[attr-defined]
+
+
+def test_the_handler_gives_what_is_still_to_come_only_where_that_is_asked_for(
+    ahead: Engine, spec: ModelSpec, expected: FloatArray
+) -> None:
+    batch = [None, *features(3)]
+    for runs_ahead in (False, True):
+        handler = ASTModelHandler(spec, InferenceSettings(device="cpu"), runs_ahead=runs_ahead)
+        nothing, *found = handler.run_inference(batch, ahead)
+        assert nothing is None
+        assert [type(each) is PendingPrediction for each in found] == [runs_ahead] * 3
+        # Beam pickles some of them, which waits for them.
+        there = [pickle.loads(pickle.dumps(each)) for each in found]
+        scores = np.stack([each.scores for each in there])
+        np.testing.assert_allclose(scores, expected[:3], rtol=0, atol=1e-5)
+
+
+def test_a_device_that_has_failed_ends_the_run_ahead_too(ahead: Engine) -> None:
+    def refuse(batch: Features) -> Embeddings:
+        raise RuntimeError("no such kernel")
+
+    ahead.backbone.fault = RuntimeError("no such kernel")  # type: ignore[attr-defined]
+    ahead.backbone.embed = refuse  # type: ignore[method-assign]
+    waits = ahead.begin(features(3))
+    assert waits is not None
+    with pytest.raises(DeviceError, match="ahead: the model cannot be run"):
+        waits()
+
+
+def test_batches_too_large_for_the_memory_are_not_begun(ahead: Engine, spec: ModelSpec) -> None:
+    class Small(Ahead):
+        def embed(self, batch: Features) -> Embeddings:
+            if len(batch) > 1:
+                raise MemoryError("bad allocation")
+            return super().embed(batch)
+
+        def start(self, batch: Features) -> Callable[[], Embeddings]:
+            self.steps.append("start")
+            raise MemoryError("bad allocation")
+
+    small = Small(ahead.backbone.inner)  # type: ignore[attr-defined]
+    engine = Engine(small, ahead.head, ahead.activation)
+    handler = ASTModelHandler(spec, InferenceSettings(device="cpu"), runs_ahead=True)
+    for _ in range(3):
+        assert len([*handler.run_inference([*features(3)], engine)]) == 3
+    assert small.steps.count("start") == 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_ahead(spec: ModelSpec, expected: FloatArray, needs_gpu: None) -> None:
+    settings = InferenceSettings(device="cuda", precision="fp32", compile=False, batch_size=4)
+    engine = load_engine(load_model(spec), spec, settings)
+    begun = [engine.begin(features(5)) for _ in range(3)]
+    for waits in begun:
+        np.testing.assert_allclose(begun_scores(waits), expected, rtol=0, atol=1e-4)
+
+
+def torch_backbone(spec: ModelSpec, **changes: Any) -> TorchBackbone:
+    settings = InferenceSettings(device="cpu", batch_size=4, **changes)
+    return TorchBackbone(load_model(spec).audio_spectrogram_transformer, settings, "fp32")
+
+
+def test_float32_is_not_cut_to_tf32(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Which torch allows on a GPU for convolutions, and the patches are made by one.
+    seen: list[bool] = []
+    convolve = torch.nn.Conv2d.forward
+
+    def looking(module: torch.nn.Conv2d, values: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return convolve(module, values)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", looking)
+    assert torch.backends.cudnn.allow_tf32
+    first, second = backbones.true_float32(), backbones.true_float32()
+    first.__enter__()
+    with second:
+        first.__exit__(None, None, None)  # of another thread, which leaves before this one
+        torch_backbone(spec).embed(features(2))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
+
+
+# --- torch's compiler ------------------------------------------------------------------------
+
+
+def test_compiled_code_sees_batches_of_one_size(
+    spec: ModelSpec, expected: FloatArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def compile_nothing(module: torch.nn.Module, *, dynamic: bool) -> Callable[..., Any]:
+        assert dynamic is False
+
+        def run(batch: torch.Tensor) -> Any:
+            sizes.append(len(batch))
+            return module(batch)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    backbone = torch_backbone(spec, compile=True)
+    assert len(embed_windows(backbone, features(5)).pooled) == 5
+    backbone.shrink(2)
+    embed_windows(backbone, features(5))
+    assert sizes == [4, 4, 4, 2, 2, 2]
+
+
+def test_without_a_compiler_the_model_runs_uncompiled_and_says_so(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_late(module: torch.nn.Module, *, dynamic: bool) -> Callable[..., Any]:
+        def run(batch: torch.Tensor) -> Any:
+            raise RuntimeError("Failed to find C compiler.\nPlease install one.")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_late)
+    backbone = torch_backbone(spec, compile=True)
+    assert len(backbone.embed(features(3)).pooled) == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch cannot compile the model here (Failed to find C compiler.); it runs uncompiled. "
+        "To say so: --set inference.compile=false"
+    ]
+
+
+def test_the_cpu_is_not_compiled_for_unless_asked(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: pytest.fail("compiled"))
+    assert torch_backbone(spec).batch_size is None
+
+
+# --- Which engine ----------------------------------------------------------------------------
+
+
+def choose(**values: Any) -> str:
+    return choose_engine(InferenceSettings(**{"device": "cpu", **values})).name
+
+
+def with_packages(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
+    monkeypatch.setattr(openvino, "is_installed", lambda name: name in there)
+
+
+def test_auto_takes_openvino_on_a_cpu_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose(precision="fp32") == "openvino cpu fp32"
+    assert choose(precision="fp32", engine="torch") == "torch cpu fp32"
+    with_packages(monkeypatch)
+    assert choose(precision="fp32") == "torch cpu fp32"
+
+
+def test_on_a_gpu_auto_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "resolve_device", lambda device: "cuda")
+    assert choose(precision="fp32", device="cuda") == "torch cuda fp32"
+
+
+def test_where_bfloat16_is_only_emulated_auto_leaves_it_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class PlainCore:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32", "INT8"]
+
+    monkeypatch.setattr(openvino, "load_core", PlainCore)
+    assert choose(precision="bf16") == "torch cpu bf16"
+    assert choose(precision="fp32") == "openvino cpu fp32"
+    with pytest.raises(ConfigError, match="does not compute in bf16 by itself; use --precision"):
+        choose(precision="bf16", engine="openvino")
+
+
+@pytest.mark.parametrize(
+    ("settings", "packages", "words"),
+    [
+        (
+            {"engine": "onnx"},
+            ("openvino",),
+            r"inference\.engine is onnx; must be auto or one of openvino, torch\.",
+        ),
+        (
+            {"engine": "openvino"},
+            (),
+            r"openvino: not installed: openvino; pip install 'earmark\[openvino\]'\.",
+        ),
+        (
+            {"precision": "int8"},
+            (),
+            r"precision is int8.*openvino: not installed: openvino, nncf; pip install 'earmark",
+        ),
+        ({"precision": "int8"}, ("openvino",), r"not installed: nncf; pip install"),
+        (
+            {"precision": "int8", "engine": "torch"},
+            ("openvino", "nncf"),
+            r"torch: it has no int8; use --precision auto",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_met_are_errors_with_a_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    packages: tuple[str, ...],
+    words: str,
+) -> None:
+    with_packages(monkeypatch, *packages)
+    with pytest.raises(ConfigError, match=words):
+        choose(**{"precision": "fp32", **settings})
+
+
+def test_int8_on_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "resolve_device", lambda device: "cuda")
+    with pytest.raises(ConfigError, match=r"int8.*the device is cuda.*use --device cpu"):
+        choose(precision="int8", device="cuda")
+
+
+def test_int8_without_a_calibrated_model_is_an_error(load: Callable[..., Engine]) -> None:
+    settings = {"quantised": QuantisedModel("/nowhere/model.xml", "0", 1)}
+    with pytest.raises(ConfigError, match="no model that was calibrated for it on this machine"):
+        openvino.load_backbone(
+            None,  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            InferenceSettings(precision="int8", **settings),  # type: ignore[arg-type]
+            "int8",
+        )
+
+
+def break_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pooled: Any) -> Any:
+        raise RuntimeError("no conversion rule for aten::new_thing\nand a page more")
+
+    monkeypatch.setattr(openvino, "convert", refuse)
+
+
+def test_a_model_that_openvino_cannot_convert_runs_in_torch_with_a_warning(
+    load: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path))
+    break_conversion(monkeypatch)
+    assert load("auto", "fp32").name == "torch cpu fp32"
+    assert [record.getMessage() for record in caplog.records] == [
+        "openvino cpu fp32 cannot run this model (no conversion rule for aten::new_thing); torch "
+        "does. To say so: --engine torch"
+    ]
+
+
+def test_openvino_by_name_that_cannot_convert_a_model_is_an_error(
+    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path))
+    break_conversion(monkeypatch)
+    with pytest.raises(DeviceError, match="openvino cpu fp32: the model cannot be run: no conver"):
+        load("openvino", "fp32")
+
+
+def test_openvino_tells_nobody_that_it_is_used() -> None:
+    openvino.import_library("openvino")
+    telemetry = sys.modules["openvino.tools.ovc.telemetry_utils"].tm
+    assert telemetry.__name__ == "openvino.tools.ovc.telemetry_stub"
+
+
+LET_GO_OF_IN_A_THREAD = """
+import signal, threading, time
+import torch
+from transforms.inference import openvino as openvino_engine
+from transforms.inference.backbones import InferenceSettings
+
+openvino = openvino_engine.import_library("openvino")
+model = openvino.convert_model(torch.nn.ReLU(), example_input=torch.zeros(2, 3, 4))
+model.reshape([-1, 3, 4])
+held = [openvino_engine.OpenVinoBackbone(model, InferenceSettings(batch_size=1), "fp32")]
+drop = threading.Thread(target=held.clear)
+drop.start()
+drop.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_is_heard_whichever_threads_openvino_was_used_in() -> None:
+    # With AMX, a core that goes takes a stack for signals along; see load_core.
+    done = subprocess.run(
+        [sys.executable, "-c", LET_GO_OF_IN_A_THREAD], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+# --- Kept from run to run --------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def models_in(cache: Path) -> list[Path]:
+    return sorted(cache.glob("converted/*/model.xml"))
+
+
+def test_the_second_start_does_not_convert(
+    load: Callable[..., Engine], cache: Path, expected: FloatArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load("openvino", "fp32")
+    assert len(models_in(cache)) == 1
+    break_conversion(monkeypatch)
+    # Another batch size and precision start from the same model.
+    again = load("openvino", "fp32", batch_size=2)
+    np.testing.assert_allclose(scores_of(again, features(5)), expected, rtol=0, atol=1e-5)
+
+
+def test_another_model_or_pooling_has_a_place_of_its_own(
+    load: Callable[..., Engine], cache: Path, spec: ModelSpec, tmp_path: Path
+) -> None:
+    load("openvino", "fp32")
+    load("openvino", "fp32", pooling="patch_mean")
+    other = resolve_model(str(write_tiny_model(tmp_path / "other", seed=5)))
+    load_engine(load_model(other), other, InferenceSettings("fp32", "cpu", "openvino"))
+    assert len(models_in(cache)) == 3
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.xml", "sha256.json"])
+def test_a_damaged_model_is_converted_again(
+    load: Callable[..., Engine], cache: Path, expected: FloatArray, name: str
+) -> None:
+    load("openvino", "fp32")
+    (xml,) = models_in(cache)
+    damaged = xml.with_name(name)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    damaged.write_bytes(content)
+    again = load("openvino", "fp32")
+    np.testing.assert_allclose(scores_of(again, features(5)), expected, rtol=0, atol=1e-5)
+    assert bytearray(damaged.read_bytes()) != content
+
+
+def test_where_nothing_can_be_kept_the_engine_runs_all_the_same(
+    load: Callable[..., Engine], cache: Path, expected: FloatArray
+) -> None:
+    cache.write_text("a file where the folder belongs")
+    loaded = load("openvino", "fp32")
+    np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_disk_that_fills_up_while_the_model_is_kept_does_no_harm(
+    load: Callable[..., Engine],
+    cache: Path,
+    expected: FloatArray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fill_up(model: Any) -> Callable[[Path], None]:
+        def save(folder: Path) -> None:
+            (folder / "model.xml").write_text("<half")
+            raise RuntimeError("Can't write: No space left on device")
+
+        return save
+
+    monkeypatch.setattr(openvino, "_saver", fill_up)
+    loaded = load("openvino", "fp32")
+    np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
+    assert not list((cache / "converted").iterdir())
+
+
+def test_int8_is_quantised_once_for_the_same_windows(
+    spec: ModelSpec, quantised: QuantisedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        openvino, "load_converted", lambda *arguments: pytest.fail("quantised again")
+    )
+    arguments = (spec, "pooler_output", features(8, 1), tmp_path)
+    assert openvino.quantise(None, *arguments) == quantised  # type: ignore[arg-type]
+    missing = openvino.find_quantised(spec, "pooler_output", "another digest", 8)
+    assert missing is None
+
+
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    uncached = devices._torch_threads.__wrapped__
+    monkeypatch.setattr(devices, "_torch_threads", functools.cache(uncached))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert [devices.threads_of(number) for number in (1, 3, 8, 20)] == [8, 2, 1, 1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # set to it, and asked again
+    assert devices.threads_of(4) == 2
+
+
+def test_every_engine_of_the_dict_is_one_that_the_config_knows() -> None:
+    from typing import get_args
+
+    fields = {field.name: field for field in dataclasses.fields(InferenceSettings)}
+    assert fields["engine"].default == "auto"
+    assert set(get_args(backbones.EngineName)) == {"auto", *ENGINES}

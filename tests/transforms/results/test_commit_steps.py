@@ -1,0 +1,462 @@
+"""Killed between any two steps of bringing a result in order, committing a unit, finishing a run.
+
+Each job is done once to the end, in a process of its own that looks at the disk before every line
+of the code under test and so finds every state that a kill can leave there. Then it is done again
+once for each state, by a process that kills itself in it, and what is left must keep its promises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from pipeline.config.label import RunConfig
+from pipeline.graph import RunTotals
+from pipeline.labelling.plan import RunPlan, make_plan
+from pipeline.labelling.run import prepare_output, run_label
+from pipeline.result.state import FinishRun, heal, read_result
+from pipeline.result.verify import run_verify
+from tests.support.unit_factory import (
+    clip_events,
+    failure_event,
+    file_unit,
+    row_settings,
+    unit_events,
+)
+from transforms.records import Carried, UnitEnd, UnitEvent, WorkUnit
+from transforms.results import write_units as commit_step
+from transforms.results.commits import file_sha256, read_commits
+from transforms.results.write_units import CommitSettings, OpenUnit
+from transforms.storage import filesystem as storage
+
+# The steps are the lines of these files; between two of them the disk may have changed.
+STEP_FILES = ("transforms/", "pipeline/", "shutil.py")
+OTHER, OLD, NEW = "0" * 20, "a" * 20, "b" * 20
+
+# A process that only imports, and forks for each job: no thread of any library is in the way.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["pytest", "tests.transforms.results.test_commit_steps"])
+
+Job = Callable[[], object]
+State = list[tuple[str, int]]
+
+
+# --- Killing -------------------------------------------------------------------------------
+
+
+def state_of(folder: Path) -> State:
+    """Names and sizes of what is there; random parts of names are left out."""
+    return sorted(
+        (re.sub(r"\.[0-9a-f]{32}\.tmp$", ".tmp", str(path.relative_to(folder))), size_of(path))
+        for path in folder.rglob("*")
+    )
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def marks_of(folder: Path) -> list[tuple[str, int, int, int]]:
+    """What tells every state of the disk from the one before."""
+    found = []
+    for path in folder.rglob("*"):
+        status = path.stat()
+        size = status.st_size if path.is_file() else -1
+        found.append((str(path), status.st_ino, size, status.st_mtime_ns if size >= 0 else 0))
+    return sorted(found)
+
+
+def on_each_line(call: Callable[[int], None]) -> None:
+    """Have ``call`` called with a number, from 1, before each line of the code under test."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        if event == "call" and not any(name in frame.f_code.co_filename for name in STEP_FILES):
+            return None
+        if event == "line":
+            count += 1
+            call(count)
+        return trace
+
+    sys.settrace(trace)
+
+
+def record_states(job: Job, folder: Path, report: Path) -> None:
+    """Do the job; write down before which lines the disk had changed, and how it was then."""
+    last = marks_of(folder)
+    states: list[tuple[int, State]] = []
+
+    def look(number: int) -> None:
+        nonlocal last
+        now = marks_of(folder)
+        if now != last:
+            last = now
+            states.append((number, state_of(folder)))
+
+    on_each_line(look)
+    job()
+    sys.settrace(None)
+    report.write_text(json.dumps(states))
+
+
+def kill_before(job: Job, line: int) -> None:
+    """Do the job up to a line."""
+
+    def kill(number: int) -> None:
+        if number == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    on_each_line(kill)
+    job()
+
+
+def in_a_process(target: Callable[..., None], *arguments: object) -> int | None:
+    process = processes.Process(target=target, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def every_kill(job: Job, before: Path, out: Path) -> Iterator[State]:
+    """Lays ``before`` out as ``out``, has the job killed in a state, and so on with every state.
+
+    In the end ``out`` is what the job makes when nobody kills it.
+    """
+    lay_out(before, out)
+    report = out.parent / "states.json"
+    assert in_a_process(record_states, job, out, report) == 0
+    states = json.loads(report.read_text())
+    assert states
+    for line, state in states:
+        lay_out(before, out)
+        assert in_a_process(kill_before, job, line) == -signal.SIGKILL
+        wanted = sorted(tuple(entry) for entry in state)
+        assert state_of(out) == wanted  # it was killed where it should be
+        yield wanted
+    lay_out(before, out)
+    job()
+
+
+def lay_out(before: Path, out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(before, out, copy_function=shutil.copy2)
+
+
+# --- What must hold ------------------------------------------------------------------------
+
+
+def facts_of(out: Path, unit_id: str) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in out.glob(f"*/{unit_id}.*")
+    }
+
+
+def rows_of(out: Path, unit_id: str) -> dict[str, list[dict[str, Any]]]:
+    return {
+        part.name: pq.read_table(part / f"{unit_id}.parquet").to_pylist()
+        for part in (out / name for name in ("windows", "clips", "errors"))
+        if (part / f"{unit_id}.parquet").exists()
+    }
+
+
+def assert_vouched_for(out: Path) -> None:
+    """Every commit's parts are as it says, to the byte, of replaced units too."""
+    commits, damaged = read_commits(str(out))
+    assert damaged == {}
+    for unit_id, commit in commits.items():
+        for part, info in commit.parts.items():
+            with (out / part / f"{unit_id}.parquet").open("rb") as file:
+                assert file_sha256(file) == info.sha256
+
+
+# --- Committing a unit ---------------------------------------------------------------------
+
+
+def settings_for(out: Path) -> CommitSettings:
+    return CommitSettings(str(out), "run", "f" * 64, "m" * 64, row_settings())
+
+
+@dataclasses.dataclass(frozen=True)
+class CommitJob:
+    """Commits a unit as the sink does."""
+
+    out: Path
+    events: tuple[UnitEvent, ...]
+    row_group_rows: int = 4096
+
+    @property
+    def unit(self) -> WorkUnit:
+        return next(event.unit for event in self.events if isinstance(event, UnitEnd))
+
+    def __call__(self) -> None:
+        commit_step.ROW_GROUP_ROWS = self.row_group_rows
+        staging = Path(storage.staging_path(str(self.out), "run"))
+        unit = OpenUnit(settings_for(self.out), staging, self.unit.unit_id)
+        for event in self.events:
+            unit.add(event)
+        unit.commit()
+        staging.rmdir()
+        staging.parent.rmdir()
+
+
+def new_unit(out: Path) -> CommitJob:
+    return CommitJob(out, tuple(unit_events(file_unit(NEW, 4), failed=[2])))
+
+
+def unit_of_several_row_groups_with_a_late_failure(out: Path) -> CommitJob:
+    """A clip fails when some of its windows are in the staged file already."""
+    unit = file_unit(NEW, 3)
+    events = [
+        *clip_events(NEW, 0, unit.items[0], 3),
+        *clip_events(NEW, 1, unit.items[1], 3)[:-1],
+        failure_event(NEW, 1, unit.items[1]),
+        *clip_events(NEW, 2, unit.items[2], 3),
+        UnitEnd(unit, 3),
+    ]
+    return CommitJob(out, tuple(events), row_group_rows=2)
+
+
+def unit_that_replaces_another(out: Path) -> CommitJob:
+    unit = dataclasses.replace(old_unit(), unit_id=NEW, replaces=(OLD,))
+    return CommitJob(out, tuple(unit_events(unit)))
+
+
+def retry_that_carries_rows_over(out: Path) -> CommitJob:
+    items = (old_unit().items[1], old_unit().items[3])
+    unit = WorkUnit(NEW, "files", items, replaces=(OLD,), carried=Carried(OLD))
+    return CommitJob(out, tuple(unit_events(unit, failed=[1])))
+
+
+def old_unit() -> WorkUnit:
+    return file_unit(OLD, 4)
+
+
+@pytest.fixture
+def before(tmp_path: Path) -> Path:
+    """A result with two units; failures in the one that may be replaced."""
+    folder = tmp_path / "before"
+    CommitJob(folder, tuple(unit_events(file_unit(OTHER, 2), failed=[0])))()
+    CommitJob(folder, tuple(unit_events(old_unit(), failed=[1, 3])))()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make_job",
+    [
+        new_unit,
+        pytest.param(unit_of_several_row_groups_with_a_late_failure, marks=pytest.mark.slow),
+        pytest.param(unit_that_replaces_another, marks=pytest.mark.slow),
+        retry_that_carries_rows_over,
+    ],
+)
+def test_a_unit_whose_commit_is_killed_is_there_whole_or_not_at_all(
+    make_job: Callable[[Path], CommitJob], before: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    lay_out(before, whole)
+    make_job(whole)()
+    job, others = make_job(out), facts_of(before, OTHER)
+    replaced = set(job.unit.replaces)
+    outcomes = []
+    for _ in every_kill(job, before, out):
+        state = read_result(str(out))
+        is_there = NEW in state.commits
+        outcomes.append(is_there)
+        assert_vouched_for(out)
+        assert set(state.commits) == {OTHER, *({NEW, OLD} - replaced if is_there else {OLD})}
+        heal(state)
+        if not is_there:  # the next run reads the unit again
+            assert rows_of(out, OLD) == rows_of(before, OLD)
+            job()
+        assert_vouched_for(out)
+        assert state_of(out) == state_of(whole)
+        assert rows_of(out, NEW) == rows_of(whole, NEW)
+        assert facts_of(out, OTHER) == others
+    assert state_of(out) == state_of(whole)
+    # At first it is not there, and once it is, it stays.
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {False, True}
+    assert len(outcomes) >= 15
+
+
+# --- Healing -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class HealJob:
+    """Brings a result in order."""
+
+    out: Path
+
+    def __call__(self) -> None:
+        heal(read_result(str(self.out)))
+
+
+def test_healing_that_is_killed_is_done_by_the_next_run(before: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    retry_that_carries_rows_over(before)()
+    # What kills and accidents leave: a replaced unit, one without a part, parts without a commit,
+    # files that were being written and staged ones.
+    CommitJob(before, tuple(unit_events(old_unit(), failed=[1])))()
+    damaged, orphan = "c" * 20, "d" * 20
+    for unit_id in (damaged, orphan):
+        CommitJob(before, tuple(unit_events(file_unit(unit_id, 2), failed=[0])))()
+    (before / "clips" / f"{damaged}.parquet").unlink()
+    (before / "_commits" / f"{orphan}.json").unlink()
+    for folder in (before, before / "_commits", before / "windows"):
+        (folder / f".{NEW}.json.{'0' * 32}.tmp").write_bytes(b"{")
+    (before / "_staging" / "run-1").mkdir(parents=True)
+    (before / "_staging" / "run-1" / f"{NEW}.windows.parquet").write_bytes(b"PAR1")
+    (before / "clips" / "mine.txt").write_text("not Earmark's")
+    kept = {unit_id: facts_of(before, unit_id) for unit_id in (OTHER, NEW)}
+    num_states = 0
+    for _ in every_kill(HealJob(out), before, out):
+        num_states += 1
+        heal(read_result(str(out)))
+        assert {unit_id: facts_of(out, unit_id) for unit_id in kept} == kept
+        left = {path.name for path in out.rglob("*") if path.is_file()}
+        wanted = {Path(name).name for facts in kept.values() for name in facts}
+        assert left == {*wanted, "mine.txt"}
+        assert not (out / "_staging").exists()
+    assert num_states >= 10
+    assert set(read_result(str(out)).commits) == set(kept)
+
+
+# --- Starting and finishing a run ----------------------------------------------------------
+
+
+@pytest.fixture
+def config(tiny_model: Path, tmp_path: Path) -> RunConfig:
+    clips = tmp_path / "input"
+    clips.mkdir()
+    for index in range(4):
+        soundfile.write(clips / f"{index}.wav", [0.1 * (index + 1)] * 16_000, 16_000)
+    return RunConfig(
+        inputs=(str(clips),),
+        output=str(tmp_path / "out"),
+        quiet=True,
+        model={"name": str(tiny_model)},
+        inference={"precision": "fp32", "device": "cpu"},
+        units={"windows": 2},
+        decode={"processes": 1},
+    )
+
+
+@pytest.fixture
+def finished(config: RunConfig, tmp_path: Path) -> Path:
+    """A finished result of ``config``."""
+    assert run_label(config, []) == 0
+    finished = tmp_path / "before"
+    (tmp_path / "out").rename(finished)
+    return finished
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareJob:
+    """What a run does before its first unit."""
+
+    plan: RunPlan
+    config: RunConfig
+
+    def __call__(self) -> None:
+        prepare_output(self.plan, self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishJob:
+    """What a run does after its last unit."""
+
+    finish: FinishRun
+    new: RunTotals
+
+    def __call__(self) -> None:
+        self.finish(self.new)
+
+
+def assert_success_means_whole(out: Path, num_units: int) -> None:
+    if (out / "_SUCCESS").exists():
+        assert json.loads((out / "run.json").read_text())["status"] == "done"
+        assert len(read_result(str(out)).commits) == num_units
+        assert_vouched_for(out)
+
+
+def test_overwriting_that_is_killed_never_looks_finished_and_goes_on(
+    config: RunConfig, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    num_units = len(read_result(str(finished)).commits)
+    assert num_units == 2
+    config = config.model_copy(update={"overwrite": True})
+    lay_out(finished, out)
+    job = PrepareJob(make_plan(config), config)
+    num_states = 0
+    for _ in every_kill(job, finished, out):
+        num_states += 1
+        assert_vouched_for(out)
+        assert_success_means_whole(out, num_units)
+        prepare_output(make_plan(config), config)
+        assert {path.name for path in out.iterdir()} == {"run.json"}
+        assert json.loads((out / "run.json").read_text())["status"] == "running"
+    assert num_states >= 10
+    assert run_label(config, []) == 0
+    assert run_verify(str(out)) == 0
+    assert [name for name, _ in state_of(out)] == [name for name, _ in state_of(finished)]
+    capsys.readouterr()
+
+
+def test_a_run_that_is_killed_while_it_brings_a_damaged_result_in_order_goes_on(
+    config: RunConfig, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, names = tmp_path / "out", [name for name, _ in state_of(finished)]
+    damaged, other = sorted(read_result(str(finished)).commits)
+    (finished / "clips" / f"{damaged}.parquet").unlink()
+    kept = facts_of(finished, other)
+    lay_out(finished, out)
+    job = PrepareJob(make_plan(config), config)
+    for state in every_kill(job, finished, out):
+        assert ("_SUCCESS", 0) not in state
+        prepare_output(make_plan(config), config)
+        assert set(read_result(str(out)).commits) == {other}
+        assert facts_of(out, other) == kept
+    assert run_label(config, []) == 0
+    assert run_verify(str(out)) == 0
+    assert [name for name, _ in state_of(out)] == names
+    assert facts_of(out, other) == kept
+    capsys.readouterr()
+
+
+def test_a_run_that_is_killed_while_it_finishes_is_finished_by_the_next(
+    config: RunConfig, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, names = tmp_path / "out", [name for name, _ in state_of(finished)]
+    (finished / "_SUCCESS").unlink()
+    lay_out(finished, out)
+    plan = make_plan(config)
+    assert plan.units == ()
+    finish = prepare_output(plan, config)
+    shutil.rmtree(finished)
+    out.rename(finished)
+    units = {unit_id: facts_of(finished, unit_id) for unit_id in read_result(str(finished)).commits}
+    for _ in every_kill(FinishJob(finish, RunTotals()), finished, out):
+        assert_success_means_whole(out, len(units))
+        assert run_label(config, []) == 0
+        assert [name for name, _ in state_of(out)] == names
+        assert {unit_id: facts_of(out, unit_id) for unit_id in units} == units
+    assert run_verify(str(out)) == 0
+    capsys.readouterr()

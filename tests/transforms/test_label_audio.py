@@ -1,0 +1,134 @@
+"""``LabelAudio`` in a pipeline of one's own: URIs in, rows and failures out, as dictionaries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.testing import test_pipeline
+
+from pipeline.config.label import RunConfig
+from pipeline.labelling.run import run_label
+from tests.support import audio_factory
+from transforms.inference.backbones import InferenceSettings
+from transforms.label_audio import LabelAudio, LabelSettings, make_settings, unit_of_files
+from transforms.models.ast.checkpoints import resolve_model
+from transforms.results.rows import clips_schema, errors_schema, windows_schema
+
+Rows = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three good files, one of them of three windows, and one that is no audio."""
+    folder: Path = tmp_path_factory.mktemp("audio")
+    audio_factory.write(folder / "a.wav", audio_factory.noise(1.0), 16_000)
+    stereo = audio_factory.noise(25.0, 22_050, num_channels=2, seed=1)
+    audio_factory.write(folder / "b #1.flac", stereo, 22_050, "flac")
+    audio_factory.write(folder / "c.ogg", audio_factory.tone(3.0, 44_100), 44_100, "ogg")
+    (folder / "d.wav").write_bytes(b"this is no audio" * 100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Path) -> LabelSettings:
+    inference = InferenceSettings(precision="fp32", device="cpu", batch_size=2)
+    return make_settings(resolve_model(str(tiny_model)), inference=inference)
+
+
+@pytest.fixture(scope="module")
+def labelled(
+    folder: Path, settings: LabelSettings, tmp_path_factory: pytest.TempPathFactory
+) -> Rows:
+    """What ``LabelAudio`` gives for the folder's files, and for one that is not there."""
+    target = tmp_path_factory.mktemp("rows")
+    uris = [*map(str, sorted(folder.iterdir())), f"file://{folder}/none.wav"]
+    with test_pipeline.TestPipeline(runner=FnApiRunner()) as pipeline:
+        found = pipeline | beam.Create(uris) | LabelAudio(settings)
+        for name, rows in found._asdict().items():
+            _ = (
+                rows
+                | f"{name} to JSON" >> beam.Map(json.dumps)
+                | f"Write {name}"
+                >> beam.io.WriteToText(str(target / name), shard_name_template="", num_shards=1)
+            )
+    return {
+        name: [json.loads(line) for line in (target / name).read_text().splitlines()]
+        for name in ("windows", "clips", "failures")
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``earmark label`` makes of the same files."""
+    out: Path = tmp_path_factory.mktemp("label") / "out"
+    config = RunConfig(
+        inputs=(str(folder),),
+        output=str(out),
+        quiet=True,
+        model={"name": str(tiny_model)},
+        inference={"precision": "fp32", "device": "cpu", "batch_size": 2},
+        max_failed=1.0,
+    )
+    assert run_label(config, []) == 0
+    return out
+
+
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: (row["clip_id"], row.get("window_index", 0)))
+
+
+def split(row: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
+    """A row's facts, and its computed numbers."""
+    scores = [label["score"] for label in row["labels"]]
+    facts = {**row, "labels": [label["name"] for label in row["labels"]], "embedding": None}
+    return facts, [*row["embedding"], *scores]
+
+
+@pytest.mark.parametrize(("part", "count"), [("windows", 5), ("clips", 3)])
+def test_its_rows_are_those_of_the_command(
+    labelled: Rows, expected: Path, part: str, count: int
+) -> None:
+    found = in_order(labelled[part])
+    wanted = in_order(pq.read_table(expected / part).to_pylist())
+    assert len(found) == len(wanted) == count
+    for mine, theirs in zip(found, wanted, strict=True):
+        (facts, numbers), (wanted_facts, wanted_numbers) = split(mine), split(theirs)
+        assert facts == wanted_facts
+        np.testing.assert_allclose(numbers, wanted_numbers, rtol=0, atol=1e-5)
+
+
+def test_a_bad_file_among_good_ones_is_a_failure(
+    labelled: Rows, expected: Path, folder: Path
+) -> None:
+    bad, missing = in_order(labelled["failures"])
+    (wanted,) = pq.read_table(expected / "errors").to_pylist()
+    assert {**bad, "unit_id": None} == {**wanted, "unit_id": None}
+    assert (missing["clip_id"], missing["stage"]) == (f"{folder}/none.wav", "read")
+    assert missing["error_type"] == "FileNotFoundError"
+    assert str(folder / "none.wav") in missing["message"]
+
+
+def test_rows_have_the_columns_of_the_tables(labelled: Rows, settings: LabelSettings) -> None:
+    schemas = {
+        "windows": windows_schema(settings.rows),
+        "clips": clips_schema(settings.rows),
+        "failures": errors_schema(),
+    }
+    for name, schema in schemas.items():
+        assert all(list(row) == schema.names for row in labelled[name])
+
+
+def test_a_unit_names_files_as_the_command_does(folder: Path) -> None:
+    unit = unit_of_files([f"{folder}/b #1.flac", "https://host/x.wav?X-Amz-Signature=secret"])
+    local, remote = unit.items
+    assert local.clip_id == f"{folder}/b %231.flac"
+    assert (remote.clip_id, remote.uri) == ("https://host/x.wav", "https://host/x.wav")
+    assert remote.url.endswith("secret")
+    assert "secret" not in repr(unit)
