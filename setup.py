@@ -41,7 +41,8 @@ setup(
         "transforms.models": ["label_lists/*.csv"],
         "transforms.models.ast": ["bundled_models/*/*"],
     },
-    entry_points={"console_scripts": ["earmark = pipeline.__main__:main"]},
+    py_modules=["earmark"],
+    entry_points={"console_scripts": ["earmark = earmark:main"]},
     install_requires=[
         "apache-beam==2.77.*",
         # torchaudio 2.11 is its last release; this is the range of torch it loads beside.
