@@ -5,8 +5,9 @@
 Lists WAV files of 5 s in a store that has nothing but a listing
 (``tests/support/listing_store.py``), and cuts them into units, as ``earmark plan`` and
 ``earmark label`` do before any work starts: without an output, and without the sample that ``plan``
-decodes and times, which takes the same for any input. Each run is a process of its own. Prints a table, writes ``plan.json`` and draws ``plan.png``
-beside this file; see ``benchmarks/README.md`` for the figures.
+decodes and times, which takes the same for any input. Each run is a process of its own. Prints a
+table, writes ``plan.json`` and draws ``plan.png`` beside this file; see ``benchmarks/README.md``
+for the figures.
 """
 
 from __future__ import annotations

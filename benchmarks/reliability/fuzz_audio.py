@@ -5,7 +5,8 @@
 Recordings are encoded in every format of ``tests/support/audio_factory.py``, mutated (see
 ``MUTATIONS``), and put through ``DecodePool`` as the pipeline does it, half of them as bytes,
 half as files with an extension drawn at random. Every file must come to exactly one end: decoded
-whole, decoded in part with a warning, or a failure. A decoder that crashes or hangs makes the exit code 1.
+whole, decoded in part with a warning, or a failure. A decoder that crashes or hangs makes the exit
+code 1.
 
 File number n of a seed is always the same: ``--first n --files 1`` has it alone. Prints tables and
 writes ``fuzz_audio.json`` beside this file; see ``benchmarks/README.md`` for the figures.
