@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import earmark
 from tests.support.paths import ROOT
 
 MODULES = sorted([*(ROOT / "transforms").glob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
@@ -165,16 +167,47 @@ def test_transforms_never_import_the_pipeline(path: Path) -> None:
     assert [m for m, _, _ in imports_of(path) if m.split(".")[0] == "pipeline"] == []
 
 
-def test_the_package_gives_its_names_and_loads_nothing_before() -> None:
+def test_the_public_names_are_loaded_when_they_are_used() -> None:
     code = """
-import sys, transforms
-names = sorted(transforms._HOMES)
-assert set(names) <= set(dir(transforms))
-assert not [name for name in sys.modules if name.startswith(("transforms.", "torch", "apache"))]
-print([getattr(transforms, name).__name__ for name in names] == names)
+import sys, earmark
+assert set(earmark.__all__) <= set(dir(earmark))
+assert not [name for name in sys.modules if name.startswith(("transforms", "torch", "apache"))]
+print([name for name in earmark.__all__ if not callable(getattr(earmark, name))])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "True\n", done.stderr
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_docs_import_public_names_and_no_others() -> None:
+    imported: set[str] = set()
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for block in code_blocks(page.read_text(encoding="utf-8")):
+            assert re.findall(r"^ *(?:from|import) (?:transforms|pipeline)\b", block, re.M) == []
+            for names in re.findall(r"^from earmark import (.+)$", block, re.MULTILINE):
+                imported |= set(names.split(", "))
+    assert len(imported) > 5
+    assert imported <= set(earmark.__all__)
+
+
+def test_the_docs_say_what_each_public_name_is() -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == sorted(earmark.__all__)
+
+
+@pytest.mark.parametrize("name", ["transforms.py", "transforms/__init__.py"])
+def test_a_module_that_hides_ours_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", "from earmark import ASTConfig"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith(f"ImportError: {tmp_path / name} hides the package 'transforms' of Ear")
+    assert told.endswith("Rename it, or start Python in another folder")
 
 
 @pytest.mark.parametrize("library", DOORS)
