@@ -59,6 +59,7 @@ from pipeline.runners.dataflow import (
     submit,
 )
 from pipeline.runners.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
+from pipeline.runners.options import temporary_files_in_scratch
 from pipeline.terminal.precision_report import describe_checks, precision_warnings
 from pipeline.terminal.progress import (
     LiveReader,
@@ -72,7 +73,7 @@ from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
 from transforms.models.ast.checkpoints import ModelSpec
 from transforms.process.stage_times import stage_clocks
-from transforms.process.temp_folders import sweep, temporary_files_in_scratch
+from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
 from transforms.results.commits import (
     UnitTotals,

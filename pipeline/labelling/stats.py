@@ -39,6 +39,7 @@ from pipeline.labelling.run import (
     pipeline_options,
 )
 from pipeline.runners.dataflow import follow, is_left_running
+from pipeline.runners.options import temporary_files_in_scratch
 from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio, format_duration
 from pipeline.terminal.std_streams import answer, say
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
@@ -53,7 +54,7 @@ from transforms.features.statistics import (
 from transforms.features.windows import CutWindows, WindowSettings
 from transforms.label_audio import read_items
 from transforms.models.ast.files import FEATURES_NAME
-from transforms.process.temp_folders import scratch_folder, sweep, temporary_files_in_scratch
+from transforms.process.temp_folders import scratch_folder, sweep
 from transforms.records import WorkUnit
 from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
 from transforms.storage import filesystem, reading, urls, writing

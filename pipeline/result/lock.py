@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transforms.errors import OutputError, OutputLostError
+from transforms.process.locks import try_lock
 from transforms.process.temp_folders import is_still
 from transforms.storage import reading, urls, writing
 from transforms.storage.retries import patient_for
@@ -107,12 +107,13 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _lock(descriptor: int, output: str) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(_words_for_held(output, "another run")) from error
+        is_locked = try_lock(descriptor)
     except OSError as error:
         # Some network file systems have no locks; then it is for people to keep runs apart.
         logger.warning("%s cannot be locked (%s): start no second run on it.", output, error)
+    else:
+        if not is_locked:
+            raise OutputError(_words_for_held(output, "another run"))
 
 
 def _open_folder(path: Path, made: list[Path]) -> int:

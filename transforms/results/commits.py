@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms.errors import OutputError
+from transforms.process.locks import lock_shared, try_lock
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import (
     Item,
@@ -360,7 +360,7 @@ def hold_commits(output: str) -> int | None:
     writing.make_folder(folder)
     descriptor = os.open(storage_urls.local_path(folder), os.O_RDONLY | os.O_DIRECTORY)
     with contextlib.suppress(OSError):  # some network file systems have no locks
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        lock_shared(descriptor)
     return descriptor
 
 
@@ -374,14 +374,11 @@ def are_commits_held(output: str) -> bool:
     except OSError:  # not there, or not readable: who reads the result will say so
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not try_lock(descriptor)
     except OSError:
         return False
     finally:
         os.close(descriptor)
-    return False
 
 
 def remove_unit(output: str, unit_id: str) -> None:
