@@ -31,20 +31,6 @@ UnitKind = Literal["files", "tar", "parquet"]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Which part of a long file an item is; its own stretch is that of its item.
-
-    Attributes:
-        before_samples: Samples of the model's rate that are given before its start: the last
-            window of the part before, from which the rule for the clip's tail looks on.
-        after_samples: Samples given beyond its end: what its last window needs.
-    """
-
-    before_samples: int
-    after_samples: int
-
-
-@dataclass(frozen=True, slots=True)
 class Item:
     """One thing to label: a file, a tar member, a Parquet row, or a segment of one.
 
@@ -62,7 +48,6 @@ class Item:
         metadata: JSON text of an object with everything else the input says, or None.
         size: Bytes of the file (or of the container that holds it); None if not known.
         version: What tells a changed file from an unchanged one: etag or modification time.
-        part: Of a part of a long file: how it goes together with the others; else None.
     """
 
     clip_id: str
@@ -76,7 +61,6 @@ class Item:
     metadata: str | None = None
     size: int | None = None
     version: str | None = None
-    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +116,6 @@ class WorkUnit:
         carried: Rows to copy from a replaced unit, if any.
         failures: Items that planning already knows cannot be read (a bad line of a manifest);
             they become rows all the same.
-        part_of: The long unit that this is a part of (``long_files``), or None.
     """
 
     unit_id: str
@@ -143,7 +126,6 @@ class WorkUnit:
     replaces: tuple[str, ...] = ()
     carried: Carried | None = None
     failures: tuple[Failure, ...] = ()
-    part_of: WorkUnit | None = None
 
     def __post_init__(self) -> None:
         if (self.kind == "files") != (self.container is None):
