@@ -29,12 +29,16 @@ from pipeline.labelling.segments import (
     encode_manifest,
     run_segments,
 )
+from pipeline.result.verify import run_verify
 from tests.support.audio_factory import encode, noise
 from tests.support.unit_factory import make_item
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import UsageError
+from transforms.process.progress_counts import live_counts
 from transforms.process.temp_folders import scratch_folder
 from transforms.records import EncodedClip, Item, WorkUnit
+from transforms.results.commits import Commit
+from transforms.results.write_units import OpenUnit
 from transforms.sources.read_unit import SourceSettings, find_inputs
 from transforms.storage import filesystem as storage
 
@@ -230,6 +234,54 @@ def test_every_segment_becomes_a_clip_and_together_they_are_the_file(
         }
     )
     assert not any(row["warning"] for row in rows)
+
+
+class KilledError(Exception):
+    """Ends a run inside a unit."""
+
+
+@pytest.mark.parametrize(("is_divided", "num_kept"), [(False, 0), (True, 2)])
+def test_a_run_killed_inside_a_file_labels_it_again_and_committed_segments_stay(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_divided: bool,
+    num_kept: int,
+) -> None:
+    audio, manifest = tmp_path / "long.wav", tmp_path / "segments.jsonl"
+    audio.write_bytes(wav(9.0))
+    manifest.write_bytes(encode_manifest(division_of(audio).items, ".jsonl"))
+    config = RunConfig.model_validate(
+        {
+            "inputs": [str(manifest if is_divided else audio)],
+            "output": str(tmp_path / "out"),
+            "quiet": True,
+            "model": {"name": str(tiny_model)},
+            "window": {"length_s": 1.0},
+            "inference": {"precision": "fp32", "device": "cpu", "batch_size": 3},
+            "decode": {"processes": 1},
+            "units": {"windows": 3},
+        }
+    )
+    commit, committed = OpenUnit.commit, []
+
+    def dying(unit: OpenUnit) -> Commit:
+        if len(committed) == num_kept:
+            raise KilledError
+        committed.append(commit(unit))
+        return committed[-1]
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="KilledError"):
+        patched.setattr(OpenUnit, "commit", dying)
+        run_label(config, [])
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/clips/*.parquet")}
+    assert len(kept) == num_kept
+    windows_before = live_counts.windows
+    assert run_label(config, []) == 0
+    assert live_counts.windows - windows_before == 9 - 3 * num_kept
+    assert run_verify(str(tmp_path / "out"), quiet=True) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(tmp_path.glob("out/clips/*.parquet"))) == (3 if is_divided else 1)
 
 
 def flac_that_promises(num_samples: int, duration_s: float = 10.0) -> bytes:
