@@ -51,7 +51,6 @@ from transforms.sources.read_unit import (
     make_clip_id,
     make_unit_id,
     read_unit,
-    windows_per_part,
 )
 from transforms.storage import urls as storage_urls
 from transforms.storage.secrets import public_uri
@@ -153,9 +152,6 @@ def make_settings(
             window_s=windows.window_samples / windows.sample_rate_hz,
             hop_s=windows.hop_samples / windows.sample_rate_hz,
             limits=dataclasses.replace(sources.limits, max_item_bytes=decode.max_item_bytes),
-            windows_per_part=windows_per_part(
-                sources.windows_per_unit, windows.hop_samples, windows.sample_rate_hz
-            ),
         ),
     )
 

@@ -29,7 +29,6 @@ import collections
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import threading
 import time
@@ -653,16 +652,11 @@ class _ClipDecoding:
         is_bound = error.error_type in decode.BOUND_ERRORS
         if self._held is None or self._held_facts is None or is_bound:
             return _item_failure(self._job, error)
-        rate_hz, item = self._pool.settings.sample_rate_hz, self._job.item
-        duration_s, start_s = self._num_samples / rate_hz, 0.0
-        if item.part is not None:  # which has margins, and speaks of the whole file
-            start_s, end_s = item.start_s or 0.0, math.inf if item.end_s is None else item.end_s
-            duration_s = max(0.0, duration_s - item.part.before_samples / rate_hz)
-            duration_s = min(duration_s, end_s - start_s)
+        duration_s = self._num_samples / self._pool.settings.sample_rate_hz
         facts = dataclasses.replace(
             self._held_facts,
             duration_s=duration_s,
-            warning=f"decoded {start_s + duration_s:.1f} s, then stopped: {error}",
+            warning=f"decoded {duration_s:.1f} s, then stopped: {error}",
         )
         return self._waveform(self._held, facts)
 

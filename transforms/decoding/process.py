@@ -1,11 +1,9 @@
-"""A decoder process as its parent sees it: started with limits, spoken to, replaced when lost.
+"""A decoder process as its parent sees it: started with limits, given jobs, replaced when lost.
 
-    parent ─ JOB, clip ──────────▶ decode_worker ─ pieces, in shared memory ─▶ parent
-           ─ PROBE, size of file ▶               ─ which blocks it needs, the length ─▶
+    parent ─ JOB, clip ─▶ child ─ pieces in shared memory, or the length by the header ─▶ parent
 
-Whatever a hostile file does to a library, it does to this process: it may die, say nothing more, or
-ask for more memory than it is allowed. ``decode`` makes a failed clip of that, ``header_probe`` a
-length that is not known.
+Whatever a hostile file does to a library, it does to that process: it may die, hang, or ask for
+more memory than it is allowed. ``pool`` makes a failed clip of that.
 """
 
 from __future__ import annotations
@@ -26,11 +24,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from transforms.decoding import decode
+from transforms.decoding import child as protocol
+from transforms.decoding.decode import DecodeLimits
 from transforms.errors import DecodeError, EarmarkError
 from transforms.process.stage_times import StageSeconds, stage_clocks
 from transforms.records import ClipFacts, EncodedClip, FloatArray
@@ -38,7 +37,7 @@ from transforms.records import ClipFacts, EncodedClip, FloatArray
 logger = logging.getLogger(__name__)
 
 # Starts a decoder; its arguments follow.
-WORKER_COMMAND = (sys.executable, "-P", "-m", "transforms.decoding.decode")
+WORKER_COMMAND = (sys.executable, "-P", "-m", "transforms.decoding.child")
 START_TIMEOUT_S = 120.0  # importing the libraries on a busy machine with a cold disk
 MAX_ANSWER_BYTES = 1 << 20  # facts, a length or the message of an error
 MAX_FAILED_STARTS = 3
@@ -84,7 +83,7 @@ class DecoderOptions:
 
     sample_rate_hz: int
     piece_samples: int
-    limits: decode.DecodeLimits
+    limits: DecodeLimits
     stall_timeout_s: float
 
 
@@ -125,7 +124,7 @@ def _start_once(options: DecoderOptions, command: Sequence[str]) -> DecoderProce
         undo.enter_context(theirs)
         memory_fd = _nameless_file()
         try:
-            os.ftruncate(memory_fd, decode.NUM_SLOTS * options.piece_samples * 4)
+            os.ftruncate(memory_fd, protocol.NUM_SLOTS * options.piece_samples * 4)
             memory = mmap.mmap(memory_fd, 0)
             undo.callback(memory.close)
             fds = (theirs.fileno(), memory_fd)
@@ -189,7 +188,7 @@ class DecoderProcess:
         self._connection = connection
         self._stream = connection.makefile("rb")
         self._memory = memory
-        self._slots: FloatArray = np.frombuffer(memory, np.float32).reshape(decode.NUM_SLOTS, -1)
+        self._slots: FloatArray = np.frombuffer(memory, np.float32).reshape(protocol.NUM_SLOTS, -1)
         self._stderr = stderr
         self._num_received = 0
         self._slots_to_return = 0
@@ -201,7 +200,7 @@ class DecoderProcess:
             return False
         if not self._base_bytes:  # the system does not tell
             return True
-        held_bytes = decode.data_bytes(self._process.pid)  # 0 once it has begun to end
+        held_bytes = protocol.data_bytes(self._process.pid)  # 0 once it has begun to end
         return 0 < held_bytes <= self._base_bytes + self._options.limits.max_decoder_bytes / 2
 
     def wait_until_ready(self) -> None:
@@ -209,26 +208,26 @@ class DecoderProcess:
         self._connection.settimeout(START_TIMEOUT_S)
         self._receive()
         self._connection.settimeout(self._options.stall_timeout_s)
-        self._base_bytes = decode.data_bytes(self._process.pid)
+        self._base_bytes = protocol.data_bytes(self._process.pid)
 
-    def send_job(self, clip: EncodedClip) -> None:
-        """Send a clip to decode."""
+    def send_job(self, clip: EncodedClip, *, reads_header: bool = False) -> None:
+        """Send a clip to decode, or to read the header of."""
         os.ftruncate(self._stderr, 0)
         job = {
             "path": None if clip.path is None else str(Path(clip.path).absolute()),
             "size": 0 if clip.data is None else len(clip.data),
             "start_s": clip.item.start_s,
             "end_s": clip.item.end_s,
-            "part": None if clip.item.part is None else dataclasses.asdict(clip.item.part),
+            "reads_header": reads_header,
             "returned_slots": self._slots_to_return,
         }
         self._slots_to_return = 0
-        self._send(decode.JOB, json.dumps(job).encode(), clip.data or b"")
+        self._send(protocol.JOB, json.dumps(job).encode(), clip.data or b"")
 
     def return_slot(self) -> None:
         """Give the slot of the last piece back while its clip goes on."""
         self._slots_to_return -= 1
-        self._send(decode.CREDIT)
+        self._send(protocol.CREDIT)
 
     def receive_reply(self) -> Reply:
         """The next piece, copied out of shared memory.
@@ -238,44 +237,29 @@ class DecoderProcess:
             DecoderLostError: The child died, showed no sign of life, or answered with nonsense.
         """
         kind, content = self._receive_answer()
-        slot = self._num_received % decode.NUM_SLOTS
+        slot = self._num_received % protocol.NUM_SLOTS
         self._num_received += 1
         self._slots_to_return += 1
         with self._understanding():
             samples = self._slots[slot, : content["num_samples"]].copy()
-            return Reply(samples, ClipFacts(**content["facts"]), kind == decode.LAST)
+            return Reply(samples, ClipFacts(**content["facts"]), kind == protocol.LAST)
 
-    def probe(self, file: BinaryIO, size: int, max_blocks: int) -> float | None:
-        """Seconds of audio by a file's header, of which the child is given the blocks it asks for.
-
-        Args:
-            file: The encoded bytes; can seek.
-            size: How many there are.
-            max_blocks: Of ``decode_worker.BLOCK_BYTES``; a child that asks for more is killed.
-
-        Returns:
-            The length; None where the header does not say, or not within so many blocks.
+    def read_length_s(self, clip: EncodedClip) -> float | None:
+        """Return the seconds of audio that a clip's header promises; None if it promises nothing.
 
         Raises:
-            DecodeError: The child cannot take the header.
+            DecodeError: The child cannot open the file.
             DecoderLostError: The child died, showed no sign of life, or answered with nonsense.
-            OSError: The file cannot be read; the child then waits for ever, and is to be killed.
         """
-        os.ftruncate(self._stderr, 0)
-        self._send(decode.PROBE, json.dumps({"size": size}).encode())
-        num_given = 0
-        while True:
-            kind, content = self._receive_answer()
-            with self._understanding():
-                if kind == decode.LENGTH:
-                    return _checked_length(content["length_s"])
-                start = _checked_start(kind, content["start"], size)
-            if num_given == max_blocks:
-                self.kill()
-                return None
-            num_given += 1
-            file.seek(start)
-            self._send(decode.BLOCK, file.read(decode.BLOCK_BYTES))
+        self.send_job(clip, reads_header=True)
+        _, content = self._receive_answer()
+        with self._understanding():
+            length_s = content["length_s"]
+            if length_s is not None and not (
+                isinstance(length_s, float) and 0.0 <= length_s < math.inf
+            ):
+                raise ValueError(f"a length of {length_s!r}")
+            return length_s
 
     def _receive_answer(self) -> tuple[bytes, dict[str, Any]]:
         """The next frame that is not only a sign of life.
@@ -285,12 +269,12 @@ class DecoderProcess:
             DecoderLostError: As in ``receive_reply``.
         """
         kind, payload = self._receive()
-        while kind == decode.ALIVE:
+        while kind == protocol.ALIVE:
             kind, payload = self._receive()
         with self._understanding():
             content: dict[str, Any] = json.loads(payload)
             stage_clocks.add(StageSeconds(**content.get("seconds", {})))  # at the end of each clip
-            if kind != decode.ERROR:
+            if kind != protocol.ERROR:
                 return kind, content
             error = DecodeError(str(content["message"]), error_type=str(content["error_type"]))
         raise error
@@ -314,7 +298,7 @@ class DecoderProcess:
 
     def _send(self, kind: bytes, payload: bytes = b"", data: bytes = b"") -> None:
         try:
-            decode.send_frame(self._connection, kind, payload)
+            protocol.send_frame(self._connection, kind, payload)
             if data:
                 self._connection.sendall(data)
         except TimeoutError as error:
@@ -324,9 +308,9 @@ class DecoderProcess:
 
     def _receive(self) -> tuple[bytes, bytes]:
         try:
-            header = self._stream.read(decode.FRAME_HEADER.size)
-            if len(header) == decode.FRAME_HEADER.size:
-                kind, length = decode.FRAME_HEADER.unpack(header)
+            header = self._stream.read(protocol.FRAME_HEADER.size)
+            if len(header) == protocol.FRAME_HEADER.size:
+                kind, length = protocol.FRAME_HEADER.unpack(header)
                 with self._understanding():
                     if length > MAX_ANSWER_BYTES:
                         raise ValueError(f"an answer of {length} bytes")
@@ -375,18 +359,6 @@ class DecoderProcess:
         del self._slots
         self._memory.close()
         os.close(self._stderr)
-
-
-def _checked_length(length_s: Any) -> float | None:
-    if length_s is not None and not (isinstance(length_s, float) and 0.0 <= length_s < math.inf):
-        raise ValueError(f"a length of {length_s!r}")
-    return length_s
-
-
-def _checked_start(kind: bytes, start: Any, size: int) -> int:
-    if kind != decode.WANTED or not isinstance(start, int) or not 0 <= start < size:
-        raise ValueError(f"{kind!r} of a block at {start!r} of {size} bytes")
-    return start
 
 
 def _signal_name(number: int) -> str:

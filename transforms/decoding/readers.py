@@ -20,12 +20,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import soundfile
 
-from transforms.decoding.routes import UNKNOWN_SIZE_FROM, Route, find_route, needs_ffmpeg
+from transforms.decoding.routes import UNKNOWN_SIZE_FROM, Route, find_route
 from transforms.errors import DecodeError
 from transforms.records import FloatArray
 
@@ -259,58 +259,6 @@ def _most_telling(errors: list[DecodeError]) -> DecodeError:
         return specific[0]
     words = "; ".join(str(error) for error in errors)
     return DecodeError(f"not audio that can be decoded ({words})", error_type="NotAudio")
-
-
-# What a header says
-
-
-def probe_duration_s(file: BinaryIO) -> float | None:
-    """Seconds of audio in a file that can be entered at any place, by its header alone.
-
-    Args:
-        file: The encoded bytes, of which no more is read than the header, and for some formats
-            the end.
-
-    Returns:
-        The length, to be held against what decoding gives; None where the header does not say, or
-        where reading would start at the beginning whatever the place (FFmpeg).
-    """
-    try:
-        view = cast(bytes, _LazyView(file))
-        # Finding the route of what FFmpeg reads would go from box to box through the whole file.
-        if needs_ffmpeg(view[:64]) or not find_route(view, lambda: None).soundfile_first:
-            return None
-        file.seek(0)
-        with soundfile.SoundFile(file) as sound:
-            frames, rate = int(sound.frames), int(sound.samplerate)
-    except (OSError, ValueError, TypeError, soundfile.LibsndfileError):  # who decodes it will say
-        return None
-    return frames / rate if 0 < frames < 1 << 62 and rate > 0 else None
-
-
-class _LazyView:
-    """The bytes of a file as ``find_route`` looks at them, read where it looks; not searched."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._size = file.seek(0, os.SEEK_END)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, place: int | slice) -> int | bytes:
-        start, stop, _ = (
-            slice(place, place + 1).indices(self._size)
-            if isinstance(place, int)
-            else place.indices(self._size)
-        )
-        self._file.seek(start)
-        data = self._file.read(max(0, stop - start))
-        return data[0] if isinstance(place, int) else data
-
-    def find(self, wanted: bytes, start: int = 0) -> int:
-        """Not found: that would take the whole file."""
-        return -1
 
 
 # libsndfile

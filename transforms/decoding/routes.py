@@ -40,7 +40,7 @@ _MATROSKA_SEGMENT = b"\x18S\x80g"
 def find_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> Route:
     """Choose by content. Where libsndfile would silently cut a file, FFmpeg goes first."""
     head = view[:64]
-    if needs_ffmpeg(head):
+    if _needs_ffmpeg(head):
         return Route(False, notes=_cut_short(view, _declared_length(view)))
     if head.startswith(_RIFF_MAGIC):
         return _find_wav_route(view)
@@ -60,7 +60,7 @@ def find_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> Rout
     return _find_mp3_route(view, start)
 
 
-def needs_ffmpeg(head: bytes) -> bool:
+def _needs_ffmpeg(head: bytes) -> bool:
     """Whether FFmpeg reads the file, by its first 64 bytes, whatever follows them.
 
     False where more has to be looked at.

@@ -44,6 +44,11 @@ _BYTES_PER_S = {
 DEFAULT_BYTES_PER_S = 16_000
 
 
+def guess_duration_s(name: str, size: int | None) -> float:
+    """Guess the seconds of audio in a file from its extension and its size in bytes."""
+    return (size or 0) / _BYTES_PER_S.get(extension(name), DEFAULT_BYTES_PER_S)
+
+
 def extension(name: str) -> str:
     """The last extension of a file's or member's name in lower case, with its dot, or ""."""
     base = name.rpartition("/")[2]
@@ -84,8 +89,7 @@ class WindowEstimate:
 
     def of_file(self, name: str, size: int | None) -> int:
         """Windows to expect of a file, from its extension and its size in bytes; at least 1."""
-        bytes_per_s = _BYTES_PER_S.get(extension(name), DEFAULT_BYTES_PER_S)
-        return self.of_duration((size or 0) / bytes_per_s)
+        return self.of_duration(guess_duration_s(name, size))
 
 
 def printable(text: str) -> str:

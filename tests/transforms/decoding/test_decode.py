@@ -524,7 +524,7 @@ def test_odd_rates_stay_in_bounds(rate: int) -> None:
 
 MISBEHAVING_WORKER = """
 import os, sys, time
-from transforms.decoding import decode as decode_worker
+from transforms.decoding import child
 
 def decode(source, **options):
     marks = bytes(source[-40:]) if isinstance(source, bytes) else b""
@@ -535,7 +535,7 @@ def decode(source, **options):
         os._exit(7)
     if b"HANG" in marks:
         time.sleep(1000)
-    for index, piece in enumerate(decode_worker.decode(source, **options)):
+    for index, piece in enumerate(child.decode(source, **options)):
         print("noise on stdout")
         yield piece
         if index == 2 and b"LATE" in marks:
@@ -545,7 +545,7 @@ def decode(source, **options):
         if index == 2 and b"RAISE" in marks:
             raise RuntimeError("the library stumbled")
 
-decode_worker.serve(sys.argv[1:], decode)
+child.serve(sys.argv[1:], decode)
 """
 
 
@@ -704,14 +704,14 @@ def test_signs_of_life_keep_a_slow_clip_alive(tmp_path: Path) -> None:
     path = tmp_path / "slow_worker.py"
     path.write_text(
         "import sys, time\n"
-        "from transforms.decoding import decode as decode_worker\n"
-        "decode_worker.ALIVE_EVERY_S = 0.05\n"
+        "from transforms.decoding import child\n"
+        "child.ALIVE_EVERY_S = 0.05\n"
         "def decode(source, on_progress, **options):\n"
         "    for _ in range(20):\n"
         "        time.sleep(0.1)\n"
         "        on_progress()\n"
-        "    yield from decode_worker.decode(source, **options)\n"
-        "decode_worker.serve(sys.argv[1:], decode)\n"
+        "    yield from child.decode(source, **options)\n"
+        "child.serve(sys.argv[1:], decode)\n"
     )
     settings = DecodeSettings(num_processes=1, stall_timeout_s=1.0)
     with DecodePool(settings, worker_command=[sys.executable, str(path)]) as pool:
