@@ -28,8 +28,8 @@ from apache_beam.testing.util import assert_that, equal_to
 
 from tests.support import audio_factory
 from tests.support.paths import ROOT
+from transforms.decoding import encoded, ffmpeg_reader, soundfile_reader
 from transforms.decoding import pool as decode_module
-from transforms.decoding import readers
 from transforms.decoding.decode import decode, decode_whole
 from transforms.decoding.pool import DecodeAudio, DecodePool, DecodeSettings
 from transforms.errors import DecodeError, EarmarkError
@@ -112,8 +112,8 @@ def test_large_files_are_read_where_they_lie(
         path = audio_factory.write(tmp_path / name, sound(name, 2.0), rate_for(name), name)
         in_memory, facts = decode_whole(path)
         with monkeypatch.context() as patch:
-            patch.setattr(readers, "MAX_IN_MEMORY_BYTES", 1000)
-            patch.setattr(readers, "HASH_CHUNK_BYTES", 777)
+            patch.setattr(encoded, "MAX_IN_MEMORY_BYTES", 1000)
+            patch.setattr(encoded, "HASH_CHUNK_BYTES", 777)
             mapped, mapped_facts = decode_whole(path)
         assert np.array_equal(in_memory, mapped)
         assert facts == mapped_facts
@@ -125,14 +125,14 @@ def test_a_large_file_is_hashed_once_for_its_segments(
     path = audio_factory.write(tmp_path / "a.wav", audio_factory.noise(3.0, seed=1), RATE)
     small = decode_whole(path)[1].content_sha256
     hashed: list[Any] = []
-    hash_bytes = readers._hash_bytes
+    hash_bytes = encoded._hash_bytes
 
-    def count(encoded: Any, on_progress: Any) -> str:
-        hashed.append(encoded.path)
-        return hash_bytes(encoded, on_progress)
+    def count(file: encoded.Encoded, on_progress: Any) -> str:
+        hashed.append(file.path)
+        return hash_bytes(file, on_progress)
 
-    monkeypatch.setattr(readers, "MAX_IN_MEMORY_BYTES", 1000)
-    monkeypatch.setattr(readers, "_hash_bytes", count)
+    monkeypatch.setattr(encoded, "MAX_IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(encoded, "_hash_bytes", count)
     for start_s in (0.0, 1.0, 2.0):
         facts = decode_whole(path, start_s=start_s, end_s=start_s + 1)[1]
         assert facts.content_sha256 == small
@@ -180,11 +180,10 @@ def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         samples, facts = decode_whole(data)
         for seed in range(3):
             sizes = np.random.default_rng(seed)
-            monkeypatch.setattr(
-                readers,
-                "_block_frames",
-                lambda rate, channels, r=sizes: int(r.integers(1, 9999)),
-            )
+            for module in (soundfile_reader, ffmpeg_reader):
+                monkeypatch.setattr(
+                    module, "block_frames", lambda rate, channels, r=sizes: int(r.integers(1, 9999))
+                )
             other, other_facts = decode_whole(data)
             np.testing.assert_allclose(other, samples, atol=1e-6)
             assert other_facts.duration_s == facts.duration_s
@@ -282,7 +281,7 @@ def test_content_hash_is_that_of_the_encoded_bytes() -> None:
     "name", ["wav", "wav24", "flac", "aiff", "ogg", "mp3", "mp3_no_header", "m4a", "opus", "mkv"]
 )
 def test_a_segment_is_what_slicing_the_whole_gives(name: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(readers, "PREROLL_FRAMES", 60_000)  # so that short files seek, too
+    monkeypatch.setattr(soundfile_reader, "PREROLL_FRAMES", 60_000)  # so that short files seek, too
     rate = rate_for(name)
     data = audio_factory.encode(sound(name, 6.0, 2), rate, name)
     whole = native(data, rate)
