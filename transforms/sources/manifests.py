@@ -26,8 +26,6 @@ from typing import Any, BinaryIO, TextIO
 from transforms.errors import ContainerError, InputError, ReadError
 from transforms.records import Failure, Item
 from transforms.sources.clip_ids import (
-    extension,
-    is_tar_name,
     make_clip_id,
     make_metadata,
     make_truth,
@@ -36,6 +34,7 @@ from transforms.sources.clip_ids import (
     read_failure,
 )
 from transforms.sources.fetching import ReadLimits
+from transforms.sources.file_kinds import MANIFEST_EXTENSIONS, extension, is_tar_name
 from transforms.sources.parquet import (
     URI_COLUMNS,
     UnreadableValue,
@@ -45,7 +44,6 @@ from transforms.sources.parquet import (
 )
 from transforms.storage import filesystem as storage
 
-MANIFEST_EXTENSIONS = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv"})
 _MAX_LINE_BYTES = 16 << 20  # parsed, JSON takes up to 25 times as much
 _MAX_RECORD_LINES = 1000
 _MAX_NAME_CHARS = 32_768  # a signed URL has a few thousand
