@@ -59,7 +59,7 @@ from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
 from transforms.results.commits import UnitSummary
 from transforms.results.write_units import CommitSettings
-from transforms.sources.clip_ids import guess_duration_s
+from transforms.sources.file_kinds import guess_duration_s
 from transforms.sources.read_unit import (
     Found,
     ReadLimits,

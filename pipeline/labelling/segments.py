@@ -43,8 +43,9 @@ from transforms.decoding.process import (
 from transforms.errors import ConfigError, DecodeError, OutputError
 from transforms.label_audio import read_items
 from transforms.records import EncodedClip, Failure, Item
-from transforms.sources.clip_ids import extension, make_clip_id, occurrence_of
+from transforms.sources.clip_ids import make_clip_id, occurrence_of
 from transforms.sources.fetching import spool
+from transforms.sources.file_kinds import extension
 from transforms.sources.read_unit import (
     Found,
     SourceSettings,

@@ -42,7 +42,8 @@ from pipeline.runners.dataflow import follow, is_left_running
 from pipeline.runners.options import temporary_files_in_scratch
 from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio, format_duration
 from pipeline.terminal.std_streams import answer, say
-from transforms.decoding.pool import DecodeAudio, DecodeSettings
+from transforms.decoding.decode_audio import DecodeAudio
+from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.features.fbank import ASTFeatureExtractor, FbankSettings
 from transforms.features.statistics import (

@@ -231,9 +231,10 @@ def test_a_library_has_one_door(library: str) -> None:
         ("transforms/models/ast/bundled.py", {"torch", "apache_beam"}),
         ("transforms/models/ast/files.py", {"torch", "apache_beam"}),
         ("transforms/features/fbank_settings.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
-        ("transforms/decoding/pool.py", {"torch"}),
+        ("transforms/decoding/decode_audio.py", {"torch"}),
+        ("transforms/decoding/pool.py", {"torch", "apache_beam"}),
         ("transforms/decoding/decode.py", {"torch", "apache_beam"}),
-        ("transforms/decoding/readers.py", {"torch", "apache_beam", "av"}),
+        ("transforms/decoding/ffmpeg_reader.py", {"torch", "apache_beam", "av"}),
     ],
 )
 def test_light_modules_import_nothing_heavy(module: str, libraries: set[str]) -> None:

@@ -31,8 +31,10 @@ from typing import NamedTuple
 import numpy as np
 import soxr
 
+from transforms.decoding.encoded import hash_encoded, open_encoded
 from transforms.decoding.levels import LevelMeter, finite_part
-from transforms.decoding.readers import ROUNDING_S, Block, ReaderChain, hash_encoded, open_encoded
+from transforms.decoding.reader import ROUNDING_S, Block
+from transforms.decoding.reader_chain import ReaderChain
 from transforms.errors import DecodeError
 from transforms.process.stage_times import timed
 from transforms.records import ClipFacts, FloatArray

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
-from transforms.sources.clip_ids import AUDIO_EXTENSIONS, make_clip_id, make_unit_id, read_failure
+from transforms.sources.clip_ids import make_clip_id, make_unit_id, read_failure
 from transforms.sources.fetching import Fetched, ReadLimits, fetch, second_name
 from transforms.sources.inputs import Container, Found, check_there, find_inputs
 from transforms.sources.parquet import read_parquet
@@ -35,7 +35,6 @@ from transforms.sources.units import (
 )
 
 __all__ = [
-    "AUDIO_EXTENSIONS",
     "Container",
     "Found",
     "ReadLimits",

@@ -168,11 +168,11 @@ def test_channels_that_are_not_there_are_an_error(num_channels: int) -> None:
 @pytest.mark.parametrize(
     ("size", "duration_s", "warning"),
     [
-        (0, 1.0, "the header says that there is no audio; read to the end"),
+        (0, 1.0, "the header declares no audio; read to the end"),
         (
             16_000,
             0.5,
-            "16000 bytes follow the 16000 bytes of audio that the header tells of",
+            "16000 bytes follow the 16000 bytes of audio that the header declares",
         ),
         (0x70000000, 1.0, "decoded 1.0 of 58720.3 s"),
         (0xFFFFFFFF, 1.0, None),
