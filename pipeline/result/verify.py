@@ -22,6 +22,7 @@ from enum import Enum
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.result.state import RUN_FILE, SUCCESS_FILE, ResultState, read_result
 from pipeline.terminal.std_streams import answer
 from transforms.errors import InputError, OutputError
@@ -40,9 +41,6 @@ from transforms.results.commits import (
     read_part,
 )
 from transforms.storage import filesystem as storage
-
-EXIT_WHOLE = 0
-EXIT_DAMAGED = 3
 
 
 class Kind(Enum):
@@ -103,7 +101,7 @@ def run_verify(folder: str, quiet: bool = False) -> int:
         is_unreadable = isinstance(error.__cause__, OSError)
         kind = Kind.UNREADABLE if is_unreadable else Kind.INCOMPLETE
         answer(str(error), kind=kind.value)
-        return EXIT_DAMAGED
+        return EXIT_INCOMPLETE
     if not state.is_result:
         raise InputError(
             f"{name} holds no result of Earmark: no {RUN_FILE} and no commits. "
@@ -122,10 +120,10 @@ def run_verify(folder: str, quiet: bool = False) -> int:
         answer(f"{name} is {word} {counts}.")
         for advice in make_advice(output, findings):
             answer(advice)
-        return EXIT_DAMAGED
+        return EXIT_INCOMPLETE
     if not quiet:
         answer(f"{name} is whole: {counts}.")
-    return EXIT_WHOLE
+    return EXIT_DONE
 
 
 def _has_commits(output: str) -> bool:
