@@ -117,5 +117,5 @@ class _Answers(_Stream):
             raise error  # the reader has had enough
         raise AnswerError(
             f"standard output cannot be written: {error.strerror or error}. Fix that, or "
-            "redirect it elsewhere."
+            "redirect it."
         ) from error

@@ -97,26 +97,27 @@ def made_of(**seconds: float) -> StageSeconds:
             READ_BOUND,
             Circumstances(num_cores=8),
             "The model waits 60 % of the time for reading: the store or disk is slow; larger "
-            "shards, or work nearer to it, would help.",
+            "shards, or running nearer to it, would help.",
         ),
         (
             # Local files are read by the decoders.
             dataclasses.replace(DECODE_BOUND, open_s=120.0, decode_s=30.0),
             Circumstances(num_cores=2),
             "The model waits 60 % of the time for reading: the store or disk is slow; larger "
-            "shards, or work nearer to it, would help.",
+            "shards, or running nearer to it, would help.",
         ),
         (
             made_of(model_s=20.0, write_s=60.0, fbank_s=19.0),
             Circumstances(num_cores=2),
             "Writing takes 60 % of the time: the output's store or disk is slow; larger units "
-            "(units.windows), or an output nearer to the work, would help.",
+            "(units.windows), or an output nearer to the workers, would help.",
         ),
         (
             made_of(model_s=30.0, check_s=60.0, fbank_s=9.0),
             Circumstances(num_cores=2),
-            "Checking the precision takes 60 % of the time: a larger run hardly feels it, the same "
-            "one again does without, and fewer --set inference.check_windows would shorten it.",
+            "Checking the precision takes 60 % of the time: it hardly matters in a larger run, is "
+            "skipped when the same run is repeated, and is shorter with fewer --set "
+            "inference.check_windows.",
         ),
         (
             made_of(model_s=30.0, fbank_s=69.0),
