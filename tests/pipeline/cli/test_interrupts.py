@@ -114,6 +114,17 @@ def catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
+def test_the_entry_imports_next_to_nothing_before_it_handles_interrupts() -> None:
+    code = "import sys, pipeline.__main__; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    imported = set(done.stdout.split())
+    ours = {name for name in imported if name.startswith(("pipeline", "transforms"))}
+    assert ours == {"pipeline", "pipeline.__main__", "pipeline.exit_codes"}
+    assert imported & {"typer", "rich", "pydantic", "yaml", "numpy"} == set()
+
+
 INTERRUPTED_AT_WORK = """
 import atexit, sys, threading, time
 import pipeline.cli.main
