@@ -114,7 +114,7 @@ def test_overwrite_reaches_its_key(calls: Calls) -> None:
 
 
 @pytest.mark.parametrize("name", ["label", "plan"])
-def test_label_and_plan_have_the_same_options(name: str) -> None:
+def test_label_and_plan_take_every_option_of_the_table(name: str) -> None:
     flags = {flag for parameter in command_of(name).params for flag in parameter.opts}
     assert {*KEYS[RunConfig], "--config", "--set"} - flags == {"INPUT"}
     assert {"inputs", "-o", "-m", "-c", "-q"} <= flags
