@@ -23,12 +23,12 @@ from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions,
 from apache_beam.runners.runner import create_runner
 
 from pipeline.config.label import DEFAULT_RUNNER, RunConfig, given_inputs, given_output
+from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.graph import RunTotals, build_graph
 from pipeline.labelling.calibration import calibrate
 from pipeline.labelling.plan import (
     RunFrame,
     RunPlan,
-    counted,
     describe_model,
     describe_plan,
     find_plan,
@@ -61,15 +61,10 @@ from pipeline.runners.dataflow import (
 from pipeline.runners.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
 from pipeline.runners.options import temporary_files_in_scratch
 from pipeline.terminal.precision_report import describe_checks, precision_warnings
-from pipeline.terminal.progress import (
-    LiveReader,
-    ProgressCounts,
-    ProgressDisplay,
-    format_audio,
-    format_duration,
-)
+from pipeline.terminal.progress import LiveReader, ProgressCounts, ProgressDisplay
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
+from pipeline.terminal.wording import counted, format_audio, format_duration
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
 from transforms.models.ast.checkpoints import ModelSpec
 from transforms.process.stage_times import stage_clocks
@@ -90,9 +85,6 @@ COMMIT_POLL_INTERVAL_S = 5.0
 
 # Names and messages may be long; the whole of them stands in the errors table.
 MAX_EXAMPLE_CHARS = 1000
-
-EXIT_DONE = 0
-EXIT_TOO_MANY_FAILED = 3
 
 # Runners that hand work to other machines, which cannot see this one's files.
 REMOTE_RUNNERS = frozenset({"dataflowrunner"})
@@ -530,10 +522,10 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
             f"Among the failures: {counted(totals['broken_containers'], 'container')} (tar, "
             "Parquet, manifest) not read to the end; what could be read of them is labelled."
         )
-        return EXIT_TOO_MANY_FAILED
+        return EXIT_INCOMPLETE
     if items and failures / items > config.max_failed:
         say(f"That is more than --max-failed allows ({config.max_failed:.4g} of the items).")
-        return EXIT_TOO_MANY_FAILED
+        return EXIT_INCOMPLETE
     return EXIT_DONE
 
 

@@ -21,6 +21,7 @@ from enum import Enum
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.result.state import RUN_FILE, SUCCESS_FILE, ResultState, read_result
 from pipeline.terminal.std_streams import answer
 from transforms.errors import InputError, OutputError
@@ -37,9 +38,6 @@ from transforms.results.commits import (
 )
 from transforms.storage import urls
 from transforms.storage.secrets import public_uri
-
-EXIT_WHOLE = 0
-EXIT_DAMAGED = 3
 
 
 class Kind(Enum):
@@ -100,7 +98,7 @@ def run_verify(folder: str, quiet: bool = False) -> int:
         is_unreadable = isinstance(error.__cause__, OSError)
         kind = Kind.UNREADABLE if is_unreadable else Kind.INCOMPLETE
         answer(str(error), kind=kind.value)
-        return EXIT_DAMAGED
+        return EXIT_INCOMPLETE
     if not state.is_result:
         raise InputError(
             f"{name} holds no result of Earmark: no {RUN_FILE} and no commits. "
@@ -119,10 +117,10 @@ def run_verify(folder: str, quiet: bool = False) -> int:
         answer(f"{name} is {word} {counts}.")
         for advice in make_advice(output, findings):
             answer(advice)
-        return EXIT_DAMAGED
+        return EXIT_INCOMPLETE
     if not quiet:
         answer(f"{name} is whole: {counts}.")
-    return EXIT_WHOLE
+    return EXIT_DONE
 
 
 def _has_commits(output: str) -> bool:

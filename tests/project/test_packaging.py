@@ -126,8 +126,9 @@ def run_from(folder: Path, elsewhere: Path, code: str) -> str:
 
 def test_an_installed_earmark_finds_its_configs(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from pipeline.config.label import config_folder, load_config;"
-        "print(config_folder(), load_config('audioset').model.name)"
+        "from pipeline.config.label import RunConfig;"
+        "from pipeline.config.load import config_folder, load_config;"
+        "print(config_folder(), load_config(RunConfig, 'audioset').model.name)"
     )
     assert run_from(installed, tmp_path, code) == (
         f"{installed}/pipeline/configs MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -136,9 +137,9 @@ def test_an_installed_earmark_finds_its_configs(installed: Path, tmp_path: Path)
 
 def test_an_installed_earmark_finds_its_recipes(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from pipeline.config.label import find_config, load_config;"
-        "from pipeline.config.train import TRAIN_SCHEMA as schema;"
-        "print(find_config('esc50', schema), load_config('esc50', schema=schema).model.max_length)"
+        "from pipeline.config.load import find_config, load_config;"
+        "from pipeline.config.train import TrainConfig as schema;"
+        "print(find_config(schema, 'esc50'), load_config(schema, 'esc50').model.max_length)"
     )
     assert run_from(installed, tmp_path, code) == (
         f"{installed}/pipeline/configs/train/esc50.yaml 512"
@@ -146,7 +147,7 @@ def test_an_installed_earmark_finds_its_recipes(installed: Path, tmp_path: Path)
 
 
 def test_a_checkout_finds_its_configs(tmp_path: Path) -> None:
-    code = "from pipeline.config.label import config_folder; print(config_folder())"
+    code = "from pipeline.config.load import config_folder; print(config_folder())"
     assert run_from(ROOT, tmp_path, code) == str(ROOT / "configs")
 
 

@@ -365,8 +365,8 @@ def test_a_folder_of_somebody_else_s_is_not_taken_for_a_result(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--hops 3", r"No such option: --hops .*--hop-s[\s\S]*--help lists what there is"),
-        ("--set window.hopp_s=3", r"window\.hopp_s .* is no key; did you mean window\.hop_s\?"),
+        ("--hops 3", r"No such option: --hops .*--hop-s[\s\S]*--help lists the options"),
+        ("--set window.hopp_s=3", r"window\.hopp_s .* is not a key; did you mean window\.hop_s\?"),
         ("--set window.hop_s", r"has no '='; must be key=value, like window\.hop_s=5"),
         ("--set window.hop_s=abc", r"window\.hop_s is abc .*; must be a number"),
         ("--hop-s 11", r"window\.hop_s is 11\.0; must be in \(0, 10\.255\]"),
@@ -389,7 +389,7 @@ def test_a_config_file_that_is_wrong(earmark: Earmark, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("labels:\n  top_k: 3\nwindw:\n  hop_s: 3\n")
     earmark.refuses(
-        r"windw \(.*config\.yaml:3\) is no key; did you mean window\?\n.*default\.yaml",
+        r"windw \(.*config\.yaml:3\) is not a key; did you mean window\?\n.*default\.yaml",
         earmark.good,
         config=config,
     )
