@@ -42,6 +42,7 @@ from pipeline.result.state import (
     software_versions,
 )
 from pipeline.terminal.time_report import Startup
+from pipeline.terminal.wording import counted
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, ModelError
 from transforms.features.fbank import FEATURES_VERSION
@@ -507,13 +508,6 @@ def describe_model(label: LabelSettings) -> list[str]:
         f"{windows.hop_samples / windows.sample_rate_hz:g} s.",
         *model.notes,
     ]
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun: ``1 unit``, ``2,000 units``, ``3 files or segments``."""
-    if number != 1:
-        noun = " or ".join(f"{word}s" for word in noun.split(" or "))
-    return f"{number:,} {noun}"
 
 
 def describe_inputs(found: Found) -> list[str]:

@@ -28,7 +28,6 @@ from pipeline.labelling.calibration import calibrate
 from pipeline.labelling.plan import (
     RunFrame,
     RunPlan,
-    counted,
     describe_model,
     describe_plan,
     find_plan,
@@ -69,6 +68,7 @@ from pipeline.terminal.progress import (
 )
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
+from pipeline.terminal.wording import counted
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
 from transforms.models.ast.checkpoints import ModelSpec
 from transforms.process.stage_times import stage_clocks

@@ -24,7 +24,6 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pipeline.config.label import RunConfig, given_inputs
 from pipeline.labelling.backlog import count_found_items, find_backlog
 from pipeline.labelling.plan import (
-    counted,
     describe_inputs,
     make_decode_settings,
     make_source_settings,
@@ -41,6 +40,7 @@ from pipeline.labelling.run import (
 from pipeline.runners.dataflow import follow, is_left_running
 from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio, format_duration
 from pipeline.terminal.std_streams import answer, say
+from pipeline.terminal.wording import counted
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.features.fbank import ASTFeatureExtractor, FbankSettings

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.train import split_hold_out
-from pipeline.labelling.plan import counted
+from pipeline.terminal.wording import counted
 from pipeline.training.data.clip_cache import CachedClip, CachedClips, check_failures
 from pipeline.training.data.packed_clips import PackedClips, SampleFile
 from transforms.errors import ConfigError, InputError
