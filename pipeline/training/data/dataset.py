@@ -9,6 +9,7 @@ clip, the label and what helps.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import itertools
@@ -24,8 +25,9 @@ import numpy.typing as npt
 
 from pipeline.config.train import split_hold_out
 from pipeline.terminal.wording import counted
-from pipeline.training.data.clip_cache import CachedClip, CachedClips, check_failures
-from pipeline.training.data.packed_clips import PackedClips, SampleFile
+from pipeline.training.data.clip_cache import CachedClips
+from pipeline.training.data.failures import check_failures
+from pipeline.training.data.packed_clips import CachedClip, PackedClips, SampleFiles
 from transforms.errors import ConfigError, InputError
 from transforms.models.labels import find_label, labels_from_names
 from transforms.records import FloatArray, Item
@@ -378,37 +380,20 @@ def _spelling(name: str) -> str:
 # --- Clips with labels ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledClip:
-    """A clip to train on or to validate with.
-
-    Attributes:
-        item: What it is.
-        labels: Indices of its labels, each once.
-        offset: Its first sample in the cache's flat file.
-        num_samples: How many samples it has.
-    """
-
-    item: Item
-    labels: tuple[int, ...]
-    offset: int
-    num_samples: int
-
-
 @dataclass(frozen=True)
 class ClipSet:
     """Clips with labels; reading one decodes nothing. Pickled, it carries no samples.
 
     Attributes:
-        file: Where the samples are.
+        files: The samples.
         sample_rate_hz: Their rate.
         clips: The clips, in the cache's order.
         label_names: What the labels' indices mean.
     """
 
-    file: SampleFile
+    files: SampleFiles
     sample_rate_hz: int
-    clips: tuple[LabelledClip, ...]
+    clips: tuple[CachedClip, ...]
     label_names: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -420,7 +405,7 @@ class ClipSet:
         Raises:
             ValueError: The clip has not so many.
         """
-        return self.file.read_clip(self.clips[index], start, stop)
+        return self.files.read_clip(self.clips[index], start, stop)
 
     def targets(self) -> FloatArray:
         """1 where a clip has a label, else 0; shape (clips, labels), float32, made once."""
@@ -444,7 +429,7 @@ def pack_clips(clips: ClipSet) -> PackedClips:
     """The same clips without what only people need to know of them."""
     counts = [len(clip.labels) for clip in clips.clips]
     return PackedClips(
-        file=clips.file,
+        files=clips.files,
         offsets=np.array([clip.offset for clip in clips.clips], np.int64),
         num_samples=np.array([clip.num_samples for clip in clips.clips], np.int64),
         labels=np.array([index for clip in clips.clips for index in clip.labels], np.int32),
@@ -459,11 +444,9 @@ def label_clips(
     """Clips of a cache with their labels, which ``resolve_labels`` has checked."""
     find = _finder(label_names)
     return ClipSet(
-        file=cached.file,
+        files=cached.files,
         sample_rate_hz=cached.sample_rate_hz,
-        clips=tuple(
-            LabelledClip(clip.item, find(clip), clip.offset, clip.num_samples) for clip in clips
-        ),
+        clips=tuple(dataclasses.replace(clip, labels=find(clip)) for clip in clips),
         label_names=tuple(label_names),
     )
 
