@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -55,9 +54,11 @@ from pipeline.training.data.packed_clips import (
 from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.errors import AccountingError, ConfigError, OutputError, WriteError
 from transforms.label_audio import read_items
+from transforms.process.locks import try_lock
 from transforms.records import Failure, FloatArray, Item, ItemFailure, Waveform, WorkUnit
 from transforms.sources.read_unit import Found, SourceSettings
-from transforms.storage import filesystem as storage
+from transforms.storage import urls, writing
+from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ OnKept: TypeAlias = Callable[[int], None]
 Decoded: TypeAlias = Iterator[Waveform | ItemFailure]
 
 CACHE_VERSION = 2  # raise it when the same input gives other samples or other files
+_CUT = SourceSettings()
 _OWN_FILE = re.compile(r"[0-9a-f]{20}(\.[0-9a-f]{8}\.samples|\.json)")
 _IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -154,6 +156,8 @@ def cache_clips(
         known = " or ".join(get_args(CacheDtype))
         raise ConfigError(f"cache.dtype is {dtype!r}; must be {known}. Set it in the config.")
     root = _make_root(folder)
+    # Units are cut alike whatever the windows are, so that a training with others finds them.
+    sources = dataclasses.replace(sources, window_s=_CUT.window_s, hop_s=_CUT.hop_s)
     planned = find_backlog(found, {}, sources).units
     listed = [
         ItemFailure(unit.unit_id, index, failure)
@@ -192,21 +196,21 @@ def cache_clips(
 
 def remove_cache(folder: str) -> None:
     """Remove a cache, and the folder if nothing else is in it."""
-    root = Path(storage.local_path(folder))
+    root = Path(urls.local_path(folder))
     for path in root.iterdir():
-        if _OWN_FILE.fullmatch(path.name) or storage.is_temporary_name(path.name):
+        if _OWN_FILE.fullmatch(path.name) or writing.is_temporary_name(path.name):
             path.unlink(missing_ok=True)
-    storage.remove_empty_folder(folder)
+    writing.remove_empty_folder(folder)
 
 
 def _make_root(folder: str) -> Path:
     """Make the folder, and remove what processes that were killed have left in it."""
-    if not storage.is_local(folder):
+    if not urls.is_local(folder):
         raise OutputError(
-            f"the folder for decoded clips is {storage.public_uri(folder)}; must be a local "
+            f"the folder for decoded clips is {public_uri(folder)}; must be a local "
             "folder, because training reads single clips from it. Give one with --cache."
         )
-    root = Path(storage.local_path(storage.normalise(folder)))
+    root = Path(urls.local_path(urls.normalise(folder)))
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -216,8 +220,8 @@ def _make_root(folder: str) -> Path:
         ) from error
     for path in root.glob(".*.samples.*.tmp"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a process that lives
-            path.unlink()
+            if try_lock(file.fileno()):  # a living process holds the lock
+                path.unlink()
     return root
 
 
@@ -321,7 +325,7 @@ class _CacheWriter:
                     os.fsync(file.fileno())
                     self._written += [self._root / name, self._root / f"{key}.json"]
                     path.rename(self._root / name)
-                    storage.write_bytes(str(self._root / f"{key}.json"), index)
+                    writing.write_bytes(str(self._root / f"{key}.json"), index)
         finally:
             path.unlink(missing_ok=True)
         return _CachedUnit(name, num_samples, clips, failures)
@@ -391,11 +395,13 @@ def _create_locked(root: Path, key: str) -> tuple[io.FileIO, Path]:
     while True:
         path = root / f".{key}.samples.{uuid.uuid4().hex}.tmp"
         file = open(path, "xb", buffering=0)  # noqa: SIM115
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if path.exists():
+        try:
+            is_locked = try_lock(file.fileno())
+        except OSError:  # some network file systems have no locks
+            is_locked = True
+        if is_locked and path.exists():
             return file, path
-        file.close()  # taken for a dead process's before it was locked
+        file.close()  # another process took it for that of a dead one before it was locked
 
 
 def _in_mib(num_bytes: float) -> str:

@@ -14,7 +14,7 @@ from pipeline.training.data.clip_cache import CachedClips
 from transforms.errors import InputError
 from transforms.records import Failure
 from transforms.results.rows import errors_table
-from transforms.storage import filesystem as storage
+from transforms.storage import writing
 
 
 def check_failures(cached: CachedClips, max_failed: float) -> None:
@@ -62,9 +62,9 @@ def write_errors(caches: Sequence[CachedClips], url: str) -> None:
     for event in (event for cached in caches for event in cached.failures):
         by_unit[event.unit_id].append(event.failure)
     if not by_unit:
-        storage.remove(url)
+        writing.remove(url)
         return
     tables = [errors_table(same, unit_id) for unit_id, same in by_unit.items()]
     target = io.BytesIO()
     pq.write_table(pa.concat_tables(tables), target, compression="zstd")
-    storage.write_bytes(url, target.getvalue())
+    writing.write_bytes(url, target.getvalue())
