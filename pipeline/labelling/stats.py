@@ -23,11 +23,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config.label import RunConfig, given_inputs
 from pipeline.labelling.backlog import count_found_items, find_backlog
-from pipeline.labelling.plan import (
-    describe_inputs,
-    make_decode_settings,
-    make_source_settings,
-)
+from pipeline.labelling.plan import describe_inputs, input_options
 from pipeline.labelling.run import (
     EXIT_DONE,
     EXIT_TOO_MANY_FAILED,
@@ -42,7 +38,7 @@ from pipeline.runners.options import temporary_files_in_scratch
 from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio, format_duration
 from pipeline.terminal.std_streams import answer, say
 from pipeline.terminal.wording import counted
-from transforms.decoding.pool import DecodeAudio, DecodeSettings
+from transforms.decoding.pool import DecodeAudio
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.features.fbank import ASTFeatureExtractor, FbankSettings
 from transforms.features.statistics import (
@@ -51,12 +47,12 @@ from transforms.features.statistics import (
     mean_and_std,
     sum_statistics,
 )
-from transforms.features.windows import CutWindows, WindowSettings
-from transforms.label_audio import read_items
+from transforms.features.windows import CutWindows
+from transforms.label_audio import InputSettings, make_input_settings, read_items
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.process.temp_folders import scratch_folder, sweep
 from transforms.records import WorkUnit
-from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
+from transforms.sources.read_unit import Found, find_inputs, limit_items
 from transforms.storage import filesystem, reading, urls, writing
 from transforms.storage.secrets import public_uri
 
@@ -72,9 +68,7 @@ class StatsPlan:
         output: The folder for ``preprocessor_config.json``, or None.
         found: What the inputs hold.
         units: The work.
-        decode: How to decode.
-        sources: How to read.
-        windows: How to cut.
+        settings: How to read, decode and cut.
         fbank: What features to make.
         as_original: As the script does that the published figures were made with.
         num_processes: Processes that share this machine's cores.
@@ -84,9 +78,7 @@ class StatsPlan:
     output: str | None
     found: Found
     units: tuple[WorkUnit, ...]
-    decode: DecodeSettings
-    sources: SourceSettings
-    windows: WindowSettings
+    settings: InputSettings
     fbank: FbankSettings
     as_original: bool
     num_processes: int
@@ -212,29 +204,16 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
     )
     if output is not None and not config.overwrite:
         check_writable(output)
-    windows = WindowSettings.from_seconds(
-        length_s=config.window.length_s,
-        hop_s=config.window.hop_s,
-        min_tail_ratio=config.window.min_tail,
-        num_frames=fbank.num_frames,
-        sample_rate_hz=fbank.sample_rate_hz,
-    )
-    sources = dataclasses.replace(
-        make_source_settings(config),
-        window_s=windows.window_samples / windows.sample_rate_hz,
-        hop_s=windows.hop_samples / windows.sample_rate_hz,
-    )
+    settings = make_input_settings(fbank, **input_options(config))
     found = find_inputs(inputs, max_page_bytes=config.read.max_page_bytes)
     if config.limit is not None:
-        found = limit_items(found, config.limit, sources)
+        found = limit_items(found, config.limit, settings.sources)
     return StatsPlan(
         inputs=tuple(public_uri(url) for url in inputs),
         output=output,
         found=found,
-        units=find_backlog(found, {}, sources, retry_from=None).units,
-        decode=make_decode_settings(config.decode),
-        sources=sources,
-        windows=windows,
+        units=find_backlog(found, {}, settings.sources).units,
+        settings=settings,
         fbank=fbank,
         as_original=as_original,
         num_processes=config.inference.workers,
@@ -257,11 +236,13 @@ def check_writable(output: str) -> None:
 
 def build_stats_graph(pipeline: beam.Pipeline, plan: StatsPlan, url: str) -> None:
     """Draw the job; its figures end in the file at ``url``."""
+    settings = plan.settings
     _ = (
         pipeline
         | "List units" >> beam.Create(plan.units)
-        | "Decode" >> DecodeAudio(plan.decode, functools.partial(read_items, settings=plan.sources))
-        | "Cut into windows" >> CutWindows(plan.windows)
+        | "Decode"
+        >> DecodeAudio(settings.decode, functools.partial(read_items, settings=settings.sources))
+        | "Cut into windows" >> CutWindows(settings.windows)
         | "Measure"
         >> MeasureFeatures(
             plan.fbank, as_original=plan.as_original, num_processes=plan.num_processes

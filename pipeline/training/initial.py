@@ -205,14 +205,9 @@ def build_model(
 
 
 def measure_statistics(
-    clips: ClipSet, windows: WindowSettings, config: ASTConfig
+    clips: ClipSet, windows: WindowSettings, fbank: FbankSettings
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the clips' features, as ``earmark stats`` measures them."""
-    fbank = FbankSettings(
-        sample_rate_hz=windows.sample_rate_hz,
-        num_mel_bins=config.num_mel_bins,
-        num_frames=config.max_length,
-    )
+    """Measure mean and standard deviation of the clips' features, as ``earmark stats`` does."""
     total = FeatureStatistics()
     for index, clip in enumerate(clips.clips):
         cuts = cut_windows(clips.samples(index, 0, clip.num_samples), windows)

@@ -47,8 +47,8 @@ from pipeline.terminal.wording import counted
 from pipeline.training.data.packed_clips import (
     INT16_SCALE,
     STORED_DTYPES,
-    CacheDtype,
     CachedClip,
+    CacheDtype,
     SampleFiles,
 )
 from transforms.decoding.pool import DecodePool, DecodeSettings
@@ -268,9 +268,7 @@ def _fails_again(
     if any(event.failure.is_container for event in failures):
         return False
     failed = tuple(event.failure.item for event in failures)
-    events = pool.stream(
-        unit.unit_id, read_items(dataclasses.replace(unit, items=failed), sources)
-    )
+    events = pool.stream(unit.unit_id, read_items(dataclasses.replace(unit, items=failed), sources))
     # An item beyond a bound may give pieces before it fails.
     return not any(isinstance(event, Waveform) and event.facts is not None for event in events)
 
@@ -481,9 +479,7 @@ def _read_unit(root: Path, key: str, unit: WorkUnit, dtype: CacheDtype) -> _Cach
                 ItemFailure(
                     unit.unit_id,
                     row["item_index"],
-                    Failure(
-                        _item_of(row["item"], unit, given), *(row[n] for n in _FAILURE_FIELDS)
-                    ),
+                    Failure(_item_of(row["item"], unit, given), *(row[n] for n in _FAILURE_FIELDS)),
                 )
                 for row in entry["failures"]
             ],

@@ -17,7 +17,7 @@ import typer
 from pipeline.cli import main as cli
 from pipeline.config.label import config_folder, flatten, load_config
 from pipeline.config.train import TRAIN_SCHEMA, TrainConfig
-from pipeline.training.run import VALIDATION_NAME
+from pipeline.training.output import VALIDATION_NAME
 from pipeline.training.stages.schedule import schedule_factor
 from transforms.models.ast.public import AUDIOSET_STATS, PUBLIC_CHECKPOINTS, SPEECH_COMMANDS_STATS
 from transforms.models.labels import read_labels

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import re
@@ -24,11 +25,14 @@ import safetensors.torch
 import torch
 
 from pipeline.cli import main as cli
+from pipeline.training import display, output
 from pipeline.training import run as train_module
+from pipeline.training.data import clip_cache
 from pipeline.training.stages import finetuning, loop
 from pipeline.training.stages.validation import Validation
 from tests.support import audio_factory
 from tests.support.model_factory import TINY_LABELS, write_tiny_model
+from transforms.sources.read_unit import SourceSettings
 from transforms.storage import filesystem, writing
 
 RATE_HZ = 16_000
@@ -265,21 +269,21 @@ def test_the_best_weights_are_those_of_an_epoch_that_the_state_knows(
     assert train(tmp_path / "whole", training__epochs=3).code == 0
     best = json.loads((tmp_path / "whole" / "train.json").read_text())["best"]["epoch"]
     killed = tmp_path / "killed"
-    save, write_model = loop.save_progress, train_module.Recorder.write_model
+    save, write_model = loop.save_progress, output.Recorder.write_model
 
     def save_or_die(progress: loop.Progress, *others: Any) -> None:
         if dies == "before the state is written" and progress.epoch == best:
             raise KeyboardInterrupt
         save(progress, *others)
 
-    def write_or_die(self: Any, model: Any, folder: str = "") -> None:
+    def write_or_die(self: Any, model: Any, folder: str) -> None:
         done = len(history(killed))
         if dies == "before best/ is written" and (folder, done) == ("best", best):
             raise KeyboardInterrupt
         write_model(self, model, folder)
 
     monkeypatch.setattr(loop, "save_progress", save_or_die)
-    monkeypatch.setattr(train_module.Recorder, "write_model", write_or_die)
+    monkeypatch.setattr(output.Recorder, "write_model", write_or_die)
     assert train(killed, training__epochs=3).code == 130
     whole = weights(tmp_path / "whole" / "best")
     name = "classifier.dense.weight"
@@ -507,7 +511,7 @@ def test_the_learning_rate_follows_what_training_starts_from(
     assert record["config"]["optimizer"]["learning_rate"] is None
     assert float(history(out)[0]["learning_rate"]) <= rate
     said = train(out, *model, training__epochs=1, optimizer__learning_rate=rate)
-    assert (said.code, "is trained already" in said.out) == (0, True)
+    assert (said.code, "is already trained" in said.out) == (0, True)
 
 
 def test_clips_that_were_decoded_for_another_training_are_said_to_be(
@@ -519,27 +523,56 @@ def test_clips_that_were_decoded_for_another_training_are_said_to_be(
     assert (first.code, second.code) == (0, 0)
     assert "decoding 24 clips\n" in first.err
     assert "24/24 clips · 12 s of audio" in first.err
-    assert "Decoded already" not in first.err
-    assert "Decoded already: 24 clips.\n" in second.err
+    assert "Already decoded" not in first.err
+    assert "Already decoded: 24 clips.\n" in second.err
     assert "decoding" not in second.err
     assert "/24" not in second.err
 
 
-def test_decoding_that_was_interrupted_is_gone_on_with(
-    train: Train, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_decoding_is_resumed(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_module._DecodingDisplay.on_clip
+    # Windows so short that the clips make three units.
+    monkeypatch.setattr(clip_cache, "_CUT", SourceSettings(window_s=0.02, hop_s=0.02))
+    real, calls = display.DecodingDisplay.on_clip, itertools.count(1)
 
     def stop(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
-        raise KeyboardInterrupt
+        if next(calls) == 15:  # in the second unit
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module._DecodingDisplay, "on_clip", stop)
+    monkeypatch.setattr(display.DecodingDisplay, "on_clip", stop)
     assert train(tmp_path / "out", training__epochs=1).code == 130
-    monkeypatch.undo()
+    monkeypatch.setattr(display.DecodingDisplay, "on_clip", real)
     said = train(tmp_path / "out", training__epochs=1)
     assert said.code == 0, said.err
-    assert re.search(r"24/24 clips|Going on with decoding: 1 item done before", said.err), said.err
+    kept = re.search(r"Resuming decoding: (\d+) items already decoded\.\n", said.err)
+    decoded = re.search(r"(\d+)/(\d+) clips", said.err)
+    assert kept and decoded, said.err
+    assert 0 < int(kept[1]) < 15
+    assert int(decoded[1]) == int(decoded[2]) == 24 - int(kept[1])
+
+
+def test_a_resumed_training_keeps_the_time_when_it_was_started(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, times = loop.save_progress, itertools.count(1)
+
+    def save_and_stop(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "utc_now", lambda: f"{next(times)} o'clock")
+    monkeypatch.setattr(loop, "save_progress", save_and_stop)
+    for _ in range(2):
+        assert train(tmp_path / "out", training__epochs=3).code == 130
+    monkeypatch.setattr(loop, "save_progress", real)
+    assert train(tmp_path / "out", training__epochs=3).code == 0
+    record = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert (record["status"], record["started"]) == ("done", "1 o'clock")
+    assert train(tmp_path / "out", "--overwrite", training__epochs=1).code == 0
+    record = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert record["started"] == "2 o'clock"
 
 
 def test_half_precision_takes_half_the_room_and_scores_alike(train: Train, tmp_path: Path) -> None:
@@ -557,13 +590,13 @@ def test_a_finished_training_is_not_done_again(
     assert train(tmp_path / "model", training__epochs=1).code == 0
     before = everything_in(tmp_path / "model")
     said = train(tmp_path / "model", training__epochs=1)
-    assert (said.code, "is trained already" in said.out) == (0, True)
+    assert (said.code, "is already trained" in said.out) == (0, True)
     assert everything_in(tmp_path / "model") == before
     assert not (tmp_path / "model" / "cache").exists()
     for path in manifest.parent.glob("*.wav"):
         path.touch()  # the same clips, as far as anyone can hear
     said = train(tmp_path / "model", training__epochs=1)
-    assert (said.code, "is trained already" in said.out) == (0, True)
+    assert (said.code, "is already trained" in said.out) == (0, True)
     assert everything_in(tmp_path / "model") == before
     assert train(tmp_path / "model", "--overwrite", training__epochs=2).code == 0
     assert len(history(tmp_path / "model")) == 2
@@ -622,7 +655,7 @@ def test_what_is_gone_on_with_is_said(
     assert train(tmp_path / "out", training__epochs=3).code == 130
     monkeypatch.undo()
     said = train(tmp_path / "out", training__epochs=3)
-    assert (said.code, "Going on with training: 1 of 3 epochs done before." in said.err) == (
+    assert (said.code, "Resuming training: 1 of 3 epochs already done." in said.err) == (
         0,
         True,
     )
