@@ -216,6 +216,10 @@ def _acquire(url: str, output: str, holder: _Holder) -> None:
     other = _read_holder(url)
     if other is not None:
         _watch(url, output, other)
+        # Another run that watched the same file may have taken over a moment ago.
+        now = _read_holder(url)
+        if now is not None and now != other:
+            raise OutputError(_words_for_held(output, now.describe()))
     writing.remove(url)
     if not writing.create_bytes(url, holder.to_json()):
         raise OutputError(_words_for_held(output, "another run"))

@@ -76,6 +76,22 @@ def test_what_a_run_elsewhere_left_is_taken_over_after_watching_it(
     assert f"another run (process 77 on elsewhere) holds {out}, or was killed" in caplog.text
 
 
+def test_of_two_that_watch_a_dead_run_the_first_to_take_over_keeps_the_output(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_behind(out)
+    watch = lock._watch
+
+    def watch_and_come_second(url: str, output: str, other: Any) -> None:
+        watch(url, output, other)
+        writing.write_bytes(url, b'{"token": "first", "machine": "elsewhere", "process": 8}')
+
+    monkeypatch.setattr(lock, "_watch", watch_and_come_second)
+    with pytest.raises(OutputError, match="process 8 on elsewhere"), hold_output(out):
+        pytest.fail("both have taken it over")
+    assert holder_in(out)["token"] == "first"
+
+
 @pytest.mark.parametrize("left", [b"", b"{}", b"[1]", b'{"token": 1', b"\xff\xfe"])
 def test_a_damaged_file_is_watched_like_any_other(out: str, left: bytes) -> None:
     writing.write_bytes(urls.join(out, LOCK_FILE), left)

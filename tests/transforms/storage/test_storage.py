@@ -660,26 +660,13 @@ def test_who_stays_silent_at_first_contact_is_not_asked_again(
     assert caught.value.__notes__ == ["check the address and the network"]
 
 
-def test_waiting_is_told_once_per_store_and_while_a_request_hangs(
+def test_waiting_for_a_store_is_logged_once_and_starts_no_threads(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(retries, "RETRY_S", 60.0)
     monkeypatch.setattr(retries, "MAX_WAIT_S", 0.01)
     monkeypatch.setattr(retries, "NOTICE_S", 0.1)
 
-    def hang(number: int) -> str:
-        time.sleep(0.3)
-        return "done"
-
-    def ask(number: int) -> str:
-        return retries.ask("slow", lambda: hang(number), retries.may_pass)
-
-    with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(ask, range(4))) == {"done"}
-    assert [record.getMessage() for record in caplog.records] == [
-        "slow: no answer for 0 s; still waiting"
-    ]
-    caplog.clear()
     # What refuses is named by what lies at the bottom of the error.
     refused = FileNotFoundError("http says so to everything")
     refused.__cause__ = ConnectionRefusedError(111, "Connect call failed")
@@ -690,8 +677,13 @@ def test_waiting_is_told_once_per_store_and_while_a_request_hangs(
             raise refused
         return "done"
 
+    def ask(number: int) -> str:
+        return retries.ask("off", refuse, retries.may_pass, file="off/a", describe=describe)
+
     describe = lambda error: f"cannot be reached: {retries.cause_words(error)}"  # noqa: E731
-    assert retries.ask("off", refuse, retries.may_pass, file="off/a", describe=describe) == "done"
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(ask, range(4))) == {"done"}
+        assert {thread.name for thread in threading.enumerate() if "Timer" in thread.name} == set()
     (said,) = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(
         r"off/a: cannot be reached: Connection refused \(tried \d+ times in 0 s\); "
