@@ -44,7 +44,8 @@ from transforms.errors import InputError, ModelError, OutputError
 from transforms.inference.engine import score_embeddings
 from transforms.models.ast.checkpoints import load_model, resolve_model
 from transforms.models.labels import Label
-from transforms.results.commits import open_part
+from transforms.results.commits import open_part, read_part
+from transforms.results.read import read_batches
 from transforms.sources.clip_ids import for_terminal
 from transforms.storage import urls as storage_urls
 from transforms.storage import writing
@@ -52,7 +53,6 @@ from transforms.storage.secrets import public_uri
 
 JSON_FILE = "evaluation.json"
 PICTURE_FILE = "evaluation.png"
-BATCH_ROWS = 4096
 # More classes than these are shown by their best and worst; the JSON has them all.
 MAX_SHOWN_CLASSES = 40
 NUM_BEST_AND_WORST = 10
@@ -170,18 +170,19 @@ def read_scores(folder: str, model: str | None = None) -> ScoredClips:
         raise OutputError(
             f"{public_uri(folder)} is damaged; see earmark verify {public_uri(folder)}"
         )
-    labels = _read_labels(state)
-    score = _reader_of_scores(state, model)
+    schema = _read_schema(state)
+    labels = tuple(Label(**entry) for entry in json.loads(schema.metadata[b"earmark.labels"]))
+    score = _make_scorer(state, model, is_stored="scores" in schema.names)
     places: list[Place] = []
     truth: list[tuple[str, ...] | None] = []
     scores, failed = [], []
     for unit_id in sorted(state.commits):
-        clips = _read(state, "clips", unit_id, _CLIP_COLUMNS).to_pylist()
+        clips = read_part(state.output, "clips", unit_id, _CLIP_COLUMNS).to_pylist()
         places += [_place(row) for row in clips]
         truth += [None if row["truth"] is None else tuple(row["truth"]) for row in clips]
         scores.append(score(unit_id, [row["clip_id"] for row in clips]))
         if "errors" in state.commits[unit_id].parts:
-            rows = _read(state, "errors", unit_id, _CLIP_COLUMNS[:-1]).to_pylist()
+            rows = read_part(state.output, "errors", unit_id, _CLIP_COLUMNS[:-1]).to_pylist()
             failed += [_place(row) for row in rows]
     return ScoredClips(
         folder=state.output,
@@ -198,26 +199,20 @@ def _place(row: Mapping[str, Any]) -> Place:
     return place_of(**{name: row[name] for name in _CLIP_COLUMNS[:-1]})
 
 
-def _read(state: ResultState, part: str, unit_id: str, columns: list[str]) -> pa.Table:
-    with open_part(state.output, part, unit_id) as file:
-        return file.read(columns=columns, use_threads=False)
-
-
-def _read_labels(state: ResultState) -> tuple[Label, ...]:
+def _read_schema(state: ResultState) -> pa.Schema:
     with open_part(state.output, "clips", min(state.commits)) as file:
-        entries = json.loads((file.schema_arrow.metadata or {})[b"earmark.labels"])
-    return tuple(Label(**entry) for entry in entries)
+        return file.schema_arrow
 
 
 _ScoresOfUnit = Callable[[str, list[str]], npt.NDArray[np.float32]]
 
 
-def _reader_of_scores(state: ResultState, model: str | None) -> _ScoresOfUnit:
-    """From a unit and its clip ids to the clips' scores, in their order."""
-    with open_part(state.output, "clips", min(state.commits)) as file:
-        is_stored = "scores" in file.schema_arrow.names
+def _make_scorer(state: ResultState, model: str | None, *, is_stored: bool) -> _ScoresOfUnit:
+    """Make a function from a unit and its clip ids to the clips' scores, in their order."""
     if is_stored:
-        return lambda unit_id, _: _matrix(_read(state, "clips", unit_id, ["scores"])["scores"])
+        return lambda unit_id, _: _matrix(
+            read_part(state.output, "clips", unit_id, ["scores"])["scores"]
+        )
     run = state.run or {}
     if not run["scores_from_embedding"]:
         raise ModelError(
@@ -231,18 +226,15 @@ def _reader_of_scores(state: ResultState, model: str | None) -> _ScoresOfUnit:
         index_of = {clip_id: index for index, clip_id in enumerate(clip_ids)}
         total = np.zeros((len(clip_ids), run["model"]["num_labels"]))
         counts = np.zeros(len(clip_ids))
-        with open_part(state.output, "windows", unit_id) as file:
-            columns = ["clip_id", "embedding"]
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-                table = pa.Table.from_batches([batch])
-                scores = score_embeddings(head, _matrix(table["embedding"]), activation)
-                clips = [index_of[clip_id] for clip_id in table["clip_id"].to_pylist()]
-                # As rows.ClipAggregate has it.
-                if activation == "sigmoid":
-                    np.maximum.at(total, clips, scores)
-                else:
-                    np.add.at(total, clips, scores)
-                np.add.at(counts, clips, 1)
+        for rows in read_batches(state.output, "windows", unit_id, ["clip_id", "embedding"]):
+            scores = score_embeddings(head, _matrix(rows["embedding"]), activation)
+            clips = [index_of[clip_id] for clip_id in rows["clip_id"].to_pylist()]
+            # As rows.ClipAggregate does.
+            if activation == "sigmoid":
+                np.maximum.at(total, clips, scores)
+            else:
+                np.add.at(total, clips, scores)
+            np.add.at(counts, clips, 1)
         return (total if activation == "sigmoid" else total / counts[:, None]).astype(np.float32)
 
     return score

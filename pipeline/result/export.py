@@ -27,11 +27,11 @@ from typing import Any, Literal, cast, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from pipeline.terminal.std_streams import say
 from transforms.errors import InputError, OutputError, UsageError, in_words
-from transforms.results.commits import COMMITS, PARTS, open_part, part_url, read_commits
+from transforms.results.commits import COMMITS, PARTS, part_url, read_part
+from transforms.results.read import read_batches, read_current_commits
 from transforms.sources.clip_ids import make_clip_id
 from transforms.storage import filesystem, writing
 from transforms.storage import urls as storage_urls
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 ExportFormat = Literal["csv", "audacity", "raven"]
 
-BATCH_ROWS = 4096
 UPLOAD_THREADS = 16
 
 # What the model hears: the range of its mel filters at 16,000 Hz.
@@ -287,20 +286,13 @@ class _Result:
         self.folder = storage_urls.normalise(folder)
         name = public_uri(self.folder)
         try:
-            commits, without = read_commits(self.folder)
+            self.unit_ids = list(read_current_commits(self.folder))
         except OSError as error:
             raise OutputError(
                 f"{in_words(error)}. Check the folder {name} and the rights to it."
             ) from error
-        if without:
-            raise OutputError(
-                f"{name}: {len(without)} commits are damaged or cannot be read, the first is "
-                f"{next(iter(without))}.json; run earmark verify"
-            )
-        if not commits:
+        if not self.unit_ids:
             raise InputError(f"{name} {_why_empty(self.folder)}")
-        replaced = {unit_id for commit in commits.values() for unit_id in commit.replaces}
-        self.unit_ids = sorted(set(commits) - replaced)
 
     @property
     def is_finished(self) -> bool:
@@ -308,22 +300,22 @@ class _Result:
         return filesystem.exists(storage_urls.join(self.folder, "_SUCCESS"))
 
     def clips(self, unit_id: str, columns: Sequence[str]) -> pa.Table:
-        """Some columns of a unit's clips."""
-        with self._open("clips", unit_id) as file:
-            return file.read(columns=list(columns), use_threads=False)
+        """Read some columns of a unit's clips."""
+        with self._reading("clips", unit_id):
+            return read_part(self.folder, "clips", unit_id, columns)
 
     def sources(self, unit_id: str) -> dict[str, Source]:
-        """What each of a unit's clips is of, by ``clip_id``."""
+        """Read the source of each of a unit's clips, by ``clip_id``."""
         rows = self.clips(unit_id, ["clip_id", "uri", "member", "row"]).to_pylist()
         return {row["clip_id"]: source_of(**row) for row in rows}
 
     def label_rows(self, unit_id: str, settings: ExportSettings) -> Iterator[pa.Table]:
-        """A unit's labels, batch by batch; see ``label_rows``."""
+        """Read a unit's labels, batch by batch; see ``label_rows``."""
         clips = self.clips(unit_id, ["clip_id", "uri", "member", "row", "sample_rate_hz"])
         columns = ["clip_id", "start_s", "end_s", "labels"]
-        with self._open("windows", unit_id) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-                yield label_rows(pa.Table.from_batches([batch]), clips, settings)
+        with self._reading("windows", unit_id):
+            for windows in read_batches(self.folder, "windows", unit_id, columns):
+                yield label_rows(windows, clips, settings)
 
     def check_top_k(self, top_k: int) -> None:
         """Refuse to promise more labels than are stored.
@@ -332,11 +324,10 @@ class _Result:
             UsageError: Windows hold fewer, and the model has more.
         """
         for unit_id in self.unit_ids:
-            with self._open("clips", unit_id) as file:
-                labels = file.read(columns=["labels"], use_threads=False)["labels"]
-                known = (file.schema_arrow.metadata or {}).get(b"earmark.labels")
-            if len(labels) and known:
-                stored = len(labels[0])
+            clips = self.clips(unit_id, ["labels"])
+            known = (clips.schema.metadata or {}).get(b"earmark.labels")
+            if clips.num_rows and known:
+                stored = len(clips["labels"][0])
                 if top_k > stored and stored < len(json.loads(known)):
                     raise UsageError(
                         f"--top-k is {top_k}; must be at most {stored}, which is what the result "
@@ -345,12 +336,11 @@ class _Result:
                 return
 
     @contextlib.contextmanager
-    def _open(self, part: str, unit_id: str) -> Iterator[pq.ParquetFile]:
-        url = part_url(self.folder, part, unit_id)
+    def _reading(self, part: str, unit_id: str) -> Iterator[None]:
         try:
-            with open_part(self.folder, part, unit_id) as file:
-                yield file
+            yield
         except (FileNotFoundError, pa.ArrowInvalid) as error:
+            url = part_url(self.folder, part, unit_id)
             raise OutputError(
                 f"{public_uri(url)}: committed and not readable ({error}); run earmark verify"
             ) from error

@@ -215,7 +215,7 @@ def test_an_export_leaves_no_staging_behind(result: str, tmp_path: Path) -> None
 def test_batches_make_no_difference(result: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exports = []
     for batch_rows in (4096, 1):
-        monkeypatch.setattr("pipeline.result.export.BATCH_ROWS", batch_rows)
+        monkeypatch.setattr("transforms.results.read.BATCH_ROWS", batch_rows)
         for name in ("csv", "raven"):
             run_export(result, name)
         exports.append(files_of(f"{result}/export"))
