@@ -242,7 +242,7 @@ def shown(clock: Any) -> tuple[EpochDisplay, io.StringIO, Any]:
     return EpochDisplay([stage], "accuracy", console=console, clock=clock), text, stage
 
 
-def test_an_epoch_is_said_in_a_line() -> None:
+def test_an_epoch_is_printed_in_one_line() -> None:
     display, text, stage = shown(lambda: 0.0)
     with display:
         display.on_epoch(stage, HISTORY[1], Best(1, 0.9333, 0.6))
@@ -252,7 +252,7 @@ def test_an_epoch_is_said_in_a_line() -> None:
     )
 
 
-def test_without_a_terminal_a_long_epoch_says_a_line_a_minute() -> None:
+def test_without_a_terminal_a_long_epoch_prints_a_line_a_minute() -> None:
     now_s = [0.0]
     display, text, stage = shown(lambda: now_s[0])
     with display:
@@ -266,7 +266,7 @@ def test_without_a_terminal_a_long_epoch_says_a_line_a_minute() -> None:
     ]
 
 
-def test_an_epoch_that_is_said_puts_off_the_next_line() -> None:
+def test_the_line_of_an_epoch_postpones_the_next_one() -> None:
     now_s = [0.0]
     display, text, stage = shown(lambda: now_s[0])
     with display:

@@ -105,13 +105,17 @@ def test_clips_are_held_out_by_a_column(hold_out: str | None, held: str) -> None
     ("clips", "hold_out", "words"),
     [
         (FOLDS, "fold", r"^hold_out is 'fold'; expected COLUMN=VALUE, such as fold=4"),
-        (FOLDS, "Fold=1", r"no clip has a column Fold; the columns there are: fold, other$"),
-        (FOLDS, "fold=9", r"no clip has this value; of the 3 values of fold: 1, 2, 2\.5$"),
-        (FOLDS[4:], "fold=9", r"the inputs say nothing of their clips but labels; expected a man"),
-        (FOLDS[1:3], "fold=2", r"fold=2 holds out all of 2 clips, and nothing is left to train on"),
+        (FOLDS, "Fold=1", r"no clip has a column Fold; the existing columns are: fold, other$"),
+        (FOLDS, "fold=9", r"no clip has this value; fold has 3 values: 1, 2, 2\.5$"),
+        (
+            FOLDS[4:],
+            "fold=9",
+            r"the inputs have no columns besides labels; expected a manifest with",
+        ),
+        (FOLDS[1:3], "fold=2", r"fold=2 holds out all of 2 clips, and none remains to train on"),
     ],
 )
-def test_a_hold_out_that_means_nothing_is_an_error(
+def test_a_hold_out_without_effect_is_an_error(
     clips: list[CachedClip], hold_out: str, words: str
 ) -> None:
     with pytest.raises((InputError, ConfigError), match=words):
@@ -174,7 +178,7 @@ def test_ids_of_audioset_are_known() -> None:
             [],
             {"names": ["cat", "ant"]},
             r"^3 of 7 training clips have labels that are not among the 2 labels to learn: 'catt' "
-            r"of c \(the closest is 'cat'\), 'zebra' of e\. Mend them",
+            r"of c \(the closest is 'cat'\), 'zebra' of e\. Correct them",
         ),
         (
             PAIRS,
@@ -187,33 +191,33 @@ def test_ids_of_audioset_are_known() -> None:
             [*PAIRS, clip("c", "ant", "cat"), clip("d")],
             [],
             {},
-            r"^2 of 6 training clips have not exactly one label, which training\.loss=cross_entropy"
-            r" needs; c has 2\. Give --set training\.loss=binary_cross_entropy",
+            r"^2 of 6 training clips do not have exactly one label, which "
+            r"training\.loss=cross_entropy needs; c has 2\. Give --set training\.loss=binary_cross",
         ),
-        (PAIRS, [clip("v")], {}, r"^1 of 1 validation clip have not exactly one.*v has none"),
-        (PAIRS[:2], [], {}, r"^there is one label to learn, 'cat', and with training\.loss=cross"),
+        (PAIRS, [clip("v")], {}, r"^1 of 1 validation clip do not have exactly one.*v has none"),
+        (PAIRS[:2], [], {}, r"^there is only one label to learn, 'cat'; with training\.loss=cross"),
         (
             [clip("a"), clip("b")],
             [],
             {"loss": "binary_cross_entropy"},
-            r"^2 training clips say that they have no label at all",
+            r"^2 training clips have empty lists of labels; give clips that",
         ),
         (
             [*PAIRS, clip("c", "cow"), clip("d", "dog")],
             PAIRS,
             {},
-            r"^2 labels of 4 have one clip, which cannot be both learnt from and checked with: "
+            r"^2 labels of 4 have one clip, which cannot be used for both training and validation: "
             r"cow, dog\. Add clips, leave those out, or give the list of labels with --labels",
         ),
         (
             PAIRS[:2],
             PAIRS[2:],
             {"names": ["cat", "ant"], "is_held_out": True},
-            r"^all clips of 1 label are held out, and none is left to learn from: ant\. Hold out",
+            r"^all clips of 1 label are held out, and none remains to learn from: ant\. Hold out",
         ),
     ],
 )
-def test_clips_and_labels_that_do_not_go_together_are_an_error(
+def test_clips_and_labels_that_do_not_fit_are_an_error(
     train: list[CachedClip], validation: list[CachedClip], settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
@@ -235,10 +239,10 @@ def test_rare_labels_that_are_meant_are_a_warning() -> None:
     assert other.warnings == ("1 label without a training clip: ant.",)
 
 
-def test_labels_that_differ_in_spelling_alone_are_a_warning() -> None:
+def test_labels_that_differ_only_in_spelling_are_a_warning() -> None:
     clips = [*PAIRS, clip("c", "Cat"), clip("d", "Cat")]
     assert resolve_labels(clips).warnings == (
-        "Labels that differ in spelling alone are learnt as different ones: Cat, cat.",
+        "Labels that differ only in spelling are learnt as different ones: Cat, cat.",
     )
 
 
@@ -278,21 +282,21 @@ def test_a_set_travels_to_another_process_without_its_samples(tmp_path: Path) ->
         np.testing.assert_array_equal(arrived.samples(index), of_clip)
 
 
-def test_validation_clips_that_are_training_clips_are_told() -> None:
+def test_validation_clips_that_are_training_clips_are_a_warning() -> None:
     other = [clip("v1", "cat", content="a1"), clip("v2", "ant"), clip("v3", "ant", content="b2")]
     sets = make_clip_sets(made(PAIRS), made(other))
     assert sets.validation is not None
     assert [one.item.clip_id for one in sets.validation.clips] == ["v1", "v2", "v3"]
     assert sets.warnings == (
-        "2 of 3 validation clips have the same content as a training clip, so that the figures "
-        "promise too much: v1, v3.",
+        "2 of 3 validation clips have the same content as a training clip, so the figures are "
+        "too good: v1, v3.",
     )
 
 
-def test_clips_decoded_in_part_are_told() -> None:
+def test_clips_decoded_in_part_are_a_warning() -> None:
     odd = dataclasses.replace(PAIRS[0], warning="decoded 1.0 s, then stopped")
     assert make_clip_sets(made([odd, *PAIRS[1:]])).warnings == (
-        "1 clip could be decoded with a warning; one of them: a1: decoded 1.0 s, then stopped.",
+        "1 clip decoded with a warning; one of them: a1: decoded 1.0 s, then stopped.",
     )
 
 
