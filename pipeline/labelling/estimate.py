@@ -26,7 +26,7 @@ from transforms.inference.backbones import resolve_batch_size, resolve_device
 from transforms.inference.engine import ASTModelHandler, Engine
 from transforms.label_audio import LabelSettings, read_items
 from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit
-from transforms.sources.clip_ids import WindowEstimate, extension
+from transforms.sources.file_kinds import WindowEstimate, extension
 from transforms.sources.read_unit import SourceSettings
 
 SAMPLED_UNITS = 8

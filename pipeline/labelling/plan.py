@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -55,13 +55,13 @@ from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
 from transforms.results.commits import UnitSummary
 from transforms.results.write_units import CommitSettings
+from transforms.sources.file_kinds import guess_duration_s
 from transforms.sources.read_unit import (
     Found,
     ReadLimits,
     SourceSettings,
     cut_containers,
     find_inputs,
-    is_long,
     limit_items,
 )
 from transforms.storage import urls as storage_urls
@@ -84,6 +84,9 @@ SHAPE_OF_A_MODEL = (
     "max_length",
     "num_mel_bins",
 )
+
+# Longer files are named, with the command that divides them into segments of this length.
+LONG_FILE_S = 900
 
 KIND_NAMES = {"tar": "tar archive", "parquet": "audio-Parquet file"}
 
@@ -473,22 +476,31 @@ def describe_plan(plan: RunPlan) -> list[str]:
             f"To do: {counted(len(backlog.units), 'unit')}, about "
             f"{counted(windows_to_do, 'window')}."
         )
-        lines += describe_long_files(backlog.units, plan.label.sources)
+        lines += describe_long_files(backlog.units)
     else:
         lines.append("Nothing to do: everything found is done.")
     return lines
 
 
-def describe_long_files(units: Sequence[WorkUnit], sources: SourceSettings) -> list[str]:
-    """Which files are labelled in parts; a line, where there are any."""
-    long = [unit for unit in units if is_long(unit, sources)]
-    if not long or sources.windows_per_part is None:
+def describe_long_files(units: Iterable[WorkUnit]) -> list[str]:
+    """Name files that are long by their size, and the command that divides them: a line, or none.
+
+    A file is one item of one unit: a run that is killed inside it labels it again from its start.
+    """
+    long = [
+        item
+        for unit in units
+        for item in unit.items
+        if item.start_s is item.end_s is item.member is item.row is None
+        and guess_duration_s(item.uri, item.size) > LONG_FILE_S
+    ]
+    if not long:
         return []
-    num_parts = sum(unit.estimated_windows // sources.windows_per_part for unit in long)
-    are = "is" if len(long) == 1 else "are"
+    others = f" and {counted(len(long) - 1, 'other')}" if len(long) > 1 else ""
     return [
-        f"Of these, {counted(len(long), 'long file')} {are} cut into parts, about "
-        f"{num_parts:,}, where the header tells the length and reading can start anywhere."
+        f"{long[0].uri}{others}: probably longer than {LONG_FILE_S // 60} minutes, and labelled in "
+        f"one go; to divide: earmark plan INPUT… --segment-s {LONG_FILE_S} --manifest "
+        "segments.jsonl"
     ]
 
 

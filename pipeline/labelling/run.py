@@ -77,9 +77,7 @@ from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
 from transforms.results.commits import (
     UnitTotals,
-    list_part_ids,
     list_unit_ids,
-    long_id_of,
     read_commit,
     read_failures,
 )
@@ -476,7 +474,6 @@ class _CommitReader:
     def __init__(self, output: str) -> None:
         self._output = output
         self._seen = set(list_unit_ids(output))
-        self._parts: dict[str, UnitTotals] = {}  # of long units that are not joined
         self._counts = ProgressCounts()
         self._next_s = 0.0
 
@@ -490,32 +487,10 @@ class _CommitReader:
         self._next_s = time.monotonic() + COMMIT_POLL_INTERVAL_S
         # A display is no reason for a run to fail; nor is a commit that is being mended.
         with contextlib.suppress(OSError, OutputError):
-            for unit_id in list_part_ids(self._output):
-                if unit_id not in self._seen:
-                    self._add_part(unit_id)
             for unit_id in list_unit_ids(self._output):
                 if unit_id not in self._seen:
                     self._add(read_commit(self._output, unit_id).totals)
-                    self._take_back_parts(unit_id)
                     self._seen.add(unit_id)
-
-    def _add_part(self, unit_id: str) -> None:
-        totals = read_commit(self._output, unit_id).totals
-        self._seen.add(unit_id)
-        self._add_windows(totals.windows, totals.audio_s)
-        long_id = str(long_id_of(unit_id))
-        self._parts[long_id] = self._parts.get(long_id, UnitTotals()) + totals
-
-    def _take_back_parts(self, unit_id: str) -> None:
-        """What has been counted of the parts of a unit that is itself counted now."""
-        totals = self._parts.pop(unit_id, UnitTotals())
-        self._add_windows(-totals.windows, -totals.audio_s)
-
-    def _add_windows(self, windows: int, audio_s: float) -> None:
-        counts = self._counts
-        self._counts = dataclasses.replace(
-            counts, windows=counts.windows + windows, audio_s=counts.audio_s + audio_s
-        )
 
     def _add(self, totals: UnitTotals) -> None:
         counts = self._counts

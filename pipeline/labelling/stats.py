@@ -38,7 +38,7 @@ from pipeline.runners.options import temporary_files_in_scratch
 from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio, format_duration
 from pipeline.terminal.std_streams import answer, say
 from pipeline.terminal.wording import counted
-from transforms.decoding.pool import DecodeAudio
+from transforms.decoding.decode_audio import DecodeAudio
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.features.fbank import ASTFeatureExtractor, FbankSettings
 from transforms.features.statistics import (

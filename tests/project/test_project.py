@@ -36,7 +36,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     # them; sources joins them.
     "clip_ids": {"storage"},
     "spooling": {"storage", "scratch", "clip_ids"},
-    "kept_files": {"storage", "scratch", "spooling"},
     "tar_headers": {"storage", "clip_ids", "spooling"},
     "tar_source": {"storage", "clip_ids", "spooling", "tar_headers"},
     "parquet_pages": set(),
@@ -45,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inputs": {"storage", "clip_ids", "spooling", "parquet_source", "manifests"},
     "units": {"storage", "clip_ids", "spooling", "tar_source", "inputs"},
     "sources": {
-        *("storage", "clip_ids", "spooling", "kept_files"),
+        *("storage", "clip_ids", "spooling"),
         *("tar_source", "parquet_source", "inputs", "units"),
     },
     # Decoding from the inside out: which library reads a file, the libraries, the process that
@@ -100,12 +99,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rows": {"labels"},
     "ledger": {"storage", "stage_clocks"},
     "commit": {"storage", "rows", "ledger", "live_counts", "stage_clocks"},
-    # A very long file: cut into parts that are units of their own, and joined from them.
-    "header_probe": {"storage", "decode", "decode_process", "decode_worker"},
-    "long_files": {"storage", "units", "decode", "header_probe", "windows", "ledger"},
-    "join_parts": {
-        *("storage", "decode_worker", "windows", "rows", "ledger", "commit", "live_counts"),
-    },
     "label_audio": {path.stem for path in STEPS},
     # LabelAudio for Beam YAML.
     "yaml_provider": {"label_audio", "checkpoints", "backbones", "rows"},
@@ -238,9 +231,10 @@ def test_a_library_has_one_door(library: str) -> None:
         ("transforms/models/ast/bundled.py", {"torch", "apache_beam"}),
         ("transforms/models/ast/files.py", {"torch", "apache_beam"}),
         ("transforms/features/fbank_settings.py", {"torch", "apache_beam", "pyarrow", "numpy"}),
-        ("transforms/decoding/pool.py", {"torch"}),
+        ("transforms/decoding/decode_audio.py", {"torch"}),
+        ("transforms/decoding/pool.py", {"torch", "apache_beam"}),
         ("transforms/decoding/decode.py", {"torch", "apache_beam"}),
-        ("transforms/decoding/readers.py", {"torch", "apache_beam", "av"}),
+        ("transforms/decoding/ffmpeg_reader.py", {"torch", "apache_beam", "av"}),
     ],
 )
 def test_light_modules_import_nothing_heavy(module: str, libraries: set[str]) -> None:

@@ -31,7 +31,7 @@ from pipeline.training.data.packed_clips import CachedClip, PackedClips, SampleF
 from transforms.errors import ConfigError, InputError
 from transforms.models.labels import find_label, labels_from_names
 from transforms.records import FloatArray, Item
-from transforms.sources.manifests import MANIFEST_EXTENSIONS
+from transforms.sources.file_kinds import MANIFEST_EXTENSIONS
 from transforms.sources.read_unit import Found
 
 Loss: TypeAlias = Literal["cross_entropy", "binary_cross_entropy"]

@@ -301,11 +301,11 @@ def slow_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "slow_worker.py"
     script.write_text(
         "import sys, time\n"
-        "from transforms.decoding import decode as decode_worker\n"
+        "from transforms.decoding import child\n"
         "def decode(source, **options):\n"
         "    time.sleep(0.75)\n"
-        "    yield from decode_worker.decode(source, **options)\n"
-        "decode_worker.serve(sys.argv[1:], decode)\n"
+        "    yield from child.decode(source, **options)\n"
+        "child.serve(sys.argv[1:], decode)\n"
     )
     command = (sys.executable, str(script))
     monkeypatch.setitem(pool.DecodePool.__init__.__kwdefaults__, "worker_command", command)
