@@ -330,6 +330,30 @@ def test_the_commands_that_head_a_config_are_right(path: Path) -> None:
             load_config(None, [f"{key}=0.25"], {})
 
 
+PAGE_FILES = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+]
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGE_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    links = re.findall(
+        r"\]\((?!https?://)([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")
+    )
+    for name, anchor in links:
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        assert not anchor or anchor in anchors_of(target), f"{name}#{anchor}"
+
+
 def test_the_sample_files_readme_names_a_command_that_works() -> None:
     text = (ROOT / "samples" / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^    earmark (.*)$", text, re.MULTILINE)
