@@ -1,4 +1,4 @@
-"""Draws a result: the spectrogram of each clip, with its best labels beside it.
+"""Picture of a result: the spectrogram of each clip, with its best labels beside it.
 
     earmark label samples/ --output out
     python -m benchmarks.draw_labels out docs/labels.png
@@ -29,7 +29,7 @@ from earmark import ASTFeatureExtractor, decode, read_result
 
 NUM_COLUMNS = 2
 NUM_LABELS = 3
-NUM_COLOURS = 128  # a PNG of all colours is five times the size
+NUM_COLOURS = 128  # a PNG of all colours is nearly three times as large
 RATE_HZ = 16_000
 FRAME_SAMPLES, SHIFT_SAMPLES = 400, 160
 RIGHT, OTHER, TRACK, INK, FAINT = "#9ec5fe", "#d8dde3", "#f4f6f8", "#1f2328", "#59636e"
