@@ -21,6 +21,7 @@ import transformers
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
+from tests.support.labelling import read_rows
 from tests.support.model_factory import write_transformers_model
 
 CLIPS_PER_SHARD = 80
@@ -46,8 +47,7 @@ def label(model: Path, inputs: list[Path], output: Path) -> dict[str, dict[str, 
     )
     assert run_label(config, []) == 0
     assert run_verify(str(output), quiet=True) == 0
-    rows = [row for path in (output / "clips").iterdir() for row in pq.read_table(path).to_pylist()]
-    return {file_name(row): row for row in rows}
+    return {file_name(row): row for row in read_rows(output, "clips")}
 
 
 def file_name(row: dict[str, Any]) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import soundfile
 
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from tests.support.audio_factory import FORMATS, Format, Samples, encode, quantised
+from tests.support.labelling import read_rows
 
 CLASSES = ("dog_bark", "rain", "clock_tick", "helicopter")
 
@@ -121,9 +121,7 @@ def label(model: Path, folder: Path, output: Path) -> dict[str, dict[str, Any]]:
         }
     )
     assert run_label(config, []) == 0
-    found = [
-        row for path in (output / "clips").iterdir() for row in pq.read_table(path).to_pylist()
-    ]
+    found = read_rows(output, "clips")
     assert len(found) == len(list(folder.iterdir()))
     return {Path(row["uri"]).name: row for row in found}
 
