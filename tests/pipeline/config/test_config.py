@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from pipeline.config import train
 from pipeline.config.label import (
     KEYS,
     NOT_WRITTEN,
@@ -267,8 +269,9 @@ def test_default_yaml_says_every_key_and_its_default() -> None:
     assert list(DEFAULTS) == list(KEYS)
 
 
-def test_default_yaml_explains_every_key() -> None:
-    lines = (config_folder() / "default.yaml").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("path", ["default.yaml", "train/default.yaml"])
+def test_default_yaml_explains_every_key(path: str) -> None:
+    lines = (config_folder() / path).read_text(encoding="utf-8").splitlines()
     is_key = re.compile(r"\s*[a-z_]+:")
     unexplained = [
         line
@@ -278,13 +281,20 @@ def test_default_yaml_explains_every_key() -> None:
     assert unexplained == []
 
 
-def test_default_yaml_names_every_option() -> None:
-    text = (config_folder() / "default.yaml").read_text(encoding="utf-8")
-    assert [flag for flag in OPTION_KEYS if flag not in text] == []
-
-
-def test_every_option_is_a_key() -> None:
-    assert set(OPTION_KEYS.values()) <= set(KEYS)
+@pytest.mark.parametrize(
+    ("path", "options", "keys"),
+    [
+        ("default.yaml", OPTION_KEYS, KEYS),
+        ("train/default.yaml", train.OPTION_KEYS, train.TRAIN_SCHEMA.keys),
+    ],
+    ids=["label", "train"],
+)
+def test_options_are_keys_that_default_yaml_names(
+    path: str, options: dict[str, str], keys: Collection[str]
+) -> None:
+    assert set(options.values()) <= set(keys)
+    text = (config_folder() / path).read_text(encoding="utf-8")
+    assert [flag for flag in options if flag not in text] == []
 
 
 def test_a_resolved_config_is_a_config(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from pydantic import ValidationError
 
 from pipeline.config.label import config_folder, find_config, flatten, load_config, shipped_configs
 from pipeline.config.train import (
-    OPTION_KEYS,
     TRAIN_SCHEMA,
     TrainConfig,
     given_train,
@@ -38,36 +36,13 @@ def problems(*sets: str, **arguments: Any) -> list[str]:
     ]
 
 
-def test_nothing_given_is_the_defaults() -> None:
-    assert load() == TrainConfig()
-
-
-def test_the_command_line_wins_over_set_over_yaml_over_default(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("training: {epochs: 3, seed: 1, batch_size: 2}\noptimizer:\n")
-    config = load(
-        "training.epochs=4",
-        "training.seed=2",
-        path=str(path),
-        options={"--epochs": 5, "--learning-rate": None},
-    )
-    assert (config.training.epochs, config.training.seed, config.training.batch_size) == (5, 2, 2)
-    assert config.optimizer.learning_rate is None
-
-
 @pytest.mark.parametrize(
     ("assignment", "key", "value"),
     [
-        ("validation=a b.csv", "validation", ["a b.csv"]),
-        ("validation=[a.csv, b.tar]", "validation", ["a.csv", "b.tar"]),
         ("hold_out=fold=1", "hold_out", "fold=1"),
-        ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", 1e-4),
         ("optimizer.betas=[0.9, 0.95]", "optimizer.betas", [0.9, 0.95]),
         ("optimizer.betas=[0, 0.95]", "optimizer.betas", [0.0, 0.95]),
         ("training.trained_layers=", "training.trained_layers", None),
-        ("training.seed=0", "training.seed", 0),
-        ("augmentation.invert=true", "augmentation.invert", True),
-        ("schedule.kind=cosine", "schedule.kind", "cosine"),
     ],
 )
 def test_set_reads_values_as_yaml(assignment: str, key: str, value: object) -> None:
@@ -111,46 +86,10 @@ def test_a_wrong_value_is_told_with_what_it_must_be(key: str, value: str, wanted
     assert problems(f"{key}={value}") == [f"{key} is {value} (--set {key}={value}); {wanted}"]
 
 
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [
-        ("learning_rate", "optimizer.learning_rate"),
-        ("augmentaton.gain_db", "augmentation.gain_db"),
-        ("holdout", "hold_out"),
-        ("training.epoch", "training.epochs"),
-        ("model.nmae", "model.name"),
-    ],
-)
-def test_an_unknown_key_names_the_closest(key: str, meant: str) -> None:
-    assert problems(f"{key}=1") == [f"{key} (--set {key}=1) is no key; did you mean {meant}?"]
-
-
 @pytest.mark.parametrize("key", ["model.activation", "beam.runner", "labels.top_k"])
 def test_what_only_labelling_knows_is_no_key(key: str) -> None:
     (problem,) = problems(f"{key}=x")
     assert problem.startswith(f"{key} (--set {key}=x) is no key")
-
-
-def test_every_problem_is_told_at_once_with_its_origin(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(
-        "trainig:\n  epochs: 3\naveraging:\n  last_epoch: 30\nmodel: 3\nlimit: 1\nlimit: 2\n"
-    )
-    assert problems(
-        "nothing", "training", "max_failed=2", path=str(path), options={"--hold-out": "fold"}
-    ) == [
-        f"trainig ({path}:1) is no key; did you mean training?",
-        f"model is 3 ({path}:5); must hold keys and values",
-        f"limit ({path}:7) is there twice; keep one of them",
-        "--set nothing has no '='; must be key=value, like window.hop_s=5",
-        "--set training has no '='; must be key=value, like window.hop_s=5",
-        "max_failed is 2 (--set max_failed=2); must be at most 1",
-        "hold_out is fold (--hold-out); must be COLUMN=VALUE, like fold=1: a column of the "
-        "inputs, and what it says of the clips",
-        "averaging.first_epoch is null; must be given as well: averaging ends at one epoch, and "
-        "the other is 30",
-        f"averaging.last_epoch is 30 ({path}:4); must be at most 25 (training.epochs)",
-    ]
 
 
 def test_a_problem_names_the_file_that_documents_training() -> None:
@@ -322,39 +261,6 @@ def test_default_yaml_has_the_keys_in_the_order_of_the_sections() -> None:
     assert list(flatten(yaml.safe_load(text))) == list(DEFAULTS)
 
 
-def test_default_yaml_explains_every_key() -> None:
-    lines = DEFAULT_YAML.read_text(encoding="utf-8").splitlines()
-    is_key = re.compile(r"\s*[a-z_]+:")
-    unexplained = [
-        line
-        for before, line in zip(["", *lines], lines, strict=False)
-        if is_key.match(line) and not before.strip().startswith("#")
-    ]
-    assert unexplained == []
-
-
-def test_default_yaml_names_every_option() -> None:
-    words = re.findall(r"--[a-z-]+", DEFAULT_YAML.read_text(encoding="utf-8"))
-    assert set(OPTION_KEYS) <= set(words)
-
-
-def test_every_option_is_a_key() -> None:
-    assert set(OPTION_KEYS.values()) <= set(TRAIN_SCHEMA.keys)
-
-
-def test_a_resolved_config_is_a_config(tmp_path: Path) -> None:
-    config = load(
-        "train=[a, b]",
-        "hold_out=fold=1",
-        "optimizer.betas=[0.9, 0.98]",
-        "window.length_s=3",
-        "model.name=m",
-    )
-    path = tmp_path / "resolved.yaml"
-    path.write_text(yaml.safe_dump(config.resolved()))
-    assert load(path=str(path)) == config
-
-
 def test_a_resolved_config_holds_no_signature() -> None:
     signed = "https://bucket.example/a.csv?X-Amz-Signature=secret&v=2"
     config = TrainConfig.model_validate(
@@ -371,11 +277,3 @@ def test_a_resolved_config_holds_no_signature() -> None:
     for key in ("output", "model.name", "model.labels", "model.preprocessor"):
         assert resolved[key] == "https://bucket.example/a.csv?v=2"
     assert "secret" not in str(resolved)
-
-
-@pytest.mark.parametrize("section", [None, "training"])
-def test_a_config_cannot_be_changed(section: str | None) -> None:
-    config = TrainConfig()
-    target, name = (config, "limit") if section is None else (config.training, "epochs")
-    with pytest.raises(ValidationError, match="frozen"):
-        setattr(target, name, 1)

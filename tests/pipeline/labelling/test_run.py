@@ -18,7 +18,7 @@ from pipeline.result.lock import hold_output
 from pipeline.result.state import read_result
 from pipeline.result.verify import run_verify, verify_result
 from tests.support.labelling import read_rows, small_config
-from transforms.errors import ConfigError, InputError, OutputError
+from transforms.errors import ConfigError, OutputError
 
 RATE_HZ = 16_000
 
@@ -111,23 +111,6 @@ def test_an_added_file_is_one_new_unit(label: Labeller, clips: Path, out: Path) 
     assert run_record(out)["totals"]["new_items"] == 1
 
 
-def test_a_corrupt_file_is_one_row_and_the_rest_is_there(
-    label: Labeller, clips: Path, out: Path
-) -> None:
-    (clips / "bad.wav").write_bytes(b"this is no audio at all" * 50)
-    assert label(clips, max_failed=0.5) == 0
-    assert len(read_rows(out, "clips")) == 4
-    (error,) = read_rows(out, "errors")
-    assert error["clip_id"] == str(clips / "bad.wav")
-    assert error["stage"] == "decode"
-    assert run_record(out)["totals"]["failures"] == 1
-
-
-def test_too_many_failures_are_exit_code_3(label: Labeller, clips: Path) -> None:
-    (clips / "bad.wav").write_bytes(b"no audio")
-    assert label(clips) == 3
-
-
 def test_a_changed_file_redoes_its_unit_and_nothing_else(
     label: Labeller, clips: Path, out: Path
 ) -> None:
@@ -168,19 +151,6 @@ def test_vanished_files_are_counted_apart_and_kept(label: Labeller, clips: Path,
     assert run_verify(str(out)) == 0
 
 
-def test_rows_of_vanished_files_survive_the_redoing_of_their_unit(
-    label: Labeller, clips: Path, out: Path
-) -> None:
-    label(clips)
-    (clips / "0.wav").unlink()
-    write_clip(clips / "1.wav", seed=77)
-    assert label(clips) == 0
-    assert len(read_rows(out, "clips")) == 4
-    totals = run_record(out)["totals"]
-    assert (totals["found_items"], totals["vanished_items"]) == (3, 1)
-    assert run_verify(str(out)) == 0
-
-
 def test_another_model_is_refused_and_nothing_is_touched(
     label: Labeller, clips: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -189,7 +159,8 @@ def test_another_model_is_refused_and_nothing_is_touched(
     label(clips)
     before = part_times(out)
     other = Labeller(write_tiny_model(tmp_path / "other", seed=5), out)
-    with pytest.raises(OutputError, match=r"model_sha256: .* there, .* now"):
+    advice = r"[\s\S]*Give another --output, go back to those settings, or start anew"
+    with pytest.raises(OutputError, match=rf"model_sha256: .* there, .* now{advice}"):
         other(clips)
     assert part_times(out) == before
 
@@ -252,41 +223,6 @@ def test_retry_failed_tries_only_the_failed_items(label: Labeller, clips: Path, 
     assert run_verify(str(out)) == 0
 
 
-def test_retry_failed_keeps_what_fails_again(label: Labeller, clips: Path, out: Path) -> None:
-    (clips / "1.wav").write_bytes(b"no audio")
-    label(clips, max_failed=1.0)
-    before = part_times(out)
-    assert label(clips, max_failed=1.0, retry_failed=True) == 0
-    assert len(read_rows(out, "errors")) == 1
-    assert len(read_rows(out, "clips")) == 3
-    # The unit without failures is not touched.
-    assert len(before.items() & part_times(out).items()) == 3
-
-
-def test_the_errors_table_is_a_manifest(
-    label: Labeller, tiny_model: Path, clips: Path, out: Path, tmp_path: Path
-) -> None:
-    bad = clips / "1.wav"
-    good = bad.read_bytes()
-    bad.write_bytes(b"no audio")
-    label(clips, max_failed=1.0)
-    bad.write_bytes(good)
-    elsewhere = tmp_path / "elsewhere"
-    assert Labeller(tiny_model, elsewhere)(*(out / "errors").glob("*.parquet")) == 0
-    assert [row["clip_id"] for row in read_rows(elsewhere, "clips")] == [str(bad)]
-
-
-def test_limit_takes_the_first_items_and_a_later_run_the_rest(
-    label: Labeller, clips: Path, out: Path
-) -> None:
-    assert label(clips, limit=3) == 0
-    assert len(read_rows(out, "clips")) == 3
-    before = part_times(out)
-    assert label(clips) == 0
-    assert len(read_rows(out, "clips")) == 4
-    assert before.items() <= part_times(out).items()
-
-
 @pytest.mark.parametrize("part", ["windows", "clips"])
 def test_a_deleted_part_is_found_and_redone_alone(
     label: Labeller, clips: Path, out: Path, part: str
@@ -304,26 +240,6 @@ def test_a_deleted_part_is_found_and_redone_alone(
     assert run_verify(str(out)) == 0
 
 
-def test_a_flipped_byte_is_found(
-    label: Labeller, clips: Path, out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    label(clips)
-    victim = sorted((out / "windows").iterdir())[0]
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
-    assert run_verify(str(out)) == 3
-    assert "its content has changed" in capsys.readouterr().out
-
-
-def test_the_output_folder_is_never_part_of_the_input(tiny_model: Path, clips: Path) -> None:
-    out = clips / "labels"
-    label = Labeller(tiny_model, out)
-    assert label(clips) == 0
-    assert label(clips) == 0
-    assert len(read_rows(out, "clips")) == 4
-
-
 def test_memory_and_local_outputs_hold_the_same_rows(
     label: Labeller, tiny_model: Path, clips: Path, out: Path
 ) -> None:
@@ -339,17 +255,6 @@ def test_memory_and_local_outputs_hold_the_same_rows(
     fs.rm("/bucket", recursive=True)
 
 
-def test_an_empty_folder_is_an_error(label: Labeller, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty"):
-        label(tmp_path / "empty")
-
-
-def test_a_clip_twice_in_the_input_is_one_clip(label: Labeller, clips: Path, out: Path) -> None:
-    assert label(clips, clips / "0.wav", clips / "*.wav") == 0
-    assert len(read_rows(out, "clips")) == 4
-
-
 def test_copies_of_a_result_can_be_moved(label: Labeller, clips: Path, out: Path) -> None:
     label(clips)
     moved = shutil.move(out, out.with_name("moved"))
@@ -363,12 +268,6 @@ def test_a_second_run_on_the_same_output_says_why_not(
         label(clips)
     assert not out.exists()
     assert label(clips) == 0
-
-
-def test_a_run_that_is_refused_leaves_no_folder(label: Labeller, tmp_path: Path, out: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        label(tmp_path / "nowhere")
-    assert not out.exists()
 
 
 def test_what_has_vanished_is_no_failure_of_this_run(
