@@ -87,15 +87,16 @@ def test_a_damaged_file_is_watched_like_any_other(out: str, left: bytes) -> None
 
 TAKEN_OVER = """
 import time
-from pipeline import cli, output_lock
+from pipeline.cli import main as cli
+from pipeline.result import lock
 from pipeline.labelling.run import _interrupt_main_thread
 from tests.pipeline.result.test_lock import holder_in, leave_behind
 
-output_lock.HEARTBEAT_S = 0.05
+lock.HEARTBEAT_S = 0.05
 OUT = "memory://lock/out"
 
 def taken_over(*_):
-    with output_lock.hold_output(OUT, on_lost=_interrupt_main_thread):
+    with lock.hold_output(OUT, on_lost=_interrupt_main_thread):
         leave_behind(OUT)
         time.sleep(30)
     return 0

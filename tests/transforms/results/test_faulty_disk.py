@@ -258,7 +258,7 @@ def test_a_limit_for_the_size_of_files_ends_the_run(
 ) -> None:
     out = tmp_path / "out"
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
-    limited += "from pipeline import cli; sys.exit(cli.main(sys.argv[1:]))"
+    limited += "from pipeline.cli import main as cli; sys.exit(cli.main(sys.argv[1:]))"
     command = label_command(clips, out, tiny_model)
     done = subprocess.run(
         [sys.executable, "-c", limited, *command[3:]],
@@ -305,7 +305,7 @@ def test_a_full_folder_for_temporary_files_ends_the_run(
 
 COMMANDS = """
 import json, sys
-from pipeline import cli
+from pipeline.cli import main as cli
 for arguments in json.loads(sys.argv[1]):
     print("code", cli.main(arguments), file=sys.stderr, flush=True)
 """

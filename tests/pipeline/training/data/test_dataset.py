@@ -657,7 +657,7 @@ def test_a_stale_cache_that_was_set_aside_is_not_gone_on_with(
 
 KILLED = """
 import os, signal, sys
-from pipeline.training import clip_cache
+from pipeline.training.data import clip_cache
 from transforms.decoding.pool import DecodeSettings
 from transforms.sources.read_unit import SourceSettings, find_inputs
 clip_cache.LOG_INTERVAL_S = 0.0
