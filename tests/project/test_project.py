@@ -295,35 +295,6 @@ def code_blocks(text: str) -> list[str]:
     return re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_readme_shows_how_to_start_and_how_to_test() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(code_blocks(text)) >= 2
-    behind_marker = text.partition("<!-- test-command -->")[2]
-    assert "pytest" in code_blocks(behind_marker)[0]
-
-
-def test_ci_runs_the_readme_s_own_commands() -> None:
-    """The shell's way to find them finds what a reader sees."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    function = re.search(r"^test_commands\(\) \{.*?^\}", script, flags=re.MULTILINE | re.DOTALL)
-    assert function is not None
-    found = subprocess.run(
-        ["bash", "-c", f"{function.group()}\ntest_commands"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert found == code_blocks(text.partition("<!-- test-command -->")[2])[0]
-
-
-def test_ci_is_valid_bash_and_executable() -> None:
-    script = ROOT / ".ci" / "run"
-    assert script.stat().st_mode & 0o111
-    subprocess.run(["bash", "-n", str(script)], check=True)
-
-
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
