@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transforms.results.read import read_result
-
     from pipeline.__main__ import main as main
     from transforms.decoding.decode import decode_whole as decode
     from transforms.features.fbank import ASTFeatureExtractor
     from transforms.label_audio import LabelAudio, LabelSettings, make_settings
     from transforms.models.ast.checkpoints import resolve_model
     from transforms.models.ast.model import ASTConfig, ASTForAudioClassification, ASTModel
+    from transforms.results.read import read_result
 
 __all__ = [
     "ASTConfig",

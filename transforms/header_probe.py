@@ -27,7 +27,7 @@ from transforms.decoding.process import (
 )
 from transforms.errors import DecodeError
 from transforms.records import Item
-from transforms.storage import filesystem as storage
+from transforms.storage import reading
 
 # A few blocks are enough for a header; a picture may lie before it.
 MAX_HEADER_BYTES = 16 << 20
@@ -67,7 +67,7 @@ class HeaderProbe:
             EarmarkError: No decoder process could be started.
         """
         try:
-            with storage.open_read(item.url or item.uri, BLOCK_BYTES, only_ranges=True) as file:
+            with reading.open_read(item.url or item.uri, BLOCK_BYTES, only_ranges=True) as file:
                 return self._probe(file, file.seek(0, os.SEEK_END))
         except OSError:  # who reads it will say
             return None

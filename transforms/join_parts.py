@@ -52,7 +52,9 @@ from transforms.results.commits import (
 )
 from transforms.results.rows import ClipAggregate
 from transforms.results.write_units import CommitSettings, Desk, OpenUnit
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem
+from transforms.storage.secrets import public_uri
+from transforms.storage.writing import writing_to
 
 # What a part says that lies behind the end of the audio.
 _BEHIND_THE_END = frozenset({"BadSegment", "TooShort"})
@@ -134,7 +136,7 @@ def _read_unchanged(output: str, unit_id: str) -> Commit:
     for name, info in commit.parts.items():
         url = part_url(output, name, unit_id)
         if change := find_change(url, info):
-            raise OutputError(f"{storage.public_uri(url)}: {change}")
+            raise OutputError(f"{public_uri(url)}: {change}")
     return commit
 
 
@@ -315,7 +317,7 @@ def join_parts(
         WriteError: The output cannot be written.
     """
     output = settings.output
-    if storage.exists(commit_url(output, unit.unit_id)):  # by an attempt before this one
+    if filesystem.exists(commit_url(output, unit.unit_id)):  # by an attempt before this one
         remove_long_file(output, unit.unit_id)
         return read_commit(output, unit.unit_id)
     _check_whole(unit, parts)
@@ -325,7 +327,7 @@ def join_parts(
     ]
     overlap = windows.window_samples - windows.hop_samples
     joined = join_clip(labelled, overlap / windows.sample_rate_hz)
-    with storage.writing_to(output):
+    with writing_to(output):
         rows = OpenUnit(settings, staging, unit.unit_id)
         try:
             _add_rows(rows, settings, unit, joined)

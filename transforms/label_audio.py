@@ -53,7 +53,8 @@ from transforms.sources.read_unit import (
     read_unit,
     windows_per_part,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import urls as storage_urls
+from transforms.storage.secrets import public_uri
 
 # Files that one unit of LabelAudio groups, so that decoding can look ahead across them.
 FILES_PER_UNIT = 64
@@ -277,10 +278,9 @@ class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
 
 def unit_of_files(uris: Sequence[str]) -> WorkUnit:
     """A work unit of whole files."""
-    urls = [storage.normalise(uri) for uri in uris]
+    urls = [storage_urls.normalise(uri) for uri in uris]
     items = tuple(
-        Item(clip_id=make_clip_id(storage.public_uri(url)), uri=storage.public_uri(url), url=url)
-        for url in urls
+        Item(clip_id=make_clip_id(public_uri(url)), uri=public_uri(url), url=url) for url in urls
     )
     return WorkUnit(unit_id=make_unit_id("files", items), kind="files", items=items)
 

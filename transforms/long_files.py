@@ -31,7 +31,7 @@ from transforms.header_probe import HeaderProbe
 from transforms.records import Part, WorkUnit
 from transforms.results.commits import commit_url, make_part_id
 from transforms.sources.units import SourceSettings, is_long
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem
 
 # A header that speaks of more is not believed, and its file not cut: 4096 parts of 200 windows are
 # three months.
@@ -148,7 +148,7 @@ class _CutLongFn(beam.DoFn):
         self._probe.close()
 
     def process(self, unit: WorkUnit) -> Iterator[WorkUnit | TaggedOutput[str, WorkUnit]]:
-        if not is_long(unit, self._sources) or storage.exists(
+        if not is_long(unit, self._sources) or filesystem.exists(
             commit_url(self._output, unit.unit_id)
         ):
             yield unit

@@ -293,7 +293,7 @@ def without_signatures(config: BaseModel, places: Iterable[str]) -> dict[str, An
         config: With sections one level deep.
         places: The dotted keys that hold a path or URL, a list of them, or None.
     """
-    from transforms.storage.filesystem import public_uri  # brings fsspec along
+    from transforms.storage.secrets import public_uri  # brings fsspec along
 
     flat = flatten(config.model_dump(mode="json"))
     for key in places:
@@ -307,7 +307,7 @@ def without_signatures(config: BaseModel, places: Iterable[str]) -> dict[str, An
 
 def _public_option(name: str, value: BeamValue) -> BeamValue:
     """The value of a Beam option as it may be written."""
-    from transforms.storage.filesystem import public_text
+    from transforms.storage.secrets import public_text
 
     if _SECRET_OPTION.search(name) and not isinstance(value, bool | None):
         return NOT_WRITTEN

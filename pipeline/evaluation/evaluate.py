@@ -45,7 +45,9 @@ from transforms.models.ast.checkpoints import load_model, resolve_model
 from transforms.models.labels import Label
 from transforms.results.commits import open_part
 from transforms.sources.clip_ids import for_terminal
-from transforms.storage import filesystem as storage
+from transforms.storage import urls as storage_urls
+from transforms.storage import writing
+from transforms.storage.secrets import public_uri
 
 JSON_FILE = "evaluation.json"
 PICTURE_FILE = "evaluation.png"
@@ -137,9 +139,13 @@ def run_evaluate(
         console.print(for_terminal(line), markup=False)
     if not quiet:
         Console(highlight=False).print(class_table(evaluation.metrics))
-    place = storage.normalise(output) if output else storage.join(results[0].folder, "evaluation")
+    place = (
+        storage_urls.normalise(output)
+        if output
+        else storage_urls.join(results[0].folder, "evaluation")
+    )
     for url in write_evaluation(place, evaluation, scored, results, truth):
-        console.print(for_terminal(f"Written: {storage.public_uri(url)}"), markup=False)
+        console.print(for_terminal(f"Written: {public_uri(url)}"), markup=False)
     return 0
 
 
@@ -154,16 +160,14 @@ def read_scores(folder: str, model: str | None = None) -> ScoredClips:
         OutputError: It is damaged.
         ModelError: The scores were not stored, and the model they come from cannot be had.
     """
-    state = read_result(storage.normalise(folder))
+    state = read_result(storage_urls.normalise(folder))
     if state.run is None or not (state.commits or state.unreadable):
         raise InputError(
-            f"{storage.public_uri(folder)} holds no result of Earmark; name the --output of "
-            "earmark label"
+            f"{public_uri(folder)} holds no result of Earmark; name the --output of earmark label"
         )
     if state.damaged or state.unreadable:
         raise OutputError(
-            f"{storage.public_uri(folder)} is damaged; see earmark verify "
-            f"{storage.public_uri(folder)}"
+            f"{public_uri(folder)} is damaged; see earmark verify {public_uri(folder)}"
         )
     labels = _read_labels(state)
     score = _reader_of_scores(state, model)
@@ -216,7 +220,7 @@ def _reader_of_scores(state: ResultState, model: str | None) -> _ScoresOfUnit:
     run = state.run or {}
     if not run["scores_from_embedding"]:
         raise ModelError(
-            f"{storage.public_uri(state.output)} holds neither every class's score nor the "
+            f"{public_uri(state.output)} holds neither every class's score nor the "
             "embedding that they come from (embedding.pooling is not pooler_output); label again "
             "with --scores"
         )
@@ -280,8 +284,8 @@ def combine_results(results: Sequence[ScoredClips]) -> ScoredClips:
     for other in results[1:]:
         if [label.name for label in other.labels] != [label.name for label in first.labels]:
             raise InputError(
-                f"{storage.public_uri(other.folder)} has other labels than "
-                f"{storage.public_uri(first.folder)}; only results of the same labels, in the same "
+                f"{public_uri(other.folder)} has other labels than "
+                f"{public_uri(first.folder)}; only results of the same labels, in the same "
                 "order, can be evaluated together"
             )
     if len(results) == 1:
@@ -345,7 +349,7 @@ def own_truth(scored: ScoredClips) -> Truth:
     ]
     if not rows:
         raise InputError(
-            f"{storage.public_uri(scored.folder)} holds no truth of its own; pass --truth with a "
+            f"{public_uri(scored.folder)} holds no truth of its own; pass --truth with a "
             "manifest that has labels"
         )
     return Truth(tuple(rows))
@@ -378,7 +382,7 @@ def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = Fal
             rows.append(known)
     if not kept:
         raise InputError(
-            f"no clip of {storage.public_uri(scored.folder)} has a row in the truth; one of them "
+            f"no clip of {public_uri(scored.folder)} has a row in the truth; one of them "
             f"is {scored.places[0].clip_id}, and the truth has {_where(truth.rows[0])}"
         )
     positives = np.zeros((len(kept), len(scored.labels)), np.bool_)
@@ -515,12 +519,12 @@ def write_evaluation(
     }
     urls = []
     for name, data in contents.items():
-        urls.append(storage.join(place, name))
+        urls.append(storage_urls.join(place, name))
         try:
-            storage.write_bytes(urls[-1], data)
+            writing.write_bytes(urls[-1], data)
         except OSError as error:
             raise OutputError(
-                f"{storage.public_uri(place)} cannot be written: {error}. Give another --output."
+                f"{public_uri(place)} cannot be written: {error}. Give another --output."
             ) from error
     return urls
 
@@ -534,9 +538,9 @@ def as_json(
     """The evaluation as JSON has it: no infinity, no NaN."""
     metrics = evaluation.metrics
     return {
-        "results": [storage.public_uri(result.folder) for result in results],
+        "results": [public_uri(result.folder) for result in results],
         "models": [result.model for result in results],
-        "truth": None if truth is None else storage.public_uri(storage.normalise(truth)),
+        "truth": None if truth is None else public_uri(storage_urls.normalise(truth)),
         "combined": scored.combined or None,
         "counts": dict(evaluation.counts),
         "accuracy": metrics.accuracy,

@@ -21,7 +21,8 @@ from transforms.errors import InputError
 from transforms.models.labels import Label, find_label
 from transforms.sources.clip_ids import make_clip_id, make_truth
 from transforms.sources.manifests import ContainerRow, ManifestRow, read_manifest
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, urls
+from transforms.storage.secrets import public_uri
 
 _SEGMENT_COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
 
@@ -101,7 +102,7 @@ def place_of(
 
 def stem_of(path: str) -> str:
     """A file's name without folder and the last extension."""
-    name = storage.file_name(path)
+    name = urls.file_name(path)
     return name.rpartition(".")[0] or name
 
 
@@ -114,13 +115,13 @@ def read_truth(source: str) -> Truth:
     Raises:
         InputError: It cannot be read, or holds no labels.
     """
-    url = storage.normalise(source)
-    segments = _read_segments(url) if storage.file_name(url).lower().endswith(".csv") else None
+    url = urls.normalise(source)
+    segments = _read_segments(url) if urls.file_name(url).lower().endswith(".csv") else None
     truth = segments or _read_manifest(url)
     if not truth.rows:
         more = f"; one of its lines {truth.unreadable[0]}" if truth.unreadable else ""
         raise InputError(
-            f"{storage.public_uri(url)} holds no labels; expected a manifest with a column labels "
+            f"{public_uri(url)} holds no labels; expected a manifest with a column labels "
             f"or label, or AudioSet's segments CSV{more}"
         )
     return truth
@@ -156,15 +157,15 @@ def _joined(rows: Iterable[TruthRow]) -> Iterator[TruthRow]:
 def _read_segments(url: str) -> Truth | None:
     """AudioSet's own CSV: comments, then ``YTID, start, end, "mid,mid"``; None if it is another."""
     try:
-        text = storage.read_bytes(url).decode("utf-8-sig", "surrogateescape")
+        text = reading.read_bytes(url).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
-        raise InputError(f"{storage.public_uri(url)} cannot be read: {error}") from error
+        raise InputError(f"{public_uri(url)} cannot be read: {error}") from error
     lines = text.splitlines()
     comments = [line for line in lines if line.startswith("#")]
     header = [name.strip() for name in comments[-1].lstrip("# ").split(",")] if comments else []
     if header != list(_SEGMENT_COLUMNS):
         return None
-    name = storage.public_uri(url)
+    name = public_uri(url)
     rows, unreadable = [], []
     for number, line in enumerate(lines, start=1):
         if line.startswith("#") or not line.strip():

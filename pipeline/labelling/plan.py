@@ -68,7 +68,8 @@ from transforms.sources.read_unit import (
     is_long,
     limit_items,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import urls as storage_urls
+from transforms.storage.secrets import public_uri
 
 # The fields of a config that the forward pass depends on; others (dropouts, what to return) may
 # differ between two folders of the same model.
@@ -120,7 +121,7 @@ class RunFrame:
     @property
     def inputs(self) -> tuple[str, ...]:
         """What was given, without signatures."""
-        return tuple(storage.public_uri(url) for url in self.urls)
+        return tuple(public_uri(url) for url in self.urls)
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,9 @@ def make_frame(
     Raises:
         UsageError: The config, the model or the output is not right.
     """
-    urls = [storage.normalise(text) for text in given_inputs(config)]
+    urls = [storage_urls.normalise(text) for text in given_inputs(config)]
     wants_output = needs_output or config.output is not None
-    output = storage.normalise(given_output(config)) if wants_output else ""
+    output = storage_urls.normalise(given_output(config)) if wants_output else ""
     model = choose_model(config)
     label = make_label_settings(config, model)
     if not is_remote:
@@ -202,7 +203,7 @@ def make_frame(
         check_removable(state)
     else:
         check_same_results(state, results, model.name)
-    public_inputs = tuple(storage.public_uri(url) for url in urls)
+    public_inputs = tuple(public_uri(url) for url in urls)
     return RunFrame(
         urls=tuple(urls),
         output=output,
@@ -330,7 +331,7 @@ def read_features(place: str) -> Mapping[str, Any]:
     for name in ("mean", "std"):
         if not isinstance(features.get(name), int | float):
             raise ModelError(
-                f"{storage.public_uri(place)} holds no {name}; expected a "
+                f"{public_uri(place)} holds no {name}; expected a "
                 f"{FEATURES_NAME} as earmark stats writes it"
             )
     return features
@@ -448,9 +449,7 @@ def _run_record(
         "config": {
             **config.resolved(),
             "inputs": list(inputs),
-            "output": storage.public_uri(storage.normalise(config.output))
-            if config.output
-            else None,
+            "output": public_uri(storage_urls.normalise(config.output)) if config.output else None,
         },
         "results": dict(results),
         "totals": None,

@@ -59,6 +59,7 @@ from pipeline.runners.dataflow import (
     submit,
 )
 from pipeline.runners.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
+from pipeline.runners.options import temporary_files_in_scratch
 from pipeline.terminal.precision_report import describe_checks, precision_warnings
 from pipeline.terminal.progress import (
     LiveReader,
@@ -72,7 +73,7 @@ from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
 from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
 from transforms.models.ast.checkpoints import ModelSpec
 from transforms.process.stage_times import stage_clocks
-from transforms.process.temp_folders import sweep, temporary_files_in_scratch
+from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
 from transforms.results.commits import (
     UnitTotals,
@@ -84,7 +85,7 @@ from transforms.results.commits import (
 )
 from transforms.sources.clip_ids import for_terminal
 from transforms.sources.read_unit import check_there
-from transforms.storage import filesystem as storage
+from transforms.storage import listing, urls, writing
 
 # Listing a remote folder takes a while: what others commit is looked up every few seconds.
 COMMIT_POLL_INTERVAL_S = 5.0
@@ -124,10 +125,10 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
     began_s = time.monotonic()
     options = pipeline_options(config, beam_options)
     remote = is_remote(options)
-    output = storage.normalise(given_output(config))
+    output = urls.normalise(given_output(config))
     check_runner(options, config.inference.device)
     if remote:
-        check_reachable([storage.normalise(text) for text in given_inputs(config)], output)
+        check_reachable([urls.normalise(text) for text in given_inputs(config)], output)
     sweep()
     with hold_output(output, on_lost=_interrupt_main_thread):
         wait_for_writers(output)
@@ -344,7 +345,7 @@ def check_model_reachable(model: ModelSpec) -> None:
     Raises:
         ModelError: It lies in a local folder.
     """
-    if model.source in ("folder", "original") and storage.is_local(model.location):
+    if model.source in ("folder", "original") and urls.is_local(model.location):
         raise ModelError(
             f"model {model.name} lies on this machine, and the runner works on others; copy it to "
             "where they can reach it (--model gs://…), or name one from the hub."
@@ -367,7 +368,7 @@ def check_reachable(inputs: Sequence[str], output: str | None) -> None:
             "reach (--output gs://…), or --runner=FnApiRunner."
         )
     for name, url in (("--output", output), *(("INPUT", url) for url in inputs)):
-        if storage.is_local(url):
+        if urls.is_local(url):
             raise ConfigError(
                 f"{name} is the local path {url}, and the runner works on other machines; "
                 "give a URL that they can reach (gs://…), or --runner=FnApiRunner."
@@ -412,7 +413,7 @@ def begin_output(
     try:
         if is_new:
             # First: from here on, whoever looks must not take the result for a whole one.
-            storage.remove(storage.join(state.output, SUCCESS_FILE))
+            writing.remove(urls.join(state.output, SUCCESS_FILE))
         if config.overwrite:
             remove_result(state)
         else:
@@ -546,7 +547,7 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     if failures:
         say(
             f"{failures:,} of {counted(items, 'item')} could not be labelled; why stands in "
-            f"{storage.join(output, 'errors')}/*.parquet. --retry-failed tries them again."
+            f"{urls.join(output, 'errors')}/*.parquet. --retry-failed tries them again."
         )
         say(f"One of them: {example_failure(output)}")
     if totals["broken_containers"]:
@@ -563,7 +564,7 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
 
 def example_failure(output: str) -> str:
     """An item that could not be labelled, and why: one line, fit for a terminal."""
-    names = set(storage.list_names(storage.join(output, "errors")))
+    names = set(listing.list_names(urls.join(output, "errors")))
     unit_id = next(name for name in list_unit_ids(output) if f"{name}.parquet" in names)
     row = read_failures(output, unit_id)[0]
     where = "" if row["message"].startswith(row["uri"]) else f"{row['clip_id']}: "
@@ -593,7 +594,7 @@ def closing_lines(
         )
     if totals["clips"]:
         lines.append(
-            f"Labels: {storage.join(output, 'clips')}/*.parquet (a row per clip), "
-            f"{storage.join(output, 'windows')}/*.parquet (a row per window)."
+            f"Labels: {urls.join(output, 'clips')}/*.parquet (a row per clip), "
+            f"{urls.join(output, 'windows')}/*.parquet (a row per window)."
         )
     return lines

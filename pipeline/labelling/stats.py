@@ -39,6 +39,7 @@ from pipeline.labelling.run import (
     pipeline_options,
 )
 from pipeline.runners.dataflow import follow, is_left_running
+from pipeline.runners.options import temporary_files_in_scratch
 from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio, format_duration
 from pipeline.terminal.std_streams import answer, say
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
@@ -53,10 +54,11 @@ from transforms.features.statistics import (
 from transforms.features.windows import CutWindows, WindowSettings
 from transforms.label_audio import read_items
 from transforms.models.ast.files import FEATURES_NAME
-from transforms.process.temp_folders import scratch_folder, sweep, temporary_files_in_scratch
+from transforms.process.temp_folders import scratch_folder, sweep
 from transforms.records import WorkUnit
 from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, reading, urls, writing
+from transforms.storage.secrets import public_uri
 
 AUDIOSET = FbankSettings()  # its defaults are AudioSet's mean and standard deviation
 
@@ -136,7 +138,7 @@ class WriteStatistics:
     def __call__(self, statistics: FeatureStatistics) -> None:
         """Write them as JSON."""
         figures = dataclasses.asdict(DatasetStatistics.of(statistics))
-        storage.write_bytes(self.url, json.dumps(figures).encode())
+        writing.write_bytes(self.url, json.dumps(figures).encode())
 
 
 def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool = False) -> int:
@@ -178,7 +180,7 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
         answer(line)
     if plan.output is not None:
         url = write_features(plan.output, plan.fbank, statistics, overwrite=config.overwrite)
-        answer(f"Written: {storage.public_uri(url)}")
+        answer(f"Written: {public_uri(url)}")
     say(f"Took {format_duration(elapsed_s)}.", quiet=config.quiet)
     return _exit_code(statistics, config.max_failed)
 
@@ -202,8 +204,8 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
     Raises:
         UsageError: The config, an input or the output is not right.
     """
-    inputs = [storage.normalise(text) for text in given_inputs(config)]
-    output = None if config.output is None else storage.normalise(config.output)
+    inputs = [urls.normalise(text) for text in given_inputs(config)]
+    output = None if config.output is None else urls.normalise(config.output)
     fbank = FbankSettings(
         num_mel_bins=config.model.num_mel_bins or AUDIOSET.num_mel_bins,
         num_frames=config.model.max_length or AUDIOSET.num_frames,
@@ -226,7 +228,7 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
     if config.limit is not None:
         found = limit_items(found, config.limit, sources)
     return StatsPlan(
-        inputs=tuple(storage.public_uri(url) for url in inputs),
+        inputs=tuple(public_uri(url) for url in inputs),
         output=output,
         found=found,
         units=find_backlog(found, {}, sources, retry_from=None).units,
@@ -245,10 +247,10 @@ def check_writable(output: str) -> None:
     Raises:
         OutputError: There are.
     """
-    url = storage.join(output, FEATURES_NAME)
-    if storage.exists(url):
+    url = urls.join(output, FEATURES_NAME)
+    if filesystem.exists(url):
         raise OutputError(
-            f"{storage.public_uri(url)} is there already, and would be replaced; give another "
+            f"{public_uri(url)} is there already, and would be replaced; give another "
             "--output, or --overwrite."
         )
 
@@ -273,14 +275,14 @@ def measure(plan: StatsPlan, options: PipelineOptions) -> DatasetStatistics:
     """Run the job to its end."""
     with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder, temporary_files_in_scratch():
         # Other machines cannot see this one's temporary folder; what is not local can be seen.
-        is_shared = plan.output is not None and not storage.is_local(plan.output)
+        is_shared = plan.output is not None and not urls.is_local(plan.output)
         place = str(plan.output) if is_shared else folder
-        url = storage.join(place, f"stats-{uuid.uuid4().hex}.json")
+        url = urls.join(place, f"stats-{uuid.uuid4().hex}.json")
         pipeline = beam.Pipeline(options=options)
         build_stats_graph(pipeline, plan, url)
         follow(pipeline.run(), None, options)
-        figures: Mapping[str, Any] = json.loads(storage.read_bytes(url))
-        storage.remove(url)
+        figures: Mapping[str, Any] = json.loads(reading.read_bytes(url))
+        writing.remove(url)
     return DatasetStatistics(**figures)
 
 
@@ -321,9 +323,9 @@ def write_features(
         mean=statistics.mean or 0.0,
         std=statistics.std or 1.0,
     )
-    url = storage.join(output, FEATURES_NAME)
+    url = urls.join(output, FEATURES_NAME)
     text = json.dumps(extractor.to_dict(), indent=2, sort_keys=True)
-    storage.write_bytes(url, text.encode() + b"\n")
+    writing.write_bytes(url, text.encode() + b"\n")
     return url
 
 

@@ -33,7 +33,9 @@ from pipeline.terminal.std_streams import say
 from transforms.errors import InputError, OutputError, UsageError, in_words
 from transforms.results.commits import COMMITS, PARTS, open_part, part_url, read_commits
 from transforms.sources.clip_ids import make_clip_id
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, writing
+from transforms.storage import urls as storage_urls
+from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
 
@@ -282,8 +284,8 @@ class _Result:
     """The committed part of a result, for reading."""
 
     def __init__(self, folder: str) -> None:
-        self.folder = storage.normalise(folder)
-        name = storage.public_uri(self.folder)
+        self.folder = storage_urls.normalise(folder)
+        name = public_uri(self.folder)
         try:
             commits, without = read_commits(self.folder)
         except OSError as error:
@@ -303,7 +305,7 @@ class _Result:
     @property
     def is_finished(self) -> bool:
         """Whether the last run went to its end."""
-        return storage.exists(storage.join(self.folder, "_SUCCESS"))
+        return filesystem.exists(storage_urls.join(self.folder, "_SUCCESS"))
 
     def clips(self, unit_id: str, columns: Sequence[str]) -> pa.Table:
         """Some columns of a unit's clips."""
@@ -350,8 +352,7 @@ class _Result:
                 yield file
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise OutputError(
-                f"{storage.public_uri(url)}: committed and not readable ({error}); "
-                "run earmark verify"
+                f"{public_uri(url)}: committed and not readable ({error}); run earmark verify"
             ) from error
 
 
@@ -361,7 +362,7 @@ def _why_empty(folder: str) -> str:
         read_run,  # pulls in Beam, which an export has no other need of
     )
 
-    if not storage.exists(folder):
+    if not filesystem.exists(folder):
         return "does not exist; give the --output folder of earmark label"
     with contextlib.suppress(OutputError):  # somebody else's run.json
         if read_run(folder) is not None:
@@ -379,7 +380,7 @@ def _write_csv(result: _Result, folder: str, settings: ExportSettings) -> tuple[
     """One ``labels.csv``; returns the numbers of files and labels."""
     num_labels = 0
     # Beside its target, where that is local: moving it into place is then a rename.
-    beside = storage.local_path(folder) if storage.is_local(folder) else None
+    beside = storage_urls.local_path(folder) if storage_urls.is_local(folder) else None
     with tempfile.TemporaryDirectory(prefix=".earmark-", dir=beside) as staging:
         path = Path(staging) / "labels.csv"
         with path.open("wb") as file:
@@ -392,7 +393,7 @@ def _write_csv(result: _Result, folder: str, settings: ExportSettings) -> tuple[
                         pyarrow.csv.WriteOptions(include_header=False),
                     )
                     num_labels += rows.num_rows
-        storage.put_file(str(path), storage.join(folder, "labels.csv"))
+        writing.put_file(str(path), storage_urls.join(folder, "labels.csv"))
     return 1, num_labels
 
 
@@ -418,7 +419,7 @@ def _write_text(
                 source for source in sorted(set(sources.values())) if not units_left[source]
             ]
             texts = (text_format.render(_in_order(waiting.pop(s, []))) for s in complete)
-            urls = (storage.join(folder, names[source]) for source in complete)
+            urls = (storage_urls.join(folder, names[source]) for source in complete)
             # Drawing the results raises what went wrong in the threads.
             list(threads.map(_put_text, urls, texts))
     return len(names), num_labels
@@ -430,7 +431,7 @@ def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _put_text(url: str, text: str) -> None:
-    storage.write_bytes(url, text.encode("utf-8", "surrogatepass"))
+    writing.write_bytes(url, text.encode("utf-8", "surrogatepass"))
 
 
 def _export_folder(result: _Result, format: ExportFormat, output: str | None) -> str:
@@ -440,12 +441,12 @@ def _export_folder(result: _Result, format: ExportFormat, output: str | None) ->
         OutputError: That lies among the result's own files.
     """
     if output is None:
-        return storage.join(result.folder, "export", format)
-    folder = storage.normalise(output)
-    own = [storage.join(result.folder, name) for name in (*PARTS, COMMITS)]
+        return storage_urls.join(result.folder, "export", format)
+    folder = storage_urls.normalise(output)
+    own = [storage_urls.join(result.folder, name) for name in (*PARTS, COMMITS)]
     if folder == result.folder or any(f"{folder}/".startswith(f"{path}/") for path in own):
         raise OutputError(
-            f"--output is {storage.public_uri(folder)}, which holds the result itself; "
+            f"--output is {public_uri(folder)}, which holds the result itself; "
             "give another folder, or leave --output out"
         )
     return folder
@@ -481,11 +482,11 @@ def run_export(
     if top_k is not None:
         result.check_top_k(top_k)
     target = _export_folder(result, cast(ExportFormat, format), output)
-    storage.make_folder(target)
+    writing.make_folder(target)
     if not result.is_finished:
         logger.warning(
             "%s: the last run has not gone to its end; exporting the %d units committed so far",
-            storage.public_uri(result.folder),
+            public_uri(result.folder),
             len(result.unit_ids),
         )
     if format == "csv":
@@ -494,6 +495,6 @@ def run_export(
         num_files, num_labels = _write_text(result, target, settings, _TEXT_FORMATS[format])
     if not quiet:
         files = "1 file" if num_files == 1 else f"{num_files:,} files"
-        place = storage.public_uri(target)
+        place = public_uri(target)
         say(f"exported {num_labels:,} labels to {files} in {place}")
     return 0

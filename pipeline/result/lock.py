@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -25,9 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transforms.errors import OutputError, OutputLostError
+from transforms.process.locks import try_lock
 from transforms.process.temp_folders import is_still
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, urls, writing
 from transforms.storage.retries import patient_for
+from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ def hold_output(output: str, on_lost: Callable[[], None] | None = None) -> Itera
         OutputLostError: At the end, if another run has taken it over meanwhile; takes the place
             of whatever ended the run.
     """
-    if storage.is_local(output):
-        with _hold_folder(Path(storage.local_path(output)), output):
+    if urls.is_local(output):
+        with _hold_folder(Path(urls.local_path(output)), output):
             yield
     else:
         with _hold_remote(output, on_lost):
@@ -106,12 +107,13 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _lock(descriptor: int, output: str) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(_words_for_held(output, "another run")) from error
+        is_locked = try_lock(descriptor)
     except OSError as error:
         # Some network file systems have no locks; then it is for people to keep runs apart.
         logger.warning("%s cannot be locked (%s): start no second run on it.", output, error)
+    else:
+        if not is_locked:
+            raise OutputError(_words_for_held(output, "another run"))
 
 
 def _open_folder(path: Path, made: list[Path]) -> int:
@@ -138,7 +140,7 @@ def _make_and_open(path: Path, made: list[Path]) -> int:
 
 def _words_for_held(output: str, holder: str) -> str:
     return (
-        f"{holder} is writing to {storage.public_uri(output)}; wait for it or stop it, then run "
+        f"{holder} is writing to {public_uri(output)}; wait for it or stop it, then run "
         "this command again, or give another --output."
     )
 
@@ -178,14 +180,14 @@ class _Holder:
 
 @contextlib.contextmanager
 def _hold_remote(output: str, on_lost: Callable[[], None] | None) -> Iterator[None]:
-    url = storage.join(output, LOCK_FILE)
+    url = urls.join(output, LOCK_FILE)
     holder = _Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid())
     try:
-        storage.make_folder(output)  # where one cannot write at all, names the output
+        writing.make_folder(output)  # where one cannot write at all, names the output
         _acquire(url, output, holder)
     except OSError as error:
         raise OutputError(
-            f"{storage.public_uri(output)} cannot be written: {error}. Give another --output, or "
+            f"{public_uri(output)} cannot be written: {error}. Give another --output, or "
             "mend the rights to it."
         ) from error
     heart = _Heart(url, holder, on_lost)
@@ -196,26 +198,30 @@ def _hold_remote(output: str, on_lost: Callable[[], None] | None) -> Iterator[No
         heart.stop()
         if heart.lost:
             raise OutputLostError(
-                f"another run has taken {storage.public_uri(output)} over while this one was "
+                f"another run has taken {public_uri(output)} over while this one was "
                 "stuck; nothing is lost. Let that run end, then run this command again."
             )
         if heart.left_because is not None:
             logger.warning(
                 "%s could not be removed (%s): the next run will watch it for %.0f s.",
-                storage.public_uri(url),
+                public_uri(url),
                 heart.left_because,
                 PATIENCE_S,
             )
 
 
 def _acquire(url: str, output: str, holder: _Holder) -> None:
-    if storage.create_bytes(url, holder.to_json()):
+    if writing.create_bytes(url, holder.to_json()):
         return
     other = _read_holder(url)
     if other is not None:
         _watch(url, output, other)
-    storage.remove(url)
-    if not storage.create_bytes(url, holder.to_json()):
+        # Another run that watched the same file may have taken over a moment ago.
+        now = _read_holder(url)
+        if now is not None and now != other:
+            raise OutputError(_words_for_held(output, now.describe()))
+    writing.remove(url)
+    if not writing.create_bytes(url, holder.to_json()):
         raise OutputError(_words_for_held(output, "another run"))
 
 
@@ -228,7 +234,7 @@ def _watch(url: str, output: str, other: _Holder) -> None:
     logger.info(
         "%s holds %s, or was killed while it did; watching it for up to %.0f s.",
         other.describe(),
-        storage.public_uri(output),
+        public_uri(output),
         PATIENCE_S,
     )
     deadline = time.monotonic() + PATIENCE_S
@@ -243,7 +249,7 @@ def _watch(url: str, output: str, other: _Holder) -> None:
 
 def _read_holder(url: str) -> _Holder | None:
     try:
-        return _Holder.from_json(storage.read_bytes(url))
+        return _Holder.from_json(reading.read_bytes(url))
     except FileNotFoundError:
         return None
 
@@ -279,9 +285,9 @@ class _Heart(threading.Thread):
                         return
                 except OSError as error:
                     # The run itself will say so, if it lasts.
-                    logger.warning("%s: no heartbeat (%s).", storage.public_uri(self._url), error)
+                    logger.warning("%s: no heartbeat (%s).", public_uri(self._url), error)
             try:
-                storage.remove(self._url)
+                writing.remove(self._url)
             except OSError as error:
                 self.left_because = str(error)
 
@@ -294,7 +300,7 @@ class _Heart(threading.Thread):
             return False
         heartbeat = self._holder.heartbeat + 1
         self._holder = dataclasses.replace(self._holder, heartbeat=heartbeat)
-        storage.write_bytes(self._url, self._holder.to_json())
+        writing.write_bytes(self._url, self._holder.to_json())
         return True
 
     def stop(self) -> None:

@@ -40,7 +40,10 @@ from transforms.results.commits import (
     remove_long_file,
     remove_unit,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, listing, reading, writing
+from transforms.storage import urls as storage_urls
+from transforms.storage.secrets import public_uri
+from transforms.storage.writing import writing_to
 
 logger = logging.getLogger(__name__)
 
@@ -119,15 +122,15 @@ def read_result(output: str) -> ResultState:
         return _read_result(output)
     except OSError as error:
         raise OutputError(
-            f"{in_words(error)}. Check the folder {storage.public_uri(output)} and the rights to "
+            f"{in_words(error)}. Check the folder {public_uri(output)} and the rights to "
             "it, or give another."
         ) from error
 
 
 def _read_result(output: str) -> ResultState:
-    if not storage.exists(output):
+    if not filesystem.exists(output):
         return ResultState(output)
-    if not storage.is_folder(output):
+    if not filesystem.is_folder(output):
         raise OutputError(f"{output} is a file; --output needs a folder. Give another path.")
     run = read_run(output)
     commits, without = read_commits(output)
@@ -164,7 +167,7 @@ def _read_result(output: str) -> ResultState:
         unfinished=tuple(_list_unfinished(output)),
         foreign=tuple(foreign),
         long_files=list_long_files(output),
-        succeeded=storage.exists(storage.join(output, SUCCESS_FILE)),
+        succeeded=filesystem.exists(storage_urls.join(output, SUCCESS_FILE)),
     )
 
 
@@ -174,11 +177,11 @@ def read_run(output: str) -> Mapping[str, Any] | None:
     Raises:
         OutputError: It is there and not Earmark's.
     """
-    url = storage.join(output, RUN_FILE)
-    if not storage.exists(url):
+    url = storage_urls.join(output, RUN_FILE)
+    if not filesystem.exists(url):
         return None
     try:
-        run = json.loads(storage.read_bytes(url))
+        run = json.loads(reading.read_bytes(url))
         if run["fingerprint"] and run["results"]:
             return dict(run)
     except (ValueError, KeyError, TypeError):
@@ -193,25 +196,25 @@ def _list_parts(output: str) -> tuple[dict[tuple[str, str], int], list[str]]:
     sizes: dict[tuple[str, str], int] = {}
     foreign = []
     for part in PARTS:
-        folder = storage.join(output, part)
-        if not storage.exists(folder):
+        folder = storage_urls.join(output, part)
+        if not filesystem.exists(folder):
             continue
-        for file in storage.list_files(folder):
-            name = storage.file_name(file.url)
+        for file in listing.list_files(folder):
+            name = storage_urls.file_name(file.url)
             match = _UNIT_FILE.match(name)
-            if match and storage.parent(file.url) == folder:
+            if match and storage_urls.parent(file.url) == folder:
                 sizes[part, match["unit_id"]] = file.size or 0
-            elif not storage.is_temporary_name(name):
+            elif not writing.is_temporary_name(name):
                 foreign.append(file.url)
     return sizes, foreign
 
 
 def _list_unfinished(output: str) -> Iterator[str]:
     """Files that were being written when a run was killed, wherever runs write."""
-    for folder in (output, *(storage.join(output, name) for name in (*PARTS, COMMITS))):
-        for name in storage.list_names(folder):
-            if storage.is_temporary_name(name):
-                yield storage.join(folder, name)
+    for folder in (output, *(storage_urls.join(output, name) for name in (*PARTS, COMMITS))):
+        for name in listing.list_names(folder):
+            if writing.is_temporary_name(name):
+                yield storage_urls.join(folder, name)
 
 
 def _missing_part(commit: Commit, sizes: Mapping[tuple[str, str], int]) -> str | None:
@@ -257,15 +260,15 @@ def _remove_units_and_leftovers(state: ResultState, unit_ids: Iterable[str]) -> 
     for unit_id in unit_ids:
         remove_unit(state.output, unit_id)
     for url in (*state.orphans, *state.unfinished):
-        storage.remove(url)
+        writing.remove(url)
     remove_staging(state.output)
 
 
 def remove_staging(output: str) -> None:
     """Remove files on their way to a local output; only for who holds it."""
-    if storage.is_local(output):
-        folder = storage.join(output, storage.STAGING_FOLDER)
-        shutil.rmtree(storage.local_path(folder), ignore_errors=True)
+    if storage_urls.is_local(output):
+        folder = storage_urls.join(output, writing.STAGING_FOLDER)
+        shutil.rmtree(storage_urls.local_path(folder), ignore_errors=True)
 
 
 def check_removable(state: ResultState) -> None:
@@ -285,14 +288,14 @@ def check_removable(state: ResultState) -> None:
 def remove_result(state: ResultState) -> None:
     """Remove what Earmark wrote (``--overwrite``), and nothing else."""
     check_removable(state)
-    storage.remove(storage.join(state.output, SUCCESS_FILE))
+    writing.remove(storage_urls.join(state.output, SUCCESS_FILE))
     unit_ids = (*state.commits, *state.damaged, *state.unreadable, *sorted(state.superseded))
     _remove_units_and_leftovers(state, unit_ids)
     for long_id, urls in state.long_files.items():
         remove_long_file(state.output, long_id, urls)
-    storage.remove(storage.join(state.output, RUN_FILE))
+    writing.remove(storage_urls.join(state.output, RUN_FILE))
     for folder in (*PARTS, COMMITS):
-        storage.remove_empty_folder(storage.join(state.output, folder))
+        writing.remove_empty_folder(storage_urls.join(state.output, folder))
 
 
 def make_fingerprint(results: Mapping[str, Any]) -> str:
@@ -315,7 +318,7 @@ def check_same_results(state: ResultState, results: Mapping[str, Any], model_nam
     """
     for unit_id, reason in state.unreadable.items():
         raise OutputError(
-            f"{storage.public_uri(commit_url(state.output, unit_id))}: {reason}. Make it readable "
+            f"{public_uri(commit_url(state.output, unit_id))}: {reason}. Make it readable "
             "(permissions, the network, the disk), give another --output, or start anew with "
             "--overwrite."
         )
@@ -382,7 +385,7 @@ def utc_now() -> str:
 def write_run(output: str, run: Mapping[str, Any]) -> None:
     """Write ``run.json`` whole."""
     text = json.dumps(run, indent=2, ensure_ascii=False)
-    storage.write_bytes(storage.join(output, RUN_FILE), text.encode() + b"\n")
+    writing.write_bytes(storage_urls.join(output, RUN_FILE), text.encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -455,10 +458,10 @@ class FinishRun:
                 num_processes=self.run["config"]["inference"]["workers"],
             ),
         }
-        with storage.writing_to(self.output):
+        with writing_to(self.output):
             self._remove_long_files()
             write_run(self.output, run)
-            storage.write_bytes(storage.join(self.output, SUCCESS_FILE), b"")
+            writing.write_bytes(storage_urls.join(self.output, SUCCESS_FILE), b"")
 
     def _remove_long_files(self) -> None:
         """Parts of long files that have been labelled otherwise, or are not in the input any more.
@@ -467,7 +470,7 @@ class FinishRun:
         """
         is_limited = self.run["config"]["limit"] is not None
         for long_id, urls in list_long_files(self.output).items():
-            if not is_limited or storage.exists(commit_url(self.output, long_id)):
+            if not is_limited or filesystem.exists(commit_url(self.output, long_id)):
                 remove_long_file(self.output, long_id, urls)
 
     def _check(self, new: RunTotals) -> None:

@@ -39,7 +39,8 @@ from transforms.results.commits import (
     part_url,
     read_part,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import urls
+from transforms.storage.secrets import public_uri
 
 EXIT_WHOLE = 0
 EXIT_DAMAGED = 3
@@ -93,8 +94,8 @@ def run_verify(folder: str, quiet: bool = False) -> int:
     Raises:
         InputError: The folder holds no result of Earmark's.
     """
-    output = storage.normalise(folder)
-    name = storage.public_uri(output)
+    output = urls.normalise(folder)
+    name = public_uri(output)
     try:
         state = read_result(output)
     except OutputError as error:
@@ -112,7 +113,7 @@ def run_verify(folder: str, quiet: bool = False) -> int:
     findings = list(verify_result(state))
     for finding in findings:
         if finding.kind is not Kind.STRAY or not quiet:
-            where = storage.public_uri(finding.name)
+            where = public_uri(finding.name)
             answer(f"{where}: {finding.problem}", kind=finding.kind.value)
     kinds = {finding.kind for finding in findings} - {Kind.STRAY}
     counts = _counts(state)
@@ -132,8 +133,8 @@ def _has_commits(output: str) -> bool:
     try:
         return bool(list_unit_ids(output))
     except OSError:  # of a folder that is there, something must be said
-        return storage.is_local(output) and os.path.lexists(
-            storage.local_path(storage.join(output, COMMITS))
+        return urls.is_local(output) and os.path.lexists(
+            urls.local_path(urls.join(output, COMMITS))
         )
 
 
@@ -178,9 +179,9 @@ def make_advice(output: str, findings: Iterable[Finding]) -> list[str]:
 
 def _removal(url: str) -> str:
     """The command that removes a file, or the words where there is no one command."""
-    if storage.is_local(url):
-        return f"rm {shlex.quote(storage.local_path(url))}"
-    return f"remove {storage.public_uri(url)}"
+    if urls.is_local(url):
+        return f"rm {shlex.quote(urls.local_path(url))}"
+    return f"remove {public_uri(url)}"
 
 
 def verify_result(state: ResultState) -> Iterator[Finding]:
@@ -216,7 +217,7 @@ def _check_long_files(state: ResultState) -> Iterator[Finding]:
     """Parts of long files that are not as they should be: while a run is not done, they are."""
     is_limited = state.run is not None and state.run.get("config", {}).get("limit") is not None
     for long_id in state.long_files:
-        url = storage.join(state.output, LONG_FILES, long_id)
+        url = urls.join(state.output, LONG_FILES, long_id)
         if long_id in state.commits:
             yield Finding(url, "parts of a file that has been labelled", Kind.LEFTOVER)
         elif state.succeeded and is_limited:
@@ -227,7 +228,7 @@ def _check_long_files(state: ResultState) -> Iterator[Finding]:
 
 
 def _check_run(state: ResultState) -> Iterator[Finding]:
-    url = storage.join(state.output, RUN_FILE)
+    url = urls.join(state.output, RUN_FILE)
     if state.run is None:
         yield Finding(url, "it is missing")
         return

@@ -35,7 +35,8 @@ from apache_beam.runners.runner import PipelineState, create_runner
 from pipeline.runners.job_service import wait_for
 from pipeline.terminal.std_streams import say
 from transforms.errors import ConfigError, OutputError
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, urls, writing
+from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +242,7 @@ def job_of(result: Any, options: PipelineOptions) -> DataflowJob | None:
 def record_job(output: str, job: DataflowJob) -> None:
     """Leave a job's name in the output that it writes."""
     text = json.dumps(dataclasses.asdict(job), indent=2)
-    storage.write_bytes(storage.join(output, JOB_FILE), text.encode() + b"\n")
+    writing.write_bytes(urls.join(output, JOB_FILE), text.encode() + b"\n")
 
 
 def recorded_job(output: str) -> DataflowJob | None:
@@ -250,14 +251,14 @@ def recorded_job(output: str) -> DataflowJob | None:
     Raises:
         OutputError: The file is not Earmark's.
     """
-    url = storage.join(output, JOB_FILE)
+    url = urls.join(output, JOB_FILE)
     try:
-        return DataflowJob(**json.loads(storage.read_bytes(url)))
+        return DataflowJob(**json.loads(reading.read_bytes(url)))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         raise OutputError(
-            f"{storage.public_uri(url)} does not name a Dataflow job ({error}); if no job writes "
+            f"{public_uri(url)} does not name a Dataflow job ({error}); if no job writes "
             "to this folder, remove it and run this command again."
         ) from error
 
@@ -283,7 +284,7 @@ def check_no_job(output: str, ask: Callable[[DataflowJob], str] | None = None) -
     job = recorded_job(output)
     if job is None:
         return
-    place = storage.public_uri(output)
+    place = public_uri(output)
     try:
         state = (ask or ask_state)(job)
     except Exception as error:  # whatever a client of the service may raise, its import included
@@ -291,14 +292,14 @@ def check_no_job(output: str, ask: Callable[[DataflowJob], str] | None = None) -
         raise OutputError(
             f"the Dataflow job {job.job_id} may still write to {place}, and cannot be asked for "
             f"({reason}). If {job.console_url} shows that it has ended, remove "
-            f"{storage.public_uri(storage.join(output, JOB_FILE))}, then run this command again."
+            f"{public_uri(urls.join(output, JOB_FILE))}, then run this command again."
         ) from error
     if state not in ENDED_STATES:
         raise OutputError(
             f"the Dataflow job {job.job_id} still writes to {place} ({state}); wait for it "
             f"({job.console_url}) or stop it ({job.cancel_command}), then run this command again."
         )
-    storage.remove(storage.join(output, JOB_FILE))
+    writing.remove(urls.join(output, JOB_FILE))
 
 
 def submit(pipeline: beam.Pipeline, output: str, options: PipelineOptions, *, quiet: bool) -> Any:
@@ -351,7 +352,7 @@ def follow(result: Any, output: str | None, options: PipelineOptions) -> None:
         raise
     finally:
         if output is not None and _has_ended(result):
-            storage.remove(storage.join(output, JOB_FILE))
+            writing.remove(urls.join(output, JOB_FILE))
 
 
 def _cancel(result: Any, job: DataflowJob) -> None:

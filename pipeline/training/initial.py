@@ -50,7 +50,8 @@ from transforms.models.ast.model import (
     initialise_from_scratch,
 )
 from transforms.models.labels import read_labels
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, urls
+from transforms.storage.secrets import public_uri
 
 SCRATCH = "scratch"
 # Of a model that does not bring a shape along: AST's own for AudioSet, patches side by side.
@@ -98,9 +99,9 @@ class Initial:
     def folder(self) -> str | None:
         """Where the weights lie on this machine: a folder or a file; None if they do not."""
         origin = self.spec or self.image
-        if origin is None or origin.source == "hub" or not storage.is_local(origin.location):
+        if origin is None or origin.source == "hub" or not urls.is_local(origin.location):
             return None
-        return storage.local_path(storage.normalise(origin.location))
+        return urls.local_path(urls.normalise(origin.location))
 
     @property
     def described(self) -> str:
@@ -238,7 +239,7 @@ def _given_statistics(model: CheckpointSection) -> tuple[float, float] | None:
 def _wanted_labels(source: str | None) -> tuple[str, ...] | None:
     if source is None:
         return None
-    labels = read_labels(source, storage.read_bytes, storage.public_uri(source))
+    labels = read_labels(source, reading.read_bytes, public_uri(source))
     return tuple(label.name for label in labels)
 
 

@@ -76,7 +76,9 @@ from transforms.process.progress_counts import live_counts
 from transforms.process.temp_folders import sweep
 from transforms.records import ItemFailure
 from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, listing, reading, urls, writing
+from transforms.storage.secrets import public_uri
+from transforms.storage.writing import writing_to
 
 TRAIN_NAME = "train.json"
 VALIDATION_NAME = "validation.jsonl"
@@ -223,10 +225,10 @@ def local_output(config: TrainConfig) -> str:
     Raises:
         OutputError: It is elsewhere.
     """
-    output = storage.normalise(given_output(config))
-    if not storage.is_local(output):
+    output = urls.normalise(given_output(config))
+    if not urls.is_local(output):
         raise OutputError(
-            f"--output is {storage.public_uri(output)}; expected a folder on this machine, because "
+            f"--output is {public_uri(output)}; expected a folder on this machine, because "
             "a training writes its whole state after every epoch. Copy the model when it is done."
         )
     return output
@@ -268,7 +270,7 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
     check_found(found, "training", config.hold_out)
     if found_validation is not None:
         check_found(found_validation, "validation")
-    cache = config.cache.folder or storage.join(output, CACHE_NAME)
+    cache = config.cache.folder or urls.join(output, CACHE_NAME)
     learning_rate = config.optimizer.learning_rate or _LEARNING_RATES[initial.kind]
     return TrainPlan(
         output=output,
@@ -278,7 +280,7 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
         decode=decode,
         sources=sources,
         windows=windows,
-        cache=storage.normalise(cache),
+        cache=urls.normalise(cache),
         learning_rate=learning_rate,
         results=what_changes_training(config, initial, precision, learning_rate),
         device=device,
@@ -309,7 +311,7 @@ def _find(
     inputs: tuple[str, ...], config: TrainConfig, output: str, sources: SourceSettings
 ) -> Found:
     found = find_inputs(
-        [storage.normalise(text) for text in inputs],
+        [urls.normalise(text) for text in inputs],
         exclude=output,
         max_page_bytes=config.read.max_page_bytes,
     )
@@ -356,9 +358,9 @@ def find_training(plan: TrainPlan) -> Mapping[str, Any] | None:
     Raises:
         OutputError: The folder holds another training, or what no training wrote.
     """
-    url = storage.join(plan.output, TRAIN_NAME)
-    if not storage.exists(url):
-        foreign = sorted(set(storage.list_names(plan.output)) - {CACHE_NAME})
+    url = urls.join(plan.output, TRAIN_NAME)
+    if not filesystem.exists(url):
+        foreign = sorted(set(listing.list_names(plan.output)) - {CACHE_NAME})
         if foreign:
             raise OutputError(
                 f"{plan.output} holds {counted(len(foreign), 'other thing')}, such as "
@@ -367,7 +369,7 @@ def find_training(plan: TrainPlan) -> Mapping[str, Any] | None:
             )
         return None
     try:
-        record: Mapping[str, Any] = json.loads(storage.read_bytes(url))
+        record: Mapping[str, Any] = json.loads(reading.read_bytes(url))
         before = {**record["results"], "data": None}
         _ = record["status"], record["inputs"]
     except (ValueError, KeyError, TypeError) as error:
@@ -417,7 +419,7 @@ def check_removable(plan: TrainPlan) -> None:
     Raises:
         OutputError: The output holds such a file.
     """
-    written = [name for name in _WRITTEN if storage.exists(storage.join(plan.output, name))]
+    written = [name for name in _WRITTEN if filesystem.exists(urls.join(plan.output, name))]
     if written and TRAIN_NAME not in written:
         raise OutputError(
             f"{plan.output} holds {written[0]} and no {TRAIN_NAME}, so that no training of Earmark "
@@ -426,7 +428,7 @@ def check_removable(plan: TrainPlan) -> None:
         )
     source = plan.initial.folder
     if written and source is not None:
-        output = Path(storage.local_path(plan.output)).resolve()
+        output = Path(urls.local_path(plan.output)).resolve()
         if Path(source).resolve().is_relative_to(output):
             raise OutputError(
                 f"--model {plan.initial.name} lies in {plan.output}, which --overwrite removes "
@@ -437,11 +439,11 @@ def check_removable(plan: TrainPlan) -> None:
 def remove_training(output: str) -> None:
     """Remove what a training wrote, and nothing else."""
     for name in _WRITTEN:
-        url = storage.join(output, name)
-        if storage.exists(url):
-            storage.remove(url)
+        url = urls.join(output, name)
+        if filesystem.exists(url):
+            writing.remove(url)
     for folder in _WEIGHTS:
-        storage.remove_empty_folder(storage.join(output, folder))
+        writing.remove_empty_folder(urls.join(output, folder))
 
 
 # --- Clips ---------------------------------------------------------------------------------
@@ -606,7 +608,7 @@ def remove_caches(caches: Sequence[CachedClips]) -> None:
     """Remove decoded audio that nobody has asked to keep."""
     for folder in {Path(cached.folder) for cached in caches}:
         shutil.rmtree(folder)
-        storage.remove_empty_folder(storage.normalise(str(folder.parent)))
+        writing.remove_empty_folder(urls.normalise(str(folder.parent)))
 
 
 def validation_manifest(clips: ClipSet) -> bytes:
@@ -632,8 +634,8 @@ def validation_manifest(clips: ClipSet) -> bytes:
 
 
 def _write(url: str, content: bytes) -> None:
-    with storage.writing_to(url):
-        storage.write_bytes(url, content)
+    with writing_to(url):
+        writing.write_bytes(url, content)
 
 
 class Recorder:
@@ -664,21 +666,21 @@ class Recorder:
         """Write ``train.json`` with what has become known."""
         self._record |= more
         text = json.dumps(self._record, indent=2, ensure_ascii=False)
-        _write(storage.join(self._plan.output, TRAIN_NAME), text.encode() + b"\n")
+        _write(urls.join(self._plan.output, TRAIN_NAME), text.encode() + b"\n")
 
     def write_history(self, history: list[Row], *, draw: bool) -> None:
         """Write the table, and the curves if it is time."""
-        _write(storage.join(self._plan.output, HISTORY_NAME), history_table(history))
+        _write(urls.join(self._plan.output, HISTORY_NAME), history_table(history))
         if draw or time.monotonic() - self._drawn_s >= _CURVES_EVERY_S:
             curves = draw_curves(history)
-            _write(storage.join(self._plan.output, CURVES_NAME), curves)
+            _write(urls.join(self._plan.output, CURVES_NAME), curves)
             self._drawn_s = time.monotonic()
 
     def write_model(self, model: ASTForAudioClassification, folder: str = "") -> None:
         """Write a model's folder: the output itself, or one in it."""
-        place = storage.join(self._plan.output, folder) if folder else self._plan.output
+        place = urls.join(self._plan.output, folder) if folder else self._plan.output
         mean, std = self._statistics
-        with storage.writing_to(place):
+        with writing_to(place):
             save_pretrained(copy_for_saving(model), place, mean=mean, std=std, dtype=self._dtype)
 
 
@@ -708,12 +710,12 @@ def train(
         quiet=config.quiet,
     )
     recorder.write_record()
-    errors = storage.join(plan.output, ERRORS_NAME)
-    with storage.writing_to(errors):
+    errors = urls.join(plan.output, ERRORS_NAME)
+    with writing_to(errors):
         write_errors(prepared.caches, errors)
     if clips.validation is not None:
         manifest = validation_manifest(clips.validation)
-        _write(storage.join(plan.output, VALIDATION_NAME), manifest)
+        _write(urls.join(plan.output, VALIDATION_NAME), manifest)
     model = build_model(
         plan.initial,
         clips.train.label_names,
@@ -852,10 +854,10 @@ def finish(
     averaged = teaching.averages.model
     if averaged is not None:
         recorder.write_model(averaged, "averaged")
-    kept = storage.join(plan.output, config.training.keep)
+    kept = urls.join(plan.output, config.training.keep)
     for name in (FEATURES_NAME, WEIGHTS_NAME, CONFIG_NAME):  # in the order that they are saved in
-        content = storage.read_bytes(storage.join(kept, name))
-        _write(storage.join(plan.output, name), content)
+        content = reading.read_bytes(urls.join(kept, name))
+        _write(urls.join(plan.output, name), content)
     best = teaching.best
     recorder.write_record(
         status="done",
@@ -865,7 +867,7 @@ def finish(
         else {"epoch": best.epoch, config.training.metric: best.figure, "loss": best.loss},
         last=progress.history[-1],
     )
-    storage.remove(storage.join(plan.output, STATE_NAME))
+    writing.remove(urls.join(plan.output, STATE_NAME))
 
 
 def describe_training(

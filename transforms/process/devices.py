@@ -8,7 +8,6 @@ arrives meanwhile.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import os
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from transforms.process import disk_cache
+from transforms.process.locks import open_locked
 
 _counting_threads = threading.Lock()
 
@@ -82,25 +82,14 @@ def claim(names: Sequence[str], folder: Path | None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             for place in itertools.count():
                 for index, name in enumerate(names):
-                    if _lock(folder / f"{name}.{place}"):
+                    descriptor = open_locked(folder / f"{name}.{place}")
+                    if descriptor is not None:
+                        _held.append(descriptor)
                         return index
     return os.getpid() % len(names)
 
 
-_held: list[int] = []  # descriptors whose locks are this process's
-
-
-def _lock(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            return False
-        raise
-    _held.append(descriptor)
-    return True
+_held: list[int] = []  # descriptors that hold this process's locks
 
 
 class Sender:

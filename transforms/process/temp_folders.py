@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -24,6 +23,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from transforms.process.locks import try_lock
 
 
 def _prefix() -> str:
@@ -88,18 +89,8 @@ def sweep() -> None:
     """Remove the folders that processes of this user have left by being killed."""
     for path in _siblings():
         with contextlib.suppress(OSError), _opened(path) as descriptor:
-            if os.fstat(descriptor).st_uid == os.geteuid() and _is_locked_by_us(descriptor):
+            if os.fstat(descriptor).st_uid == os.geteuid() and try_lock(descriptor):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def temporary_files_in_scratch() -> Iterator[None]:
-    """While it lasts, what libraries of this process make with ``tempfile`` lies there too."""
-    before, tempfile.tempdir = tempfile.tempdir, str(scratch_folder())
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
 
 
 def _root() -> Path:
@@ -127,9 +118,7 @@ def _make() -> _Held:
         except FileNotFoundError:
             continue  # swept before it could be locked
         try:
-            if _is_locked_by_us(descriptor, if_there_are_no_locks=True) and is_still(
-                path, descriptor
-            ):
+            if _lock_if_supported(descriptor) and is_still(path, descriptor):
                 return _Held(path, descriptor)
         except BaseException:
             os.close(descriptor)
@@ -137,15 +126,12 @@ def _make() -> _Held:
         os.close(descriptor)  # being swept just now
 
 
-def _is_locked_by_us(descriptor: int, *, if_there_are_no_locks: bool = False) -> bool:
-    """Whether the lock could be had; some network file systems have none."""
+def _lock_if_supported(descriptor: int) -> bool:
+    """Take the lock; where the file system has none, do without."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(descriptor)
     except OSError:
-        return if_there_are_no_locks
-    return True
+        return True
 
 
 def is_still(path: Path, descriptor: int, *, follow_symlinks: bool = False) -> bool:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms.errors import OutputError
+from transforms.process.locks import lock_shared, try_lock
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import (
     Item,
@@ -39,7 +39,9 @@ from transforms.records import (
     WindowCheck,
     WorkUnit,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, listing, reading, writing
+from transforms.storage import urls as storage_urls
+from transforms.storage.secrets import public_uri
 
 PARTS = ("windows", "clips", "errors")
 
@@ -282,19 +284,19 @@ def _place(output: str, unit_id: str) -> tuple[str, str]:
     long_id = long_id_of(unit_id)
     if long_id is None:
         return output, unit_id
-    return storage.join(output, LONG_FILES, long_id), unit_id.removeprefix(f"{long_id}.")
+    return storage_urls.join(output, LONG_FILES, long_id), unit_id.removeprefix(f"{long_id}.")
 
 
 def part_url(output: str, part: str, unit_id: str) -> str:
     """Where a unit's part lies."""
     folder, name = _place(output, unit_id)
-    return storage.join(folder, part, f"{name}.parquet")
+    return storage_urls.join(folder, part, f"{name}.parquet")
 
 
 def commit_url(output: str, unit_id: str) -> str:
     """Where a unit's commit lies."""
     folder, name = _place(output, unit_id)
-    return storage.join(folder, COMMITS, f"{name}.json")
+    return storage_urls.join(folder, COMMITS, f"{name}.json")
 
 
 def read_commit(output: str, unit_id: str) -> Commit:
@@ -306,14 +308,14 @@ def read_commit(output: str, unit_id: str) -> Commit:
     """
     url = commit_url(output, unit_id)
     try:
-        return Commit.from_json(storage.read_bytes(url))
+        return Commit.from_json(reading.read_bytes(url))
     except ValueError as error:
-        raise OutputError(f"{storage.public_uri(url)}: {error}") from error
+        raise OutputError(f"{public_uri(url)}: {error}") from error
 
 
 def list_unit_ids(output: str) -> list[str]:
     """The units that have a commit file."""
-    names = storage.list_names(storage.join(output, COMMITS))
+    names = listing.list_names(storage_urls.join(output, COMMITS))
     return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
 
@@ -352,48 +354,45 @@ def hold_commits(output: str) -> int | None:
     A run's workers may outlive it by some seconds. The lock is the system's and ends with the
     process, however that ends; a remote output has none.
     """
-    if not storage.is_local(output):
+    if not storage_urls.is_local(output):
         return None
-    folder = storage.join(output, COMMITS)
-    storage.make_folder(folder)
-    descriptor = os.open(storage.local_path(folder), os.O_RDONLY | os.O_DIRECTORY)
+    folder = storage_urls.join(output, COMMITS)
+    writing.make_folder(folder)
+    descriptor = os.open(storage_urls.local_path(folder), os.O_RDONLY | os.O_DIRECTORY)
     with contextlib.suppress(OSError):  # some network file systems have no locks
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        lock_shared(descriptor)
     return descriptor
 
 
 def are_commits_held(output: str) -> bool:
     """Whether a process lives that may commit here; False where that cannot be known."""
-    if not storage.is_local(output):
+    if not storage_urls.is_local(output):
         return False
     try:
-        folder = storage.local_path(storage.join(output, COMMITS))
+        folder = storage_urls.local_path(storage_urls.join(output, COMMITS))
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:  # not there, or not readable: who reads the result will say so
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not try_lock(descriptor)
     except OSError:
         return False
     finally:
         os.close(descriptor)
-    return False
 
 
 def remove_unit(output: str, unit_id: str) -> None:
     """Take a unit out of a result: its commit first, so that it never vouches for less."""
-    storage.remove(commit_url(output, unit_id))
+    writing.remove(commit_url(output, unit_id))
     for part in PARTS:
-        storage.remove(part_url(output, part, unit_id))
+        writing.remove(part_url(output, part, unit_id))
 
 
 def is_whole(output: str, commit: Commit) -> bool:
     """Whether a commit's parts are there, in the size that it vouches for."""
     urls = [part_url(output, part, commit.unit_id) for part in commit.parts]
     try:
-        return [storage.stat(url).size for url in urls] == [
+        return [filesystem.stat(url).size for url in urls] == [
             info.num_bytes for info in commit.parts.values()
         ]
     except FileNotFoundError:
@@ -402,7 +401,7 @@ def is_whole(output: str, commit: Commit) -> bool:
 
 def find_change(url: str, info: PartInfo) -> str | None:
     """How a part's file differs from what was committed, or None; all of it is read."""
-    with storage.open_read(url) as file:
+    with reading.open_read(url) as file:
         digest = file_sha256(file)
     if digest == info.sha256:
         return None
@@ -418,9 +417,9 @@ def list_long_files(output: str, long_id: str | None = None) -> dict[str, list[s
         output: The result.
         long_id: The only long unit to look for; None for all.
     """
-    root = storage.join(output, LONG_FILES)
+    root = storage_urls.join(output, LONG_FILES)
     found: dict[str, list[str]] = {}
-    for url in _list_there(root if long_id is None else storage.join(root, long_id)):
+    for url in _list_there(root if long_id is None else storage_urls.join(root, long_id)):
         unit_id, *inside = url.removeprefix(f"{root}/").split("/")
         if _LONG_ID.fullmatch(unit_id) and _is_of_part(inside):
             found.setdefault(unit_id, []).append(url)
@@ -430,7 +429,7 @@ def list_long_files(output: str, long_id: str | None = None) -> dict[str, list[s
 def _is_of_part(inside: Sequence[str]) -> bool:
     if len(inside) != 2 or inside[0] not in (*PARTS, COMMITS):
         return False
-    return _PART_FILE.fullmatch(inside[1]) is not None or storage.is_temporary_name(inside[1])
+    return _PART_FILE.fullmatch(inside[1]) is not None or writing.is_temporary_name(inside[1])
 
 
 def _list_there(folder: str) -> list[str]:
@@ -440,9 +439,9 @@ def _list_there(folder: str) -> list[str]:
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    if not storage.exists(folder):
+    if not filesystem.exists(folder):
         return []
-    return [file.url for file in storage.list_files(folder, ignore_gone)]
+    return [file.url for file in listing.list_files(folder, ignore_gone)]
 
 
 def list_part_ids(output: str) -> list[str]:
@@ -453,7 +452,7 @@ def list_part_ids(output: str) -> list[str]:
 def part_ids_of(long_files: Mapping[str, Sequence[str]]) -> list[str]:
     """Those of the files that ``list_long_files`` has found."""
     return [
-        f"{long_id}.{storage.file_name(url).removesuffix('.json')}"
+        f"{long_id}.{storage_urls.file_name(url).removesuffix('.json')}"
         for long_id, urls in long_files.items()
         for url in urls
         if url.endswith(".json")
@@ -468,16 +467,16 @@ def remove_long_file(output: str, long_id: str, urls: Sequence[str] | None = Non
         long_id: The long unit.
         urls: Their files, where these are known.
     """
-    folder = storage.join(output, LONG_FILES, long_id)
+    folder = storage_urls.join(output, LONG_FILES, long_id)
     if urls is None:
         urls = list_long_files(output, long_id).get(long_id, ())
-    commits = storage.join(folder, COMMITS)
-    for url in sorted(urls, key=lambda url: storage.parent(url) != commits):
-        storage.remove(url)
+    commits = storage_urls.join(folder, COMMITS)
+    for url in sorted(urls, key=lambda url: storage_urls.parent(url) != commits):
+        writing.remove(url)
     for name in (*PARTS, COMMITS):
-        storage.remove_empty_folder(storage.join(folder, name))
-    storage.remove_empty_folder(folder)
-    storage.remove_empty_folder(storage.parent(folder))
+        writing.remove_empty_folder(storage_urls.join(folder, name))
+    writing.remove_empty_folder(folder)
+    writing.remove_empty_folder(storage_urls.parent(folder))
 
 
 def read_failures(output: str, unit_id: str) -> list[dict[str, Any]]:
@@ -488,7 +487,7 @@ def read_failures(output: str, unit_id: str) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def open_part(output: str, part: str, unit_id: str) -> Iterator[pq.ParquetFile]:
     """A unit's part, for reading."""
-    with storage.open_read(part_url(output, part, unit_id)) as file:
+    with reading.open_read(part_url(output, part, unit_id)) as file:
         yield pq.ParquetFile(file, pre_buffer=False)
 
 

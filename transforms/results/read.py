@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from transforms.errors import OutputError
 from transforms.results.commits import read_commits, read_part
-from transforms.storage.filesystem import public_uri
+from transforms.storage.secrets import public_uri
 
 TABLES = ("windows", "clips", "errors")
 

@@ -73,7 +73,8 @@ from transforms.results.rows import (
     windows_schema,
     windows_table,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, writing
+from transforms.storage.writing import writing_to
 
 # Window rows kept in memory before they go to the staging file as a row group: about 25 MB of
 # AST base's embeddings and scores.
@@ -209,8 +210,8 @@ class OpenUnit:
             checks=add_checks(self._checks, replaced.checks if replaced else {}),
         )
         for part, path in staged.items():
-            storage.put_file(str(path), part_url(output, part, self._unit_id))
-        storage.write_bytes(commit_url(output, self._unit_id), commit.to_json())
+            writing.put_file(str(path), part_url(output, part, self._unit_id))
+        writing.write_bytes(commit_url(output, self._unit_id), commit.to_json())
         for replaced_id in unit.replaces:
             remove_unit(output, replaced_id)
         return commit
@@ -310,7 +311,7 @@ class OpenUnit:
         # A retry takes every good row over and tries every failed item again.
         for part in PARTS if wanted is not None else ("windows", "clips"):
             output, unit_id = self._settings.output, unit.carried.unit_id
-            if part == "errors" and not storage.exists(part_url(output, part, unit_id)):
+            if part == "errors" and not filesystem.exists(part_url(output, part, unit_id)):
                 continue
             table = read_part(output, part, unit_id).replace_schema_metadata(None)
             if wanted is not None:
@@ -441,7 +442,7 @@ class _SkipCommittedFn(beam.DoFn):
 
     def process(self, unit: WorkUnit) -> Iterator[WorkUnit | TaggedOutput[str, UnitSummary]]:
         output = self._settings.output
-        if not storage.exists(commit_url(output, unit.unit_id)):
+        if not filesystem.exists(commit_url(output, unit.unit_id)):
             yield unit
             return
         if unit.part_of is None:
@@ -481,8 +482,8 @@ class Desk:
         if self._staging is None:
             # Several instances of a step may write at once: each has a folder of its own.
             name = f"{self._settings.run_id}-{uuid.uuid4().hex[:8]}"
-            with storage.writing_to(self._settings.output):
-                self._staging = Path(storage.staging_path(self._settings.output, name))
+            with writing_to(self._settings.output):
+                self._staging = Path(writing.staging_path(self._settings.output, name))
                 self._hold = hold_commits(self._settings.output)
         return self._staging
 
@@ -544,7 +545,7 @@ class _CommitUnitsFn(beam.DoFn):
         if unit is None:
             unit = OpenUnit(self._settings, self._desk.open(), unit_id)
             self._open[unit_id] = unit
-        with timed("write"), storage.writing_to(self._settings.output):
+        with timed("write"), writing_to(self._settings.output):
             unit.add(event)
             commit = unit.commit() if unit.is_complete else None
         _count_live(event, unit.audio)

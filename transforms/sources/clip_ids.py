@@ -16,7 +16,7 @@ from typing import Any
 
 from transforms.errors import ItemError
 from transforms.records import ContainerSlice, Failure, Item, UnitKind
-from transforms.storage.filesystem import public_text
+from transforms.storage.secrets import public_text
 
 # What FFmpeg or libsndfile reads, by extension. Left out: ".ts" (mostly TypeScript), ".raw" and
 # ".pcm" (nothing says at which rate).

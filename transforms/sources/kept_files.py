@@ -24,7 +24,8 @@ from pathlib import Path
 from transforms.errors import ReadError
 from transforms.process.temp_folders import scratch_folder
 from transforms.sources.fetching import Fetched, ReadLimits, fetch, second_name
-from transforms.storage import filesystem as storage
+from transforms.storage import urls
+from transforms.storage.secrets import public_uri
 
 # The room on the disk is what bounds long files; this is for a disk that is all but empty.
 MAX_FILES = 16
@@ -74,7 +75,7 @@ class KeptFiles:
 
     def fetch(self, url: str, size: int | None, version: str | None, limits: ReadLimits) -> Fetched:
         """The bytes of a file; see ``fetch_long``."""
-        if storage.is_local(url):
+        if urls.is_local(url):
             return fetch(url, size, limits)
         limits = dataclasses.replace(limits, spool_bytes=1)  # whatever its size, in a file
         with self._wanting((url, size, version)) as kept:
@@ -172,7 +173,7 @@ def _no_room(url: str, size: int | None) -> ReadError:
     folder = scratch_folder().parent
     needed = "an unknown number of" if size is None else str(size)
     return ReadError(
-        f"no room in {folder} for {storage.public_uri(url)}, which is fetched whole because it is "
+        f"no room in {folder} for {public_uri(url)}, which is fetched whole because it is "
         f"labelled in parts: it needs {needed} bytes, and {shutil.disk_usage(folder).free} are "
         "free on the disk. Make room there, raise the quota if there is one, or set TMPDIR to a "
         "folder on a larger disk; then run the same command with --retry-failed",

@@ -43,7 +43,8 @@ from transforms.sources.parquet import (
     resolve,
     rows_of,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, reading, urls
+from transforms.storage.secrets import public_text, public_uri
 
 MANIFEST_EXTENSIONS = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv"})
 _MAX_LINE_BYTES = 16 << 20  # parsed, JSON takes up to 25 times as much
@@ -101,9 +102,9 @@ def read_manifest(
     Raises:
         InputError: It cannot be opened, or has no column that names files.
     """
-    ending = extension(storage.file_name(url))
+    ending = extension(urls.file_name(url))
     read = _READERS.get(ending)
-    uri = storage.public_uri(url)
+    uri = public_uri(url)
     if read is None:
         endings = ", ".join(sorted(_READERS))
         raise InputError(f"{uri}: a manifest ends in one of {endings}")
@@ -123,7 +124,7 @@ _Lines = Iterator[tuple[str, Mapping[str, Any] | ReadError]]
 
 
 def _read_jsonl(url: str, uri: str, max_page_bytes: int) -> _Lines:
-    with storage.open_read(url) as file:
+    with reading.open_read(url) as file:
         _check_encoding(file, uri)
         for number, line in _lines(file):
             name = f"line {number}"
@@ -216,10 +217,10 @@ _UNCLOSED = f"a quote is not closed, or not within {_MAX_RECORD_LINES} lines"
 
 
 def _read_csv(url: str, uri: str, max_page_bytes: int) -> _Lines:
-    delimiter = "\t" if extension(storage.file_name(url)) == ".tsv" else ","
+    delimiter = "\t" if extension(urls.file_name(url)) == ".tsv" else ","
     csv.field_size_limit(_MAX_LINE_BYTES)
     with (
-        storage.open_read(url) as file,
+        reading.open_read(url) as file,
         io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text,
     ):
         _check_encoding(file, uri)
@@ -317,7 +318,7 @@ class _WholeContainerError(ReadError):
 
     def __init__(self, target: str) -> None:
         super().__init__(
-            f"names the container {storage.public_uri(target)} as a whole; name a member (tar) or "
+            f"names the container {public_uri(target)} as a whole; name a member (tar) or "
             "row (Parquet), or give the container itself as an input"
         )
         self.target = target
@@ -346,11 +347,11 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
     if column is None:
         raise ReadError(f"names no file; expected one of {', '.join(URI_COLUMNS)}")
     target = _target(url, column, values.pop(column))
-    uri = storage.public_uri(target)
+    uri = public_uri(target)
     member, row = _text(values, "member"), _row_number(values)
     _check_kind(target, uri, member, row)
     start_s, end_s = _segment(values)
-    own_id = storage.public_text(_text(values, "clip_id") or "")
+    own_id = public_text(_text(values, "clip_id") or "")
     name = make_clip_id(uri, member, row=row, start_s=start_s, end_s=end_s)
     if is_ours:
         truth = make_truth(values.get("truth"))
@@ -378,7 +379,7 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
 
 @functools.lru_cache(maxsize=64)  # asked for every row of a manifest
 def _shown_uri(url: str) -> str:
-    return printable(storage.public_uri(url))
+    return printable(public_uri(url))
 
 
 def _shown(value: object) -> str:
@@ -402,8 +403,8 @@ def _target(url: str, column: str, path: object) -> str:
             f"has {column} = {_shown(path)}, which cannot be a name: it holds a zero byte"
         )
     target = resolve(url, path)
-    if not storage.is_known(target):
-        raise ReadError(f"names {storage.public_uri(target)}, whose protocol is not known")
+    if not filesystem.is_known(target):
+        raise ReadError(f"names {public_uri(target)}, whose protocol is not known")
     return target
 
 
@@ -416,7 +417,7 @@ def _check_length(column: str, text: str) -> None:
 
 
 def _check_kind(target: str, uri: str, member: str | None, row: int | None) -> None:
-    name = storage.file_name(uri)
+    name = urls.file_name(uri)
     is_tar, is_parquet = is_tar_name(name), extension(name) == ".parquet"
     if member is not None and row is not None:
         raise ReadError("has both a member and a row; a tar has members, a Parquet file rows")

@@ -50,7 +50,7 @@ from transforms.sources.tar_headers import (
     walk_members,
     walk_wide,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import urls
 
 logger = logging.getLogger(__name__)
 
@@ -425,7 +425,7 @@ class TarReader:
         a remote one would mean to read it twice.
         """
         part = self._part
-        if not self._is_whole() or not storage.is_local(part.url):
+        if not self._is_whole() or not urls.is_local(part.url):
             return {}
         halves = _KeyHalves()
         sidecars: list[TarMember] = []

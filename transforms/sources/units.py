@@ -25,7 +25,7 @@ from transforms.sources.clip_ids import (
 from transforms.sources.fetching import ReadLimits
 from transforms.sources.inputs import Container, Found, in_threads, plan_order
 from transforms.sources.tar import TarIndex, index_tar
-from transforms.storage import filesystem as storage
+from transforms.storage import urls
 
 Range = tuple[int, int | None]
 
@@ -245,7 +245,7 @@ def windows_of(item: Item, settings: SourceSettings) -> int:
         return settings.estimate.of_duration(item.end_s - start_s)
     if item.member is not None or item.row is not None:
         return 1
-    whole = settings.estimate.of_file(storage.file_name(item.uri), item.size)
+    whole = settings.estimate.of_file(urls.file_name(item.uri), item.size)
     return max(1, whole - int(start_s / settings.hop_s))
 
 
@@ -254,7 +254,7 @@ def _bytes_of(item: Item, windows: int, settings: SourceSettings) -> int:
     size = item.size or 0
     if item.start_s is None and item.end_s is None:
         return size
-    whole = settings.estimate.of_file(storage.file_name(item.uri), size)
+    whole = settings.estimate.of_file(urls.file_name(item.uri), size)
     return size * min(windows, whole) // whole
 
 

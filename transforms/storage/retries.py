@@ -77,6 +77,7 @@ _T = TypeVar("_T")
 # By store, or by file where only that was given up on; in seconds of ``time.monotonic``.
 _gave_up_at: dict[str, float] = {}
 _said_at: dict[str, float] = {}
+_saying = threading.Lock()
 _answered_at: dict[str, float] = {}
 # Those that have answered this process, be it with an error.
 _have_answered: set[str] = set()
@@ -135,20 +136,15 @@ def ask(
         retry=tenacity.retry_if_exception(may_pass),
         wait=_wait_s,
         stop=call.is_enough,
+        before_sleep=call.say,
         retry_error_callback=call.give_up,
     )
-    timer = threading.Timer(NOTICE_S, call.say)
-    timer.daemon = True
-    if _patience_of_caller_s.get() is None:
-        timer.start()
     try:
         result = retrying(act)
     except Exception as error:
         if is_answer(error) and not may_pass(error):
             call.remember_answer()
         raise
-    finally:
-        timer.cancel()
     call.remember_answer()
     return result
 
@@ -232,21 +228,20 @@ class _Call:
         _have_answered.add(self._store)
         _answered_at[self._store] = time.monotonic()
 
-    def say(self) -> None:
-        """Why nothing goes on, once for all that wait for one store; from another thread."""
+    def say(self, state: tenacity.RetryCallState) -> None:
+        """Log why the run waits, once for all that wait for one store."""
         now_s = time.monotonic()
-        said_at = _said_at.get(self._store)
-        if said_at is not None and now_s - said_at < RETRY_S:
+        elapsed_s = now_s - self._began_s
+        if elapsed_s < NOTICE_S or _patience_of_caller_s.get() is not None:
             return
-        _said_at[self._store] = now_s
-        place, elapsed_s = self._file or self._store, now_s - self._began_s
-        if self._error is None:
-            logger.warning("%s: no answer for %.0f s; still waiting", place, elapsed_s)
-            return
+        with _saying:
+            if now_s - _said_at.get(self._store, -RETRY_S) < RETRY_S:
+                return
+            _said_at[self._store] = now_s
         logger.warning(
             "%s: %s (tried %d times in %.0f s); trying again for up to %.0f s",
-            place,
-            self._describe(self._error),
+            self._file or self._store,
+            self._describe(_error_of(state)),
             self._num_tries,
             elapsed_s,
             self._patience_s(),

@@ -69,7 +69,8 @@ from transforms.records import (
 )
 from transforms.results.rows import errors_table
 from transforms.sources.read_unit import Found, SourceSettings, make_unit_id, plan_units
-from transforms.storage import filesystem as storage
+from transforms.storage import urls, writing
+from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
 
@@ -202,12 +203,12 @@ def cache_clips(
 
 
 def _make_root(folder: str) -> Path:
-    if not storage.is_local(folder):
+    if not urls.is_local(folder):
         raise OutputError(
-            f"the folder for decoded clips is {storage.public_uri(folder)}; must be a local "
+            f"the folder for decoded clips is {public_uri(folder)}; must be a local "
             "folder, as samples are mapped into memory from there. Give one with --cache."
         )
-    root = Path(storage.local_path(storage.normalise(folder)))
+    root = Path(urls.local_path(urls.normalise(folder)))
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -894,9 +895,9 @@ def write_errors(caches: Sequence[CachedClips], url: str) -> None:
     for event in (event for cached in caches for event in cached.failures):
         by_unit[event.unit_id].append(event.failure)
     if not by_unit:
-        storage.remove(url)
+        writing.remove(url)
         return
     tables = [errors_table(same, unit_id) for unit_id, same in by_unit.items()]
     target = io.BytesIO()
     pq.write_table(pa.concat_tables(tables), target, compression="zstd")
-    storage.write_bytes(url, target.getvalue())
+    writing.write_bytes(url, target.getvalue())

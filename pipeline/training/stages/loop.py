@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import torch
 
 from transforms.errors import OutputError
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, reading, urls, writing
+from transforms.storage.writing import writing_to
 
 STATE_NAME = "_resume.pt"
 _STATE_VERSION = 2
@@ -130,9 +131,9 @@ def save_progress(progress: Progress, stage: Stage, folder: str, fingerprint: st
         "state": stage.state_dict(),
     }
     torch.save(state, content)
-    url = storage.join(folder, STATE_NAME)
-    with storage.writing_to(url):
-        storage.write_bytes(url, content.getvalue())
+    url = urls.join(folder, STATE_NAME)
+    with writing_to(url):
+        writing.write_bytes(url, content.getvalue())
 
 
 def load_progress(stages: Sequence[Stage], folder: str, fingerprint: str) -> Progress:
@@ -141,12 +142,12 @@ def load_progress(stages: Sequence[Stage], folder: str, fingerprint: str) -> Pro
     Raises:
         OutputError: The state is damaged, or of another training.
     """
-    url = storage.join(folder, STATE_NAME)
-    if not storage.exists(url):
+    url = urls.join(folder, STATE_NAME)
+    if not filesystem.exists(url):
         return Progress()
     try:
         # To the CPU: what loads it has a device of its own, and room there for one copy.
-        content = io.BytesIO(storage.read_bytes(url))
+        content = io.BytesIO(reading.read_bytes(url))
         state = torch.load(content, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise OutputError(

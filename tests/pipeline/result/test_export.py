@@ -17,7 +17,7 @@ from tests.support.unit_factory import FACTS, make_item, make_prediction, row_se
 from transforms.errors import EarmarkError, InputError, OutputError, UsageError
 from transforms.records import ClipRow, Item, UnitEnd, WindowRow, WorkUnit
 from transforms.results.write_units import CommitSettings, OpenUnit
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, writing
 
 # The labels are Alpha (/m/a), "Beta, loud" (/m/b) and Gamma (no id); two of them are stored.
 QUIET, LOUD = (0.5, 0.25, 0.125), (0.25, 0.75, 0.875)
@@ -30,7 +30,7 @@ def commit_unit(
 ) -> None:
     """Commit a unit of clips, given as item and windows (start, end, scores)."""
     settings = CommitSettings(output, "run", "f" * 64, "m" * 64, row_settings())
-    unit = OpenUnit(settings, Path(storage.staging_path(output, "run")), unit_id)
+    unit = OpenUnit(settings, Path(writing.staging_path(output, "run")), unit_id)
     for index, (item, windows) in enumerate(clips):
         for number, (start_s, end_s, scores) in enumerate(windows):
             unit.add(
@@ -227,9 +227,9 @@ def test_a_remote_result_is_exported_in_place() -> None:
     commit_unit(output, "u1", [(make_item("gs://b/x/a.wav"), [(0, 1, QUIET)])])
     run_export(output, "audacity", top_k=1)
     run_export(output, "csv")
-    track = storage.read_bytes(f"{output}/export/audacity/a.wav.txt")
+    track = reading.read_bytes(f"{output}/export/audacity/a.wav.txt")
     assert track == b"0.000000\t1.000000\tAlpha (0.50)\n"
-    assert storage.read_bytes(f"{output}/export/csv/labels.csv").count(b"\n") == 3
+    assert reading.read_bytes(f"{output}/export/csv/labels.csv").count(b"\n") == 3
 
 
 def test_an_unfinished_result_is_exported_with_a_warning(

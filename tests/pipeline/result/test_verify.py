@@ -25,7 +25,7 @@ from pipeline.result.verify import Finding, Kind, make_advice, run_verify, verif
 from tests.support.audio_factory import noise, write
 from tests.support.labelling import small_config
 from transforms.errors import OutputError
-from transforms.storage import filesystem as storage
+from transforms.storage import reading
 
 RERUN = "un the same earmark label command again"
 CapturedText = pytest.CaptureFixture[str]
@@ -224,7 +224,7 @@ def test_an_unreadable_part_is_not_said_to_have_changed(
     def refuse(url: str) -> None:
         raise PermissionError(13, "Permission denied", url)
 
-    monkeypatch.setattr(storage, "open_read", refuse)
+    monkeypatch.setattr(reading, "open_read", refuse)
     assert set(kinds(out)) == {Kind.UNREADABLE}
     assert run_verify(str(out)) == 3
     text = capsys.readouterr().out
@@ -241,7 +241,7 @@ def test_a_commit_that_cannot_be_read_is_one_unit_and_nobody_goes_on_beside_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     commit = first(out / "_commits")
-    read_bytes = storage.read_bytes
+    read_bytes = reading.read_bytes
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     def refuse(url: str) -> bytes:
@@ -249,7 +249,7 @@ def test_a_commit_that_cannot_be_read_is_one_unit_and_nobody_goes_on_beside_it(
             raise PermissionError(13, "Permission denied", url)
         return read_bytes(url)
 
-    monkeypatch.setattr(storage, "read_bytes", refuse)
+    monkeypatch.setattr(reading, "read_bytes", refuse)
     state = read_result(str(out))
     assert (len(state.commits), dict(state.damaged)) == (1, {})
     assert set(state.unreadable) == {commit.stem}

@@ -47,7 +47,7 @@ from transforms.inference.engine import InferenceSettings
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.models.ast.checkpoints import resolve_model
 from transforms.results.write_units import CommitSettings
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, reading, writing
 
 IMAGE = "us-central1-docker.pkg.dev/proj-1/earmark/earmark:gpu"
 REQUIRED = {
@@ -299,7 +299,7 @@ def test_a_job_that_could_not_be_done_is_refused_before_anything_is_written(
     config = load_config(name, (), {"INPUT": ["memory://in"], "--output": "memory://refused/out"})
     with pytest.raises(ConfigError, match=message):
         run_label(config, options)
-    assert not storage.exists("memory://refused/out")
+    assert not filesystem.exists("memory://refused/out")
 
 
 def test_a_gpu_that_the_workers_have_not_is_refused() -> None:
@@ -420,7 +420,7 @@ def config(tiny_model: Path, tmp_path: Path) -> Iterator[RunConfig]:
 
 
 def status() -> str:
-    return str(json.loads(storage.read_bytes("memory://df/out/run.json"))["status"])
+    return str(json.loads(reading.read_bytes("memory://df/out/run.json"))["status"])
 
 
 def test_a_job_is_named_and_waited_for(
@@ -431,8 +431,8 @@ def test_a_job_is_named_and_waited_for(
     assert run_label(config, flags()) == 0
     assert service.calls == ["run", "wait"]
     assert seen == [JOB]
-    assert not storage.exists(f"memory://df/out/{JOB_FILE}")
-    assert (status(), storage.exists("memory://df/out/_SUCCESS")) == ("done", True)
+    assert not filesystem.exists(f"memory://df/out/{JOB_FILE}")
+    assert (status(), filesystem.exists("memory://df/out/_SUCCESS")) == ("done", True)
     err = capsys.readouterr().err
     assert f"Dataflow job {JOB.job_id}: https://console.cloud.google.com/dataflow/jobs/" in err
     assert "us-central1/2026-01-01_00_00_00-1?project=proj-1" in err
@@ -477,7 +477,7 @@ def test_a_job_need_not_be_waited_for(
 
 
 def test_a_job_that_cannot_be_asked_for_keeps_its_output() -> None:
-    storage.write_bytes(
+    writing.write_bytes(
         f"memory://asked/out/{JOB_FILE}", json.dumps(dataclasses.asdict(JOB)).encode()
     )
 
@@ -486,7 +486,7 @@ def test_a_job_that_cannot_be_asked_for_keeps_its_output() -> None:
 
     with pytest.raises(OutputError, match=r"cannot be asked for \(no route\).* remove memory://"):
         check_no_job("memory://asked/out", ask=fail)
-    storage.write_bytes(f"memory://asked/out/{JOB_FILE}", b"nonsense")
+    writing.write_bytes(f"memory://asked/out/{JOB_FILE}", b"nonsense")
     with pytest.raises(OutputError, match="does not name a Dataflow job"):
         check_no_job("memory://asked/out", ask=fail)
 
@@ -519,7 +519,7 @@ def test_the_launcher_writes_a_template_and_ends(
     assert job["environment"]["serviceOptions"] == [L4]
     assert "No job has been started: the template was written to" in capsys.readouterr().err
     assert recorded_job("memory://df/out") is None
-    run = json.loads(storage.read_bytes("memory://df/out/run.json"))
+    run = json.loads(reading.read_bytes("memory://df/out/run.json"))
     assert (run["status"], run["config"]["labels"]["top_k"]) == ("running", 3)
 
 
@@ -527,7 +527,7 @@ def test_a_model_on_this_machine_is_refused(config: RunConfig, tiny_model: Path)
     model = config.model.model_copy(update={"name": str(tiny_model)})
     with pytest.raises(ModelError, match="lies on this machine, and the runner works on others"):
         run_label(config.model_copy(update={"model": model}), flags())
-    assert not storage.exists("memory://df/out/run.json")
+    assert not filesystem.exists("memory://df/out/run.json")
 
 
 def test_plan_needs_neither_the_gpu_nor_the_cloud(

@@ -23,7 +23,7 @@ from transforms.decoding import pool
 from transforms.features import fbank
 from transforms.models.ast.model import ASTModel
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
-from transforms.storage import filesystem as storage
+from transforms.storage import writing
 
 RATE_HZ = 16_000
 NUM_CLIPS = 4
@@ -286,7 +286,7 @@ def slow_fbank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def slow_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(storage, "put_file", slowed(storage.put_file, 0.75))
+    monkeypatch.setattr(writing, "put_file", slowed(writing.put_file, 0.75))
 
 
 def slow_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from pipeline.training.stages.schedule import schedule_factor
 from transforms.models.ast.public import AUDIOSET_STATS, PUBLIC_CHECKPOINTS, SPEECH_COMMANDS_STATS
 from transforms.models.labels import read_labels
 from transforms.sources.manifests import ManifestRow, read_manifest
-from transforms.storage.filesystem import normalise, read_bytes
+from transforms.storage.reading import read_bytes
+from transforms.storage.urls import normalise
 
 FOLDER = config_folder() / "train"
 FILES = sorted(FOLDER.glob("*.yaml"))

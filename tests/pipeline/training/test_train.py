@@ -29,7 +29,7 @@ from pipeline.training.stages import finetuning, loop
 from pipeline.training.stages.validation import Validation
 from tests.support import audio_factory
 from tests.support.model_factory import TINY_LABELS, write_tiny_model
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, writing
 
 RATE_HZ = 16_000
 KINDS = ("tone", "clicks", "noise")
@@ -802,14 +802,14 @@ def test_a_loss_that_is_no_number_ends_the_training_and_keeps_what_was_saved(
 def test_a_full_disk_is_said_and_training_goes_on_once_there_is_room(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, full = storage.write_bytes, [True]
+    real, full = writing.write_bytes, [True]
 
     def write(url: str, data: bytes) -> None:
-        if full and url.endswith(loop.STATE_NAME) and storage.exists(url):
+        if full and url.endswith(loop.STATE_NAME) and filesystem.exists(url):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as writing itself says it
         real(url, data)
 
-    monkeypatch.setattr(storage, "write_bytes", write)
+    monkeypatch.setattr(writing, "write_bytes", write)
     said = train(tmp_path / "model", training__epochs=3)
     assert said.code == 1
     assert "No space left on device" in said.err

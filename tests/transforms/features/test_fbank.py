@@ -51,7 +51,7 @@ from transforms.records import (
     Window,
     WorkUnit,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import writing
 
 SETTINGS = FbankSettings()
 RAW = FbankSettings(mean=0.0, std=0.5)  # (x - 0) / (2 · 0.5): log-mel values as they are
@@ -745,7 +745,7 @@ def test_a_mistyped_folder_is_refused(tmp_path: Path) -> None:
 def test_a_remote_folder_is_read() -> None:
     saved = ASTFeatureExtractor(**CHANGED)
     content = json.dumps({**saved.to_dict(), "unknown_to_us": 1}).encode()
-    storage.write_bytes("memory://fbank/model/preprocessor_config.json", content)
+    writing.write_bytes("memory://fbank/model/preprocessor_config.json", content)
     loaded = ASTFeatureExtractor.from_pretrained("memory://fbank/model", max_length=256)
     assert loaded.to_dict() == {**saved.to_dict(), "max_length": 256}
 

@@ -42,7 +42,7 @@ from transforms.records import Carried, UnitEnd, UnitEvent, WorkUnit
 from transforms.results import write_units as commit_step
 from transforms.results.commits import file_sha256, read_commits
 from transforms.results.write_units import CommitSettings, OpenUnit
-from transforms.storage import filesystem as storage
+from transforms.storage import writing
 
 # The steps are the lines of these files; between two of them the disk may have changed.
 STEP_FILES = ("transforms/", "pipeline/", "shutil.py")
@@ -207,7 +207,7 @@ class CommitJob:
 
     def __call__(self) -> None:
         commit_step.ROW_GROUP_ROWS = self.row_group_rows
-        staging = Path(storage.staging_path(str(self.out), "run"))
+        staging = Path(writing.staging_path(str(self.out), "run"))
         unit = OpenUnit(settings_for(self.out), staging, self.unit.unit_id)
         for event in self.events:
             unit.add(event)

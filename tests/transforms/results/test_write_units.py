@@ -43,7 +43,7 @@ from transforms.results.commits import (
     read_commits,
 )
 from transforms.results.write_units import CommitSettings, CommitUnits, OpenUnit, SkipCommitted
-from transforms.storage import filesystem as storage
+from transforms.storage import listing, urls, writing
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def settings(tmp_path: Path) -> CommitSettings:
 def commit_events(settings: CommitSettings, events: list[UnitEvent]) -> Commit:
     """What the sink does with a unit's events; it must not commit before the last of them."""
     end = next(event for event in events if isinstance(event, UnitEnd))
-    staging = Path(storage.staging_path(settings.output, "run"))
+    staging = Path(writing.staging_path(settings.output, "run"))
     unit = OpenUnit(settings, staging, end.unit.unit_id)
     for event in events:
         assert not unit.is_complete
@@ -167,7 +167,7 @@ def test_a_lost_window_leaves_the_unit_open(settings: CommitSettings) -> None:
         TestPipeline(runner="FnApiRunner") as pipeline,
     ):
         _ = pipeline | beam.Create([events]) | beam.FlatMap(list) | CommitUnits(settings)
-    assert not storage.list_names(storage.join(settings.output, "_commits"))
+    assert not listing.list_names(urls.join(settings.output, "_commits"))
 
 
 def test_a_unit_that_gives_fewer_items_than_it_lists_is_an_error(settings: CommitSettings) -> None:

@@ -44,7 +44,7 @@ from transforms.records import EncodedClip
 from transforms.sources import manifests, parquet_pages, tar, tar_headers
 from transforms.sources.clip_ids import for_terminal
 from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units, read_unit
-from transforms.storage import filesystem as storage
+from transforms.storage import writing as storage_writing
 
 RATE_HZ = 16_000
 GOOD = audio_factory.encode(audio_factory.noise(0.3), RATE_HZ, "wav")
@@ -699,11 +699,11 @@ def test_a_parquet_file_from_elsewhere_names_nothing_here(label: Label) -> None:
     bucket = f"memory://{label.top.name}"
     there = ["beside.wav", "../up.wav", f"{bucket}/up.wav"]
     for name in ("in/beside.wav", "up.wav"):
-        storage.write_bytes(f"{bucket}/{name}", GOOD)
+        storage_writing.write_bytes(f"{bucket}/{name}", GOOD)
     buffer = io.BytesIO()
     cells = [{"bytes": None, "path": path} for path in (*here, *there)]
     pq.write_table(audio_table(*cells), buffer)
-    storage.write_bytes(f"{bucket}/in/x.parquet", buffer.getvalue())
+    storage_writing.write_bytes(f"{bucket}/in/x.parquet", buffer.getvalue())
     assert label(f"{bucket}/in/x.parquet") == 0
     prefix = f"{bucket}/in/x.parquet#row="
     assert label.labelled() == {f"{prefix}{len(here) + row}" for row in range(len(there))}

@@ -40,7 +40,8 @@ from transforms.sources.read_unit import (
     plan_units,
     read_unit,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, writing
+from transforms.storage import urls as storage_urls
 
 _numbers = itertools.count()
 SMALL_UNITS = SourceSettings(windows_per_unit=2)
@@ -58,8 +59,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def put(folder: str, name: str, data: bytes | str = b"audio") -> str:
-    url = storage.join(folder, name)
-    storage.write_bytes(url, data.encode() if isinstance(data, str) else data)
+    url = storage_urls.join(folder, name)
+    writing.write_bytes(url, data.encode() if isinstance(data, str) else data)
     return url
 
 
@@ -262,7 +263,7 @@ def test_an_unknown_extension_named_directly_is_tried(folder: str) -> None:
 def test_what_goes_between_planning_and_reading_is_a_failure(folder: str) -> None:
     keep, gone = put(folder, "a.wav"), put(folder, "b.wav")
     units = plan(find_inputs([folder]))
-    storage.remove(gone)
+    writing.remove(gone)
     clip, failure = read(units)
     assert clip.item.uri == keep
     assert (failure.item.uri, failure.stage, failure.error_type) == (
@@ -465,7 +466,7 @@ def test_a_tar_gives_its_audio_with_its_siblings(folder: str, name: str) -> None
     }
     assert [content(one) for one in items] == [b"A", b"B", b"X1", b"X2", b"A again"]
     first = items[0].item
-    assert (first.uri, first.member, first.size) == (url, "d/a.wav", storage.stat(url).size)
+    assert (first.uri, first.member, first.size) == (url, "d/a.wav", filesystem.stat(url).size)
     assert first.url == ""
 
 
@@ -1200,7 +1201,7 @@ def test_the_errors_table_is_a_manifest(folder: str, ending: str) -> None:
         {"clip_id": f"{folder}/x.tar#m.wav~2", "uri": f"{folder}/x.tar", **place, **ERROR_ROWS}
         | {"member": "m.wav", "truth": None, "metadata": None},
     ]
-    manifest(storage.join(folder, "errors"), ending, rows)
+    manifest(storage_urls.join(folder, "errors"), ending, rows)
     items = read_all(f"{folder}/errors/*.{ending}")
     assert as_dict(items) == {f"{folder}/a.wav": b"audio", f"{folder}/x.tar#m.wav~2": b"2"}
     assert (items[0].item.truth, items[0].item.metadata) == (("Dog",), '{"k": [1, null]}')
@@ -1219,7 +1220,7 @@ def test_the_errors_table_names_broken_containers_as_a_whole(folder: str, ending
         | {"member": None, "row": None, **ERROR_ROWS}
         for name in names
     ]
-    listed = manifest(storage.join(folder, "errors"), ending, rows)
+    listed = manifest(storage_urls.join(folder, "errors"), ending, rows)
     found = find_inputs([listed])
     assert (found.items, found.duplicates, dict(found.skipped_by_extension)) == ((), 0, {})
     items = read(plan(found))
@@ -1278,7 +1279,7 @@ def test_signatures_are_neither_in_ids_nor_in_units(monkeypatch: pytest.MonkeyPa
     rows = [{"uri": signed}]
     url = put("memory://signed", "l.jsonl", json.dumps(rows[0]))
     error = PermissionError("https://h/a.wav?v=2: access is denied")
-    monkeypatch.setattr(storage, "stat_many", lambda urls: dict.fromkeys(urls, error))
+    monkeypatch.setattr(filesystem, "stat_many", lambda urls: dict.fromkeys(urls, error))
     found = find_inputs([url])
     (item,) = found.items
     assert (item.clip_id, item.uri, item.url) == ("https://h/a.wav?v=2",) * 2 + (signed,)

@@ -57,7 +57,8 @@ from transforms.models.ast.public import (
 from transforms.models.ast.tensor_names import BASE, tensor_names, to_layout
 from transforms.models.ast.weights import Weights, check_finite, check_tensors, read_state
 from transforms.models.labels import Label, labels_from_names, read_labels
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, urls, writing
+from transforms.storage.secrets import public_uri
 
 Activation = Literal["sigmoid", "softmax"]
 
@@ -234,8 +235,8 @@ def _settle_labels(
     weights: Weights, config: ASTConfig, overrides: ModelOverrides
 ) -> tuple[ASTConfig, tuple[Label, ...]]:
     if overrides.labels is not None:
-        name = storage.public_uri(overrides.labels)
-        labels = read_labels(overrides.labels, storage.read_bytes, name)
+        name = public_uri(overrides.labels)
+        labels = read_labels(overrides.labels, reading.read_bytes, name)
         origin = f"model.labels={name}"
     else:
         names = tuple(config.id2label.values())
@@ -433,7 +434,7 @@ def _published_license(location: ModelLocation) -> str | None:
     if location.source == "hub":
         licenses = {entry.hub_id: entry.license for entry in PUBLIC_CHECKPOINTS}
         return licenses.get(location.url)
-    entry = PUBLISHED_FILES.get(storage.file_name(location.url))
+    entry = PUBLISHED_FILES.get(urls.file_name(location.url))
     return entry.license if entry else None
 
 
@@ -705,7 +706,7 @@ def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _write_model(
     model: ASTForAudioClassification | ASTModel, folder: str | Path, weights: bytes
 ) -> None:
-    storage.write_bytes(storage.join(_url(folder), WEIGHTS_NAME), weights)
+    writing.write_bytes(urls.join(_url(folder), WEIGHTS_NAME), weights)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     values = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": dtype}
     _write_json(folder, CONFIG_NAME, values)
@@ -718,8 +719,8 @@ def save_config(config: ASTConfig, folder: str | Path) -> None:
 
 def _write_json(folder: str | Path, file_name: str, values: Mapping[str, Any]) -> None:
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    storage.write_bytes(storage.join(_url(folder), file_name), text.encode())
+    writing.write_bytes(urls.join(_url(folder), file_name), text.encode())
 
 
 def _url(folder: str | Path) -> str:
-    return storage.normalise(str(folder))
+    return urls.normalise(str(folder))
