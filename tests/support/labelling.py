@@ -18,7 +18,7 @@ PATIENCE_S = 120.0
 Row = dict[str, Any]
 
 
-def small_config(model: Path, output: Path, *inputs: Path | str, **changes: Any) -> RunConfig:
+def small_config(model: Path, output: Path, /, *inputs: Path | str, **changes: Any) -> RunConfig:
     """Return settings for float32 on the CPU with one decoder; two windows a unit and a batch."""
     values: dict[str, Any] = {
         "inputs": tuple(map(str, inputs)),

@@ -96,9 +96,8 @@ class Label:
 
     def config(self, inputs: list[str], output: Path, **changes: Any) -> RunConfig:
         inference = {"device": "cpu", "precision": "fp32", "check_windows": 0}
-        return small_config(
-            self.model, output, *inputs, inference=inference, max_failed=1.0, **changes
-        )
+        values = {"inference": inference, "max_failed": 1.0, **changes}
+        return small_config(self.model, output, *inputs, **values)
 
     def here(self, inputs: list[str], output: Path, **changes: Any) -> int:
         return run_label(self.config(inputs, output, units={"windows": 2}, **changes), [])

@@ -261,7 +261,8 @@ def label(tiny_model: Path, clips: Path, tmp_path: Path) -> Run:
     """Labels the clips in units of two; gives ``time`` of run.json."""
 
     def run(source: str = str(clips), options: tuple[str, ...] = (), **changes: Any) -> Any:
-        config = small_config(tiny_model, tmp_path / "out", source, quiet=False, **changes)
+        values = {"quiet": False, **changes}
+        config = small_config(tiny_model, tmp_path / "out", source, **values)
         assert run_label(config, list(options), imports_s=1.5) == 0
         return json.loads((tmp_path / "out" / "run.json").read_text())["time"]
 
