@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["pipeline*", "transforms*"]), "pipeline.configs"],
     # configs/ lies at the top of the checkout, and inside the package once installed;
-    # pipeline.config.label.config_folder() knows both places.
+    # pipeline.config.load.config_folder() knows both places.
     package_dir={"pipeline.configs": "configs"},
     package_data={
         "pipeline.configs": ["*.yaml", "train/*.yaml"],

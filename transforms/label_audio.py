@@ -20,7 +20,8 @@ from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints import Dict
 from apache_beam.typehints.decorators import IOTypeHints
 
-from transforms.decoding.pool import DecodeAudio, DecodeSettings
+from transforms.decoding.decode_audio import DecodeAudio
+from transforms.decoding.pool import DecodeSettings
 from transforms.features.fbank import DeviceFbank, ExtractFbank, FbankSettings
 from transforms.features.windows import CutWindows, WindowSettings
 from transforms.inference.backbones import InferenceSettings, makes_features_on_device
@@ -51,7 +52,6 @@ from transforms.sources.read_unit import (
     make_clip_id,
     make_unit_id,
     read_unit,
-    windows_per_part,
 )
 from transforms.storage import urls as storage_urls
 from transforms.storage.secrets import public_uri
@@ -153,9 +153,6 @@ def make_settings(
             window_s=windows.window_samples / windows.sample_rate_hz,
             hop_s=windows.hop_samples / windows.sample_rate_hz,
             limits=dataclasses.replace(sources.limits, max_item_bytes=decode.max_item_bytes),
-            windows_per_part=windows_per_part(
-                sources.windows_per_unit, windows.hop_samples, windows.sample_rate_hz
-            ),
         ),
     )
 

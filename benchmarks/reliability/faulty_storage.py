@@ -40,8 +40,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from pipeline.cli.main import EXIT_INTERRUPTED
 from pipeline.cli.main import main as earmark
+from pipeline.exit_codes import EXIT_INTERRUPTED
 from pipeline.result import lock
 from tests.support.fault_proxy import Faults
 from tests.support.model_factory import write_tiny_model

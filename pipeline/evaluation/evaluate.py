@@ -37,8 +37,9 @@ from pipeline.evaluation.truth import (
     place_of,
     read_truth,
 )
-from pipeline.labelling.plan import counted, make_overrides
+from pipeline.labelling.plan import make_overrides
 from pipeline.result.state import ResultState, read_result
+from pipeline.terminal.wording import counted
 from transforms.errors import InputError, ModelError, OutputError
 from transforms.inference.engine import score_embeddings
 from transforms.models.ast.checkpoints import load_model, resolve_model

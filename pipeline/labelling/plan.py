@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ from pipeline.result.state import (
     software_versions,
 )
 from pipeline.terminal.time_report import Startup
+from pipeline.terminal.wording import counted
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, ModelError
 from transforms.features.fbank import FEATURES_VERSION
@@ -59,13 +60,13 @@ from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
 from transforms.results.commits import UnitSummary
 from transforms.results.write_units import CommitSettings
+from transforms.sources.file_kinds import guess_duration_s
 from transforms.sources.read_unit import (
     Found,
     ReadLimits,
     SourceSettings,
     cut_containers,
     find_inputs,
-    is_long,
     limit_items,
 )
 from transforms.storage import urls as storage_urls
@@ -88,6 +89,9 @@ SHAPE_OF_A_MODEL = (
     "max_length",
     "num_mel_bins",
 )
+
+# Longer files are named, with the command that divides them into segments of this length.
+LONG_FILE_S = 900
 
 KIND_NAMES = {"tar": "tar archive", "parquet": "audio-Parquet file"}
 
@@ -478,22 +482,31 @@ def describe_plan(plan: RunPlan) -> list[str]:
             f"To do: {counted(len(backlog.units), 'unit')}, about "
             f"{counted(windows_to_do, 'window')}."
         )
-        lines += describe_long_files(backlog.units, plan.label.sources)
+        lines += describe_long_files(backlog.units)
     else:
         lines.append("Nothing to do: everything found is done.")
     return lines
 
 
-def describe_long_files(units: Sequence[WorkUnit], sources: SourceSettings) -> list[str]:
-    """Which files are labelled in parts; a line, where there are any."""
-    long = [unit for unit in units if is_long(unit, sources)]
-    if not long or sources.windows_per_part is None:
+def describe_long_files(units: Iterable[WorkUnit]) -> list[str]:
+    """Name files that are long by their size, and the command that divides them: a line, or none.
+
+    A file is one item of one unit: a run that is killed inside it labels it again from its start.
+    """
+    long = [
+        item
+        for unit in units
+        for item in unit.items
+        if item.start_s is item.end_s is item.member is item.row is None
+        and guess_duration_s(item.uri, item.size) > LONG_FILE_S
+    ]
+    if not long:
         return []
-    num_parts = sum(unit.estimated_windows // sources.windows_per_part for unit in long)
-    are = "is" if len(long) == 1 else "are"
+    others = f" and {counted(len(long) - 1, 'other')}" if len(long) > 1 else ""
     return [
-        f"Of these, {counted(len(long), 'long file')} {are} cut into parts, about "
-        f"{num_parts:,}, where the header tells the length and reading can start anywhere."
+        f"{long[0].uri}{others}: probably longer than {LONG_FILE_S // 60} minutes, and labelled in "
+        f"one go; to divide: earmark plan INPUT… --segment-s {LONG_FILE_S} --manifest "
+        "segments.jsonl"
     ]
 
 
@@ -506,13 +519,6 @@ def describe_model(label: LabelSettings) -> list[str]:
         f"{windows.hop_samples / windows.sample_rate_hz:g} s.",
         *model.notes,
     ]
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun: ``1 unit``, ``2,000 units``, ``3 files or segments``."""
-    if number != 1:
-        noun = " or ".join(f"{word}s" for word in noun.split(" or "))
-    return f"{number:,} {noun}"
 
 
 def describe_inputs(found: Found) -> list[str]:

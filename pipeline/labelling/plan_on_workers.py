@@ -1,13 +1,13 @@
-"""Planning where the work is done, for inputs that are too many for the launching machine.
+"""Planning on the workers, for more inputs than the launching machine can list.
 
     frame ─▶ list, compare with commits ─┬─▶ units of files ─────────┐
                                          ├─▶ containers ─▶ cut each ─┴▶ units ─▶ graph.label_units
-                                         └─▶ what the last step must know ─▶ run.json, _SUCCESS
+                                         └─▶ FinishRun ─▶ run.json, _SUCCESS
 
-The same functions as in ``plan``, and so the same units; only that a worker calls them, and that
-containers (whose headers must be read) are cut by all workers. Neither items nor units go through
-the job's description, which runners bound. One worker lists and groups all loose files: it needs
-memory for them (``docs/scale.md``).
+A worker calls the same functions as ``plan``, so the units are the same. Containers, whose headers
+must be read, are cut by all workers. Neither items nor units go through the job's description,
+whose size runners limit. One worker lists and groups all loose files: it needs memory for them
+(``docs/scale.md``).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class DeferredPlan:
     """What a worker needs to plan a run.
 
     Attributes:
-        frame: All of a plan but what the inputs hold; without the output's state, which the
-            worker reads for itself.
+        frame: A plan without the inputs' content, and without the state of the output, which the
+            worker reads itself.
         startup: What starting took.
     """
 
@@ -45,7 +45,7 @@ class DeferredPlan:
 
     @staticmethod
     def of(frame: RunFrame, startup: Startup) -> DeferredPlan:
-        """The plan to be made of a frame, once the output has been brought in order."""
+        """Build the plan after the output has been repaired."""
         state = ResultState(frame.output)
         return DeferredPlan(dataclasses.replace(frame, state=state, keeps=True), startup)
 
@@ -53,10 +53,10 @@ class DeferredPlan:
 class PlanUnits(
     beam.PTransform[PCollection[DeferredPlan], tuple[PCollection[WorkUnit], PCollection[FinishRun]]]
 ):
-    """Plan a run: ``DeferredPlan`` to ``WorkUnit``s, and the ``FinishRun`` that goes with them.
+    """Plan a run: ``DeferredPlan`` to ``WorkUnit``s and their ``FinishRun``.
 
     Args:
-        frame: What is to be planned.
+        frame: The frame of the plan.
     """
 
     def __init__(self, frame: RunFrame) -> None:
@@ -89,7 +89,7 @@ class PlanUnits(
 def list_and_compare(
     plan: DeferredPlan,
 ) -> Iterator[WorkUnit | TaggedOutput[str, RestOfContainer] | TaggedOutput[str, FinishRun]]:
-    """List the inputs and compare them with what is committed.
+    """List the inputs, and compare them with the commits.
 
     Raises:
         InputError: An input is not right.
@@ -103,26 +103,23 @@ def list_and_compare(
 
 
 def build_deferred_graph(pipeline: beam.Pipeline, plan: DeferredPlan) -> None:
-    """Draw a run that begins with its own planning.
+    """Build the graph of a run that begins with its own planning.
 
     Args:
-        pipeline: Where to draw it.
-        plan: What is to be planned.
+        pipeline: Where to add it.
+        plan: What the worker needs to plan.
     """
     frame = plan.frame
-    units, finish = (
-        pipeline | "What is to be planned" >> beam.Create([plan]) | "Plan" >> PlanUnits(frame)
-    )
+    units, finish = pipeline | "Create plan" >> beam.Create([plan]) | "Plan" >> PlanUnits(frame)
     num_units = units | "Count planned units" >> Count.Globally()
-    # Without this, all units would be labelled where they were planned.
+    # Without it, all units would be labelled by the worker that planned them.
     spread = units | "Spread units" >> beam.Reshuffle()
-    cuts = frame.label.sources.windows_per_part is not None
-    totals = label_units(spread, frame.label, frame.commit, cuts_long_files=cuts)
+    totals = label_units(spread, frame.label, frame.commit)
     _ = totals | "Finish run" >> beam.Map(finish_run, AsSingleton(finish), AsSingleton(num_units))
 
 
 def finish_run(new: RunTotals, finish: FinishRun, num_units: int) -> None:
-    """The last step, with the number of units that cutting containers has given.
+    """Run the last step, with the number of units after the containers have been cut.
 
     Raises:
         AccountingError: Units, items and rows do not add up.

@@ -22,16 +22,14 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config.label import RunConfig, given_inputs
+from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.labelling.backlog import count_found_items, find_backlog
 from pipeline.labelling.plan import (
-    counted,
     describe_inputs,
     make_decode_settings,
     make_source_settings,
 )
 from pipeline.labelling.run import (
-    EXIT_DONE,
-    EXIT_TOO_MANY_FAILED,
     check_reachable,
     check_runner,
     is_in_process,
@@ -40,9 +38,11 @@ from pipeline.labelling.run import (
 )
 from pipeline.runners.dataflow import follow, is_left_running
 from pipeline.runners.options import temporary_files_in_scratch
-from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio, format_duration
+from pipeline.terminal.progress import LiveReader, ProgressDisplay
 from pipeline.terminal.std_streams import answer, say
-from transforms.decoding.pool import DecodeAudio, DecodeSettings
+from pipeline.terminal.wording import counted, format_audio, format_duration
+from transforms.decoding.decode_audio import DecodeAudio
+from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
 from transforms.features.fbank import ASTFeatureExtractor, FbankSettings
 from transforms.features.statistics import (
@@ -332,5 +332,5 @@ def write_features(
 def _exit_code(statistics: DatasetStatistics, max_failed: float) -> int:
     items = statistics.clips + statistics.failures
     if statistics.broken_containers or statistics.failures > max_failed * items:
-        return EXIT_TOO_MANY_FAILED
+        return EXIT_INCOMPLETE
     return EXIT_DONE

@@ -37,7 +37,7 @@ import torch
 from pipeline.config.label import given_output
 from pipeline.config.train import TrainConfig
 from pipeline.labelling.backlog import count_found_items
-from pipeline.labelling.plan import counted, describe_inputs, make_decode_settings, make_read_limits
+from pipeline.labelling.plan import describe_inputs, make_decode_settings, make_read_limits
 from pipeline.result.lock import hold_output
 from pipeline.result.state import (
     describe_differences,
@@ -45,8 +45,9 @@ from pipeline.result.state import (
     software_versions,
     utc_now,
 )
-from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_duration
+from pipeline.terminal.progress import LiveReader, ProgressDisplay
 from pipeline.terminal.std_streams import answer, say
+from pipeline.terminal.wording import counted, format_duration
 from pipeline.training.data.augmentation import Augment
 from pipeline.training.data.batches import BatchSettings
 from pipeline.training.data.clip_cache import CachedClips, cache_clips, cache_key, write_errors

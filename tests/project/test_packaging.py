@@ -129,12 +129,12 @@ def test_an_installed_earmark_finds_its_configs_recipes_and_labels(
     installed: Path, tmp_path: Path
 ) -> None:
     code = """
-from pipeline.config.label import find_config, load_config
-from pipeline.config.train import TRAIN_SCHEMA
+from pipeline.config.label import RunConfig
+from pipeline.config.load import find_config, load_config
+from pipeline.config.train import TrainConfig
 from transforms.models.labels import audioset_labels
-print(find_config("audioset"), load_config("audioset").model.name)
-config = load_config("esc50", schema=TRAIN_SCHEMA)
-print(find_config("esc50", TRAIN_SCHEMA), config.model.max_length)
+print(find_config(RunConfig, "audioset"), load_config(RunConfig, "audioset").model.name)
+print(find_config(TrainConfig, "esc50"), load_config(TrainConfig, "esc50").model.max_length)
 print(len(audioset_labels()))
 """
     assert run_from(installed, tmp_path, code).splitlines() == [
@@ -145,7 +145,7 @@ print(len(audioset_labels()))
 
 
 def test_a_checkout_finds_its_configs(tmp_path: Path) -> None:
-    code = "from pipeline.config.label import config_folder; print(config_folder())"
+    code = "from pipeline.config.load import config_folder; print(config_folder())"
     assert run_from(ROOT, tmp_path, code) == str(ROOT / "configs")
 
 

@@ -63,6 +63,9 @@ DOORS = {
 # What must be quick to import, and the libraries that importing it must not load.
 LIGHT = {
     "pipeline.cli.main": {"torch", "apache_beam", "pyarrow", "numpy", "rich"},
+    "pipeline.cli.commands": {"torch", "apache_beam", "pyarrow", "numpy", "rich"},
+    "pipeline.config.schema": {"torch", "apache_beam", "pyarrow", "numpy"},
+    "pipeline.config.load": {"torch", "apache_beam", "pyarrow", "numpy"},
     "pipeline.config.label": {"torch", "apache_beam", "pyarrow", "numpy"},
     "pipeline.config.train": {"torch", "apache_beam", "pyarrow", "numpy"},
     "pipeline.training.data.packed_clips": {"torch", "apache_beam", "pyarrow"},
@@ -77,9 +80,10 @@ LIGHT = {
     "transforms.models.ast.bundled": {"torch", "apache_beam"},
     "transforms.models.ast.files": {"torch", "apache_beam"},
     "transforms.features.fbank_settings": {"torch", "apache_beam", "pyarrow", "numpy"},
-    "transforms.decoding.pool": {"torch"},
+    "transforms.decoding.decode_audio": {"torch"},
+    "transforms.decoding.pool": {"torch", "apache_beam"},
     "transforms.decoding.decode": {"torch", "apache_beam"},
-    "transforms.decoding.readers": {"torch", "apache_beam", "av"},
+    "transforms.decoding.ffmpeg_reader": {"torch", "apache_beam", "av"},
 }
 
 MAX_LINES = 650

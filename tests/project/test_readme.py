@@ -19,7 +19,8 @@ import pytest
 import typer
 
 from pipeline.cli import main as cli
-from pipeline.config.label import RunConfig, load_config, shipped_configs
+from pipeline.config.label import RunConfig
+from pipeline.config.load import load_config, shipped_configs
 from pipeline.labelling.run import pipeline_options
 from tests.support.bird_factory import write_birds
 from tests.support.fake_hub import serve_hub
@@ -272,9 +273,9 @@ def test_the_commands_that_head_a_config_are_right(path: Path) -> None:
         if named not in (None, "mine.yaml"):
             assert named == path.stem
         if path.name != "default.yaml":
-            assert load_config(named, (), {}) == load_config(str(path), (), {})
+            assert load_config(RunConfig, named) == load_config(RunConfig, str(path))
         for key in re.findall(r"--set (\S+)=", line):
-            load_config(None, [f"{key}=0.25"], {})
+            load_config(RunConfig, sets=[f"{key}=0.25"])
 
 
 def test_the_sample_files_readme_names_a_command_that_works() -> None:

@@ -50,7 +50,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.labelling.backlog import count_found_items, find_backlog
-from pipeline.labelling.plan import counted
+from pipeline.terminal.wording import counted
 from pipeline.training.data.packed_clips import INT16_SCALE, STORED_DTYPES, CacheDtype, SampleFile
 from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.errors import AccountingError, ConfigError, InputError, OutputError, WriteError

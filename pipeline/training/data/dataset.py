@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.train import split_hold_out
-from pipeline.labelling.plan import counted
+from pipeline.terminal.wording import counted
 from pipeline.training.data.clip_cache import CachedClip, CachedClips, check_failures
 from pipeline.training.data.packed_clips import PackedClips, SampleFile
 from transforms.errors import ConfigError, InputError
 from transforms.models.labels import find_label, labels_from_names
 from transforms.records import FloatArray, Item
-from transforms.sources.manifests import MANIFEST_EXTENSIONS
+from transforms.sources.file_kinds import MANIFEST_EXTENSIONS
 from transforms.sources.read_unit import Found
 
 Loss: TypeAlias = Literal["cross_entropy", "binary_cross_entropy"]

@@ -328,7 +328,7 @@ def test_a_folder_of_somebody_else_s_is_not_taken_for_a_result(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--hops 3", r"No such option: --hops .*--hop-s[\s\S]*--help lists what there is"),
+        ("--hops 3", r"No such option: --hops .*--hop-s[\s\S]*--help lists the options"),
         ("--hop-s 11", r"window\.hop_s is 11\.0; must be in \(0, 10\.255\]"),
         ("--hop-s 3 --window-s 2", r"window\.hop_s is 3\.0 \(--hop-s\); must be in \(0, 2\]"),
         ("--window-s 20", r"window\.length_s is 20\.0; must be in \[0\.025, 10\.255\]"),

@@ -221,7 +221,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_leaves_nothing_behind(
     kill(run, number)
     code, stderr = run.finish()
     assert code == 130
-    assert stderr.endswith("earmark: interrupted; the same command goes on from here\n")
+    assert stderr.endswith("earmark: interrupted; run the same command again to resume\n")
     assert "Traceback" not in stderr
     assert "KeyboardInterrupt" not in stderr
     assert not (out / "_SUCCESS").exists()

@@ -20,7 +20,7 @@ import pytest
 from pipeline.cli import main as cli
 from pipeline.labelling.run import run_label
 from pipeline.result.export import run_export
-from pipeline.result.state import read_result
+from pipeline.result.state import read_result, remove_result
 from pipeline.result.verify import Finding, Kind, make_advice, run_verify, verify_result
 from tests.support.audio_factory import noise, write
 from tests.support.labelling import small_config
@@ -190,6 +190,66 @@ def test_an_interrupted_result_can_be_damaged_as_well(out: Path, capsys: Capture
     text = capsys.readouterr().out
     assert f"{out} is damaged" in text
     assert "unfinished" in text
+
+
+PARTS_OF_EARLIER_VERSIONS = [
+    "a1" * 10 + "/windows/" + "b2" * 10 + ".parquet",
+    "a1" * 10 + "/clips/" + "b2" * 10 + ".parquet",
+    "a1" * 10 + "/_commits/" + "b2" * 10 + ".json",
+    "c3" * 10 + "/errors/." + "d4" * 10 + ".parquet." + "e5" * 16 + ".tmp",
+]
+
+
+def put_parts_of_an_earlier_version(out: Path) -> list[Path]:
+    paths = [out / "_parts" / name for name in PARTS_OF_EARLIER_VERSIONS]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"of an earlier version")
+    return paths
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_parts_of_an_earlier_version_are_reported_and_the_next_run_removes_them(
+    label: Callable[[Path], int], out: Path, capsys: CapturedText, is_killed: bool
+) -> None:
+    put_parts_of_an_earlier_version(out)
+    if is_killed:  # as that version left it: the file's parts are there, and it is not committed
+        (out / "_SUCCESS").unlink()
+        remove_commit(out)
+    assert run_verify(str(out)) == 3
+    text = capsys.readouterr().out
+    for unit_id in ("a1" * 10, "c3" * 10):
+        line = f"left over {out}/_parts/{unit_id}: parts of a long file, from an earlier version;"
+        assert text.count(line) == 1
+    assert "R" + RERUN in text
+    assert label(out) == 0
+    assert not (out / "_parts").exists()
+    assert run_verify(str(out)) == 0
+    assert len(read_result(str(out)).commits) == 2
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_among_the_parts_of_an_earlier_version_stay(
+    label: Callable[[Path], int], out: Path, overwrite: bool
+) -> None:
+    ours = put_parts_of_an_earlier_version(out)
+    others = [
+        out / "_parts" / "notes.txt",
+        out / "_parts" / ("a1" * 10) / "mine.parquet",
+        out / "_parts" / ("a1" * 10) / "windows" / "mine.parquet",
+        out / "_parts" / "mine" / "windows" / ("b2" * 10 + ".parquet"),
+    ]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    if overwrite:
+        remove_result(read_result(str(out)))
+        assert not (out / "run.json").exists()
+    else:
+        assert label(out) == 0
+    assert not any(path.exists() for path in ours)
+    assert not (out / "_parts" / ("c3" * 10)).exists()
+    assert [path.read_bytes() for path in others] == [b"mine"] * 4
 
 
 def test_files_of_others_that_nobody_reads_are_only_mentioned(

@@ -29,7 +29,8 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineState
 
 from pipeline.cli import main as cli
-from pipeline.config.label import RunConfig, load_config
+from pipeline.config.label import RunConfig
+from pipeline.config.load import load_config
 from pipeline.graph import build_graph
 from pipeline.labelling.estimate import run_plan
 from pipeline.labelling.plan import RunFrame
@@ -160,7 +161,7 @@ def jobs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("jobs")
     found = {}
     for device, name in (("cuda", "dataflow_gpu"), ("cpu", "dataflow_cpu")):
-        config = load_config(name)
+        config = load_config(RunConfig, name)
         assert config.inference.device == device
         found[device] = build(folder, pipeline_options(config, flags()), tiny_model, device)
     return found
@@ -220,7 +221,7 @@ def test_reading_to_commit_is_one_stage_of_the_job(jobs: dict[str, Built], devic
 def test_a_job_that_plans_for_itself_is_small_and_keeps_the_stage(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    options = pipeline_options(load_config("dataflow_gpu"), flags())
+    options = pipeline_options(load_config(RunConfig, "dataflow_gpu"), flags())
     built = build(tmp_path, options, tiny_model, "cuda", draw_deferred)
     assert stages_with_steps(built.proto) == [set(STEPS)]
     assert len(json.dumps(built.job)) < 1 << 20
@@ -264,6 +265,9 @@ def test_the_main_session_stays_here_unless_it_is_asked_for() -> None:
 # --- What is refused before there is a job ----------------------------------------------------
 
 
+REFUSED = ["inputs=memory://in", "output=memory://refused/out"]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -296,25 +300,25 @@ def test_the_main_session_stays_here_unless_it_is_asked_for() -> None:
 def test_a_job_that_could_not_be_done_is_refused_before_anything_is_written(
     name: str, options: list[str], message: str
 ) -> None:
-    config = load_config(name, (), {"INPUT": ["memory://in"], "--output": "memory://refused/out"})
+    config = load_config(RunConfig, name, REFUSED)
     with pytest.raises(ConfigError, match=message):
         run_label(config, options)
     assert not filesystem.exists("memory://refused/out")
 
 
 def test_a_gpu_that_the_workers_have_not_is_refused() -> None:
-    options = {"INPUT": ["memory://in"], "--output": "memory://refused/out", "--device": "cuda"}
+    sets = [*REFUSED, "inference.device=cuda"]
     with pytest.raises(ConfigError, match="the workers have no such device"):
-        run_label(load_config("dataflow_cpu", (), options), flags())
+        run_label(load_config(RunConfig, "dataflow_cpu", sets), flags())
 
 
 def test_local_paths_are_refused(tmp_path: Path) -> None:
-    options = {"INPUT": [str(tmp_path)], "--output": "memory://refused/out", "--model": "x/y"}
+    sets = [f"inputs={tmp_path}", "output=memory://refused/out", "model.name=x/y"]
     with pytest.raises(ConfigError, match="is the local path"):
-        run_label(load_config("dataflow_cpu", (), options), flags())
-    options = {"INPUT": ["memory://in"], "--output": str(tmp_path / "out"), "--model": "x/y"}
+        run_label(load_config(RunConfig, "dataflow_cpu", sets), flags())
+    sets = ["inputs=memory://in", f"output={tmp_path}/out", "model.name=x/y"]
     with pytest.raises(ConfigError, match="--output is the local path"):
-        run_label(load_config("dataflow_cpu", (), options), flags())
+        run_label(load_config(RunConfig, "dataflow_cpu", sets), flags())
     assert not (tmp_path / "out").exists()
 
 
@@ -325,15 +329,13 @@ def test_without_the_client_of_the_service_the_command_says_what_to_install(
         raise ImportError(f"No module named {name}")
 
     monkeypatch.setattr("pipeline.runners.dataflow.importlib.import_module", fail)
-    config = load_config(
-        "dataflow_cpu", (), {"INPUT": ["memory://in"], "--output": "memory://refused/out"}
-    )
+    config = load_config(RunConfig, "dataflow_cpu", REFUSED)
     with pytest.raises(ConfigError, match=r"pip install 'earmark\[gcp\]'"):
         run_label(config, flags())
 
 
 def test_options_behind_the_dashes_take_the_place_of_the_config_s() -> None:
-    config = load_config("dataflow_gpu")
+    config = load_config(RunConfig, "dataflow_gpu")
     options = pipeline_options(config, flags(dataflow_service_options=T4, num_workers="9"))
     cloud = options.view_as(GoogleCloudOptions)
     assert cloud.dataflow_service_options == [T4]
@@ -344,7 +346,7 @@ def test_options_behind_the_dashes_take_the_place_of_the_config_s() -> None:
 
 
 def test_stats_waits_for_its_job() -> None:
-    config = load_config("dataflow_cpu", (), {"INPUT": ["memory://in"]})
+    config = load_config(RunConfig, "dataflow_cpu", ["inputs=memory://in"])
     with pytest.raises(ConfigError, match="leave out no_wait_until_finish"):
         run_stats(config, [*flags(), "--no_wait_until_finish"])
 
@@ -408,13 +410,12 @@ def config(tiny_model: Path, tmp_path: Path) -> Iterator[RunConfig]:
     for path in tiny_model.iterdir():
         store.put_file(str(path), f"/df/model/{path.name}")
     yield load_config(
+        RunConfig,
         "dataflow_cpu",
-        ["decode.processes=1"],
-        {
-            "INPUT": ["memory://df/in"],
-            "--output": "memory://df/out",
-            "--model": "memory://df/model",
-        },
+        [
+            *("decode.processes=1", "inputs=memory://df/in", "output=memory://df/out"),
+            "model.name=memory://df/model",
+        ],
     )
     store.rm("/df", recursive=True)
 
@@ -503,7 +504,7 @@ def test_the_launcher_writes_a_template_and_ends(
 
     monkeypatch.setattr(apiclient.DataflowApplicationClient, "stage_file", keep)
     # The store of these tests ends with the process, and the command would not have it.
-    monkeypatch.setattr("pipeline.cli.main._check_output_lasts", lambda output: None)
+    monkeypatch.setattr("pipeline.cli.commands.check_output_lasts", lambda output: None)
     given = [
         f"--input={config.inputs[0]}",
         f"--output={config.output}",
@@ -533,7 +534,7 @@ def test_a_model_on_this_machine_is_refused(config: RunConfig, tiny_model: Path)
 def test_plan_needs_neither_the_gpu_nor_the_cloud(
     config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    beam_section = load_config("dataflow_gpu").beam
+    beam_section = load_config(RunConfig, "dataflow_gpu").beam
     inference = config.inference.model_copy(update={"device": "cuda"})
     changes = {"inference": inference, "beam": beam_section}
     assert run_plan(config.model_copy(update=changes), []) == 0
@@ -653,7 +654,7 @@ def test_the_document_s_command_for_label_would_be_submitted(config: RunConfig) 
     words = [re.sub(r"\$(\w+)", lambda found: names[found[1]], word) for word in words]
     own, beam_options = cli.split_beam_options(words)
     named = own[own.index("--config") + 1]
-    run_config = load_config(named)
+    run_config = load_config(RunConfig, named)
     check_runner(pipeline_options(run_config, beam_options), run_config.inference.device)
 
 

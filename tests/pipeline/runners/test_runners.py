@@ -506,7 +506,7 @@ def test_an_interrupt_ends_the_job_too(
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, told
-    assert told.endswith("earmark: interrupted; the same command goes on from here\n")
+    assert told.endswith("earmark: interrupted; run the same command again to resume\n")
     with grpc.insecure_channel(f"localhost:{prism_server}") as channel:
         service = beam_job_api_pb2_grpc.JobServiceStub(channel)
         jobs = service.GetJobs(beam_job_api_pb2.GetJobsRequest(), timeout=PATIENCE_S)

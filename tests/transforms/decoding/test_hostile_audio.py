@@ -32,7 +32,8 @@ from pipeline.result.verify import run_verify
 from tests.support import audio_factory
 from tests.support.labelling import read_rows, small_config
 from transforms.decoding import pool as decode_module
-from transforms.decoding.decode import DecodeLimits, data_bytes, decode, decode_whole
+from transforms.decoding.child import data_bytes
+from transforms.decoding.decode import DecodeLimits, decode, decode_whole
 from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.errors import DecodeError
 from transforms.records import EncodedClip, Item, ItemFailure, Waveform
@@ -167,11 +168,11 @@ def test_channels_that_are_not_there_are_an_error(num_channels: int) -> None:
 @pytest.mark.parametrize(
     ("size", "duration_s", "warning"),
     [
-        (0, 1.0, "the header says that there is no audio; read to the end"),
+        (0, 1.0, "the header declares no audio; read to the end"),
         (
             16_000,
             0.5,
-            "16000 bytes follow the 16000 bytes of audio that the header tells of",
+            "16000 bytes follow the 16000 bytes of audio that the header declares",
         ),
         (0x70000000, 1.0, "decoded 1.0 of 58720.3 s"),
         (0xFFFFFFFF, 1.0, None),
@@ -305,13 +306,13 @@ def test_the_whole_day_of_a_slow_consumer_is_not_the_items_time() -> None:
 
 HOSTILE_WORKER = """
 import ctypes, os, signal, sys
-from transforms.decoding import decode as decode_worker
+from transforms.decoding import child
 
 held = []
 
 def decode(source, **options):
     mark = bytes(source[-8:]) if isinstance(source, bytes) else b""
-    for index, piece in enumerate(decode_worker.decode(source, **options)):
+    for index, piece in enumerate(child.decode(source, **options)):
         if mark == b"SEGFAULT":
             ctypes.string_at(0)
         if mark == b"NATIVE_S":
@@ -324,7 +325,7 @@ def decode(source, **options):
             held.append(bytes(1 << 30))
         yield piece
 
-decode_worker.serve(sys.argv[1:], decode)
+child.serve(sys.argv[1:], decode)
 """
 
 

@@ -647,6 +647,7 @@ held = [openvino_engine.OpenVinoBackbone(model, InferenceSettings(batch_size=1),
 drop = threading.Thread(target=held.clear)
 drop.start()
 drop.join()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `nohup … &` starts with it ignored
 try:
     signal.raise_signal(signal.SIGINT)
     time.sleep(30)

@@ -238,7 +238,7 @@ def test_two_batches_are_left_to_the_device() -> None:
 
 def test_a_clip_that_misses_windows_at_the_bundles_end_is_an_error() -> None:
     with (
-        pytest.raises(RuntimeError, match="still miss windows"),
+        pytest.raises(RuntimeError, match="lack windows"),
         TestPipeline(runner="FnApiRunner") as pipeline,
     ):
         _ = (

@@ -191,7 +191,7 @@ def place(
     """An empty store that can be written."""
     if request.param == "memory":
         # The command refuses it, because it ends with the process; this process goes on.
-        monkeypatch.setattr("pipeline.cli.main._check_output_lasts", lambda output: None)
+        monkeypatch.setattr("pipeline.cli.commands.check_output_lasts", lambda output: None)
         yield Memory("memory://stores")
         MemoryFileSystem.store.clear()
         MemoryFileSystem.pseudo_dirs[:] = [""]
