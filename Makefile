@@ -26,11 +26,11 @@ types: ## Check types
 
 .PHONY: test
 test: ## Run the tests, without the slow ones
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 .PHONY: test-slow
 test-slow: ## Run the slow tests too
-	$(PYTHON) -m pytest -m 'not network'
+	$(PYTHON) -m pytest -n auto -m 'not network'
 
 .PHONY: fix
 fix: ## Format, and apply the linter's automatic fixes

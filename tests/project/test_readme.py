@@ -277,18 +277,6 @@ def test_the_recipes_are_those_that_ship_with_the_figures_that_they_name() -> No
         assert (figure if metric == "mAP" else f"{100 * float(figure):.2f} %") in head
 
 
-def test_the_test_command_is_what_ci_runs() -> None:
-    install, tests = block("test-command").splitlines()
-    assert install == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]'"
-    assert tests == ".venv/bin/python -m pytest"
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    # The script takes the block from the README, by this very command.
-    (extract,) = re.findall(r"^test_commands\(\) \{\n(.*?)^\}", script, re.DOTALL | re.MULTILINE)
-    done = run(["bash", "-c", extract], dict(os.environ))
-    assert done.stdout.splitlines() == [install, tests]
-    assert 'run "$commands"' in script
-
-
 def options_of(command: str) -> set[str]:
     """Every spelling of every option of a command."""
     commands: Any = typer.main.get_command(cli.app)

@@ -13,21 +13,15 @@ import soundfile
 from pipeline.config.label import RunConfig
 from pipeline.labelling.estimate import estimate_work, run_plan
 from pipeline.labelling.plan import make_plan
+from tests.support.labelling import small_config
 
 RATE_HZ = 16_000
 
 
 def config_of(model: Path, *inputs: Path, **changes: object) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "inputs": [str(path) for path in inputs],
-            "model": {"name": str(model)},
-            "inference": {"precision": "fp32", "device": "cpu", "batch_size": 1},
-            "decode": {"processes": 1},
-            "units": {"windows": 8},
-            **changes,
-        }
-    )
+    inference = {"precision": "fp32", "device": "cpu", "batch_size": 1}
+    values = {"inference": inference, "units": {"windows": 8}, "output": None, **changes}
+    return small_config(model, Path(), *inputs, **values)
 
 
 def write_noise(path: Path, duration_s: float) -> Path:
