@@ -25,11 +25,11 @@ from pipeline.config.label import (
     given_output,
 )
 from pipeline.graph import RunTotals
-from pipeline.labelling.backlog import (
-    Backlog,
+from pipeline.labelling.remaining import (
+    RemainingWork,
     count_found_items,
     count_vanished_failures,
-    find_uncut_backlog,
+    find_remaining,
 )
 from pipeline.result.state import (
     RUN_SCHEMA_VERSION,
@@ -63,7 +63,6 @@ from transforms.sources.read_unit import (
     Found,
     ReadLimits,
     SourceSettings,
-    cut_containers,
     find_inputs,
     is_long,
     limit_items,
@@ -93,7 +92,7 @@ KIND_NAMES = {"tar": "tar archive", "parquet": "audio-Parquet file"}
 
 
 @dataclass(frozen=True)
-class RunFrame:
+class ResolvedRun:
     """What a run knows before its inputs are listed; workers may do that (``deferred``).
 
     Attributes:
@@ -136,7 +135,7 @@ class RunPlan:
         commit: Where and how to write.
         run: ``run.json`` as far as it is known.
         found: What the inputs hold.
-        backlog: What of it is to be done, and what is done already.
+        remaining: What of it is to be done, and what is done already.
         vanished_failures: Failures in the result of items that are not in the input.
     """
 
@@ -147,19 +146,19 @@ class RunPlan:
     commit: CommitSettings
     run: Mapping[str, Any]
     found: Found
-    backlog: Backlog
+    remaining: RemainingWork
     vanished_failures: int
 
     @property
     def units(self) -> tuple[WorkUnit, ...]:
         """The units to do."""
-        return self.backlog.units
+        return self.remaining.units
 
     @property
     def kept(self) -> RunTotals:
         """Totals of the committed units that stay."""
         total = RunTotals()
-        for unit_id in self.backlog.kept_units:
+        for unit_id in self.remaining.kept_units:
             total += RunTotals.of(UnitSummary.of(self.state.commits[unit_id]))
         return total
 
@@ -167,14 +166,14 @@ class RunPlan:
 def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool = True) -> RunPlan:
     """Plan a run; everything that can be wrong with the command is found here.
 
-    Arguments and errors are those of ``make_frame``.
+    Arguments and errors are those of ``resolve_run``.
     """
-    return find_plan(make_frame(config, is_remote=is_remote, needs_output=needs_output))
+    return find_plan(resolve_run(config, is_remote=is_remote, needs_output=needs_output))
 
 
-def make_frame(
+def resolve_run(
     config: RunConfig, *, is_remote: bool = False, needs_output: bool = True
-) -> RunFrame:
+) -> ResolvedRun:
     """Everything of a plan but what the inputs hold.
 
     Args:
@@ -204,7 +203,7 @@ def make_frame(
     else:
         check_same_results(state, results, model.name)
     public_inputs = tuple(public_uri(url) for url in urls)
-    return RunFrame(
+    return ResolvedRun(
         urls=tuple(urls),
         output=output,
         state=state,
@@ -223,49 +222,47 @@ def make_frame(
     )
 
 
-def find_plan(frame: RunFrame, max_listed: int | None = None) -> RunPlan:
+def find_plan(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     """List the inputs, and divide what is to be done into units.
 
     Arguments and errors are those of ``find_work``.
     """
-    plan = find_work(frame, max_listed)
-    backlog = plan.backlog
-    units = (*backlog.units, *cut_containers(backlog.rests, frame.label.sources))
-    return dataclasses.replace(plan, backlog=dataclasses.replace(backlog, units=units, rests=()))
+    plan = find_work(resolved, max_listed)
+    return dataclasses.replace(plan, remaining=plan.remaining.cut(resolved.label.sources))
 
 
-def find_work(frame: RunFrame, max_listed: int | None = None) -> RunPlan:
+def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     """List the inputs, and divide what is to be done into units, but for new containers.
 
     Args:
-        frame: What is known already.
+        resolved: What is known already.
         max_listed: How many files may be listed; None for any number.
 
     Raises:
         TooManyListedError: There are more.
         InputError: An input is not right.
     """
-    sources = frame.label.sources
+    sources = resolved.label.sources
     found = find_inputs(
-        frame.urls,
-        exclude=frame.output or None,
+        resolved.urls,
+        exclude=resolved.output or None,
         max_page_bytes=sources.limits.max_page_bytes,
         max_listed=max_listed,
     )
-    if frame.limit is not None:
-        found = limit_items(found, frame.limit, sources)
-    commits = frame.state.commits if frame.keeps else {}
-    retry_from = frame.output if frame.retry_failed else None
+    if resolved.limit is not None:
+        found = limit_items(found, resolved.limit, sources)
+    commits = resolved.state.commits if resolved.keeps else {}
+    retry_from = resolved.output if resolved.retry_failed else None
     return RunPlan(
-        inputs=frame.inputs,
-        output=frame.output,
-        state=frame.state,
-        label=frame.label,
-        commit=frame.commit,
-        run={**frame.run, "input": _input_record(found)},
+        inputs=resolved.inputs,
+        output=resolved.output,
+        state=resolved.state,
+        label=resolved.label,
+        commit=resolved.commit,
+        run={**resolved.run, "input": _input_record(found)},
         found=found,
-        backlog=find_uncut_backlog(found, commits, sources, retry_from=retry_from),
-        vanished_failures=count_vanished_failures(found, commits, frame.output),
+        remaining=find_remaining(found, commits, sources, retry_from=retry_from),
+        vanished_failures=count_vanished_failures(found, commits, resolved.output),
     )
 
 
@@ -276,17 +273,17 @@ def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
         plan: What is to be done.
         startup: What starting has taken.
     """
-    kept, backlog = plan.kept, plan.backlog
+    kept, remaining = plan.kept, plan.remaining
     return FinishRun(
         output=plan.output,
         run=plan.run,
         startup=startup,
         kept=kept,
         num_units=len(plan.units),
-        found_kept_items=backlog.found_kept_items,
-        vanished_kept_items=backlog.vanished_kept_items,
-        vanished_carried_items=backlog.vanished_carried_items,
-        retried_carried_items=backlog.retried_carried_items,
+        found_kept_items=remaining.found_kept_items,
+        vanished_kept_items=remaining.vanished_kept_items,
+        vanished_carried_items=remaining.vanished_carried_items,
+        retried_carried_items=remaining.retried_carried_items,
         vanished_failures=plan.vanished_failures,
         num_found_items=count_found_items(plan.found),
         num_commits=kept.units + len(plan.units),
@@ -466,19 +463,19 @@ def _input_record(found: Found) -> dict[str, Any]:
 
 def describe_plan(plan: RunPlan) -> list[str]:
     """What a run is going to do, in a few lines."""
-    backlog = plan.backlog
+    remaining = plan.remaining
     lines = [*describe_model(plan.label), *describe_inputs(plan.found)]
     if plan.state.commits:
         lines.append(describe_done(plan))
     for unit_id, reason in list(plan.state.damaged.items())[:5]:
         lines.append(f"Unit {unit_id} is damaged and done again: {reason}.")
-    if backlog.units:
-        windows_to_do = sum(unit.estimated_windows for unit in backlog.units)
+    if remaining.units:
+        windows_to_do = sum(unit.estimated_windows for unit in remaining.units)
         lines.append(
-            f"To do: {counted(len(backlog.units), 'unit')}, about "
+            f"To do: {counted(len(remaining.units), 'unit')}, about "
             f"{counted(windows_to_do, 'window')}."
         )
-        lines += describe_long_files(backlog.units, plan.label.sources)
+        lines += describe_long_files(remaining.units, plan.label.sources)
     else:
         lines.append("Nothing to do: everything found is done.")
     return lines
@@ -541,13 +538,13 @@ def describe_found(found: Found) -> str:
 
 def describe_done(plan: RunPlan) -> str:
     """What an earlier run has done."""
-    backlog = plan.backlog
-    text = f"Done already: {counted(backlog.found_kept_items, 'item')}"
-    text += f" in {counted(len(backlog.kept_units), 'unit')}"
-    if backlog.vanished_items:
-        text += f"; {backlog.vanished_items:,} more are not in this input"
-    if backlog.num_redone:
-        text += f"; done again for changed items: {counted(backlog.num_redone, 'unit')}"
-    if backlog.num_retried:
-        text += f"; tried again: {counted(backlog.num_retried, 'failed item')}"
+    remaining = plan.remaining
+    text = f"Done already: {counted(remaining.found_kept_items, 'item')}"
+    text += f" in {counted(len(remaining.kept_units), 'unit')}"
+    if remaining.vanished_items:
+        text += f"; {remaining.vanished_items:,} more are not in this input"
+    if remaining.num_redone:
+        text += f"; done again for changed items: {counted(remaining.num_redone, 'unit')}"
+    if remaining.num_retried:
+        text += f"; tried again: {counted(remaining.num_retried, 'failed item')}"
     return f"{text}."

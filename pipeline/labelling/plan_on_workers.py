@@ -1,6 +1,6 @@
 """Planning where the work is done, for inputs that are too many for the launching machine.
 
-    frame ─▶ list, compare with commits ─┬─▶ units of files ─────────┐
+    resolved ─▶ list, compare with commits ─┬─▶ units of files ─────────┐
                                          ├─▶ containers ─▶ cut each ─┴▶ units ─▶ graph.label_units
                                          └─▶ what the last step must know ─▶ run.json, _SUCCESS
 
@@ -23,7 +23,7 @@ from apache_beam.transforms.combiners import Count
 from apache_beam.typehints.decorators import IOTypeHints
 
 from pipeline.graph import RunTotals, label_units
-from pipeline.labelling.plan import RunFrame, find_work, make_finish
+from pipeline.labelling.plan import ResolvedRun, find_work, make_finish
 from pipeline.result.state import FinishRun, ResultState, read_result
 from pipeline.terminal.time_report import Startup
 from transforms.records import WorkUnit
@@ -35,19 +35,19 @@ class DeferredPlan:
     """What a worker needs to plan a run.
 
     Attributes:
-        frame: All of a plan but what the inputs hold; without the output's state, which the
+        resolved: All of a plan but what the inputs hold; without the output's state, which the
             worker reads for itself.
         startup: What starting took.
     """
 
-    frame: RunFrame
+    resolved: ResolvedRun
     startup: Startup
 
     @staticmethod
-    def of(frame: RunFrame, startup: Startup) -> DeferredPlan:
-        """The plan to be made of a frame, once the output has been brought in order."""
-        state = ResultState(frame.output)
-        return DeferredPlan(dataclasses.replace(frame, state=state, keeps=True), startup)
+    def of(resolved: ResolvedRun, startup: Startup) -> DeferredPlan:
+        """The plan to be made of a resolved, once the output has been brought in order."""
+        state = ResultState(resolved.output)
+        return DeferredPlan(dataclasses.replace(resolved, state=state, keeps=True), startup)
 
 
 class PlanUnits(
@@ -56,12 +56,12 @@ class PlanUnits(
     """Plan a run: ``DeferredPlan`` to ``WorkUnit``s, and the ``FinishRun`` that goes with them.
 
     Args:
-        frame: What is to be planned.
+        resolved: What is to be planned.
     """
 
-    def __init__(self, frame: RunFrame) -> None:
+    def __init__(self, resolved: ResolvedRun) -> None:
         super().__init__()
-        self._sources = frame.label.sources
+        self._sources = resolved.label.sources
 
     def default_type_hints(self) -> IOTypeHints:
         """What Beam checks what goes in and comes out against."""
@@ -94,10 +94,10 @@ def list_and_compare(
     Raises:
         InputError: An input is not right.
     """
-    state = read_result(plan.frame.output)
-    work = find_work(dataclasses.replace(plan.frame, state=state))
+    state = read_result(plan.resolved.output)
+    work = find_work(dataclasses.replace(plan.resolved, state=state))
     yield from work.units
-    for rest in work.backlog.rests:
+    for rest in work.remaining.rests:
         yield TaggedOutput("rests", rest)
     yield TaggedOutput("finish", make_finish(work, plan.startup))
 
@@ -109,15 +109,15 @@ def build_deferred_graph(pipeline: beam.Pipeline, plan: DeferredPlan) -> None:
         pipeline: Where to draw it.
         plan: What is to be planned.
     """
-    frame = plan.frame
+    resolved = plan.resolved
     units, finish = (
-        pipeline | "What is to be planned" >> beam.Create([plan]) | "Plan" >> PlanUnits(frame)
+        pipeline | "What is to be planned" >> beam.Create([plan]) | "Plan" >> PlanUnits(resolved)
     )
     num_units = units | "Count planned units" >> Count.Globally()
     # Without this, all units would be labelled where they were planned.
     spread = units | "Spread units" >> beam.Reshuffle()
-    cuts = frame.label.sources.windows_per_part is not None
-    totals = label_units(spread, frame.label, frame.commit, cuts_long_files=cuts)
+    cuts = resolved.label.sources.windows_per_part is not None
+    totals = label_units(spread, resolved.label, resolved.commit, cuts_long_files=cuts)
     _ = totals | "Finish run" >> beam.Map(finish_run, AsSingleton(finish), AsSingleton(num_units))
 
 

@@ -26,14 +26,14 @@ from pipeline.config.label import DEFAULT_RUNNER, RunConfig, given_inputs, given
 from pipeline.graph import RunTotals, build_graph
 from pipeline.labelling.calibration import calibrate
 from pipeline.labelling.plan import (
-    RunFrame,
+    ResolvedRun,
     RunPlan,
     counted,
     describe_model,
     describe_plan,
     find_plan,
     make_finish,
-    make_frame,
+    resolve_run,
 )
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
 from pipeline.result.lock import hold_output
@@ -133,10 +133,10 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
     with hold_output(output, on_lost=_interrupt_main_thread):
         wait_for_writers(output)
         check_no_job(output)
-        frame = make_frame(config, is_remote=remote)
+        resolved = resolve_run(config, is_remote=remote)
         if remote:
-            check_model_reachable(frame.label.model)
-        run = plan_here(frame, config, options) or plan_there(frame, config)
+            check_model_reachable(resolved.label.model)
+        run = plan_locally(resolved, config, options) or plan_on_workers(resolved, config)
         draw = run.prepare(Startup(imports_s, time.monotonic() - began_s))
         started = time.monotonic()
         if draw is not None:
@@ -168,14 +168,16 @@ class PlannedRun:
     items: int | None = None
 
 
-def plan_here(frame: RunFrame, config: RunConfig, options: PipelineOptions) -> PlannedRun | None:
+def plan_locally(
+    resolved: ResolvedRun, config: RunConfig, options: PipelineOptions
+) -> PlannedRun | None:
     """Plan a run on this machine; None where there is too much to list, or to hand over.
 
     Raises:
         UsageError: Something is wrong with the command or its inputs; nothing was written.
     """
     try:
-        plan = find_plan(frame, config.units.max_listed_here)
+        plan = find_plan(resolved, config.units.max_listed_here)
     except TooManyListedError:
         return None
     if is_dataflow(options) and not fits_job(plan.units):
@@ -198,7 +200,7 @@ def plan_here(frame: RunFrame, config: RunConfig, options: PipelineOptions) -> P
         return None
 
     windows = sum(unit.estimated_windows for unit in plan.units)
-    return PlannedRun(plan.output, prepare, windows, plan.backlog.num_items)
+    return PlannedRun(plan.output, prepare, windows, plan.remaining.num_items)
 
 
 def fits_job(units: Sequence[WorkUnit]) -> bool:
@@ -211,7 +213,7 @@ def fits_job(units: Sequence[WorkUnit]) -> bool:
     return True
 
 
-def plan_there(frame: RunFrame, config: RunConfig) -> PlannedRun:
+def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
     """A run that workers plan.
 
     Raises:
@@ -223,17 +225,17 @@ def plan_there(frame: RunFrame, config: RunConfig) -> PlannedRun:
             "starts, and they are too many to be listed here (units.max_listed_here is "
             f"{config.units.max_listed_here}); raise that, or use --precision auto."
         )
-    check_there(frame.urls)
-    for line in describe_model(frame.label):
+    check_there(resolved.urls)
+    for line in describe_model(resolved.label):
         say(line, quiet=config.quiet)
     say("The inputs are many: the run itself lists and groups them.", quiet=config.quiet)
 
     def prepare(startup: Startup) -> Callable[[beam.Pipeline], None]:
-        run = begin_output(frame.state, frame.run, config, is_new=True)
-        plan = DeferredPlan.of(dataclasses.replace(frame, run=run), startup)
+        run = begin_output(resolved.state, resolved.run, config, is_new=True)
+        plan = DeferredPlan.of(dataclasses.replace(resolved, run=run), startup)
         return functools.partial(build_deferred_graph, plan=plan)
 
-    return PlannedRun(frame.output, prepare)
+    return PlannedRun(resolved.output, prepare)
 
 
 def _interrupt_main_thread() -> None:

@@ -22,13 +22,13 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config.label import RunConfig, given_inputs
-from pipeline.labelling.backlog import count_found_items, find_backlog
 from pipeline.labelling.plan import (
     counted,
     describe_inputs,
     make_decode_settings,
     make_source_settings,
 )
+from pipeline.labelling.remaining import count_found_items, find_units
 from pipeline.labelling.run import (
     EXIT_DONE,
     EXIT_TOO_MANY_FAILED,
@@ -231,7 +231,7 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
         inputs=tuple(public_uri(url) for url in inputs),
         output=output,
         found=found,
-        units=find_backlog(found, {}, sources, retry_from=None).units,
+        units=find_units(found, sources),
         decode=make_decode_settings(config.decode),
         sources=sources,
         windows=windows,

@@ -36,8 +36,8 @@ import torch
 
 from pipeline.config.label import given_output
 from pipeline.config.train import TrainConfig
-from pipeline.labelling.backlog import count_found_items
 from pipeline.labelling.plan import counted, describe_inputs, make_decode_settings, make_read_limits
+from pipeline.labelling.remaining import count_found_items
 from pipeline.result.lock import hold_output
 from pipeline.result.state import (
     describe_differences,

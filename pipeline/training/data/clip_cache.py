@@ -1,6 +1,6 @@
 """Clips decoded once, in a folder that training reads again and again.
 
-    Found ─find_backlog─▶ WorkUnit ─DecodePool─▶ Waveform pieces ─▶ FOLDER/<key>/samples.bin
+    Found ─find_units─▶ WorkUnit ─DecodePool─▶ Waveform pieces ─▶ FOLDER/<key>/samples.bin
                                                                                  clips.parquet
                                                                                  failures.parquet
                                                      until then: units.jsonl, a line per unit
@@ -49,8 +49,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.labelling.backlog import count_found_items, find_backlog
 from pipeline.labelling.plan import counted
+from pipeline.labelling.remaining import count_found_items, find_units
 from pipeline.training.data.packed_clips import INT16_SCALE, STORED_DTYPES, CacheDtype, SampleFile
 from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.errors import AccountingError, ConfigError, InputError, OutputError, WriteError
@@ -179,7 +179,7 @@ def cache_clips(
         raise ConfigError(f"cache.dtype is {dtype!r}; must be {known}. Set it in the config.")
     root = _make_root(folder)
     key = cache_key(found, sources, decode, dtype)
-    units = find_backlog(found, {}, sources, retry_from=None).units
+    units = find_units(found, sources)
     cached = _read_cache(root / key, found, decode.sample_rate_hz, dtype)
     with DecodePool(decode) as pool:
         work = _Work(found, [unit for unit in units if not unit.failures], sources, pool)

@@ -32,7 +32,7 @@ from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig, load_config
 from pipeline.graph import build_graph
 from pipeline.labelling.estimate import run_plan
-from pipeline.labelling.plan import RunFrame
+from pipeline.labelling.plan import ResolvedRun
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
 from pipeline.labelling.run import check_runner, pipeline_options, run_label
 from pipeline.labelling.stats import run_stats
@@ -114,7 +114,7 @@ def draw_planned(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitSe
 
 def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitSettings) -> None:
     """A run that begins with its own planning."""
-    frame = RunFrame(
+    resolved = ResolvedRun(
         urls=("gs://mybucket/recordings",),
         output=commit.output,
         state=ResultState(commit.output),
@@ -125,7 +125,7 @@ def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitS
         keeps=True,
         retry_failed=False,
     )
-    build_deferred_graph(pipeline, DeferredPlan.of(frame, UNTIMED))
+    build_deferred_graph(pipeline, DeferredPlan.of(resolved, UNTIMED))
 
 
 def build(

@@ -43,7 +43,7 @@ FAILURES_PER_UNIT = 1024
 
 
 @dataclass(frozen=True)
-class Backlog:
+class RemainingWork:
     """What is to be done, and what is done.
 
     Attributes:
@@ -82,30 +82,19 @@ class Backlog:
             return None
         return sum(len(unit.items) + len(unit.failures) for unit in self.units)
 
+    def cut(self, settings: SourceSettings) -> RemainingWork:
+        """Return the same work with all containers cut into units."""
+        units = (*self.units, *cut_containers(self.rests, settings))
+        return dataclasses.replace(self, units=units, rests=())
 
-def find_backlog(
+
+def find_remaining(
     found: Found,
     commits: Mapping[str, Commit],
     settings: SourceSettings,
     *,
     retry_from: str | None = None,
-) -> Backlog:
-    """Compare what was found with what is committed, and cut what is to be done into units.
-
-    Arguments and errors are those of ``find_uncut_backlog``.
-    """
-    backlog = find_uncut_backlog(found, commits, settings, retry_from=retry_from)
-    units = (*backlog.units, *cut_containers(backlog.rests, settings))
-    return dataclasses.replace(backlog, units=units, rests=())
-
-
-def find_uncut_backlog(
-    found: Found,
-    commits: Mapping[str, Commit],
-    settings: SourceSettings,
-    *,
-    retry_from: str | None = None,
-) -> Backlog:
+) -> RemainingWork:
     """Compare what was found with what is committed; new containers are left to be cut.
 
     Args:
@@ -138,7 +127,7 @@ def find_uncut_backlog(
     replaced = {unit.replaces[0] for unit in retried}
     kept = {unit_id: commit for unit_id, commit in same.items() if unit_id not in replaced}
     found_kept = sum(inventory.num_found(commit) for commit in kept.values())
-    return Backlog(
+    return RemainingWork(
         units=(*redone, *retried, *fresh),
         rests=tuple(rests),
         kept_units=tuple(kept),
@@ -162,6 +151,11 @@ def find_uncut_backlog(
             for unit, totals in zip(retried, retried_from, strict=True)
         ),
     )
+
+
+def find_units(found: Found, settings: SourceSettings) -> tuple[WorkUnit, ...]:
+    """Return the units of everything that was found, where nothing is committed."""
+    return find_remaining(found, {}, settings).cut(settings).units
 
 
 def count_found_items(found: Found) -> int | None:
