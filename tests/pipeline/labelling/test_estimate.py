@@ -74,7 +74,7 @@ def test_the_plan_is_printed_and_nothing_is_written(
     printed = capsys.readouterr().out
     assert "5 labels (sigmoid), windows of 10.255 s" in printed
     assert "Found: 4 files or segments." in printed
-    assert "left aside: 1 .txt" in printed
+    assert "Skipped files of other kinds: 1 .txt" in printed
     assert "Estimate from 3 clips: 6 s of audio, 4 windows." in printed
     assert "Time on this machine: about" in printed
     assert "1 of the clips tried could not be decoded" in printed
