@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.config.label import RunConfig
 from pipeline.labelling.calibration import calibrate, thinned
 from pipeline.labelling.plan import RunPlan, describe_plan, make_plan
-from pipeline.labelling.run import is_remote, pipeline_options
+from pipeline.runners.options import is_remote, pipeline_options
 from pipeline.terminal.progress import format_audio, format_duration
 from pipeline.terminal.std_streams import answer
 from transforms.decoding.pool import DecodePool

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
-from apache_beam.runners.runner import create_runner
+from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipeline.config.label import DEFAULT_RUNNER, RunConfig, given_inputs, given_output
+from pipeline.config.label import RunConfig, given_inputs, given_output
 from pipeline.graph import RunTotals, build_graph
 from pipeline.labelling.calibration import calibrate
 from pipeline.labelling.plan import (
@@ -50,16 +49,21 @@ from pipeline.result.state import (
     write_run,
 )
 from pipeline.runners.dataflow import (
-    check_dataflow,
-    check_device,
     check_no_job,
     follow,
     is_dataflow,
     is_left_running,
     submit,
 )
-from pipeline.runners.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
-from pipeline.runners.options import temporary_files_in_scratch
+from pipeline.runners.options import (
+    check_model_reachable,
+    check_reachable,
+    check_runner,
+    is_in_process,
+    is_remote,
+    pipeline_options,
+    temporary_files_in_scratch,
+)
 from pipeline.terminal.precision_report import describe_checks, precision_warnings
 from pipeline.terminal.progress import (
     LiveReader,
@@ -70,8 +74,7 @@ from pipeline.terminal.progress import (
 )
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
-from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
-from transforms.models.ast.checkpoints import ModelSpec
+from transforms.errors import ConfigError, OutputError, TooManyListedError
 from transforms.process.stage_times import stage_clocks
 from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
@@ -96,14 +99,8 @@ MAX_EXAMPLE_CHARS = 1000
 EXIT_DONE = 0
 EXIT_TOO_MANY_FAILED = 3
 
-# Runners that hand work to other machines, which cannot see this one's files.
-REMOTE_RUNNERS = frozenset({"dataflowrunner"})
-
 # Dataflow takes 10 MB of a job's description, and half of that is what the units become in it.
 MAX_JOB_BYTES = 4 << 20
-
-# Beam's options whose values in the config and on the command line do not exclude each other.
-ADDED_UP = frozenset({"experiments"})
 
 
 def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 0.0) -> int:
@@ -243,140 +240,6 @@ def _interrupt_main_thread() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
-def pipeline_options(config: RunConfig, beam_options: list[str]) -> PipelineOptions:
-    """Beam's options: from the config, then from the command line, which wins.
-
-    What is given there takes the place of the config's value, also where Beam would add the two
-    up (``dataflow_service_options``); experiments alone are added up. Nothing of ``__main__`` goes
-    along to workers: Earmark's code lies in packages.
-
-    Raises:
-        ConfigError: Beam does not know one of them.
-    """
-    given = {_option_name(arg) for arg in beam_options if arg.startswith("--")} - ADDED_UP
-    args = [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, values in config.beam.items()
-        for value in (values if isinstance(values, list) else [values])
-        if value is not None and value is not False and _option_name(name) not in given
-    ]
-    args += beam_options
-    if not any(arg.endswith("save_main_session") for arg in args):
-        args.append("--no_save_main_session")
-    if not any(arg.split("=")[0] == "--runner" for arg in args):
-        args.append(f"--runner={DEFAULT_RUNNER}")
-    if config.inference.workers > 1 and not any("direct_num_workers" in arg for arg in args):
-        args += [
-            f"--direct_num_workers={config.inference.workers}",
-            "--direct_running_mode=multi_processing",
-        ]
-    options = PipelineOptions(args)
-    check_known(options, args)
-    return options
-
-
-def _option_name(arg: str) -> str:
-    return arg.removeprefix("--").split("=")[0].replace("-", "_")
-
-
-def check_known(options: PipelineOptions, args: list[str]) -> None:
-    """Refuse what Beam would only warn about ("Discarding unparseable args").
-
-    Raises:
-        ConfigError: Beam does not know an option.
-    """
-    known = {*options.get_all_options(), *JOB_SERVER_OPTIONS.get(runner_name(options), ())}
-    names = [arg[2:].split("=")[0] for arg in args if arg.startswith("--")]
-    unknown = [name for name in names if name.replace("-", "_") not in known]
-    # Some options have negative or alternative spellings that are kept under another name.
-    unknown = [name for name in unknown if not name.startswith(("no_", "no-"))]
-    if unknown:
-        raise ConfigError(
-            f"Beam knows no pipeline option --{unknown[0]}; see the Beam documentation, or put "
-            "Earmark's own options before the bare --."
-        )
-
-
-def runner_name(options: PipelineOptions) -> str:
-    """The runner's class in lower case, whichever of its names was given: ``flinkrunner``.
-
-    Raises:
-        ConfigError: Beam has no such runner, or it needs a package that is not installed.
-    """
-    name = options.view_as(StandardOptions).runner or DEFAULT_RUNNER
-    try:
-        return type(create_runner(name)).__name__.lower()
-    except ImportError as error:
-        raise ConfigError(
-            f"runner {name} needs a package that is not installed ({error}); for DataflowRunner: "
-            "pip install 'earmark[gcp]'"
-        ) from error
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"Beam has no runner {name}; among those it has are FnApiRunner (the default), "
-            "DirectRunner, PrismRunner, FlinkRunner, SparkRunner and DataflowRunner."
-        ) from error
-
-
-def is_remote(options: PipelineOptions) -> bool:
-    """Whether other machines will do the work, which cannot see this one's files."""
-    name = runner_name(options)
-    return name in REMOTE_RUNNERS or not has_all_machines_here(name, options)
-
-
-def check_runner(options: PipelineOptions, device: str | None = None) -> None:
-    """Refuse what a runner could not do.
-
-    Args:
-        options: Beam's.
-        device: What the model is to be run on; None where there is no model.
-
-    Raises:
-        ConfigError: An option is missing or does not go with another.
-    """
-    if is_dataflow(options):
-        check_dataflow(options)
-        if device is not None:
-            check_device(options, device)
-    check_workers(runner_name(options), options)
-
-
-def check_model_reachable(model: ModelSpec) -> None:
-    """Refuse a model on this machine where other machines do the work.
-
-    Raises:
-        ModelError: It lies in a local folder.
-    """
-    if model.source in ("folder", "original") and urls.is_local(model.location):
-        raise ModelError(
-            f"model {model.name} lies on this machine, and the runner works on others; copy it to "
-            "where they can reach it (--model gs://…), or name one from the hub."
-        )
-
-
-def check_reachable(inputs: Sequence[str], output: str | None) -> None:
-    """Refuse local paths where other machines do the work.
-
-    Args:
-        inputs: What is to be read.
-        output: What is to be written; None if it was not given.
-
-    Raises:
-        ConfigError: A remote runner is to read or write this machine's files.
-    """
-    if output is None:
-        raise ConfigError(
-            "no output is given, and the runner works on other machines; give a URL that they can "
-            "reach (--output gs://…), or --runner=FnApiRunner."
-        )
-    for name, url in (("--output", output), *(("INPUT", url) for url in inputs)):
-        if urls.is_local(url):
-            raise ConfigError(
-                f"{name} is the local path {url}, and the runner works on other machines; "
-                "give a URL that they can reach (gs://…), or --runner=FnApiRunner."
-            )
-
-
 def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED) -> FinishRun:
     """Bring the output in order and say in ``run.json`` that a run is on.
 
@@ -464,12 +327,6 @@ def run_graph(
 def _progress_reader(options: PipelineOptions, output: str) -> Callable[[], ProgressCounts]:
     """Counts of this process where it does the work, else what has been committed by now."""
     return LiveReader() if is_in_process(options) else _CommitReader(output)
-
-
-def is_in_process(options: PipelineOptions) -> bool:
-    """Whether this process itself does the work."""
-    num_workers = options.view_as(DirectOptions).direct_num_workers
-    return runner_name(options) == DEFAULT_RUNNER.lower() and num_workers == 1
 
 
 class _CommitReader:

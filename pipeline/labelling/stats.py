@@ -29,17 +29,16 @@ from pipeline.labelling.plan import (
     make_source_settings,
 )
 from pipeline.labelling.remaining import count_found_items, find_units
-from pipeline.labelling.run import (
-    EXIT_DONE,
-    EXIT_TOO_MANY_FAILED,
+from pipeline.labelling.run import EXIT_DONE, EXIT_TOO_MANY_FAILED
+from pipeline.runners.dataflow import follow, is_left_running
+from pipeline.runners.options import (
     check_reachable,
     check_runner,
     is_in_process,
     is_remote,
     pipeline_options,
+    temporary_files_in_scratch,
 )
-from pipeline.runners.dataflow import follow, is_left_running
-from pipeline.runners.options import temporary_files_in_scratch
 from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio, format_duration
 from pipeline.terminal.std_streams import answer, say
 from transforms.decoding.pool import DecodeAudio, DecodeSettings

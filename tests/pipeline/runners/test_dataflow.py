@@ -34,10 +34,11 @@ from pipeline.graph import build_graph
 from pipeline.labelling.estimate import run_plan
 from pipeline.labelling.plan import ResolvedRun
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
-from pipeline.labelling.run import check_runner, pipeline_options, run_label
+from pipeline.labelling.run import run_label
 from pipeline.labelling.stats import run_stats
 from pipeline.result.state import ResultState
 from pipeline.runners.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
+from pipeline.runners.options import check_runner, pipeline_options
 from pipeline.terminal.time_report import UNTIMED
 from tests.support import audio_factory
 from tests.support.paths import ROOT
@@ -525,7 +526,7 @@ def test_the_launcher_writes_a_template_and_ends(
 
 def test_a_model_on_this_machine_is_refused(config: RunConfig, tiny_model: Path) -> None:
     model = config.model.model_copy(update={"name": str(tiny_model)})
-    with pytest.raises(ModelError, match="lies on this machine, and the runner works on others"):
+    with pytest.raises(ModelError, match="is on this machine, and the runner works on others"):
         run_label(config.model_copy(update={"model": model}), flags())
     assert not filesystem.exists("memory://df/out/run.json")
 
