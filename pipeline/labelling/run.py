@@ -1,8 +1,8 @@
-"""``earmark label``: plan, run the graph, say what came of it.
+"""``earmark label``: plan a run, run its graph, and print what came of it.
 
-Everything that can be wrong with the command is found while planning, before anything is
-written. Then the output is brought in order, ``run.json`` says that a run is on, and the graph
-does the rest; its last step writes the totals.
+Planning finds every error in the command before anything is written. Then the output is repaired,
+``run.json`` gets the status ``running``, and the graph does the rest. Its last step writes the
+totals.
 """
 
 from __future__ import annotations
@@ -89,17 +89,18 @@ from transforms.results.commits import (
 from transforms.sources.clip_ids import for_terminal
 from transforms.sources.read_unit import check_there
 from transforms.storage import listing, urls, writing
+from transforms.storage.secrets import public_uri
 
-# Listing a remote folder takes a while: what others commit is looked up every few seconds.
+# Listing a remote folder takes a while, so commits of workers are counted every few seconds.
 COMMIT_POLL_INTERVAL_S = 5.0
 
-# Names and messages may be long; the whole of them stands in the errors table.
+# Names and messages may be long; the errors table has them in full.
 MAX_EXAMPLE_CHARS = 1000
 
 EXIT_DONE = 0
 EXIT_TOO_MANY_FAILED = 3
 
-# Dataflow takes 10 MB of a job's description, and half of that is what the units become in it.
+# Dataflow accepts job descriptions of 10 MB, in which pickled units take about twice their size.
 MAX_JOB_BYTES = 4 << 20
 
 
@@ -107,16 +108,16 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
     """Label the inputs.
 
     Args:
-        config: What to do.
-        beam_options: Beam pipeline options as given after ``--``; they win over ``config.beam``.
-        imports_s: Seconds that importing this module took, for the record of the run.
+        config: The config.
+        beam_options: Beam's options after ``--``; they win over ``config.beam``.
+        imports_s: Seconds that importing this module took, for ``run.json``.
 
     Returns:
-        The exit code: 0 done, or submitted and not waited for; 3 done but with more failures than
-        allowed or a broken container.
+        The exit code: 0 for done, or for submitted without waiting; 3 for done with a broken
+        container or with more failures than allowed.
 
     Raises:
-        UsageError: Something is wrong with the command; nothing was written.
+        UsageError: The command is not valid; nothing was written.
         AccountingError: Items and rows do not add up.
     """
     began_s = time.monotonic()
@@ -142,21 +143,21 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
             finally:
                 remove_staging(output)
             if not is_done:
-                say(f"Once it has ended, earmark verify {output} says whether all is well.")
+                say(f"When the job has ended, check it: earmark verify {public_uri(output)}")
                 return EXIT_DONE
         return report(output, config, time.monotonic() - started)
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that is ready to begin.
+    """A run that is ready to start.
 
     Attributes:
         output: The result's folder.
-        prepare: Brings the output in order; gives what draws the graph, or None where there was
-            nothing to do and the run has been finished.
-        windows: Windows to label, estimated; None if not known.
-        items: Items to label; None if not known.
+        prepare: Repairs the output and returns the function that builds the graph; None if there
+            was nothing to do and the run is finished.
+        windows: Estimated number of windows to label; None if not known.
+        items: Number of items to label; None if not known.
     """
 
     output: str
@@ -168,10 +169,10 @@ class PlannedRun:
 def plan_locally(
     resolved: ResolvedRun, config: RunConfig, options: PipelineOptions
 ) -> PlannedRun | None:
-    """Plan a run on this machine; None where there is too much to list, or to hand over.
+    """Plan a run on this machine; None if the inputs are too many to list or to submit.
 
     Raises:
-        UsageError: Something is wrong with the command or its inputs; nothing was written.
+        UsageError: The command or an input is not valid; nothing was written.
     """
     try:
         plan = find_plan(resolved, config.units.max_listed_here)
@@ -201,7 +202,7 @@ def plan_locally(
 
 
 def fits_job(units: Sequence[WorkUnit]) -> bool:
-    """Whether Dataflow takes these units as part of a job's description."""
+    """Return whether a job description of Dataflow has room for these units."""
     num_bytes = 0
     for unit in units:
         num_bytes += len(pickle.dumps(unit))
@@ -211,21 +212,22 @@ def fits_job(units: Sequence[WorkUnit]) -> bool:
 
 
 def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
-    """A run that workers plan.
+    """Return a run that workers plan.
 
     Raises:
-        UsageError: An input does not exist, or the settings need a plan that is made here.
+        UsageError: An input does not exist, or the settings need a plan made on this machine.
     """
     if config.inference.precision == "int8":
         raise ConfigError(
             "inference.precision is int8, which is calibrated on the inputs before the work "
-            "starts, and they are too many to be listed here (units.max_listed_here is "
-            f"{config.units.max_listed_here}); raise that, or use --precision auto."
+            "starts, and there are too many of them to list on this machine "
+            f"(units.max_listed_here is {config.units.max_listed_here}); raise that, or use "
+            "--precision auto."
         )
     check_there(resolved.urls)
     for line in describe_model(resolved.label):
         say(line, quiet=config.quiet)
-    say("The inputs are many: the run itself lists and groups them.", quiet=config.quiet)
+    say("There are many inputs: workers list and group them.", quiet=config.quiet)
 
     def prepare(startup: Startup) -> Callable[[beam.Pipeline], None]:
         run = begin_output(resolved.state, resolved.run, config, is_new=True)
@@ -236,17 +238,12 @@ def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
 
 
 def _interrupt_main_thread() -> None:
-    # A signal, because it ends whatever the main thread is waiting for.
+    # A signal interrupts any call that the main thread is blocked in.
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED) -> FinishRun:
-    """Bring the output in order and say in ``run.json`` that a run is on.
-
-    Args:
-        plan: What is to be done.
-        config: How.
-        startup: What starting has taken so far.
+    """Repair the output and mark the run as running; return the run's last step.
 
     Raises:
         OutputError: The output cannot be written.
@@ -263,13 +260,13 @@ def begin_output(
     *,
     is_new: bool,
 ) -> dict[str, Any]:
-    """Bring the output in order, and give ``run.json`` as it is while a run is on.
+    """Repair the output, and return ``run.json`` as of the start of the run.
 
     Args:
-        state: What lies there.
-        run: ``run.json`` as far as it is known.
-        config: Whether to start anew.
-        is_new: Whether there may be something to do: then ``run.json`` says that a run is on.
+        state: The existing result.
+        run: ``run.json`` as planned.
+        config: The config; with ``overwrite`` the existing result is removed.
+        is_new: Whether there may be units to do; then ``run.json`` is written.
 
     Raises:
         OutputError: The output cannot be written.
@@ -277,7 +274,7 @@ def begin_output(
     run = {**run, "status": "running", "started_utc": utc_now()}
     try:
         if is_new:
-            # First: from here on, whoever looks must not take the result for a whole one.
+            # First: from here on, no reader may take the result for a whole one.
             writing.remove(urls.join(state.output, SUCCESS_FILE))
         if config.overwrite:
             remove_result(state)
@@ -287,8 +284,8 @@ def begin_output(
             write_run(state.output, run)
     except OSError as error:
         raise OutputError(
-            f"{state.output} cannot be written: {error}. Give another --output, or mend its "
-            "permissions."
+            f"{public_uri(state.output)} cannot be written: {error}. Give another --output, or fix "
+            "its permissions."
         ) from error
     return run
 
@@ -296,41 +293,36 @@ def begin_output(
 def run_graph(
     draw: Callable[[beam.Pipeline], None], run: PlannedRun, options: PipelineOptions, quiet: bool
 ) -> bool:
-    """Run the graph, with progress on the terminal; to its end, unless it is not waited for.
+    """Run the graph and show its progress; wait for its end unless the options say not to.
 
     Returns:
-        Whether it has come to its end.
+        Whether the graph has run to its end.
     """
-    with temporary_files_in_scratch():  # it makes a folder that would stay if the run is killed
+    with temporary_files_in_scratch():  # else its folder would remain when the run is killed
         pipeline = beam.Pipeline(options=options)
     draw(pipeline)
     stage_clocks.reset()
     is_waited_for = not (is_remote(options) and is_left_running(options))
-    # The service takes the job and answers at once; other runners work in the call to run.
+    # Dataflow accepts the job and answers at once; other runners do the work in the call to run.
     result = submit(pipeline, run.output, options, quiet=quiet) if is_dataflow(options) else None
     if not is_waited_for:
         if result is None:
             pipeline.run()
-            say("The job has been handed over, and is not waited for.", quiet=quiet)
+            say("The job is submitted; this command does not wait for it.", quiet=quiet)
         return False
     progress = ProgressDisplay(
         total_windows=run.windows,
         total_items=run.items,
         quiet=quiet,
-        read=_progress_reader(options, run.output),
+        read=LiveReader() if is_in_process(options) else _CommitReader(run.output),
     )
-    with progress, temporary_files_in_scratch():  # a job server keeps what it stages in a folder
+    with progress, temporary_files_in_scratch():  # a job server stages files in a folder
         follow(result or pipeline.run(), run.output, options)
     return True
 
 
-def _progress_reader(options: PipelineOptions, output: str) -> Callable[[], ProgressCounts]:
-    """Counts of this process where it does the work, else what has been committed by now."""
-    return LiveReader() if is_in_process(options) else _CommitReader(output)
-
-
 class _CommitReader:
-    """Counts of the units committed since it was made, listed now and then."""
+    """Counts the units committed since it was made, by listing the commits every few seconds."""
 
     def __init__(self, output: str) -> None:
         self._output = output
@@ -345,9 +337,9 @@ class _CommitReader:
         return self._counts
 
     def refresh(self) -> None:
-        """Look at once; ``ProgressDisplay`` does so at the end."""
+        """List the commits now; ``ProgressDisplay`` calls this at the end."""
         self._next_s = time.monotonic() + COMMIT_POLL_INTERVAL_S
-        # A display is no reason for a run to fail; nor is a commit that is being mended.
+        # Neither the display nor a commit that is being redone may end the run.
         with contextlib.suppress(OSError, OutputError):
             for unit_id in list_part_ids(self._output):
                 if unit_id not in self._seen:
@@ -388,31 +380,31 @@ class _CommitReader:
 
 
 def report(output: str, config: RunConfig, elapsed_s: float) -> int:
-    """Print the closing lines, and decide on the exit code."""
+    """Print the closing lines, and return the exit code."""
     run = read_run(output) or {}
     totals: Mapping[str, Any] = run["totals"]
-    engines: list[str] = run["engines"]
-    for line in closing_lines(output, totals, engines, elapsed_s):
-        say(line, quiet=config.quiet)
-    for line in describe_time(run["time"]):
-        say(line, quiet=config.quiet)
     checks = run.get("checks", {})
-    for line in describe_checks(checks):
+    lines = [
+        *closing_lines(output, totals, run["engines"], elapsed_s),
+        *describe_time(run["time"]),
+        *describe_checks(checks),
+    ]
+    for line in lines:
         say(line, quiet=config.quiet)
-    for line in precision_warnings(checks):  # however quiet the run is to be
+    # Warnings and failures are printed with --quiet, too.
+    for line in precision_warnings(checks):
         say(line)
     failures, items = totals["found_failures"], totals["found_items"]
-    # Failures are always said aloud, however quiet the run is to be.
     if failures:
         say(
-            f"{failures:,} of {counted(items, 'item')} could not be labelled; why stands in "
-            f"{urls.join(output, 'errors')}/*.parquet. --retry-failed tries them again."
+            f"{failures:,} of {counted(items, 'item')} could not be labelled; the reasons are in "
+            f"{public_uri(urls.join(output, 'errors'))}/*.parquet. To retry: --retry-failed"
         )
         say(f"One of them: {example_failure(output)}")
     if totals["broken_containers"]:
         say(
             f"Among the failures: {counted(totals['broken_containers'], 'container')} (tar, "
-            "Parquet, manifest) not read to the end; what could be read of them is labelled."
+            "Parquet, manifest) not read to the end; the part that could be read is labelled."
         )
         return EXIT_TOO_MANY_FAILED
     if items and failures / items > config.max_failed:
@@ -422,7 +414,7 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
 
 
 def example_failure(output: str) -> str:
-    """An item that could not be labelled, and why: one line, fit for a terminal."""
+    """Describe one failed item in a line that is safe to print on a terminal."""
     names = set(listing.list_names(urls.join(output, "errors")))
     unit_id = next(name for name in list_unit_ids(output) if f"{name}.parquet" in names)
     row = read_failures(output, unit_id)[0]
@@ -434,7 +426,7 @@ def example_failure(output: str) -> str:
 def closing_lines(
     output: str, totals: Mapping[str, Any], engines: Sequence[str], elapsed_s: float
 ) -> list[str]:
-    """The accounting, and where things lie."""
+    """Describe the accounting of a run, and where its rows are."""
     found, failed = totals["found_items"], totals["found_failures"]
     lines = [
         f"{counted(found, 'item')} found: {found - failed:,} labelled, {failed:,} failed "
@@ -452,8 +444,8 @@ def closing_lines(
             f"Computed by {'a mixture: ' if len(engines) > 1 else ''}{', '.join(engines)}."
         )
     if totals["clips"]:
+        clips, windows = (public_uri(urls.join(output, name)) for name in ("clips", "windows"))
         lines.append(
-            f"Labels: {urls.join(output, 'clips')}/*.parquet (a row per clip), "
-            f"{urls.join(output, 'windows')}/*.parquet (a row per window)."
+            f"Labels: {clips}/*.parquet (a row per clip), {windows}/*.parquet (a row per window)."
         )
     return lines

@@ -131,7 +131,9 @@ def _read_result(output: str) -> ResultState:
     if not filesystem.exists(output):
         return ResultState(output)
     if not filesystem.is_folder(output):
-        raise OutputError(f"{output} is a file; --output needs a folder. Give another path.")
+        raise OutputError(
+            f"{public_uri(output)} is a file; --output needs a folder. Give another path."
+        )
     run = read_run(output)
     commits, without = read_commits(output)
     sizes, foreign = _list_parts(output)
@@ -187,7 +189,8 @@ def read_run(output: str) -> Mapping[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         pass
     raise OutputError(
-        f"{url} was not written by Earmark, or is damaged; give another --output, or remove it."
+        f"{public_uri(url)} was not written by Earmark, or is damaged; give another --output, or "
+        "remove it."
     )
 
 
@@ -235,13 +238,15 @@ def wait_for_writers(output: str) -> None:
     """
     if not are_commits_held(output):
         return
-    logger.info("waiting for processes of an earlier run that still write to %s", output)
+    logger.info(
+        "waiting for processes of an earlier run that still write to %s", public_uri(output)
+    )
     deadline = time.monotonic() + WRITERS_PATIENCE_S
     while are_commits_held(output):
         if time.monotonic() > deadline:
             raise OutputError(
-                f"processes of an earlier run still write to {output}, and did not end within "
-                f"{WRITERS_PATIENCE_S:g} s; stop them, then run this command again."
+                f"processes of an earlier run still write to {public_uri(output)}, and did not end "
+                f"within {WRITERS_PATIENCE_S:g} s; stop them, then run this command again."
             )
         time.sleep(0.1)
 
@@ -280,8 +285,8 @@ def check_removable(state: ResultState) -> None:
     others = (*state.foreign, *state.orphans)
     if not state.is_result and others:
         raise OutputError(
-            f"{state.output} holds {others[0]} but no run.json of Earmark; --overwrite removes "
-            "only what Earmark wrote. Give another --output."
+            f"{public_uri(state.output)} holds {public_uri(others[0])} but no run.json of Earmark; "
+            "--overwrite removes only what Earmark wrote. Give another --output."
         )
 
 
@@ -334,7 +339,7 @@ def check_same_results(state: ResultState, results: Mapping[str, Any], model_nam
     if not differences:
         differences = [f"  fingerprint: {min(others)} there, {fingerprint} now"]
     raise OutputError(
-        f"{state.output} was made with other settings that change results:\n"
+        f"{public_uri(state.output)} was made with other settings that change results:\n"
         + "\n".join(differences)
         + "\nGive another --output, go back to those settings, or start anew with --overwrite."
     )
@@ -474,6 +479,7 @@ class FinishRun:
                 remove_long_file(self.output, long_id, urls)
 
     def _check(self, new: RunTotals) -> None:
+        place = public_uri(self.output)
         if new.units != self.num_units:
             raise AccountingError(
                 f"{self.num_units} units were planned and {new.units} came to their end; run the "
@@ -483,11 +489,11 @@ class FinishRun:
         if self.num_found_items not in (None, found_items):
             raise AccountingError(
                 f"planning found {self.num_found_items} items, and {found_items} rows were written "
-                f"for them; see earmark verify {self.output}"
+                f"for them; see earmark verify {place}"
             )
         num_commits = len(list_unit_ids(self.output))
         if num_commits != self.num_commits:
             raise AccountingError(
-                f"{self.num_commits} commits must be in {self.output}, and {num_commits} are; see "
-                f"earmark verify {self.output}"
+                f"{self.num_commits} commits must be in {place}, and {num_commits} are; see "
+                f"earmark verify {place}"
             )

@@ -192,7 +192,7 @@ def test_damaged_audio_is_labelled_with_a_warning_or_is_a_row(
     soundfile.write(folder / "nan.wav", samples, RATE_HZ, subtype="FLOAT")
     said = earmark(folder)
     assert said.code == 3
-    assert "4 of 8 items could not be labelled; why stands in" in said.words
+    assert "4 of 8 items could not be labelled; the reasons are in" in said.words
     assert "One of them: " in said.words
     assert "That is more than --max-failed allows (0.05 of the items)." in said.words
     clips = earmark.rows("clips")
