@@ -32,7 +32,6 @@ from pipeline.labelling.remaining import (
     find_remaining,
 )
 from pipeline.result.state import (
-    RUN_SCHEMA_VERSION,
     FinishRun,
     ResultState,
     check_removable,
@@ -57,7 +56,7 @@ from transforms.models.ast.checkpoints import (
 )
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
-from transforms.results.commits import UnitSummary
+from transforms.results.commits import SCHEMA_VERSION, UnitSummary
 from transforms.results.write_units import CommitSettings
 from transforms.sources.read_unit import (
     Found,
@@ -206,7 +205,7 @@ def resolve_run(
             rows=label.rows,
         ),
         run={
-            "schema_version": RUN_SCHEMA_VERSION,
+            "schema_version": SCHEMA_VERSION,
             "status": "running",
             "fingerprint": fingerprint,
             "model": _model_record(model),

@@ -30,6 +30,7 @@ from transforms.errors import AccountingError, OutputError, in_words
 from transforms.results.commits import (
     COMMITS,
     PARTS,
+    RUN_FILE,
     Commit,
     are_commits_held,
     commit_url,
@@ -47,9 +48,7 @@ from transforms.storage.writing import writing_to
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 SUCCESS_FILE = "_SUCCESS"
-RUN_SCHEMA_VERSION = 1
 WRITERS_PATIENCE_S = 60.0
 
 # What a unit's files are called: ``sources.make_unit_id`` and an ending of ours.
@@ -116,7 +115,8 @@ def read_result(output: str) -> ResultState:
     """Read the state of an output folder; an absent or empty one is an empty state.
 
     Raises:
-        OutputError: The folder cannot be read or is a file, or ``run.json`` is not Earmark's.
+        OutputError: The folder cannot be read or is a file, ``run.json`` is not Earmark's, or the
+            result has another schema.
     """
     try:
         return _read_result(output)
@@ -134,8 +134,8 @@ def _read_result(output: str) -> ResultState:
         raise OutputError(
             f"{public_uri(output)} is a file; --output needs a folder. Give another path."
         )
+    commits, without = read_commits(output)  # first: it checks the schema
     run = read_run(output)
-    commits, without = read_commits(output)
     sizes, foreign = _list_parts(output)
     superseded = {old for commit in commits.values() for old in commit.replaces}
     superseded &= commits.keys() | without.keys()

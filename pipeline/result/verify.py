@@ -10,6 +10,7 @@ what is there.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
@@ -22,15 +23,17 @@ from enum import Enum
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.result.state import RUN_FILE, SUCCESS_FILE, ResultState, read_result
+from pipeline.result.state import SUCCESS_FILE, ResultState, read_result
 from pipeline.terminal.std_streams import answer
 from transforms.errors import InputError, OutputError
 from transforms.results.commits import (
     COMMITS,
     LONG_FILES,
+    RUN_FILE,
     Commit,
     PartInfo,
     UnitTotals,
+    check_schema,
     commit_url,
     find_change,
     list_unit_ids,
@@ -93,9 +96,12 @@ def run_verify(folder: str, quiet: bool = False) -> int:
 
     Raises:
         InputError: The folder holds no result of Earmark's.
+        OutputError: The result cannot be read, or has another schema.
     """
     output = urls.normalise(folder)
     name = public_uri(output)
+    with contextlib.suppress(OSError):  # reported below
+        check_schema(output)
     try:
         state = read_result(output)
     except OutputError as error:

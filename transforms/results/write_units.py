@@ -42,6 +42,7 @@ from transforms.records import (
 )
 from transforms.results.commits import (
     PARTS,
+    SCHEMA_VERSION,
     CheckFigures,
     Commit,
     Ledger,
@@ -64,7 +65,6 @@ from transforms.results.commits import (
     remove_unit,
 )
 from transforms.results.rows import (
-    SCHEMA_VERSION,
     RowSettings,
     clips_schema,
     clips_table,
