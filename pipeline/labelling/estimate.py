@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -153,6 +153,13 @@ def estimate_work(plan: RunPlan) -> Estimate:
             else:
                 num_windows += num_bytes * sample.windows / sample.num_bytes
     return Estimate(everything.clips, failed, audio_s, round(num_windows))
+
+
+def windows_of_first(units: Sequence[WorkUnit]) -> Callable[[int], float]:
+    """Return a function from a number of items to their estimated windows, in the plan's order."""
+    items = np.cumsum([0, *(len(unit.items) + len(unit.failures) for unit in units)])
+    windows = np.cumsum([0, *(unit.estimated_windows for unit in units)])
+    return lambda num_items: float(np.interp(num_items, items, windows))
 
 
 def unit_bytes(unit: WorkUnit) -> Iterator[tuple[str, int | None]]:

@@ -24,6 +24,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pipeline.config.label import RunConfig, given_inputs, given_output
 from pipeline.graph import RunTotals, build_graph
 from pipeline.labelling.calibration import calibrate
+from pipeline.labelling.estimate import windows_of_first
 from pipeline.labelling.plan import (
     ResolvedRun,
     RunPlan,
@@ -158,12 +159,14 @@ class PlannedRun:
             was nothing to do and the run is finished.
         windows: Estimated number of windows to label; None if not known.
         items: Number of items to label; None if not known.
+        windows_of_first: Gives the estimated windows of the first so many items; None if not known.
     """
 
     output: str
     prepare: Callable[[Startup], Callable[[beam.Pipeline], None] | None]
     windows: int | None = None
     items: int | None = None
+    windows_of_first: Callable[[int], float] | None = None
 
 
 def plan_locally(
@@ -197,8 +200,14 @@ def plan_locally(
         finish(RunTotals())
         return None
 
-    windows = sum(unit.estimated_windows for unit in plan.units)
-    return PlannedRun(plan.output, prepare, windows, plan.remaining.num_items)
+    items = plan.remaining.num_items
+    return PlannedRun(
+        plan.output,
+        prepare,
+        windows=sum(unit.estimated_windows for unit in plan.units),
+        items=items,
+        windows_of_first=None if items is None else windows_of_first(plan.units),
+    )
 
 
 def fits_job(units: Sequence[WorkUnit]) -> bool:
@@ -313,6 +322,7 @@ def run_graph(
     progress = ProgressDisplay(
         total_windows=run.windows,
         total_items=run.items,
+        windows_of_first=run.windows_of_first,
         quiet=quiet,
         read=LiveReader() if is_in_process(options) else _CommitReader(run.output),
     )

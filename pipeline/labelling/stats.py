@@ -22,6 +22,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config.label import RunConfig, given_inputs
+from pipeline.labelling.estimate import windows_of_first
 from pipeline.labelling.plan import (
     counted,
     describe_inputs,
@@ -165,6 +166,7 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
         read=LiveReader(),
         total_windows=sum(unit.estimated_windows for unit in plan.units),
         total_items=count_found_items(plan.found),
+        windows_of_first=windows_of_first(plan.units),
         doing="measuring",
         quiet=config.quiet or not is_in_process(options),
     ):
