@@ -341,7 +341,7 @@ def test_an_output_that_cannot_be_written(earmark: Earmark, tmp_path: Path) -> N
     earmark.refuses(r"file is a file; --output needs a folder\. Give another path", earmark.good,
                     output=tmp_path / "file")  # fmt: skip
     earmark.refuses(r"output is '' \(--output\); must not be empty", earmark.good, output="")
-    step = r"cannot be written: .*Give another --output, or mend its permissions"
+    step = r"cannot be written: .*Give another --output, or fix its permissions"
     earmark.refuses(rf"file/out {step}", earmark.good, output=tmp_path / "file" / "out")
     read_only = f"{NOWHERE}/x: http:// can be read, not written; give a local folder"
     earmark.refuses(read_only, earmark.good, output=f"{NOWHERE}/x")

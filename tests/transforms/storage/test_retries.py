@@ -183,7 +183,7 @@ def test_a_file_that_fails_while_its_store_answers_is_given_up_on_sooner(
 
     num_tries, note = tries_until_given_up("a")
     assert retries.FILE_TRIES <= num_tries < 20
-    assert note.endswith("its store answers for others, so look at this one, and try again later")
+    assert note.endswith("its store answers for other files; check this one, and try again later")
     assert tries_until_given_up("a")[0] == 1  # for a while, as a store would be
     assert retries.FILE_TRIES <= tries_until_given_up("b")[0] < 20
     # Too many requests are no trouble of one file, and a store that is down is none, either.
