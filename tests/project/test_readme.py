@@ -23,7 +23,7 @@ from benchmarks import draw_labels
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig
 from pipeline.config.load import load_config, shipped_configs
-from pipeline.labelling.run import pipeline_options
+from pipeline.runners.options import pipeline_options
 from tests.support.bird_factory import write_birds
 from tests.support.fake_hub import serve_hub
 from tests.support.model_factory import write_tiny_model

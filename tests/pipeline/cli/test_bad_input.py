@@ -191,7 +191,7 @@ def test_damaged_audio_is_labelled_with_a_warning_or_is_a_row(
     soundfile.write(folder / "nan.wav", samples, RATE_HZ, subtype="FLOAT")
     said = earmark(folder)
     assert said.code == 3
-    assert "4 of 8 items could not be labelled; why stands in" in said.words
+    assert "4 of 8 items could not be labelled; the reasons are in" in said.words
     assert "One of them: " in said.words
     assert "That is more than --max-failed allows (0.05 of the items)." in said.words
     clips = earmark.rows("clips")
@@ -304,7 +304,7 @@ def test_an_output_that_cannot_be_written(earmark: Earmark, tmp_path: Path) -> N
     earmark.refuses(r"file is a file; --output needs a folder\. Give another path", earmark.good,
                     output=tmp_path / "file")  # fmt: skip
     earmark.refuses(r"output is '' \(--output\); must not be empty", earmark.good, output="")
-    step = r"cannot be written: .*Give another --output, or mend its permissions"
+    step = r"cannot be written: .*Give another --output, or fix its permissions"
     earmark.refuses(rf"file/out {step}", earmark.good, output=tmp_path / "file" / "out")
     read_only = f"{NOWHERE}/x: http:// can be read, not written; give a local folder"
     earmark.refuses(read_only, earmark.good, output=f"{NOWHERE}/x")

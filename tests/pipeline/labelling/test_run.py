@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.config.label import RunConfig
+from pipeline.labelling import run as run_module
 from pipeline.labelling.run import run_label
 from pipeline.result.lock import hold_output
 from pipeline.result.state import read_result
@@ -305,3 +308,59 @@ def test_a_runner_that_cannot_do_it_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         run_label(label.config(clips), options)
     assert not out.exists()
+
+
+SECRET_OUTPUT = "memory://someone:PASSWORD@host/out"
+
+
+@pytest.fixture
+def secret_output() -> Iterator[str]:
+    """A remote output whose URL holds a password."""
+    yield SECRET_OUTPUT
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def test_an_outputs_password_is_neither_printed_nor_written(
+    label: Labeller, clips: Path, secret_output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (clips / "bad.wav").write_bytes(b"this is no audio at all" * 50)
+    assert label(clips, output=secret_output, quiet=False) == 3
+    said = capsys.readouterr()
+    for folder in ("clips", "windows", "errors"):
+        assert f"memory://host/out/{folder}/*.parquet" in said.err
+    assert "PASSWORD" not in said.out + said.err
+    texts = {
+        name: file.getvalue()
+        for name, file in MemoryFileSystem.store.items()
+        if name.endswith(".json")
+    }
+    assert len(texts) == 4  # run.json and three commits
+    assert b"memory://host/out" in texts["/someone:PASSWORD@host/out/run.json"]
+    assert not [name for name, text in texts.items() if b"PASSWORD" in text]
+
+
+def test_a_run_that_is_left_running_names_the_output_without_its_password(
+    label: Labeller,
+    clips: Path,
+    secret_output: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_module, "run_graph", lambda *args: False)
+    assert label(clips, output=secret_output) == 0
+    assert "check it: earmark verify memory://host/out" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_named_without_its_password(
+    label: Labeller, clips: Path, secret_output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError("access is denied")
+
+    monkeypatch.setattr(run_module, "heal", fail)
+    with pytest.raises(
+        OutputError, match=r"^memory://host/out cannot be written: access"
+    ) as caught:
+        label(clips, output=secret_output)
+    assert "PASSWORD" not in str(caught.value)

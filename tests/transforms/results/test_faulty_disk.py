@@ -188,7 +188,9 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_completes_it(
     assert code == 1, said
     words = last_words(said)
     assert words.startswith(f"earmark: {out} cannot be written: No space left on device. Make room")
-    assert "MiB are free), and run the same command again: what is committed stays" in words
+    assert (
+        "MiB are free), then run the same command again to resume: what is committed stays" in words
+    )
     num_commits = check_commits(namespace.outside(out))
     assert num_commits < NUM_CLIPS / 2
     assert num_commits > 0 or size in ("8k", "40k")
