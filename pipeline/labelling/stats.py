@@ -43,7 +43,7 @@ from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio
 from pipeline.terminal.std_streams import answer, say
 from transforms.decoding.pool import DecodeAudio, DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
-from transforms.features.fbank import ASTFeatureExtractor, FbankSettings
+from transforms.features.fbank import FbankSettings
 from transforms.features.statistics import (
     FeatureStatistics,
     MeasureFeatures,
@@ -52,6 +52,7 @@ from transforms.features.statistics import (
 )
 from transforms.features.windows import CutWindows, WindowSettings
 from transforms.label_audio import read_items
+from transforms.models.ast.feature_extractor import ASTFeatureExtractor
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.process.temp_folders import scratch_folder, sweep, temporary_files_in_scratch
 from transforms.records import WorkUnit

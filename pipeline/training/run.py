@@ -65,8 +65,8 @@ from pipeline.training.stages.pretraining import PretrainingStage
 from pipeline.training.stages.validation import Scorer
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, InputError, OutputError
-from transforms.features.fbank import FbankSettings, KaldiFbank
-from transforms.features.statistics import without_normalising
+from transforms.features.fbank import KaldiFbank
+from transforms.features.fbank_settings import FbankSettings, without_normalising
 from transforms.features.windows import WindowSettings
 from transforms.inference.backbones import resolve_device, resolve_precision
 from transforms.models.ast.checkpoints import save_pretrained

@@ -34,13 +34,8 @@ from transformers.models.audio_spectrogram_transformer import (
 from tests.support.fake_hub import COMMIT, FakeHub, serve_hub, use_hub
 from transforms.errors import ConfigError, FeatureError, ModelError
 from transforms.features import fbank
-from transforms.features.fbank import (
-    ASTFeatureExtractor,
-    ExtractFbank,
-    FbankSettings,
-    KaldiFbank,
-    extract_fbank,
-)
+from transforms.features.fbank import ExtractFbank, FbankSettings, KaldiFbank, extract_fbank
+from transforms.models.ast.feature_extractor import ASTFeatureExtractor
 from transforms.records import (
     ClipFacts,
     Failure,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.support.unit_factory import FACTS, file_unit, make_item, make_window
 from transforms.errors import FeatureError
 from transforms.features.fbank import FbankSettings, extract_fbank
+from transforms.features.fbank_settings import without_normalising
 from transforms.features.statistics import (
     ORIGINAL_BATCH_WINDOWS,
     FeatureStatistics,
@@ -22,7 +23,6 @@ from transforms.features.statistics import (
     measure_as_original,
     measure_window,
     sum_statistics,
-    without_normalising,
 )
 from transforms.records import Failure, FloatArray, ItemFailure, UnitEnd, Window
 

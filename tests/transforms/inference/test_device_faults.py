@@ -22,8 +22,9 @@ from pipeline.result.verify import run_verify
 from tests.support.audio_factory import noise, write
 from tests.support.model_factory import write_tiny_model
 from transforms.errors import DeviceError
-from transforms.inference import engine
-from transforms.inference.engine import NOT_FINITE, Engine, SafePredictor
+from transforms.inference import safe_predictor
+from transforms.inference.engine import NOT_FINITE, Engine
+from transforms.inference.safe_predictor import SafePredictor
 from transforms.records import FloatArray, Prediction
 
 RATE = 16_000
@@ -78,7 +79,7 @@ def label(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Label:
-    monkeypatch.setattr(engine, "MEMORY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(safe_predictor, "MEMORY_WAITS_S", (0.0, 0.0))
     monkeypatch.delenv("EARMARK_DEBUG", raising=False)
     return Label(tiny_model, tmp_path / "out", capsys)
 
@@ -152,9 +153,8 @@ def test_out_of_memory_halves_the_batch_and_the_rows_are_the_same(
         assert_same_rows(label.rows(part), undisturbed.rows(part), atol=1e-5)
     told = [line for line in label.said.splitlines() if "Out of memory" in line]
     assert told == [
-        "WARNING transforms.inference.engine: Out of memory on torch cpu fp32 with 8 windows a "
-        "batch; "
-        f"going on with {fits}. To begin so: --batch-size {fits}"
+        "WARNING transforms.inference.safe_predictor: Out of memory on torch cpu fp32 with 8 "
+        f"windows a batch; continuing with {fits}. To start with that: --batch-size {fits}"
     ]
     assert run_verify(str(label.out), quiet=True) == 0
 
@@ -175,7 +175,7 @@ def test_memory_that_comes_back_for_a_single_window_is_waited_for(
     break_engine(monkeypatch, fault)
     assert label(clips) == 0
     assert not label.rows("errors")
-    assert "going on with 1." in label.said
+    assert "continuing with 1." in label.said
 
 
 def test_no_memory_for_a_single_window_ends_the_run_and_the_next_goes_on(
@@ -198,7 +198,7 @@ def test_no_memory_for_a_single_window_ends_the_run_and_the_next_goes_on(
         assert label(clips, "--set", "units.windows=2", "--batch-size", "2") == 1
     assert "torch cpu fp32: out of memory with a single window (CUDA out of memory" in label.said
     assert "nvidia-smi" in label.said
-    assert "the same command goes on from there" in label.said
+    assert "run the same command again to resume" in label.said
     assert not label.rows("errors")
     committed = set(label.rows("clips"))
     assert committed
@@ -402,7 +402,7 @@ def test_a_model_that_never_works_ends_the_run_at_its_first_batch(
         break_engine(patched, fault)
         assert label(clips) == 1
     assert f"torch cpu fp32: the model cannot be run: {words}" in label.said
-    assert "the same command goes on from there" in label.said
+    assert "run the same command again to resume" in label.said
     assert not label.rows("errors")
     assert not (label.out / "_SUCCESS").exists()
     assert label(clips) == 0
@@ -463,7 +463,7 @@ def test_a_bad_first_clip_costs_itself_alone_with_batches_of_one(
 def test_what_comes_after_waiting_for_memory_is_judged_like_anything_else(
     monkeypatch: pytest.MonkeyPatch, second: Exception, outcome: str | None
 ) -> None:
-    monkeypatch.setattr(engine, "MEMORY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(safe_predictor, "MEMORY_WAITS_S", (0.0, 0.0))
     errors = iter([OUT_OF_MEMORY, second])
 
     def predict(features: FloatArray) -> list[Prediction]:

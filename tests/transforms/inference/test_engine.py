@@ -1,4 +1,4 @@
-"""The engine and the handler: right scores, and no window that takes its batch along."""
+"""The engine and the handler: scores, embeddings, and what passes through."""
 
 from __future__ import annotations
 
@@ -15,22 +15,16 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 
 from tests.support.model_factory import write_tiny_model
-from transforms.errors import ConfigError, DeviceError
-from transforms.inference import engine as engine_module
+from transforms.errors import ConfigError
 from transforms.inference.backbones import (
     InferenceSettings,
     resolve_batch_size,
     resolve_device,
     resolve_precision,
 )
-from transforms.inference.engine import (
-    ASTModelHandler,
-    Engine,
-    SafePredictor,
-    join_features,
-    score_embeddings,
-)
+from transforms.inference.engine import Engine, join_features, score_embeddings
 from transforms.inference.engines import choose_engine
+from transforms.inference.handler import ASTModelHandler
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.records import FloatArray, Prediction
 
@@ -136,91 +130,6 @@ def test_a_window_with_nan_fails_alone(engine: Engine) -> None:
     batch[1, 5, 5] = np.nan
     errors = [p.error for p in engine.predict(batch)]
     assert errors == [None, "the model gave NaN or infinite values", None]
-
-
-class MemoryLimit:
-    """Predicts batches up to a size, and runs out of memory beyond it."""
-
-    def __init__(self, limit: int, error: Exception) -> None:
-        self.limit, self.error, self.sizes = limit, error, list[int]()
-
-    def __call__(self, batch: FloatArray) -> list[Prediction]:
-        self.sizes.append(len(batch))
-        if len(batch) > self.limit:
-            raise self.error
-        return [Prediction(row[0, :2], row[0, :1], "e") for row in batch]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-        MemoryError(),
-    ],
-)
-def test_out_of_memory_halves_the_batch_keeps_the_order_and_is_remembered(
-    error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    batch, predict = features(8), MemoryLimit(2, error)
-    safe = SafePredictor(predict, "torch cuda bf16")
-    predictions = safe(batch)
-    assert predict.sizes == [8, 4, 2, 2, 2, 2]
-    np.testing.assert_array_equal([p.embedding for p in predictions], batch[:, 0, :2])
-    predict.sizes = []
-    assert len(safe(batch[:5])) == 5
-    assert predict.sizes == [2, 2, 1]
-    assert [record.getMessage() for record in caplog.records] == [
-        "Out of memory on torch cuda bf16 with 8 windows a batch; going on with 2. To begin so: "
-        "--batch-size 2"
-    ]
-
-
-def test_memory_that_gets_scarcer_is_said_again(caplog: pytest.LogCaptureFixture) -> None:
-    predict = MemoryLimit(4, MemoryError())
-    safe = SafePredictor(predict, "e")
-    assert len(safe(features(8))) == 8
-    predict.limit = 1
-    assert len(safe(features(3))) == 3
-    told = [record.getMessage().partition(";")[2] for record in caplog.records]
-    assert told == [
-        " going on with 4. To begin so: --batch-size 4",
-        " going on with 1. To begin so: --batch-size 1",
-    ]
-
-
-def test_a_single_window_waits_for_memory_and_then_gives_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(engine_module.time, "sleep", waited.append)
-    safe = SafePredictor(MemoryLimit(0, torch.OutOfMemoryError("CUDA out of memory")), "e")
-    with pytest.raises(DeviceError, match=r"e: out of memory with a single window \(CUDA out of"):
-        safe(features(2))
-    assert waited == [1.0, 5.0, 20.0]
-
-
-def test_a_poisoned_window_is_isolated_and_the_rest_is_kept() -> None:
-    def predict(batch: FloatArray) -> list[Prediction]:
-        if (batch == 99).any():
-            raise ValueError("bad window\nwith a long story")
-        return [Prediction(row[0, :2], row[0, :1], "e") for row in batch]
-
-    batch = features(5)
-    batch[3] = 99
-    safe = SafePredictor(predict, "e")
-    errors = [p.error for p in safe(batch)]
-    assert errors == [None, None, None, "ValueError: bad window", None]
-    # After that, a batch of such windows alone is still theirs, not the device's.
-    assert [p.error for p in safe(batch[3:4])] == ["ValueError: bad window"]
-
-
-def test_what_has_never_worked_is_not_the_windows_fault() -> None:
-    def predict(batch: FloatArray) -> list[Prediction]:
-        raise ValueError("no kernel")
-
-    with pytest.raises(DeviceError, match="e: the model cannot be run: ValueError: no kernel"):
-        SafePredictor(predict, "e")(features(3))
 
 
 def test_an_output_of_another_shape_is_an_error(

@@ -29,14 +29,9 @@ from transforms.inference.backbones import (
     TorchBackbone,
     embed_windows,
 )
-from transforms.inference.engine import (
-    NOT_FINITE,
-    ASTModelHandler,
-    Engine,
-    load_engine,
-    score_embeddings,
-)
+from transforms.inference.engine import NOT_FINITE, Engine, load_engine, score_embeddings
 from transforms.inference.engines import ENGINES, choose_engine
+from transforms.inference.handler import ASTModelHandler
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.process import devices
 from transforms.records import FloatArray, PendingPrediction, Prediction
@@ -492,8 +487,8 @@ def test_without_a_compiler_the_model_runs_uncompiled_and_says_so(
     backbone = torch_backbone(spec, compile=True)
     assert len(backbone.embed(features(3)).pooled) == 3
     assert [record.getMessage() for record in caplog.records] == [
-        "torch cannot compile the model here (Failed to find C compiler.); it runs uncompiled. "
-        "To say so: --set inference.compile=false"
+        "torch cannot compile the model here (Failed to find C compiler.), so it runs "
+        "uncompiled. To skip the attempt: --set inference.compile=false"
     ]
 
 
@@ -539,7 +534,7 @@ def test_where_bfloat16_is_only_emulated_auto_leaves_it_to_torch(
     monkeypatch.setattr(openvino, "load_core", PlainCore)
     assert choose(precision="bf16") == "torch cpu bf16"
     assert choose(precision="fp32") == "openvino cpu fp32"
-    with pytest.raises(ConfigError, match="does not compute in bf16 by itself; use --precision"):
+    with pytest.raises(ConfigError, match="does not support bf16 natively; use --precision"):
         choose(precision="bf16", engine="openvino")
 
 
@@ -614,8 +609,8 @@ def test_a_model_that_openvino_cannot_convert_runs_in_torch_with_a_warning(
     break_conversion(monkeypatch)
     assert load("auto", "fp32").name == "torch cpu fp32"
     assert [record.getMessage() for record in caplog.records] == [
-        "openvino cpu fp32 cannot run this model (no conversion rule for aten::new_thing); torch "
-        "does. To say so: --engine torch"
+        "openvino cpu fp32 cannot run this model (no conversion rule for aten::new_thing), so "
+        "torch does. To skip the attempt: --engine torch"
     ]
 
 

@@ -31,12 +31,8 @@ from transforms.models.ast.bundled import (
     bundled_names,
     describe_default,
 )
-from transforms.models.ast.checkpoints import (
-    ModelOverrides,
-    load_features,
-    load_model,
-    resolve_model,
-)
+from transforms.models.ast.checkpoints import ModelOverrides, load_model, resolve_model
+from transforms.models.ast.config_files import load_features
 from transforms.models.ast.model import ASTForAudioClassification
 
 CARD = """\
@@ -114,7 +110,8 @@ def test_a_worker_takes_the_model_of_its_own_installation(
         load_model(spec)
     (elsewhere / "esc10").rename(elsewhere / "speech")
     with pytest.raises(
-        ModelError, match=r"model esc10: this inst.* does not hold it; it holds speech\. Install"
+        ModelError,
+        match=r"model esc10: not in this installation of Earmark, which has speech\. Inst",
     ):
         load_model(spec)
 
@@ -199,7 +196,7 @@ def test_a_bundled_model_is_named_whole_on_a_terminal_of_any_width(
 
 def test_the_default_is_described_in_a_line(shelf: Path) -> None:
     assert describe_default() == (
-        "No model is given: taking esc10, which ships with Earmark and knows 5 sounds (dog, rain, "
+        "No model is given: using esc10, which ships with Earmark and knows 5 sounds (dog, rain, "
         "rooster, helicopter, clock tick). For AudioSet's 527: --config audioset, which needs the "
         "network once, or --model with a downloaded copy"
     )
@@ -232,7 +229,7 @@ def test_no_model_at_all_is_found_before_any_work(
 ) -> None:
     monkeypatch.setattr(bundled, "BUNDLED_FOLDER", tmp_path / "none")
     assert cli.main([command, str(tmp_path), "--output", str(tmp_path / "out")]) == 2
-    assert "model esc10: this installation of Earmark does not hold it" in capsys.readouterr().err
+    assert "model esc10: not in this installation of Earmark" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -241,7 +238,9 @@ def test_an_installation_without_models_says_so(
 ) -> None:
     monkeypatch.setattr(bundled, "BUNDLED_FOLDER", tmp_path / "none")
     assert bundled_models() == ()
-    with pytest.raises(ModelError, match=r"model esc10: .* not hold it; it holds none at all\. In"):
+    with pytest.raises(
+        ModelError, match=r"model esc10: not in .* Earmark, which has none\. Install"
+    ):
         describe_default()
 
 

@@ -518,7 +518,7 @@ def test_labels_that_are_not_one_per_output_are_refused(
 def test_a_key_that_is_there_twice_is_refused(model: Path, refused: Refused) -> None:
     text = (model / CONFIG).read_text()
     (model / CONFIG).write_text(text.replace('"0": "dog"', '"0": "cat", "0": "dog"'))
-    assert "config.json cannot be read as JSON: the key '0' is there twice" in refused(model)
+    assert "config.json cannot be read as JSON: the key '0' occurs twice" in refused(model)
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_a_given_list_that_does_not_fit_is_refused(
         ({"weight_map": {"a": "weights.bin"}}, "names the file 'weights.bin'; expected a .safe"),
         ({"weight_map": {"a": ["x"]}}, "names the file ['x']"),
         ({"weight_map": {"a": 5, "b": "x.safetensors"}}, "names the file 5"),
-        ({"weight_map": {"a": "part.safetensors"}}, "part.safetensors is not there"),
+        ({"weight_map": {"a": "part.safetensors"}}, "part.safetensors does not exist"),
         ({"weight_map": []}, "has no weight_map from tensor to file"),
         ({}, "has no weight_map from tensor to file"),
         ([], "holds a list; expected a JSON object"),
@@ -571,7 +571,7 @@ def test_an_index_that_leads_elsewhere_is_refused(
     (model / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     said = refused(model)
     assert words in said
-    assert ".index.json" in said or "is not there" in said
+    assert ".index.json" in said or "does not exist" in said
 
 
 # --- Files that are none -------------------------------------------------------------------

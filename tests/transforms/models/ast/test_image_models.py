@@ -19,13 +19,13 @@ from tests.support.fake_hub import COMMIT, serve_hub, use_hub
 from tests.transforms.models.ast.test_model import assert_close, make_input, randomise
 from transforms.errors import ModelError
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model, save_pretrained
+from transforms.models.ast.config import ASTConfig
 from transforms.models.ast.image_models import (
     image_model_config,
     is_image_model,
     load_image_model,
     resolve_image_model,
 )
-from transforms.models.ast.model import ASTConfig
 
 # Images of 32 by 32 pixels, in 4 by 4 patches.
 IMAGE: dict[str, Any] = {
@@ -300,7 +300,7 @@ KEY = "encoder.layer.1.attention.attention.key.weight"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop(KEY), rf"no tensor '{KEY}', one of 1 that it lacks; .*layers=2, qkv_bias"),
+        (lambda t: t.pop(KEY), rf"no tensor '{KEY}', one of 1 missing; .*layers=2, qkv_bias"),
         (lambda t: t.pop("embeddings.cls_token"), r"no tensor 'embeddings\.cls_token', nor one wi"),
         (lambda t: t.update(extra=torch.ones(1)), r"the tensor 'extra', one of 1 .* not part of a"),
         (

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
+from transforms.models.ast.config import ASTConfig
 from transforms.models.ast.model import (
-    ASTConfig,
     ASTForAudioClassification,
     ASTModel,
     initialise_from_scratch,
