@@ -34,7 +34,7 @@ from torch import Tensor
 from transforms.errors import FeatureError
 from transforms.features.fbank_settings import FRAME_LENGTH_MS, FRAME_SHIFT_MS, LOG_FLOOR
 from transforms.features.fbank_settings import FbankSettings as FbankSettings
-from transforms.features.feature_threads import feature_threads
+from transforms.features.threads import feature_threads
 from transforms.process.devices import Sender
 from transforms.process.stage_times import timed
 from transforms.records import FloatArray, ItemFailure, UnitEnd, Window

@@ -28,7 +28,7 @@ from apache_beam.pvalue import PCollection
 from transforms.errors import FeatureError
 from transforms.features.fbank import extract_fbank
 from transforms.features.fbank_settings import FbankSettings, without_normalising
-from transforms.features.feature_threads import feature_threads
+from transforms.features.threads import feature_threads
 from transforms.process.progress_counts import live_counts
 from transforms.records import Failure, FloatArray, ItemFailure, UnitEnd, Window
 

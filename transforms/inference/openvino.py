@@ -306,12 +306,12 @@ def quantise(
 
 
 def _overflow_fix() -> str:
-    """Return which layers' weights get half of int8's range, in NNCF's terms: all or the first.
+    """Return which layers use half of int8's range, in NNCF's terms: all, or only the first.
 
     On a processor without instructions that accumulate products in 32 bits, OpenVINO's sums
-    saturate at 16 bits. There, half the range in all layers reduced the largest difference of a score
-    from 0.066 to 0.023 with the small model of the tests, and from 0.009 to 0.003 with the bundled
-    one.
+    saturate at 16 bits. There, half the range in all layers reduced the largest difference of a
+    score from 0.066 to 0.023 with the small model of the tests, and from 0.009 to 0.003 with the
+    bundled one.
     """
     facts = processor_facts()
     flags = facts.get("flags") or facts.get("Features", "")  # Arm's name for them
