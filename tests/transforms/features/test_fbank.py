@@ -251,7 +251,7 @@ def test_a_shift_by_one_hop_is_a_shift_by_one_frame() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(length=st.integers(400, 8000))
-def test_what_follows_changes_no_earlier_frame(length: int) -> None:
+def test_later_samples_change_no_earlier_frame(length: int) -> None:
     samples = noise(8000)
     whole, prefix = extract_fbank(samples, RAW), extract_fbank(samples[:length], RAW)
     num_frames = SETTINGS.count_frames(length)

@@ -56,7 +56,7 @@ def test_scores_and_embeddings_are_the_models_own(spec: ModelSpec, engine: Engin
     assert {p.engine for p in predictions} == {"torch cpu fp32"}
 
 
-def test_neighbours_in_memory_are_joined_without_a_copy() -> None:
+def test_consecutive_rows_are_stacked_without_a_copy() -> None:
     whole = features(4)
     for start, stop in ((0, 4), (1, 3), (3, 4)):
         joined = join_features(list(whole)[start:stop])
@@ -76,7 +76,7 @@ def test_neighbours_in_memory_are_joined_without_a_copy() -> None:
         lambda whole: [whole[0, ::-1], whole[1, ::-1]],
     ],
 )
-def test_windows_from_anywhere_are_joined_by_a_copy(
+def test_windows_from_different_arrays_are_stacked_by_a_copy(
     pick: Callable[[FloatArray], list[FloatArray]],
 ) -> None:
     windows = pick(features(4))
@@ -91,7 +91,7 @@ def test_softmax_models_score_with_a_softmax(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_scores_can_be_had_back_exactly_from_what_is_stored(
+def test_stored_embeddings_reproduce_the_scores_exactly(
     spec: ModelSpec, dtype: str, precision: str
 ) -> None:
     settings = InferenceSettings(precision=precision, device="cpu", embedding_dtype=dtype)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_scores_can_be_had_back_exactly_from_what_is_stored(
     np.testing.assert_array_equal(again, np.stack([p.scores for p in predictions]))
 
 
-def test_patch_mean_changes_what_is_stored_and_not_the_scores(
+def test_patch_mean_changes_the_stored_embedding_but_not_the_scores(
     spec: ModelSpec, engine: Engine
 ) -> None:
     settings = InferenceSettings(precision="fp32", device="cpu", pooling="patch_mean")
@@ -145,7 +145,7 @@ def test_an_output_of_another_shape_is_an_error(
         engine.predict(features(2))
 
 
-def test_a_device_that_is_not_there_is_an_error() -> None:
+def test_a_missing_device_is_an_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ConfigError, match=r"inference\.device is cuda; this machine has"):
@@ -159,7 +159,7 @@ def test_automatic_settings() -> None:
     assert (resolve_batch_size(3, "cpu"), resolve_batch_size(None, "cuda")) == (3, 64)
 
 
-def test_run_inference_passes_what_has_no_features(spec: ModelSpec) -> None:
+def test_run_inference_passes_records_without_features(spec: ModelSpec) -> None:
     batch = features(6)
     elements = [(str(i), None if i % 3 == 1 else batch[i]) for i in range(6)]
 

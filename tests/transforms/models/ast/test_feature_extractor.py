@@ -315,7 +315,7 @@ def test_a_hub_id_may_carry_a_revision(
     assert loaded.to_dict() == ASTFeatureExtractor(**CHANGED).to_dict()
 
 
-def test_an_extractor_fetched_before_is_found_without_a_network(hub: type[FakeHub]) -> None:
+def test_a_downloaded_extractor_is_found_without_a_network(hub: type[FakeHub]) -> None:
     before = ASTFeatureExtractor.from_pretrained("org/tiny")
     hub.status = 503
     after = ASTFeatureExtractor.from_pretrained(f"org/tiny@{COMMIT}")
