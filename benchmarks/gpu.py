@@ -83,7 +83,8 @@ from transforms.inference.backbones import (
     resolve_precision,
     true_float32,
 )
-from transforms.models.ast.model import ASTConfig, ASTModel
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTModel
 
 Call = Callable[[], object]
 

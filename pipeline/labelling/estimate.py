@@ -23,7 +23,8 @@ from pipeline.terminal.std_streams import answer
 from pipeline.terminal.wording import format_audio, format_duration
 from transforms.decoding.pool import DecodePool
 from transforms.inference.backbones import resolve_batch_size, resolve_device
-from transforms.inference.engine import ASTModelHandler, Engine
+from transforms.inference.engine import Engine
+from transforms.inference.handler import ASTModelHandler
 from transforms.label_audio import LabelSettings, read_items
 from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit
 from transforms.sources.file_kinds import WindowEstimate, extension

@@ -44,12 +44,8 @@ from transforms.inference.backbones import InferenceSettings
 from transforms.inference.engines import check_settings
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.models.ast.bundled import DEFAULT_MODEL, describe_default
-from transforms.models.ast.checkpoints import (
-    ModelOverrides,
-    ModelSpec,
-    load_features,
-    resolve_model,
-)
+from transforms.models.ast.checkpoints import ModelOverrides, ModelSpec, resolve_model
+from transforms.models.ast.config_files import load_features
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
 from transforms.results.commits import SCHEMA_VERSION, UnitSummary

@@ -43,7 +43,7 @@ from pipeline.terminal.std_streams import answer, say
 from pipeline.terminal.wording import counted, format_audio, format_duration
 from transforms.decoding.decode_audio import DecodeAudio
 from transforms.errors import ConfigError, InputError, OutputError
-from transforms.features.fbank import ASTFeatureExtractor, FbankSettings
+from transforms.features.fbank import FbankSettings
 from transforms.features.statistics import (
     FeatureStatistics,
     MeasureFeatures,
@@ -52,6 +52,7 @@ from transforms.features.statistics import (
 )
 from transforms.features.windows import CutWindows
 from transforms.label_audio import InputSettings, make_input_settings, read_items
+from transforms.models.ast.feature_extractor import ASTFeatureExtractor
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.process.temp_folders import scratch_folder, sweep
 from transforms.records import WorkUnit

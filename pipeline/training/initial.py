@@ -37,6 +37,7 @@ from transforms.models.ast.checkpoints import (
     load_for_finetuning,
     resolve_model,
 )
+from transforms.models.ast.config import ASTConfig
 from transforms.models.ast.files import locate_model
 from transforms.models.ast.image_models import (
     ImageModel,
@@ -44,11 +45,7 @@ from transforms.models.ast.image_models import (
     load_image_model,
     resolve_image_model,
 )
-from transforms.models.ast.model import (
-    ASTConfig,
-    ASTForAudioClassification,
-    initialise_from_scratch,
-)
+from transforms.models.ast.model import ASTForAudioClassification, initialise_from_scratch
 from transforms.models.labels import read_labels
 from transforms.storage import reading, urls
 from transforms.storage.secrets import public_uri

@@ -60,7 +60,7 @@ from pipeline.training.stages.loop import STATE_NAME, Progress, Row, Stage, run_
 from pipeline.training.stages.pretraining import PretrainingStage
 from pipeline.training.stages.validation import Scorer
 from transforms.features.fbank import KaldiFbank
-from transforms.features.statistics import without_normalising
+from transforms.features.fbank_settings import without_normalising
 from transforms.models.ast.model import ASTForAudioClassification
 from transforms.process.temp_folders import sweep
 from transforms.storage import reading, urls, writing

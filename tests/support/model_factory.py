@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from transforms.models.ast.checkpoints import save_pretrained
-from transforms.models.ast.model import ASTConfig, ASTForAudioClassification
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTForAudioClassification
 
 TINY_LABELS = ("dog", "rain", "rooster", "helicopter", "clock tick")
 MEAN, STD = -4.2677393, 4.5689974

@@ -77,7 +77,7 @@ def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("part", "count"), [("windows", 5), ("clips", 3)])
-def test_its_rows_are_those_of_the_command(
+def test_rows_equal_those_of_the_command(
     labelled: Rows, expected: Path, part: str, count: int
 ) -> None:
     found = in_order(labelled[part])
@@ -107,7 +107,7 @@ def test_rows_have_the_columns_of_the_tables(labelled: Rows, settings: LabelSett
         assert all(list(row) == schema.names for row in labelled[name])
 
 
-def test_a_unit_names_files_as_the_command_does(folder: Path) -> None:
+def test_clip_ids_equal_those_of_the_command(folder: Path) -> None:
     unit = unit_of_files([f"{folder}/b #1.flac", "https://host/x.wav?X-Amz-Signature=secret"])
     local, remote = unit.items
     assert local.clip_id == f"{folder}/b %231.flac"

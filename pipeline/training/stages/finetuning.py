@@ -42,7 +42,8 @@ from pipeline.training.stages.steps import (
 from pipeline.training.stages.validation import Scorer, Validation, parameters_are_finite, validate
 from transforms.errors import TrainingError
 from transforms.features.fbank import KaldiFbank
-from transforms.models.ast.model import NUM_PREFIX_TOKENS, ASTForAudioClassification
+from transforms.models.ast.model import ASTForAudioClassification
+from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
 
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 

@@ -21,13 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transforms.models.ast.model import (
-    NUM_PREFIX_TOKENS,
-    ASTConfig,
-    ASTLayer,
-    ASTModel,
-    initialise_from_scratch,
-)
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTLayer, ASTModel, initialise_from_scratch
+from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
 
 # Approximate width of the decoder's attention heads.
 _DECODER_HEAD_WIDTH = 32

@@ -16,9 +16,10 @@ from pipeline.config.label import RunConfig
 from pipeline.labelling.plan import make_plan
 from tests.support import audio_factory
 from transforms.decoding.decode import decode_whole
-from transforms.features.fbank import ASTFeatureExtractor, FbankSettings, extract_fbank
-from transforms.features.statistics import without_normalising
+from transforms.features.fbank import FbankSettings, extract_fbank
+from transforms.features.fbank_settings import without_normalising
 from transforms.features.windows import WindowSettings, cut_windows
+from transforms.models.ast.feature_extractor import ASTFeatureExtractor
 
 RATE_HZ = 16_000
 

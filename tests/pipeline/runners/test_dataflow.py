@@ -45,7 +45,7 @@ from tests.support import audio_factory
 from tests.support.paths import ROOT
 from tests.support.unit_factory import file_unit
 from transforms.errors import ConfigError, ModelError, OutputError
-from transforms.inference.engine import InferenceSettings
+from transforms.inference.backbones import InferenceSettings
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.models.ast.checkpoints import resolve_model
 from transforms.results.write_units import CommitSettings

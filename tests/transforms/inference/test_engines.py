@@ -29,14 +29,9 @@ from transforms.inference.backbones import (
     TorchBackbone,
     embed_windows,
 )
-from transforms.inference.engine import (
-    NOT_FINITE,
-    ASTModelHandler,
-    Engine,
-    load_engine,
-    score_embeddings,
-)
+from transforms.inference.engine import NOT_FINITE, Engine, load_engine, score_embeddings
 from transforms.inference.engines import ENGINES, choose_engine
+from transforms.inference.handler import ASTModelHandler
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.process import devices
 from transforms.records import FloatArray, PendingPrediction, Prediction
@@ -135,7 +130,7 @@ def test_patch_means_are_the_models_own(
 
 
 @pytest.mark.parametrize(("engine", "precision"), KINDS)
-def test_scores_can_be_had_back_exactly_from_what_any_engine_stores(
+def test_stored_embeddings_of_any_engine_reproduce_the_scores_exactly(
     load: Callable[..., Engine], spec: ModelSpec, engine: str, precision: str
 ) -> None:
     predictions = load(engine, precision, embedding_dtype="float16").label(features(3))
@@ -185,7 +180,7 @@ def test_torchs_compiler_gives_the_same_scores(
         ({}, "enable"),
     ],
 )
-def test_int8_leaves_room_where_sums_are_cut_to_16_bits(
+def test_int8_leaves_room_where_sums_saturate_at_16_bits(
     spec: ModelSpec,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -267,7 +262,7 @@ def test_out_of_memory_halves_the_batch_of_every_engine(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_that_never_works_is_no_windows_fault(
+def test_an_engine_that_never_works_ends_the_run(
     load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     def refuse(features: FloatArray) -> Embeddings:
@@ -354,7 +349,7 @@ def begun_scores(waits: Callable[[], list[Prediction]] | None) -> FloatArray:
     return np.stack([prediction.scores for prediction in waits()])
 
 
-def test_a_batch_that_was_begun_is_waited_for_later(ahead: Engine, expected: FloatArray) -> None:
+def test_a_started_batch_is_waited_for_later(ahead: Engine, expected: FloatArray) -> None:
     first, second = ahead.begin(features(5)[:3]), ahead.begin(features(5)[3:])
     assert ahead.backbone.steps == ["start", "start"]  # type: ignore[attr-defined]
     np.testing.assert_allclose(begun_scores(first), expected[:3], rtol=0, atol=1e-5)
@@ -362,19 +357,19 @@ def test_a_batch_that_was_begun_is_waited_for_later(ahead: Engine, expected: Flo
     assert ahead.backbone.steps == ["start", "start", "wait", "wait"]  # type: ignore[attr-defined]
 
 
-def test_an_engine_on_a_cpu_begins_nothing(load: Callable[..., Engine]) -> None:
+def test_an_engine_on_a_cpu_starts_nothing_ahead(load: Callable[..., Engine]) -> None:
     for engine in ENGINES:
         assert load(engine, "fp32").begin(features(5)) is None
 
 
-def test_what_goes_wrong_ahead_is_done_again_at_once(ahead: Engine, expected: FloatArray) -> None:
+def test_a_batch_that_fails_ahead_is_computed_again(ahead: Engine, expected: FloatArray) -> None:
     ahead.backbone.fault = RuntimeError("no such kernel")  # type: ignore[attr-defined]
     waits = ahead.begin(features(3))
     np.testing.assert_allclose(begun_scores(waits), expected[:3], rtol=0, atol=1e-5)
     assert ahead.backbone.steps == ["start", "wait", "embed"]  # type: ignore[attr-defined]
 
 
-def test_the_handler_gives_what_is_still_to_come_only_where_that_is_asked_for(
+def test_the_handler_returns_pending_predictions_only_on_request(
     ahead: Engine, spec: ModelSpec, expected: FloatArray
 ) -> None:
     batch = [None, *features(3)]
@@ -401,7 +396,7 @@ def test_a_device_that_has_failed_ends_the_run_ahead_too(ahead: Engine) -> None:
         waits()
 
 
-def test_batches_too_large_for_the_memory_are_not_begun(ahead: Engine, spec: ModelSpec) -> None:
+def test_batches_too_large_for_the_memory_are_not_started(ahead: Engine, spec: ModelSpec) -> None:
     class Small(Ahead):
         def embed(self, batch: Features) -> Embeddings:
             if len(batch) > 1:
@@ -421,7 +416,9 @@ def test_batches_too_large_for_the_memory_are_not_begun(ahead: Engine, spec: Mod
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same_ahead(spec: ModelSpec, expected: FloatArray, needs_gpu: None) -> None:
+def test_a_gpu_gives_the_same_scores_ahead(
+    spec: ModelSpec, expected: FloatArray, needs_gpu: None
+) -> None:
     settings = InferenceSettings(device="cuda", precision="fp32", compile=False, batch_size=4)
     engine = load_engine(load_model(spec), spec, settings)
     begun = [engine.begin(features(5)) for _ in range(3)]
@@ -479,7 +476,7 @@ def test_compiled_code_sees_batches_of_one_size(
     assert sizes == [4, 4, 4, 2, 2, 2]
 
 
-def test_without_a_compiler_the_model_runs_uncompiled_and_says_so(
+def test_without_a_compiler_the_model_runs_uncompiled_with_a_warning(
     spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def compile_late(module: torch.nn.Module, *, dynamic: bool) -> Callable[..., Any]:
@@ -492,12 +489,12 @@ def test_without_a_compiler_the_model_runs_uncompiled_and_says_so(
     backbone = torch_backbone(spec, compile=True)
     assert len(backbone.embed(features(3)).pooled) == 3
     assert [record.getMessage() for record in caplog.records] == [
-        "torch cannot compile the model here (Failed to find C compiler.); it runs uncompiled. "
-        "To say so: --set inference.compile=false"
+        "torch cannot compile the model here (Failed to find C compiler.), so it runs "
+        "uncompiled. To skip the attempt: --set inference.compile=false"
     ]
 
 
-def test_the_cpu_is_not_compiled_for_unless_asked(
+def test_the_model_is_compiled_for_the_cpu_only_on_request(
     spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda module, dynamic: pytest.fail("compiled"))
@@ -515,7 +512,7 @@ def with_packages(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
     monkeypatch.setattr(openvino, "is_installed", lambda name: name in there)
 
 
-def test_auto_takes_openvino_on_a_cpu_where_it_is_installed(
+def test_auto_is_openvino_on_a_cpu_if_it_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert choose(precision="fp32") == "openvino cpu fp32"
@@ -529,7 +526,7 @@ def test_on_a_gpu_auto_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(precision="fp32", device="cuda") == "torch cuda fp32"
 
 
-def test_where_bfloat16_is_only_emulated_auto_leaves_it_to_torch(
+def test_auto_is_torch_if_openvino_lacks_bfloat16(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class PlainCore:
@@ -539,7 +536,7 @@ def test_where_bfloat16_is_only_emulated_auto_leaves_it_to_torch(
     monkeypatch.setattr(openvino, "load_core", PlainCore)
     assert choose(precision="bf16") == "torch cpu bf16"
     assert choose(precision="fp32") == "openvino cpu fp32"
-    with pytest.raises(ConfigError, match="does not compute in bf16 by itself; use --precision"):
+    with pytest.raises(ConfigError, match="does not support bf16 natively; use --precision"):
         choose(precision="bf16", engine="openvino")
 
 
@@ -614,8 +611,8 @@ def test_a_model_that_openvino_cannot_convert_runs_in_torch_with_a_warning(
     break_conversion(monkeypatch)
     assert load("auto", "fp32").name == "torch cpu fp32"
     assert [record.getMessage() for record in caplog.records] == [
-        "openvino cpu fp32 cannot run this model (no conversion rule for aten::new_thing); torch "
-        "does. To say so: --engine torch"
+        "openvino cpu fp32 cannot run this model (no conversion rule for aten::new_thing), so "
+        "torch does. To skip the attempt: --engine torch"
     ]
 
 
@@ -628,7 +625,7 @@ def test_openvino_by_name_that_cannot_convert_a_model_is_an_error(
         load("openvino", "fp32")
 
 
-def test_openvino_tells_nobody_that_it_is_used() -> None:
+def test_openvino_sends_no_telemetry() -> None:
     openvino.import_library("openvino")
     telemetry = sys.modules["openvino.tools.ovc.telemetry_utils"].tm
     assert telemetry.__name__ == "openvino.tools.ovc.telemetry_stub"
@@ -656,7 +653,7 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_is_heard_whichever_threads_openvino_was_used_in() -> None:
+def test_ctrl_c_works_whichever_threads_used_openvino() -> None:
     # With AMX, a core that goes takes a stack for signals along; see load_core.
     done = subprocess.run(
         [sys.executable, "-c", LET_GO_OF_IN_A_THREAD], capture_output=True, text=True
@@ -677,7 +674,7 @@ def models_in(cache: Path) -> list[Path]:
     return sorted(cache.glob("converted/*/model.xml"))
 
 
-def test_the_second_start_does_not_convert(
+def test_a_second_start_does_not_convert_again(
     load: Callable[..., Engine], cache: Path, expected: FloatArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load("openvino", "fp32")
@@ -688,7 +685,7 @@ def test_the_second_start_does_not_convert(
     np.testing.assert_allclose(scores_of(again, features(5)), expected, rtol=0, atol=1e-5)
 
 
-def test_another_model_or_pooling_has_a_place_of_its_own(
+def test_another_model_or_pooling_is_cached_separately(
     load: Callable[..., Engine], cache: Path, spec: ModelSpec, tmp_path: Path
 ) -> None:
     load("openvino", "fp32")
@@ -713,7 +710,7 @@ def test_a_damaged_model_is_converted_again(
     assert bytearray(damaged.read_bytes()) != content
 
 
-def test_where_nothing_can_be_kept_the_engine_runs_all_the_same(
+def test_an_engine_runs_without_a_cache(
     load: Callable[..., Engine], cache: Path, expected: FloatArray
 ) -> None:
     cache.write_text("a file where the folder belongs")
@@ -721,7 +718,7 @@ def test_where_nothing_can_be_kept_the_engine_runs_all_the_same(
     np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
 
 
-def test_a_disk_that_fills_up_while_the_model_is_kept_does_no_harm(
+def test_a_disk_that_fills_up_while_the_model_is_cached_does_no_harm(
     load: Callable[..., Engine],
     cache: Path,
     expected: FloatArray,
@@ -761,7 +758,7 @@ def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.threads_of(4) == 2
 
 
-def test_every_engine_of_the_dict_is_one_that_the_config_knows() -> None:
+def test_the_config_knows_every_engine() -> None:
     from typing import get_args
 
     fields = {field.name: field for field in dataclasses.fields(InferenceSettings)}

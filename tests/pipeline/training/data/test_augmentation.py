@@ -27,7 +27,7 @@ from pipeline.training.data.augmentation import (
     shift_circularly,
 )
 from transforms.features.fbank import FbankSettings, KaldiFbank
-from transforms.features.statistics import without_normalising
+from transforms.features.fbank_settings import without_normalising
 
 FBANK = FbankSettings(num_frames=64, mean=-5.0, std=4.0)
 NUM_SAMPLES = FBANK.max_samples

@@ -14,7 +14,8 @@ from pipeline.training.stages.masked_patches import (
     masked_patch_loss,
     patches_of,
 )
-from transforms.models.ast.model import ASTConfig, ASTModel, initialise_from_scratch
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTModel, initialise_from_scratch
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
