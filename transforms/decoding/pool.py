@@ -3,7 +3,7 @@
     WorkUnit ─read_unit─▶ EncodedClip ─▶ DecodePool ─▶ Waveform pieces, ItemFailure ─▶ UnitEnd
                                           │      ▲
                                           ▼      │ samples through shared memory
-                                     decode_worker processes
+                                     child processes
 
 ``DecodePool`` looks ahead: while the model works on one clip, the next ones are read and decoded
 on all cores. It guarantees:

@@ -1,6 +1,6 @@
 """Reading audio: libsndfile and FFmpeg behind one face, which gives blocks of samples.
 
-    encoded bytes ─audio_routes─▶ libsndfile ─▶ blocks of float32, all channels, the file's rate
+    encoded bytes ────routes────▶ libsndfile ─▶ blocks of float32, all channels, the file's rate
                            │          │ gives up midway
                            └─────▶ FFmpeg
 
