@@ -163,6 +163,8 @@ def divide_found(
     num_found = num_divided = 0
     with HeaderReader(decode) as headers:
         for item, length_s in _measured_items(found, segment_s, sources, headers, failures):
+            if item.end_s is not None:
+                length_s = item.end_s - (item.start_s or 0.0)
             segments = [item] if length_s is None else divide(item, length_s, segment_s)
             items += segments
             num_found += 1
@@ -208,12 +210,14 @@ def _measured_items(
     headers: HeaderReader,
     failures: list[Failure],
 ) -> Iterator[tuple[Item, float | None]]:
-    """Yield each item and its length, None if not known; add containers that break off."""
-    to_open = (item for item in found.items if _known_length_s(item, segment_s) is None)
-    clips = _fetch_headers(list(to_open))
+    """Yield each item and its length by the header, None if not known.
+
+    Adds to ``failures`` the containers that cannot be read to their end.
+    """
+    clips = _fetch_headers([item for item in found.items if _needs_header(item, segment_s)])
     for item in found.items:
-        length_s = _known_length_s(item, segment_s)
-        yield item, headers.read_length_s(next(clips)) if length_s is None else length_s
+        is_needed = _needs_header(item, segment_s)
+        yield item, headers.read_length_s(next(clips)) if is_needed else 0.0
     for unit in plan_units([], found.containers, sources):
         for clip in read_items(unit, sources):
             if isinstance(clip, EncodedClip):
@@ -224,13 +228,10 @@ def _measured_items(
                 yield clip.item, None
 
 
-def _known_length_s(item: Item, segment_s: float) -> float | None:
-    """Return the length of a segment, or 0 for a file too small to be divided; else None."""
-    if item.end_s is not None:
-        return item.end_s - (item.start_s or 0.0)
-    if item.size is not None and item.size < MIN_BYTES_PER_S * segment_s:
-        return 0.0
-    return None
+def _needs_header(item: Item, segment_s: float) -> bool:
+    """Return whether a file may have to be divided and only its header tells."""
+    is_small = item.size is not None and item.size < MIN_BYTES_PER_S * segment_s
+    return item.end_s is None and not is_small
 
 
 def _fetch_headers(items: Sequence[Item]) -> Iterator[EncodedClip | Failure]:

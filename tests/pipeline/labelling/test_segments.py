@@ -189,6 +189,17 @@ def test_a_manifest_gives_the_segments_of_files_members_and_rows(
     assert len(items) == len(division.items)
 
 
+def test_a_segment_of_a_member_is_divided_within_its_end(inputs: list[Path]) -> None:
+    (folder, _) = inputs
+    manifest = folder / "members.csv"
+    manifest.write_text(
+        "uri,member,start_s,end_s\nshard.tar,a.wav,1,2\nshard.tar,a.wav,2,7\nshard.tar,a.wav,3,\n"
+    )
+    assert spans(division_of(manifest).items) == [
+        (1.0, 2.0), (2.0, 5.0), (5.0, 7.0), (3.0, 6.0), (6.0, None)
+    ]  # fmt: skip
+
+
 def test_a_column_of_several_types_is_text_in_parquet(tmp_path: Path) -> None:
     items = [make_item(f"/{n}.wav", metadata=f'{{"a": {n}}}') for n in ("1", '"x"', "[2]")]
     table = pq.read_table(io.BytesIO(encode_manifest(items, ".parquet")))

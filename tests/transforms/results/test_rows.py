@@ -196,7 +196,7 @@ def test_the_transform_gives_windows_then_the_clip_and_passes_the_rest() -> None
 
 
 def pending_elements(num_clips: int) -> Iterator[tuple[object, object]]:
-    """Clips of a window each, every one a batch of its own; a failure; the unit's end."""
+    """Yield clips of one window, each its own batch, then a failure and the unit's end."""
     for index in range(num_clips):
         batch = PendingBatch(lambda: [make_prediction([0, 1, 0])])
         yield make_window(ITEM, 0, num_windows=1, item_index=index), PendingPrediction(batch, 0)
