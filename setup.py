@@ -75,6 +75,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "openvino>=2025.1",
             "nncf>=2.16",

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.labelling.backlog import find_backlog
 from pipeline.labelling.plan import RunPlan
+from pipeline.labelling.remaining import find_units
 from transforms.decoding.pool import DecodePool
 from transforms.errors import FeatureError, InputError
 from transforms.features.fbank import extract_fbank
@@ -81,7 +81,7 @@ def _find_earlier(plan: RunPlan, before: Mapping[str, Any] | None) -> QuantisedM
 
 def _quantise(plan: RunPlan, num_windows: int) -> QuantisedModel:
     # Everything found, not only the remaining work, so that a resumed run finds the same model.
-    units = find_backlog(plan.found, {}, plan.label.sources).units
+    units = find_units(plan.found, plan.label.sources)
     windows = sample_windows(units, plan.label, num_windows)
     if not len(windows):
         raise InputError(

@@ -23,20 +23,21 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config.label import RunConfig, given_inputs
 from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
-from pipeline.labelling.backlog import count_found_items, find_backlog
+from pipeline.labelling.estimate import windows_of_first
 from pipeline.labelling.plan import (
     describe_inputs,
     input_options,
 )
-from pipeline.labelling.run import (
+from pipeline.labelling.remaining import count_found_items, find_units
+from pipeline.runners.dataflow import follow, is_left_running
+from pipeline.runners.options import (
     check_reachable,
     check_runner,
     is_in_process,
     is_remote,
     pipeline_options,
+    temporary_files_in_scratch,
 )
-from pipeline.runners.dataflow import follow, is_left_running
-from pipeline.runners.options import temporary_files_in_scratch
 from pipeline.terminal.progress import LiveReader, ProgressDisplay
 from pipeline.terminal.std_streams import answer, say
 from pipeline.terminal.wording import counted, format_audio, format_duration
@@ -160,6 +161,7 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
         read=LiveReader(),
         total_windows=sum(unit.estimated_windows for unit in plan.units),
         total_items=count_found_items(plan.found),
+        windows_of_first=windows_of_first(plan.units),
         doing="measuring",
         quiet=config.quiet or not is_in_process(options),
     ):
@@ -214,7 +216,7 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
         inputs=tuple(public_uri(url) for url in inputs),
         output=output,
         found=found,
-        units=find_backlog(found, {}, settings.sources).units,
+        units=find_units(found, settings.sources),
         settings=settings,
         fbank=fbank,
         as_original=as_original,

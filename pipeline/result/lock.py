@@ -1,11 +1,10 @@
-"""One run at a time per output: two that heal and write one folder would undo each other.
+"""The lock of an output: two runs that repair and write one folder would undo each other's work.
 
-A local folder is locked by the system, on the folder itself: that needs no file, and ends with the
-process, however that ends. Object stores have no locks. There a run leaves a small file that says
-who it is, made only if there is none, and rewrites it every few seconds: its heartbeat. A file that
-has not changed for a while was left by a run that died. Nobody's clock is compared with another's:
-whoever finds the file watches it for that while, which is also longer than workers outlive a run
-that was killed.
+For a local folder, the system locks the folder itself. That needs no file, and ends with the
+process. Object stores have no locks. There, a run creates a small file that names it, unless one
+exists, and rewrites it every few seconds: its heartbeat. If the file has not changed for a while,
+its run is dead. Clocks of different machines are never compared: a run that finds a file watches it
+for that while, which is also longer than workers outlive a killed run.
 """
 
 from __future__ import annotations
@@ -34,30 +33,30 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = "_lock.json"
 HEARTBEAT_S = 10.0
-# Of a holder that is stuck (a store that does not answer, a machine that swaps) four heartbeats
-# may fail to come before it is taken for dead.
+# A holder that is stuck (a silent store, a swapping machine) may miss four heartbeats before it is
+# taken for dead.
 PATIENCE_S = 50.0
 POLL_S = 2.0
-# Whoever ends a run waits no longer than this for its file to go.
+# The longest wait for the file's removal at the end of a run.
 STOP_S = 10.0
 MAKE_TRIES = 5
 
 
 @contextlib.contextmanager
 def hold_output(output: str, on_lost: Callable[[], None] | None = None) -> Iterator[None]:
-    """Keep an output to this run.
+    """Lock an output for this run within the ``with`` block.
 
-    A local folder is made if need be, and goes again if nothing came of the run.
+    A local folder is made if needed, and removed again if the run leaves it empty.
 
     Args:
-        output: The result's folder, as ``storage.normalise`` gives it.
-        on_lost: Called from another thread when another run has taken a remote output over while
-            this one was stuck; it must stop this run. None: the run goes on to its end.
+        output: The normalised URL of the result's folder.
+        on_lost: Called from another thread when another run has taken over a remote output while
+            this one was stuck; must stop this run. None lets the run continue.
 
     Raises:
-        OutputError: Another run holds it, or it cannot be written.
-        OutputLostError: At the end, if another run has taken it over meanwhile; takes the place
-            of whatever ended the run.
+        OutputError: Another run holds the output, or it cannot be written.
+        OutputLostError: Another run has taken over the output. Raised at the end, in place of any
+            other exception.
     """
     if urls.is_local(output):
         with _hold_folder(Path(urls.local_path(output)), output):
@@ -77,19 +76,19 @@ def _hold_folder(path: Path, output: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the lock goes: who has it next must see that the folder has gone.
+        # Before the lock is released: the next holder must see that the folder is gone.
         _remove_empty(made)
         os.close(descriptor)
 
 
 def _locked_folder(path: Path, output: str, made: list[Path]) -> int:
-    """A descriptor that carries the lock; adds the folders that were made for it to ``made``."""
+    """Return a descriptor that holds the lock; add the folders made for it to ``made``."""
     while True:
         descriptor = _open_folder(path, made)
         try:
             _lock(descriptor, output)
-            # A run that came to nothing may have removed the folder after it was opened here; its
-            # lock would keep nobody out.
+            # Another run may have removed the folder after it was opened here. A lock on it would
+            # then keep no one out.
             if is_still(path, descriptor, follow_symlinks=True):
                 return descriptor
         except BaseException:
@@ -109,7 +108,7 @@ def _lock(descriptor: int, output: str) -> None:
     try:
         is_locked = try_lock(descriptor)
     except OSError as error:
-        # Some network file systems have no locks; then it is for people to keep runs apart.
+        # Some network file systems have no locks. There, users must keep runs apart.
         logger.warning("%s cannot be locked (%s): start no second run on it.", output, error)
     else:
         if not is_locked:
@@ -121,13 +120,13 @@ def _open_folder(path: Path, made: list[Path]) -> int:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; --output needs a folder. Give another path.")
         for _ in range(MAKE_TRIES - 1):
-            with contextlib.suppress(FileNotFoundError):  # another run has just removed its own
+            with contextlib.suppress(FileNotFoundError):  # removed by another run just now
                 return _make_and_open(path, made)
         return _make_and_open(path, made)
     except OSError as error:
         raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. Give another --output, or "
-            "mend its permissions."
+            f"{path} cannot be written: {error.strerror or error}. Give another --output, or fix "
+            "its permissions."
         ) from error
 
 
@@ -150,12 +149,12 @@ def _words_for_held(output: str, holder: str) -> str:
 
 @dataclass(frozen=True)
 class _Holder:
-    """Who holds an output.
+    """The run that holds an output.
 
     Attributes:
-        token: Of this one run.
-        machine: The name of the machine it runs on, for messages.
-        process: Its process there, for messages.
+        token: Unique to the run.
+        machine: The name of its machine, for messages.
+        process: Its process id there, for messages.
         heartbeat: How often the file has been written.
     """
 
@@ -172,7 +171,7 @@ class _Holder:
         try:
             return _Holder(**json.loads(data))
         except (ValueError, TypeError):
-            return _Holder("?", "?", 0)  # damaged: watched like any other
+            return _Holder("?", "?", 0)  # a damaged file is watched like any other
 
     def describe(self) -> str:
         return f"another run (process {self.process} on {self.machine})"
@@ -183,12 +182,12 @@ def _hold_remote(output: str, on_lost: Callable[[], None] | None) -> Iterator[No
     url = urls.join(output, LOCK_FILE)
     holder = _Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid())
     try:
-        writing.make_folder(output)  # where one cannot write at all, names the output
+        writing.make_folder(output)  # its error names the output, not the lock file
         _acquire(url, output, holder)
     except OSError as error:
         raise OutputError(
-            f"{public_uri(output)} cannot be written: {error}. Give another --output, or "
-            "mend the rights to it."
+            f"{public_uri(output)} cannot be written: {error}. Give another --output, or fix its "
+            "permissions."
         ) from error
     heart = _Heart(url, holder, on_lost)
     heart.start()
@@ -198,8 +197,8 @@ def _hold_remote(output: str, on_lost: Callable[[], None] | None) -> Iterator[No
         heart.stop()
         if heart.lost:
             raise OutputLostError(
-                f"another run has taken {public_uri(output)} over while this one was "
-                "stuck; nothing is lost. Let that run end, then run this command again."
+                f"another run has taken over {public_uri(output)} while this one was stuck; "
+                "nothing is lost. Let that run end, then run this command again."
             )
         if heart.left_because is not None:
             logger.warning(
@@ -216,7 +215,7 @@ def _acquire(url: str, output: str, holder: _Holder) -> None:
     other = _read_holder(url)
     if other is not None:
         _watch(url, output, other)
-        # Another run that watched the same file may have taken over a moment ago.
+        # Another run that watched the same file may have taken over just now.
         now = _read_holder(url)
         if now is not None and now != other:
             raise OutputError(_words_for_held(output, now.describe()))
@@ -226,13 +225,13 @@ def _acquire(url: str, output: str, holder: _Holder) -> None:
 
 
 def _watch(url: str, output: str, other: _Holder) -> None:
-    """Return when ``other`` shows no sign of life for long enough.
+    """Return once ``other`` has ended or shown no sign of life for long enough.
 
     Raises:
-        OutputError: It is alive, or another has come in its place.
+        OutputError: It is alive, or another run has taken its place.
     """
     logger.info(
-        "%s holds %s, or was killed while it did; watching it for up to %.0f s.",
+        "%s holds %s, or was killed while it held it; watching it for up to %.0f s.",
         other.describe(),
         public_uri(output),
         PATIENCE_S,
@@ -242,7 +241,7 @@ def _watch(url: str, output: str, other: _Holder) -> None:
         time.sleep(POLL_S)
         now = _read_holder(url)
         if now is None:
-            return  # it has just ended
+            return  # it has ended
         if now != other:
             raise OutputError(_words_for_held(output, now.describe()))
 
@@ -255,17 +254,15 @@ def _read_holder(url: str) -> _Holder | None:
 
 
 class _Heart(threading.Thread):
-    """Rewrites the lock file until it is stopped, and then removes it.
+    """A thread that rewrites the lock file until it is stopped, and then removes it.
 
-    Ends, too, where it finds another's in its place.
-
-    It alone touches the file, so that no late heartbeat brings it back, and nobody has to wait for
-    a store that does not answer. What fails is not asked again for longer than until the next
-    heartbeat is due.
+    It also ends if it finds another run's file. No other thread touches the file, so no late
+    heartbeat restores it, and no thread waits for a silent store. Failed requests are retried until
+    the next heartbeat is due.
 
     Attributes:
-        lost: Whether another run's file has been found.
-        left_because: Why the file is still there at the end; None if it has gone.
+        lost: Whether another run's file was found.
+        left_because: Why the file still exists at the end; None if it is removed.
     """
 
     def __init__(self, url: str, holder: _Holder, on_lost: Callable[[], None] | None) -> None:
@@ -284,7 +281,7 @@ class _Heart(threading.Thread):
                     if not self._beat():
                         return
                 except OSError as error:
-                    # The run itself will say so, if it lasts.
+                    # If the error persists, the run itself will fail.
                     logger.warning("%s: no heartbeat (%s).", public_uri(self._url), error)
             try:
                 writing.remove(self._url)
@@ -304,7 +301,7 @@ class _Heart(threading.Thread):
         return True
 
     def stop(self) -> None:
-        """Let the file be removed, for ``STOP_S`` at most."""
+        """Stop the heartbeat and wait for the file's removal, for ``STOP_S`` at most."""
         self._stopped.set()
         self.join(STOP_S)
         if self.is_alive():

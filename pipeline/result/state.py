@@ -30,6 +30,7 @@ from transforms.errors import AccountingError, OutputError, in_words
 from transforms.results.commits import (
     COMMITS,
     PARTS,
+    RUN_FILE,
     Commit,
     are_commits_held,
     commit_url,
@@ -45,9 +46,7 @@ from transforms.storage.writing import writing_to
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 SUCCESS_FILE = "_SUCCESS"
-RUN_SCHEMA_VERSION = 1
 WRITERS_PATIENCE_S = 60.0
 
 # Earlier versions labelled a long file in parts, and kept these here until they were joined.
@@ -121,7 +120,8 @@ def read_result(output: str) -> ResultState:
     """Read the state of an output folder; an absent or empty folder gives an empty state.
 
     Raises:
-        OutputError: The folder cannot be read or is a file, or ``run.json`` is not Earmark's.
+        OutputError: The folder cannot be read or is a file, ``run.json`` is not Earmark's, or the
+            result has another schema.
     """
     try:
         return _read_result(output)
@@ -136,9 +136,11 @@ def _read_result(output: str) -> ResultState:
     if not filesystem.exists(output):
         return ResultState(output)
     if not filesystem.is_folder(output):
-        raise OutputError(f"{output} is a file; --output needs a folder. Give another path.")
+        raise OutputError(
+            f"{public_uri(output)} is a file; --output needs a folder. Give another path."
+        )
+    commits, without = read_commits(output)  # first: it checks the schema
     run = read_run(output)
-    commits, without = read_commits(output)
     sizes, foreign = _list_parts(output)
     superseded = {old for commit in commits.values() for old in commit.replaces}
     superseded &= commits.keys() | without.keys()
@@ -192,7 +194,8 @@ def read_run(output: str) -> Mapping[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         pass
     raise OutputError(
-        f"{url} was not written by Earmark, or is damaged; give another --output, or remove it."
+        f"{public_uri(url)} was not written by Earmark, or is damaged; give another --output, or "
+        "remove it."
     )
 
 
@@ -266,13 +269,15 @@ def wait_for_writers(output: str) -> None:
     """
     if not are_commits_held(output):
         return
-    logger.info("waiting for processes of an earlier run that still write to %s", output)
+    logger.info(
+        "waiting for processes of an earlier run that still write to %s", public_uri(output)
+    )
     deadline = time.monotonic() + WRITERS_PATIENCE_S
     while are_commits_held(output):
         if time.monotonic() > deadline:
             raise OutputError(
-                f"processes of an earlier run still write to {output}, and did not end within "
-                f"{WRITERS_PATIENCE_S:g} s; stop them, then run this command again."
+                f"processes of an earlier run still write to {public_uri(output)}, and did not end "
+                f"within {WRITERS_PATIENCE_S:g} s; stop them, then run this command again."
             )
         time.sleep(0.1)
 
@@ -312,8 +317,8 @@ def check_removable(state: ResultState) -> None:
     others = (*state.foreign, *state.orphans)
     if not state.is_result and others:
         raise OutputError(
-            f"{state.output} holds {others[0]} but no run.json of Earmark; --overwrite removes "
-            "only what Earmark wrote. Give another --output."
+            f"{public_uri(state.output)} holds {public_uri(others[0])} but no run.json of Earmark; "
+            "--overwrite removes only what Earmark wrote. Give another --output."
         )
 
 
@@ -364,7 +369,7 @@ def check_same_results(state: ResultState, results: Mapping[str, Any], model_nam
     if not differences:
         differences = [f"  fingerprint: {min(others)} there, {fingerprint} now"]
     raise OutputError(
-        f"{state.output} was made with other settings that change results:\n"
+        f"{public_uri(state.output)} was made with other settings that change results:\n"
         + "\n".join(differences)
         + "\nGive another --output, go back to those settings, or start anew with --overwrite."
     )
@@ -493,6 +498,7 @@ class FinishRun:
             writing.write_bytes(storage_urls.join(self.output, SUCCESS_FILE), b"")
 
     def _check(self, new: RunTotals) -> None:
+        place = public_uri(self.output)
         if new.units != self.num_units:
             raise AccountingError(
                 f"{self.num_units} units were planned and {new.units} came to their end; run the "
@@ -502,11 +508,11 @@ class FinishRun:
         if self.num_found_items not in (None, found_items):
             raise AccountingError(
                 f"planning found {self.num_found_items} items, and {found_items} rows were written "
-                f"for them; see earmark verify {self.output}"
+                f"for them; see earmark verify {place}"
             )
         num_commits = len(list_unit_ids(self.output))
         if num_commits != self.num_commits:
             raise AccountingError(
-                f"{self.num_commits} commits must be in {self.output}, and {num_commits} are; see "
-                f"earmark verify {self.output}"
+                f"{self.num_commits} commits must be in {place}, and {num_commits} are; see "
+                f"earmark verify {place}"
             )

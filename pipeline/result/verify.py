@@ -9,6 +9,7 @@ does not read existing parts, so it repairs less than is found here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
@@ -22,14 +23,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
-from pipeline.result.state import RUN_FILE, SUCCESS_FILE, ResultState, read_result
+from pipeline.result.state import SUCCESS_FILE, ResultState, read_result
 from pipeline.terminal.std_streams import answer
 from transforms.errors import InputError, OutputError
 from transforms.results.commits import (
     COMMITS,
+    RUN_FILE,
     Commit,
     PartInfo,
     UnitTotals,
+    check_schema,
     commit_url,
     find_change,
     list_unit_ids,
@@ -87,9 +90,12 @@ def run_verify(folder: str, quiet: bool = False) -> int:
 
     Raises:
         InputError: The folder holds no result of Earmark's.
+        OutputError: The result cannot be read, or has another schema.
     """
     output = urls.normalise(folder)
     name = public_uri(output)
+    with contextlib.suppress(OSError):  # reported below
+        check_schema(output)
     try:
         state = read_result(output)
     except OutputError as error:

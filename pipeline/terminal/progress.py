@@ -89,12 +89,15 @@ class Moment:
         working_s: Seconds since the first window (without windows: clip) was done. Loading the
             model comes before, and says nothing about the speed.
         is_complete: Whether the run has ended, so that these counts are final.
+        item_windows: Windows counted when the last item was done; those of a long clip in
+            progress are not among them.
     """
 
     counts: ProgressCounts
     elapsed_s: float
     working_s: float
     is_complete: bool = False
+    item_windows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +109,27 @@ class Expected:
         items: Items found; None where containers have not been read yet.
         doing: What is being done, for the line at the start.
         has_windows: Whether clips are cut into windows; if not, only clips are counted.
+        windows_of_first: Gives the estimated windows of the first so many items; None if not known.
     """
 
     windows: int | None = None
     items: int | None = None
     doing: str = "labelling"
     has_windows: bool = True
+    windows_of_first: Callable[[int], float] | None = None
+
+
+def expected_windows(moment: Moment, expected: Expected) -> int | None:
+    """Return how many windows to expect; None if not known.
+
+    The estimate goes by file sizes, and is often several times off for compressed audio. The
+    windows that the items done had, beside their estimate, correct it.
+    """
+    items = moment.counts.clips + moment.counts.failures
+    if expected.windows is None or expected.windows_of_first is None or not moment.item_windows:
+        return expected.windows
+    estimated = expected.windows_of_first(items)
+    return round(expected.windows * moment.item_windows / estimated) if estimated else None
 
 
 def share_done(moment: Moment, expected: Expected) -> float | None:
@@ -126,8 +144,9 @@ def share_done(moment: Moment, expected: Expected) -> float | None:
     items = counts.clips + counts.failures
     if expected.items and items >= expected.items:
         return 1.0
-    if expected.windows:
-        return min(counts.windows / expected.windows, 0.99)
+    windows = expected_windows(moment, expected)
+    if windows:
+        return min(counts.windows / windows, 0.99)
     return items / expected.items if expected.items else None
 
 
@@ -138,7 +157,8 @@ def seconds_left(moment: Moment, expected: Expected) -> float | None:
         return None
     if share == 1.0:
         return 0.0
-    passed = expected.windows is not None and moment.counts.windows >= expected.windows
+    windows = expected_windows(moment, expected)
+    passed = windows is not None and moment.counts.windows >= windows
     if passed or share == 0.0:
         return None
     return moment.working_s * (1 - share) / share
@@ -218,7 +238,7 @@ def _how_much(expected: Expected) -> str:
 
 
 def _windows(moment: Moment, expected: Expected) -> str:
-    done, about = moment.counts.windows, expected.windows
+    done, about = moment.counts.windows, expected_windows(moment, expected)
     # An estimate that has been exceeded, or that a final count replaces, is of no use.
     if about is None or done > about or moment.is_complete:
         return f"{done:,}"
@@ -325,6 +345,7 @@ class ProgressDisplay:
         total_items: Items to label; None if not known.
         doing: What is being done, for the line at the start.
         has_windows: Whether clips are cut into windows; if not, only clips are counted.
+        windows_of_first: Gives the estimated windows of the first so many items; None if not known.
         quiet: Show nothing.
         console: Where to show it; stderr by default.
     """
@@ -337,16 +358,18 @@ class ProgressDisplay:
         total_items: int | None = None,
         doing: str = "labelling",
         has_windows: bool = True,
+        windows_of_first: Callable[[int], float] | None = None,
         quiet: bool = False,
         console: Console | None = None,
     ) -> None:
         self._read = read
-        expected = Expected(total_windows, total_items, doing, has_windows)
+        expected = Expected(total_windows, total_items, doing, has_windows, windows_of_first)
         self._display = _make_display(expected, quiet, console)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="earmark-progress", daemon=True)
         self._began_s = 0.0
         self._began_work_s: float | None = None
+        self._num_items = self._item_windows = 0
 
     def __enter__(self) -> Self:
         self._began_s = time.monotonic()
@@ -379,7 +402,10 @@ class ProgressDisplay:
         if self._began_work_s is None and (counts.windows or counts.clips):
             self._began_work_s = now
         working_s = 0.0 if self._began_work_s is None else now - self._began_work_s
-        return Moment(counts, now - self._began_s, working_s)
+        num_items = counts.clips + counts.failures
+        if num_items != self._num_items:
+            self._num_items, self._item_windows = num_items, counts.windows
+        return Moment(counts, now - self._began_s, working_s, item_windows=self._item_windows)
 
 
 def _make_display(expected: Expected, quiet: bool, console: Console | None) -> _Display:

@@ -13,7 +13,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.labelling.backlog import count_found_items
+from pipeline.labelling.remaining import count_found_items
 from pipeline.terminal.progress import LiveReader, ProgressDisplay
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.wording import counted

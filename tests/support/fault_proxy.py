@@ -1,11 +1,11 @@
-"""A store's bad days: an HTTP/1.1 proxy on this machine that harms some of the requests.
+"""A local HTTP/1.1 proxy that injects faults into some of the requests to a store.
 
     with FaultProxy("127.0.0.1", 5000) as proxy:
         proxy.faults = Faults(rate=0.3, seed=7)
         ...  # requests to proxy.url
         assert proxy.counts.total() > 0
 
-Which requests are harmed, and how, follows from the seed and from a request's number.
+The seed and a request's number decide whether it is harmed, and how.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from http.client import HTTPConnection, HTTPMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-# What can happen to a request:
-STATUSES = ("429", "500", "503")  # it is refused (429 with Retry-After)
+# The faults:
+STATUSES = ("429", "500", "503")  # the request is refused (429 with Retry-After)
 RESETS = (
-    "reset_before",  # the connection breaks before the store sees it
-    "reset_after",  # the store does it, and the connection breaks before the answer
-    "cut_upload",  # the connection breaks in the middle of its body; a store drops such a request
+    "reset_before",  # the connection breaks before the store sees the request
+    "reset_after",  # the connection breaks after the request is done, before the answer
+    "cut_upload",  # the connection breaks in the body; a store drops such a request
 )
 CUTS = (
-    "cut",  # the answer ends early, its Content-Length says so
-    "cut_chunked",  # the answer ends early, its last chunk is missing
-    "cut_unframed",  # the answer ends early, and nothing in it says so
+    "cut",  # the answer ends early, as its Content-Length shows
+    "cut_chunked",  # the answer ends early: its last chunk is missing
+    "cut_unframed",  # the answer ends early, and nothing shows it
 )
 KINDS = (*STATUSES, *RESETS, *CUTS, "slow")
 
@@ -50,16 +50,16 @@ _PIECES = 4
 
 @dataclass(frozen=True)
 class Faults:
-    """Which requests are harmed.
+    """The requests to harm.
 
     Attributes:
         rate: The share of requests harmed, 0 to 1.
-        kinds: What happens to them, each as likely as the others; any HTTP status is one, too.
+        kinds: Their faults, equally likely; any HTTP status is one, too.
         seed: Another seed harms other requests.
-        target: Whether a request may be harmed, by its method and path.
-        down_after: From this many requests on, all are reset: the store is down. None: never.
-        slow_s: How long a slow answer takes.
-        retry_after_s: What a 429 asks the client to wait.
+        target: Returns whether a request may be harmed, given its method and path.
+        down_after: The store is down after this many requests: all others are reset.
+        slow_s: Duration of a slow answer.
+        retry_after_s: The Retry-After header of a 429.
     """
 
     rate: float = 0.0
@@ -73,13 +73,13 @@ class Faults:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request was answered with.
+    """An answer of the server.
 
     Attributes:
-        method: Of the request.
-        path: Of the request, with its query.
-        start: The first byte that the request asks for; None if it asks for the whole.
-        num_bytes: How long the answer's body was.
+        method: The request's method.
+        path: The request's path, with its query.
+        start: The first byte of the range requested; None for the whole object.
+        num_bytes: Length of the answer's body.
     """
 
     method: str
@@ -89,13 +89,13 @@ class Answer:
 
 
 class FaultProxy:
-    """Passes requests on to a server on this machine, and harms some of them.
+    """A proxy of a local server that harms some requests.
 
     Attributes:
-        faults: May be replaced at any time, which starts counting anew.
-        counts: Faults injected, by kind (``down`` for those of a store that is down).
-        num_requests: Requests that have come.
-        answers: What was passed on, in the order in which it came from the server.
+        faults: Replace it at any time; that resets the counts.
+        counts: Injected faults by kind (``down`` for a store that is down).
+        num_requests: Requests so far.
+        answers: Answers of the server, in order.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -126,7 +126,7 @@ class FaultProxy:
         self._server.server_close()
 
     def draw(self, method: str, path: str, has_body: bool) -> tuple[str | None, random.Random]:
-        """What happens to the next request, and random numbers of its own."""
+        """Return the fault of the next request, and a random generator for it."""
         with self._lock:
             faults = self._faults
             chance = random.Random(f"{faults.seed}/{self.num_requests}")
@@ -151,11 +151,11 @@ class _Server(ThreadingHTTPServer):
     proxy: FaultProxy
 
     def shutdown_request(self, request: Any) -> None:
-        # Without socket.shutdown, whose FIN would come before the reset.
+        # No socket.shutdown: its FIN would precede the reset.
         self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is no news."""
+        """Ignore clients that have closed the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -163,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are counted, not printed."""
+        """Print nothing; requests are counted."""
 
     def _serve(self) -> None:
         proxy = self.server.proxy

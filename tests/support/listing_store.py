@@ -1,9 +1,9 @@
-"""A store that lists as many objects as it is told to, and has no content but that of tars.
+"""A store that lists any number of objects, but holds no content except sparse archives.
 
-``listing://NUMBER-of-BYTES-ENDING`` is a bucket of that many files of that many bytes, made up
-while it is listed: ``listing://1000000-of-160044-wav`` has a million WAV files. Reading one is an
-error, so whatever works on such a store has looked at nothing but the listing. What a bucket
-``tars`` holds is put there by ``add_tar``: archives of any size whose members are all zeros.
+``listing://NUMBER-of-BYTES-ENDING`` is a bucket of that many files of that many bytes, generated
+while it is listed: ``listing://1000000-of-160044-wav`` has a million WAV files. Reading one raises
+an error, so code that works on such a store reads the listing alone. ``add_tar`` puts archives of
+any size, whose members are zeros, into the bucket ``tars``.
 
 For tests, and for ``benchmarks/plan.py``.
 """
@@ -26,20 +26,20 @@ FILES_PER_FOLDER = 1000
 
 
 def bucket_url(num_files: int, num_bytes: int, suffix: str = ".wav") -> str:
-    """The URL of a bucket of so many files of so many bytes."""
+    """Return the URL of a bucket of this many files of this many bytes."""
     return f"{PROTOCOL}://{num_files}-of-{num_bytes}-{suffix.removeprefix('.')}"
 
 
 @dataclass
 class SparseTar:
-    """An archive whose headers alone are held: members of zeros, then zero blocks.
+    """An archive that holds only headers in memory: members of zeros, then zero blocks.
 
     Attributes:
-        sizes: Bytes of each member's content.
-        latency_s: What each request to it takes.
-        contents: What members begin with, by number; zeros follow.
-        requests: How many requests there were.
-        most_at_once: How many of them at the same time, at most.
+        sizes: Size of each member in bytes.
+        latency_s: Duration of each request.
+        contents: First bytes of members, by number; zeros follow.
+        requests: Requests so far.
+        most_at_once: Most requests at the same time.
     """
 
     sizes: Sequence[int]
@@ -58,17 +58,17 @@ class SparseTar:
         self.size = self.starts[-1] + 2 * tarfile.BLOCKSIZE
 
     def header(self, number: int) -> bytes:
-        """The header of a member."""
+        """Return the header of a member."""
         info = tarfile.TarInfo(self.name(number))
         info.size = self.sizes[number]
         return info.tobuf(tarfile.GNU_FORMAT)
 
     def name(self, number: int) -> str:
-        """The name of a member."""
+        """Return the name of a member."""
         return f"{number // FILES_PER_FOLDER:06}/{number:09}.wav"
 
     def fetch(self, start: int, stop: int) -> bytes:
-        """The bytes of a range."""
+        """Return the bytes of a range."""
         with self._lock:
             self.requests += 1
             self._now += 1
@@ -89,20 +89,20 @@ class SparseTar:
 
 
 class Content(Protocol):
-    """What can be read of the store."""
+    """An object with content."""
 
     @property
     def size(self) -> int:
-        """Bytes of it."""
+        """Size in bytes."""
         ...
 
     def fetch(self, start: int, stop: int) -> bytes:
-        """Some of them."""
+        """Return the bytes of a range."""
         ...
 
 
 class ListingFileSystem(AbstractFileSystem):
-    """The store; see the module."""
+    """The store that the module describes."""
 
     protocol = PROTOCOL
     cachable = False
@@ -110,7 +110,7 @@ class ListingFileSystem(AbstractFileSystem):
 
     @classmethod
     def add_tar(cls, name: str, tar: Content) -> str:
-        """Put an archive, or what else has content, into the bucket ``tars``; its URL."""
+        """Put an object into the bucket ``tars`` and return its URL."""
         cls.tars[f"tars/{name}"] = tar
         return f"{PROTOCOL}://tars/{name}"
 
@@ -152,7 +152,7 @@ class ListingFileSystem(AbstractFileSystem):
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         path = self._strip_protocol(path)
         if path not in self.tars:
-            raise AssertionError(f"{path} was to be listed, and is read")
+            raise AssertionError(f"{path} is read, and may only be listed")
         return _SparseFile(self, path, mode, **options)
 
 

@@ -1,12 +1,12 @@
-"""Object stores on this machine: an emulator of S3 or of Google Cloud Storage behind a proxy.
+"""Local object stores: an emulator of S3 or of Google Cloud Storage behind a proxy.
 
-    with open_store("s3") as store:  # s3://bucket now means the emulator, through store.proxy
+    with open_store("s3") as store:  # s3:// leads to the emulator, through store.proxy
         store.proxy.faults = Faults(rate=0.05)
         storage.write_bytes(f"{store.url}/a", b"...")
         assert store.objects() == {"a": b"..."}  # past the proxy
 
-S3 is moto's server. Google's is fake-gcs-server where that is installed
-(``tests/support/provision_stores.sh``), which also knows preconditions, else gcp-storage-emulator.
+S3 is moto's server. Google's is fake-gcs-server, which supports preconditions, if it is installed
+(``tests/support/provision_stores.sh``), and gcp-storage-emulator otherwise.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class ObjectStore:
 
     Attributes:
         protocol: ``s3`` or ``gs``.
-        port: Where the emulator itself listens.
-        proxy: What the protocol leads to.
-        is_exclusive: Whether it refuses to replace an object on demand.
+        port: The emulator's port.
+        proxy: The proxy to which the protocol leads.
+        is_exclusive: Whether it can refuse to replace an object.
     """
 
     protocol: str
@@ -62,21 +62,21 @@ class ObjectStore:
 
     @property
     def url(self) -> str:
-        """The bucket, as Earmark names it."""
+        """URL of the bucket for Earmark."""
         return f"{self.protocol}://{BUCKET}"
 
     @property
     def http_url(self) -> str:
-        """What objects' names are appended to for a plain HTTP server, through the proxy."""
+        """Plain HTTP URL of the bucket, through the proxy; append an object's name."""
         folder = BUCKET if self.protocol == "s3" else f"download/storage/v1/b/{BUCKET}/o"
         return f"{self.proxy.url}/{folder}"
 
     def objects(self) -> dict[str, bytes]:
-        """Everything in the bucket, asked of the emulator itself."""
+        """Return all objects, past the proxy."""
         return {name: self.get(name) for name in self.names()}
 
     def names(self) -> list[str]:
-        """The objects' names, asked of the emulator itself."""
+        """Return the names of all objects, past the proxy."""
         if self.protocol == "s3":
             root = ET.fromstring(self._request("GET", f"/{BUCKET}?list-type=2&max-keys=10000"))
             return [str(key.text) for key in root.iter(f"{_XML}Key")]
@@ -84,7 +84,7 @@ class ObjectStore:
         return [entry["name"] for entry in listing.get("items", [])]
 
     def clear(self) -> None:
-        """Remove everything."""
+        """Remove all objects."""
         for name in self.names():
             self.remove(name)
 
@@ -97,7 +97,7 @@ class ObjectStore:
             self._request("DELETE", f"/storage/v1/b/{BUCKET}/o/{quoted}")
 
     def put(self, name: str, data: bytes, content_encoding: str = "") -> None:
-        """Store an object past the proxy; in ``gs://``, also one that is unpacked on the way."""
+        """Store an object past the proxy; ``gs://`` unpacks a content encoding on the way."""
         quoted = urllib.parse.quote(name, safe="")
         if self.protocol == "s3":
             self._request("PUT", f"/{BUCKET}/{urllib.parse.quote(name)}", data)
@@ -107,7 +107,7 @@ class ObjectStore:
             self._request("POST", path + encoding, data)
 
     def get(self, name: str) -> bytes:
-        """An object's content, past the proxy."""
+        """Return an object's content, past the proxy."""
         if self.protocol == "s3":
             return self._request("GET", f"/{BUCKET}/{urllib.parse.quote(name)}")
         quoted = urllib.parse.quote(name, safe="")
@@ -122,7 +122,7 @@ class ObjectStore:
 
 
 def damaged_commits(store: ObjectStore, output: str) -> list[str]:
-    """What is wrong behind the commits of a result, looked at past the proxy."""
+    """Return what is wrong with the committed parts of a result, read past the proxy."""
     objects, found = store.objects(), []
     for name, data in objects.items():
         if not name.startswith(f"{output}/_commits/"):
@@ -142,7 +142,7 @@ def damaged_commits(store: ObjectStore, output: str) -> list[str]:
 
 
 def result_rows(store: ObjectStore, output: str, part: str) -> list[dict[str, Any]]:
-    """The rows of a result's part, sorted, read past the proxy."""
+    """Return the sorted rows of a result's part, read past the proxy."""
     rows = [
         row
         for name, data in store.objects().items()
@@ -153,7 +153,7 @@ def result_rows(store: ObjectStore, output: str, part: str) -> list[dict[str, An
 
 
 def missing(protocol: str) -> str | None:
-    """Why there can be no such store here; None if there can."""
+    """Return why such a store cannot be opened here; None if it can."""
     needed = ("moto", "flask", "flask_cors", "s3fs") if protocol == "s3" else ()
     if protocol == "gs" and _fake_gcs_server() is None:
         needed = ("gcp_storage_emulator",)
@@ -162,7 +162,7 @@ def missing(protocol: str) -> str | None:
 
 
 def describe(protocol: str) -> str:
-    """Which emulator there is of a store, for people."""
+    """Name the emulator of a store, for people."""
     if missing(protocol):
         return f"none of {protocol}://"
     if protocol == "s3":
@@ -172,10 +172,10 @@ def describe(protocol: str) -> str:
 
 @contextlib.contextmanager
 def open_store(protocol: str) -> Iterator[ObjectStore]:
-    """An empty bucket, and the environment in which the protocol leads there.
+    """Open an empty bucket, and let the protocol lead to it meanwhile.
 
     Raises:
-        RuntimeError: An emulator is not installed, or does not start; ``missing`` asks before.
+        RuntimeError: The emulator is not installed (check with ``missing``) or does not start.
     """
     if absent := missing(protocol):
         raise RuntimeError(absent)
@@ -222,7 +222,7 @@ def _make_bucket(store: ObjectStore, server: subprocess.Popen[bytes]) -> None:
     while True:
         try:
             if store.protocol == "s3":
-                # Objects take over who may read them: tests do, without signing.
+                # Objects inherit the permission: tests read them without signing.
                 store._request("PUT", f"/{BUCKET}", acl="public-read")
             else:
                 request = urllib.request.Request(
@@ -234,7 +234,7 @@ def _make_bucket(store: ObjectStore, server: subprocess.Popen[bytes]) -> None:
                 urllib.request.urlopen(request, timeout=30).close()
             return
         except urllib.error.HTTPError as error:
-            raise RuntimeError(f"the emulator makes no bucket: {error}") from error
+            raise RuntimeError(f"the emulator cannot make a bucket: {error}") from error
         except OSError as error:
             if time.monotonic() > deadline or server.poll() is not None:
                 raise RuntimeError(f"the emulator of {store.protocol} does not start") from error
@@ -242,7 +242,7 @@ def _make_bucket(store: ObjectStore, server: subprocess.Popen[bytes]) -> None:
 
 
 def environment(protocol: str, endpoint: str) -> dict[str, str]:
-    """What leads the protocol to ``endpoint``, in this process or another."""
+    """Return the environment in which the protocol leads to ``endpoint``."""
     if protocol == "s3":
         return {
             "AWS_ENDPOINT_URL": endpoint,
@@ -266,5 +266,5 @@ def _environment(protocol: str, endpoint: str) -> Iterator[None]:
 
 
 def _forget(protocol: str) -> None:
-    """A file system keeps the endpoint it was made with, and fsspec keeps the file system."""
+    """Forget cached file systems, which keep the endpoint they were made with."""
     fsspec.get_filesystem_class(protocol).clear_instance_cache()

@@ -29,7 +29,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 def lock_shared(descriptor: int) -> None:
-    """Take a lock that others may have too, but nobody exclusively; wait for it.
+    """Take a shared lock; wait while another descriptor has an exclusive one.
 
     Raises:
         OSError: The file system has no locks, as some network mounts.
@@ -38,13 +38,13 @@ def lock_shared(descriptor: int) -> None:
 
 
 def open_locked(path: Path) -> int | None:
-    """Open a file, made if need be, and lock it without waiting.
+    """Open or make a file, and lock it without waiting.
 
     Returns:
-        The descriptor that holds the lock; None if another has it.
+        The descriptor that holds the lock; None if another descriptor has it.
 
     Raises:
-        OSError: It cannot be opened, or the file system has no locks.
+        OSError: The file cannot be opened, or the file system has no locks.
     """
     descriptor = os.open(path, _NEW_OR_EXISTING_FILE, 0o600)
     try:

@@ -32,6 +32,10 @@ from transforms.records import Item, UnitKind, WindowCheck
 from transforms.storage import filesystem, listing, reading, urls, writing
 from transforms.storage.secrets import public_uri
 
+# Of run.json, the parts and the commits. A result that names no version has the first.
+SCHEMA_VERSION = 1
+
+RUN_FILE = "run.json"
 PARTS = ("windows", "clips", "errors")
 COMMITS = "_commits"
 
@@ -286,8 +290,10 @@ def read_commits(output: str) -> tuple[dict[str, Commit], dict[str, OutputError 
         ``OutputError`` for a damaged file, ``OSError`` for one that the store does not return.
 
     Raises:
+        OutputError: The result has another schema.
         OSError: The commits cannot be listed.
     """
+    check_schema(output)
     unit_ids = list_unit_ids(output)
 
     def read(unit_id: str) -> Commit | OutputError | OSError:
@@ -305,6 +311,30 @@ def read_commits(output: str) -> tuple[dict[str, Commit], dict[str, OutputError 
             else:
                 errors[unit_id] = found
     return commits, errors
+
+
+def check_schema(output: str) -> None:
+    """Refuse a result whose ``run.json`` names another schema than this version of Earmark has.
+
+    Raises:
+        OutputError: It does.
+        OSError: The file cannot be read.
+    """
+    try:
+        run = json.loads(reading.read_bytes(urls.join(output, RUN_FILE)))
+    except (FileNotFoundError, ValueError):  # other checks report a damaged file
+        return
+    if isinstance(run, dict):
+        _check_schema_version(run.get("schema_version", 1), output)
+
+
+def _check_schema_version(version: object, place: str) -> None:
+    if str(version) != str(SCHEMA_VERSION):
+        raise OutputError(
+            f"{public_uri(place)} has schema version {version}, and this version of Earmark has "
+            f"{SCHEMA_VERSION}; use the version of Earmark that wrote it (run.json names it), or "
+            "label into a new folder."
+        )
 
 
 def hold_commits(output: str) -> int | None:
@@ -379,9 +409,17 @@ def read_failures(output: str, unit_id: str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def open_part(output: str, part: str, unit_id: str) -> Iterator[pq.ParquetFile]:
-    """Open a unit's part for reading."""
-    with reading.open_read(part_url(output, part, unit_id)) as file:
-        yield pq.ParquetFile(file, pre_buffer=False)
+    """Open a unit's part for reading.
+
+    Raises:
+        OutputError: It has another schema.
+    """
+    url = part_url(output, part, unit_id)
+    with reading.open_read(url) as stream:
+        file = pq.ParquetFile(stream, pre_buffer=False)
+        footer = file.metadata.metadata or {}
+        _check_schema_version(footer.get(b"earmark.schema_version", b"1").decode(), url)
+        yield file
 
 
 def read_part(

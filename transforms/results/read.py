@@ -29,7 +29,7 @@ def read_result(
 
     Raises:
         ValueError: There is no table of that name.
-        OutputError: There is no result, or a commit cannot be read.
+        OutputError: There is no result, a commit cannot be read, or the result has another schema.
     """
     if table not in TABLES:
         raise ValueError(f"table is {table!r}; expected one of {', '.join(TABLES)}")

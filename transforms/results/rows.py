@@ -38,8 +38,6 @@ from transforms.records import (
     WindowRow,
 )
 
-SCHEMA_VERSION = 1
-
 
 @dataclass(frozen=True)
 class RowSettings:

@@ -45,6 +45,7 @@ from transforms.records import (
 )
 from transforms.results.commits import (
     PARTS,
+    SCHEMA_VERSION,
     CheckFigures,
     Commit,
     Ledger,
@@ -66,7 +67,6 @@ from transforms.results.commits import (
     remove_unit,
 )
 from transforms.results.rows import (
-    SCHEMA_VERSION,
     RowSettings,
     clips_schema,
     clips_table,

@@ -4,16 +4,15 @@ Everything in storage is named by text: an absolute local path without ``file://
 (``gs://…``, ``s3://…``, ``az://…``, ``https://…``, ``memory://…``).
 
 Guarantees:
-- **Absent is not the same as unreachable.** Only "there is no such file" counts as absent; any
-  other error is raised. (``fsspec``'s own ``exists`` says no to every error.)
-- **Passing trouble passes.** What a store refuses for the moment (429, 5xx, a broken connection, no
-  answer in time) is tried again (``retries``).
+- **Absent is not the same as unreachable.** Only "there is no such file" counts as absent. Any
+  other error is raised. (``fsspec``'s own ``exists`` returns False for every error.)
+- **Transient errors are retried** (``retries``): 429, 5xx, a broken connection, a timeout.
 - **Secrets stay out of messages** (``secrets``).
 
-Errors: what storage says at run time is an ``OSError`` (``FileNotFoundError``,
-``PermissionError``, ``TimeoutError`` where it is one of these), because only the caller knows
-whether it costs an item, a container or the run. What can never work (an unknown protocol, a
-missing extra) is a ``UsageError``; writing to a read-only protocol is an ``OutputError``.
+Errors of a store are ``OSError`` (``FileNotFoundError``, ``PermissionError``, ``TimeoutError``
+where one of these fits), because only the caller knows whether it costs an item, a container or the
+run. What can never work (an unknown protocol, a missing extra) is a ``UsageError``. Writing to a
+read-only protocol is an ``OutputError``.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from transforms.storage.retries import ShortBodyError, ask, cause_words, may_pas
 from transforms.storage.secrets import public_uri, scrub
 from transforms.storage.urls import READ_ONLY, is_local, local_path, protocol, without_query
 
-# gcsfs would first ask Google by gRPC what kind of bucket it is, which takes a minute where that
-# is not to be had; Earmark needs nothing that depends on it. It reads this when it is imported.
+# gcsfs would first ask Google by gRPC what kind of bucket it is, which takes a minute where gRPC is
+# not available. Earmark needs nothing that depends on it. gcsfs reads this when it is imported.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
@@ -54,10 +53,10 @@ class FileInfo:
     """A file, as its store describes it.
 
     Attributes:
-        url: Absolute local path, or full URL (as it was asked for: it may carry a signature).
-        size: Size in bytes, or None if the store does not say.
-        version: What changes when the content does: generation, etag or modification time; None
-            if the store gives none.
+        url: Absolute local path, or full URL as requested; it may carry a signature.
+        size: Size in bytes; None if the store does not say.
+        version: Generation, etag or modification time, which changes with the content; None if the
+            store has none.
     """
 
     url: str
@@ -66,12 +65,12 @@ class FileInfo:
 
 
 def stat(url: str) -> FileInfo:
-    """Size and version of one file.
+    """Return the size and version of one file.
 
     Raises:
         FileNotFoundError: There is no such file.
         IsADirectoryError: It is a folder.
-        OSError: The store cannot say.
+        OSError: The store gives no answer.
     """
     if is_local(url):
         path = local_path(url)
@@ -86,10 +85,10 @@ def stat(url: str) -> FileInfo:
 
 
 def stat_many(urls: Iterable[str]) -> dict[str, FileInfo | OSError]:
-    """``stat`` of many files, remote ones at the same time; an error takes the place of its file.
+    """Return ``stat`` of many files, of remote ones in parallel; errors are returned, not raised.
 
     Returns:
-        One entry per distinct URL, in the order given.
+        ``FileInfo`` or the error by distinct URL, in the order given.
     """
     unique = list(dict.fromkeys(urls))
     if all(is_local(url) for url in unique):
@@ -106,21 +105,21 @@ def _stat_or_error(url: str) -> FileInfo | OSError:
 
 
 def exists(url: str) -> bool:
-    """Whether there is a file or folder; an unreachable store raises ``OSError``, never "no"."""
+    """Return whether there is a file or folder; an unreachable store raises ``OSError``."""
     return _kind(url) is not None
 
 
 def is_folder(url: str) -> bool:
-    """Whether ``url`` is a folder.
+    """Return whether ``url`` is a folder.
 
-    In an object store: a prefix with something below it; on the web: an index page, whose URL ends
-    with a slash, or leads to one that does.
+    In an object store, that is a prefix of objects. On the web, it is an index page, whose URL ends
+    with a slash or redirects to one that does.
     """
     return _kind(url) == "directory"
 
 
 def _kind(url: str) -> str | None:
-    """``directory``, ``file`` (anything that is not a folder), or None where there is nothing."""
+    """Return ``directory``, ``file`` (anything that is not a folder), or None if it is absent."""
     try:
         if is_local(url):
             mode = os.stat(local_path(url)).st_mode  # noqa: PTH116
@@ -131,7 +130,7 @@ def _kind(url: str) -> str | None:
 
 
 def details_of(url: str) -> dict[str, Any]:
-    """Ask once what a store says of a file or folder; ``type`` is ``file`` or ``directory``."""
+    """Ask a store once for a file's or folder's facts; ``type`` is ``file`` or ``directory``."""
     fs, path = open_filesystem(url)
     details = cast(dict[str, Any], fresh(fs).info(path))
     if protocol(url) in READ_ONLY and _is_index_page(details):
@@ -140,21 +139,21 @@ def details_of(url: str) -> dict[str, Any]:
 
 
 def _is_index_page(details: dict[str, Any]) -> bool:
-    """Whether it is what a web server shows of a folder: it leads whoever asks to the slash."""
+    """Return whether this is a web server's index of a folder: it redirected to a final slash."""
     is_folder = without_query(str(details.get("url", ""))).endswith("/")
     return is_folder and details.get("mimetype") == "text/html"
 
 
 def fresh(fs: Any) -> Any:
-    """``fs`` without what it remembers: another process may have written since."""
+    """Return ``fs`` with empty caches: another process may have written since."""
     fs.invalidate_cache()
     return fs
 
 
 def version_of(details: dict[str, Any]) -> str | None:
-    """What changes when the content does, from the names that stores give it.
+    """Return what changes with the content, under the names that stores give it.
 
-    Google's generation comes before its etag, which also changes with the metadata.
+    Google's generation comes before its etag, which changes with the metadata too.
     """
     names = ("generation", "etag", "ETag", "Content-MD5", "mtime", "modified", "updated")
     for name in (*names, "LastModified", "last_modified", "Last-Modified", "created"):
@@ -166,16 +165,16 @@ def version_of(details: dict[str, Any]) -> str | None:
 
 
 class ChangedError(OSError):
-    """The file is not what it was when it was opened."""
+    """The file has changed since it was opened."""
 
 
 def open_filesystem(url: str, *, to_write: bool = False) -> tuple[Any, str]:
-    """The file system of ``url`` with its default options, and the path in its own terms.
+    """Return the file system of ``url``, and its path in that file system's terms.
 
     Raises:
         UsageError: The protocol is unknown, or needs an extra that is not installed.
-        OutputError: It is asked to write where one can only read.
-        OSError: The file system cannot be had.
+        OutputError: ``to_write`` is set, and the protocol is read-only.
+        OSError: The file system cannot be opened.
     """
     name = protocol(url)
     if to_write and name in READ_ONLY:
@@ -183,13 +182,13 @@ def open_filesystem(url: str, *, to_write: bool = False) -> tuple[Any, str]:
             f"{public_uri(url)}: {name}:// can be read, not written; give a local folder or an "
             "object store (gs://, s3://, az://)"
         )
-    with storage_errors(url):  # a file system of an archive (zip://) opens it here
+    with storage_errors(url):  # opens the archive of a chained URL (zip://)
         try:
             return cast(tuple[Any, str], fsspec.core.url_to_fs(url, **_options(name)))
         except ImportError as error:
             extra = _EXTRAS.get(name)
             advice = (
-                f"needs the {extra} extra: pip install 'earmark[{extra}]'"
+                f"needs the extra [{extra}]: run pip install '.[{extra}]' in Earmark's checkout"
                 if extra
                 else f"needs a package that is not installed ({error})"
             )
@@ -202,10 +201,10 @@ def open_filesystem(url: str, *, to_write: bool = False) -> tuple[Any, str]:
 
 
 def _options(name: str) -> dict[str, Any]:
-    """What Earmark asks of a file system; what the user's fsspec configuration says wins.
+    """Return Earmark's options for a file system; the user's fsspec configuration wins.
 
-    For how long a request may take, aiohttp has five minutes: too long for an answer that never
-    begins, too short for an hour of audio that comes as one stream.
+    aiohttp's default timeout of five minutes is too long for an answer that never begins, and too
+    short for an hour of audio that comes as one stream.
     """
     own = fsspec.config.conf.get(name, {})
     if name in READ_ONLY and "client_kwargs" not in own:
@@ -228,17 +227,17 @@ def _s3_session() -> Any:
 
 
 def _refuse_empty_answer(http_response: Any, parsed: Any, model: Any, **event: Any) -> None:
-    """To botocore an answer whose body has got lost is a listing, or a page of one, of nothing."""
+    """Raise for an answer without its body, which botocore takes for an empty listing."""
     is_empty = parsed.keys() <= {"ResponseMetadata", "RequestCharged"}
     if is_empty and http_response.status_code == 200 and model.name in _S3_WITH_BODY:
-        raise ShortBodyError(f"{model.name} was answered without a word")
+        raise ShortBodyError(f"{model.name} was answered without a body")
 
 
 def is_known(url: str) -> bool:
-    """Whether ``url`` is local or has a protocol there is a file system for, installed or not."""
+    """Return whether ``url`` is local, or fsspec has a file system for it, installed or not."""
     if is_local(url):
         return True
-    name = re.split("::|://", url, maxsplit=1)[0]  # fsspec knows it in lower case alone
+    name = re.split("::|://", url, maxsplit=1)[0]  # fsspec accepts it in lower case only
     return name in fsspec.registry or name in fsspec.available_protocols()
 
 
@@ -247,17 +246,17 @@ def ask_store(
     act: Callable[[], _T],
     may_pass: Callable[[BaseException], bool] = may_pass,
 ) -> _T:
-    """Return what the store answers; retry errors that may pass. Raises as ``storage_errors``."""
+    """Return the result of ``act``, retrying transient errors. Raises as ``storage_errors``."""
     with storage_errors(url):
         return ask(_store(url), act, may_pass, describe=partial(_reason, url))
 
 
-# By store, one file that it has given; to ask for it tells a store's trouble from another file's.
+# A file that was read, by store. Asking for it again tells a store's failure from a file's.
 _given: dict[str, str] = {}
 
 
 def ask_file(url: str, act: Callable[[], _T]) -> _T:
-    """``ask_store`` for what reads one file: less patient where the store answers for others."""
+    """Do as ``ask_store`` for one file: give up sooner if the store answers for others."""
     store = _store(url)
     with storage_errors(url):
         result = ask(
@@ -282,10 +281,10 @@ def _reason(url: str, error: BaseException) -> str:
 
 @contextmanager
 def storage_errors(url: str) -> Iterator[None]:
-    """Turn what a storage library raises into an ``OSError`` that names the file, no secret.
+    """Turn any exception of a storage library into an ``OSError`` that names the file.
 
-    Each library has exceptions of its own, so all are caught. The cause is left out: its text may
-    hold the signed URL, and a traceback would print it.
+    All exceptions are caught, because each library has its own. The cause is left out: its text may
+    hold the signed URL, which a traceback would print.
     """
     try:
         yield
@@ -303,10 +302,10 @@ def storage_errors(url: str) -> Iterator[None]:
 def _explain(error: BaseException, name: str) -> tuple[type[OSError], str]:
     real = error
     if name in READ_ONLY and isinstance(error.__cause__, Exception):
-        # fsspec's http says "not found" to every failed request; the real answer is the cause.
+        # fsspec's http raises FileNotFoundError for every failed request; the cause is the error.
         real = error.__cause__
     status = status_of(real)
-    # gcsfs tells a 403 by its words alone.
+    # Only its text tells a 403 of gcsfs.
     forbidden = status in (401, 403) or str(real).startswith("Forbidden: ")
     if isinstance(real, PermissionError) or forbidden:
         return PermissionError, "access is denied; check the credentials"
@@ -315,13 +314,13 @@ def _explain(error: BaseException, name: str) -> tuple[type[OSError], str]:
     if isinstance(real, IsADirectoryError):
         return IsADirectoryError, "is a folder, a file was expected"
     if isinstance(real, FileExistsError):
-        return FileExistsError, "is there already"
+        return FileExistsError, "already exists"
     if isinstance(real, FileNotFoundError) or status in (404, 410):
         return FileNotFoundError, "there is no such file"
     if isinstance(real, ShortBodyError):
-        return OSError, "came or went only in part"
+        return OSError, "was transferred only in part"
     if isinstance(real, ChangedError):
-        return OSError, "has been changed while it was read"
+        return OSError, "was changed while it was read"
     if status is not None:
         return OSError, f"the store answered {status}"
     return OSError, f"cannot be reached: {cause_words(real)}"

@@ -39,17 +39,17 @@ _MAX_PAGE_BYTES = 64 << 20
 
 
 def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> Iterator[FileInfo]:
-    """Every file below the folder ``url``, sorted by name.
+    """Yield every file below the folder ``url``, sorted by name.
 
-    Over ``http(s)``, what the server's index pages list. Locally, links to folders are followed,
-    and each real folder is listed once, under its own path where that lies below ``url``; so a
-    loop of links ends. Links to nothing, pipes, sockets and devices are listed, without a size
-    (reading them will say what is wrong).
+    Over ``http(s)``, these are the links of the server's index pages. Locally, links to folders are
+    followed. Each real folder is listed once, under its own path if that is below ``url``, so a
+    loop of links ends. Broken links, pipes, sockets and devices are listed without a size; reading
+    them raises the error.
 
     Args:
-        url: The folder; nothing below it means no files.
-        on_error: Called with the error of each folder that cannot be listed, and of each entry
-            that leads nowhere for another reason (a link to itself); None raises it.
+        url: The folder; an absent one has no files.
+        on_error: Called with the error of each folder that cannot be listed and of each entry that
+            cannot be resolved (a link to itself); None raises it.
 
     Raises:
         OSError: There is such an error, and no ``on_error``.
@@ -72,7 +72,7 @@ def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> I
     else:
         details = dict(_walk_remote(fs, url, root, report))
     for path in sorted(details):
-        info = details.pop(path)  # what a store says of a million objects takes gigabytes
+        info = details.pop(path)  # the facts of a million objects take gigabytes
         if info["type"] == "file" and not path.endswith("/"):
             yield FileInfo(_below(url, root, path), info.get("size"), version_of(info))
 
@@ -82,7 +82,7 @@ def _raise(error: OSError) -> None:
 
 
 def _walk_local(root: str, report: Callable[[OSError], None]) -> Iterator[FileInfo]:
-    """Real folders first, then those that only links lead to; each real folder once."""
+    """Yield the files of real folders first, then of linked ones; each real folder once."""
     seen: set[tuple[int, int]] = set()
     pending, links = [root], list[str]()
     while pending or links:
@@ -110,7 +110,7 @@ def _walk_local(root: str, report: Callable[[OSError], None]) -> Iterator[FileIn
 
 
 def _entry_info(entry: os.DirEntry[str]) -> FileInfo:
-    """A file; or a link to nothing, a pipe, a socket or a device, without a size."""
+    """Return the facts of a file; without a size for a broken link, pipe, socket or device."""
     if entry.is_file():
         status = entry.stat()
         return FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
@@ -120,7 +120,7 @@ def _entry_info(entry: os.DirEntry[str]) -> FileInfo:
 def _walk_remote(
     fs: Any, url: str, root: str, report: Callable[[OSError], None]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    # fsspec's own walk passes over folders that cannot be listed without a word.
+    # fsspec's own walk skips folders that cannot be listed, without an error.
     pending = [root]
     while pending:
         folder = pending.pop()
@@ -138,7 +138,7 @@ def _walk_remote(
 
 
 def _list_web(url: str, report: Callable[[OSError], None]) -> Iterator[FileInfo]:
-    """What the index page of a folder lists, and those of the folders in it."""
+    """Yield the files of a folder's index page, and of the index pages below it."""
     top = without_query(url)
     query = url[len(top) :]  # may sign what lies below, too
     pending, seen, files = [top.rstrip("/") + "/"], set[str](), list[str]()
@@ -153,7 +153,7 @@ def _list_web(url: str, report: Callable[[OSError], None]) -> Iterator[FileInfo]
         pending += [link for link in links if link.endswith("/") and link not in seen]
         files += [link + query for link in links if not link.endswith("/")]
     for file, facts in stat_many(sorted(files)).items():
-        # Reading one that the server does not tell of will say what is wrong.
+        # If the server gives no facts, reading the file raises the error.
         yield FileInfo(file, None, None) if isinstance(facts, OSError) else facts
 
 
@@ -166,7 +166,7 @@ def _read_page(url: str) -> str:
 
 
 def _below(url: str, root: str, path: str) -> str:
-    """The URL of ``path``, which the file system listed below ``root``."""
+    """Return the URL of ``path``, which the file system listed below ``root``."""
     rest = path.removeprefix(root).strip("/")
     return join(url, rest) if rest else url
 
@@ -174,23 +174,24 @@ def _below(url: str, root: str, path: str) -> str:
 def glob_files(
     pattern: str, on_error: Callable[[OSError], None] | None = None
 ) -> Iterator[FileInfo]:
-    """Every file that ``pattern`` matches, sorted by name.
+    """Yield every file that ``pattern`` matches, sorted by name.
 
-    ``**`` matches folders of any depth. A folder that is matched stands for all files below it,
-    as it does where a shell expands the pattern (with ``**``, they are matched anyway).
+    ``**`` matches folders of any depth. A matched folder stands for all files below it, as if a
+    shell had expanded the pattern (``**`` matches them anyway).
 
     Args:
-        pattern: What names must look like.
-        on_error: As for ``list_files``, of the folders that are matched.
+        pattern: A local path or URL with ``*``, ``?``, ``[…]`` or ``**``.
+        on_error: As for ``list_files``, of the matched folders.
 
     Raises:
-        OSError: The store cannot say, or a folder cannot be listed and there is no ``on_error``.
+        OSError: The store gives no answer, or a folder cannot be listed and there is no
+            ``on_error``.
     """
     folders: list[str] = []
     files: dict[str, FileInfo] = {}
     any_depth = "**" in pattern.split("/")
     if is_local(pattern) and any_depth:
-        # Python's own would follow links round and round.
+        # Python's own glob would follow loops of links.
         wanted = local_path(pattern)
         matches_pattern = re.compile(glob_translate(wanted)).match
         top = re.split(r"[*?[]", wanted, maxsplit=1)[0].rpartition("/")[0] or "/"
@@ -224,7 +225,7 @@ def glob_files(
 
 
 def list_names(folder_url: str) -> list[str]:
-    """Names of the files directly in a folder, sorted; empty where there is no such folder."""
+    """Return the names of the files directly in a folder, sorted; none if it does not exist."""
     try:
         if is_local(folder_url):
             with os.scandir(local_path(folder_url)) as entries:

@@ -2,11 +2,10 @@
 
 Guarantees:
 - **A file that changes while it is read is an error, never a patchwork.** Google's generation,
-  S3's etag and a web server's validators are compared with every answer. Elsewhere only the version
-  of a stream that broke and is opened again is compared.
-- **A short answer is never taken for the whole.** What is read is compared with the size that the
-  store gives. Only where a web server gives no size and does not say where a body ends, nobody can
-  tell.
+  S3's etag and a web server's validators are compared with every answer. On other stores, the
+  version is compared when a broken stream is opened again.
+- **A short answer is never taken for the whole.** The bytes read are compared with the size that
+  the store gives. This fails only if a web server gives no size and does not mark the body's end.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ from transforms.storage.retries import ShortBodyError
 from transforms.storage.secrets import public_uri
 from transforms.storage.urls import OBJECT_STORES, READ_ONLY, is_local, local_path, protocol
 
-# What fsspec's files have that cannot be read at any place.
+# The method of fsspec's files that cannot be read at any position.
 _NO_RANGES = getattr(AbstractBufferedFile, "_fetch_range", None)
 _COPY_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 16
-_MAX_BLOCK_BYTES = 8 << 20  # what one request asks for; two of them are held at most
+_MAX_BLOCK_BYTES = 8 << 20  # of one request; at most two blocks are held
 
 
 def open_read(
@@ -58,24 +57,22 @@ def open_read(
 ) -> BinaryIO:
     """Open a file as a buffered stream of bytes, in bounded memory; close it after use.
 
-    The stream can seek, except over ``http`` from a server that does not give a size. Of a file in
-    an object store or on the web, at most 16 MiB are held.
+    The stream can seek, except over ``http`` if the server gives no size. At most 16 MiB of a file
+    in an object store or on the web are held.
 
     Args:
         url: The file.
-        block_bytes: How much to ask a remote store for at once; small where one jumps about in a
-            large file. None: what is read in order is asked for in ever larger pieces, the next
-            one while the last is being used.
-        stop: The byte before which reading in order will end; nothing from there on is asked for
-            ahead. None: the file's end.
-        only_ranges: Of a file on the web or in an object store, never read more than is asked for:
-            an error rather than all that comes before, where a server gives no ranges, or all of
-            it, where a store unpacks it on the way.
+        block_bytes: Bytes per request to a remote store; small for random access in a large file.
+            None: sequential reads request ever larger pieces and prefetch the next one.
+        stop: The byte before which sequential reading will end; nothing from there on is
+            prefetched. None: the file's end.
+        only_ranges: Raise an error instead of transferring more than was requested. That would
+            happen if a web server supports no ranges, or an object store decompresses the file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: It is not a regular file (reading a pipe would wait forever), or cannot be
-            opened. Errors while reading are ``OSError`` too.
+        OSError: It is not a regular file (reading a pipe would block forever), or cannot be opened.
+            Errors while reading are ``OSError`` too.
     """
     if is_local(url):
         path = _regular_file(url)
@@ -85,7 +82,7 @@ def open_read(
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole content of a file. Raises as ``open_read`` does."""
+    """Return the content of a file. Raises as ``open_read``."""
     if is_local(url):
         return Path(_regular_file(url)).read_bytes()
     with open_read(url) as file:
@@ -93,7 +90,7 @@ def read_bytes(url: str) -> bytes:
 
 
 def get_file(url: str, target: str) -> None:
-    """Copy a file to the local path ``target``; on an error nothing is left there."""
+    """Copy a file to the local path ``target``; remove it if that fails."""
     try:
         with open_read(url) as source, open(target, "wb") as sink:
             shutil.copyfileobj(source, sink, _COPY_BYTES)
@@ -118,7 +115,7 @@ def _open_remote(
     fs, path = open_filesystem(url)
     options: dict[str, Any] = {} if block_bytes is None else {"block_size": block_bytes}
     if protocol(url) == "memory":
-        # Its open files share one position; a copy has its own.
+        # Its open files share one position; copies do not.
         return io.BytesIO(ask_file(url, lambda: fs.cat_file(path)))
     content = _WebContent()
     if protocol(url) in READ_ONLY:
@@ -129,7 +126,7 @@ def _open_remote(
         file.close()
         raise IsADirectoryError(f"{public_uri(url)} is a folder, a file was expected")
     if details.get("contentEncoding") == "gzip":
-        # It is unpacked on the way: the size that Google gives is that of something else.
+        # Google decompresses it in the transfer, so the size it gives is not that of the content.
         file.close()
         if only_ranges:
             raise _no_ranges(url)
@@ -140,7 +137,7 @@ def _open_remote(
         content.size = size
         if protocol(url) in OBJECT_STORES | READ_ONLY:
             pace = _Pace(block_bytes, size if stop is None else min(stop, size))
-        else:  # one connection, for one request at a time
+        else:  # one connection, one request at a time
             pace = _Pace(block_bytes or int(file.blocksize), size)
         return _RangedFile(file, url, size, content, pace, only_ranges)
     file.close()
@@ -152,27 +149,27 @@ def _open_remote(
 
 
 def _no_ranges(url: str) -> OSError:
-    return OSError(f"{public_uri(url)}: its server gives it only from start to end")
+    return OSError(f"{public_uri(url)}: its server supports no range requests")
 
 
 def _open_unpacked(fs: Any, url: str, path: str) -> io.FileIO:
-    """The whole content in a local file, which goes when it is closed."""
+    """Return the content as an open local file that has no name any more."""
     with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
         target = f"{folder}/unpacked"
-        # With headers of its own gcsfs asks for it in one stream, else in ranges of the packed one.
+        # With headers given, gcsfs requests one stream; else ranges of the compressed file.
         ask_file(url, lambda: fs.get_file(path, target, headers={}))
         return io.FileIO(target)
 
 
 class _WebContent:
-    """What the answers to the requests of one open file must agree on.
+    """Facts on which all answers for one open file must agree.
 
-    Answers are compared with each other, and not with what ``HEAD`` said: some servers have that
-    answered by another, which knows the file by another etag.
+    Answers are compared with each other, not with the answer to ``HEAD``: that may come from
+    another server, which knows the file by another etag.
 
     Attributes:
-        size: Of the whole file, in bytes; None if nobody has said.
-        version: Of a file that is not on the web, as ``version_of`` has it; None if there is none.
+        size: Bytes of the whole file; None if not known.
+        version: ``version_of`` a file that is not on the web; None if it has none.
     """
 
     def __init__(self) -> None:
@@ -181,10 +178,10 @@ class _WebContent:
         self._validators: dict[str, str] = {}
 
     async def check(self, response: Any) -> None:
-        """Look at an answer before its body; aiohttp calls this.
+        """Check an answer before its body is read; called by aiohttp.
 
         Raises:
-            ChangedError: It is about another content than the ones before.
+            ChangedError: It is for another content than earlier answers.
         """
         if response.method == "HEAD" or response.status not in (200, 206, 416):
             return
@@ -206,10 +203,10 @@ class _WebContent:
             raise ChangedError(f"it had {self.size} bytes, and has {size}")
 
     def check_version(self, details: dict[str, Any]) -> None:
-        """Look at what a store other than the web says of it, when it is opened again.
+        """Check the facts of a file that is not on the web, when it is opened again.
 
         Raises:
-            ChangedError: It is another.
+            ChangedError: The version is another.
         """
         found = version_of(details)
         if None not in (found, self.version) and found != self.version:
@@ -217,7 +214,7 @@ class _WebContent:
 
 
 def _whole_size(response: Any) -> int | None:
-    """The size of the file that an answer is about, if it says so, and means the file itself."""
+    """Return the file's size from an answer; None if it has none, or the body is compressed."""
     if response.headers.get("Content-Encoding", "identity") not in ("identity", ""):
         return None
     if response.status == 200:
@@ -228,21 +225,21 @@ def _whole_size(response: Any) -> int | None:
 
 
 def _comparable(validator: str | None) -> str | None:
-    """Without what says how the content was packed on its way: it is the same content."""
+    """Return a validator without the marks of a compressed transfer of the same content."""
     return validator and re.sub(r'^W/|"|[-;](?:gzip|br|zstd|deflate)(?="?$)', "", validator)
 
 
 @dataclass
 class _Pace:
-    """How much to ask for at once, and whether to ask for what comes next.
+    """The sizes of requests, and whether to prefetch.
 
-    Read in order, pieces double up to 8 MiB; a jump begins anew with what is asked for. Once as
-    much has been read in a row as a piece has, the next piece is fetched ahead: so what is fetched
-    in vain is never more than what was read before it.
+    In sequential reading, pieces double up to 8 MiB. A jump starts again with the requested size.
+    Once as many bytes as the largest piece were read in a row, the next piece is prefetched, so a
+    useless prefetch is never larger than what was read before it.
 
     Attributes:
-        fixed_bytes: Ask for at least this much each time, and nothing ahead; None: as above.
-        stop: Where reading in order ends.
+        fixed_bytes: Minimum bytes of every request, without prefetch; None: as above.
+        stop: The byte before which sequential reading ends.
     """
 
     fixed_bytes: int | None
@@ -251,11 +248,11 @@ class _Pace:
     _bytes_in_a_row: int = field(default=0, init=False)
 
     def jump(self) -> None:
-        """What is read next does not follow what was read last."""
+        """Note that the next read does not follow the last one."""
         self._piece_bytes = self._bytes_in_a_row = 0
 
     def end_of(self, start: int, num_bytes: int, size: int) -> int:
-        """Where the piece ends that begins at ``start``, of which ``num_bytes`` are wanted now."""
+        """Return the end of the piece that starts at ``start``; ``num_bytes`` are wanted now."""
         if self.fixed_bytes is not None:
             return min(start + min(max(num_bytes, self.fixed_bytes), _MAX_BLOCK_BYTES), size)
         if start >= self.stop:
@@ -264,20 +261,17 @@ class _Pace:
         return min(start + self._piece_bytes, self.stop)
 
     def has_read(self, num_bytes: int) -> None:
-        """A piece of so many bytes is being used."""
+        """Note that a piece of so many bytes was fetched."""
         self._bytes_in_a_row += num_bytes
 
     def wants_ahead(self, start: int) -> bool:
-        """Whether the piece that begins at ``start`` is to be fetched before it is asked for."""
+        """Return whether to prefetch the piece that starts at ``start``."""
         is_in_order = self._bytes_in_a_row >= _MAX_BLOCK_BYTES
         return self.fixed_bytes is None and is_in_order and start < self.stop
 
 
 class _Ahead:
-    """A piece of a file that is fetched while the one before is used, in a thread of its own.
-
-    The thread keeps nobody from ending: whoever drops the piece does not wait for it.
-    """
+    """A piece of a file that a daemon thread prefetches; an abandoned piece is not waited for."""
 
     def __init__(self, start: int, end: int, fetch: Callable[[int, int], bytes | None]) -> None:
         self.start, self.end = start, end
@@ -288,19 +282,19 @@ class _Ahead:
     def _run(self) -> None:
         try:
             self._piece.set_result(self._fetch(self.start, self.end))
-        except BaseException as error:  # for whoever asks for the piece
+        except BaseException as error:  # raised by result()
             self._piece.set_exception(error)
 
     def result(self) -> bytes | None:
-        """What ``fetch`` gives or raises, once it is there."""
+        """Wait for what ``fetch`` returns or raises."""
         return self._piece.result()
 
 
 class _RangedFile(io.RawIOBase):
-    """A remote file, fetched piece by piece; only the last one is kept, and the next if it is due.
+    """A remote file, fetched in pieces; the current one and a prefetched one are held.
 
-    Each piece is asked for until it is whole. fsspec's own caches would keep a short one. From a
-    web server that turns out to give no ranges, the rest comes as a stream.
+    A piece that comes short is requested again, where fsspec's own caches would keep it. If a web
+    server turns out to support no ranges, the rest is read as a stream.
     """
 
     def __init__(
@@ -352,10 +346,10 @@ class _RangedFile(io.RawIOBase):
         return len(data)
 
     def _load(self, num_bytes: int) -> None:
-        """Have the piece that holds the position, and the next one on its way."""
+        """Fetch the piece at the current position, and start to prefetch the next one."""
         ahead, self._ahead = self._ahead, None
         end = self._start + len(self._block)
-        self._block = b""  # before the next is there, so that two are held at most
+        self._block = b""  # freed before the next piece comes, so that at most two are held
         if ahead is not None and ahead.start <= self._position < ahead.end:
             self._start = ahead.start
             self._block = self._read_piece(ahead.start, ahead.end, ahead)
@@ -386,14 +380,14 @@ class _RangedFile(io.RawIOBase):
         return self._stream.read(end - start) or b""
 
     def _fetch(self, start: int, end: int) -> bytes | None:
-        """Bytes ``start`` to ``end``, all of them; None if the server gives no ranges."""
+        """Return bytes ``start`` to ``end``; None if the server supports no ranges."""
         generation = (getattr(self._file, "details", None) or {}).get("generation")
-        if generation:  # Google's; with it, another object of the same name is not found
+        if generation:  # Google's; it excludes a newer object of the same name
             fs, path = self._file.fs, self._file.path
             try:
                 data = fs.cat_file(path, start=start, end=end, generation=generation)
             except FileNotFoundError:
-                raise FileNotFoundError("it has been changed or removed meanwhile") from None
+                raise FileNotFoundError("it was changed or removed meanwhile") from None
         else:
             try:
                 data = self._file._fetch_range(start, end)
@@ -403,7 +397,7 @@ class _RangedFile(io.RawIOBase):
                 raise
         if len(data) != end - start:
             raise ShortBodyError(
-                f"of bytes {start} to {end} of {self._size}, {len(data)} have come"
+                f"of bytes {start} to {end} of {self._size}, {len(data)} were received"
             )
         return cast(bytes, data)
 
@@ -421,10 +415,10 @@ class _RangedFile(io.RawIOBase):
 
 
 class _StreamedFile(io.RawIOBase):
-    """A remote file that comes as one stream, up to its ``size`` if that is known.
+    """A remote file that is read as one stream, up to its ``size`` if that is known.
 
-    A stream that breaks is opened anew and wound on to where it broke; a file that is not the same
-    by then is an error.
+    A stream that breaks is opened again and skipped forward to the same position. If the file has
+    changed by then, an error is raised.
     """
 
     def __init__(self, url: str, size: int | None, content: _WebContent, position: int = 0) -> None:
@@ -435,7 +429,7 @@ class _StreamedFile(io.RawIOBase):
 
     def _open(self) -> Any:
         fs, path = open_filesystem(self._url)
-        self._fs = fs  # an archive's file system closes the archive when nobody refers to it
+        self._fs = fs  # the file system of an archive closes it when garbage-collected
         is_web = protocol(self._url) in READ_ONLY
         options = {"block_size": 0, "raise_for_status": self._content.check} if is_web else {}
         file = fs.open(path, "rb", **options)

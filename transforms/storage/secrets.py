@@ -1,4 +1,4 @@
-"""URLs and messages without what signs a request or logs in."""
+"""URLs and messages without signatures, passwords and tokens."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from urllib.parse import quote, unquote
 
 from transforms.storage.urls import is_local
 
-# Without one of these there is nothing in a URL that could sign it.
+# A URL without one of these cannot hold a secret.
 _SIGNING_MARK = re.compile("[?#;@]")
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>]+")
-# What signs a request, by cloud; compared in lower case. Names that mean something else elsewhere
-# (``expires``, ``st``) only count beside the parameter that makes the URL a signed one.
+# Parameters that sign a request, in lower case. Names with another meaning elsewhere (``expires``,
+# ``st``) count only beside the parameter that makes the URL a signed one.
 _SECRET_PREFIXES = ("x-amz-", "x-goog-")
 _SECRET_NAMES = {
     "awsaccesskeyid",
@@ -86,12 +86,12 @@ _BESIDE_SIG = {
 
 
 def public_uri(url: str) -> str:
-    """``url`` without what signs it; fit to be written and printed.
+    """Return ``url`` without its secrets, safe to write and print.
 
-    Drops the known signature parameters (AWS, Google Cloud, CloudFront, Azure SAS, tokens,
-    passwords) and ``user:password@``; over ``http(s)`` also those in a fragment (``#token=``) and
-    in a path (``;sig=``). Nothing else: any other query string is part of the name. Local paths
-    come back unchanged.
+    The known signature parameters (AWS, Google Cloud, CloudFront, Azure SAS, tokens, passwords) and
+    ``user:password@`` are dropped; over ``http(s)`` also those in a fragment (``#token=``) and in a
+    path (``;sig=``). Any other query string is part of the name and stays. Local paths are returned
+    unchanged.
     """
     if _SIGNING_MARK.search(url) is None or is_local(url):
         return url
@@ -116,7 +116,7 @@ def public_uri(url: str) -> str:
 
 
 def _secret_names(pairs: list[str]) -> set[str]:
-    """What is a secret beside these parameters."""
+    """Return the names that are secret beside these parameters."""
     names = {_parameter_name(pair) for pair in pairs}
     secret = _SECRET_NAMES.copy()
     if names & {"signature", "key-pair-id"}:
@@ -127,7 +127,7 @@ def _secret_names(pairs: list[str]) -> set[str]:
 
 
 def _without_secrets(text: str, secret: set[str]) -> str:
-    """Parameters as they were, each with what parts it from the one before, but the secret ones."""
+    """Return the parameters and their separators without the secret ones."""
     pairs = re.findall(r"(?:^|[&;])[^&;]*", text)
     kept = [pair for pair in pairs if not _is_secret(pair.lstrip("&;"), secret)]
     return text if len(kept) == len(pairs) else "".join(kept).lstrip("&;")
@@ -143,24 +143,24 @@ def _parameter_name(pair: str) -> str:
 
 
 def public_text(text: str) -> str:
-    """``text`` with every URL in it as ``public_uri`` has it."""
+    """Return ``text`` with ``public_uri`` applied to every URL in it."""
     if "://" not in text:
         return text
     return _URL_IN_TEXT.sub(lambda match: public_uri(match.group()), text)
 
 
 def scrub(text: str, url: str) -> str:
-    """What a library says of ``url``, without what signs it, however the library writes it."""
+    """Return a library's ``text`` about ``url`` without secrets, in any of their encodings."""
     text = text.replace(url, public_uri(url))
     for secret in _secret_values(url):
-        # Where a store takes the query for a part of the object's name, it is encoded once more.
+        # A store that takes the query for a part of the object's name encodes it once more.
         for written in (secret, quote(secret, safe=""), quote(secret), unquote(secret)):
             text = text.replace(written, "…")
     return public_text(text).strip()
 
 
 def _secret_values(url: str) -> list[str]:
-    """The values of the parameters that ``public_uri`` drops; those too short to tell are none."""
+    """Return the values that ``public_uri`` drops, except those too short to search for."""
     pairs = re.split("[?&;#]", url)[1:]
     secret = _secret_names(pairs)
     values = [pair.partition("=")[2] for pair in pairs if _is_secret(pair, secret)]

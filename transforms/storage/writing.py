@@ -1,9 +1,9 @@
 """Write files: whole or not at all, on any store.
 
-Locally: a temporary name in the same folder, fsync, ``os.replace``, fsync of the folder. Object
-stores: one upload, which shows the object only once it is complete; the size that the store then
-has is compared with what was written. ``with fs.open(url, "wb")`` is never used: leaving it on an
-exception closes the file, and that publishes a truncated object.
+Locally: a temporary name in the same folder, fsync, ``os.replace``, fsync of the folder. In object
+stores: one upload, after which the object appears complete; the size that the store then has is
+compared with what was written. ``with fs.open(url, "wb")`` is never used: an exception inside it
+closes the file, which publishes a truncated object.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from transforms.storage.retries import ShortBodyError, may_pass, status_of
 from transforms.storage.secrets import public_text, public_uri
 from transforms.storage.urls import OBJECT_STORES, is_local, local_path, parent, protocol
 
-# Where ``pipe_file(mode="create")`` has the store itself refuse to replace what is there.
+# Stores that refuse to replace an existing object with ``pipe_file(mode="create")``.
 _EXCLUSIVE = frozenset({"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "memory"})
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 STAGING_FOLDER = "_staging"
 _TEMPORARY = re.compile(r"\..{1,100}\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _temporary_name gives it
-# What ``link`` says on file systems without hard links (FAT, some network mounts).
+# Errors of ``link`` on file systems without hard links (FAT, some network mounts).
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a whole file in one step, over one that is there; folders are made as needed.
+    """Write a whole file in one step, replacing an existing one; make folders as needed.
 
     Raises:
         OutputError: The protocol is read-only.
-        OSError: It cannot be written; what was there before is still there.
+        OSError: It cannot be written; an existing file is unchanged.
     """
     if is_local(url):
         path = local_path(url)
@@ -59,21 +59,21 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def create_bytes(url: str, data: bytes) -> bool:
-    """Write a small file only if there is none yet; whether this call made it.
+    """Write a small file only if there is none, and return whether this call made it.
 
-    Of several that try at once, one makes it, and it appears whole: locally, and in ``gs://``,
-    ``s3://`` and ``az://``, where the store itself refuses to replace what is there (an imitation
-    of S3 that knows no ``If-None-Match`` refuses only what was there before). Anywhere else the
-    file is looked for and then written.
+    If several processes try at once, one of them makes it, and it appears whole. That holds locally
+    and in ``gs://``, ``s3://`` and ``az://``, where the store itself refuses to replace an object
+    (an imitation of S3 without ``If-None-Match`` refuses only objects that existed before the
+    call). On other stores, the file is first looked for and then written.
 
     Args:
         url: The file.
-        data: Its content, unlike what anyone else would write there: where an answer got lost on
-            the way, the content says whose file it is.
+        data: Its content. It must be unique to this call: if the answer to a request is lost, the
+            content tells whose file it is.
 
     Raises:
         OutputError: The protocol is read-only.
-        OSError: It cannot be written, or the store cannot say.
+        OSError: It cannot be written, or the store gives no answer.
     """
     if is_local(url):
         return _create_local(local_path(url), data)
@@ -86,7 +86,7 @@ def create_bytes(url: str, data: bytes) -> bool:
     try:
         ask_store(url, lambda: _create_object(fs, path, data))
     except FileExistsError:
-        # A request whose answer is lost is sent again, and then finds its own work.
+        # A request whose answer was lost is sent again, and then finds its own object.
         try:
             return read_bytes(url) == data
         except FileNotFoundError:
@@ -98,7 +98,7 @@ def _create_object(fs: Any, path: str, data: bytes) -> None:
     try:
         fs.pipe_file(path, data, mode="create")
     except Exception as error:
-        if status_of(error) == 412:  # s3fs looks for it in the answer's text, which may be lost
+        if status_of(error) == 412:  # s3fs looks for it in the answer's text, which may be empty
             raise FileExistsError(path) from error
         raise
 
@@ -109,7 +109,7 @@ def _create_local(path: str, data: bytes) -> bool:
     try:
         _write_synced(os.open(temporary, _NEW_FILE, 0o666), data)
         try:
-            os.link(temporary, path)  # fails where there is one, and shows the file whole
+            os.link(temporary, path)  # fails if the file exists, and shows it whole
         except FileExistsError:
             return False
         except OSError as error:
@@ -137,30 +137,30 @@ def _create_without_link(path: str, data: bytes) -> bool:
 
 
 def _write_synced(descriptor: int, data: bytes) -> None:
-    """Write a new file, close it, and have it on the disk."""
+    """Write a new file, sync it to the disk, and close it."""
     with open(descriptor, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-# What the system says, and what to do about it.
+# What to do about an error of the system.
 _REMEDIES = {
     errno.ENOSPC: "Make room there",
-    errno.EDQUOT: "Make room there, or have the quota raised",
-    errno.EFBIG: "Raise the limit for the size of files (ulimit -f)",
+    errno.EDQUOT: "Make room there, or raise the quota",
+    errno.EFBIG: "Raise the limit on file size (ulimit -f)",
     errno.EROFS: "Make it writable again",
-    errno.EACCES: "Mend its permissions",
-    errno.EPERM: "Mend its permissions",
-    errno.ENOENT: "Bring it back, or give another --output",
+    errno.EACCES: "Fix its permissions",
+    errno.EPERM: "Fix its permissions",
+    errno.ENOENT: "Restore it, or give another --output",
     errno.EIO: "Check the disk",
-    errno.EMFILE: "Raise the limit for open files (ulimit -n)",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n)",
 }
 
 
 @contextmanager
 def writing_to(output_url: str) -> Iterator[None]:
-    """Say of what goes wrong meanwhile that it ends the run, where that was, and what helps.
+    """Turn an ``OSError`` of the ``with`` block into one that ends the run and says what to do.
 
     Raises:
         WriteError: In place of an ``OSError``.
@@ -169,29 +169,29 @@ def writing_to(output_url: str) -> Iterator[None]:
         yield
     except OSError as error:
         uri, number = public_uri(output_url), error.errno
-        # Arrow's text has the system's words in it, and neither the file nor its name apart.
+        # Arrow's text holds the system's words, with neither an errno nor a file name apart.
         reason = os.strerror(number) if number else public_text(str(error))
-        remedy = _REMEDIES.get(number or 0, "Mend that")
+        remedy = _REMEDIES.get(number or 0, "Fix that")
         raise WriteError(
-            f"{uri} cannot be written: {reason}. {remedy}{_room(output_url)}, and run the same "
-            "command again: what is committed stays, and it goes on from there."
+            f"{uri} cannot be written: {reason}. {remedy}{_room(output_url)}, then run the same "
+            "command again to resume: what is committed stays."
         ) from error
 
 
 def _room(url: str) -> str:
-    """How much is left on the disk that holds a local folder."""
+    """Describe the free space on the disk of a local folder."""
     with suppress(OSError, ValueError):
-        left = shutil.disk_usage(local_path(url)).free
-        return f" ({left / 2**20:,.1f} MiB are free)"
+        num_bytes = shutil.disk_usage(local_path(url)).free
+        return f" ({num_bytes / 2**20:,.1f} MiB are free)"
     return ""
 
 
 def put_file(source: str, url: str) -> None:
-    """Move the finished local file ``source`` to ``url`` in one step; ``source`` is then gone.
+    """Move the finished local file ``source`` to ``url`` in one step.
 
     Raises:
         OutputError: The protocol is read-only.
-        OSError: It cannot be written; what was at ``url`` before, and ``source``, are still there.
+        OSError: It cannot be written; ``source`` and an existing file at ``url`` are unchanged.
     """
     if is_local(url):
         path = local_path(url)
@@ -212,7 +212,7 @@ def put_file(source: str, url: str) -> None:
 
 
 def _publish(fs: Any, url: str, path: str, size: int, upload: Callable[[str], None]) -> None:
-    """Upload until the store has ``size`` bytes of it."""
+    """Upload a file, and retry until the store has ``size`` bytes of it."""
 
     def once() -> None:
         if protocol(url) in OBJECT_STORES:
@@ -227,7 +227,7 @@ def _publish(fs: Any, url: str, path: str, size: int, upload: Callable[[str], No
             _check_size(fs, temporary, size)
             fs.mv(temporary, path)
         except BaseException:
-            with suppress(Exception):  # the first error is the one to tell
+            with suppress(Exception):  # the first error is the one to report
                 fs.rm_file(temporary)
             raise
 
@@ -244,7 +244,7 @@ def _check_size(fs: Any, path: str, size: int) -> None:
 
 
 def _upload_may_pass(error: BaseException) -> bool:
-    # Google forgets an upload that goes on for too long, or that it has completed; not the bucket.
+    # A 410 of Google is about an upload that took too long or is complete, not about the bucket.
     return may_pass(error) or status_of(error) == 410 or "upload_id=" in str(error)
 
 
@@ -254,7 +254,7 @@ def _temporary_name(path: str) -> str:
 
 
 def is_temporary_name(name: str) -> bool:
-    """Whether a file of this name is one that was being written when its process was killed."""
+    """Return whether a file of this name was being written when its process was killed."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
@@ -284,7 +284,7 @@ def _sync_folder(path: str) -> None:
 
 
 def make_folder(url: str) -> None:
-    """Make a folder and those above it; object stores have none, and need none."""
+    """Make a folder and its parents; do nothing in object stores, which need none."""
     if is_local(url):
         Path(local_path(url)).mkdir(parents=True, exist_ok=True)
         return
@@ -294,7 +294,7 @@ def make_folder(url: str) -> None:
 
 
 def remove(url: str) -> None:
-    """Remove a file; nothing happens where there is none."""
+    """Remove a file if it exists."""
     with suppress(FileNotFoundError):
         if is_local(url):
             Path(local_path(url)).unlink()
@@ -304,7 +304,7 @@ def remove(url: str) -> None:
 
 
 def remove_empty_folder(url: str) -> bool:
-    """Remove a folder if nothing is in it; whether it is gone (object stores have none)."""
+    """Remove an empty local folder, and return whether it is gone; True for object stores."""
     if not is_local(url):
         return True
     try:
@@ -319,10 +319,10 @@ def remove_empty_folder(url: str) -> bool:
 
 
 def staging_path(output_url: str, run_id: str) -> str:
-    """A local folder for files on their way to ``output_url``; made if need be.
+    """Make and return a local folder for files that will be moved to ``output_url``.
 
-    For a local output it lies inside it, so that moving a file into place is a rename on the same
-    file system; else among this process's temporary files (``scratch``).
+    For a local output, it is inside the output, so that moving a file is a rename on the same file
+    system. For a remote one, it is among this process's temporary files.
     """
     if is_local(output_url):
         folder = Path(local_path(output_url)) / STAGING_FOLDER / run_id

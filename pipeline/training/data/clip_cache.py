@@ -1,6 +1,6 @@
 """Clips decoded once, in a folder that training reads again and again.
 
-    Found ─find_backlog─▶ WorkUnit ─DecodePool─▶ Waveform pieces ─▶ FOLDER/<key>.<digest>.samples
+    Found ─find_units─▶ WorkUnit ─DecodePool─▶ Waveform pieces ─▶ FOLDER/<key>.<digest>.samples
                                                                     FOLDER/<key>.json, written last
 
 A cache holds whole clips, mono at the model's rate, in one file of samples per work unit. Clips of
@@ -42,7 +42,7 @@ from typing import Any, TypeAlias, get_args
 
 import numpy as np
 
-from pipeline.labelling.backlog import count_found_items, find_backlog
+from pipeline.labelling.remaining import count_found_items, find_units
 from pipeline.terminal.wording import counted
 from pipeline.training.data.packed_clips import (
     INT16_SCALE,
@@ -158,7 +158,7 @@ def cache_clips(
     root = _make_root(folder)
     # Units are cut alike whatever the windows are, so that a training with others finds them.
     sources = dataclasses.replace(sources, window_s=_CUT.window_s, hop_s=_CUT.hop_s)
-    planned = find_backlog(found, {}, sources).units
+    planned = find_units(found, sources)
     listed = [
         ItemFailure(unit.unit_id, index, failure)
         for unit in planned

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from pipeline.config.label import RunConfig
@@ -31,23 +29,6 @@ def problems(*sets: str, **arguments: Any) -> list[str]:
         for line in str(caught.value).splitlines()
         if not line.startswith("Every key") and " problems in the " not in line
     ]
-
-
-def test_nothing_given_is_the_defaults() -> None:
-    assert load() == TrainConfig()
-
-
-def test_the_command_line_wins_over_set_over_yaml_over_default(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("training: {epochs: 3, seed: 1, batch_size: 2}\noptimizer:\n")
-    config = load(
-        "training.epochs=4",
-        "training.seed=2",
-        path=str(path),
-        options=[("training.epochs", 5, "--epochs")],
-    )
-    assert (config.training.epochs, config.training.seed, config.training.batch_size) == (5, 2, 2)
-    assert config.optimizer.learning_rate is None
 
 
 @pytest.mark.parametrize(
@@ -106,50 +87,10 @@ def test_a_wrong_value_is_told_with_what_it_must_be(key: str, value: str, wanted
     assert problems(f"{key}={value}") == [f"{key} is {value} (--set {key}={value}); {wanted}"]
 
 
-@pytest.mark.parametrize(
-    ("key", "meant"),
-    [
-        ("learning_rate", "optimizer.learning_rate"),
-        ("augmentaton.gain_db", "augmentation.gain_db"),
-        ("holdout", "hold_out"),
-        ("training.epoch", "training.epochs"),
-        ("model.nmae", "model.name"),
-    ],
-)
-def test_an_unknown_key_names_the_closest(key: str, meant: str) -> None:
-    assert problems(f"{key}=1") == [f"{key} (--set {key}=1) is not a key; did you mean {meant}?"]
-
-
 @pytest.mark.parametrize("key", ["model.activation", "beam.runner", "labels.top_k"])
 def test_what_only_labelling_knows_is_no_key(key: str) -> None:
     (problem,) = problems(f"{key}=x")
     assert problem.startswith(f"{key} (--set {key}=x) is not a key")
-
-
-def test_every_problem_is_told_at_once_with_its_origin(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(
-        "trainig:\n  epochs: 3\naveraging:\n  last_epoch: 30\nmodel: 3\nlimit: 1\nlimit: 2\n"
-    )
-    assert problems(
-        "nothing",
-        "training",
-        "max_failed=2",
-        path=str(path),
-        options=[("hold_out", "fold", "--hold-out")],
-    ) == [
-        f"trainig ({path}:1) is not a key; did you mean training?",
-        f"model is 3 ({path}:5); must hold keys and values",
-        f"limit ({path}:7) is given twice; keep one of them",
-        "--set nothing has no '='; must be key=value, like window.hop_s=5",
-        "--set training has no '='; must be key=value, like window.hop_s=5",
-        "max_failed is 2 (--set max_failed=2); must be at most 1",
-        "hold_out is fold (--hold-out); must be COLUMN=VALUE, like fold=1: a column of the "
-        "inputs, and what it says of the clips",
-        "averaging.first_epoch is null; must be given as well: averaging ends at one epoch, and "
-        "the other is 30",
-        f"averaging.last_epoch is 30 ({path}:4); must be at most 25 (training.epochs)",
-    ]
 
 
 def test_a_problem_names_the_file_that_documents_training() -> None:
@@ -310,19 +251,6 @@ def test_a_config_that_is_nowhere_lists_those_of_training_alone() -> None:
         load(path="nowhere")
     listed = ", ".join(shipped_configs("train"))
     assert f"one that ships with Earmark: {listed}." in str(caught.value)
-
-
-def test_a_resolved_config_is_a_config(tmp_path: Path) -> None:
-    config = load(
-        "train=[a, b]",
-        "hold_out=fold=1",
-        "optimizer.betas=[0.9, 0.98]",
-        "window.length_s=3",
-        "model.name=m",
-    )
-    path = tmp_path / "resolved.yaml"
-    path.write_text(yaml.safe_dump(config.resolved()))
-    assert load(path=str(path)) == config
 
 
 def test_a_resolved_config_holds_no_signature() -> None:

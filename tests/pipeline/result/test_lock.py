@@ -128,7 +128,7 @@ def test_a_run_that_was_taken_for_dead_is_stopped_and_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True)
     assert done.stdout == f"1 True {'t' * 32}\n"  # the other run's file stays
     assert done.stderr.rpartition("earmark: ")[2].startswith(
-        "another run has taken memory://lock/out over while this one was stuck; nothing is lost."
+        "another run has taken over memory://lock/out while this one was stuck; nothing is lost."
     )
 
 
@@ -289,7 +289,7 @@ def test_a_name_that_no_folder_can_have_is_refused_with_words(
     with pytest.raises(OutputError) as refused, hold_output(f"{tmp_path}/{name}"):
         pytest.fail("held")
     assert str(refused.value) == (
-        f"{tmp_path}/{name} cannot be written: {reason}. Give another --output, or mend its "
+        f"{tmp_path}/{name} cannot be written: {reason}. Give another --output, or fix its "
         "permissions."
     )
 

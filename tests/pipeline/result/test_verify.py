@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main as cli
-from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.export import run_export
 from pipeline.result.state import read_result, remove_result
 from pipeline.result.verify import Finding, Kind, make_advice, run_verify, verify_result
 from tests.support.audio_factory import noise, write
+from tests.support.labelling import small_config
 from transforms.errors import OutputError
 from transforms.storage import reading
 
@@ -45,16 +45,7 @@ def label(tiny_model: Path, clips: Path) -> Callable[[Path], int]:
     """Runs the same ``earmark label`` command each time: two units, of two clips and of one."""
 
     def run(out: Path) -> int:
-        config = {
-            "inputs": (str(clips),),
-            "output": str(out),
-            "quiet": True,
-            "model": {"name": str(tiny_model)},
-            "inference": {"precision": "fp32", "device": "cpu", "batch_size": 2},
-            "units": {"windows": 2},
-            "decode": {"processes": 1},
-        }
-        return run_label(RunConfig(**config), [])
+        return run_label(small_config(tiny_model, out, clips), [])
 
     return run
 

@@ -33,12 +33,13 @@ from pipeline.config.label import RunConfig
 from pipeline.config.load import load_config
 from pipeline.graph import build_graph
 from pipeline.labelling.estimate import run_plan
-from pipeline.labelling.plan import RunFrame
+from pipeline.labelling.plan import ResolvedRun
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
-from pipeline.labelling.run import check_runner, pipeline_options, run_label
+from pipeline.labelling.run import run_label
 from pipeline.labelling.stats import run_stats
 from pipeline.result.state import ResultState
 from pipeline.runners.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
+from pipeline.runners.options import check_runner, pipeline_options
 from pipeline.terminal.time_report import UNTIMED
 from tests.support import audio_factory
 from tests.support.paths import ROOT
@@ -115,7 +116,7 @@ def draw_planned(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitSe
 
 def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitSettings) -> None:
     """A run that begins with its own planning."""
-    frame = RunFrame(
+    resolved = ResolvedRun(
         urls=("gs://mybucket/recordings",),
         output=commit.output,
         state=ResultState(commit.output),
@@ -126,7 +127,7 @@ def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitS
         keeps=True,
         retry_failed=False,
     )
-    build_deferred_graph(pipeline, DeferredPlan.of(frame, UNTIMED))
+    build_deferred_graph(pipeline, DeferredPlan.of(resolved, UNTIMED))
 
 
 def build(
@@ -485,7 +486,7 @@ def test_a_job_that_cannot_be_asked_for_keeps_its_output() -> None:
     def fail(job: DataflowJob) -> str:
         raise ConnectionError("no route\nmore")
 
-    with pytest.raises(OutputError, match=r"cannot be asked for \(no route\).* remove memory://"):
+    with pytest.raises(OutputError, match=r"state cannot be read \(no route\).* remove memory://"):
         check_no_job("memory://asked/out", ask=fail)
     writing.write_bytes(f"memory://asked/out/{JOB_FILE}", b"nonsense")
     with pytest.raises(OutputError, match="does not name a Dataflow job"):
@@ -518,7 +519,7 @@ def test_the_launcher_writes_a_template_and_ends(
     assert cli.main(launcher.make_command(given)) == 0
     job = json.loads(staged["gs://mybucket/t/job.json"])
     assert job["environment"]["serviceOptions"] == [L4]
-    assert "No job has been started: the template was written to" in capsys.readouterr().err
+    assert "The template was written to" in capsys.readouterr().err
     assert recorded_job("memory://df/out") is None
     run = json.loads(reading.read_bytes("memory://df/out/run.json"))
     assert (run["status"], run["config"]["labels"]["top_k"]) == ("running", 3)
@@ -526,7 +527,7 @@ def test_the_launcher_writes_a_template_and_ends(
 
 def test_a_model_on_this_machine_is_refused(config: RunConfig, tiny_model: Path) -> None:
     model = config.model.model_copy(update={"name": str(tiny_model)})
-    with pytest.raises(ModelError, match="lies on this machine, and the runner works on others"):
+    with pytest.raises(ModelError, match="is on this machine, and the runner works on others"):
         run_label(config.model_copy(update={"model": model}), flags())
     assert not filesystem.exists("memory://df/out/run.json")
 
@@ -619,8 +620,8 @@ def test_the_launcher_passes_beam_s_options_on_and_leaves_out_what_beam_does_not
         *("label", "gs://b/in", "--config", "dataflow_gpu", "--output", "gs://b/out"),
         *("--model", "esc10", "--", "--num_workers=2", "--no_use_public_ips"),
     ]
-    assert "left out --launched_by" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="stray stands behind no option"):
+    assert "dropped --launched_by" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="stray follows no option"):
         launcher.make_command(["--num_workers=2", "stray"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import threading
 import time
 
 import pytest
@@ -143,6 +144,60 @@ def test_what_is_complete_has_no_time_left() -> None:
     assert format_line(done, Expected(80, None)) == (
         "100% · 40 clips · 60 windows · 10.0 min of audio · 5.0× real time · 2:05 elapsed"
     )
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 2.5, 5.0])
+def test_the_items_done_correct_the_estimate_of_windows(factor: float) -> None:
+    # 100 items of 2 windows take a second each; the plan expects a factor more windows.
+    expected = Expected(
+        round(200 * factor), 100, windows_of_first=lambda num_items: num_items * 2 * factor
+    )
+    for items in (10, 50, 90):
+        counts = ProgressCounts(items, 2 * items)
+        moment = Moment(counts, elapsed_s=items + 5, working_s=items, item_windows=2 * items)
+        assert share_done(moment, expected) == pytest.approx(items / 100, abs=0.01)
+        assert seconds_left(moment, expected) == pytest.approx(100 - items, rel=0.05)
+        assert f"{2 * items}/~200 windows" in format_line(moment, expected)
+
+
+def test_a_long_item_counts_for_its_windows() -> None:
+    # 99 items of 1 window, then one of 901, of which 401 are done; all expected twice.
+    expected = Expected(
+        2000, 100, windows_of_first=lambda num_items: 2000 if num_items == 100 else 2 * num_items
+    )
+    before = Moment(ProgressCounts(99, 99), elapsed_s=99, working_s=99, item_windows=99)
+    assert share_done(before, expected) == pytest.approx(0.1, abs=0.01)
+    inside = Moment(ProgressCounts(99, 500), elapsed_s=500, working_s=500, item_windows=99)
+    assert share_done(inside, expected) == pytest.approx(0.5, abs=0.01)
+    assert seconds_left(inside, expected) == pytest.approx(500, rel=0.02)
+
+
+def test_windows_of_a_clip_under_way_do_not_correct_the_estimate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.terminal.progress.POLL_INTERVAL_S", 0.001)
+    counts = [ProgressCounts(50, 100), ProgressCounts(50, 150)]
+    all_read = threading.Event()
+
+    def read() -> ProgressCounts:
+        if len(counts) > 1:
+            return counts.pop(0)
+        all_read.set()
+        return counts[0]
+
+    with (
+        pytest.raises(ValueError, match="broken"),
+        ProgressDisplay(
+            read=read,
+            total_windows=1000,
+            total_items=100,
+            windows_of_first=lambda num_items: 10 * num_items,
+        ),
+    ):
+        assert all_read.wait(timeout=60)
+        raise ValueError("broken")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(" 75% · 50/100 clips · 150/~200 windows")
 
 
 def test_where_clips_are_not_cut_into_windows_clips_alone_are_counted(

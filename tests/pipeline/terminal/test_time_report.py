@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.terminal import time_report
 from pipeline.terminal.time_report import Circumstances, Startup, advise, describe_time, record_time
+from tests.support.labelling import small_config
 from tests.support.paths import ROOT
 from transforms.decoding import pool
 from transforms.features import fbank
@@ -272,16 +272,9 @@ def label(tiny_model: Path, clips: Path, tmp_path: Path) -> Run:
     """Labels the clips in units of two; gives ``time`` of run.json."""
 
     def run(source: str = str(clips), options: tuple[str, ...] = (), **changes: Any) -> Any:
-        config: dict[str, Any] = {
-            "inputs": (source,),
-            "output": str(tmp_path / "out"),
-            "model": {"name": str(tiny_model)},
-            "inference": {"precision": "fp32", "device": "cpu", "batch_size": 2},
-            "units": {"windows": 2},
-            "decode": {"processes": 1},
-            **changes,
-        }
-        assert run_label(RunConfig(**config), list(options), imports_s=1.5) == 0
+        values = {"quiet": False, **changes}
+        config = small_config(tiny_model, tmp_path / "out", source, **values)
+        assert run_label(config, list(options), imports_s=1.5) == 0
         return json.loads((tmp_path / "out" / "run.json").read_text())["time"]
 
     return run

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.reliability.fuzz_audio import (
@@ -31,6 +30,7 @@ from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
 from tests.support import audio_factory
+from tests.support.labelling import read_rows, small_config
 from transforms.decoding import pool as decode_module
 from transforms.decoding.child import data_bytes
 from transforms.decoding.decode import DecodeLimits, decode, decode_whole
@@ -423,22 +423,18 @@ def rows(tmp_path: Path, tiny_model: Path) -> dict[str, list[dict[str, Any]]]:
     audio_factory.write(tmp_path / "in" / "good.wav", audio_factory.noise(12.0), RATE)
     audio_factory.write(tmp_path / "in" / "long.wav", audio_factory.noise(65.0), RATE)
     out = tmp_path / "out"
-    config = RunConfig(
-        inputs=(str(tmp_path / "in"),),
-        output=str(out),
-        quiet=True,
+    config = small_config(
+        tiny_model,
+        out,
+        tmp_path / "in",
         max_failed=1.0,
-        model={"name": str(tiny_model)},
-        inference={"precision": "fp32", "device": "cpu", "batch_size": 2},
         decode={"processes": 1, "max_item_s": 60.0},
+        units={},
     )
     assert run_label(config, []) == 0
     assert json.loads((out / "run.json").read_text())["totals"]["failures"] == 1
     assert run_verify(str(out), quiet=True) == 0
-    return {
-        part: [r for p in (out / part).glob("*.parquet") for r in pq.read_table(p).to_pylist()]
-        for part in ("windows", "clips", "errors")
-    }
+    return {part: read_rows(out, part) for part in ("windows", "clips", "errors")}
 
 
 def test_an_item_that_fails_after_some_windows_leaves_only_its_error(

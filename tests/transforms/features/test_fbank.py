@@ -825,6 +825,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_windows_come_out_with_features_and_all_else_unchanged(one_thread: None) -> None:
     found = run_step([window(0, voice(2000)), window(1, noise(164_080))])
     assert [each.window_index for each in found] == [0, 1]
@@ -894,14 +902,13 @@ def test_features_made_ahead_keep_their_place_in_beam_s_time() -> None:
         assert_that(places, equal_to([(n, 10.0 * n, 10.0 * n // 60 * 60) for n in range(12)]))
 
 
-def test_threads_for_features_leave_torch_s_own_alone() -> None:
-    before = torch.get_num_threads()
+def test_threads_for_features_leave_torch_s_own_alone(two_threads: None) -> None:
     ahead = {fbank.feature_threads().submit(torch.get_num_threads).result() for _ in range(9)}
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert (ahead, torch.get_num_threads(), later) == ({1}, before, [before])
+    assert (ahead, torch.get_num_threads(), later) == ({1}, 2, [2])
 
 
 def test_threads_that_ask_at_once_get_the_same_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from pipeline.labelling.plan import RunPlan, make_plan
 from pipeline.labelling.run import prepare_output, run_label
 from pipeline.result.state import FinishRun, heal, read_result
 from pipeline.result.verify import run_verify
+from tests.support.labelling import small_config
 from tests.support.unit_factory import (
     clip_events,
     failure_event,
@@ -347,15 +348,7 @@ def config(tiny_model: Path, tmp_path: Path) -> RunConfig:
     clips.mkdir()
     for index in range(4):
         soundfile.write(clips / f"{index}.wav", [0.1 * (index + 1)] * 16_000, 16_000)
-    return RunConfig(
-        inputs=(str(clips),),
-        output=str(tmp_path / "out"),
-        quiet=True,
-        model={"name": str(tiny_model)},
-        inference={"precision": "fp32", "device": "cpu"},
-        units={"windows": 2},
-        decode={"processes": 1},
-    )
+    return small_config(tiny_model, tmp_path / "out", clips)
 
 
 @pytest.fixture

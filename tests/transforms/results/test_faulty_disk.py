@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main as cli
 from pipeline.result.verify import run_verify
 from tests.support.audio_factory import noise, write
+from tests.support.labelling import assert_same_rows, read_rows, rows_by_name
 from tests.support.paths import ROOT
-from tests.transforms.inference.test_device_faults import Rows, assert_same_rows
 from transforms.results import write_units as commit_module
 from transforms.results.commits import PARTS
 
@@ -47,14 +46,6 @@ def write_clips(folder: Path, num: int = NUM_CLIPS) -> Path:
     return folder
 
 
-def rows_of(out: Path, part: str) -> Rows:
-    return {
-        (Path(row["clip_id"]).name, row.get("window_index", 0)): row
-        for path in (out / part).glob("*.parquet")
-        for row in pq.read_table(path).to_pylist()
-    }
-
-
 def files_of(out: Path) -> set[str]:
     return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
 
@@ -72,7 +63,7 @@ def check_commits(out: Path) -> int:
 
 def assert_same_result(out: Path, other: Path) -> None:
     for part in PARTS:
-        assert_same_rows(rows_of(out, part), rows_of(other, part), atol=1e-5)
+        assert_same_rows(read_rows(out, part), read_rows(other, part))
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +188,9 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_completes_it(
     assert code == 1, said
     words = last_words(said)
     assert words.startswith(f"earmark: {out} cannot be written: No space left on device. Make room")
-    assert "MiB are free), and run the same command again: what is committed stays" in words
+    assert (
+        "MiB are free), then run the same command again to resume: what is committed stays" in words
+    )
     num_commits = check_commits(namespace.outside(out))
     assert num_commits < NUM_CLIPS / 2
     assert num_commits > 0 or size in ("8k", "40k")
@@ -302,11 +295,11 @@ def test_a_full_folder_for_temporary_files_ends_the_run(
     code, said = finish(namespace.start(*command, TMPDIR=str(namespace.disk)))
     assert code == 1, said
     assert "No space left on device" in last_words(said)
-    assert not rows_of(out, "errors")
+    assert not rows_by_name(out, "errors")
     namespace.remount("size=200m")
     code, said = finish(namespace.start(*command, TMPDIR=str(namespace.disk)))
     assert code == 0, said
-    assert len(rows_of(out, "clips")) == 2
+    assert len(rows_by_name(out, "clips")) == 2
     assert not list(namespace.outside(namespace.disk).iterdir())
 
 
@@ -390,16 +383,16 @@ def test_what_may_not_be_read_or_written_is_named(open_folder: Path, tiny_model:
     for out in ("a", "b"):
         assert not (mine / out).exists()
     assert not list(locked.iterdir())
-    (error,) = rows_of(mine / "d", "errors").values()
+    (error,) = rows_by_name(mine / "d", "errors").values()
     assert error["message"] == f"Permission denied: {clips}/01.wav"
-    assert len(rows_of(mine / "d", "clips")) == 2
-    (error,) = rows_of(mine / "e", "errors").values()
+    assert len(rows_by_name(mine / "d", "clips")) == 2
+    (error,) = rows_by_name(mine / "e", "errors").values()
     assert error["message"] == f"Permission denied: {closed}/closed"
     # Mended, the same command with --retry-failed does what it could not.
     (clips / "01.wav").chmod(0o644)
     ((code, said),) = run_without_privileges([*label(clips, mine / "d"), "--retry-failed"])
     assert code == 0, said
-    assert len(rows_of(mine / "d", "clips")) == 3
+    assert len(rows_by_name(mine / "d", "clips")) == 3
 
 
 # --- Inputs that change in the middle of the run ---------------------------------------------
@@ -457,7 +450,7 @@ def test_files_removed_in_the_middle_are_errors_and_then_vanished(
 
     out = tmp_path / "out"
     assert label.disturbed(out, remove) == 3
-    errors, clips = rows_of(out, "errors"), rows_of(out, "clips")
+    errors, clips = rows_by_name(out, "errors"), rows_by_name(out, "clips")
     assert len(errors) + len(clips) == NUM_CLIPS
     assert errors
     for (name, _), row in errors.items():
@@ -480,12 +473,12 @@ def test_an_input_folder_that_vanishes_and_comes_back_is_completed(
     # As when a network disk is lost: times and sizes are the same afterwards.
     away, out = tmp_path / "away", tmp_path / "out"
     assert label.disturbed(out, lambda: own_clips.rename(away)) == 3
-    errors = rows_of(out, "errors")
-    assert len(errors) + len(rows_of(out, "clips")) == NUM_CLIPS
+    errors = rows_by_name(out, "errors")
+    assert len(errors) + len(rows_by_name(out, "clips")) == NUM_CLIPS
     assert run_verify(str(out), quiet=True) == 0
     away.rename(own_clips)
     assert label(out, "--retry-failed") == 0
-    assert not rows_of(out, "errors")
+    assert not rows_by_name(out, "errors")
     fresh = tmp_path / "fresh"
     assert label(fresh) == 0
     assert_same_result(out, fresh)
@@ -509,14 +502,14 @@ def test_files_that_change_in_the_middle_are_done_again_by_the_next_run(
     assert label.disturbed(out, change) == 0
     # A row is always of one version of its file, whichever that was.
     hashes = {hashlib.sha256(path.read_bytes()).hexdigest() for path in own_clips.iterdir()}
-    read_new = [row["content_sha256"] in hashes for row in rows_of(out, "clips").values()]
+    read_new = [row["content_sha256"] in hashes for row in rows_by_name(out, "clips").values()]
     assert True in read_new
     assert False in read_new
     assert check_commits(out) == NUM_CLIPS / 2
     assert label(out) == 0
     assert label(fresh) == 0
     assert_same_result(out, fresh)
-    now = {row["content_sha256"] for row in rows_of(out, "clips").values()}
+    now = {row["content_sha256"] for row in rows_by_name(out, "clips").values()}
     assert now == hashes
     assert run_verify(str(out), quiet=True) == 0
     before = {path: path.stat().st_mtime_ns for path in (out / "clips").iterdir()}
@@ -537,7 +530,7 @@ def test_a_tar_cut_in_the_middle_of_the_run_is_said_and_then_redone(
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     code = label.disturbed(out, lambda: os.truncate(shard, int(len(whole) * kept_ratio)))
     assert code == 3
-    assert rows_of(out, "errors")
+    assert rows_by_name(out, "errors")
     check_commits(out)
     assert run_verify(str(out), quiet=True) == 0
     # Written again, with the time it had: only a retry knows; with another time, any run does.
@@ -546,5 +539,5 @@ def test_a_tar_cut_in_the_middle_of_the_run_is_said_and_then_redone(
     assert label(out, "--retry-failed") == 0
     assert label(fresh) == 0
     assert_same_result(out, fresh)
-    assert len(rows_of(out, "clips")) == NUM_CLIPS
-    assert np.isfinite([row["embedding"] for row in rows_of(out, "windows").values()]).all()
+    assert len(rows_by_name(out, "clips")) == NUM_CLIPS
+    assert np.isfinite([row["embedding"] for row in rows_by_name(out, "windows").values()]).all()

@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 import soundfile
 
-from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
+from tests.support.labelling import small_config
 from tests.support.model_factory import TINY_LABELS
 
 HIDDEN_SIZE = 32
@@ -26,17 +26,12 @@ def out(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         noise = np.random.default_rng(index).normal(0, 0.1, 16_000)
         soundfile.write(folder / "clips" / f"{index}.wav", noise, 16_000)
     (folder / "clips" / "bad.wav").write_bytes(b"no audio")
-    config = RunConfig.model_validate(
-        {
-            "inputs": [str(folder / "clips")],
-            "output": str(folder / "out"),
-            "quiet": True,
-            "max_failed": 1.0,
-            "model": {"name": str(tiny_model)},
-            "labels": {"top_k": 3, "scores": True},
-            "inference": {"precision": "fp32", "device": "cpu"},
-            "units": {"windows": 2},
-        }
+    config = small_config(
+        tiny_model,
+        folder / "out",
+        folder / "clips",
+        max_failed=1.0,
+        labels={"top_k": 3, "scores": True},
     )
     assert run_label(config, []) == 0
     return folder / "out"

@@ -426,7 +426,7 @@ def test_a_file_on_the_web_that_changes_between_two_blocks_is_an_error(
         server.content, server.validators = b"2" * size, after
         with pytest.raises(OSError, match="changed") as caught:
             file.read()
-    assert str(caught.value) == f"{url}: has been changed while it was read ({said})"
+    assert str(caught.value) == f"{url}: was changed while it was read ({said})"
 
 
 def test_a_file_on_the_web_that_stays_is_read_whatever_packs_it(
@@ -456,7 +456,7 @@ def test_a_stream_that_breaks_is_not_gone_on_with_in_another_file(
     server.on_get = staticmethod(change)
     with reading.open_read(url, 70_000) as file, pytest.raises(OSError, match="changed") as caught:
         file.read()
-    said = "has been changed while it was read (its ETag was one, and is two)"
+    said = "was changed while it was read (its ETag was one, and is two)"
     assert str(caught.value) == f"{url}: {said}"
 
 

@@ -47,3 +47,49 @@ def test_members_of_a_zip_are_listed_matched_and_read(tmp_path: Path) -> None:
     listed = [info.url for info in listing.list_files(f"zip://{chained}")]
     assert listed == [f"zip://{name}{chained}" for name in ("a.wav", "b.txt", "deep/c.wav")]
     assert [reading.read_bytes(url) for url in listed] == [b"a.wav", b"b.txt", b"deep/c.wav"]
+
+
+def test_normalise_gives_absolute_paths_and_urls_without_slash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert urls.normalise("a/../b/") == str(tmp_path / "b")
+    assert urls.normalise("~/x.wav") == "/home/someone/x.wav"
+    assert urls.normalise("file:///x/y/") == "/x/y"
+    assert urls.normalise("file://localhost/x") == "/x"
+    assert urls.normalise("/") == "/"
+    assert urls.normalise("gs://b/x/") == "gs://b/x"
+    assert urls.normalise("memory://") == "memory://"
+    assert urls.normalise("https://h/x/?a=b/") == "https://h/x/?a=b/"
+
+
+def test_normalise_decodes_a_file_url_only_where_the_file_has_the_decoded_name(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a b").touch()
+    (tmp_path / "c%20d").touch()
+    assert urls.normalise(f"file://{tmp_path}/a%20b") == str(tmp_path / "a b")
+    assert urls.normalise(f"file://{tmp_path}/c%20d") == str(tmp_path / "c%20d")
+
+
+@pytest.mark.parametrize(
+    ("url", "parent", "name"),
+    [
+        ("/a/b.wav", "/a", "b.wav"),
+        ("/", "/", ""),
+        ("gs://b/x/y.wav", "gs://b/x", "y.wav"),
+        ("gs://b", "gs://b", "b"),
+        ("s3://b/x?y/z", "s3://b/x?y", "z"),
+        ("https://h/x/y.wav?a=b/c", "https://h/x", "y.wav"),
+    ],
+)
+def test_parent_and_file_name(url: str, parent: str, name: str) -> None:
+    assert urls.parent(url) == parent
+    assert urls.file_name(url) == name
+
+
+def test_join_uses_single_slashes() -> None:
+    assert urls.join("/", "a") == "/a"
+    assert urls.join("memory://", "a", "b/") == "memory://a/b"
+    assert urls.join("gs://b/x/", "/a") == "gs://b/x/a"

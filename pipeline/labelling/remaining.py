@@ -1,10 +1,10 @@
-"""What of the input is still to be done: items found, compared with those in the commits.
+"""The remaining work: the items found, compared with those in the commits.
 
-An item is known by its clip id and told apart by its version (size, etag or time, and what the
-input says of it); a container by its URI and version, and by the slices of it that are committed.
+An item is identified by its clip id and its version (size, etag or time, truth and metadata). A
+container is identified by its URI, its version and its committed slices.
 
     found and committed, same version   kept
-    found and not committed             into new units
+    found and not committed             goes into a new unit
     found, another version committed    its unit is redone whole, and the new one replaces it
     committed and not found             vanished: counted apart, its rows are kept
 """
@@ -38,26 +38,26 @@ from transforms.sources.read_unit import (
     windows_of,
 )
 
-# Bad lines of manifests that one unit of failures holds.
+# Maximum number of bad manifest lines in a unit of failures.
 FAILURES_PER_UNIT = 1024
 
 
 @dataclass(frozen=True)
-class Backlog:
-    """What is to be done, and what is done.
+class RemainingWork:
+    """The units to do, and the committed ones that stay.
 
     Attributes:
-        units: To do, in plan order.
-        rests: What else is to do: containers that have not been cut into units yet.
-        kept_units: Committed units that stay as they are.
-        found_kept_items: Items in them that are in the input.
-        vanished_kept_items: Items in them that are not.
-        vanished_carried_items: Items that units to do take over from replaced ones, because they
-            are not in the input.
-        retried_carried_items: Items in the input that units to do take over, because only the
-            failed ones beside them are tried again.
+        units: Units to do, in plan order.
+        rests: Containers to do that are not cut into units yet.
+        kept_units: Committed units that stay.
+        found_kept_items: Items of the kept units that are in the input.
+        vanished_kept_items: Items of the kept units that are not in the input.
+        vanished_carried_items: Items not in the input whose rows units to do take over from the
+            units they replace.
+        retried_carried_items: Items in the input whose rows units to do take over, because only
+            failed items of their unit are retried.
         num_redone: Units to do that replace one with a changed item.
-        num_retried: Failed items to be tried again.
+        num_retried: Failed items to retry.
     """
 
     units: tuple[WorkUnit, ...]
@@ -77,42 +77,31 @@ class Backlog:
 
     @property
     def num_items(self) -> int | None:
-        """Items to do; None if containers must be read to know."""
+        """Number of items to do; None if containers must be read to know."""
         if self.rests or any(unit.container is not None and not unit.items for unit in self.units):
             return None
         return sum(len(unit.items) + len(unit.failures) for unit in self.units)
 
+    def cut(self, settings: SourceSettings) -> RemainingWork:
+        """Return the same work with all containers cut into units."""
+        units = (*self.units, *cut_containers(self.rests, settings))
+        return dataclasses.replace(self, units=units, rests=())
 
-def find_backlog(
+
+def find_remaining(
     found: Found,
     commits: Mapping[str, Commit],
     settings: SourceSettings,
     *,
     retry_from: str | None = None,
-) -> Backlog:
-    """Compare what was found with what is committed, and cut what is to be done into units.
-
-    Arguments and errors are those of ``find_uncut_backlog``.
-    """
-    backlog = find_uncut_backlog(found, commits, settings, retry_from=retry_from)
-    units = (*backlog.units, *cut_containers(backlog.rests, settings))
-    return dataclasses.replace(backlog, units=units, rests=())
-
-
-def find_uncut_backlog(
-    found: Found,
-    commits: Mapping[str, Commit],
-    settings: SourceSettings,
-    *,
-    retry_from: str | None = None,
-) -> Backlog:
-    """Compare what was found with what is committed; new containers are left to be cut.
+) -> RemainingWork:
+    """Compare the items found with the commits; new containers are not cut yet.
 
     Args:
-        found: What the input holds.
-        commits: The whole and valid commits, by unit.
-        settings: Size of units.
-        retry_from: The result whose failed items are to be tried again, or None.
+        found: The content of the input.
+        commits: The valid commits, by unit.
+        settings: The size of units.
+        retry_from: The result whose failed items to retry; None for none.
 
     Raises:
         InputError: Items would be in the result twice.
@@ -131,14 +120,13 @@ def find_uncut_backlog(
         for entry in commit.ledger.items
         if not inventory.has_moved(entry.clip_id, commit)
     }
-    # A slice that is tried again is not fresh: what is to be done of it stands in `retried`.
-    fresh, rests = _plan_fresh(
-        found, known, same, {c.uri for c in _changed_slices(changed)}, settings
-    )
+    changed_containers = {part.uri for commit in changed if (part := _whole_slice(commit))}
+    # Retried slices are in `retried`, not in `fresh`.
+    fresh, rests = _plan_fresh(found, known, same, changed_containers, settings)
     replaced = {unit.replaces[0] for unit in retried}
     kept = {unit_id: commit for unit_id, commit in same.items() if unit_id not in replaced}
     found_kept = sum(inventory.num_found(commit) for commit in kept.values())
-    return Backlog(
+    return RemainingWork(
         units=(*redone, *retried, *fresh),
         rests=tuple(rests),
         kept_units=tuple(kept),
@@ -164,20 +152,25 @@ def find_uncut_backlog(
     )
 
 
+def find_units(found: Found, settings: SourceSettings) -> tuple[WorkUnit, ...]:
+    """Return the units of everything that was found, where nothing is committed."""
+    return find_remaining(found, {}, settings).cut(settings).units
+
+
 def count_found_items(found: Found) -> int | None:
-    """How many items the input holds; None if containers must be read to know."""
+    """Return the number of items in the input; None if containers must be read to know."""
     inventory = _Inventory(found)
     return None if inventory.wholes else len(inventory.items)
 
 
 def count_vanished_failures(found: Found, commits: Mapping[str, Commit], output: str) -> int:
-    """How many of the failures in a result are of items that are not in the input."""
+    """Return how many of a result's failed items are not in the input."""
     inventory = _Inventory(found)
     count = 0
     for commit in commits.values():
         if not commit.totals.failures or inventory.num_found(commit) == commit.totals.items:
             continue
-        if commit.ledger.container is not None and not commit.ledger.items:
+        if _whole_slice(commit) is not None:
             count += commit.totals.failures
             continue
         rows = read_failures(output, commit.unit_id)
@@ -185,8 +178,13 @@ def count_vanished_failures(found: Found, commits: Mapping[str, Commit], output:
     return count
 
 
+def _whole_slice(commit: Commit) -> LedgerSlice | None:
+    """Return the slice of a whole container that a commit covers; None if it lists items."""
+    return None if commit.ledger.items else commit.ledger.container
+
+
 class _Inventory:
-    """What was found, by name."""
+    """The items and containers found, by name."""
 
     def __init__(self, found: Found) -> None:
         self.failures = {failure.item.clip_id: failure for failure in found.failures}
@@ -202,22 +200,22 @@ class _Inventory:
                 self.wholes[container.uri] = container
 
     def is_changed(self, commit: Commit) -> bool:
-        """Whether something that the commit covers is there in another version."""
-        ledger = commit.ledger
-        if ledger.container is not None and not ledger.items:
-            whole = self.wholes.get(ledger.container.uri)
-            return whole is not None and _version_of(whole) != ledger.container.version
+        """Return whether the input has another version of something that the commit covers."""
+        part = _whole_slice(commit)
+        if part is not None:
+            whole = self.wholes.get(part.uri)
+            return whole is not None and _version_of(whole) != part.version
         return any(
             item_version(self.items[entry.clip_id]) != entry.version
             or self.has_moved(entry.clip_id, commit)
-            for entry in ledger.items
+            for entry in commit.ledger.items
             if entry.clip_id in self.items
         )
 
     def has_moved(self, clip_id: str, commit: Commit) -> bool:
-        """Whether an item lies elsewhere than when it was committed: in a container or out of one.
+        """Return whether an item has moved into a container, or out of one, since its commit.
 
-        Only a clip id that a manifest gives can stay the same then.
+        Its clip id then stays the same only if a manifest gives it.
         """
         item = self.items.get(clip_id)
         if item is None:
@@ -227,18 +225,18 @@ class _Inventory:
         return before != now
 
     def num_found(self, commit: Commit) -> int:
-        """How many of the items of an unchanged commit are still in the input."""
-        ledger = commit.ledger
-        if ledger.container is not None and not ledger.items:
-            return commit.totals.items if ledger.container.uri in self.wholes else 0
-        return sum(entry.clip_id in self.items for entry in ledger.items)
+        """Return how many items of an unchanged commit are in the input."""
+        part = _whole_slice(commit)
+        if part is not None:
+            return commit.totals.items if part.uri in self.wholes else 0
+        return sum(entry.clip_id in self.items for entry in commit.ledger.items)
 
 
 def _check_once(inventory: _Inventory, commits: Iterable[Commit]) -> None:
-    """Refuse a container as a whole beside items of it, in one result.
+    """Refuse a whole container beside single items of it in one result.
 
     Raises:
-        InputError: One of the two is committed, and the other is in the input.
+        InputError: One of them is committed, and the other is in the input.
     """
     for commit in commits:
         part = commit.ledger.container
@@ -256,14 +254,14 @@ def _check_once(inventory: _Inventory, commits: Iterable[Commit]) -> None:
         if clashing and any(_is_named_by(part.uri, name) for name in names):
             raise InputError(
                 f"{part.uri} was labelled {was} before, and is now given {now}: its items would be "
-                "in the result twice. Give another --output, or the input of before."
+                "in the result twice. Give another --output, or the same input as before."
             )
 
 
 def _is_named_by(uri: str, clip_id: str) -> bool:
-    """Whether a clip id is the one that a container gives an item: no segment, no name of its own.
+    """Return whether a clip id is the default one of a container's item, not that of a segment.
 
-    The marks are those of ``make_clip_id``, which encodes them where they are part of a name.
+    ``make_clip_id`` encodes the marks where they are part of a name.
     """
     prefix = f"{make_clip_id(uri)}#"
     return clip_id.startswith(prefix) and "@" not in clip_id.removeprefix(prefix)
@@ -273,26 +271,19 @@ def _version_of(container: Container) -> str:
     return container_version(container.size, container.version)
 
 
-def _changed_slices(changed: Iterable[Commit]) -> list[LedgerSlice]:
-    return [
-        commit.ledger.container
-        for commit in changed
-        if commit.ledger.container is not None and not commit.ledger.items
-    ]
-
-
 def _redo(
     changed: Sequence[Commit],
     inventory: _Inventory,
     kept: Mapping[str, Commit],
     settings: SourceSettings,
 ) -> list[WorkUnit]:
-    """Units in place of those that hold something changed."""
+    """Return the units that replace those with a changed item or container."""
     units = []
     slices: dict[str, list[str]] = defaultdict(list)
     for commit in changed:
-        if commit.ledger.container is not None and not commit.ledger.items:
-            slices[commit.ledger.container.uri].append(commit.unit_id)
+        part = _whole_slice(commit)
+        if part is not None:
+            slices[part.uri].append(commit.unit_id)
             continue
         names = [entry.clip_id for entry in commit.ledger.items]
         units.append(_unit_of(commit, names, inventory, settings))
@@ -306,17 +297,17 @@ def _redo(
 def _retry(
     output: str, kept: Iterable[Commit], inventory: _Inventory, settings: SourceSettings
 ) -> list[WorkUnit]:
-    """Units that take the good rows of a unit over and try its failed items again."""
+    """Return the units that retry failed items and take over the good rows beside them."""
     units = []
     for commit in kept:
         if not commit.totals.failures:
             continue
-        ledger = commit.ledger
         rows = read_failures(output, commit.unit_id)
-        if ledger.container is not None and not ledger.items:
-            whole = inventory.wholes.get(ledger.container.uri)
+        part = _whole_slice(commit)
+        if part is not None:
+            whole = inventory.wholes.get(part.uri)
             if whole is not None:
-                units.append(_retried_slice(commit, ledger.container, whole, rows, settings))
+                units.append(_retried_slice(commit, part, whole, rows, settings))
             continue
         names = [row["clip_id"] for row in rows if row["clip_id"] in inventory.items]
         if names:
@@ -331,7 +322,7 @@ def _retried_slice(
     rows: Sequence[Mapping[str, Any]],
     settings: SourceSettings,
 ) -> WorkUnit:
-    """The failed items of a slice; all of it where the container could not be read to its end."""
+    """Return a unit of a slice's failed items; of all items if the container broke off."""
     container = _slice_of(whole, part.start, part.stop)
     if commit.totals.broken_containers:
         return _rebuilt(commit, whole.kind, settings, container=container)
@@ -348,7 +339,7 @@ def _retried_slice(
         )
         for row in rows
     )
-    # The slice is read from the container's start, so that the second of a name is known as such.
+    # A tar is read from its start, so that the second member of a name is recognised.
     container = _slice_of(whole, 0 if whole.kind == "tar" else part.start, part.stop)
     unit = _rebuilt(commit, whole.kind, settings, items, container=container)
     return dataclasses.replace(unit, carried=Carried(commit.unit_id))
@@ -357,21 +348,21 @@ def _retried_slice(
 def _unit_of(
     commit: Commit, names: Sequence[str], inventory: _Inventory, settings: SourceSettings
 ) -> WorkUnit:
-    """One unit of the items named that are found, in place of the commit's own.
+    """Return a unit of the named items that are in the input, which replaces the commit's unit.
 
-    It takes over the rows of all the commit's other items, the failed ones among them: each item
-    that a ledger lists has a row. Only those that lie elsewhere now go to units of their own.
+    It takes over the rows of all other items of the commit, the failed ones included: each item
+    that a ledger lists has a row. Items that have moved go to units of their own.
     """
     moved = {e.clip_id for e in commit.ledger.items if inventory.has_moved(e.clip_id, commit)}
-    there = [name for name in names if name in inventory.items and name not in moved]
-    others = frozenset(entry.clip_id for entry in commit.ledger.items).difference(there, moved)
-    failures = tuple(inventory.failures[name] for name in there if name in inventory.failures)
-    items = tuple(inventory.items[name] for name in there if name not in inventory.failures)
+    found = [name for name in names if name in inventory.items and name not in moved]
+    others = frozenset(entry.clip_id for entry in commit.ledger.items).difference(found, moved)
+    failures = tuple(inventory.failures[name] for name in found if name in inventory.failures)
+    items = tuple(inventory.items[name] for name in found if name not in inventory.failures)
     container, kind = None, commit.ledger.kind
     if commit.ledger.container is not None and items:
         container = _slice_of(inventory.asked[commit.ledger.container.uri], 0, None)
     elif commit.ledger.container is not None:
-        kind = "files"  # there is nothing to read: rows taken over, or none at all
+        kind = "files"  # nothing to read: the rows are taken over, or there are none
     unit = _rebuilt(commit, kind, settings, items, failures, container)
     return dataclasses.replace(unit, carried=Carried(commit.unit_id, others) if others else None)
 
@@ -414,11 +405,11 @@ def _slice_of(container: Container, start: int, stop: int | None) -> ContainerSl
 
 
 def _covered(kept: Mapping[str, Commit]) -> dict[str, list[tuple[int, int | None]]]:
-    """The slices of whole containers that are committed, by container."""
+    """Return the committed slices of whole containers, by container."""
     covered: dict[str, list[tuple[int, int | None]]] = defaultdict(list)
     for commit in kept.values():
-        part = commit.ledger.container
-        if part is not None and not commit.ledger.items:
+        part = _whole_slice(commit)
+        if part is not None:
             covered[part.uri].append((part.start, part.stop))
     return covered
 
@@ -430,7 +421,7 @@ def _plan_fresh(
     redone_containers: set[str],
     settings: SourceSettings,
 ) -> tuple[list[WorkUnit], list[RestOfContainer]]:
-    """Units of what no commit covers, and what is left of containers."""
+    """Return units of the items that no commit covers, and the remaining parts of containers."""
     items = [item for item in found.items if item.clip_id not in known]
     containers = []
     for container in found.containers:
