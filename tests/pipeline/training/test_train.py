@@ -533,7 +533,7 @@ def test_interrupted_decoding_is_resumed(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Windows so short that the clips make three units.
-    monkeypatch.setattr(clip_cache, "_CUT", SourceSettings(window_s=0.02, hop_s=0.02))
+    monkeypatch.setattr(clip_cache, "_CUT", SourceSettings(window_s=0.003, hop_s=0.003))
     real, calls = display.DecodingDisplay.on_clip, itertools.count(1)
 
     def stop(self: Any, *arguments: Any) -> None:
