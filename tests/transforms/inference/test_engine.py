@@ -15,6 +15,7 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 
 from tests.support.model_factory import write_tiny_model
+from tests.transforms.inference.conftest import features
 from transforms.errors import ConfigError
 from transforms.inference.backbones import (
     InferenceSettings,
@@ -32,17 +33,8 @@ FP32 = InferenceSettings(precision="fp32", device="cpu", batch_size=4)
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_model: Path) -> ModelSpec:
-    return resolve_model(str(tiny_model))
-
-
-@pytest.fixture(scope="module")
 def engine(spec: ModelSpec) -> Engine:
     return ASTModelHandler(spec, FP32).load_model()
-
-
-def features(num: int, seed: int = 0) -> FloatArray:
-    return np.random.default_rng(seed).normal(0, 0.5, (num, 1024, 128)).astype(np.float32)
 
 
 def test_scores_and_embeddings_are_the_models_own(spec: ModelSpec, engine: Engine) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ import torch
 from pipeline.cli import main as cli
 from tests.support.audio_factory import noise, write
 from tests.support.model_factory import write_tiny_model
-from transforms.errors import ConfigError, DeviceError
-from transforms.inference import backbones, engines, openvino
+from tests.transforms.inference.conftest import break_conversion, features
+from transforms.errors import DeviceError
+from transforms.inference import backbones, openvino
 from transforms.inference.backbones import (
     Embeddings,
     Features,
@@ -30,7 +29,7 @@ from transforms.inference.backbones import (
     embed_windows,
 )
 from transforms.inference.engine import NOT_FINITE, Engine, load_engine, score_embeddings
-from transforms.inference.engines import ENGINES, choose_engine
+from transforms.inference.engines import ENGINES
 from transforms.inference.handler import ASTModelHandler
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.process import devices
@@ -57,32 +56,6 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_model: Path) -> ModelSpec:
-    return resolve_model(str(tiny_model))
-
-
-@pytest.fixture(scope="module")
-def quantised(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> QuantisedModel:
-    transformer = load_model(spec).audio_spectrogram_transformer
-    folder = tmp_path_factory.mktemp("int8")
-    return openvino.quantise(transformer, spec, "pooler_output", features(8, 1), folder)
-
-
-@pytest.fixture
-def load(spec: ModelSpec, request: pytest.FixtureRequest) -> Callable[..., Engine]:
-    """Loads an engine on the CPU, in batches of four unless told otherwise."""
-
-    def load_one(engine: str, precision: str, **changes: Any) -> Engine:
-        if precision == "int8":
-            changes["quantised"] = request.getfixturevalue("quantised")
-        values = {"device": "cpu", "batch_size": 4, **changes}
-        settings = InferenceSettings(precision=precision, engine=engine, **values)  # type: ignore[arg-type]
-        return load_engine(load_model(spec), spec, settings)
-
-    return load_one
-
-
-@pytest.fixture(scope="module")
 def expected(spec: ModelSpec) -> FloatArray:
     """What torch gives in float32 for ``features(5)``, without any of our engines."""
     with torch.inference_mode():
@@ -90,10 +63,6 @@ def expected(spec: ModelSpec) -> FloatArray:
             load_model(spec)(torch.from_numpy(features(5))).logits.sigmoid().numpy()
         )
     return scores
-
-
-def features(num: int, seed: int = 0) -> FloatArray:
-    return np.random.default_rng(seed).normal(0, 0.5, (num, 1024, 128)).astype(np.float32)
 
 
 def scores_of(engine: Engine, batch: FloatArray) -> FloatArray:
@@ -499,166 +468,6 @@ def test_the_model_is_compiled_for_the_cpu_only_on_request(
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda module, dynamic: pytest.fail("compiled"))
     assert torch_backbone(spec).batch_size is None
-
-
-# --- Which engine ----------------------------------------------------------------------------
-
-
-def choose(**values: Any) -> str:
-    return choose_engine(InferenceSettings(**{"device": "cpu", **values})).name
-
-
-def with_packages(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
-    monkeypatch.setattr(openvino, "is_installed", lambda name: name in there)
-
-
-def test_auto_is_openvino_on_a_cpu_if_it_is_installed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert choose(precision="fp32") == "openvino cpu fp32"
-    assert choose(precision="fp32", engine="torch") == "torch cpu fp32"
-    with_packages(monkeypatch)
-    assert choose(precision="fp32") == "torch cpu fp32"
-
-
-def test_on_a_gpu_auto_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "resolve_device", lambda device: "cuda")
-    assert choose(precision="fp32", device="cuda") == "torch cuda fp32"
-
-
-def test_auto_is_torch_if_openvino_lacks_bfloat16(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class PlainCore:
-        def get_property(self, device: str, name: str) -> list[str]:
-            return ["FP32", "INT8"]
-
-    monkeypatch.setattr(openvino, "load_core", PlainCore)
-    assert choose(precision="bf16") == "torch cpu bf16"
-    assert choose(precision="fp32") == "openvino cpu fp32"
-    with pytest.raises(ConfigError, match="does not support bf16 natively; use --precision"):
-        choose(precision="bf16", engine="openvino")
-
-
-@pytest.mark.parametrize(
-    ("settings", "packages", "words"),
-    [
-        (
-            {"engine": "onnx"},
-            ("openvino",),
-            r"inference\.engine is onnx; must be auto or one of openvino, torch\.",
-        ),
-        (
-            {"engine": "openvino"},
-            (),
-            r"openvino: not installed: openvino; pip install 'earmark\[openvino\]'\.",
-        ),
-        (
-            {"precision": "int8"},
-            (),
-            r"precision is int8.*openvino: not installed: openvino, nncf; pip install 'earmark",
-        ),
-        ({"precision": "int8"}, ("openvino",), r"not installed: nncf; pip install"),
-        (
-            {"precision": "int8", "engine": "torch"},
-            ("openvino", "nncf"),
-            r"torch: it has no int8; use --precision auto",
-        ),
-    ],
-)
-def test_settings_that_cannot_be_met_are_errors_with_a_next_step(
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    packages: tuple[str, ...],
-    words: str,
-) -> None:
-    with_packages(monkeypatch, *packages)
-    with pytest.raises(ConfigError, match=words):
-        choose(**{"precision": "fp32", **settings})
-
-
-def test_int8_on_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "resolve_device", lambda device: "cuda")
-    with pytest.raises(ConfigError, match=r"int8.*the device is cuda.*use --device cpu"):
-        choose(precision="int8", device="cuda")
-
-
-def test_int8_without_a_calibrated_model_is_an_error(load: Callable[..., Engine]) -> None:
-    settings = {"quantised": QuantisedModel("/nowhere/model.xml", "0", 1)}
-    with pytest.raises(ConfigError, match="no model that was calibrated for it on this machine"):
-        openvino.load_backbone(
-            None,  # type: ignore[arg-type]
-            None,  # type: ignore[arg-type]
-            InferenceSettings(precision="int8", **settings),  # type: ignore[arg-type]
-            "int8",
-        )
-
-
-def break_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(pooled: Any) -> Any:
-        raise RuntimeError("no conversion rule for aten::new_thing\nand a page more")
-
-    monkeypatch.setattr(openvino, "convert", refuse)
-
-
-def test_a_model_that_openvino_cannot_convert_runs_in_torch_with_a_warning(
-    load: Callable[..., Engine],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path))
-    break_conversion(monkeypatch)
-    assert load("auto", "fp32").name == "torch cpu fp32"
-    assert [record.getMessage() for record in caplog.records] == [
-        "openvino cpu fp32 cannot run this model (no conversion rule for aten::new_thing), so "
-        "torch does. To skip the attempt: --engine torch"
-    ]
-
-
-def test_openvino_by_name_that_cannot_convert_a_model_is_an_error(
-    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path))
-    break_conversion(monkeypatch)
-    with pytest.raises(DeviceError, match="openvino cpu fp32: the model cannot be run: no conver"):
-        load("openvino", "fp32")
-
-
-def test_openvino_sends_no_telemetry() -> None:
-    openvino.import_library("openvino")
-    telemetry = sys.modules["openvino.tools.ovc.telemetry_utils"].tm
-    assert telemetry.__name__ == "openvino.tools.ovc.telemetry_stub"
-
-
-LET_GO_OF_IN_A_THREAD = """
-import signal, threading, time
-import torch
-from transforms.inference import openvino as openvino_engine
-from transforms.inference.backbones import InferenceSettings
-
-openvino = openvino_engine.import_library("openvino")
-model = openvino.convert_model(torch.nn.ReLU(), example_input=torch.zeros(2, 3, 4))
-model.reshape([-1, 3, 4])
-held = [openvino_engine.OpenVinoBackbone(model, InferenceSettings(batch_size=1), "fp32")]
-drop = threading.Thread(target=held.clear)
-drop.start()
-drop.join()
-signal.signal(signal.SIGINT, signal.default_int_handler)  # `nohup … &` starts with it ignored
-try:
-    signal.raise_signal(signal.SIGINT)
-    time.sleep(30)
-except KeyboardInterrupt:
-    print("interrupted")
-"""
-
-
-def test_ctrl_c_works_whichever_threads_used_openvino() -> None:
-    # With AMX, a core that goes takes a stack for signals along; see load_core.
-    done = subprocess.run(
-        [sys.executable, "-c", LET_GO_OF_IN_A_THREAD], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 # --- Kept from run to run --------------------------------------------------------------------

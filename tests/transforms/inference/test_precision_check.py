@@ -21,7 +21,7 @@ from transforms.inference import engine as engine_module
 from transforms.inference.backbones import InferenceSettings
 from transforms.inference.engine import Engine, load_engine
 from transforms.inference.precision_check import PrecisionCheck, compare
-from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
+from transforms.models.ast.checkpoints import ModelSpec, load_model
 from transforms.records import FloatArray, Prediction, WindowCheck
 from transforms.results.commits import (
     CheckFigures,
@@ -45,10 +45,6 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def prediction(scores: list[float], embedding: list[float], **values: Any) -> Prediction:
     arrays = np.array(embedding, np.float32), np.array(scores, np.float32)
     return Prediction(*arrays, "e", **values)
-
-
-def features(num: int, seed: int = 0) -> FloatArray:
-    return np.random.default_rng(seed).normal(0, 0.5, (num, 4, 3)).astype(np.float32)
 
 
 # --- One window ------------------------------------------------------------------------------
@@ -138,6 +134,10 @@ class Reference:
         return [prediction([0.6, 0.2], list(window[0])) for window in batch]
 
 
+def features(num: int, seed: int = 0) -> FloatArray:
+    return np.random.default_rng(seed).normal(0, 0.5, (num, 4, 3)).astype(np.float32)
+
+
 def found(batch: FloatArray) -> list[Prediction]:
     return [prediction([0.5, 0.2], list(window[0])) for window in batch]
 
@@ -208,11 +208,6 @@ def test_a_reference_that_does_not_fit_is_a_warning(
 
 
 # --- The engine's own check ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def spec(tiny_model: Path) -> ModelSpec:
-    return resolve_model(str(tiny_model))
 
 
 def engine_of(spec: ModelSpec, **values: Any) -> Engine:
