@@ -15,15 +15,10 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
-from pipeline.config.label import (
-    DecodeSection,
-    ReadSection,
-    RunConfig,
-    given_inputs,
-    given_output,
-)
+from pipeline.config.label import RunConfig, given_inputs, given_output
+from pipeline.config.train import TrainConfig
 from pipeline.graph import RunTotals
 from pipeline.labelling.backlog import (
     Backlog,
@@ -361,44 +356,43 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
     )
     return make_settings(
         model,
-        decode=make_decode_settings(config.decode),
         inference=inference,
+        top_k=config.labels.top_k,
+        store_scores=config.labels.scores,
+        **input_options(config),
+    )
+
+
+class InputOptions(TypedDict):
+    """Arguments of ``make_settings`` and ``make_input_settings`` that a config gives."""
+
+    decode: DecodeSettings
+    window_s: float | None
+    hop_s: float | None
+    min_tail_ratio: float
+    sources: SourceSettings
+
+
+def input_options(config: RunConfig | TrainConfig) -> InputOptions:
+    """Return what a config says of reading, decoding and cutting."""
+    section = config.decode
+    sources = SourceSettings(limits=ReadLimits(**config.read.model_dump()))
+    if isinstance(config, RunConfig):
+        sources = dataclasses.replace(sources, windows_per_unit=config.units.windows)
+    return InputOptions(
+        decode=DecodeSettings(
+            num_processes=section.processes or 0,
+            clips_ahead=section.clips_ahead or 0,
+            stall_timeout_s=section.stall_timeout_s,
+            max_item_bytes=section.max_item_bytes,
+            max_item_s=section.max_item_s,
+            max_decode_ratio=section.max_decode_ratio,
+            max_decoder_bytes=section.max_decoder_bytes,
+        ),
         window_s=config.window.length_s,
         hop_s=config.window.hop_s,
         min_tail_ratio=config.window.min_tail,
-        top_k=config.labels.top_k,
-        store_scores=config.labels.scores,
-        sources=make_source_settings(config),
-    )
-
-
-def make_decode_settings(section: DecodeSection) -> DecodeSettings:
-    """How to decode; the rate is the model's, and set where the model is known."""
-    return DecodeSettings(
-        num_processes=section.processes or 0,
-        clips_ahead=section.clips_ahead or 0,
-        stall_timeout_s=section.stall_timeout_s,
-        max_item_bytes=section.max_item_bytes,
-        max_item_s=section.max_item_s,
-        max_decode_ratio=section.max_decode_ratio,
-        max_decoder_bytes=section.max_decoder_bytes,
-    )
-
-
-def make_read_limits(decode: DecodeSection, read: ReadSection) -> ReadLimits:
-    """What reading an input may take."""
-    return ReadLimits(
-        max_item_bytes=decode.max_item_bytes,
-        max_page_bytes=read.max_page_bytes,
-        max_expansion=read.max_expansion,
-    )
-
-
-def make_source_settings(config: RunConfig) -> SourceSettings:
-    """How to cut inputs into units and read them; windows are set where they are known."""
-    return SourceSettings(
-        windows_per_unit=config.units.windows,
-        limits=make_read_limits(config.decode, config.read),
+        sources=sources,
     )
 
 
@@ -497,7 +491,7 @@ def describe_long_files(units: Iterable[WorkUnit]) -> list[str]:
         item
         for unit in units
         for item in unit.items
-        if item.start_s is item.end_s is item.member is item.row is None
+        if (item.start_s, item.end_s, item.member, item.row) == (None,) * 4
         and guess_duration_s(item.uri, item.size) > LONG_FILE_S
     ]
     if not long:

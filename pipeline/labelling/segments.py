@@ -26,13 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.label import RunConfig, given_inputs
-from pipeline.labelling.plan import (
-    counted,
-    describe_inputs,
-    make_decode_settings,
-    make_source_settings,
-)
+from pipeline.labelling.plan import describe_inputs, input_options
 from pipeline.terminal.std_streams import answer
+from pipeline.terminal.wording import counted
 from transforms.decoding.pool import DecodeSettings
 from transforms.decoding.process import (
     WORKER_COMMAND,
@@ -108,7 +104,8 @@ def run_segments(config: RunConfig, segment_s: float | None, manifest: str | Non
         UsageError: Something is wrong with the command.
     """
     length_s, url = _check_options(segment_s, manifest, config.overwrite)
-    sources, decode = make_source_settings(config), make_decode_settings(config.decode)
+    options = input_options(config)
+    sources, decode = options["sources"], options["decode"]
     found = find_inputs(
         [urls.normalise(text) for text in given_inputs(config)],
         exclude=None if config.output is None else urls.normalise(config.output),
@@ -310,7 +307,7 @@ class HeaderReader:
         if self._process is not None and not self._process.is_usable():
             self._close()
         if self._process is None:
-            self._process = start_decoder(self._settings.of_process, self._worker_command)
+            self._process = start_decoder(self._settings.decoder_options, self._worker_command)
         return self._process
 
     def _close(self) -> None:

@@ -93,8 +93,8 @@ def test_the_launcher_passes_beam_s_options_on_and_leaves_out_what_beam_does_not
         *("label", "gs://b/in", "--config", "dataflow_gpu", "--output", "gs://b/out"),
         *("--model", "esc10", "--", "--num_workers=2", "--no_use_public_ips"),
     ]
-    assert "left out --launched_by" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="stray stands behind no option"):
+    assert "dropped --launched_by" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="stray follows no option"):
         launcher.make_command(["--num_workers=2", "stray"])
 
 

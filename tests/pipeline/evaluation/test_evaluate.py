@@ -160,7 +160,7 @@ def test_the_figures_are_sklearns(
     assert picture.startswith(b"\x89PNG")
 
 
-def test_without_an_output_it_lies_in_the_result_and_hurts_nothing(
+def test_without_an_output_the_evaluation_lies_in_the_result_and_does_no_harm(
     earmark: Command, results: dict[str, Path], truth: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(results["softmax"], tmp_path / "copy")
@@ -208,7 +208,7 @@ def test_clip_ids_and_places_win_over_stems(
     assert f"Left out: {NUM_CLIPS} of the truth's rows without a clip in the result" in said.out
 
 
-def test_what_does_not_match_is_said_on_either_side(
+def test_rows_and_clips_without_a_match_are_reported(
     earmark: Command, results: dict[str, Path], clips: Path, models: list[Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(clips, tmp_path / "clips")
@@ -259,7 +259,7 @@ def test_a_name_that_means_two_files_is_not_guessed(
     assert "1 file names mean more than one row or clip, such as same." in said.out
 
 
-def test_several_labels_leave_accuracy_out(
+def test_with_several_labels_there_is_no_accuracy(
     earmark: Command, results: dict[str, Path], clips: Path, tmp_path: Path
 ) -> None:
     manifest = tmp_path / "truth.jsonl"
@@ -333,7 +333,7 @@ def test_results_without_a_clip_in_common_are_taken_together(
     )
 
 
-def test_audiosets_own_segments_are_truth(earmark: Command, clips: Path, tmp_path: Path) -> None:
+def test_the_segments_of_audioset_are_truth(earmark: Command, clips: Path, tmp_path: Path) -> None:
     labels = audioset_labels()
     model = write_tiny_model(
         tmp_path / "model",

@@ -19,7 +19,7 @@ from pipeline.cli.options import TRAIN
 from pipeline.config.load import config_folder, load_config
 from pipeline.config.schema import flatten
 from pipeline.config.train import TrainConfig
-from pipeline.training.run import VALIDATION_NAME
+from pipeline.training.output import VALIDATION_NAME
 from pipeline.training.stages.schedule import schedule_factor
 from transforms.models.ast.public import AUDIOSET_STATS, PUBLIC_CHECKPOINTS, SPEECH_COMMANDS_STATS
 from transforms.models.labels import read_labels
