@@ -85,8 +85,7 @@ setup(
             "polars>=1.0",
             "duckdb>=1.0",
             "datasets>=3.0",
-            # Object stores for tests/support/object_store.py; moto's "server" extra is ten times
-            # that.
+            # For tests/support/stores; moto's "server" extra is ten times that.
             "moto>=5.1",
             "flask>=3.0",
             "flask-cors>=5.0",

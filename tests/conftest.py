@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import object_store
 from tests.support.paths import SHARED_DATA
+from tests.support.stores import object_store
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.listing_store import ListingFileSystem, SparseTar, bucket_url
+from tests.support.stores.listing_store import ListingFileSystem, SparseTar, bucket_url
 from transforms.records import WorkUnit
 from transforms.sources import tar_headers
 from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units

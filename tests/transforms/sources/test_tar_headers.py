@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.listing_store import ListingFileSystem, SparseTar
+from tests.support.stores.listing_store import ListingFileSystem, SparseTar
 from transforms.errors import ContainerError
 from transforms.sources import tar_headers
 from transforms.sources.file_kinds import WindowEstimate

@@ -6,7 +6,7 @@
         assert store.objects() == {"a": b"..."}  # past the proxy
 
 S3 is moto's server. Google's is fake-gcs-server, which supports preconditions, if it is installed
-(``tests/support/provision_stores.sh``), and gcp-storage-emulator otherwise.
+(``tests/support/stores/provision_stores.sh``), and gcp-storage-emulator otherwise.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from unittest.mock import patch
 import fsspec
 import pyarrow.parquet as pq
 
-from tests.support.fault_proxy import FaultProxy
+from tests.support.stores.fault_proxy import FaultProxy
 from transforms.errors import EarmarkError
 from transforms.results.commits import Commit
 
