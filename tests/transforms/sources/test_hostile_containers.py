@@ -543,7 +543,7 @@ def test_footers_that_lie_are_told(label: Label) -> None:
         return b"\x15" + varint(6 << 1) + b"\x16", b"\x15" + varint(number << 1) + b"\x16", 1
 
     lies = {
-        "billion": (rows(10**9), "is said to hold 1000000000 rows, and has"),
+        "billion": (rows(10**9), "its footer declares 1000000000 rows, but the file has"),
         "more": (rows(7), "rows 5 to 6 cannot be read: a row group of 7 rows ends after 5"),
         "fewer": (rows(3), "column audio has 5 values in a row group of 3 rows"),
         "lzo": (codec(3), "LZO"),
@@ -559,7 +559,7 @@ def test_footers_that_lie_are_told(label: Label) -> None:
     write(label.inside / "nulls.parquet", pa.table({"audio": pa.nulls(2_000_000, pa.binary())}))
     write(label.inside / "nowhere.parquet", pa.table({"uri": pa.nulls(2_000_000, pa.string())}))
     words = {name: told for name, (_, told) in lies.items()}
-    words["nulls"] = words["nowhere"] = "is said to hold 2000000 rows, and has"
+    words["nulls"] = words["nowhere"] = "its footer declares 2000000 rows, but the file has"
     assert label(label.inside, label.inside / "nowhere.parquet") == 3
     assert label.labelled() == {f"more.parquet#row={row}" for row in range(5)}
     errors = label.errors()
@@ -578,11 +578,11 @@ def test_what_a_footer_holds_besides_takes_no_memory() -> None:
     assert pq.ParquetFile(io.BytesIO(data)).metadata.num_rows == 1
     tracemalloc.start()
     try:
-        (group,) = parquet_pages.read_footer(io.BytesIO(data))
+        ((chunk,),) = parquet_pages.read_chunks(io.BytesIO(data))
         highest = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (group.num_rows, [chunk.name for chunk in group.chunks]) == (1, ["audio"])
+    assert chunk.num_values == 1
     assert highest < 2 * len(data)
 
 
@@ -591,9 +591,9 @@ def test_a_footer_is_parsed_once_and_again_when_it_changes() -> None:
     for rows in ([GOOD], [GOOD, GOOD]):
         pq.write_table(pa.table({"audio": rows}), stream := io.BytesIO())
         streams.append(stream)
-    first, second = map(parquet_pages.read_footer, streams)
-    assert parquet_pages.read_footer(streams[0]) is first
-    assert (first[0].num_rows, second[0].num_rows) == (1, 2)
+    first, second = map(parquet_pages.read_chunks, streams)
+    assert parquet_pages.read_chunks(streams[0]) is first
+    assert (first[0][0].num_values, second[0][0].num_values) == (1, 2)
 
 
 def test_pages_that_expand_beyond_the_bound_are_a_row_and_the_rest_is_read(label: Label) -> None:
