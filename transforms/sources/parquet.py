@@ -116,11 +116,14 @@ class OpenParquet:
         groups = read_chunks(self._stream)
         if len(groups) != len(self.num_rows) or len(groups[number]) != len(schema):
             raise ValueError("the footer is damaged")
+        leaves = dict(enumerate(groups[number]))
+        if columns is None:
+            return leaves
+        prefixes = tuple(f"{name}." for name in columns)
         return {
             leaf: chunk
-            for leaf, chunk in enumerate(groups[number])
-            if columns is None
-            or f"{schema.column(leaf).path}.".startswith(tuple(f"{name}." for name in columns))
+            for leaf, chunk in leaves.items()
+            if f"{schema.column(leaf).path}.".startswith(prefixes)
         }
 
     def batches(

@@ -23,8 +23,8 @@ from pipeline.labelling.run import fits_job, plan_there, run_label
 from pipeline.result.verify import run_verify
 from pipeline.terminal.time_report import UNTIMED
 from tests.pipeline.labelling.test_run import write_clip
+from tests.support.tars import tar_of
 from tests.support.unit_factory import file_unit
-from tests.transforms.sources.test_tar_headers import tar_of
 from transforms.errors import ConfigError, InputError
 from transforms.results.commits import list_unit_ids
 

@@ -1,4 +1,4 @@
-"""What a tar holds beside audio is left aside, and said once."""
+"""Members of a tar that are neither audio nor siblings are ignored, and logged once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transforms.sources.tar import TarReader
 def test_members_of_other_kinds_are_named_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tar, "_left_aside", set())
+    monkeypatch.setattr(tar, "_logged_extensions", set())
     path = tmp_path / "shard.tar"
     with tarfile.open(path, "w") as archive:
         for name in ("a.wav", "a.json", "inner.tar", "b.xyz", "c.xyz"):
@@ -30,7 +30,7 @@ def test_members_of_other_kinds_are_named_once(
             (clip,) = TarReader(part, ()).read()
             assert isinstance(clip, EncodedClip)
             assert clip.item.member == "a.wav"
-    assert [record.getMessage().partition("aside: ")[2] for record in caplog.records] == [
+    assert [record.getMessage().partition("ignored: ")[2] for record in caplog.records] == [
         ".tar, the first is 'inner.tar'",
         ".xyz, the first is 'b.xyz'",
     ]
