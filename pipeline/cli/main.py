@@ -242,6 +242,24 @@ Quiet = Annotated[
     bool | None,
     typer.Option("--quiet/--no-quiet", "-q", help="Only warnings and errors (default no)."),
 ]
+SegmentS = Annotated[
+    float | None,
+    typer.Option(
+        "--segment-s",
+        metavar="SECONDS",
+        help="Divide longer items into segments of this length; needs --manifest.",
+        rich_help_panel=WINDOWS_PANEL,
+    ),
+]
+SegmentsManifest = Annotated[
+    str | None,
+    typer.Option(
+        "--manifest",
+        metavar="FILE",
+        help="The manifest of segments to write: .jsonl, .csv or .parquet.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
 TrainInputs = Annotated[
     list[str] | None,
     typer.Option(
@@ -476,10 +494,13 @@ def plan(
     retry_failed: RetryFailed = None,
     max_failed: MaxFailed = None,
     quiet: Quiet = None,
+    segment_s: SegmentS = None,
+    manifest: SegmentsManifest = None,
 ) -> Job:
     """Say what [b]label[/b] would do: files, hours, windows, what is done already; runs nothing.
 
     Takes the options of [b]label[/b], so that the same command line serves both.
+    With [b]--segment-s[/b] it writes a manifest that divides long recordings into segments.
     """
     return _labelling_job(context)
 
@@ -710,6 +731,7 @@ def export(
 def _labelling_job(context: typer.Context) -> Job:
     """The job of ``label`` or ``plan``, from what typer parsed."""
     name, parameters, beam_options = context.info_name, dict(context.params), context.obj
+    segment_s, manifest = parameters.pop("segment_s", None), parameters.pop("manifest", None)
 
     def job() -> int:
         config = _read_config(parameters, needs_output=name == "label")
@@ -720,6 +742,10 @@ def _labelling_job(context: typer.Context) -> Job:
             from pipeline.labelling.run import run_label
 
             return run_label(config, beam_options, imports_s=time.monotonic() - began_s)
+        if segment_s is not None or manifest is not None:
+            from pipeline.labelling.segments import run_segments
+
+            return run_segments(config, segment_s, manifest)
         from pipeline.labelling.estimate import run_plan
 
         return run_plan(config, beam_options)

@@ -497,7 +497,7 @@ def describe_long_files(units: Iterable[WorkUnit]) -> list[str]:
         item
         for unit in units
         for item in unit.items
-        if item.start_s is item.end_s is item.member is item.row is None
+        if (item.start_s, item.end_s, item.member, item.row) == (None,) * 4
         and guess_duration_s(item.uri, item.size) > LONG_FILE_S
     ]
     if not long:

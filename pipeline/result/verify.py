@@ -152,7 +152,7 @@ def make_advice(output: str, findings: Iterable[Finding]) -> list[str]:
             "again."
         )
     if Kind.FOREIGN in kinds:
-        lines.append("Move the foreign files away: who reads the folder reads them along.")
+        lines.append("Move the foreign files away: tools that read the folder read them too.")
     unit_ids = sorted({finding.unit_id for finding in findings if finding.unit_id})
     if unit_ids:
         lines.append(

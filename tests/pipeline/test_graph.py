@@ -1,4 +1,4 @@
-"""The graph stays one fused stage from reading to commit, and sums up what came of it."""
+"""The graph is one fused stage from reading to commit, and sums up the units."""
 
 from __future__ import annotations
 

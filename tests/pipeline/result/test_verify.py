@@ -1,4 +1,4 @@
-"""What ``verify`` finds in a result, and that following its advice mends it."""
+"""``verify`` finds every damage, and following its advice repairs the result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def label(tiny_model: Path, clips: Path) -> Callable[[Path], int]:
-    """Runs the same ``earmark label`` command each time: two units, of two clips and of one."""
+    """Run the same ``earmark label`` command each time: two units, of two clips and of one."""
 
     def run(out: Path) -> int:
         config = {
@@ -68,7 +68,7 @@ def whole(label: Callable[[Path], int], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def out(whole: Path, tmp_path: Path) -> Path:
-    """A result to damage, in a folder whose name a shell and a terminal could mistake."""
+    """A result to damage, in a folder whose name a shell and a terminal could misread."""
     return Path(shutil.copytree(whole, tmp_path / "[bold] out"))
 
 
@@ -79,7 +79,7 @@ def flip_byte(path: Path) -> None:
 
 
 def first(folder: Path) -> Path:
-    """The first file; which unit's that is depends on the clips' times."""
+    """Return the first file; whose unit it is depends on the clips' times."""
     return min(path for path in folder.iterdir() if path.is_file())
 
 
@@ -107,7 +107,7 @@ def test_what_is_said_of_a_flipped_byte_mends_it(
     assert "Then r" + RERUN in text
     commands = [line for line in text.splitlines() if line.startswith("  rm ")]
     assert len(commands) == 1
-    # A run alone does not see it; with the commit away it redoes that unit and no other.
+    # A run does not notice it; once the commit is removed, it redoes that unit and no other.
     assert label(out) == 0
     assert run_verify(str(out)) == 3
     kept = max((out / part).iterdir()).stat().st_mtime_ns
@@ -180,7 +180,7 @@ def test_what_a_run_sees_by_itself_needs_only_a_run(
 def test_an_interrupted_result_is_unfinished_not_damaged(
     label: Callable[[Path], int], out: Path, capsys: CapturedText
 ) -> None:
-    # As a kill leaves it: a unit's parts are there and its commit is not, and no _SUCCESS.
+    # As a kill leaves it: a unit's parts without its commit, and no _SUCCESS.
     (out / "_SUCCESS").unlink()
     remove_commit(out)
     assert run_verify(str(out)) == 3
@@ -222,7 +222,7 @@ def test_parts_of_an_earlier_version_are_reported_and_the_next_run_removes_them(
     label: Callable[[Path], int], out: Path, capsys: CapturedText, is_killed: bool
 ) -> None:
     put_parts_of_an_earlier_version(out)
-    if is_killed:  # as that version left it: the file's parts are there, and it is not committed
+    if is_killed:  # as that version left it: parts of a file that is not committed
         (out / "_SUCCESS").unlink()
         remove_commit(out)
     assert run_verify(str(out)) == 3
@@ -328,7 +328,7 @@ def test_a_commit_that_cannot_be_read_is_one_unit_and_nobody_goes_on_beside_it(
     assert f"unreadable {commit}: its commit cannot be read: Permission denied\n" in text
     assert "Make readable" in text
     assert RERUN not in text
-    # A run would do the unit again, and throw away what may well be whole.
+    # A run would redo the unit, and remove what may well be whole.
     with pytest.raises(OutputError, match=r"\.json: its commit cannot be read: Permission denied"):
         label(out)
     with pytest.raises(OutputError, match="1 commits are damaged or cannot be read"):
@@ -446,7 +446,7 @@ def rewrite_part(part: str, change: Callable[[pa.Table], pa.Table]) -> Damage:
     """Change a part's rows, and its commit so that sizes and hashes agree."""
 
     def damage(out: Path) -> None:
-        # Which unit is the first depends on the clips' times; one of failures alone has no clip.
+        # Which unit is first depends on the clips' times; a unit of failures alone has no clip.
         paths = sorted((out / part).glob("*.parquet"))
         path = next(path for path in paths if pq.read_metadata(path).num_rows)
         table = pq.read_table(path)
@@ -498,7 +498,7 @@ def remove_folder(part: str) -> Damage:
 
 
 def copy_unit(out: Path) -> None:
-    """Every row of a unit twice, under another name that is whole in itself."""
+    """Duplicate every row of a unit, under another name that is whole in itself."""
     unit, other = first(out / "_commits").stem, "f" * 20
     for path in [*out.glob(f"*/{unit}.*")]:
         shutil.copy(path, path.with_name(f"{other}{path.suffix}"))

@@ -1,4 +1,4 @@
-"""Faulty disks, and inputs that change: a run says why it ends, and the next one goes on.
+"""Faulty disks, and inputs that change: a run says why it ends, and the next one resumes.
 
 The disks are real: file systems of a few hundred kilobytes, mounted in a namespace of its own, that
 fill up, turn read-only, or belong to somebody else while the real command is running.
@@ -60,7 +60,7 @@ def files_of(out: Path) -> set[str]:
 
 
 def check_commits(out: Path) -> int:
-    """Every commit's parts are there, whole to the last bit; how many commits there are."""
+    """Check every commit's parts to the last bit; return the number of commits."""
     commits = list((out / "_commits").glob("*.json"))
     for path in commits:
         for part, info in json.loads(path.read_bytes())["parts"].items():
@@ -82,7 +82,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result of the same command where nothing goes wrong."""
+    """The result of the same command without faults."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     arguments = ["label", str(clips), "-o", str(out), "-m", str(tiny_model), "-q", *SETTINGS]
     assert cli.main(arguments) == 0
@@ -132,7 +132,7 @@ class Namespace:
         raise AssertionError(f"cannot remount with {options}")
 
     def outside(self, path: Path) -> Path:
-        """How a path inside is reached from here."""
+        """Return the path from outside to a path inside."""
         return Path(f"/proc/{self._holder.pid}/root{path}")
 
     def start(self, *command: str | Path, **environment: str) -> subprocess.Popen[str]:
@@ -174,7 +174,7 @@ def last_words(said: str) -> str:
 def assert_goes_on(
     space: Namespace, command: list[str | Path], out: Path, undisturbed: Path
 ) -> None:
-    """The same command completes the result, and leaves nothing behind."""
+    """Check that the same command completes the result and leaves nothing behind."""
     code, said = finish(space.start(*command))
     assert code == 0, said
     code, said = finish(space.start(sys.executable, "-m", "pipeline", "verify", out))
@@ -216,7 +216,7 @@ def test_a_disk_that_is_read_only_is_found_before_any_work(
 
 
 def stop_at_first_commit(process: subprocess.Popen[str], out: Path) -> None:
-    """Hold the process still as soon as it has committed something."""
+    """Stop the process as soon as it has committed something."""
     deadline = time.monotonic() + 120
     while not list((out / "_commits").glob("*.json")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -228,7 +228,7 @@ def stop_at_first_commit(process: subprocess.Popen[str], out: Path) -> None:
 def test_a_disk_that_turns_read_only_in_the_middle_ends_the_run(
     namespace: Namespace, tiny_model: Path, clips: Path, undisturbed: Path
 ) -> None:
-    # As Linux does by itself when a disk fails.
+    # As Linux does when a disk fails.
     namespace.mount("size=64m")
     out = namespace.disk / "out"
     command = label_command(clips, out, tiny_model)
@@ -286,7 +286,7 @@ def test_a_limit_for_the_size_of_files_ends_the_run(
 def test_a_full_folder_for_temporary_files_ends_the_run(
     namespace: Namespace, tiny_model: Path, tmp_path: Path
 ) -> None:
-    # What is larger than 64 MiB in a tar goes there. It is the machine's fault, and no item's.
+    # Members of a tar larger than 64 MiB go there. The fault is the machine's, not an item's.
     folder = tmp_path / "tar"
     folder.mkdir()
     write(folder / "small.wav", noise(0.5), RATE)
@@ -321,8 +321,8 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def run_without_privileges(*commands: list[str]) -> list[tuple[int, str]]:
-    """Run commands for which permissions hold, as they do not for root: codes and words."""
-    # As root, without the two capabilities that overrule permissions.
+    """Run commands that are bound by permissions, unlike root's; return codes and output."""
+    # Root, without the two capabilities that override permissions.
     drop = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
     prefix = drop if os.geteuid() == 0 else []
     done = subprocess.run(
@@ -345,7 +345,7 @@ def run_without_privileges(*commands: list[str]) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def open_folder(tmp_path: Path) -> Iterator[Path]:
-    """Where permissions may be taken away; they come back at the end, so that it can be removed."""
+    """A folder whose permissions may be removed; they are restored at the end, for its removal."""
     if os.geteuid() == 0 and not shutil.which("setpriv"):
         pytest.skip("root may do everything, and there is no setpriv here (util-linux)")
     yield tmp_path
@@ -395,7 +395,7 @@ def test_what_may_not_be_read_or_written_is_named(open_folder: Path, tiny_model:
     assert len(rows_of(mine / "d", "clips")) == 2
     (error,) = rows_of(mine / "e", "errors").values()
     assert error["message"] == f"Permission denied: {closed}/closed"
-    # Mended, the same command with --retry-failed does what it could not.
+    # Once corrected, the same command with --retry-failed does the rest.
     (clips / "01.wav").chmod(0o644)
     ((code, said),) = run_without_privileges([*label(clips, mine / "d"), "--retry-failed"])
     assert code == 0, said
@@ -444,7 +444,7 @@ def label(tiny_model: Path, own_clips: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def rewrite(path: Path, duration_s: float, seed: int) -> None:
-    """Other content under the same name, as an editor or a download writes it: in place."""
+    """Write other content under the same name in place, as an editor or a download does."""
     write(path, noise(duration_s, seed=seed), RATE)
 
 
@@ -507,7 +507,7 @@ def test_files_that_change_in_the_middle_are_done_again_by_the_next_run(
 
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     assert label.disturbed(out, change) == 0
-    # A row is always of one version of its file, whichever that was.
+    # A row is always of one version of its file, whichever.
     hashes = {hashlib.sha256(path.read_bytes()).hexdigest() for path in own_clips.iterdir()}
     read_new = [row["content_sha256"] in hashes for row in rows_of(out, "clips").values()]
     assert True in read_new

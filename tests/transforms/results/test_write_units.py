@@ -1,4 +1,4 @@
-"""Parts and commits: whole or not there, whatever the order and whatever happens in between."""
+"""Parts and commits are whole or absent, whatever the order and whatever happens in between."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def settings(tmp_path: Path) -> CommitSettings:
 
 
 def commit_events(settings: CommitSettings, events: list[UnitEvent]) -> Commit:
-    """What the sink does with a unit's events; it must not commit before the last of them."""
+    """Do what the sink does with a unit's events; check that it is complete only at the last."""
     end = next(event for event in events if isinstance(event, UnitEnd))
     staging = Path(storage.staging_path(settings.output, settings.run_id))
     unit = OpenUnit(settings, staging, end.unit.unit_id)
@@ -265,7 +265,7 @@ def test_units_committed_already_are_skipped_with_their_summary(settings: Commit
 def test_an_attempt_that_comes_second_keeps_the_parts_of_the_first(
     settings: CommitSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A runner that takes a worker for dead starts the unit again, and the worker lives on."""
+    """A runner presumes a worker dead and starts its unit again, but the worker is alive."""
     replaced, unit = file_unit("u0", 2), file_unit("u1", 2, replaces=("u0",))
     commit_events(settings, unit_events(replaced))
     write_parts, firsts = OpenUnit._write_parts, []
@@ -329,7 +329,7 @@ def test_an_items_version_changes_with_where_it_lies_and_what_is_said_of_it() ->
 
 
 def audio_counted(events: list[UnitEvent]) -> list[float]:
-    """Seconds of audio counted after each of a unit's events."""
+    """Return the seconds of audio counted after each of a unit's events."""
     audio = commit_step.AudioProgress()
     return list(itertools.accumulate(audio.add(event) for event in events))
 
