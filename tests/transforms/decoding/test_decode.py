@@ -19,7 +19,7 @@ import soundfile
 import soxr
 
 from tests.support import audio_factory
-from tests.support.clips import wav
+from tests.support.audio_factory import wav
 from tests.support.paths import ROOT
 from transforms.decoding import encoded, ffmpeg_reader, soundfile_reader
 from transforms.decoding.decode import decode, decode_whole

@@ -31,6 +31,7 @@ from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
 from tests.support import audio_factory
+from tests.support.audio_factory import clip
 from transforms.decoding import pool as decode_module
 from transforms.decoding.child import data_bytes
 from transforms.decoding.decode import DecodeLimits, decode, decode_whole
@@ -40,10 +41,6 @@ from transforms.records import EncodedClip, Item, ItemFailure, Waveform
 
 RATE = 16_000
 NUM_FORMATS = len(audio_factory.FORMATS)
-
-
-def clip(name: str, data: bytes) -> EncodedClip:
-    return EncodedClip(Item(name, name), data=data)
 
 
 def sound(

@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 
 from tests.support import audio_factory
-from tests.support.clips import RATE, clip, wav
+from tests.support.audio_factory import clip, wav
 from tests.support.paths import ROOT
 from transforms.decoding import pool as pool_module
 from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.errors import EarmarkError
 from transforms.process.stage_times import stage_clocks
 from transforms.records import EncodedClip, Failure, Item, ItemFailure, Waveform
+
+RATE = 16_000
 
 MISBEHAVING_WORKER = """
 import os, sys, time
@@ -383,7 +385,7 @@ def test_an_abandoned_stream_stops_and_frees_the_pool(how: str) -> None:
 def test_children_end_when_their_parent_is_killed() -> None:
     code = (
         "import os, signal\n"
-        "from tests.support.clips import clip, wav\n"
+        "from tests.support.audio_factory import clip, wav\n"
         "from tests.transforms.decoding.test_pool import children\n"
         "from transforms.decoding.pool import DecodePool, DecodeSettings\n"
         "pool = DecodePool(DecodeSettings(num_processes=1, piece_samples=400))\n"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.containers import tar_bytes
 from tests.support.listing_store import ListingFileSystem, SparseTar
-from tests.support.tars import tar_of
 from transforms.errors import ContainerError
 from transforms.sources import tar_parallel
 from transforms.sources.file_kinds import WindowEstimate
@@ -65,14 +65,14 @@ def test_a_parallel_walk_gives_what_a_single_walk_gives(
     cut: int | None,
     damaged: int | None,
 ) -> None:
-    inner = tar_of([("inner.wav", b"x" * 700), ("é" * 60 + ".wav", b"y" * 100)])
+    inner = tar_bytes([("inner.wav", b"x" * 700), ("é" * 60 + ".wav", b"y" * 100)])
     members = [
         (f"{'d' * (n * 9)}/{n}.wav"[-120:], inner if n in nested else bytes(size))
         for n, size in enumerate(sizes)
     ]
     if format_ != tarfile.USTAR_FORMAT:
         members.append(("long/" * 60 + "name.wav", b"z" * 300))
-    data = tar_of(members, format_)
+    data = tar_bytes(members, format_=format_)
     if damaged is not None and damaged * 512 < len(data):
         data = data[: damaged * 512] + b"\x01" * 512 + data[(damaged + 1) * 512 :]
     if cut is not None:
@@ -91,7 +91,7 @@ def test_global_headers_of_a_member_that_is_a_tar_do_not_count(
     ) as archive:
         archive.addfile(tarfile.TarInfo("a.wav"))
     path = tmp_path / "x.tar"
-    path.write_bytes(tar_of([(f"{n}.tar", inner.getvalue()) for n in range(5)]))
+    path.write_bytes(tar_bytes([(f"{n}.tar", inner.getvalue()) for n in range(5)]))
     check_both_walks(path, 1024, monkeypatch)
     path.write_bytes(inner.getvalue() * 3)
     check_both_walks(path, 1024, monkeypatch)
