@@ -33,7 +33,7 @@ def tar_bytes(
 
 
 def member(name: str, data: bytes = GOOD, **changes: Any) -> bytes:
-    """A member as it lies in a tar: headers, content, padding."""
+    """Make a member of a tar: headers, content, padding."""
     format_ = changes.pop("format", tarfile.PAX_FORMAT)
     info = tarfile.TarInfo(name)
     info.size = len(data)
@@ -46,7 +46,7 @@ END = bytes(1024)
 
 
 def raw_member(data: bytes = GOOD, **fields: bytes) -> bytes:
-    """A member whose header holds what the fields say, with a right checksum."""
+    """Make a member with the given fields in its header and a correct checksum."""
     places = {"name": 0, "size": 124, "typeflag": 156}
     header = bytearray(tarfile.TarInfo("raw.wav").tobuf(tarfile.USTAR_FORMAT))
     header[124:136] = b"%011o\0" % len(data)
@@ -58,7 +58,7 @@ def raw_member(data: bytes = GOOD, **fields: bytes) -> bytes:
 
 
 def pax(records: dict[str, str]) -> bytes:
-    """A pax header that speaks of the member behind it."""
+    """Make a pax header for the next member."""
     data = b""
     for key, value in records.items():
         rest = f" {key}={value}\n".encode()

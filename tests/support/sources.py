@@ -1,4 +1,4 @@
-"""Inputs in folders, and what planning and reading give of them."""
+"""Helpers for inputs: putting them into folders, planning and reading them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labelling under watch: nothing is written outside the output, and nothing else is opened."""
+"""A command ``label`` that checks that nothing is written or opened where it should not be."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ sys.addaudithook(_note_opening)
 
 
 def snapshot(folder: Path, leave_out: Iterable[Path] = ()) -> dict[str, tuple[Any, ...]]:
-    """Everything below a folder: kind, times and bytes."""
+    """Return kind, time and bytes of everything below a folder."""
     found = {}
     for name in sorted(folder.rglob("*")):
         if any(name == other or other in name.parents for other in leave_out):
@@ -48,7 +48,7 @@ def snapshot(folder: Path, leave_out: Iterable[Path] = ()) -> dict[str, tuple[An
 
 @dataclasses.dataclass
 class Label:
-    """Labels what a test puts into ``inside``, and watches what else happens.
+    """Labels the files in ``inside``, and watches the rest of the disk.
 
     Attributes:
         top: Holds everything else.
@@ -78,7 +78,7 @@ class Label:
         )
 
     def __call__(self, *inputs: Path | str, **changes: Any) -> int:
-        """The exit code; the result is whole, and nothing else has changed."""
+        """Label; return the exit code, after a check of the result and the rest of the disk."""
         config = self.config(*inputs, **changes)
         kept = (self.out, self.top / "scratch")
         before = snapshot(self.top, kept)
@@ -102,7 +102,7 @@ class Label:
         return path.startswith((f"{self.out}/", f"{self.top}/scratch/"))
 
     def rows(self, part: str) -> dict[str, dict[str, Any]]:
-        """Rows by clip id, without the input's folder."""
+        """Return rows by clip id, without the input's folder."""
         rows = [
             row
             for path in (self.out / part).glob("*.parquet")
@@ -116,7 +116,7 @@ class Label:
         return set(self.rows("clips"))
 
     def errors(self) -> dict[str, tuple[str, str]]:
-        """Type and message by clip id."""
+        """Return error types and messages by clip id."""
         return {
             name: (row["error_type"], row["message"]) for name, row in self.rows("errors").items()
         }

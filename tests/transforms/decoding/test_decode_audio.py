@@ -50,7 +50,7 @@ def expected_summary(num_units: int) -> list[tuple[Any, ...]]:
     return rows
 
 
-def test_units_are_decoded_one_behind_and_in_order() -> None:
+def test_units_are_emitted_one_behind_and_in_order() -> None:
     step = decode_audio._DecodeFn(DecodeSettings(num_processes=1), read_unit)
     step.setup()
     try:

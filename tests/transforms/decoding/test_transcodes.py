@@ -1,4 +1,4 @@
-"""The same recording gives the same labels, whatever lossless file it comes in."""
+"""The same recording gives the same labels in every lossless format."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Recording:
 
 @pytest.fixture(scope="module")
 def recordings(esc10: list[Path]) -> list[Recording]:
-    """One of each class; the first that decodes without overshooting full scale."""
+    """One recording of each class: the first that decodes without exceeding full scale."""
     with (esc10[0].parent.parent / "esc10.csv").open(newline="") as lines:
         classes = {row["filename"]: row["label"] for row in csv.DictReader(lines)}
     found: dict[str, Recording] = {}
@@ -91,7 +91,7 @@ def transcode(recording: Recording, chosen: Format, channels: int, bits: int) ->
 def rows(
     recordings: list[Recording], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """Every recording in every format, labelled in one run; rows by file name."""
+    """The rows of one run over every recording in every format, by file name."""
     folder = tmp_path_factory.mktemp("transcodes")
     for recording in recordings:
         for channels in (1, 2):
@@ -129,7 +129,7 @@ def label(model: Path, folder: Path, output: Path) -> dict[str, dict[str, Any]]:
 
 
 def scores(rows: dict[str, dict[str, Any]], names: list[str]) -> np.ndarray:
-    """Every class's score of these files; shape (num_files, num_labels)."""
+    """Return every class's score of some files; shape (num_files, num_labels)."""
     return np.array([rows[name]["scores"] for name in names])
 
 
@@ -144,7 +144,7 @@ def file_suffix(format_name: str) -> str:
 def test_the_model_tells_the_recordings_apart(
     rows: dict[str, dict[str, Any]], recordings: list[Recording]
 ) -> None:
-    """By ten times what is tolerated below; without this, agreement would say nothing."""
+    """They differ by ten times the tolerance below; otherwise agreement would prove nothing."""
     expected = scores(rows, names_of(recordings, 1, "float.wav"))
     for first in range(len(recordings)):
         for second in range(first):
@@ -163,7 +163,7 @@ def test_24_bits_give_the_scores_of_floats(
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("format_name", SIXTEEN_BITS)
-def test_16_bits_give_the_scores_of_floats_but_for_their_rounding(
+def test_16_bits_give_the_scores_of_floats_up_to_rounding(
     rows: dict[str, dict[str, Any]], recordings: list[Recording], format_name: str, channels: int
 ) -> None:
     actual = scores(rows, names_of(recordings, channels, file_suffix(format_name)))

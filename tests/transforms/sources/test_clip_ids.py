@@ -34,7 +34,7 @@ def test_clip_ids(kwargs: dict[str, Any], expected: str) -> None:
     assert make_clip_id(**kwargs) == expected
 
 
-def test_unit_ids_depend_on_what_is_in_them_alone() -> None:
+def test_unit_ids_depend_only_on_the_content() -> None:
     item = Item("/a.wav", "/a.wav", "/a.wav", size=3, version="1")
     part = ContainerSlice("/x.tar", "/x.tar", 10, "1", 0, 512)
     same = make_unit_id("files", [item])

@@ -25,7 +25,7 @@ def plan(inputs: Sequence[str]) -> list[WorkUnit]:
 
 
 def work_of(unit: WorkUnit) -> float:
-    """The share of a full unit: of its windows or its bytes, whichever fills it."""
+    """Return how full a unit is, by its windows or its bytes."""
     if unit.container is None:
         num_bytes = sum(item.size or 0 for item in unit.items)
     else:

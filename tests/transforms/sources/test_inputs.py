@@ -115,7 +115,7 @@ def test_an_unknown_extension_named_directly_is_tried(folder: str) -> None:
     ]
 
 
-def test_what_goes_between_planning_and_reading_is_a_failure(folder: str) -> None:
+def test_a_file_removed_after_planning_is_a_failure(folder: str) -> None:
     keep, gone = put(folder, "a.wav"), put(folder, "b.wav")
     units = plan(find_inputs([folder]))
     storage.remove(gone)

@@ -225,7 +225,7 @@ def test_csv_lines_that_are_too_long_cost_themselves(
     assert names == [(good, f"line {n}") for n, good in enumerate(is_good, 2)]
 
 
-def test_a_manifest_that_breaks_off_is_a_broken_container(folder: str) -> None:
+def test_a_manifest_cut_short_is_a_broken_container(folder: str) -> None:
     table = pa.table({"uri": [f"{n:04}.wav" for n in range(1030)]})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=1024, use_dictionary=False)
@@ -358,7 +358,7 @@ def test_the_errors_table_names_broken_containers_as_a_whole(folder: str, ending
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_each_row_asked_for_of_a_broken_parquet_file_is_one_failure(
+def test_each_wanted_row_of_a_broken_parquet_file_is_one_failure(
     folder: str, is_there: bool
 ) -> None:
     if is_there:

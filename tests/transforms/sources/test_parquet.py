@@ -88,9 +88,7 @@ def test_the_hugging_face_layout(folder: str) -> None:
 @pytest.mark.parametrize(
     ("path", "message"), [("a\0.wav", r"its path 'a\x00.wav'"), ("nope://x/a.wav", "nope")]
 )
-def test_a_path_in_a_row_that_cannot_be_one_costs_the_row(
-    folder: str, path: str, message: str
-) -> None:
+def test_an_impossible_path_in_a_row_costs_the_row(folder: str, path: str, message: str) -> None:
     rows = [{"bytes": None, "path": path}, {"bytes": b"x", "path": None}]
     url = put(folder, "t.parquet", parquet_bytes(pa.table({"audio": rows})))
     items = read_all(url)
@@ -101,7 +99,7 @@ def test_a_path_in_a_row_that_cannot_be_one_costs_the_row(
 
 
 @pytest.mark.slow
-def test_the_schema_that_the_datasets_library_gives(tmp_path: Path) -> None:
+def test_the_schema_of_the_datasets_library(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {
@@ -155,7 +153,7 @@ def test_parquet_is_cut_at_row_groups(folder: str, rows_per_unit: int) -> None:
 
 
 class _RangeServer(http.server.ThreadingHTTPServer):
-    """Serves one file by ranges; counts requests for bytes, and the bytes."""
+    """Serves one file by ranges, and counts requests and bytes."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(("127.0.0.1", 0), _RangeHandler)
@@ -212,14 +210,14 @@ def serve() -> Iterator[Callable[[bytes], _RangeServer]]:
 @pytest.mark.parametrize(
     ("page_bytes", "row_group"), [(16 << 10, 200), (2 << 20, 200), (2 << 20, 50)]
 )
-def test_no_byte_of_a_remote_parquet_file_is_asked_for_twice(
+def test_no_byte_of_a_remote_parquet_file_is_requested_twice(
     serve: Callable[[bytes], _RangeServer],
     monkeypatch: pytest.MonkeyPatch,
     page_bytes: int,
     row_group: int,
     is_held: bool,
 ) -> None:
-    """Of one whose row groups are too large to be held, the headers of its pages are."""
+    """If row groups are too large to be held, only the headers of their pages are."""
     if not is_held:
         monkeypatch.setattr(fetching, "_MAX_HELD_BYTES", 0)
     cells = [{"bytes": os.urandom(100_000), "path": f"{n}.wav"} for n in range(200)]
@@ -237,7 +235,7 @@ def test_no_byte_of_a_remote_parquet_file_is_asked_for_twice(
     assert server.num_requests < (40 if is_held else 300)
 
 
-def test_ranges_that_are_held_are_read_as_the_file_is(tmp_path: Path) -> None:
+def test_held_ranges_read_like_the_file(tmp_path: Path) -> None:
     data = os.urandom(300_000)
     url = put(f"memory://held-{tmp_path.name}", "x", data)
     with fetching.RangeReader(url) as reader:
@@ -252,7 +250,7 @@ def test_ranges_that_are_held_are_read_as_the_file_is(tmp_path: Path) -> None:
         assert reader.read() == data[-4:]
 
 
-def test_without_room_to_hold_them_row_groups_are_read_all_the_same(
+def test_row_groups_are_read_even_if_the_disk_is_full(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(fetching, "_HELD_IN_MEMORY_BYTES", 1000)
@@ -264,7 +262,7 @@ def test_without_room_to_hold_them_row_groups_are_read_all_the_same(
     assert [content(clip) for clip in read_all(url)] == cells
 
 
-def test_a_value_that_cannot_be_held_does_not_cost_a_manifest_its_rows(tmp_path: Path) -> None:
+def test_a_value_without_a_python_equivalent_costs_no_rows(tmp_path: Path) -> None:
     broken = pa.Array.from_buffers(pa.string(), 3, pa.array([b"fine", b"\xff", None]).buffers())
     table = pa.table({"uri": ["a.wav", "b.wav", "c.wav"], "note": broken})
     url = put(str(tmp_path), "list.parquet", parquet_bytes(table))
@@ -298,7 +296,7 @@ def test_a_parquet_file_cut_short_is_one_failure(folder: str) -> None:
     assert "is not a whole Parquet file" in failure.message
 
 
-def test_large_cells_travel_in_a_file_and_beyond_the_bound_not_at_all(tmp_path: Path) -> None:
+def test_large_cells_are_spooled_and_refused_beyond_the_bound(tmp_path: Path) -> None:
     table = pa.table({"audio": [b"x" * 500, b"y" * 1500, b"z" * 2500]})
     url = put(str(tmp_path), "t.parquet", parquet_bytes(table))
     using = SourceSettings(limits=ReadLimits(spool_bytes=1000, max_item_bytes=2000))

@@ -123,7 +123,7 @@ def test_a_tar_in_slices_gives_the_same_items_as_the_whole(
     assert len(rest) == len(units) - len(covered)
 
 
-def test_a_large_tar_is_cut_into_units_of_the_size_asked_for(folder: str) -> None:
+def test_a_large_tar_is_cut_into_units_of_the_wanted_size(folder: str) -> None:
     members = [(f"{n}.wav", bytes([n]) * 1000) for n in range(20)]
     url = put(folder, "x.tar", tar_bytes(members))
     units = plan(find_inputs([url]), SourceSettings(windows_per_unit=4, max_unit_bytes=20_000))
@@ -235,7 +235,7 @@ def test_one_key_for_many_files_does_not_gather_them_all(folder: str) -> None:
     assert as_dict(read(units)) == whole
 
 
-def test_members_of_other_kinds_are_named_once(
+def test_ignored_members_are_logged_once_for_each_extension(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tar, "_logged_extensions", set())

@@ -101,7 +101,7 @@ def test_limit_counts_failures_of_planning_after_loose_items(
     assert (len(found.items), len(found.failures), len(inside)) == counts
 
 
-def test_what_a_limit_left_is_planned_later(folder: str) -> None:
+def test_items_beyond_a_limit_are_planned_later(folder: str) -> None:
     url = put(folder, "a.tar", tar_bytes([(f"{n}.wav", bytes([n])) for n in range(5)]))
     found = find_inputs([url])
     first = plan(limit_items(found, 2, SMALL_UNITS))

@@ -58,7 +58,7 @@ def test_bad_lines_cost_themselves(label: Label) -> None:
     assert json.loads(metadata) == {"score": None, "most": None}
 
 
-def test_csv_that_lies_costs_its_lines(label: Label) -> None:
+def test_bad_csv_records_cost_themselves(label: Label) -> None:
     for name in ("a.wav", "b.wav", "c.wav", "new\nline.wav", 'qu"ote.wav'):
         (label.inside / name).write_bytes(GOOD)
     text = '\ufeffuri,note\r\na.wav,fine\r\n"new\nline.wav","two\r\nlines"\r\n"qu""ote.wav",x\r\n'
@@ -91,7 +91,7 @@ def test_a_quote_that_is_never_closed_costs_one_line(label: Label) -> None:
 def test_a_record_of_many_long_lines_is_bounded(
     label: Label, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of its fields and lines is below the bound, all of them together are not."""
+    """Each field and line is below the bound, but all of them together are not."""
     monkeypatch.setattr(manifests, "_MAX_LINE_CHARS", 1 << 16)
     for name in ("a.wav", "b.wav"):
         (label.inside / name).write_bytes(GOOD)

@@ -67,7 +67,7 @@ def test_pipes_are_found_by_their_names_as_files_are(tmp_path: Path, pattern: st
 
 
 @pytest.mark.parametrize("name", ["pipe.wav", "pipe.tar", "pipe.parquet", "pipe.jsonl", "pipe.csv"])
-def test_a_pipe_that_is_named_does_not_hang(label: Label, name: str) -> None:
+def test_a_named_pipe_does_not_hang(label: Label, name: str) -> None:
     os.mkfifo(label.inside / name)
     try:
         code = label(label.inside / name)
@@ -123,7 +123,7 @@ NAMES = [
 
 
 def expected_id(name: str) -> str:
-    """As the documentation says: ``%``, ``#`` and ``@`` encoded, and bytes that are not UTF-8."""
+    """Encode ``%``, ``#``, ``@`` and bytes that are not UTF-8, as the documentation says."""
     name = name.replace("%", "%25").replace("#", "%23").replace("@", "%40")
     return "".join(
         f"%{ord(char) - 0xDC00:02X}" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in name
@@ -131,7 +131,7 @@ def expected_id(name: str) -> str:
 
 
 def original(clip_id: str) -> bytes:
-    """The name that a clip id stands for: percent-encoding undone."""
+    """Decode the name in a clip id."""
     return unquote_to_bytes(clip_id)
 
 
@@ -197,7 +197,7 @@ def test_lines_of_all_names_come_back_exactly(label: Label) -> None:
 
 
 def has_commands(text: str) -> bool:
-    """Whether there is anything that a terminal obeys, line ends aside."""
+    """Whether a text has anything but line ends that a terminal obeys."""
     return any(
         unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in "\u202e\u2066"
         for char in text.replace("\n", "")

@@ -22,7 +22,7 @@ from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units
 from transforms.storage import filesystem as storage
 
 
-def test_parquet_of_wrong_types_is_refused_or_left_aside(label: Label) -> None:
+def test_parquet_of_wrong_types_is_refused_or_ignored(label: Label) -> None:
     columns: dict[str, pa.Array] = {
         "ints": pa.array([1]),
         "lists": pa.array([[1, 2]]),
@@ -79,7 +79,7 @@ def test_nulls_and_damage_in_parquet_are_rows(label: Label) -> None:
 
 
 def with_footer(data: bytes, *changes: tuple[bytes, bytes, int], added: bytes = b"") -> bytes:
-    """A Parquet file with some bytes of its footer replaced, each as often as is said."""
+    """Replace bytes of a Parquet file's footer, each the given number of times."""
     length = int.from_bytes(data[-8:-4], "little")
     footer = data[-8 - length : -8]
     for old, new, count in changes:
@@ -90,18 +90,18 @@ def with_footer(data: bytes, *changes: tuple[bytes, bytes, int], added: bytes = 
 
 
 def varint(number: int) -> bytes:
-    """As Thrift's compact protocol writes it."""
+    """Encode a number for Thrift's compact protocol."""
     low, rest = number & 0x7F, number >> 7
     return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
 
 
-def test_footers_that_lie_are_told(label: Label) -> None:
+def test_false_footers_are_reported(label: Label) -> None:
     table = pa.table({"audio": pa.array([GOOD] * 5, pa.binary())})
     whole = write(label.inside / "x.parquet", table, compression="zstd", use_dictionary=False)
     (label.inside / "x.parquet").unlink()
 
     def rows(number: int) -> tuple[bytes, bytes, int]:
-        """The file's, the row group's and the column's number, all three."""
+        """Change the number of rows of the file, the row group and the column."""
         return b"\x16" + varint(5 << 1), b"\x16" + varint(number << 1), 3
 
     def codec(number: int) -> tuple[bytes, bytes, int]:
@@ -134,8 +134,8 @@ def test_footers_that_lie_are_told(label: Label) -> None:
         assert told in errors[f"{name}.parquet"][1]
 
 
-def test_what_a_footer_holds_besides_takes_no_memory() -> None:
-    """A list of empty structs: a byte each in the file, a dict each where they are kept."""
+def test_unused_fields_of_a_footer_take_no_memory() -> None:
+    """An empty struct in a list takes a byte in the file, but a dict if it is kept."""
     buffer = io.BytesIO()
     pq.write_table(pa.table({"audio": [GOOD]}), buffer)
     field = b"\x09" + varint(100 << 1) + b"\xfc" + varint(300_000) + bytes(300_000)
@@ -203,7 +203,7 @@ def test_a_dictionary_of_large_cells_is_read_a_row_at_a_time(label: Label) -> No
     assert highest < 100 << 20
 
 
-def test_lists_without_end_are_not_read(label: Label) -> None:
+def test_huge_lists_are_not_read(label: Label) -> None:
     """A run of equal values has a few bytes however long it is."""
     table = pa.table({"audio": [GOOD, GOOD], "flags": [[0] * 5_000_000, [1]]})
     write(label.inside / "x.parquet", table, compression="zstd")
@@ -227,7 +227,7 @@ def test_columns_of_one_name_are_one_and_segments_share_a_row(label: Label) -> N
 
 
 def test_paths_in_rows_are_read_as_audio_or_not_at_all(label: Label) -> None:
-    """A row without bytes names a file, anywhere, as the layout has it; only audio comes of it."""
+    """A row without bytes may name any file, but only audio is labelled."""
     (label.inside / "beside.wav").write_bytes(GOOD)
     os.mkfifo(label.inside / "pipe.wav")
     elsewhere = label.top / "elsewhere.wav"
@@ -255,7 +255,7 @@ def test_paths_in_rows_are_read_as_audio_or_not_at_all(label: Label) -> None:
 
 
 def test_a_parquet_file_from_elsewhere_names_nothing_here(label: Label) -> None:
-    """Who can write a file in a bucket must not learn what lies where it is labelled."""
+    """Someone who can write to a bucket must not learn what is on the machine that labels it."""
     secret = label.outside / "secret.wav"
     here = [
         *(str(secret), f"file://{secret}", f"local://{secret}", "~/secret.wav", "/dev/zero"),

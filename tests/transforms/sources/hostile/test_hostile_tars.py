@@ -105,7 +105,7 @@ def test_a_tar_cut_short_gives_what_is_whole_and_a_row(label: Label) -> None:
         assert "ends at byte" in message, name
 
 
-def test_a_gzip_that_breaks_off_or_is_damaged_gives_what_comes_before(label: Label) -> None:
+def test_a_gzip_cut_short_or_damaged_gives_the_members_before(label: Label) -> None:
     noisy = np.random.default_rng(0).bytes(200_000)  # more than what gzip holds back
     tar = member("0.wav") + member("noise.bin", noisy) + member("1.wav") + END
     packed = gzip.compress(tar)
@@ -128,7 +128,7 @@ def test_a_gzip_that_breaks_off_or_is_damaged_gives_what_comes_before(label: Lab
 LONG = "x" * 1_000_000 + ".wav"
 
 
-def test_headers_that_lie_cost_what_they_speak_of(label: Label) -> None:
+def test_false_headers_cost_their_members(label: Label) -> None:
     first, last = member("first.wav"), member("last.wav")
     sparse = raw_member(GOOD, typeflag=b"S", name=b"sparse.wav")
     lies = {
@@ -190,7 +190,7 @@ def test_a_pax_header_of_many_records_takes_no_time(label: Label) -> None:
 
 
 def zeros_gz(prefix: bytes, name: str, num_bytes: int, suffix: bytes) -> bytes:
-    """A compressed tar with a member of zeros; the content is never held as a whole."""
+    """Make a compressed tar with a member of zeros, without holding its content."""
     buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1, mtime=0) as packed:
         info = tarfile.TarInfo(name)
@@ -246,7 +246,7 @@ def test_a_gzip_bomb_ends_at_the_bound(label: Label, monkeypatch: pytest.MonkeyP
     assert {f"{name}.tar.gz#{n}.wav" for name in names for n in "ab"} <= label.labelled()
 
 
-def test_siblings_without_end_are_told_by_their_size(label: Label) -> None:
+def test_huge_siblings_are_reported_by_their_size(label: Label) -> None:
     huge = b"[" + b"{}," * (3 << 20) + b"{}]"
     many = b"".join(member(f"m.{number}.txt", b"x") for number in range(1500))
     tar = member("a.json", huge) + member("a.wav") + many + member("m.wav")

@@ -21,7 +21,7 @@ from tests.support.watched_label import SECRET, Label, snapshot
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[str]]]:
-    """The URL of a WAV on this machine, and what was asked for."""
+    """The URL of a WAV on this machine, and the requested paths."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -84,7 +84,9 @@ def put_playlists(label: Label, url: str) -> int:
     return 2 * len(texts)
 
 
-def test_what_a_playlist_names_is_never_opened(label: Label, server: tuple[str, list[str]]) -> None:
+def test_files_that_a_playlist_names_are_never_opened(
+    label: Label, server: tuple[str, list[str]]
+) -> None:
     url, asked = server
     num_files = put_playlists(label, url)
     assert label() == 0
