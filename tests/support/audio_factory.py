@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
+from transforms.records import EncodedClip, Item
+
 Samples = npt.NDArray[np.float32]
 
 
@@ -230,3 +232,12 @@ def _encode_audio_frames(
         frame.sample_rate, frame.pts = sample_rate_hz, start
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+
+
+def clip(name: str, data: bytes, **segment: float) -> EncodedClip:
+    return EncodedClip(Item(name, name, **segment), data=data)
+
+
+def wav(duration_s: float, mark: bytes = b"", frequency_hz: float = 440.0) -> bytes:
+    samples = tone(duration_s, frequency_hz=frequency_hz)
+    return encode(samples, 16_000, "wav_float") + mark

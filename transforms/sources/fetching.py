@@ -1,7 +1,6 @@
-"""An item's bytes, within bounds: in memory, or beyond some size in a temporary file.
+"""The bytes of an item, within bounds: in memory, or beyond some size in a temporary file.
 
-Part of ``sources``. What an item may hold is looked at before its bytes are taken wherever the
-source tells it, and while they are taken where it does not.
+The size is checked before the bytes are read if the source tells it, and else while they are read.
 """
 
 from __future__ import annotations
@@ -27,19 +26,18 @@ _COPY_BYTES = 1 << 20
 _SMALL_BLOCK_BYTES = 64 << 10
 _MAX_HELD_BYTES = 256 << 20
 _HELD_IN_MEMORY_BYTES = 16 << 20
-_HELD_PIECE_BYTES = 4 << 20  # asked for at once
+_HELD_PIECE_BYTES = 4 << 20  # per request
 
 
 @dataclass(frozen=True, slots=True)
 class ReadLimits:
-    """What reading may take.
+    """The bounds for reading; to exceed one, except ``spool_bytes``, is an error.
 
     Attributes:
-        spool_bytes: What is larger goes to a temporary file instead of memory.
-        max_item_bytes: Encoded bytes of an item; more is an error.
-        max_page_bytes: Bytes of a page of a Parquet file, decompressed; more is an error.
-        max_expansion: Bytes that a compressed tar may give per byte of it, once it has given
-            1 GiB; more is an error.
+        spool_bytes: A larger item goes to a temporary file instead of memory.
+        max_item_bytes: Encoded bytes of an item.
+        max_page_bytes: Bytes of a decompressed page of a Parquet file.
+        max_expansion: Decompressed bytes per byte of a compressed tar, beyond the first GiB.
     """
 
     spool_bytes: int = 64 << 20
@@ -57,7 +55,7 @@ def check_item_size(num_bytes: int | None, limits: ReadLimits) -> None:
     """Refuse an item that is known to be too large.
 
     Raises:
-        ReadError: It has more than ``limits.max_item_bytes``.
+        ReadError: The item has more than ``limits.max_item_bytes``.
     """
     if num_bytes is not None and num_bytes > limits.max_item_bytes:
         raise _too_large(limits, num_bytes)
@@ -70,28 +68,28 @@ def _too_large(limits: ReadLimits, num_bytes: int | None) -> ReadError:
 
 @contextmanager
 def temporary_file(name: str) -> Iterator[BinaryIO]:
-    """A new file with the extension of ``name``; it goes if the block ends with an exception."""
+    """Create a file with the extension of ``name``; an exception in the block removes it."""
     suffix = extension(name) if is_audio_name(name) else ""  # others may be of any length
     with tempfile.NamedTemporaryFile(dir=scratch_folder(), suffix=suffix, delete=False) as file:
         try:
             yield cast(BinaryIO, file)
-            file.flush()  # closing it would find a full disk too late
+            file.flush()  # on close, the error of a full disk would come too late
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
 
 
 def spool(name: str, write: Callable[[BinaryIO], object]) -> str:
-    """The path of a temporary file with what ``write`` writes; nothing is left if it raises."""
+    """Create a temporary file with the output of ``write``, and return its path."""
     with temporary_file(name) as file:
         write(file)
         return str(file.name)
 
 
 def second_name(path: str) -> str:
-    """Another path of a temporary file, which may be removed by itself.
+    """Link a temporary file, or copy it without links, and return the new path.
 
-    A link where the file system has them, else a copy.
+    Either path can be removed without the other.
     """
     name = str(scratch_folder() / f"{uuid.uuid4().hex}{Path(path).suffix}")
     try:
@@ -104,7 +102,7 @@ def second_name(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The bytes of a file, in memory, in a local file, or why there are none."""
+    """The bytes of a file, in memory or in a local file, or the error that prevented it."""
 
     data: bytes | None = None
     path: str | None = None
@@ -112,23 +110,23 @@ class Fetched:
     error: Exception | None = None
 
     def discard(self) -> None:
-        """Remove the local file, if it was made for this alone."""
+        """Remove the local file if it is temporary."""
         if self.is_temporary and self.path is not None:
             Path(self.path).unlink(missing_ok=True)
 
 
 def fetch(url: str, size: int | None, limits: ReadLimits) -> Fetched:
-    """The bytes of a file; a local one is read where it lies.
+    """Fetch the bytes of a remote file, or return the path of a local one.
 
     Args:
         url: The file.
-        size: Its size as far as it is known.
-        limits: What it may take.
+        size: Its size, or None if it is unknown.
+        limits: Bounds for reading.
     """
     try:
         if urls.is_local(url):
             path = urls.local_path(url)
-            with reading.open_read(path):  # a file, there and readable
+            with reading.open_read(path):  # raises unless it is a readable file
                 return Fetched(path=path)
         check_item_size(size, limits)
         with reading.open_read(url) as file:
@@ -155,34 +153,34 @@ def _copy_rest(data: bytes, rest: BinaryIO, target: BinaryIO, limits: ReadLimits
 
 
 class RangeReader(io.RawIOBase):
-    """A remote file in which one jumps about; of what is held, no byte is asked for twice.
+    """A remote file with random access, some ranges of which can be held locally.
 
-    Ranges that are held are fetched in one go, into memory or a temporary file without a name.
-    The rest is asked for in small blocks, or in larger ones as it is read in larger pieces.
+    Held ranges are fetched once, into memory or a temporary file without a name. Other bytes are
+    requested in small blocks, or in larger ones when larger pieces are read.
 
     Args:
         url: The file.
 
     Raises:
-        OSError: It cannot be opened. Errors while reading are ``OSError`` too.
+        OSError: The file cannot be opened. Errors while reading are ``OSError`` too.
     """
 
     def __init__(self, url: str) -> None:
         super().__init__()
         self._file = reading.open_read(url, _SMALL_BLOCK_BYTES)
         self._held: IO[bytes] | None = None
-        self._starts: list[int] = []  # of the ranges held, in order, ...
-        self._places: list[tuple[int, int]] = []  # ... where each ends, and lies in what is held
+        self._starts: list[int] = []  # of the held ranges, in order ...
+        self._places: list[tuple[int, int]] = []  # ... with their ends and places in ``_held``
         self._position = 0
 
     def hold(self, ranges: Iterable[tuple[int, int]]) -> bool:
-        """Fetch ranges of bytes [start, stop) and keep them, until others are held.
+        """Fetch ranges of bytes [start, stop) and hold them instead of earlier ones.
 
         Returns:
-            Whether they are held: no more than 256 MiB are, nor where there is no room.
+            Whether they are held: not if they exceed 256 MiB, or if the disk is full.
 
         Raises:
-            OSError: They cannot be read.
+            OSError: The file cannot be read.
         """
         self.release()
         merged = _merged(ranges)
@@ -204,7 +202,7 @@ class RangeReader(io.RawIOBase):
             try:
                 held.write(data)
                 held.flush()
-            except OSError:  # no room for it
+            except OSError:  # the disk is full
                 self.release()
                 return False
             position += len(data)
@@ -213,29 +211,29 @@ class RangeReader(io.RawIOBase):
         return True
 
     def release(self) -> None:
-        """Hold nothing."""
+        """Drop the held ranges."""
         if self._held is not None:
-            with suppress(OSError):  # what could not be written is tried again
+            with suppress(OSError):  # closing writes the rest to a full disk
                 self._held.close()
         self._held, self._starts, self._places = None, [], []
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Whether the store can."""
+        """Return whether the store can seek."""
         return self._file.seekable()
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to another position, which is returned."""
+        """Move to another position, and return it."""
         if whence == os.SEEK_CUR:
             offset, whence = self._position + offset, os.SEEK_SET
         self._position = self._file.seek(offset, whence)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Read up to the end or start of what is held; the number of bytes, 0 at the end."""
+        """Read up to a held range's edge; return the number of bytes, 0 at the end."""
         index = bisect.bisect_right(self._starts, self._position) - 1
         source: IO[bytes] = self._file
         position, length = self._position, len(buffer)
@@ -252,7 +250,7 @@ class RangeReader(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        """Close the file, and let go of what is held."""
+        """Close the file and drop the held ranges."""
         if not self.closed:
             self.release()
             self._file.close()
@@ -260,7 +258,7 @@ class RangeReader(io.RawIOBase):
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges in order that neither touch nor overlap."""
+    """Sort ranges and merge those that touch or overlap."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted((max(0, start), stop) for start, stop in ranges):
         if merged and start <= merged[-1][1]:

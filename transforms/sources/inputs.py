@@ -1,7 +1,7 @@
-"""What the inputs hold: loose items and containers, each thing once.
+"""The inputs' content: loose items and containers, each once.
 
-Part of ``sources``. Nothing that is found is dropped without a word: it is an item, a counted file
-of another kind, a duplicate that is said aloud, or a failure.
+Nothing that is found is silently dropped: it is an item, a counted file of another kind, a reported
+duplicate, or a failure.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ class Container:
 
     Attributes:
         uri: Without signature parameters.
-        url: What to open; never written or printed.
-        kind: What it is.
-        size: Bytes, or None if the store does not say.
+        url: The address to open; never written or printed.
+        kind: Kind of container.
+        size: Bytes, or None if the store does not tell.
         version: Etag or modification time.
-        items: The members or rows that a manifest asks for; empty means everything.
-        row_groups: Parquet: rows and bytes of audio of each row group; empty if it cannot be read.
-        stop: Nothing from this byte or row on is read (``--limit``); None means to the end.
+        items: The members or rows that a manifest lists; empty for all.
+        row_groups: Rows and decompressed bytes of each row group of a Parquet file; empty if it
+            cannot be read.
+        stop: Byte or row at which reading ends (``--limit``); None for the end.
     """
 
     uri: str
@@ -77,22 +78,22 @@ class Container:
 
     @property
     def can_split(self) -> bool:
-        """Whether it can be cut into slices: a compressed tar cannot."""
+        """Whether it can be cut into slices; a compressed tar cannot."""
         return self.kind == "parquet" or self.uri.lower().endswith(".tar")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What ``find_inputs`` found.
+    """The result of ``find_inputs``.
 
     Attributes:
         items: Loose files and segments of them, in plan order.
         containers: Tars and Parquet files, in plan order.
-        duplicates: How many things were listed again.
+        duplicates: Number of repeated listings.
         duplicate_examples: Some of their clip ids.
-        skipped_by_extension: Files in folders that are of another kind, by extension.
-        failures: What could not be read while listing: lines of manifests, folders.
-        notes: What the user should be told.
+        skipped_by_extension: Number of files of other kinds in folders, by extension.
+        failures: Lines of manifests and folders that could not be read.
+        notes: Messages for the user.
     """
 
     items: tuple[Item, ...] = ()
@@ -111,18 +112,18 @@ def find_inputs(
     max_page_bytes: int = ReadLimits().max_page_bytes,
     max_listed: int | None = None,
 ) -> Found:
-    """List everything the inputs hold.
+    """List the content of the inputs.
 
     Args:
         inputs: Files, globs, folders, tars, Parquet files and manifests, as paths or URLs.
         exclude: The output folder, which is never part of the input.
-        max_page_bytes: Bytes of a page, decompressed, of a manifest in Parquet.
-        max_listed: Give up once there are more files and rows of manifests than this.
+        max_page_bytes: Bound for a decompressed page of a Parquet manifest.
+        max_listed: Bound for the number of files and of rows of manifests; None for no bound.
 
     Raises:
         TooManyListedError: There are more than ``max_listed``.
-        InputError: An input does not exist, cannot be listed or holds nothing to label; or one
-            clip id is given to two different items.
+        InputError: An input does not exist, cannot be listed or holds nothing to label, or two
+            different items have the same clip id.
         UsageError: A protocol is unknown or needs an extra that is not installed.
     """
     finder = _Finder(exclude, max_page_bytes, max_listed)
@@ -135,10 +136,10 @@ def find_inputs(
 
 
 def check_there(inputs: Sequence[str]) -> None:
-    """Refuse inputs that do not exist, without listing them; patterns are not looked at.
+    """Refuse inputs that do not exist, without listing them; patterns are not checked.
 
     Raises:
-        InputError: One does not exist, or cannot be asked for.
+        InputError: An input does not exist, or its store does not answer.
         UsageError: A protocol is unknown or needs an extra that is not installed.
     """
     for text in inputs:
@@ -152,7 +153,7 @@ def check_there(inputs: Sequence[str]) -> None:
 
 
 class _Finder:
-    """Collects what inputs hold; ``finish`` puts it in order."""
+    """Collects the content of inputs, which ``finish`` sorts."""
 
     def __init__(
         self, exclude: str | None, max_page_bytes: int, max_listed: int | None = None
@@ -205,18 +206,18 @@ class _Finder:
         self._add_files(uri, files, named_ending=None)
 
     def _add_errors(self, url: str, files: Sequence[FileInfo], errors: Sequence[OSError]) -> None:
-        """What could not be listed, as failures; an error where nothing else was found."""
+        """Record listing errors as failures; raise the first if nothing was found."""
         if errors and not files:
             raise errors[0]
         for error in errors:
             name = str(error.filename or url)
             item = Item(clip_id=make_clip_id(public_uri(name)), uri=printable(name))
-            # A link that leads to itself holds nothing; a folder may hold anything.
+            # A link to itself holds nothing; a folder may hold anything.
             is_container = error.errno != errno.ELOOP
             self._failures.append(read_failure(item, error, is_container=is_container))
 
     def _kept(self, url: str, files: Iterable[FileInfo]) -> list[FileInfo]:
-        """The files that do not lie in the output folder."""
+        """Return the files outside the output folder."""
         found = list(self._counted(files))
         kept = [file for file in found if not self._is_excluded(file.url)]
         if len(kept) < len(found):
@@ -228,7 +229,7 @@ class _Finder:
         return kept
 
     def _counted(self, listed: Iterable[_In]) -> Iterator[_In]:
-        """The same, as long as they are not too many."""
+        """Yield the same, and raise when there are too many."""
         for one in listed:
             self._num_listed += 1
             if self._max_listed is not None and self._num_listed > self._max_listed:
@@ -269,7 +270,7 @@ class _Finder:
             self._bare.append(_bare_item(info))
 
     def _add_files(self, uri: str, files: list[FileInfo], named_ending: str | None) -> None:
-        """Files of a folder or glob; those whose ending the glob spells out are named."""
+        """Add the files of a folder or glob; manifests only if the glob spells out their ending."""
         before = self._num_found()
         parquets = []
         skipped: Counter[str] = Counter()
@@ -304,12 +305,12 @@ class _Finder:
     def _add_parquets(
         self, files: list[FileInfo], *, manifests_too: bool, must_fit: bool = False
     ) -> Counter[str]:
-        """Parquet files with audio, and manifests where asked for; counts the others."""
+        """Add Parquet files with audio, and manifests if wanted; count the others."""
         skipped: Counter[str] = Counter()
         for info, index in zip(files, in_threads(_index_or_error, files), strict=True):
             uri = printable(public_uri(info.url))
             if isinstance(index, ContainerError):
-                self._add_container(info, "parquet")  # reading it makes the failure's row
+                self._add_container(info, "parquet")  # reading it will make the failure
             elif index.audio is not None and index.row_groups:
                 self._add_container(info, "parquet", index.row_groups)
             elif index.audio is not None:
@@ -360,11 +361,11 @@ class _Finder:
         self._add_wholes(wholes)
 
     def _add_wholes(self, wholes: Mapping[str, ContainerRow]) -> None:
-        """Containers that an errors table names as a whole."""
+        """Add containers that an errors table names as a whole."""
         if not wholes:
             return
         for url, facts in filesystem.stat_many(wholes).items():
-            # Reading one that is not there will say so.
+            # Reading a missing one will report it.
             info = FileInfo(url, None, None) if isinstance(facts, OSError) else facts
             if is_tar_name(urls.file_name(url)):
                 self._add_container(info, "tar")
@@ -377,7 +378,7 @@ class _Finder:
     # -- all of them --
 
     def finish(self) -> Found:
-        """Everything found, each thing once, in plan order."""
+        """Return everything found, each thing once, in plan order."""
         items = self._resolve()
         loose = [item for item in items if item.member is None and item.row is None]
         inside = [item for item in items if item.member is not None or item.row is not None]
@@ -393,9 +394,9 @@ class _Finder:
         )
 
     def _resolve(self) -> list[Item]:
-        """Items listed twice become one; a manifest's row wins over the bare file.
+        """Merge items listed twice; a manifest's row wins over the bare file.
 
-        Tables with a row per label list a file once for each: its truth is all of them.
+        A table with a row for each label lists a file several times: its truth is all of them.
         """
         by_id: dict[str, Item] = {}
         for item in self._bare:
@@ -427,7 +428,7 @@ class _Finder:
         return list(by_id.values())
 
     def _asked_for(self, items: list[Item]) -> Iterator[Container]:
-        """The containers of the members and rows that manifests ask for."""
+        """Yield the containers of the members and rows that manifests list."""
         by_uri: dict[str, list[Item]] = defaultdict(list)
         for item in items:
             by_uri[item.uri].append(item)
@@ -445,7 +446,7 @@ class _Finder:
             )
 
     def _not_in_whole(self, uri: str, items: list[Item]) -> list[Item]:
-        """What a container that is listed as a whole does not give by itself: segments."""
+        """Return the items that a container listed as a whole does not give: segments."""
         rest = []
         for item in items:
             own_name = make_clip_id(uri, item.member, occurrence_of(item), row=item.row)
@@ -471,7 +472,7 @@ def _why(uri: str, error: Exception) -> str:
         return f"{uri} does not exist; check the path (a relative one starts at the current folder)"
     text = printable(in_words(error) if isinstance(error, OSError) else str(error))
     if isinstance(error, PermissionError):
-        text += "; give this user the right to read it, or give another input"
+        text += "; give this user permission to read it, or give another input"
     return text if uri in text else f"{uri} cannot be read: {text}"
 
 
@@ -488,7 +489,7 @@ def _bare_item(info: FileInfo) -> Item:
 
 def _with_facts(item: Item, facts: FileInfo | OSError) -> Item:
     if isinstance(facts, OSError):
-        return item  # reading it will say what is wrong
+        return item  # reading it will report the error
     return dataclasses.replace(item, size=facts.size, version=facts.version)
 
 
@@ -500,7 +501,7 @@ def _same_id(clip_id: str, row: ManifestRow, where: str, uri: str) -> InputError
 
 
 def plan_order(item: Item) -> tuple[str, float, float, str]:
-    """Sorts loose items: by name, then by where a segment lies."""
+    """Return the sort key of loose items: the name, then the place of a segment."""
     end_s = math.inf if item.end_s is None else item.end_s
     return (item.uri, item.start_s or 0.0, end_s, item.clip_id)
 
@@ -513,7 +514,7 @@ def _index_or_error(info: FileInfo) -> ParquetIndex | ContainerError:
 
 
 def in_threads(function: Callable[[_In], _Out], values: Sequence[_In]) -> list[_Out]:
-    """``function`` of each value, in order; at the same time, because stores answer slowly."""
+    """Map a function in parallel, because stores answer slowly; the results are in order."""
     if len(values) < 2:
         return [function(value) for value in values]
     with ThreadPoolExecutor(min(_INDEX_THREADS, len(values)), "earmark-index") as pool:

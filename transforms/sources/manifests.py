@@ -291,7 +291,7 @@ def _read_parquet(url: str, uri: str, max_page_bytes: int) -> _Lines:
         )
         row = 0
         try:
-            for number in range(len(opened.row_groups)):
+            for number in range(len(opened.num_rows)):
                 for batch in opened.batches(number, max_page_bytes, columns):
                     for values in rows_of(batch):
                         yield f"row {row}", values
@@ -401,7 +401,7 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
     return ManifestRow(item, name, f"{line} of {_shown_uri(url)}")
 
 
-@functools.lru_cache(maxsize=64)  # asked for every row of a manifest
+@functools.lru_cache(maxsize=64)  # called for every row of a manifest
 def _shown_uri(url: str) -> str:
     return printable(public_uri(url))
 

@@ -1,11 +1,11 @@
-"""Items of a Parquet file with an audio column: what it holds, and reading a range of its rows.
+"""Parquet files with an audio column: their index, and the items of a range of rows.
 
-Part of ``sources``. The audio column is found by type: the Hugging Face layout
-``struct<bytes, path>``, or binary. A row without bytes but with a path stands for the file at
-that path. The other columns are metadata; a ``ClassLabel`` is given by its name.
+The audio column is found by type: the Hugging Face layout ``struct<bytes, path>``, or binary. A row
+without bytes but with a path stands for the file at that path. The other columns are metadata; a
+``ClassLabel`` becomes its name.
 
-Memory is bounded by the largest page that ``max_page_bytes`` allows, whatever a file says of
-itself (``parquet_pages``); a cell beyond ``spool_bytes`` travels in a temporary file.
+Memory is bounded by the largest page that ``max_page_bytes`` allows, whatever the footer says
+(``parquet_pages``). A cell beyond ``spool_bytes`` goes to a temporary file.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from transforms.sources.clip_ids import (
     read_failure,
 )
 from transforms.sources.fetching import RangeReader, ReadLimits, check_item_size, fetch, spool
-from transforms.sources.parquet_pages import RowGroup, measure_row_group, read_footer
+from transforms.sources.parquet_pages import ColumnChunk, measure_row_group, read_chunks
 from transforms.sources.tar import container_item
 from transforms.storage import reading, urls
 from transforms.storage.secrets import public_uri
 
 URI_COLUMNS = ("uri", "path", "file", "audio_filepath", "filename")
 _BATCH_BYTES = 16 << 20
-# Where each row may be the largest entry of a dictionary, which is hardly ever so.
+# If each row had the largest entry of its dictionary, which is rare.
 _MAX_DICTIONARY_BATCH_BYTES = 64 << 20
 _MAX_BATCH_ROWS = 1024
 _BUFFER_BYTES = 64 << 10
 _UNREADABLE = (ValueError, OverflowError, KeyError, pa.ArrowException)
-# A run of nulls, or of one value, has a few bytes however long it is; but an item that is one has
-# more than a byte. A file may hold that many rows whatever its size.
+# A run of equal values takes a few bytes, however long it is; rows with audio take more than a byte
+# each. A file may have this many rows whatever its size.
 _MIN_BOUND_ROWS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class AudioColumn:
-    """Where a Parquet file keeps its audio.
+    """The audio column of a Parquet file.
 
     Attributes:
-        name: The column.
-        is_struct: ``struct<bytes, path>`` rather than binary.
-        path_column: With a binary column: another column that names the file, or None.
-        class_names: Names of the classes of each ``ClassLabel`` column.
+        name: Name of the column.
+        is_struct: Whether it is ``struct<bytes, path>`` rather than binary.
+        path_column: For a binary column, another column that names the file, or None.
+        class_names: Class names of each ``ClassLabel`` column.
     """
 
     name: str
@@ -69,12 +69,12 @@ class AudioColumn:
 
 @dataclass(frozen=True, slots=True)
 class ParquetIndex:
-    """What a Parquet file's footer says.
+    """The facts of a Parquet file's footer.
 
     Attributes:
-        audio: Its audio column, or None.
+        audio: The audio column, or None.
         columns: Names of all columns.
-        row_groups: Rows and bytes of audio in each row group.
+        row_groups: Rows and decompressed bytes of each row group that has rows.
     """
 
     audio: AudioColumn | None
@@ -86,10 +86,10 @@ class OpenParquet:
     """A Parquet file that is read in bounded memory.
 
     Attributes:
-        file: As pyarrow gives it.
-        uri: For messages.
-        row_groups: By the footer.
-        names: Of all columns; the second of a name is never looked at.
+        file: The file as pyarrow opened it.
+        uri: Name for messages.
+        num_rows: Rows of each row group, by the footer.
+        names: Names of all columns; of two with one name, only the first is read.
     """
 
     def __init__(
@@ -97,42 +97,58 @@ class OpenParquet:
         file: pq.ParquetFile,
         stream: BinaryIO,
         reader: RangeReader | None,
-        row_groups: tuple[RowGroup, ...],
         uri: str,
     ) -> None:
         self.file = file
-        self._reader = reader
-        self.row_groups = row_groups
-        self.uri = uri
-        self.names = tuple(dict.fromkeys(file.schema_arrow.names))
         self._stream = stream
+        self._reader = reader
+        self.uri = uri
+        self.num_rows = tuple(max(0, group.num_rows) for group in self.groups())
+        self.names = tuple(dict.fromkeys(file.schema_arrow.names))
+
+    def groups(self) -> list[pq.RowGroupMetaData]:
+        """Return pyarrow's metadata of each row group; its ``column`` must not be called."""
+        metadata = self.file.metadata
+        return [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+
+    def _chunks(self, number: int, columns: Sequence[str] | None) -> dict[int, ColumnChunk]:
+        """Return the leaf columns of a row group by number: all, or those below ``columns``."""
+        schema = self.file.schema
+        groups = read_chunks(self._stream)
+        if len(groups) != len(self.num_rows) or len(groups[number]) != len(schema):
+            raise ValueError("the footer is damaged")
+        leaves = dict(enumerate(groups[number]))
+        if columns is None:
+            return leaves
+        prefixes = tuple(f"{name}." for name in columns)
+        return {
+            leaf: chunk
+            for leaf, chunk in leaves.items()
+            if f"{schema.column(leaf).path}.".startswith(prefixes)
+        }
 
     def batches(
         self, number: int, max_page_bytes: int, columns: Sequence[str] | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """A row group in batches of about 16 MB.
+        """Yield a row group in batches of about 16 MB.
 
-        A remote one is fetched once, for its headers and its values; if it is too large for that,
-        the headers are asked for first, in small blocks.
+        A remote row group is fetched once, for its headers and its values. If it is too large for
+        that, the headers are requested first, in small blocks.
 
         Args:
-            number: Of the row group.
-            max_page_bytes: Bytes of a page, decompressed.
+            number: Number of the row group.
+            max_page_bytes: Bound for a decompressed page.
             columns: The columns to read; None for all.
 
         Raises:
             ContainerError: A page is larger, the row group is damaged, or rows are missing.
         """
-        wanted = None if columns is None else frozenset(columns)
-        group, num_rows = self.row_groups[number], 0
+        expected_rows, num_rows = self.num_rows[number], 0
         try:
+            chunks = self._chunks(number, columns)
             if self._reader is not None:
-                self._reader.hold(
-                    (chunk.start, chunk.stop)
-                    for chunk in group.chunks
-                    if wanted is None or chunk.name in wanted
-                )
-            cost = measure_row_group(self._stream, self.file.schema, group, wanted)
+                self._reader.hold((chunk.start, chunk.stop) for chunk in chunks.values())
+            cost = measure_row_group(self._stream, self.file.schema, expected_rows, chunks)
             if cost.largest_bytes > max_page_bytes:
                 raise ContainerError(
                     f"a page, or a column of lists, has {cost.largest_bytes} bytes decompressed; "
@@ -152,21 +168,21 @@ class OpenParquet:
                 yield batch
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ContainerError(str(error)) from error
-        if num_rows < group.num_rows:
-            raise ContainerError(f"a row group of {group.num_rows} rows ends after {num_rows}")
+        if num_rows < expected_rows:
+            raise ContainerError(f"a row group of {expected_rows} rows ends after {num_rows}")
 
     def check_num_rows(self) -> None:
-        """Refuse rows that are nothing but a number in the footer.
+        """Refuse a number of rows that the file is too small for.
 
         Raises:
             ContainerError: There are more than a million rows, and fewer bytes than rows.
         """
-        num_rows = sum(group.num_rows for group in self.row_groups)
+        num_rows = sum(self.num_rows)
         num_bytes = self._stream.seek(0, io.SEEK_END)
         if num_rows > max(_MIN_BOUND_ROWS, num_bytes):
             raise ContainerError(
-                f"{self.uri}: is said to hold {num_rows} rows, and has {num_bytes} bytes; a row "
-                "takes at least one"
+                f"{self.uri}: its footer declares {num_rows} rows, but the file has {num_bytes} "
+                "bytes; a row takes at least one"
             )
 
 
@@ -189,11 +205,10 @@ def open_parquet(url: str, uri: str) -> Iterator[OpenParquet]:
     with stream:
         try:
             file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-            row_groups = read_footer(stream)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ContainerError(f"{uri}: is not a whole Parquet file: {error}") from error
         with file:
-            yield OpenParquet(file, stream, reader, row_groups, uri)
+            yield OpenParquet(file, stream, reader, uri)
 
 
 def index_parquet(url: str, uri: str) -> ParquetIndex:
@@ -206,24 +221,16 @@ def index_parquet(url: str, uri: str) -> ParquetIndex:
         audio = find_audio_column(opened.file.schema_arrow)
         if audio is not None:
             opened.check_num_rows()
-        groups = []
-        for group in opened.row_groups:
-            sizes = (
-                chunk.uncompressed_bytes
-                for chunk in group.chunks
-                if audio is not None and chunk.name == audio.name
-            )
-            if group.num_rows:
-                groups.append((group.num_rows, max(0, sum(sizes))))
-        return ParquetIndex(audio, opened.names, tuple(groups))
+        groups = ((group.num_rows, max(0, group.total_byte_size)) for group in opened.groups())
+        return ParquetIndex(audio, opened.names, tuple(group for group in groups if group[0] > 0))
 
 
 def find_audio_column(schema: pa.Schema) -> AudioColumn | None:
-    """The audio column of a schema, or None.
+    """Find the audio column of a schema; None if there is none.
 
-    First what Hugging Face's own metadata calls ``Audio``; then a ``struct<bytes, path>``, the
-    one named ``audio`` before others; then a binary column named ``audio``; then the only binary
-    column, unless a column ``uri`` says that this is a manifest.
+    The first of these: the column that Hugging Face's metadata calls ``Audio``; a
+    ``struct<bytes, path>``, preferably named ``audio``; a binary column named ``audio``; the only
+    binary column, unless a column ``uri`` shows that the table is a manifest.
     """
     features = _huggingface_features(schema)
     class_names = {name: _class_names(features.get(name)) for name in schema.names}
@@ -279,7 +286,7 @@ def _huggingface_features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _class_names(feature: Any) -> list[str]:
-    """Names of a ``ClassLabel``, or of a list of them."""
+    """Return the class names of a ``ClassLabel``, or of a list of them."""
     if isinstance(feature, list) and len(feature) == 1:
         return _class_names(feature[0])
     if not isinstance(feature, dict):
@@ -296,15 +303,15 @@ def _class_names(feature: Any) -> list[str]:
 def read_parquet(
     part: ContainerSlice, wanted: tuple[Item, ...], limits: ReadLimits | None = None
 ) -> Iterator[EncodedClip | Failure]:
-    """The items of a range of rows, in order, then what is broken.
+    """Yield the items of a range of rows, in order, then the failures.
 
-    A row group that cannot be read does not keep the next ones from being read; what is missing
-    is told in one failure of the container, or, of items asked for, in a failure of each.
+    After a row group that cannot be read, the next one is read. One failure of the container
+    reports all missing rows; a wanted item that is missing has a failure of its own.
 
     Args:
         part: The slice.
-        wanted: Items to read, by row; empty means all there are.
-        limits: What reading may take.
+        wanted: Items to read, by row; empty for all.
+        limits: Bounds for reading.
     """
     limits = limits or ReadLimits()
     rows: dict[int, list[Item]] = {}
@@ -323,22 +330,22 @@ def read_parquet(
                 yield from (_clip(part, audio, row, dict(values), item, limits) for item in items)
     except ContainerError as error:
         damage.append(error)
-    told = "; ".join(str(one) for one in damage[:5])
+    message = "; ".join(str(one) for one in damage[:5])
     for item in (item for items in rows.values() for item in items):
-        yield read_failure(item, _row_error(item, part, told, damage))
+        yield read_failure(item, _row_error(item, part, message, damage))
     if damage and not wanted:
         item = container_item(part, "rows")
-        yield read_failure(item, ContainerError(told), is_container=True)
+        yield read_failure(item, ContainerError(message), is_container=True)
 
 
 def _row_error(
-    item: Item, part: ContainerSlice, told: str, damage: Sequence[ContainerError]
+    item: Item, part: ContainerSlice, message: str, damage: Sequence[ContainerError]
 ) -> ReadError:
-    """Why a row that was asked for was not met."""
+    """Explain why a wanted row was not found."""
     if not damage:
-        return ReadError(f"row {item.row} of {part.uri} is not there")
+        return ReadError(f"{part.uri} has no row {item.row}")
     cause = damage[0].__cause__ or damage[0]
-    return ReadError(f"row {item.row} cannot be read: {told}", error_type=type(cause).__name__)
+    return ReadError(f"row {item.row} cannot be read: {message}", error_type=type(cause).__name__)
 
 
 def _rows(
@@ -348,10 +355,10 @@ def _rows(
     damage: list[ContainerError],
     limits: ReadLimits,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Row numbers and their values; what could not be read is added to ``damage``."""
+    """Yield row numbers and values; append errors to ``damage``."""
     first = 0
-    for number, group in enumerate(opened.row_groups):
-        start, stop = first, first + group.num_rows
+    for number, num_rows in enumerate(opened.num_rows):
+        start, stop = first, first + num_rows
         first = stop
         low = max(start, part.start)
         high = stop if part.stop is None else min(stop, part.stop)
@@ -370,7 +377,7 @@ def _rows(
 
 
 def row_values(batch: pa.RecordBatch, offset: int) -> dict[str, Any]:
-    """The values of a row, by column; binary ones as they lie in the batch, not copied."""
+    """Return the values of a row by column; binary ones are views of the batch."""
     values: dict[str, Any] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         values.setdefault(name, _value(column[offset]))
@@ -378,7 +385,7 @@ def row_values(batch: pa.RecordBatch, offset: int) -> dict[str, Any]:
 
 
 def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """The values of each row, as ``row_values`` gives them."""
+    """Yield the values of each row, like ``row_values``."""
     columns: dict[str, list[Any]] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if name not in columns:
@@ -395,7 +402,7 @@ def _values(column: pa.Array) -> list[Any]:
 
 
 class UnreadableValue(str):
-    """Stands for a value that Python cannot hold, and says why."""
+    """The reason why a value has no Python equivalent, in place of that value."""
 
 
 def _value(scalar: pa.Scalar) -> Any:
@@ -408,7 +415,7 @@ def _value(scalar: pa.Scalar) -> Any:
             return {name: _value(scalar[name]) for name in ("bytes", "path")}
         return scalar.as_py()
     except _UNREADABLE as error:
-        # Text that is not UTF-8, a date before the year 1: Python has no value for it.
+        # Text that is not UTF-8, or a date before the year 1.
         return UnreadableValue(f"<cannot be read: {error}>")
 
 
@@ -508,17 +515,17 @@ def _clip_at_path(item: Item, part: ContainerSlice, path: str, limits: ReadLimit
 
 
 def _lies_here(url: str) -> bool:
-    """Whether its bytes are on this machine, be it behind others (``zip://a.wav::/b.zip``)."""
+    """Whether the bytes are on this machine, also in a chain (``zip://a.wav::/b.zip``)."""
     return urls.is_local(url) or urls.is_local(url.rpartition("::")[2])
 
 
-@functools.lru_cache(maxsize=64)  # asked for every row of a manifest
+@functools.lru_cache(maxsize=64)  # called for every row of a manifest
 def _folder_of(url: str) -> str:
     return urls.parent(url)
 
 
 def resolve(listing_url: str, path: str) -> str:
-    """What ``path`` means inside the file at ``listing_url``: relative to the file's folder."""
+    """Resolve a path from the file at ``listing_url``, relative to that file's folder."""
     if not urls.is_local(path) or path.startswith(("/", "~", "file://", "local://")):
         return urls.normalise(path)
     url = urls.normalise(urls.join(_folder_of(listing_url), path))

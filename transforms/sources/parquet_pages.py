@@ -1,17 +1,16 @@
-"""What reading a row group of a Parquet file would take, from the headers of its pages.
+"""What reading a row group of a Parquet file takes, by the headers of its pages.
 
-Part of ``sources``. Parquet is read a page at a time, and a page is decompressed whole: a file of a
-few kilobytes may hold pages of gigabytes. How large they are stands in the pages' own headers (the
-footer only sums them up, and is believed by nobody). So the headers are read first, and a row
-group beyond the bound is refused before any of its bytes is decompressed.
+Parquet is read a page at a time, and a page is decompressed whole: a file of a few kilobytes may
+hold pages of gigabytes. Only a page's own header tells its size; the footer gives sums, which may
+be wrong. So the headers are read first, and a row group beyond the bound is refused before any of
+it is decompressed.
 
-The footer is read here too: a damaged one makes pyarrow's ``RowGroupMetaData.column`` end the whole
-process (it does not catch what the C++ library throws; opening and reading do).
+The footer is parsed here for where the pages are: on a damaged one, pyarrow's
+``RowGroupMetaData.column`` ends the process, as it does not catch what the C++ library throws.
 
-All of it is in Thrift's compact protocol, which pyarrow does not give access to. Only the fields
-that are used are kept: what a file adds to them takes time but no memory. Sources:
-parquet-format, ``src/main/thrift/parquet.thrift``; Thrift,
-``doc/specs/thrift-compact-protocol.md``.
+Both are in Thrift's compact protocol, to which pyarrow gives no access. Only the fields that are
+used are kept: other fields take time but no memory. Sources: parquet-format,
+``src/main/thrift/parquet.thrift``; Thrift, ``doc/specs/thrift-compact-protocol.md``.
 """
 
 from __future__ import annotations
@@ -27,29 +26,29 @@ import pyarrow.parquet as pq
 _FIRST_READ_BYTES = 1 << 10  # most headers have fewer than 100 bytes
 _MAX_HEADER_BYTES = 16 << 20  # Arrow's own bound
 _MAX_DEPTH = 16
-_MAX_KEPT_BYTES = 8 << 20
+_MAX_CACHED_FOOTER_BYTES = 8 << 20
 _TAIL_BYTES = 8  # the footer's length and the magic number
 _NUMBER_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _LIST_VALUE_BYTES = 8  # at least that much memory for each value of a list
 
 # Thrift's types.
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
-# Fields by number, of PageHeader ...
-_TYPE, _UNCOMPRESSED, _COMPRESSED, _DATA, _DICTIONARY, _DATA_V2 = 1, 2, 3, 5, 7, 8
-_DICTIONARY_PAGE = 2
-# ... and of FileMetaData, RowGroup, ColumnChunk and ColumnMetaData.
-_ROW_GROUPS, _COLUMNS, _NUM_ROWS, _META_DATA = 4, 1, 3, 3
-_PATH, _CODEC, _NUM_VALUES, _TOTAL_UNCOMPRESSED, _TOTAL_COMPRESSED = 3, 4, 5, 6, 7
-_DATA_OFFSET, _DICTIONARY_OFFSET = 9, 11
-_NUM_CODECS = 8  # the enum CompressionCodec; pyarrow takes others for "not compressed"
 
-# Which fields of a struct are kept, and which of the structs in those.
+# The fields of a struct that are kept, by number, and those of the structs in them.
 _Fields = Mapping[int, "_Fields"]
 _VALUE: _Fields = {}
-_CHUNK_SIZES = (_NUM_VALUES, _TOTAL_UNCOMPRESSED, _TOTAL_COMPRESSED)
-_CHUNK = dict.fromkeys((_PATH, _CODEC, *_CHUNK_SIZES, _DATA_OFFSET, _DICTIONARY_OFFSET), _VALUE)
-_FOOTER: _Fields = {_ROW_GROUPS: {_COLUMNS: {_META_DATA: _CHUNK}, _NUM_ROWS: _VALUE}}
-_COUNT: _Fields = {1: _VALUE}  # the number of values comes first in all three
+# FileMetaData, RowGroup, ColumnChunk and ColumnMetaData
+_ROW_GROUPS, _COLUMNS, _META_DATA = 4, 1, 3
+_CODEC, _NUM_VALUES, _TOTAL_COMPRESSED, _DATA_OFFSET, _DICTIONARY_OFFSET = 4, 5, 7, 9, 11
+_CHUNK = dict.fromkeys(
+    (_CODEC, _NUM_VALUES, _TOTAL_COMPRESSED, _DATA_OFFSET, _DICTIONARY_OFFSET), _VALUE
+)
+_FOOTER: _Fields = {_ROW_GROUPS: {_COLUMNS: {_META_DATA: _CHUNK}}}
+_NUM_CODECS = 8  # the enum CompressionCodec; pyarrow takes others for "not compressed"
+# PageHeader
+_TYPE, _UNCOMPRESSED, _COMPRESSED, _DATA, _DICTIONARY, _DATA_V2 = 1, 2, 3, 5, 7, 8
+_DICTIONARY_PAGE = 2
+_COUNT: _Fields = {1: _VALUE}  # the number of values is field 1 of all three
 _HEADER: _Fields = {
     **dict.fromkeys((_TYPE, _UNCOMPRESSED, _COMPRESSED), _VALUE),
     **dict.fromkeys((_DATA, _DICTIONARY, _DATA_V2), _COUNT),
@@ -58,80 +57,59 @@ _HEADER: _Fields = {
 
 @dataclass(frozen=True, slots=True)
 class ColumnChunk:
-    """What the footer says of a column in a row group; it may be wrong.
+    """A column of a row group, by the footer, which may be wrong.
 
     Attributes:
-        name: The top-level column.
-        codec: Number of what compresses it.
-        num_values: Of the leaf column.
-        uncompressed_bytes: Its pages' sizes, decompressed.
-        start: Its first byte in the file.
-        stop: One past its last.
+        codec: Number of the compression.
+        num_values: Values of the leaf column.
+        start: First byte in the file.
+        stop: One past the last byte.
     """
 
-    name: str
     codec: int
     num_values: int
-    uncompressed_bytes: int
     start: int
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
-class RowGroup:
-    """What the footer says of a row group; it may be wrong.
-
-    Attributes:
-        num_rows: At least 0.
-        chunks: One per leaf column.
-    """
-
-    num_rows: int
-    chunks: tuple[ColumnChunk, ...]
-
-
-def read_footer(stream: BinaryIO) -> tuple[RowGroup, ...]:
-    """The row groups by a Parquet file's footer.
+def read_chunks(stream: BinaryIO) -> tuple[tuple[ColumnChunk, ...], ...]:
+    """Read where the columns of each row group are from a Parquet file's footer.
 
     Raises:
-        ValueError: It cannot be read.
-        OSError: The bytes cannot be had.
+        ValueError: The footer is damaged.
+        OSError: The file cannot be read.
     """
     end = stream.seek(0, 2)
     stream.seek(max(0, end - _TAIL_BYTES))
     length = int.from_bytes(stream.read(4), "little")
     stream.seek(max(0, end - _TAIL_BYTES - length))
     data = stream.read(length)
-    return _parse_footer(data) if len(data) > _MAX_KEPT_BYTES else _parse_footer_once(data)
+    parse = _parse_footer if len(data) > _MAX_CACHED_FOOTER_BYTES else _parse_footer_once
+    return parse(data)
 
 
-def _parse_footer(data: bytes) -> tuple[RowGroup, ...]:
+def _parse_footer(data: bytes) -> tuple[tuple[ColumnChunk, ...], ...]:
     try:
-        footer = _CompactReader(data).read_struct(_FOOTER)
-        return tuple(_row_group(group) for group in footer.get(_ROW_GROUPS, ()))
+        groups = _CompactReader(data).read_struct(_FOOTER).get(_ROW_GROUPS, ())
+        return tuple(
+            tuple(_chunk(column.get(_META_DATA, {})) for column in group.get(_COLUMNS, ()))
+            for group in groups
+        )
     except (IndexError, TypeError, AttributeError) as error:
         raise ValueError("the footer is damaged") from error
 
 
-# Each unit of a file opens it again. By its bytes, so that a file that changed is another.
+# Each unit of a file opens it again. The key is the footer, so a changed file is parsed again.
 _parse_footer_once = lru_cache(maxsize=4)(_parse_footer)
 
 
-def _row_group(fields: dict[int, Any]) -> RowGroup:
-    chunks = (column.get(_META_DATA, {}) for column in fields.get(_COLUMNS, ()))
-    return RowGroup(max(0, _number(fields, _NUM_ROWS)), tuple(_chunk(chunk) for chunk in chunks))
-
-
 def _chunk(fields: dict[int, Any]) -> ColumnChunk:
-    path = fields.get(_PATH) or [b""]
     start = _number(fields, _DATA_OFFSET)
     dictionary = _number(fields, _DICTIONARY_OFFSET)
     start = dictionary if 0 < dictionary < start else start
     return ColumnChunk(
-        path[0].decode("utf-8", "replace"),
         _number(fields, _CODEC),
         _number(fields, _NUM_VALUES),
-        _number(fields, _TOTAL_UNCOMPRESSED),
         start,
         start + _number(fields, _TOTAL_COMPRESSED),
     )
@@ -139,14 +117,14 @@ def _chunk(fields: dict[int, Any]) -> ColumnChunk:
 
 @dataclass(frozen=True, slots=True)
 class RowGroupCost:
-    """What a row group takes.
+    """What reading a row group takes.
 
     Attributes:
-        largest_bytes: Of its largest page, or its largest column of lists (a row of it may go
-            over many pages), decompressed.
-        row_bytes: Of a row, by the page with the largest rows of each column.
-        entry_bytes: Of a row that has the largest entry of each column's dictionary; no more than
-            that, as only the dictionary's size is known.
+        largest_bytes: Largest page, or largest column of lists (a row of which may span many
+            pages), decompressed.
+        row_bytes: Size of a row, by the page with the largest rows of each column.
+        entry_bytes: Size of a row that has the largest entry of each column's dictionary. It is an
+            upper bound, because only the size of the whole dictionary is known.
     """
 
     largest_bytes: int
@@ -157,30 +135,26 @@ class RowGroupCost:
 def measure_row_group(
     stream: BinaryIO,
     schema: pq.ParquetSchema,
-    group: RowGroup,
-    columns: frozenset[str] | None = None,
+    num_rows: int,
+    chunks: Mapping[int, ColumnChunk],
 ) -> RowGroupCost:
     """Read the headers of all pages of a row group.
 
     Args:
-        stream: The file's bytes.
-        schema: Of the file.
-        group: Of the file.
-        columns: Top-level columns that will be read; None for all.
+        stream: The file.
+        schema: Schema of the file.
+        num_rows: Rows of the row group.
+        chunks: The columns to be read, by their number in the schema.
 
     Raises:
-        ValueError: A header cannot be read, or holds other than what the footer says.
-        OSError: The bytes cannot be had.
+        ValueError: A header is damaged, or contradicts the footer.
+        OSError: The file cannot be read.
     """
-    if len(group.chunks) != len(schema):
-        raise ValueError(f"a row group has {len(group.chunks)} columns, the file {len(schema)}")
     largest = row_bytes = entry_bytes = 0
-    for index, chunk in enumerate(group.chunks):
-        if columns is not None and chunk.name not in columns:
-            continue
+    for number, chunk in chunks.items():
+        column = schema.column(number)
         if not 0 <= chunk.codec < _NUM_CODECS:
-            raise ValueError(f"column {chunk.name} has the unknown codec {chunk.codec}")
-        column = schema.column(index)
+            raise ValueError(f"column {column.path} has the unknown codec {chunk.codec}")
         is_list = column.max_repetition_level > 0
         total = densest = found = entry = 0
         for size, num_values, is_dictionary in _pages(stream, chunk):
@@ -189,15 +163,15 @@ def measure_row_group(
             total += taken
             largest = max(largest, taken)
             if is_dictionary:
-                # One entry may be all of it, but for numbers.
+                # A single entry may fill the dictionary, except for numbers.
                 entry = max(entry, min(size, _NUMBER_BYTES.get(column.physical_type, size)))
             else:
                 densest = max(densest, size // max(1, num_values))
         if is_list:
-            largest, densest = max(largest, total), max(densest, total // max(1, group.num_rows))
-        elif found > group.num_rows:
+            largest, densest = max(largest, total), max(densest, total // max(1, num_rows))
+        elif found > num_rows:
             raise ValueError(
-                f"column {chunk.name} has {found} values in a row group of {group.num_rows} rows"
+                f"column {column.path} has {found} values in a row group of {num_rows} rows"
             )
         row_bytes += densest
         entry_bytes += entry
@@ -205,9 +179,9 @@ def measure_row_group(
 
 
 def _pages(stream: BinaryIO, chunk: ColumnChunk) -> Iterator[tuple[int, int, bool]]:
-    """Size decompressed, number of values, and whether it is a dictionary, of each page."""
-    position, num_left = chunk.start, chunk.num_values
-    while num_left > 0 and position < chunk.stop:
+    """Yield decompressed size, number of values and whether it is a dictionary, for each page."""
+    position, remaining = chunk.start, chunk.num_values
+    while remaining > 0 and position < chunk.stop:
         header, length = _read_header(stream, position)
         size, compressed = _number(header, _UNCOMPRESSED), _number(header, _COMPRESSED)
         is_dictionary = header.get(_TYPE) == _DICTIONARY_PAGE
@@ -216,20 +190,20 @@ def _pages(stream: BinaryIO, chunk: ColumnChunk) -> Iterator[tuple[int, int, boo
         if min(size, compressed, num_values) < 0:
             raise ValueError(f"the page at byte {position} has no size")
         yield size, num_values, is_dictionary
-        num_left -= 0 if is_dictionary else num_values
+        remaining -= 0 if is_dictionary else num_values
         position += length + compressed
 
 
 def _number(fields: dict[int, Any], field: int) -> int:
-    """A field that must be a number; -1 where there is none."""
+    """Return a number; -1 if the field is missing or not a number."""
     value = fields.get(field)
     return value if isinstance(value, int) else -1
 
 
 def _read_header(stream: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
-    """The fields of the header at ``position``, by number, and its length in bytes."""
+    """Return the fields of the page header at ``position`` by number, and its length in bytes."""
     if not 0 <= position < 1 << 62:
-        raise ValueError(f"a page is said to lie at byte {position}")
+        raise ValueError(f"a page would be at byte {position}")
     size = _FIRST_READ_BYTES
     while True:
         stream.seek(position)
@@ -237,28 +211,28 @@ def _read_header(stream: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
         try:
             header = _CompactReader(data)
             return header.read_struct(_HEADER), header.position
-        except IndexError:  # more of it follows
+        except IndexError:  # longer than what was read
             if len(data) < size or size >= _MAX_HEADER_BYTES:
                 raise ValueError(f"the header of the page at byte {position} has no end") from None
             size *= 16
 
 
 class _CompactReader:
-    """Reads values in Thrift's compact protocol; IndexError where the bytes end too early."""
+    """Parses Thrift's compact protocol; raises IndexError if the bytes end too early."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self.position = 0
 
     def read_struct(self, wanted: _Fields | None, depth: int = 0) -> dict[int, Any]:
-        """Values by field number: numbers, bytes, lists, structs.
+        """Return values by field number: numbers, bytes, lists, structs.
 
         Args:
-            wanted: The fields to keep; the others are passed over.
-            depth: How many structs and lists this one lies in.
+            wanted: The fields to keep; the others are skipped.
+            depth: Number of structs and lists around this one.
         """
         if depth > _MAX_DEPTH:
-            raise ValueError("what describes the pages is nested too deeply")
+            raise ValueError("the metadata of the pages is nested too deeply")
         wanted = wanted or {}
         fields: dict[int, Any] = {}
         number = 0
@@ -272,8 +246,8 @@ class _CompactReader:
         return fields
 
     def _value(self, kind: int, wanted: _Fields | None, depth: int) -> Any:
-        """A value; ``wanted`` is None where it is passed over."""
-        if kind in (_TRUE, _FALSE, _BYTE):  # a bool has a byte of its own in lists alone
+        """Parse a value; ``wanted`` is None where it is skipped."""
+        if kind in (_TRUE, _FALSE, _BYTE):  # only in lists has a bool a byte of its own
             return self._byte()
         if kind in (_I16, _I32, _I64):
             return self._zigzag()
@@ -297,7 +271,7 @@ class _CompactReader:
         self, count: int, kinds: tuple[int, ...], wanted: _Fields | None, depth: int
     ) -> list[Any]:
         if depth > _MAX_DEPTH:
-            raise ValueError("what describes the pages is nested too deeply")
+            raise ValueError("the metadata of the pages is nested too deeply")
         values = (self._value(kind, wanted, depth + 1) for _ in range(count) for kind in kinds)
         return list(deque(values, maxlen=None if wanted is not None else 0))
 

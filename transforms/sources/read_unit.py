@@ -1,14 +1,10 @@
-"""What there is to label, as work units, and reading a unit.
+"""The sources: the inputs as work units, and the encoded clips of a unit.
 
     INPUT… ─find_inputs─▶ Found (items, containers) ─plan_units─▶ WorkUnit ─read_unit─▶ EncodedClip
                                                                                      └▶ Failure
 
 Files, globs, folders, tars, Parquet files with audio and manifests all become the same two things:
 loose **items**, and **containers** (a tar, a Parquet file) whose items are found while reading.
-
-This is the door; behind it are ``inputs`` (what the inputs hold), ``manifests``, ``units`` (cutting
-it into units), ``tar_source`` (on ``tar_headers``) and ``parquet_source`` (reading containers),
-``spooling`` (an item's bytes, within bounds) and ``clip_ids`` (names).
 """
 
 from __future__ import annotations
@@ -58,12 +54,12 @@ _DEFAULT_SETTINGS = SourceSettings()
 def read_unit(
     unit: WorkUnit, settings: SourceSettings = _DEFAULT_SETTINGS
 ) -> Iterator[EncodedClip | Failure]:
-    """The items of a unit, in an order that is always the same.
+    """Yield the items of a unit, always in the same order.
 
-    Memory stays bounded: at most ``settings.read_ahead`` + 1 items of ``limits.spool_bytes``
-    each (what is larger lies in a temporary file), and of a Parquet file a few pages. An item
-    beyond ``limits.max_item_bytes`` is a failure, and its bytes are not kept anywhere. A
-    container that breaks off gives the items before, then one failure of its own.
+    Memory is bounded: at most ``settings.read_ahead`` + 1 items of ``limits.spool_bytes`` each
+    (larger ones go to a temporary file), and a few pages of a Parquet file. An item beyond
+    ``limits.max_item_bytes`` is a failure, and its bytes are not kept. A container that is cut
+    short gives the items up to there, then a failure of its own.
     """
     if unit.container is None:
         yield from _read_files(unit.items, settings)
@@ -74,7 +70,7 @@ def read_unit(
 
 
 def _read_files(items: Sequence[Item], settings: SourceSettings) -> Iterator[EncodedClip | Failure]:
-    """Local files by their path; remote ones fetched ahead, once for all their segments."""
+    """Yield local files by path, and remote ones prefetched once for all their segments."""
     groups = deque((url, list(same)) for url, same in groupby(items, key=_url))
     fetching: deque[tuple[list[Item], Future[Fetched]]] = deque()
     with ThreadPoolExecutor(settings.read_ahead, "earmark-read") as pool:
@@ -102,16 +98,16 @@ def _fetched_clips(
     items: Sequence[Item], future: Future[Fetched]
 ) -> Iterator[EncodedClip | Failure]:
     fetched = future.result()
-    left = list(items)
+    remaining = list(items)
     try:
-        while left:
-            item = left.pop(0)
+        while remaining:
+            item = remaining.pop(0)
             if fetched.error is not None:
                 yield read_failure(item, fetched.error)
             elif fetched.data is not None:
                 yield EncodedClip(item, data=fetched.data)
-            elif fetched.is_temporary and left:
-                # Each clip's file goes after decoding, so all but the last get a name of their own.
+            elif fetched.is_temporary and remaining:
+                # Each clip's file is deleted after decoding: all but the last get their own link.
                 yield EncodedClip(item, path=second_name(str(fetched.path)), delete_path=True)
             else:
                 path, temporary = fetched.path, fetched.is_temporary

@@ -1,15 +1,15 @@
-"""Items of a tar: which of its members are items, how to cut it, and reading a slice of it.
+"""Tars: their index, which tells where they can be cut, and the items of a slice.
 
-Part of ``sources``. Where members lie, ``tar_headers`` finds. Nothing is ever extracted by name:
-links, devices and folders are not followed, and a member's name is only a name.
+Nothing is extracted by name: links, devices and folders are not followed, and a member's name is
+only a name.
 
 Siblings (``.json``, ``.txt``, ``.cls``) belong to the audio with the same WebDataset key: the
-name up to the first dot after its last slash. Neighbours with the same key make a **group**; an
-archive is only ever cut between groups.
+name up to the first dot after its last slash. Neighbours with the same key make a **group**, and an
+archive is only cut between groups.
 
-What a tar may take is bounded whatever it says of itself: an item that is too large is passed over
-without being kept, what is read of a group's siblings and of names has a bound, and so has what a
-compressed tar may expand to.
+Memory is bounded whatever the headers say: an item that is too large is skipped without being
+kept, and there are bounds for names, for the siblings of a group and for the expansion of a
+compressed tar.
 """
 
 from __future__ import annotations
@@ -47,17 +47,16 @@ from transforms.sources.tar_headers import (
     MAX_NAME_CHARS,
     Archive,
     TarMember,
-    is_wide,
     open_archive,
     padded,
     walk_members,
-    walk_wide,
 )
+from transforms.sources.tar_parallel import is_slow_to_walk, walk_in_parallel
 from transforms.storage import urls
 
 logger = logging.getLogger(__name__)
 
-# What is read of the siblings of one group; beyond that, the metadata only says how large they are.
+# Of a group's siblings. The metadata gives only the size of those beyond it.
 _MAX_SIDECAR_BYTES = 4 << 20
 _MAX_SIDECARS = 1000
 # Files named like "take1.5_001.wav" all have the key "take1". Past this many audio members, a
@@ -67,14 +66,14 @@ _MAX_GROUP = 64
 
 @dataclass(frozen=True, slots=True)
 class TarGroup:
-    """Neighbours with the same key that hold at least one item.
+    """Neighbours with the same key, at least one of which is an item.
 
     Attributes:
         start: Byte where the group begins.
-        names: Names of the items in it, in order.
-        starts: Where each item's member begins.
-        windows: Windows expected of them.
-        size: Bytes of them.
+        names: Names of its items, in order.
+        starts: Byte where each item's member begins.
+        windows: Expected number of windows.
+        size: Bytes of its items.
     """
 
     start: int
@@ -86,12 +85,12 @@ class TarGroup:
 
 @dataclass(frozen=True, slots=True)
 class TarIndex:
-    """What a walk over the headers found.
+    """The groups of a tar.
 
     Attributes:
-        groups: In order.
-        can_cut: Whether slices read by themselves hold the same as the whole.
-        damage: What broke the walk off, or None.
+        groups: Groups in order.
+        can_cut: Whether its slices, read separately, give the same items as the whole.
+        damage: The error that ended the walk over the headers, or None.
     """
 
     groups: tuple[TarGroup, ...]
@@ -114,7 +113,7 @@ def _stem(name: str) -> str:
 
 
 class _Grouping:
-    """Says where a group ends; the same for planning and for reading, from any boundary on."""
+    """Finds the ends of groups, the same in planning and in reading, from any boundary on."""
 
     def __init__(self) -> None:
         self._key: str | None = None
@@ -122,7 +121,7 @@ class _Grouping:
         self._num_items = 0
 
     def starts_new(self, member: TarMember) -> bool:
-        """Whether ``member`` begins a new group; to be asked of every member in order."""
+        """Whether ``member`` begins a new group; to be called with every member in order."""
         key, stem = _key_and_rest(member.name)[0], _stem(member.name)
         is_new = self._key is not None and (
             key != self._key
@@ -134,7 +133,7 @@ class _Grouping:
 
 
 def is_item(member: TarMember) -> bool:
-    """Whether a member is an item: audio by its name, whatever stands behind the name."""
+    """Whether a member is an item: audio by its name, whatever its kind."""
     return member.kind != "folder" and is_audio_name(member.name)
 
 
@@ -144,13 +143,13 @@ def index_tar(
     estimate: WindowEstimate,
     max_items: int | None = None,
     *,
-    size: int | None = None,
+    size: int = 0,
     max_expansion: float = ReadLimits().max_expansion,
 ) -> TarIndex:
-    """Walk over the headers of a tar (of a compressed one: read it) and find where its items lie.
+    """Walk over the headers of a tar and index its items; a compressed tar is read for that.
 
-    A large remote one is walked in many places at once, where ``size`` is given. Damage ends the
-    walk, and so does having found more than ``max_items`` items; what lies before is given.
+    A large remote tar, by its ``size``, is walked with parallel requests. Damage ends the walk, and
+    so do more than ``max_items`` items; the index then holds the groups up to there.
     """
     groups: list[TarGroup] = []
     pending: list[TarMember] = []
@@ -161,10 +160,9 @@ def index_tar(
         open_it = functools.partial(open_archive, url, uri, max_expansion, to_walk=True)
         with open_it() as archive:
             grouping, num_items = _Grouping(), 0
-            if size is not None and is_wide(url, size) and archive.can_seek and max_items is None:
-                members = walk_wide(archive, open_it, size)
-            else:
-                members = walk_members(archive, None)
+            members = walk_members(archive, None)
+            if is_slow_to_walk(url, size) and archive.can_seek and max_items is None:
+                members = walk_in_parallel(archive, open_it, size)
             for member in members:
                 if grouping.starts_new(member):
                     groups += _index_group(pending, estimate)
@@ -199,7 +197,7 @@ def _index_group(members: list[TarMember], estimate: WindowEstimate) -> list[Tar
 
 
 class _KeyHalves:
-    """Finds keys whose audio and siblings are not neighbours (a tar of an unsorted folder)."""
+    """Finds keys whose audio and siblings are not neighbours, as in a tar of an unsorted folder."""
 
     def __init__(self) -> None:
         self._audio_only: set[str] = set()
@@ -227,7 +225,7 @@ def _is_sidecar(member: TarMember) -> bool:
 
 @dataclass(slots=True)
 class _Held:
-    """An audio member whose group is not yet complete."""
+    """An audio member whose group is not complete yet."""
 
     member: TarMember
     occurrence: int
@@ -248,8 +246,8 @@ class _Group:
                 Path(one.path).unlink(missing_ok=True)
 
 
-# Kinds of members that this process has said it leaves aside.
-_left_aside: set[str] = set()
+# Extensions of ignored members that this process has logged.
+_logged_extensions: set[str] = set()
 
 
 class TarReader:
@@ -257,8 +255,8 @@ class TarReader:
 
     Args:
         part: The slice.
-        wanted: Items to read, by name and occurrence; empty means all there are.
-        limits: What reading may take.
+        wanted: Items to read, by name and occurrence; empty for all.
+        limits: Bounds for reading.
     """
 
     def __init__(
@@ -275,7 +273,7 @@ class TarReader:
         self._num_items = 0
 
     def read(self) -> Iterator[EncodedClip | Failure]:
-        """The items of the slice, then what was asked for and not there, then what is broken."""
+        """Yield the items of the slice, then failures of missing items and of the container."""
         group = _Group()
         damage: ContainerError | None = None
         try:
@@ -311,7 +309,7 @@ class TarReader:
             group.sidecars[member.name] = _read_sidecar(archive, member, group.sidecar_bytes)
             group.sidecar_bytes += len(group.sidecars[member.name])
         if not is_item(member):
-            self._say_left_aside(member)
+            self._log_ignored(member)
             return
         self._seen[member.name] += 1
         occurrence = self._seen[member.name]
@@ -328,7 +326,7 @@ class TarReader:
         group.held.append(held)
 
     def _refusal(self, member: TarMember) -> ReadError | None:
-        """Why an audio member is not read; None if it is."""
+        """Return why an audio member is not read; None if it is."""
         if member.kind == LONG_NAME:
             return ReadError(
                 f"the member's name has more than {MAX_NAME_CHARS} characters, and is cut here; "
@@ -342,13 +340,13 @@ class TarReader:
             return error
         return None
 
-    def _say_left_aside(self, member: TarMember) -> None:
-        """Once for each kind, or a thousand shards with the same siblings would drown all else."""
+    def _log_ignored(self, member: TarMember) -> None:
+        """Log an ignored member once for each extension: a data set may have many shards."""
         ending = extension(member.name) or "(no extension)"
-        if member.kind == "file" and not _is_sidecar(member) and ending not in _left_aside:
-            _left_aside.add(ending)
+        if member.kind == "file" and not _is_sidecar(member) and ending not in _logged_extensions:
+            _logged_extensions.add(ending)
             logger.info(
-                "%s: members of other kinds are left aside: %s, the first is %r",
+                "%s: members of other kinds are ignored: %s, the first is %r",
                 for_terminal(self._part.uri),
                 for_terminal(ending),
                 for_terminal(member.name),
@@ -377,7 +375,7 @@ class TarReader:
             group.discard()
 
     def _items_of(self, one: _Held, group: _Group) -> list[Item]:
-        """The items that a member stands for: one, or those that a manifest asked for."""
+        """Return a member's items: one, or those that a manifest lists."""
         part, name = self._part, one.member.name
         truth, metadata = self._describe(name, group)
         if self._reads_all:
@@ -397,19 +395,19 @@ class TarReader:
         return [_described(item, truth, metadata) for item in items]
 
     def _describe(self, name: str, group: _Group) -> tuple[tuple[str, ...] | None, str | None]:
-        """Labels and metadata of the audio member ``name``, from its siblings."""
+        """Return the labels and metadata of the audio member ``name`` from its siblings."""
         key = _key_and_rest(name)[0]
         sidecars = {**self._read_torn(key), **group.sidecars}
         stems = {_stem(one.member.name) for one in group.held}
         values: dict[str, object] = {}
         truth = None
-        # The audio's own sibling comes first, then those of the key as a whole.
+        # The siblings with the audio's own stem come first, then those of the whole key.
         for sidecar in sorted(sidecars, key=lambda one: _stem(one) != _stem(name)):
             data = sidecars[sidecar]
             rest = _key_and_rest(sidecar)[1]
             own = _stem(sidecar) == _stem(name)
             if not own and "." in rest and _stem(sidecar) in stems:
-                continue  # it is another member's
+                continue  # it belongs to another member
             is_plain = own or "." not in rest
             value = _parse_sidecar(extension(sidecar), data)
             if is_plain and extension(sidecar) == ".json" and isinstance(value, dict):
@@ -421,10 +419,10 @@ class TarReader:
         return truth, make_metadata(values)
 
     def _torn_sidecars(self) -> dict[str, list[TarMember]]:
-        """Siblings that are not neighbours of their audio, by key; for a whole tar one can seek.
+        """Find siblings that are not neighbours of their audio, by key, in a whole local tar.
 
-        A tar that is cut has none (``index_tar`` looks), and to look for them in a compressed or
-        a remote one would mean to read it twice.
+        ``index_tar`` lets no tar with such siblings be cut. A compressed or remote tar would have
+        to be read twice.
         """
         part = self._part
         if not self._is_whole() or not urls.is_local(part.url):
@@ -434,7 +432,7 @@ class TarReader:
         with self._open() as archive:
             if not archive.can_seek:
                 return {}
-            with suppress(ContainerError):  # the pass that reads the items says so
+            with suppress(ContainerError):  # the pass that reads the items reports it
                 self._collect_halves(archive, halves, sidecars)
         keys = halves.torn()
         torn: dict[str, list[TarMember]] = {}
@@ -445,14 +443,14 @@ class TarReader:
         return torn
 
     def _read_torn(self, key: str) -> dict[str, bytes]:
-        """The content of a key's siblings that are not neighbours of their audio."""
+        """Read a key's siblings that are not neighbours of their audio."""
         found: dict[str, bytes] = {}
         if key not in self._torn:
             return found
         num_bytes = 0
         with self._open() as archive:
             for member in self._torn[key][:_MAX_SIDECARS]:
-                with suppress(ContainerError):  # cut short: the pass that reads the items says so
+                with suppress(ContainerError):  # the pass that reads the items reports it
                     archive.move_to(member.stop - padded(member.size))
                     found[member.name] = _read_sidecar(archive, member, num_bytes)
                     num_bytes += len(found[member.name])
@@ -485,7 +483,7 @@ class TarReader:
 
 
 def container_item(part: ContainerSlice, unit: str) -> Item:
-    """The item that stands for a slice of a container which cannot be read to its end."""
+    """Make the item for the failure of a slice that cannot be read to its end."""
     is_whole = part.start == 0 and part.stop is None
     stop = "" if part.stop is None else part.stop
     slice_name = None if is_whole else f"{unit}={part.start}-{stop}"
@@ -499,7 +497,7 @@ def container_item(part: ContainerSlice, unit: str) -> Item:
 
 
 def _described(item: Item, truth: tuple[str, ...] | None, metadata: str | None) -> Item:
-    """A manifest's item with its siblings' description where the manifest gives none."""
+    """Return a manifest's item with its siblings' labels and metadata where it has none."""
     return Item(
         clip_id=item.clip_id,
         uri=item.uri,
@@ -514,7 +512,7 @@ def _described(item: Item, truth: tuple[str, ...] | None, metadata: str | None) 
 
 
 def _read_sidecar(archive: Archive, member: TarMember, num_bytes: int) -> bytes:
-    """A sibling's content, or how large it is where ``num_bytes`` leave no room for it."""
+    """Read a sibling, or return its size if the siblings before it have ``num_bytes``."""
     if num_bytes + member.size > _MAX_SIDECAR_BYTES:
         return f"<{member.size} bytes>".encode()
     return archive.read_exactly(member.size, printable(repr(member.name)))

@@ -1,7 +1,7 @@
-"""Work units: what there is to do, cut into about the same work each.
+"""Work units: the input, cut into pieces of about the same work.
 
-Part of ``sources``. Units depend on what is in them alone: the same input gives the same units, and
-once some are committed, the rest gives the rest of the units.
+A unit depends only on its content. So the same input gives the same units, and once some are
+committed, the remaining input gives the remaining units.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Range = tuple[int, int | None]
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """How the input is cut into units and read.
+    """The settings for cutting the input into units and reading it.
 
     Attributes:
-        windows_per_unit: About how many windows make a unit; must be at least 1.
+        windows_per_unit: Approximate number of windows in a unit; must be at least 1.
         max_unit_bytes: A unit ends once it holds this many encoded bytes.
         window_s: Length of a window in seconds, for estimates.
         hop_s: From one window's start to the next's in seconds, for estimates.
-        read_ahead: Remote files fetched at the same time, before their turn.
-        limits: What reading may take.
+        read_ahead: Remote files fetched in parallel, ahead of their turn.
+        limits: Bounds for reading.
     """
 
     windows_per_unit: int = 256
@@ -59,18 +59,18 @@ class SourceSettings:
 
     @property
     def estimate(self) -> WindowEstimate:
-        """How windows are guessed from sizes."""
+        """The estimate of windows from sizes."""
         return WindowEstimate(self.window_s, self.hop_s)
 
     def is_full(self, windows: int, num_bytes: int) -> bool:
-        """Whether this much is a unit."""
+        """Return whether a unit of this size is full."""
         return windows >= self.windows_per_unit or num_bytes >= self.max_unit_bytes
 
 
 def limit_items(found: Found, limit: int, settings: SourceSettings) -> Found:
     """Keep exactly the first ``limit`` items: loose ones, failures of planning, then containers'.
 
-    A container that cannot be read counts as one item, the row that says so.
+    A container that cannot be read counts as one item: its failure.
     """
     items = found.items[:limit]
     failures = found.failures[: limit - len(items)]
@@ -88,7 +88,7 @@ def limit_items(found: Found, limit: int, settings: SourceSettings) -> Found:
 def _limit_container(
     container: Container, limit: int, settings: SourceSettings
 ) -> tuple[Container, int]:
-    """The container cut after ``limit`` items, and how many it then gives."""
+    """Cut a container after ``limit`` items; return it and the items that it then gives."""
     if container.items:
         items = tuple(sorted(container.items, key=_inside_order))[:limit]
         return dataclasses.replace(container, items=items), len(items)
@@ -107,7 +107,7 @@ def _limit_container(
     starts = [start for group in index.groups for start in group.starts]
     if len(starts) <= limit:
         return container, len(starts) + (index.damage is not None or not starts)
-    # Between groups where that is possible, so that siblings stay together.
+    # Between groups if possible, so that siblings stay together.
     after = starts[limit]
     stop = next((group.start for group in index.groups if group.starts[0] == after), after)
     return dataclasses.replace(container, stop=stop), limit
@@ -120,17 +120,17 @@ def plan_units(
     *,
     covered: Mapping[str, Sequence[Range]] | None = None,
 ) -> list[WorkUnit]:
-    """Cut what is to be done into units of about the same work.
+    """Cut the remaining input into units of about the same work.
 
-    A unit ends with the item that fills it, whatever comes next. So if whole units are taken
-    away (committed), the rest is cut into the same units as before.
+    A unit ends with the item that fills it, whatever comes next. So when whole units have been
+    committed, the rest is cut into the same units as before.
 
     Args:
-        items: Loose items, without the committed ones.
-        containers: Containers; of those with ``items``, without the committed ones.
+        items: Loose items that are not committed.
+        containers: Containers; their ``items``, if any, are those that are not committed.
         settings: Size of a unit.
-        covered: Of containers that are read as a whole, by uri: the ranges [start, stop) of the
-            present version that are committed; None as stop means to the end.
+        covered: Committed ranges [start, stop) of containers that are read as a whole, in their
+            present version, by uri; None as stop means to the end.
     """
     units = [
         _files_unit(group, windows)
@@ -142,11 +142,11 @@ def plan_units(
 
 @dataclass(frozen=True)
 class RestOfContainer:
-    """What is left to do of a container; ``cut_container`` cuts it.
+    """The part of a container that is not committed.
 
     Attributes:
         container: The tar or Parquet file.
-        covered: Where it is read as a whole, the ranges of it that are committed.
+        covered: The committed ranges, if it is read as a whole.
     """
 
     container: Container
@@ -154,18 +154,18 @@ class RestOfContainer:
 
     @staticmethod
     def of(container: Container, covered: Mapping[str, Sequence[Range]]) -> RestOfContainer:
-        """The rest of a container, with the ranges that are covered by uri."""
+        """Make the rest of a container from the committed ranges by uri."""
         ranges = () if container.items else tuple(covered.get(container.uri, ()))
         return RestOfContainer(container, ranges)
 
 
 def cut_container(rest: RestOfContainer, settings: SourceSettings) -> list[WorkUnit]:
-    """Units of the rest of a container; the headers of a large tar are read for that."""
+    """Cut the rest of a container into units; reads the headers of a large tar."""
     return list(_plan_container(rest.container, rest.covered, settings))
 
 
 def cut_containers(rests: Sequence[RestOfContainer], settings: SourceSettings) -> list[WorkUnit]:
-    """``cut_container`` of each, in order; several at the same time."""
+    """Cut several containers in parallel; the units are in order."""
     cut = in_threads(functools.partial(cut_container, settings=settings), rests)
     return [unit for units in cut for unit in units]
 
@@ -195,7 +195,7 @@ def _cut_items(
 
 
 def windows_of(item: Item, settings: SourceSettings) -> int:
-    """About how many windows an item has, by its size; of what lies in a container, one."""
+    """Estimate the windows of an item from its size; 1 for an item of a container."""
     start_s = item.start_s or 0.0
     if item.end_s is not None:
         return settings.estimate.of_duration(item.end_s - start_s)
@@ -206,7 +206,7 @@ def windows_of(item: Item, settings: SourceSettings) -> int:
 
 
 def _bytes_of(item: Item, windows: int, settings: SourceSettings) -> int:
-    """Bytes of a file; of a segment, its share of the file's."""
+    """Return the bytes of a file, or a segment's share of them."""
     size = item.size or 0
     if item.start_s is None and item.end_s is None:
         return size
@@ -246,7 +246,7 @@ def _plan_container(
         container.url,
         container.uri,
         settings.estimate,
-        size=container.size,
+        size=container.size or 0,
         max_expansion=settings.limits.max_expansion,
     )
     if container.items:
@@ -256,7 +256,7 @@ def _plan_container(
 
 
 def _gaps(covered: Sequence[Range], stop: int | None) -> Iterator[Range]:
-    """What is left of [0, stop) without the covered ranges."""
+    """Yield the ranges of [0, stop) that are not covered."""
     position = 0
     for low, high in sorted(covered, key=lambda one: one[0]):
         low = low if stop is None else min(low, stop)
@@ -299,7 +299,7 @@ def _container_unit(
 def _plan_row_groups(
     container: Container, gaps: Sequence[Range], settings: SourceSettings
 ) -> Iterator[WorkUnit]:
-    """Slices of whole row groups (but for where a gap begins or ends inside one)."""
+    """Cut gaps into slices of whole row groups; a gap may begin or end inside one."""
     num_rows = sum(rows for rows, _ in container.row_groups)
     for low, high in gaps:
         if container.row_groups and low >= num_rows:
@@ -330,7 +330,7 @@ def _inside_order(item: Item) -> tuple[int, str, float, str]:
 
 
 def _plan_rows(container: Container, settings: SourceSettings) -> Iterator[WorkUnit]:
-    """Units of the rows that a manifest asks for, each reading no more than it must."""
+    """Cut the rows that a manifest lists into units that read only what they need."""
     items = sorted(container.items, key=_inside_order)
     num_rows = sum(rows for rows, _ in container.row_groups)
     row_bytes = sum(num_bytes for _, num_bytes in container.row_groups) // max(1, num_rows)
@@ -342,7 +342,7 @@ def _plan_rows(container: Container, settings: SourceSettings) -> Iterator[WorkU
 def _plan_slices(
     container: Container, index: TarIndex, gaps: Sequence[Range], settings: SourceSettings
 ) -> Iterator[WorkUnit]:
-    """Slices that end between groups of members."""
+    """Cut gaps into slices that end between groups of members."""
     slices: list[tuple[int, int | None, int]] = []
     for low, high in gaps:
         groups = [
@@ -364,7 +364,7 @@ def _plan_slices(
 
 
 def _seen_names(index: TarIndex, slices: Sequence[Range]) -> list[dict[str, int]]:
-    """For each slice (in order, apart): how often its names occurred before it."""
+    """Count how often the names in each slice occur before it; the slices are in order."""
     seen: Counter[str] = Counter()
     found: list[dict[str, int]] = [{} for _ in slices]
     number = 0
@@ -381,7 +381,7 @@ def _seen_names(index: TarIndex, slices: Sequence[Range]) -> list[dict[str, int]
 def _plan_members(
     container: Container, index: TarIndex, settings: SourceSettings
 ) -> Iterator[WorkUnit]:
-    """Units of the members that a manifest asks for, each reading no more than it must."""
+    """Cut the members that a manifest lists into units that read only what they need."""
     asked: dict[tuple[str, int], list[Item]] = defaultdict(list)
     for item in sorted(container.items, key=_inside_order):
         asked[item.member or "", occurrence_of(item)].append(item)
@@ -404,7 +404,7 @@ def _plan_members(
 def _cut_members(
     index: TarIndex, asked: dict[tuple[str, int], list[Item]], settings: SourceSettings
 ) -> list[tuple[int, int | None, list[Item]]]:
-    """Slices and their items; what is found is taken out of ``asked``."""
+    """Return slices and their items, and remove those items from ``asked``."""
     parts: list[tuple[int, int | None, list[Item]]] = []
     occurrences: Counter[str] = Counter()
     start, windows, size = 0, 0, 0

@@ -23,9 +23,9 @@ from pipeline.labelling.run import fits_job, plan_on_workers, run_label
 from pipeline.result.verify import run_verify
 from pipeline.terminal.time_report import UNTIMED
 from tests.pipeline.labelling.test_run import write_clip
+from tests.support.containers import tar_bytes
 from tests.support.labelling import small_config
 from tests.support.unit_factory import file_unit
-from tests.transforms.sources.test_tar_headers import tar_of
 from transforms.errors import ConfigError, InputError
 from transforms.results.commits import list_unit_ids
 
@@ -49,7 +49,7 @@ def tar(folder: Path) -> list[str]:
     """An archive of several units, with a name twice and siblings."""
     members = clips_of(folder / "clips", 9)
     members[4:4] = [("3.json", b'{"label": "bird"}'), ("1.wav", members[5][1])]
-    (folder / "x.tar").write_bytes(tar_of(members))
+    (folder / "x.tar").write_bytes(tar_bytes(members))
     return [str(folder / "x.tar")]
 
 

@@ -19,7 +19,7 @@ import soundfile
 import soxr
 
 from tests.support import audio_factory
-from tests.support.clips import wav
+from tests.support.audio_factory import wav
 from tests.support.paths import ROOT
 from transforms.decoding import encoded, ffmpeg_reader, soundfile_reader
 from transforms.decoding.decode import decode, decode_whole
@@ -36,7 +36,7 @@ def rate_for(name: str) -> int:
 
 
 def sound(name: str, duration_s: float, num_channels: int = 1) -> audio_factory.Samples:
-    """A tone in noise, as the format can hold it."""
+    """Return a tone in noise with the precision of the format."""
     rate = rate_for(name)
     samples = audio_factory.tone(duration_s, rate, num_channels=num_channels)
     samples += audio_factory.noise(duration_s, rate, amplitude=0.02, num_channels=num_channels)
@@ -45,7 +45,7 @@ def sound(name: str, duration_s: float, num_channels: int = 1) -> audio_factory.
 
 
 def native(data: bytes, rate: int, **segment: float) -> audio_factory.Samples:
-    """Decoded without resampling."""
+    """Decode without resampling."""
     return decode_whole(data, sample_rate_hz=rate, **segment)[0]
 
 
@@ -77,7 +77,7 @@ def test_lossy_formats_give_the_same_sound(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mp3", "ogg", "opus", "webm", "m4a"])
-def test_encoder_delay_is_cut_where_the_file_says_how_much(name: str) -> None:
+def test_encoder_delay_is_cut_if_the_file_declares_it(name: str) -> None:
     samples = sound(name, 1.5)
     decoded = native(audio_factory.encode(samples, rate_for(name), name), rate_for(name))
     length = min(len(decoded), len(samples))
@@ -94,9 +94,7 @@ def test_content_decides_not_the_name(name: str, file_name: str, tmp_path: Path)
     assert np.array_equal(decode_whole(path)[0], decode_whole(data)[0])
 
 
-def test_large_files_are_read_where_they_lie(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_files_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("flac", "ogg", "m4a"):
         path = audio_factory.write(tmp_path / name, sound(name, 2.0), rate_for(name), name)
         in_memory, facts = decode_whole(path)
@@ -208,7 +206,7 @@ def test_a_stream_may_change_its_rate_and_channels() -> None:
     assert np.argmax(np.abs(np.fft.rfft(samples[-RATE:]))) == pytest.approx(440, abs=1)
 
 
-def test_of_several_audio_streams_the_first_is_used_and_said() -> None:
+def test_the_first_of_several_audio_streams_is_used_with_a_warning() -> None:
     first, second = audio_factory.tone(0.5), audio_factory.tone(0.5, frequency_hz=880.0)
     samples, facts = decode_whole(audio_factory.encode_video(RATE, [first, second]))
     np.testing.assert_allclose(samples, first[:, 0], atol=1e-4)
@@ -219,7 +217,7 @@ def test_of_several_audio_streams_the_first_is_used_and_said() -> None:
 
 
 def expected_levels(samples: audio_factory.Samples, rate: int) -> tuple[float, ...]:
-    """Peak, RMS, clipped and silent ratios, straight from their definitions."""
+    """Compute peak, RMS, clipped and silent ratios from their definitions."""
     values = samples.astype(np.float64)
     size = round(0.02 * rate)
     frames = [values[start : start + size] for start in range(0, len(values), size)]
@@ -269,7 +267,7 @@ def test_content_hash_is_that_of_the_encoded_bytes() -> None:
 @pytest.mark.parametrize(
     "name", ["wav", "wav24", "flac", "aiff", "ogg", "mp3", "mp3_no_header", "m4a", "opus", "mkv"]
 )
-def test_a_segment_is_what_slicing_the_whole_gives(name: str, monkeypatch: Any) -> None:
+def test_a_segment_equals_a_slice_of_the_whole(name: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(soundfile_reader, "PREROLL_FRAMES", 60_000)  # so that short files seek, too
     rate = rate_for(name)
     data = audio_factory.encode(sound(name, 6.0, 2), rate, name)
@@ -347,7 +345,7 @@ def test_impossible_segments_are_errors(
         ),
     ],
 )
-def test_what_cannot_be_labelled_says_why(
+def test_errors_tell_why_a_file_cannot_be_labelled(
     make: Callable[[], bytes], error_type: str, words: str
 ) -> None:
     with pytest.raises(DecodeError, match=words) as error:
@@ -457,7 +455,7 @@ def test_damage_in_the_middle_does_not_end_a_clip(name: str) -> None:
     assert facts.warning is not None
 
 
-def test_a_header_that_lies_allocates_nothing(tmp_path: Path) -> None:
+def test_a_false_header_allocates_nothing(tmp_path: Path) -> None:
     data = bytearray(audio_factory.encode(audio_factory.tone(1.0), RATE))
     struct.pack_into("<I", data, 40, 0x70000000)  # the data chunk: 16 hours
     path = tmp_path / "liar.wav"
@@ -476,7 +474,7 @@ def test_a_header_that_lies_allocates_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF])
-def test_a_stream_that_knows_no_size_is_no_damage(size: int) -> None:
+def test_a_stream_of_unknown_size_is_not_damaged(size: int) -> None:
     data = bytearray(audio_factory.encode(audio_factory.tone(1.0), RATE))
     struct.pack_into("<I", data, 4, size)
     struct.pack_into("<I", data, 40, size)

@@ -10,7 +10,7 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 
-from tests.support.clips import clip, wav
+from tests.support.audio_factory import clip, wav
 from transforms.decoding import decode_audio
 from transforms.decoding.decode_audio import DecodeAudio
 from transforms.decoding.pool import DecodeSettings
@@ -50,7 +50,7 @@ def expected_summary(num_units: int) -> list[tuple[Any, ...]]:
     return rows
 
 
-def test_units_are_decoded_one_behind_and_in_order() -> None:
+def test_units_are_emitted_one_behind_and_in_order() -> None:
     step = decode_audio._DecodeFn(DecodeSettings(num_processes=1), read_unit)
     step.setup()
     try:

@@ -1,4 +1,4 @@
-"""Hostile audio: every file ends as audio, as audio with a warning, or as an error with its cause.
+"""Hostile audio: every file becomes audio, audio with a warning, or an error with its cause.
 
 No file may crash or hang a decoder, or take more than the bounds of the config. The mutations are
 those of ``benchmarks/reliability/fuzz_audio.py``, which runs them by the ten thousand.
@@ -30,6 +30,7 @@ from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
 from tests.support import audio_factory
+from tests.support.audio_factory import clip
 from tests.support.labelling import read_rows, small_config
 from transforms.decoding import pool as decode_module
 from transforms.decoding.child import data_bytes
@@ -42,10 +43,6 @@ RATE = 16_000
 NUM_FORMATS = len(audio_factory.FORMATS)
 
 
-def clip(name: str, data: bytes) -> EncodedClip:
-    return EncodedClip(Item(name, name), data=data)
-
-
 def sound(
     format: str = "wav", rate: int = RATE, duration_s: float = 1.0, channels: int = 1
 ) -> bytes:
@@ -54,7 +51,7 @@ def sound(
 
 
 def put(data: bytes, at: int, code: str, *values: int) -> bytes:
-    """The bytes with numbers written over them."""
+    """Overwrite bytes with numbers."""
     changed = bytearray(data)
     struct.pack_into(code, changed, at, *values)
     return bytes(changed)
@@ -73,7 +70,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def check(corpus: Corpus, numbers: range, folder: Path) -> None:
-    """Every file has its one end, none costs its decoder, and errors say something."""
+    """Check that every file has one result, costs no decoder, and has a message if it fails."""
     outcomes = set()
     with TimedPool(DecodeSettings(num_processes=2, max_item_s=600.0)) as pool:
         mutants = [corpus.mutant(index) for index in numbers]
@@ -122,7 +119,7 @@ def aiff_with(num_frames: int) -> bytes:
 
 
 @pytest.mark.parametrize("make", [flac_with, rf64_with, aiff_with])
-def test_two_billion_frames_that_are_not_there_are_a_warning(make: Callable[[int], bytes]) -> None:
+def test_two_billion_missing_frames_are_a_warning(make: Callable[[int], bytes]) -> None:
     samples, facts = decode_whole(make(1 << 31))
     assert len(samples) == RATE
     assert facts.warning == "decoded 1.0 of 134217.7 s"
@@ -160,7 +157,7 @@ def test_64_channels_are_averaged(name: str) -> None:
 
 
 @pytest.mark.parametrize("num_channels", [0, 64, 1024, 65_535])
-def test_channels_that_are_not_there_are_an_error(num_channels: int) -> None:
+def test_missing_channels_are_an_error(num_channels: int) -> None:
     with pytest.raises(DecodeError, match="at least 25 ms are needed"):
         decode_whole(put(sound("wav"), 22, "<H", num_channels))
 
@@ -178,7 +175,7 @@ def test_channels_that_are_not_there_are_an_error(num_channels: int) -> None:
         (0xFFFFFFFF, 1.0, None),
     ],
 )
-def test_a_wav_whose_size_lies_is_read_as_far_as_it_goes(
+def test_a_wav_of_false_size_is_read_to_its_end(
     size: int, duration_s: float, warning: str | None
 ) -> None:
     facts = decode_whole(put(sound("wav"), 40, "<I", size))[1]
@@ -186,7 +183,7 @@ def test_a_wav_whose_size_lies_is_read_as_far_as_it_goes(
 
 
 @pytest.mark.parametrize("more", [b"LIST\4\0\0\0abcd", b"TAG" + bytes(125), bytes(1000), b"x"])
-def test_what_may_follow_the_audio_of_a_wav_is_no_damage(more: bytes) -> None:
+def test_known_chunks_after_the_audio_of_a_wav_are_not_damage(more: bytes) -> None:
     assert decode_whole(sound("wav") + more)[1].warning is None
 
 
@@ -204,7 +201,7 @@ def test_a_large_number_in_a_small_file_is_a_size_not_unknown() -> None:
     assert f"the file is cut short: {len(data)} of {1 << 40} bytes" in str(warning)
 
 
-def test_damage_that_leaves_nothing_is_told_in_ffmpegs_words() -> None:
+def test_a_file_without_a_usable_packet_gives_ffmpegs_message() -> None:
     data = bytearray(sound("opus", 48_000, 0.5))
     data[-50] ^= 1  # the one page that holds audio
     with pytest.raises(DecodeError, match="FFmpeg: CRC mismatch!"):
@@ -215,7 +212,7 @@ def test_damage_that_leaves_nothing_is_told_in_ffmpegs_words() -> None:
 
 
 def failed(settings: DecodeSettings, *clips: EncodedClip, **options: Any) -> list[Any]:
-    """Each clip's end: ``(error_type, message)``, or its duration."""
+    """Return each clip's ``(error_type, message)``, or its duration."""
     ends: list[Any] = []
     with DecodePool(settings, **options) as pool:
         for result in pool.stream("u", clips):
@@ -284,8 +281,8 @@ def test_an_item_that_takes_too_much_time_is_an_error(monkeypatch: pytest.Monkey
     )
 
 
-def test_time_is_looked_at_where_every_packet_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is decoded, so that no block of samples would ever stop it."""
+def test_time_is_checked_even_if_every_packet_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No packet can be decoded, so no block of samples would trigger the check."""
     clock_s = iter(np.arange(0.0, 1e6, 0.5))
     monkeypatch.setattr(time, "process_time", lambda: float(next(clock_s)))
     hostile = put(sound("wav", duration_s=4.0), 22, "<H", 0)  # no channels
@@ -293,7 +290,7 @@ def test_time_is_looked_at_where_every_packet_is_damaged(monkeypatch: pytest.Mon
         list(decode(hostile, limits=DecodeLimits(max_decode_ratio=1.0, min_decode_s=10.0)))
 
 
-def test_the_whole_day_of_a_slow_consumer_is_not_the_items_time() -> None:
+def test_waiting_for_a_slow_consumer_does_not_count_as_decoding() -> None:
     settings = DecodeSettings(num_processes=1, piece_samples=RATE, stall_timeout_s=1.0)
     with DecodePool(settings) as pool:
         stream = pool.stream("u", [clip("a", sound(duration_s=12.0))])
@@ -355,7 +352,7 @@ def test_a_library_that_takes_its_process_along_costs_its_clip(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings only on Linux")
 def test_a_decoder_that_needs_too_much_memory_costs_its_clip(hostile_worker: list[str]) -> None:
-    """Even after some of it was decoded; and the next clip gets a fresh decoder."""
+    """Also after some of it was decoded; the next clip gets a new decoder."""
     settings = DecodeSettings(num_processes=1, max_decoder_bytes=256 << 20, piece_samples=RATE)
     greedy = clip("b", sound(duration_s=9.0) + b"GREEDY__")
     ends = failed(
@@ -377,7 +374,7 @@ def test_a_decoder_that_leaks_is_replaced_before_it_costs_a_clip(hostile_worker:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings only on Linux")
-def test_a_header_that_makes_ffmpeg_ask_for_gigabytes_is_told_as_that() -> None:
+def test_a_header_that_makes_ffmpeg_request_gigabytes_is_an_error_of_memory() -> None:
     data = sound("mov", 44_100)
     at = data.find(b"stsz") + 8  # a size of its own for each of so many samples
     hostile = put(data, at, ">II", 0, 0x0FFFFFFF)
@@ -418,7 +415,7 @@ def test_the_config_and_the_step_agree_on_the_bounds() -> None:
 
 @pytest.fixture
 def rows(tmp_path: Path, tiny_model: Path) -> dict[str, list[dict[str, Any]]]:
-    """What is stored of a good file and of one that passes max_item_s after some windows."""
+    """A run over a good file and one that exceeds max_item_s after some windows."""
     (tmp_path / "in").mkdir()
     audio_factory.write(tmp_path / "in" / "good.wav", audio_factory.noise(12.0), RATE)
     audio_factory.write(tmp_path / "in" / "long.wav", audio_factory.noise(65.0), RATE)

@@ -37,7 +37,7 @@ MIN_TAIL = 0.1
 
 @dataclass(frozen=True)
 class Cutting:
-    """How a run cuts, in samples at 16 kHz, and what the model's activation is."""
+    """Window and hop of a run in samples at 16 kHz, and the model's activation."""
 
     window: int
     hop: int
@@ -45,7 +45,7 @@ class Cutting:
     config: dict[str, Any]
 
     def starts(self, num_samples: int) -> list[int]:
-        """The contract's words: windows follow one another until the clip is covered."""
+        """Yield windows one after another until the clip is covered, as the contract says."""
         starts = [0]
         while (end := starts[-1] + self.window) < num_samples:
             next_is_full = end + self.hop <= num_samples
@@ -74,7 +74,7 @@ CUTTINGS = {
 
 
 class Segment(NamedTuple):
-    """A part of a file, as a manifest names it."""
+    """A segment of a file, as a manifest names it."""
 
     start_s: float | None
     end_s: float | None
@@ -93,7 +93,7 @@ OFFSETS = [(3.3, 12.5), (0.5, 10.255), (50.02, 4.0)]
 
 
 class Source(NamedTuple):
-    """A file and which of its seconds; the end is None for the file's."""
+    """A file, or a segment of it; an end of None is the file's."""
 
     path: Path
     start_s: float | None = None
@@ -101,7 +101,7 @@ class Source(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a window must say."""
+    """The expected row of a window."""
 
     start_s: float
     end_s: float
@@ -111,7 +111,7 @@ class Expected(NamedTuple):
 
 @pytest.fixture(scope="module")
 def recording(esc10: list[Path]) -> Samples:
-    """65 s of real recordings at 44.1 kHz, others in each channel; shape (num_samples, 2)."""
+    """65 s of real recordings at 44.1 kHz, different in each channel; shape (num_samples, 2)."""
     num_samples = round(LONG_S * 44_100)
     channels = []
     for first in (0, 7):
@@ -126,7 +126,7 @@ def at_rate(recording: Samples, rate_hz: int) -> Samples:
 
 
 def cases(recording: Samples) -> Iterator[tuple[str, Samples, int, str]]:
-    """Name, samples, rate and format of every whole file."""
+    """The name, samples, rate and format of every file."""
     yield "stereo_44100.wav", recording, 44_100, "wav"
     yield "stereo_48000.flac", at_rate(recording, 48_000), 48_000, "flac"
     yield "mono_8000.wav", at_rate(recording, 8_000)[:, :1], 8_000, "wav"
@@ -164,7 +164,7 @@ def folder(recording: Samples, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def sources(folder: Path) -> list[Source]:
-    """Everything that is labelled: the files, and their segments."""
+    """All sources: the files and their segments."""
     files = sorted(folder.iterdir())
     found = [Source(path) for path in files]
     for path in (path for path in files if path.name.startswith("stereo")):
@@ -175,7 +175,7 @@ def sources(folder: Path) -> list[Source]:
 
 @pytest.fixture(scope="module")
 def manifests(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The same segments as a user writes them: with start_s and end_s, with offset and duration."""
+    """The segments in a manifest: with start_s and end_s, and with offset and duration."""
     target = tmp_path_factory.mktemp("manifests")
     paths = sorted(folder.glob("stereo*"))
     with (target / "segments.csv").open("w", newline="") as file:
@@ -198,7 +198,7 @@ Rows = dict[Source, tuple[dict[str, Any], list[dict[str, Any]]]]
 
 
 class Results(NamedTuple):
-    """A run's rows, and how it cut."""
+    """The rows and the windows' settings of a run."""
 
     cutting: Cutting
     rows: Rows
@@ -212,7 +212,7 @@ def results(
     model: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Results:
-    """One run over everything; per source its row of ``clips`` and those of ``windows``."""
+    """One run over all sources, with each source's rows of ``clips`` and ``windows``."""
     cutting = CUTTINGS[request.param]
     output = tmp_path_factory.mktemp("out") / "out"
     config = RunConfig.model_validate(
@@ -250,7 +250,7 @@ def decoded(path: Path) -> tuple[Samples, int]:
 
 @functools.cache
 def resampled(source: Source) -> Samples:
-    """A source's samples at 16 kHz, mono."""
+    """Return a source's samples at 16 kHz, mono."""
     samples, rate_hz = decoded(source.path)
     stop = None if source.end_s is None else round(source.end_s * rate_hz)
     cut = samples[round((source.start_s or 0.0) * rate_hz) : stop]
@@ -258,7 +258,7 @@ def resampled(source: Source) -> Samples:
 
 
 class Reference:
-    """transformers, over windows cut by hand."""
+    """Scores of transformers for windows cut here."""
 
     def __init__(self, folder: Path) -> None:
         self._model = transformers.ASTForAudioClassification.from_pretrained(folder).eval()
@@ -287,7 +287,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def expected(results: Results, sources: list[Source], model: Path) -> dict[Source, list[Expected]]:
-    """What each source's windows must say, cut as the run at hand cuts."""
+    """The expected rows of each source, for the windows of the run."""
     reference = Reference(model)
     return {source: reference(source, results.cutting) for source in sources}
 
@@ -371,5 +371,5 @@ def test_the_last_window_ends_where_the_audio_does(results: Results, sources: li
     ],
 )
 def test_windows_start_where_the_contract_says(name: str, cutting: str, starts: list[int]) -> None:
-    """Holds this file's own cutting to numbers worked out on paper."""
+    """Check this file's own windows against numbers worked out on paper."""
     assert CUTTINGS[cutting].starts(LENGTHS[name]) == starts

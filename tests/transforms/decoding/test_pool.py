@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 
 from tests.support import audio_factory
-from tests.support.clips import RATE, clip, wav
+from tests.support.audio_factory import clip, wav
 from tests.support.paths import ROOT
 from transforms.decoding import pool as pool_module
 from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.errors import EarmarkError
 from transforms.process.stage_times import stage_clocks
 from transforms.records import EncodedClip, Failure, Item, ItemFailure, Waveform
+
+RATE = 16_000
 
 MISBEHAVING_WORKER = """
 import os, sys, time
@@ -55,7 +57,7 @@ child.serve(sys.argv[1:], decode)
 
 @pytest.fixture
 def misbehaving(tmp_path: Path) -> list[str]:
-    """A command that starts decoders which misbehave on marked clips."""
+    """A command for decoders that misbehave on marked clips."""
     path = tmp_path / "misbehaving_worker.py"
     path.write_text(MISBEHAVING_WORKER)
     return [sys.executable, str(path)]
@@ -68,13 +70,13 @@ def pool() -> Iterator[DecodePool]:
 
 
 def joined(results: list[Any], item_index: int = 0) -> audio_factory.Samples:
-    """All samples of one item."""
+    """Join all samples of one item."""
     mine = [r.samples for r in results if isinstance(r, Waveform) and r.item_index == item_index]
     return np.concatenate(mine)
 
 
 def children() -> set[int]:
-    """Processes that this one has started and not yet waited for."""
+    """Return the child processes that have not been waited for."""
     pids = set()
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the thread has ended meanwhile
@@ -83,7 +85,7 @@ def children() -> set[int]:
 
 
 def is_gone(pid: int) -> bool:
-    """The process has ended, be it waited for or not."""
+    """Whether a process has ended, waited for or not."""
     try:
         return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -111,7 +113,7 @@ def test_results_come_in_order_with_failures_in_their_place(pool: DecodePool) ->
     assert np.array_equal(fourth.samples, audio_factory.tone(0.1)[:, 0])
 
 
-def test_decoders_say_how_long_they_worked_on_good_clips_and_bad(pool: DecodePool) -> None:
+def test_decoders_report_their_time_on_good_and_bad_clips(pool: DecodePool) -> None:
     stage_clocks.reset()
     samples = audio_factory.tone(2.0, 44_100)
     list(pool.stream("u", [clip("a", audio_factory.encode(samples, 44_100))]))
@@ -172,7 +174,7 @@ def test_a_crash_costs_its_own_clip_only(misbehaving: list[str]) -> None:
         (b"RAISE", "the decoder failed: RuntimeError: the library stumbled"),
     ],
 )
-def test_what_was_decoded_before_the_trouble_is_kept(
+def test_samples_before_a_crash_or_a_hang_are_kept(
     mark: bytes, words: str, misbehaving: list[str]
 ) -> None:
     settings = DecodeSettings(num_processes=1, piece_samples=RATE, stall_timeout_s=1.0)
@@ -186,7 +188,7 @@ def test_what_was_decoded_before_the_trouble_is_kept(
     assert len(joined(results, 1)) == RATE // 2
 
 
-def test_a_hang_is_ended(misbehaving: list[str]) -> None:
+def test_a_hanging_decoder_is_killed(misbehaving: list[str]) -> None:
     settings = DecodeSettings(num_processes=1, stall_timeout_s=0.5)
     with DecodePool(settings, worker_command=misbehaving) as pool:
         hung, fine = pool.stream("u", [clip("a", wav(0.5, b"HANG")), clip("b", wav(0.5))])
@@ -297,8 +299,8 @@ def test_hours_flow_in_bounded_memory() -> None:
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_streams_of_long_clips_can_be_taken_in_any_order(num_processes: int) -> None:
-    """No decoder is free and no room is left when the last stream is asked for first."""
+def test_streams_of_long_clips_can_be_consumed_in_any_order(num_processes: int) -> None:
+    """The last stream is consumed first, when all decoders and queues are full."""
     settings = DecodeSettings(num_processes=num_processes, clips_ahead=2, piece_samples=400)
     others = children()
     with DecodePool(settings) as pool:
@@ -383,7 +385,7 @@ def test_an_abandoned_stream_stops_and_frees_the_pool(how: str) -> None:
 def test_children_end_when_their_parent_is_killed() -> None:
     code = (
         "import os, signal\n"
-        "from tests.support.clips import clip, wav\n"
+        "from tests.support.audio_factory import clip, wav\n"
         "from tests.transforms.decoding.test_pool import children\n"
         "from transforms.decoding.pool import DecodePool, DecodeSettings\n"
         "pool = DecodePool(DecodeSettings(num_processes=1, piece_samples=400))\n"

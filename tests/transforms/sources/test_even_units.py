@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.stores.listing_store import ListingFileSystem, SparseTar, bucket_url
 from transforms.records import WorkUnit
-from transforms.sources import tar_headers
+from transforms.sources import tar_parallel
 from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units
 
 SETTINGS = SourceSettings()
@@ -25,7 +25,7 @@ def plan(inputs: Sequence[str]) -> list[WorkUnit]:
 
 
 def work_of(unit: WorkUnit) -> float:
-    """The share of a full unit: of its windows or its bytes, whichever fills it."""
+    """Return how full a unit is, by its windows or its bytes."""
     if unit.container is None:
         num_bytes = sum(item.size or 0 for item in unit.items)
     else:
@@ -51,7 +51,7 @@ def test_small_files() -> None:
 
 
 def test_three_tars_of_200_gb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_headers, "_SCAN_BYTES", 1 << 20)  # zeros that take time to make
+    monkeypatch.setattr(tar_parallel, "_SCAN_BYTES", 1 << 20)  # zeros that take time to make
     mb = 10**6
     sizes = [[150 * mb] * 1333, [100 * mb, 300 * mb, 50 * mb] * 444, [250 * mb] * 800]
     tars = [SparseTar(members) for members in sizes]

@@ -1,4 +1,4 @@
-"""Walking a tar in many places at once gives what one walk gives, whatever its members hold."""
+"""A parallel walk over a tar gives what a single walk gives, whatever the members hold."""
 
 from __future__ import annotations
 
@@ -9,39 +9,31 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support.listing_store import ListingFileSystem, SparseTar
 
-from tests.support.stores.listing_store import ListingFileSystem, SparseTar
+from tests.support.containers import tar_bytes
 from transforms.errors import ContainerError
-from transforms.sources import tar_headers
+from transforms.sources import tar_parallel
 from transforms.sources.file_kinds import WindowEstimate
 from transforms.sources.tar import index_tar
-from transforms.sources.tar_headers import TarMember, open_archive, walk_members, walk_wide
+from transforms.sources.tar_headers import TarMember, open_archive, walk_members
+from transforms.sources.tar_parallel import walk_in_parallel
 
 ESTIMATE = WindowEstimate(10.0, 10.0)
 
 
-def tar_of(members: list[tuple[str, bytes]], format_: int = tarfile.GNU_FORMAT) -> bytes:
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w", format=format_) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return target.getvalue()
-
-
-def both_walks(path: Path, stretch_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hold that one walk and a wide one give the same members, flags and error."""
+def check_both_walks(path: Path, span_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a single walk and a parallel one give the same members, flags and error."""
     size = path.stat().st_size
-    monkeypatch.setattr(tar_headers, "_MIN_STRETCH_BYTES", stretch_bytes)
+    monkeypatch.setattr(tar_parallel, "_MIN_SPAN_BYTES", span_bytes)
     found = []
-    for is_wide in (False, True):
+    for is_parallel in (False, True):
         members: list[TarMember] = []
         error = None
         with open_archive(str(path), str(path), 200.0) as archive:
             walk = (
-                walk_wide(archive, lambda: open_archive(str(path), str(path), 200.0), size)
-                if is_wide
+                walk_in_parallel(archive, lambda: open_archive(str(path), str(path), 200.0), size)
+                if is_parallel
                 else walk_members(archive, None)
             )
             try:
@@ -59,35 +51,35 @@ def both_walks(path: Path, stretch_bytes: int, monkeypatch: pytest.MonkeyPatch) 
     sizes=st.lists(st.integers(0, 4000), max_size=20),
     nested=st.sets(st.integers(0, 20)),
     format_=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT]),
-    stretch_bytes=st.integers(512, 8000),
+    span_bytes=st.integers(512, 8000),
     cut=st.one_of(st.none(), st.integers(0, 100)),
     damaged=st.one_of(st.none(), st.integers(0, 60)),
 )
-def test_a_wide_walk_gives_what_one_walk_gives(
+def test_a_parallel_walk_gives_what_a_single_walk_gives(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     sizes: list[int],
     nested: set[int],
     format_: int,
-    stretch_bytes: int,
+    span_bytes: int,
     cut: int | None,
     damaged: int | None,
 ) -> None:
-    inner = tar_of([("inner.wav", b"x" * 700), ("é" * 60 + ".wav", b"y" * 100)])
+    inner = tar_bytes([("inner.wav", b"x" * 700), ("é" * 60 + ".wav", b"y" * 100)])
     members = [
         (f"{'d' * (n * 9)}/{n}.wav"[-120:], inner if n in nested else bytes(size))
         for n, size in enumerate(sizes)
     ]
     if format_ != tarfile.USTAR_FORMAT:
         members.append(("long/" * 60 + "name.wav", b"z" * 300))
-    data = tar_of(members, format_)
+    data = tar_bytes(members, format_=format_)
     if damaged is not None and damaged * 512 < len(data):
         data = data[: damaged * 512] + b"\x01" * 512 + data[(damaged + 1) * 512 :]
     if cut is not None:
         data = data[: len(data) * cut // 100]
     path = tmp_path / "x.tar"
     path.write_bytes(data)
-    both_walks(path, stretch_bytes, monkeypatch)
+    check_both_walks(path, span_bytes, monkeypatch)
 
 
 def test_global_headers_of_a_member_that_is_a_tar_do_not_count(
@@ -99,10 +91,10 @@ def test_global_headers_of_a_member_that_is_a_tar_do_not_count(
     ) as archive:
         archive.addfile(tarfile.TarInfo("a.wav"))
     path = tmp_path / "x.tar"
-    path.write_bytes(tar_of([(f"{n}.tar", inner.getvalue()) for n in range(5)]))
-    both_walks(path, 1024, monkeypatch)
+    path.write_bytes(tar_bytes([(f"{n}.tar", inner.getvalue()) for n in range(5)]))
+    check_both_walks(path, 1024, monkeypatch)
     path.write_bytes(inner.getvalue() * 3)
-    both_walks(path, 1024, monkeypatch)
+    check_both_walks(path, 1024, monkeypatch)
 
 
 def test_many_requests_are_made_at_once() -> None:
@@ -114,5 +106,5 @@ def test_many_requests_are_made_at_once() -> None:
     assert index_tar(url, url, ESTIMATE, size=tar.size) == one_by_one
     assert len(one_by_one.groups) == 300
     assert tar.most_at_once > 8
-    # Looking for the first header of each stretch costs a few more.
+    # The search for the first header of each part takes a few more.
     assert tar.requests - alone < 2 * alone
