@@ -28,7 +28,7 @@ model-index:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of a copy of the tree, so that building leaves nothing in the checkout."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "earmark.py"):
         shutil.copy(ROOT / name, source)
     for name in ("pipeline", "transforms", "configs"):
         shutil.copytree(
@@ -62,7 +62,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_all_that_the_checkout_has(installed: Path) -> None:
     expected = {
         *(str(path.relative_to(ROOT)) for path in (ROOT / "pipeline").rglob("*.py")),
-        *(f"transforms/{path.name}" for path in (ROOT / "transforms").glob("*.py")),
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "transforms").rglob("*.py")),
+        "earmark.py",
         *(
             f"pipeline/{path.relative_to(ROOT)}"
             for path in (ROOT / "configs").rglob("*")
@@ -106,7 +107,7 @@ def test_the_wheel_says_what_it_is(installed: Path) -> None:
     assert {"apache-beam==2.77.*", "torchaudio==2.11.*", "torch<2.13,>=2.11"} <= requirements
     assert (info / "entry_points.txt").read_text(encoding="utf-8").split("\n")[:2] == [
         "[console_scripts]",
-        "earmark = pipeline.__main__:main",
+        "earmark = earmark:main",
     ]
     assert list(info.rglob("LICENSE"))
 

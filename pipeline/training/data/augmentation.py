@@ -78,7 +78,7 @@ class Augment:
         """Equalize, mask, normalise, add noise and roll.
 
         Args:
-            log_mel: What ``KaldiFbank`` gives with ``feature_statistics.without_normalising``,
+            log_mel: What ``KaldiFbank`` gives with ``fbank_settings.without_normalising``,
                 shape (B, T, F); padding is 0.
             lengths: Samples of each clip, shape (B,), int64, on the same device.
             rng: Draws everything.

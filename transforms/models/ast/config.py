@@ -16,7 +16,8 @@ from typing import Any, Self
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
-from transforms.models.ast.config_files import CONFIG_NAME, load_config, write_json
+from transforms.models.ast.config_files import load_config, write_json
+from transforms.models.ast.files import CONFIG_NAME
 from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
 
 MODEL_TYPE = "audio-spectrogram-transformer"

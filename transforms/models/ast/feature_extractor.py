@@ -17,7 +17,8 @@ from torch import Tensor
 from transforms.errors import FeatureError
 from transforms.features.fbank import INT16_SCALE, check_values, extract_fbank
 from transforms.features.fbank_settings import FbankSettings, without_normalising
-from transforms.models.ast.config_files import FEATURES_NAME, load_features, write_json
+from transforms.models.ast.config_files import load_features, write_json
+from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import FloatArray
 from transforms.storage import filesystem as storage
 
