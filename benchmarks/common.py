@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -241,8 +242,23 @@ def run_apart(code: str, argument: str) -> str:
     return _run([sys.executable, "-c", code, argument], {})
 
 
+class CutOffError(Exception):
+    """A program did not end in time and was killed.
+
+    Attributes:
+        output: What it had printed until then.
+    """
+
+    def __init__(self, output: str) -> None:
+        super().__init__("it did not end in time")
+        self.output = output
+
+
 def run_module(
-    module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
 ) -> str:
     """What ``python -m module`` prints, in a process of its own, as users start it.
 
@@ -250,19 +266,43 @@ def run_module(
         module: Its name.
         arguments: Of the command line.
         environment: Variables that it sees beside this process's own.
+        timeout_s: Seconds after which it and its children are killed; None for no limit.
 
     Raises:
         SystemExit: It failed; with what it said.
+        CutOffError: It was killed.
     """
-    return _run([sys.executable, "-m", module, *arguments], environment or {})
+    return _run([sys.executable, "-m", module, *arguments], environment or {}, timeout_s)
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    variables = {**os.environ, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
-    if done.returncode != 0:
-        raise SystemExit(done.stderr or f"{' '.join(command)} ended with {done.returncode}")
-    return done.stdout
+def _run(
+    command: Sequence[str], environment: Mapping[str, str], timeout_s: float | None = None
+) -> str:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        start_new_session=True,  # so that its children can be killed with it
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            _kill_group(process.pid)
+            raise CutOffError(process.communicate()[0]) from None
+        except BaseException:
+            _kill_group(process.pid)
+            raise
+    if process.returncode != 0:
+        raise SystemExit(errors or f"{' '.join(command)} ended with {process.returncode}")
+    return output
+
+
+def _kill_group(process_id: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process_id, signal.SIGKILL)
 
 
 def label_apart(source: Path, model: Path, *, prelude: str = "", **changes: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What comes of a GPU? How near the model is to what the chip can do, and the whole to the model.
+"""How fast is it on a GPU? How near the model is to the chip, and the whole run to the model.
 
     python -m benchmarks.gpu [--parts matrices model fbank end-to-end] [--data FOLDER]
 
@@ -14,12 +14,20 @@ for first, and what is left out is said, with the reason:
   the matrix rate of the same precision.
 * fbank: features made on the device, of samples that lie there and of samples that come from the
   host, and how far they are from torchaudio's on the CPU. Needs Earmark's dependencies.
-* end-to-end: ``earmark label`` over tars of FLAC, MP3 and WAV, to committed Parquet; what the
-  decoders can do alone and what the model can do alone; and the Hugging Face pipeline on the same
-  device at its best batch size and precision. Needs Earmark's dependencies, and transformers.
+* end-to-end: ``earmark label`` over tars of FLAC, MP3 and WAV, to committed Parquet, with one and
+  two worker processes on the device; the decoders alone; the model alone; and the Hugging Face
+  pipeline on the same device at its best batch size and precision. Needs Earmark's dependencies,
+  and transformers.
 
-A clip is (T_N − T_n) / (N − n), of a run over all clips and one over a few, medians of rounds. The
-recordings are drawn out to 10 s by repetition; without any, it is noise, and that is said.
+End to end, a rate is that of the steady part of one run: the clips committed after the first
+quarter of its units, over the time from then to the last commit. The rates of the decoders and of
+the model alone decide how many clips a run has. NVML, the driver's library, tells how busy the
+device was meanwhile. All of it ends within ``--minutes``: a case that does not fit is left out, and
+the reason is kept. A run that takes far longer than expected is killed, and its commits still give
+a rate. Figures are kept after every measurement.
+
+A clip is 10 s at 44.1 kHz: a recording, drawn out by repetition. A run's tars are hard links to a
+single tar of a few distinct clips, so they are read from memory, not from the disk.
 
 Without a GPU, ``--toy --device cpu`` goes the same way with a tiny model, and says nothing about
 speed. Prints tables and writes ``gpu.json`` and ``gpu.png`` beside this file.
@@ -35,6 +43,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import tarfile
 import tempfile
@@ -50,14 +59,23 @@ from torch import Tensor
 
 from benchmarks.common import (
     RATE_HZ,
+    ROOT,
     WINDOW_SAMPLES,
+    CutOffError,
     count_flops,
     drawn,
+    link_inputs,
     median,
-    paired_rounds,
     print_table,
     run_module,
     write_results,
+)
+from benchmarks.steady import (
+    DeviceMonitor,
+    Minutes,
+    clips_by_second,
+    read_commit_times,
+    steady_part,
 )
 from transforms.inference.backbones import (
     PooledTransformer,
@@ -72,9 +90,16 @@ Call = Callable[[], object]
 
 STRETCHES = 5  # that the time of a measurement is divided into; the median of them counts
 CLIP_S = 10.0
+CLIP_RATE_HZ = 44_100
 FORMATS = ("flac", "mp3", "wav")
-CLIPS_PER_SHARD = 256
+MAX_CLIPS_PER_SHARD = 256  # a unit's windows, by default
+SHARDS_PER_RUN = 32  # at least
+STEADY_SHARE = 0.75  # of a run's clips
+GUESSED_RATE = 100.0  # clips a second, where nothing else tells
+PIPELINE = "Hugging Face pipeline"
 MAX_DISTINCT_CLIPS = 64
+SAMPLES = ROOT / "samples"
+RECORDING_SUFFIXES = frozenset({".wav", ".ogg", ".flac", ".mp3"})
 NUM_COMPARED = 32  # windows whose features are compared with the CPU's
 
 
@@ -112,10 +137,13 @@ class Size:
         compiled_precisions: Those of the precisions tried that it is compiled in.
         fbank_batch_sizes: Windows at once, of features.
         seconds: That a measurement takes, about.
-        few_clips: Of the smaller run end to end.
-        clips: Of the larger one.
-        pipeline_clips: Of each setting of the Hugging Face pipeline.
+        steady_s: Seconds that the steady part of a run end to end should take.
+        min_steady_s: Seconds below which it tells nothing.
+        start_s: Seconds that a run takes beside its clips, until one has told.
+        decode_s: Seconds for which decoders run alone.
+        pipeline_s: Seconds of each setting of the Hugging Face pipeline.
         pipeline_batch_sizes: Those that it is tried with.
+        pipeline_precisions: Those that it is tried with, where the device has them.
     """
 
     config: ASTConfig
@@ -125,10 +153,13 @@ class Size:
     compiled_precisions: Sequence[str]
     fbank_batch_sizes: Sequence[int]
     seconds: float
-    few_clips: int
-    clips: int
-    pipeline_clips: int
+    steady_s: float
+    min_steady_s: float
+    start_s: float
+    decode_s: float
+    pipeline_s: float
     pipeline_batch_sizes: Sequence[int]
+    pipeline_precisions: Sequence[str]
 
 
 FULL = Size(
@@ -139,10 +170,13 @@ FULL = Size(
     compiled_precisions=tuple(PRECISIONS),
     fbank_batch_sizes=(16, 64, 256),
     seconds=3.0,
-    few_clips=512,
-    clips=8192,
-    pipeline_clips=2048,
-    pipeline_batch_sizes=(8, 32, 64),
+    steady_s=18.0,
+    min_steady_s=6.0,
+    start_s=40.0,
+    decode_s=5.0,
+    pipeline_s=5.0,
+    pipeline_batch_sizes=(32, 64),
+    pipeline_precisions=("bf16", "fp16"),
 )
 TOY = Size(
     config=ASTConfig(
@@ -160,10 +194,13 @@ TOY = Size(
     compiled_precisions=tuple(PRECISIONS),
     fbank_batch_sizes=(2,),
     seconds=0.05,
-    few_clips=2,
-    clips=6,
-    pipeline_clips=2,
+    steady_s=0.5,
+    min_steady_s=0.1,
+    start_s=10.0,
+    decode_s=0.2,
+    pipeline_s=0.1,
     pipeline_batch_sizes=(2,),
+    pipeline_precisions=("fp32",),
 )
 
 
@@ -177,9 +214,11 @@ class Bench:
         is_toy: Whether that is only to see that all of it runs.
         engines: Those of the model that are tried.
         precisions: Those that are tried.
-        rounds: Of what is measured end to end.
+        rounds: Of what is measured end to end, while the minutes last.
         recordings: What clips are made of; none for noise.
         formats: What clips are encoded in.
+        workers: Numbers of worker processes that label is run with.
+        minutes: For all that is measured end to end.
     """
 
     device: str
@@ -190,6 +229,8 @@ class Bench:
     rounds: int
     recordings: Sequence[Path]
     formats: Sequence[str]
+    workers: Sequence[int] = (1, 2)
+    minutes: float = 10.0
 
 
 # Time
@@ -435,118 +476,314 @@ def _each_clip(
 # End to end
 
 
-def measure_end_to_end(bench: Bench, model_rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Clips a second of Earmark by format, of what bounds it, and of the Hugging Face pipeline."""
-    size, precision = bench.size, resolve_precision("auto", bench.device)
+def measure_end_to_end(
+    bench: Bench,
+    model_rows: Sequence[Mapping[str, Any]],
+    keep: Callable[[Mapping[str, Any]], None],
+    found: dict[str, Any],
+) -> None:
+    """Clips a second of Earmark by format and workers, of what bounds it, and of the pipeline.
+
+    Args:
+        bench: How.
+        model_rows: What the model alone did, where that has been measured.
+        keep: Called after each measurement, with all that has been found by then.
+        found: Where the figures go.
+    """
+    minutes = Minutes(60.0 * bench.minutes)
+    precision = resolve_precision("auto", bench.device)
+    found |= {"precision": precision, "minutes": bench.minutes, "model_alone": None}
+    found |= {"formats": {name: {"workers": {}} for name in bench.formats}}
+    found |= {"pipeline": {}, "left_out": {}}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        environment = {"EARMARK_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-        model = _write_model(folder / "model", bench)
-        clips = list(_each_clip(bench, min(size.clips, MAX_DISTINCT_CLIPS), CLIP_S))
-        shards = {
-            _case(format_name, num): _write_shards(folder, clips, format_name, num)
-            for format_name in bench.formats
-            for num in (size.few_clips, size.clips)
-        }
+        run = EndToEnd(bench, Path(name), minutes, found)
+        for number, case in enumerate(cases := run.cases(model_rows)):
+            num_long = sum(each.is_long for each in cases[number:])
+            run.measure(case, minutes.left_s / max(1, num_long))
+            _sum_up(found)
+            keep(found)
+        for case in [case for _ in range(1, bench.rounds) for case in cases]:
+            fits = case.is_repeated and minutes.why_not(case.needed_s()) is None
+            if fits and case.name not in found["left_out"]:
+                run.measure(case, minutes.left_s)
+                _sum_up(found)
+                keep(found)
+    _show_end_to_end(found)
 
-        def label(source: Path) -> dict[str, Any]:
-            with tempfile.TemporaryDirectory(dir=folder) as output:
-                target = Path(output) / "out"
-                given = [str(source), "--output", str(target), "--model", str(model)]
-                began_s = time.monotonic()
-                asked = ["--device", bench.device, "--engine", "torch", "--quiet"]
-                run_module("pipeline", ["label", *given, *asked], environment)
-                seconds = time.monotonic() - began_s
-                run = json.loads((target / "run.json").read_text())
-            print(f"{source.name}: {seconds:.1f} s", flush=True)  # whoever waits sees how long yet
-            return {"seconds": seconds, "time": run["time"], "checks": run["checks"]}
 
-        label(shards[_case(bench.formats[0], size.few_clips)])  # caches of compilers, of the check
-        cases = {key: functools.partial(label, source) for key, source in shards.items()}
-        rounds = paired_rounds(cases, bench.rounds)
-        decoding = {
-            format_name: _decode_rate(shards[_case(format_name, size.clips)])
-            for format_name in bench.formats
-        }
-        pipeline = _measure_pipeline(bench, folder, clips, model, environment)
-    rates = [row for row in model_rows if row["precision"] == precision]
-    model_rate = max((row.get("windows_per_s", 0.0) for row in rates), default=None)
-    found = {
-        format_name: _sum_up(
-            rounds[_case(format_name, size.few_clips)],
-            rounds[_case(format_name, size.clips)],
-            size,
-            decoding[format_name],
-            model_rate,
+@dataclass(frozen=True)
+class Case:
+    """Something that is measured end to end, if the minutes last.
+
+    Attributes:
+        name: As it is reported.
+        needed_s: Tells how long it takes at least.
+        measure: Measures it; given the seconds that it should take, all included.
+        is_long: Whether it takes its share of the minutes, rather than a few seconds.
+        is_repeated: Whether another round measures it again.
+    """
+
+    name: str
+    needed_s: Callable[[], float]
+    measure: Callable[[float], None]
+    is_long: bool = False
+    is_repeated: bool = False
+
+
+class EndToEnd:
+    """What is measured end to end, within the minutes.
+
+    Args:
+        bench: How.
+        folder: For the model, the clips and the results.
+        minutes: What is left of them.
+        found: Where the figures go.
+    """
+
+    def __init__(self, bench: Bench, folder: Path, minutes: Minutes, found: dict[str, Any]) -> None:
+        self._bench = bench
+        self._folder = folder
+        self._minutes = minutes
+        self._found = found
+        self._starts_s: dict[int, float] = {}  # by workers, once a run has told
+        self._monitor = DeviceMonitor(bench.device)
+        self._environment = {"EARMARK_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        self._model = _write_model(folder / "model", bench)
+        self._clips = list(_end_to_end_clips(bench))
+        self._shards = Shards(folder / "shards", self._clips)
+
+    def cases(self, model_rows: Sequence[Mapping[str, Any]]) -> list[Case]:
+        """Everything, what matters most first."""
+        by_format = [self._cases_of(name) for name in self._bench.formats]
+        size = self._bench.size
+        model = Case(
+            "model alone",
+            lambda: 0.0 if model_rows else size.start_s,
+            lambda share_s: self._find_model_rate(model_rows),
         )
-        for format_name in bench.formats
-    }
-    _compare_with_pipeline(found, pipeline)
-    _show_end_to_end(found, pipeline)
-    return {
-        "precision": precision,
-        "formats": found,
-        "pipeline": pipeline,
-        "rounds": rounds,
-    }
+        pipeline = Case(PIPELINE, lambda: size.start_s, self._measure_pipeline, is_long=True)
+        return [model, *by_format[0], pipeline, *itertools.chain(*by_format[1:])]
 
-
-def _case(format_name: str, num_clips: int) -> str:
-    return f"{format_name}, {num_clips} clips"
-
-
-def _sum_up(
-    few: Sequence[Mapping[str, Any]],
-    many: Sequence[Mapping[str, Any]],
-    size: Size,
-    decode_rate: float,
-    model_rate: float | None,
-) -> dict[str, Any]:
-    """Rates of one format, clips a second; a clip is a window."""
-    clip_s = median(
-        [
-            (b["seconds"] - a["seconds"]) / (size.clips - size.few_clips)
-            for a, b in zip(few, many, strict=True)
+    def _cases_of(self, format_name: str) -> list[Case]:
+        size = self._bench.size
+        decoders = Case(
+            f"{format_name}, decoders alone",
+            lambda: 2 * size.decode_s,
+            lambda share_s: self._measure_decoders(format_name),
+        )
+        labels = [
+            Case(
+                f"{format_name}, workers={workers}",
+                lambda workers=workers: self._start_s(workers) + size.min_steady_s / STEADY_SHARE,
+                functools.partial(self._measure_label, format_name, workers),
+                is_long=True,
+                is_repeated=True,
+            )
+            for workers in self._bench.workers
         ]
+        return [decoders, *labels]
+
+    def measure(self, case: Case, share_s: float) -> None:
+        """Measure a case, or note why not: no time, or an error."""
+        reason = self._minutes.why_not(case.needed_s())
+        if reason is None:
+            try:
+                case.measure(share_s)
+            except (SystemExit, CutOffError) as error:
+                reason = f"failed: {_last_line(error)}"
+        if reason is not None:
+            self._found["left_out"].setdefault(case.name, reason)
+            print(f"left out: {case.name}: {reason}", flush=True)
+
+    def _find_model_rate(self, model_rows: Sequence[Mapping[str, Any]]) -> None:
+        """The best of the model's rows in a run's own precision; measured if there is none."""
+        precision = self._found["precision"]
+        rows = [row for row in model_rows if row["precision"] == precision]
+        rows = rows or _measure_model_alone(self._bench, precision)
+        self._found["model_alone"] = max(rows, key=lambda row: row.get("windows_per_s", 0.0))
+
+    def _measure_decoders(self, format_name: str) -> None:
+        size, shard_clips = self._bench.size, 8 if self._bench.is_toy else MAX_CLIPS_PER_SHARD
+        source, _ = self._shards.link(format_name, SHARDS_PER_RUN * shard_clips)
+        rate = _decode_rate(source, size.decode_s)
+        self._found["formats"][format_name]["decoders_alone_clips_per_s"] = rate
+        print(f"{format_name}, decoders alone: {rate:.0f} clips/s", flush=True)
+
+    def _start_s(self, workers: int) -> float:
+        """Seconds that a run takes beside its clips."""
+        slowest_s = max(self._starts_s.values(), default=self._bench.size.start_s)
+        return self._starts_s.get(workers, slowest_s)
+
+    def _expected_rate(self, format_name: str) -> float:
+        """Clips a second that a run is expected to do, from what has been measured by then."""
+        figures = self._found["formats"][format_name]
+        rates = [workers["clips_per_s"] for workers in figures["workers"].values()]
+        if rates:
+            return max(rates)
+        model = self._found["model_alone"] or {}
+        known = [figures.get("decoders_alone_clips_per_s"), model.get("windows_per_s")]
+        return min((rate for rate in known if rate is not None), default=GUESSED_RATE)
+
+    def _measure_label(self, format_name: str, workers: int, share_s: float) -> None:
+        size, rate = self._bench.size, self._expected_rate(format_name)
+        start_s = self._start_s(workers)
+        steady_s = (share_s - start_s) * STEADY_SHARE
+        steady_s = min(size.steady_s, max(size.min_steady_s, steady_s))
+        source, num_clips = self._shards.link(format_name, rate * steady_s / STEADY_SHARE)
+        timeout_s = min(self._minutes.left_s, 10.0 + 2 * (start_s + num_clips / rate))
+        run = self._label(source, workers, timeout_s)
+        run["clips"] = num_clips
+        if not run["cut_off"]:
+            self._starts_s[workers] = max(1.0, run["seconds"] - num_clips / run["clips_per_s"])
+        workers_found = self._found["formats"][format_name]["workers"]
+        workers_found.setdefault(str(workers), {"runs": []})["runs"].append(run)
+        print(
+            f"{format_name}, workers={workers}: {run['clips_per_s']:.0f} clips/s for "
+            f"{run['steady_s']:.0f} of {run['seconds']:.0f} s; the device waits: "
+            f"{_percent(run.get('device_waits'))}",
+            flush=True,
+        )
+
+    def _label(self, source: Path, workers: int, timeout_s: float) -> dict[str, Any]:
+        """The figures of one run.
+
+        Raises:
+            SystemExit: It failed, or was killed before it told anything.
+        """
+        with tempfile.TemporaryDirectory(dir=self._folder) as output:
+            target = Path(output) / "out"
+            given = [str(source), "--output", str(target), "--model", str(self._model)]
+            asked = ["--device", self._bench.device, "--engine", "torch", "--quiet"]
+            asked += ["--workers", str(workers)]
+            began_s, cut_off = time.time(), False
+            with self._monitor.running():
+                try:
+                    arguments = ["label", *given, *asked]
+                    run_module("pipeline", arguments, self._environment, timeout_s)
+                except CutOffError:
+                    cut_off = True
+            seconds = time.time() - began_s
+            commits = read_commit_times(target)
+            run = {} if cut_off else json.loads((target / "run.json").read_text())
+        steady = steady_part(commits)
+        if steady is None:
+            raise SystemExit(f"{len(commits)} units in {seconds:.0f} s are too few for a rate")
+        return {
+            "clips_per_s": steady.clips_per_s,
+            "steady_s": steady.seconds,
+            "steady_clips": steady.clips,
+            "seconds": seconds,
+            "cut_off": cut_off,
+            "units": len(commits),
+            **self._monitor.figures(steady.began_s, steady.ended_s),
+            "clips_by_second": clips_by_second(commits, began_s),
+            **{key: run.get(key) for key in ("time", "checks", "engines")},
+        }
+
+    def _measure_pipeline(self, share_s: float) -> None:
+        """The Hugging Face pipeline at its best setting, over FLAC files."""
+        if importlib.util.find_spec("transformers") is None:
+            raise SystemExit("not installed: transformers")
+        from tests.support import audio_factory
+
+        audio, size = self._folder / "files", self._bench.size
+        audio.mkdir()
+        for index, samples in enumerate(self._clips):
+            audio_factory.write(audio / f"{index:03}.flac", samples, CLIP_RATE_HZ, "flac")
+        num_workers = 0 if self._bench.is_toy else len(os.sched_getaffinity(0))
+        sweep_s = min(share_s, self._minutes.left_s - 5.0)
+        job = {
+            "model": str(self._model),
+            "audio": str(audio),
+            "device": self._bench.device,
+            "precisions": size.pipeline_precisions,
+            "batch_sizes": size.pipeline_batch_sizes,
+            "seconds": size.pipeline_s,
+            "sweep_s": sweep_s,
+            "workers": num_workers,
+        }
+        timeout_s = min(self._minutes.left_s, 2 * sweep_s)
+        arguments = ["hugging_face_timed_sweep", json.dumps(job)]
+        try:
+            said = run_module("benchmarks.peer_programs", arguments, self._environment, timeout_s)
+        except CutOffError as error:
+            said = error.output
+        swept = _last_json(said)
+        rates = [1.0 / row["clip_s"] for row in swept.get("settings", []) if "clip_s" in row]
+        if not rates:
+            raise SystemExit(f"no setting was measured within {timeout_s:.0f} s")
+        self._found["pipeline"] = {"clips_per_s": max(rates), "workers": num_workers, **swept}
+        print(f"{PIPELINE}: {max(rates):.0f} clips/s at its best", flush=True)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _last_json(output: str) -> dict[str, Any]:
+    """The last whole line of JSON that a program printed; nothing if there is none."""
+    for line in reversed(output.splitlines()):
+        if line.startswith("{"):
+            with contextlib.suppress(json.JSONDecodeError):
+                read: dict[str, Any] = json.loads(line)
+                return read
+    return {}
+
+
+def _measure_model_alone(bench: Bench, precision: str) -> list[dict[str, Any]]:
+    """The row of the largest batch, compiled where a run compiles."""
+    engine = "compile" if bench.device == "cuda" else "eager"
+    batch_sizes = bench.size.compiled_batch_sizes[-1:]
+    size = dataclasses.replace(
+        bench.size,
+        batch_sizes=batch_sizes,
+        compiled_batch_sizes=batch_sizes,
+        compiled_precisions=(precision,),
+        seconds=min(2.0, bench.size.seconds),
     )
-    limit = decode_rate if model_rate is None else min(decode_rate, model_rate)
-    return {
-        "clips_per_s": 1.0 / clip_s,
-        "times_real_time": CLIP_S / clip_s,
-        "decode_bound_clips_per_s": decode_rate,
-        "model_bound_clips_per_s": model_rate,
-        "share_of_limit": None if model_rate is None else 1.0 / clip_s / limit,
-        "speedup": None,
-    }
+    quick = dataclasses.replace(bench, size=size, engines=(engine,), precisions=(precision,))
+    return measure_model(quick, {})
 
 
-def _compare_with_pipeline(found: Mapping[str, dict[str, Any]], pipeline: Any) -> None:
-    rate = pipeline.get("clips_per_s")
-    for figures in found.values():
-        figures["speedup"] = None if rate is None else figures["clips_per_s"] / rate
+def _sum_up(found: Mapping[str, Any]) -> None:
+    """Add what follows from the figures so far: medians of runs, and ratios of rates."""
+    model_rate = (found["model_alone"] or {}).get("windows_per_s")
+    pipeline_rate = found["pipeline"].get("clips_per_s")
+    for figures in found["formats"].values():
+        bounds = (figures.get("decoders_alone_clips_per_s"), model_rate)
+        limit = None if None in bounds else min(bounds)
+        for row in figures["workers"].values():
+            rate = median([run["clips_per_s"] for run in row["runs"]])
+            waits = [run["device_waits"] for run in row["runs"] if "device_waits" in run]
+            row["clips_per_s"] = rate
+            row["times_real_time"] = rate * CLIP_S
+            row["share_of_limit"] = None if limit is None else rate / limit
+            row["speedup"] = None if pipeline_rate is None else rate / pipeline_rate
+            row["device_waits"] = median(waits) if waits else None
 
 
-def _show_end_to_end(found: Mapping[str, Mapping[str, Any]], pipeline: Mapping[str, Any]) -> None:
+def _show_end_to_end(found: Mapping[str, Any]) -> None:
+    model_rate = (found["model_alone"] or {}).get("windows_per_s", "–")
     print_table(
         (
-            *("end to end", "clips/s", "× real time", "decoders alone", "model alone"),
-            *("share of the smaller", "× Hugging Face pipeline"),
+            *("end to end", "workers", "clips/s", "× real time", "decoders alone", "model alone"),
+            *("share of the smaller", "the device waits", "× Hugging Face pipeline"),
         ),
         [
             (
-                *(name, row["clips_per_s"], row["times_real_time"]),
-                row["decode_bound_clips_per_s"],
-                "–" if row["model_bound_clips_per_s"] is None else row["model_bound_clips_per_s"],
-                _percent(row["share_of_limit"]),
+                *(name, workers, row["clips_per_s"], row["times_real_time"]),
+                *(figures.get("decoders_alone_clips_per_s", "–"), model_rate),
+                *(_percent(row["share_of_limit"]), _percent(row["device_waits"])),
                 "–" if row["speedup"] is None else f"{row['speedup']:.1f}",
             )
-            for name, row in found.items()
+            for name, figures in found["formats"].items()
+            for workers, row in figures["workers"].items()
         ],
     )
-    if "error" in pipeline:
-        print(f"left out: the Hugging Face pipeline: {pipeline['error']}")
-    else:
-        print(f"Hugging Face pipeline at its best: {pipeline['clips_per_s']:.3g} clips/s")
+    if found["pipeline"]:
+        rate = found["pipeline"]["clips_per_s"]
+        print(f"Hugging Face pipeline at its best: {rate:.3g} clips/s")
 
 
 def _write_model(folder: Path, bench: Bench) -> Path:
@@ -562,80 +799,92 @@ def _write_model(folder: Path, bench: Bench) -> Path:
     return folder
 
 
-def _write_shards(
-    folder: Path, clips: Sequence[tuple[Any, int]], format_name: str, num_clips: int
-) -> Path:
-    """A folder of tars of so many clips, the few distinct ones again and again."""
-    from tests.support import audio_factory
+def _end_to_end_clips(bench: Bench) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
+    """The distinct clips, all at one rate."""
+    import soxr
 
-    target = folder / f"{format_name}-{num_clips}"
-    target.mkdir()
-    encoded = [
-        audio_factory.encode(samples, rate_hz, format_name)
-        for samples, rate_hz in clips[:num_clips]
-    ]
-    for start in range(0, num_clips, CLIPS_PER_SHARD):
-        with tarfile.open(target / f"{start:06}.tar", "w") as archive:
-            for index in range(start, min(start + CLIPS_PER_SHARD, num_clips)):
+    num_clips = min(len(bench.recordings) or 2, MAX_DISTINCT_CLIPS)
+    for samples, rate_hz in _each_clip(bench, num_clips, CLIP_S):
+        resampled = soxr.resample(samples, rate_hz, CLIP_RATE_HZ)
+        yield np.resize(resampled.astype(np.float32), round(CLIP_S * CLIP_RATE_HZ))
+
+
+class Shards:
+    """Folders of tars, as many clips as wanted: hard links to one tar of the distinct clips.
+
+    Args:
+        folder: Where they are to lie.
+        clips: The distinct clips.
+    """
+
+    def __init__(
+        self, folder: Path, clips: Sequence[np.ndarray[Any, np.dtype[np.float32]]]
+    ) -> None:
+        self._folder = folder
+        self._clips = clips
+        self._encoded: dict[str, list[bytes]] = {}
+        self._num_folders = itertools.count()
+
+    def link(self, format_name: str, num_clips: float) -> tuple[Path, int]:
+        """A folder of about so many clips in at least ``SHARDS_PER_RUN`` tars.
+
+        Returns:
+            The folder, and how many clips it has.
+        """
+        shard_clips = math.ceil(num_clips / SHARDS_PER_RUN)
+        shard_clips = min(MAX_CLIPS_PER_SHARD, max(1, shard_clips))
+        num_shards = max(SHARDS_PER_RUN, math.ceil(num_clips / shard_clips))
+        target = self._folder / str(next(self._num_folders))
+        target.mkdir(parents=True)
+        shard = self._shard(format_name, shard_clips)
+        return link_inputs(target, num_shards, [shard]), num_shards * shard_clips
+
+    def _shard(self, format_name: str, num_clips: int) -> Path:
+        path = self._folder / f"{format_name}-{num_clips}.tar"
+        if path.exists():
+            return path
+        encoded = self._encode(format_name)
+        with tarfile.open(path, "w") as archive:
+            for index in range(num_clips):
                 data = encoded[index % len(encoded)]
                 member = tarfile.TarInfo(f"{index:06}.{format_name}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-    return target
+        return path
+
+    def _encode(self, format_name: str) -> list[bytes]:
+        from tests.support import audio_factory
+
+        if format_name not in self._encoded:
+            self._encoded[format_name] = [
+                audio_factory.encode(samples, CLIP_RATE_HZ, format_name) for samples in self._clips
+            ]
+        return self._encoded[format_name]
 
 
-def _decode_rate(source: Path) -> float:
-    """Clips a second of reading and decoding alone, on all cores, as a run does it."""
+def _decode_rate(source: Path, seconds: float) -> float:
+    """Clips a second of reading and decoding alone, on all cores, as a run does it.
+
+    The clips are read again and again for so many seconds, after a start that does not count.
+    """
     from transforms.decoding.pool import DecodePool
     from transforms.records import Waveform
     from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units, read_unit
 
     found, settings = find_inputs([str(source)]), SourceSettings()
-    units = plan_units(found.items, found.containers, settings)
-    with DecodePool() as pool:
-
-        def decode(units: Sequence[Any]) -> int:
-            encoded = itertools.chain.from_iterable(read_unit(unit, settings) for unit in units)
-            pieces = pool.stream("all of it", encoded)
-            return sum(isinstance(each, Waveform) and each.facts is not None for each in pieces)
-
-        decode(units[:1])  # the processes start
-        began_s = time.perf_counter()
-        num_clips = decode(units)
-        return num_clips / (time.perf_counter() - began_s)
-
-
-def _measure_pipeline(
-    bench: Bench,
-    folder: Path,
-    clips: Sequence[tuple[Any, int]],
-    model: Path,
-    environment: Mapping[str, str],
-) -> dict[str, Any]:
-    """Clips a second of the Hugging Face pipeline at its best setting, over FLAC files."""
-    if importlib.util.find_spec("transformers") is None:
-        return {"error": "transformers is not installed"}
-    from tests.support import audio_factory
-
-    audio = folder / "files"
-    audio.mkdir()
-    for index, (samples, rate_hz) in enumerate(clips[: bench.size.pipeline_clips]):
-        audio_factory.write(audio / f"{index:03}.flac", samples, rate_hz, "flac")
-    job = {
-        "model": str(model),
-        "audio": str(audio),
-        "device": bench.device,
-        "precisions": [name for name in bench.precisions if name != "tf32"],
-        "batch_sizes": list(bench.size.pipeline_batch_sizes),
-        "num_clips": bench.size.pipeline_clips,
-        "few_clips": bench.size.pipeline_clips // 2,
-        "workers": 0 if bench.is_toy else len(os.sched_getaffinity(0)),
-    }
-    arguments = ["hugging_face_sweep", json.dumps(job)]
-    said = run_module("benchmarks.peer_programs", arguments, environment)
-    settings = json.loads(said.splitlines()[-1])["settings"]
-    best_s = min(setting["clip_s"] for setting in settings if "clip_s" in setting)
-    return {"clips_per_s": 1.0 / best_s, "settings": settings, "workers": job["workers"]}
+    units = itertools.cycle(plan_units(found.items, found.containers, settings))
+    encoded = itertools.chain.from_iterable(read_unit(unit, settings) for unit in units)
+    with DecodePool() as pool, contextlib.closing(pool.stream("all of it", encoded)) as pieces:
+        next(pieces)  # the processes have started
+        began_s = time.perf_counter() + seconds / 4
+        num_clips = 0
+        for piece in pieces:
+            now_s = time.perf_counter()
+            is_last = isinstance(piece, Waveform) and piece.facts is not None
+            num_clips += is_last and now_s >= began_s
+            if now_s >= began_s + seconds:
+                return num_clips / (now_s - began_s)
+    raise SystemExit(f"{source}: nothing to decode")
 
 
 # The whole
@@ -663,8 +912,8 @@ def run_parts(
     Args:
         bench: How.
         parts: What is asked for.
-        keep: Called after each part with all that has been found by then: a run of an hour
-            may not come to its end.
+        keep: Called after each part, and after each measurement end to end, with all that has been
+            found by then: a run of an hour may not come to its end.
     """
     left_out = {part: reason for part in parts if (reason := why_left_out(part)) is not None}
     for part, reason in left_out.items():
@@ -679,7 +928,12 @@ def run_parts(
         elif part == "fbank":
             result["fbank"] = measure_fbank(bench)
         else:
-            result["end_to_end"] = measure_end_to_end(bench, result.get("model", []))
+            measure_end_to_end(
+                bench,
+                result.get("model", []),
+                lambda found: keep({**result, "end_to_end": found}),
+                result.setdefault("end_to_end", {}),
+            )
         keep(result)
     return result
 
@@ -723,11 +977,11 @@ def draw(result: Mapping[str, Any], target: Path) -> None:
 
 
 def find_recordings(folder: Path) -> list[Path]:
-    """The recordings that clips are made of; none where there is no such folder, which is said."""
-    if folder.is_dir():
-        return sorted(path for path in folder.iterdir() if path.is_file())
-    print(f"{folder} is not there: clips are noise, which decoders take longer for than for sounds")
-    return []
+    """The recordings that clips are made of; the samples' where there is no such folder."""
+    if not folder.is_dir():
+        print(f"{folder} is not there: clips are made of {SAMPLES}")
+        folder = SAMPLES
+    return sorted(path for path in folder.iterdir() if path.suffix in RECORDING_SUFFIXES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -753,17 +1007,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="those of the precisions that it is compiled in; all",
     )
     parser.add_argument("--seconds", type=float, help="that one measurement takes, about")
-    parser.add_argument("--clips", type=int, help="of the larger run end to end")
     parser.add_argument(
-        "--pipeline-clips", type=int, help="of each setting of the Hugging Face pipeline"
+        "--minutes", type=float, default=10.0, help="for all that is measured end to end"
+    )
+    parser.add_argument(
+        "--workers", nargs="+", type=int, default=(1, 2), help="processes of label, end to end"
     )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="of clips")
-    parser.add_argument("--rounds", type=int, default=3, help="paired rounds, end to end")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="runs of each case end to end, while the minutes last"
+    )
     parser.add_argument(
         "--data",
         type=Path,
         default=Path("../shared/data/esc10/audio"),
-        help="a folder of recordings that clips are made of; noise if it is not there",
+        help="a folder of recordings that clips are made of; if it is not there, samples/",
     )
     parser.add_argument("--toy", action="store_true", help="everything tiny, for any device")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent, help="where to")
@@ -777,8 +1035,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "compiled_batch_sizes": options.compiled_batch_sizes,
         "compiled_precisions": options.compiled_precisions,
         "seconds": options.seconds,
-        "clips": options.clips,
-        "pipeline_clips": options.pipeline_clips,
     }
     size = dataclasses.replace(size, **{k: v for k, v in changes.items() if v is not None})
     can = [name for name, way in PRECISIONS.items() if device == "cuda" or not way.may_use_tf32]
@@ -791,6 +1047,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rounds=options.rounds,
         recordings=[] if options.toy else find_recordings(options.data),
         formats=options.formats,
+        workers=options.workers,
+        minutes=options.minutes,
     )
     about = {"is_toy": options.toy, "device": describe_device(device)}
 

@@ -9,6 +9,7 @@ it: what is compared is what surrounds the model. A program prints a line of JSO
 * ``hugging_face``: ``pipeline("audio-classification")`` over a dataset;
 * ``hugging_face_sweep``: the same, at every batch size and precision that is asked for, to find the
   best;
+* ``hugging_face_timed_sweep``: the same with many workers, each setting for as many seconds;
 * ``data_loader``: a loop over a DataLoader, features made in its workers, as in AST's own code;
 * ``openvino``: OpenVINO on features that are ready before the clock starts, nothing else: no read,
   no rows;
@@ -41,6 +42,8 @@ from torch.utils.data import DataLoader, Dataset
 RATE_HZ = 16_000
 TOP_K = 10  # as Earmark
 MAX_TENSORS = 32  # distinct windows of ready features, 0.5 MB each
+MAX_TIMED_CLIPS = 1_000_000  # of a sweep by time, which ends before
+MIN_ROUNDS = 2  # after the first one, of such a sweep
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Keeps scores between 0.05 and 0.95, and clips apart; the seed is fixed.
@@ -72,8 +75,8 @@ class Job:
         precisions: Those that a sweep tries.
         batch_sizes: Those that a sweep tries.
         num_clips: How many clips a sweep measures at each setting, or OpenVINO computes.
-        few_clips: Clips of a run whose time a sweep takes off that of one over so many more: the
-            start of many workers counts for something on a GPU. 0 for none.
+        seconds: How long a sweep measures each setting of a GPU; see ``hugging_face_timed_sweep``.
+        sweep_s: Seconds after which such a sweep starts no other setting.
         graph: Whose conversion OpenVINO runs: ``earmark`` or ``transformers``.
         mode: How OpenVINO is called: ``sync``, one batch after another, or ``async``, as many at
             once as it advises.
@@ -91,7 +94,8 @@ class Job:
     precisions: Sequence[str] = ()
     batch_sizes: Sequence[int] = ()
     num_clips: int = 0
-    few_clips: int = 0
+    seconds: float = 0.0
+    sweep_s: float = 0.0
     graph: str = "earmark"
     mode: str = "sync"
     converted: str = ""
@@ -202,13 +206,56 @@ def hugging_face_sweep(job: Job) -> dict[str, Any]:
 
             try:
                 seconds(batch_size)
-                start_s = seconds(job.few_clips) if job.few_clips else 0.0
-                all_s = seconds(job.few_clips + num_clips)
+                all_s = seconds(num_clips)
             except torch.OutOfMemoryError as error:
                 settings.append({**setting, "error": str(error).splitlines()[0]})
             else:
-                settings.append({**setting, "clip_s": (all_s - start_s) / num_clips})
+                settings.append({**setting, "clip_s": all_s / num_clips})
     return {"settings": settings}
+
+
+def hugging_face_timed_sweep(job: Job) -> dict[str, Any]:
+    """Seconds for each clip at each batch size and precision, without the start of the workers.
+
+    After every setting all that has been found by then is printed: the sweep may be cut off.
+    """
+    began_s = time.perf_counter()
+    files, settings, left_out = recordings(job), [], []
+    pipelines: dict[str, Any] = {}
+    for batch_size, precision in itertools.product(job.batch_sizes, job.precisions):
+        setting = {"precision": precision, "batch_size": batch_size}
+        passed_s = time.perf_counter() - began_s
+        longest_s = max((each["took_s"] for each in settings), default=0.0)
+        if settings and passed_s + longest_s > job.sweep_s:
+            left_out.append(setting)
+            continue
+        if precision not in pipelines:
+            pipelines[precision] = _load_pipeline(job, precision)
+        try:
+            figures = {"clip_s": _steady_clip_s(pipelines[precision], files, job, batch_size)}
+        except torch.OutOfMemoryError as error:
+            figures = {"error": str(error).splitlines()[0]}
+        took_s = time.perf_counter() - began_s - passed_s
+        settings.append({**setting, **figures, "took_s": took_s})
+        print(json.dumps({"settings": settings, "left_out": left_out}), flush=True)
+    return {"settings": settings, "left_out": left_out}
+
+
+def _steady_clip_s(classify: Any, files: Sequence[Path], job: Job, batch_size: int) -> float:
+    """Seconds for each clip, over whole rounds of one batch from every worker.
+
+    The workers start together, and so their batches come in bursts: a rate holds from the end of a
+    burst to the end of another. The first round is the start.
+    """
+    round_clips = max(1, job.workers) * batch_size
+    ends: list[float] = []
+    found = _run_pipeline(classify, _cycled(files, MAX_TIMED_CLIPS), job, batch_size, TOP_K)
+    for number, _ in enumerate(found, start=1):
+        if number % round_clips == 0:
+            ends.append(time.perf_counter())
+            if len(ends) > MIN_ROUNDS and ends[-1] - ends[0] >= job.seconds:
+                break
+    return (ends[-1] - ends[0]) / (len(ends) - 1) / round_clips
 
 
 def _cycled(files: Sequence[Path], num: int) -> list[Path]:
@@ -437,7 +484,14 @@ def write_tiny_model(job: Job) -> dict[str, Any]:
 PROGRAMS: Mapping[str, Callable[[Job], dict[str, Any]]] = {
     program.__name__: program
     for program in (
-        *(hugging_face, hugging_face_sweep, data_loader, openvino, openvino_sweep),
+        *(
+            hugging_face,
+            hugging_face_sweep,
+            hugging_face_timed_sweep,
+            data_loader,
+            openvino,
+            openvino_sweep,
+        ),
         *(write_model, write_tiny_model),
     )
 }

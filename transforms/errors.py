@@ -1,4 +1,4 @@
-"""Every error Earmark raises on purpose, and who each one speaks to.
+"""All errors that Earmark raises on purpose, and what each one ends.
 
     EarmarkError
     ├── UsageError            found before any work starts: exit code 2
@@ -6,34 +6,34 @@
     │   ├── InputError          an input that does not exist or holds nothing to label
     │   ├── ModelError          a checkpoint that is missing, damaged or does not fit
     │   └── OutputError         an output that belongs to another run or cannot be written
-    ├── TooManyListedError    more files than may be listed here: listed elsewhere, or exit code 1
+    ├── TooManyListedError    more files than this machine may list: workers list them, or code 1
     ├── ItemError             one item cannot be labelled: a row in ``errors``, never the run's end
-    │   ├── ReadError           its bytes cannot be had
+    │   ├── ReadError           its bytes cannot be read
     │   ├── DecodeError         its bytes are not audio, or not enough of it
     │   ├── FeatureError        its samples cannot be turned into features
     │   └── InferenceError      the model gives no usable answer for it
     ├── ContainerError        a tar, Parquet file or manifest ends early: a row, and exit code 3
     ├── DeviceError           the model cannot be run on the device at all: exit code 1
-    ├── TrainingError         a training cannot go on: exit code 1
+    ├── TrainingError         a training cannot continue: exit code 1
     ├── WriteError            the output cannot be written any more: exit code 1
     ├── AnswerError           standard output cannot be written: exit code 1
     ├── OutputLostError       another run has taken the output over: exit code 1
     └── AccountingError       rows and items do not add up: exit code 1
 
-A message names the thing, the value found, what was expected, and the next step. ``ItemError``
-subclasses carry the ``stage`` that the error row records; ``error_type`` is the class's name
-unless a more telling one (a library's own exception) is given.
+A message names the thing, the value found, what was expected, and the next step. Subclasses of
+``ItemError`` have the ``stage`` of the error row. ``error_type`` is the class's name, unless a
+library's own exception says more.
 """
 
 from __future__ import annotations
 
 
 class EarmarkError(Exception):
-    """Base of all errors that Earmark raises on purpose."""
+    """Base class of Earmark's errors."""
 
 
 class UsageError(EarmarkError):
-    """Wrong usage, config, model, input or output, found before any work starts."""
+    """A wrong usage, config, model, input or output, found before any work starts."""
 
 
 class ConfigError(UsageError):
@@ -53,7 +53,7 @@ class OutputError(UsageError):
 
 
 class TooManyListedError(EarmarkError):
-    """The inputs hold more files than may be listed here."""
+    """The inputs hold more files than this machine may list."""
 
 
 class ItemError(EarmarkError):
@@ -61,7 +61,7 @@ class ItemError(EarmarkError):
 
     Attributes:
         stage: The step that failed: ``read``, ``decode``, ``fbank`` or ``inference``.
-        error_type: The name that the error row carries; the class's own by default.
+        error_type: The name in the error row; by default that of the class.
     """
 
     stage = "unknown"
@@ -72,7 +72,7 @@ class ItemError(EarmarkError):
 
 
 class ReadError(ItemError):
-    """The item's bytes cannot be had: missing, forbidden, cut short."""
+    """The item's bytes cannot be read: missing, forbidden, cut short."""
 
     stage = "read"
 
@@ -100,19 +100,19 @@ class ContainerError(EarmarkError):
 
 
 class DeviceError(EarmarkError):
-    """The model cannot be run, whatever the window: no memory for one, or the device has failed."""
+    """The model runs on no window: there is no memory for one, or the device has failed."""
 
 
 class TrainingError(EarmarkError):
-    """A training cannot go on: its loss is not a number any more."""
+    """A training cannot continue: its loss is not a number any more."""
 
 
 class WriteError(EarmarkError):
-    """The output cannot be written any more: full, read-only, gone."""
+    """The output has become full, read-only or absent."""
 
 
 class AnswerError(EarmarkError):
-    """Standard output, which a command's answer goes to, cannot be written."""
+    """Standard output, which gets a command's answer, cannot be written."""
 
 
 class OutputLostError(EarmarkError):
@@ -124,7 +124,7 @@ class AccountingError(EarmarkError):
 
 
 def in_words(error: OSError) -> str:
-    """What the system said of a file, as ``name: reason``; other stores' words as they are."""
+    """Describe a system's error as ``name: reason``; a store's error by its own text."""
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}"
@@ -138,11 +138,11 @@ def first_line(error: BaseException) -> str:
 
 
 def item_too_large(max_item_bytes: int, num_bytes: int | None = None) -> str:
-    """What is said of an item beyond the bound, wherever that is noticed (``ItemTooLarge``).
+    """Describe an item beyond the bound (``ItemTooLarge``).
 
     Args:
         max_item_bytes: The bound.
-        num_bytes: What it has; None where that is not known, because nobody read on.
+        num_bytes: The item's size; None if reading stopped at the bound.
     """
     has = f"more than {max_item_bytes} bytes" if num_bytes is None else f"{num_bytes} bytes"
     allowed = "" if num_bytes is None else f"; at most {max_item_bytes} are allowed"

@@ -20,7 +20,8 @@ from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints import Dict
 from apache_beam.typehints.decorators import IOTypeHints
 
-from transforms.decoding.pool import DecodeAudio, DecodeSettings
+from transforms.decoding.decode_audio import DecodeAudio
+from transforms.decoding.pool import DecodeSettings
 from transforms.features.fbank import DeviceFbank, ExtractFbank, FbankSettings
 from transforms.features.windows import CutWindows, WindowSettings
 from transforms.inference.backbones import InferenceSettings, makes_features_on_device
@@ -51,9 +52,9 @@ from transforms.sources.read_unit import (
     make_clip_id,
     make_unit_id,
     read_unit,
-    windows_per_part,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import urls
+from transforms.storage.secrets import public_uri
 
 # Files in a unit of LabelAudio, so that decoding can prefetch across them.
 FILES_PER_UNIT = 64
@@ -85,6 +86,67 @@ class LabelSettings:
     sources: SourceSettings = field(default_factory=SourceSettings)
 
 
+@dataclass(frozen=True)
+class InputSettings:
+    """The settings of the steps from inputs to windows, resolved against the features' shape.
+
+    Attributes:
+        decode: How to decode.
+        windows: How to cut.
+        sources: How the input is cut into units and read.
+    """
+
+    decode: DecodeSettings
+    windows: WindowSettings
+    sources: SourceSettings
+
+
+def make_input_settings(
+    fbank: FbankSettings,
+    *,
+    decode: DecodeSettings | None = None,
+    window_s: float | None = None,
+    hop_s: float | None = None,
+    min_tail_ratio: float = 0.1,
+    sources: SourceSettings | None = None,
+) -> InputSettings:
+    """Make the settings of the steps from inputs to windows.
+
+    Args:
+        fbank: Gives the rate, and the longest window.
+        decode: As for ``make_settings``, like all that follow.
+        window_s: Length of a window in seconds.
+        hop_s: From one window's start to the next's.
+        min_tail_ratio: Share of the window.
+        sources: How the input is cut into units and read.
+
+    Raises:
+        ConfigError: The window or hop does not fit the features.
+    """
+    decode, sources = decode or DecodeSettings(), sources or SourceSettings()
+    windows = WindowSettings.from_seconds(
+        length_s=window_s,
+        hop_s=hop_s,
+        min_tail_ratio=min_tail_ratio,
+        num_frames=fbank.num_frames,
+        sample_rate_hz=fbank.sample_rate_hz,
+    )
+    return InputSettings(
+        decode=dataclasses.replace(
+            decode,
+            sample_rate_hz=fbank.sample_rate_hz,
+            piece_samples=_whole_windows(decode.piece_samples, windows.window_samples),
+        ),
+        windows=windows,
+        sources=dataclasses.replace(
+            sources,
+            window_s=windows.window_samples / windows.sample_rate_hz,
+            hop_s=windows.hop_samples / windows.sample_rate_hz,
+            limits=dataclasses.replace(sources.limits, max_item_bytes=decode.max_item_bytes),
+        ),
+    )
+
+
 def make_settings(
     model: ModelSpec,
     *,
@@ -114,30 +176,27 @@ def make_settings(
     Raises:
         ConfigError: The window or hop does not fit the checkpoint.
     """
-    decode, inference = decode or DecodeSettings(), inference or InferenceSettings()
-    sources = sources or SourceSettings()
-    windows = WindowSettings.from_seconds(
-        length_s=window_s,
+    inference = inference or InferenceSettings()
+    fbank = FbankSettings(
+        sample_rate_hz=model.sampling_rate,
+        num_mel_bins=model.config.num_mel_bins,
+        num_frames=model.num_frames,
+        mean=model.mean,
+        std=model.std,
+    )
+    inputs = make_input_settings(
+        fbank,
+        decode=decode,
+        window_s=window_s,
         hop_s=hop_s,
         min_tail_ratio=min_tail_ratio,
-        num_frames=model.num_frames,
-        sample_rate_hz=model.sampling_rate,
+        sources=sources,
     )
     return LabelSettings(
         model=model,
-        decode=dataclasses.replace(
-            decode,
-            sample_rate_hz=model.sampling_rate,
-            piece_samples=_whole_windows(decode.piece_samples, windows.window_samples),
-        ),
-        windows=windows,
-        fbank=FbankSettings(
-            sample_rate_hz=model.sampling_rate,
-            num_mel_bins=model.config.num_mel_bins,
-            num_frames=model.num_frames,
-            mean=model.mean,
-            std=model.std,
-        ),
+        decode=inputs.decode,
+        windows=inputs.windows,
+        fbank=fbank,
         inference=inference,
         rows=RowSettings(
             labels=model.labels,
@@ -147,15 +206,7 @@ def make_settings(
             store_scores=store_scores,
             embedding_dtype=inference.embedding_dtype,
         ),
-        sources=dataclasses.replace(
-            sources,
-            window_s=windows.window_samples / windows.sample_rate_hz,
-            hop_s=windows.hop_samples / windows.sample_rate_hz,
-            limits=dataclasses.replace(sources.limits, max_item_bytes=decode.max_item_bytes),
-            windows_per_part=windows_per_part(
-                sources.windows_per_unit, windows.hop_samples, windows.sample_rate_hz
-            ),
-        ),
+        sources=inputs.sources,
     )
 
 
@@ -277,10 +328,9 @@ class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
 
 def unit_of_files(uris: Sequence[str]) -> WorkUnit:
     """Make a work unit of whole files."""
-    urls = [storage.normalise(uri) for uri in uris]
+    names = [urls.normalise(uri) for uri in uris]
     items = tuple(
-        Item(clip_id=make_clip_id(storage.public_uri(url)), uri=storage.public_uri(url), url=url)
-        for url in urls
+        Item(clip_id=make_clip_id(public_uri(url)), uri=public_uri(url), url=url) for url in names
     )
     return WorkUnit(unit_id=make_unit_id("files", items), kind="files", items=items)
 

@@ -1,14 +1,14 @@
-"""``earmark plan``: how much audio there is, and how long labelling it would take here.
+"""``earmark plan``: how much audio there is, and how long this machine would take to label it.
 
-A few clips are decoded for good, spread over everything to do; the audio per encoded byte of each
-kind of file is taken over to the rest. The model is timed on one batch.
+A sample of clips is decoded. Its seconds of audio per encoded byte, by kind of file, are applied to
+the rest. The model is timed on one batch.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,38 +18,38 @@ import numpy as np
 from pipeline.config.label import RunConfig
 from pipeline.labelling.calibration import calibrate, thinned
 from pipeline.labelling.plan import RunPlan, describe_plan, make_plan
-from pipeline.labelling.run import is_remote, pipeline_options
-from pipeline.terminal.progress import format_audio, format_duration
+from pipeline.runners.options import is_remote, pipeline_options
 from pipeline.terminal.std_streams import answer
+from pipeline.terminal.wording import format_audio, format_duration
 from transforms.decoding.pool import DecodePool
 from transforms.inference.backbones import resolve_batch_size, resolve_device
 from transforms.inference.engine import Engine
 from transforms.inference.handler import ASTModelHandler
 from transforms.label_audio import LabelSettings, read_items
 from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit
-from transforms.sources.clip_ids import WindowEstimate, extension
+from transforms.sources.file_kinds import WindowEstimate, extension
 from transforms.sources.read_unit import SourceSettings
 
 SAMPLED_UNITS = 8
 SAMPLED_CLIPS = 32
 
-# Decoding a whole recording of hours would make planning slow; its size says enough.
+# Larger clips are not sampled: decoding a recording of hours would make planning slow.
 MAX_SAMPLED_BYTES = 64 << 20
 
 ELSEWHERE = (
-    "The runner works on other machines, and this one cannot tell how long they take; "
-    "docs/dataflow.md has a formula for the cost."
+    "The runner works on other machines, whose time cannot be measured here; docs/dataflow.md has "
+    "a formula for the cost."
 )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What decoding some clips of one kind of file showed.
+    """Totals of the decoded clips of one kind of file.
 
     Attributes:
-        clips: How many.
-        num_bytes: Their encoded size.
-        audio_s: Their length in seconds.
+        clips: Number of clips.
+        num_bytes: Their encoded bytes.
+        audio_s: Their seconds of audio.
         windows: Their windows.
     """
 
@@ -69,13 +69,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Estimate:
-    """How much there is to do.
+    """An estimate of the remaining work.
 
     Attributes:
-        sampled_clips: Clips that were decoded to know.
+        sampled_clips: Clips decoded for the sample.
         failed_clips: Clips of the sample that could not be decoded.
-        audio_s: Seconds of audio.
-        windows: Windows.
+        audio_s: Seconds of audio to label.
+        windows: Windows to label.
     """
 
     sampled_clips: int
@@ -85,15 +85,14 @@ class Estimate:
 
 
 def run_plan(config: RunConfig, beam_options: list[str]) -> int:
-    """Say what ``earmark label`` would do and how long it would take; write nothing.
+    """Print what ``earmark label`` would do and how long it would take; write nothing.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        UsageError: Something is wrong with the command.
+        UsageError: The command is not valid.
     """
-    # For the rest, only to refuse what Beam does not know.
     is_elsewhere = is_remote(pipeline_options(config, beam_options))
     plan = make_plan(config, is_remote=is_elsewhere, needs_output=False)
     for line in describe_plan(plan):
@@ -108,7 +107,7 @@ def run_plan(config: RunConfig, beam_options: list[str]) -> int:
 
 
 def describe_time(estimate: Estimate, label: LabelSettings) -> str:
-    """How long this machine would take, from a batch that it runs."""
+    """Describe how long this machine would take, from the time of a batch."""
     engine = ASTModelHandler(label.model, label.inference).load_model()
     window_s = time_window(engine, label)
     return (
@@ -118,7 +117,7 @@ def describe_time(estimate: Estimate, label: LabelSettings) -> str:
 
 
 def describe_estimate(estimate: Estimate) -> list[str]:
-    """The estimate in words."""
+    """Describe an estimate, in a few lines."""
     lines = [
         f"Estimate from {estimate.sampled_clips} clips: {format_audio(estimate.audio_s)} of audio, "
         f"{estimate.windows:,} windows.",
@@ -132,7 +131,7 @@ def describe_estimate(estimate: Estimate) -> list[str]:
 
 
 def estimate_work(plan: RunPlan) -> Estimate:
-    """Audio and windows of the units to do, from a few clips of them."""
+    """Estimate the audio and windows of the units to do from a sample of their clips."""
     windows = plan.label.windows
     rate_hz = windows.sample_rate_hz
     guess = WindowEstimate(windows.window_samples / rate_hz, windows.hop_samples / rate_hz)
@@ -143,7 +142,7 @@ def estimate_work(plan: RunPlan) -> Estimate:
         for kind, num_bytes in unit_bytes(unit):
             sample = samples.get(kind) or everything
             if not sample.num_bytes or num_bytes is None:
-                # Nothing to go by but what planning took for the unit's work.
+                # Without a sample, only the plan's own estimate is left.
                 audio_s += unit.estimated_windows * guess.hop_s
                 num_windows += unit.estimated_windows
                 continue
@@ -156,8 +155,15 @@ def estimate_work(plan: RunPlan) -> Estimate:
     return Estimate(everything.clips, failed, audio_s, round(num_windows))
 
 
+def windows_of_first(units: Sequence[WorkUnit]) -> Callable[[int], float]:
+    """Return a function from a number of items to their estimated windows, in the plan's order."""
+    items = np.cumsum([0, *(len(unit.items) + len(unit.failures) for unit in units)])
+    windows = np.cumsum([0, *(unit.estimated_windows for unit in units)])
+    return lambda num_items: float(np.interp(num_items, items, windows))
+
+
 def unit_bytes(unit: WorkUnit) -> Iterator[tuple[str, int | None]]:
-    """Encoded bytes by kind of file: of each file, or of a slice of a tar; None if not known."""
+    """Yield the kind and bytes of each file, or of a slice of a container; None if not known."""
     container = unit.container
     if container is None:
         for item in unit.items:
@@ -174,7 +180,7 @@ def sample_units(
     """Decode a few clips of a few units, spread evenly.
 
     Returns:
-        What was found, by kind of file, and how many clips could not be decoded.
+        The samples by kind of file, and the number of clips that could not be decoded.
     """
     samples: dict[str, Sample] = defaultdict(Sample)
     failed = 0
@@ -212,7 +218,7 @@ def _num_bytes(clip: EncodedClip | Failure) -> int:
 
 
 def time_window(engine: Engine, settings: LabelSettings) -> float:
-    """Seconds per window of one batch, after one to warm up."""
+    """Return the seconds per window of one batch, after one to warm up."""
     device = resolve_device(settings.inference.device)
     size = resolve_batch_size(settings.inference.batch_size, device)
     batch = np.zeros((size, settings.fbank.num_frames, settings.fbank.num_mel_bins), np.float32)

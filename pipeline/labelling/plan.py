@@ -1,11 +1,11 @@
-"""What a run will do: resolve the settings, find the items, leave out what is done.
+"""The plan of a run: its settings, the items found, and the units that remain to be done.
 
     INPUT… ─find─▶ items, containers ─compare with commits─▶ units to do
                                           ├─▶ kept: committed and unchanged
                                           ├─▶ redone: units that hold a changed item
                                           └─▶ vanished: committed, not in this input
 
-Nothing is written here; ``earmark plan`` stops after it, ``earmark label`` goes on with ``run``.
+Planning writes nothing. ``earmark plan`` stops after it; ``earmark label`` continues with ``run``.
 """
 
 from __future__ import annotations
@@ -13,26 +13,20 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
-from pipeline.config.label import (
-    DecodeSection,
-    ReadSection,
-    RunConfig,
-    given_inputs,
-    given_output,
-)
+from pipeline.config.label import RunConfig, given_inputs, given_output
+from pipeline.config.train import TrainConfig
 from pipeline.graph import RunTotals
-from pipeline.labelling.backlog import (
-    Backlog,
+from pipeline.labelling.remaining import (
+    RemainingWork,
     count_found_items,
     count_vanished_failures,
-    find_uncut_backlog,
+    find_remaining,
 )
 from pipeline.result.state import (
-    RUN_SCHEMA_VERSION,
     FinishRun,
     ResultState,
     check_removable,
@@ -42,6 +36,7 @@ from pipeline.result.state import (
     software_versions,
 )
 from pipeline.terminal.time_report import Startup
+from pipeline.terminal.wording import counted
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, ModelError
 from transforms.features.fbank import FEATURES_VERSION
@@ -53,20 +48,20 @@ from transforms.models.ast.checkpoints import ModelOverrides, ModelSpec, resolve
 from transforms.models.ast.config_files import load_features
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
-from transforms.results.commits import UnitSummary
+from transforms.results.commits import SCHEMA_VERSION, UnitSummary
 from transforms.results.write_units import CommitSettings
+from transforms.sources.file_kinds import guess_duration_s
 from transforms.sources.read_unit import (
     Found,
     ReadLimits,
     SourceSettings,
-    cut_containers,
     find_inputs,
-    is_long,
     limit_items,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import urls
+from transforms.storage.secrets import public_uri
 
-# The fields of a config that the forward pass depends on; others (dropouts, what to return) may
+# The fields of a model's config that change the forward pass. Others (dropout, output flags) may
 # differ between two folders of the same model.
 SHAPE_OF_A_MODEL = (
     "hidden_size",
@@ -84,23 +79,26 @@ SHAPE_OF_A_MODEL = (
     "num_mel_bins",
 )
 
+# Longer files are named, with the command that divides them into segments of this length.
+LONG_FILE_S = 900
+
 KIND_NAMES = {"tar": "tar archive", "parquet": "audio-Parquet file"}
 
 
 @dataclass(frozen=True)
-class RunFrame:
-    """What a run knows before its inputs are listed; workers may do that (``deferred``).
+class ResolvedRun:
+    """A run whose settings are resolved and whose inputs are not listed yet.
 
     Attributes:
-        urls: What was given, as absolute paths or URLs; may carry signatures.
-        output: The result's folder.
-        state: What lies there now.
+        urls: The inputs as absolute paths or URLs; may carry signatures.
+        output: The result's folder; empty if there is none.
+        state: The existing result.
         label: The settings of every step.
         commit: Where and how to write.
-        run: ``run.json`` as far as it is known.
-        limit: How many items to do at most; None for all.
-        keeps: Whether what is committed stays: not with ``--overwrite``.
-        retry_failed: Whether failed items are tried again.
+        run: ``run.json`` without the inputs' content and the totals.
+        limit: Maximum number of items; None for all.
+        keeps: Whether committed units stay; False with ``--overwrite``.
+        retry_failed: Whether to retry failed items.
     """
 
     urls: tuple[str, ...] = field(repr=False)
@@ -113,76 +111,66 @@ class RunFrame:
     keeps: bool
     retry_failed: bool
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """What was given, without signatures."""
-        return tuple(storage.public_uri(url) for url in self.urls)
-
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything a run needs to know before it starts.
+    """Everything a run needs before it starts.
 
     Attributes:
-        inputs: What was given, as absolute paths or URLs without signatures.
-        output: The result's folder.
-        state: What lies there now.
+        output: The result's folder; empty if there is none.
+        state: The existing result.
         label: The settings of every step.
         commit: Where and how to write.
-        run: ``run.json`` as far as it is known.
-        found: What the inputs hold.
-        backlog: What of it is to be done, and what is done already.
-        vanished_failures: Failures in the result of items that are not in the input.
+        run: ``run.json`` without the totals.
+        found: The items and containers in the inputs.
+        remaining: The units to do, and the committed ones that stay.
+        vanished_failures: Failed items of the existing result that are not in the input.
     """
 
-    inputs: tuple[str, ...]
     output: str
     state: ResultState
     label: LabelSettings
     commit: CommitSettings
     run: Mapping[str, Any]
     found: Found
-    backlog: Backlog
+    remaining: RemainingWork
     vanished_failures: int
 
     @property
     def units(self) -> tuple[WorkUnit, ...]:
-        """The units to do."""
-        return self.backlog.units
+        """Units to do."""
+        return self.remaining.units
 
     @property
     def kept(self) -> RunTotals:
         """Totals of the committed units that stay."""
         total = RunTotals()
-        for unit_id in self.backlog.kept_units:
+        for unit_id in self.remaining.kept_units:
             total += RunTotals.of(UnitSummary.of(self.state.commits[unit_id]))
         return total
 
 
 def make_plan(config: RunConfig, *, is_remote: bool = False, needs_output: bool = True) -> RunPlan:
-    """Plan a run; everything that can be wrong with the command is found here.
-
-    Arguments and errors are those of ``make_frame``.
-    """
-    return find_plan(make_frame(config, is_remote=is_remote, needs_output=needs_output))
+    """Plan a run. Arguments and errors are those of ``resolve_run`` and ``find_work``."""
+    return find_plan(resolve_run(config, is_remote=is_remote, needs_output=needs_output))
 
 
-def make_frame(
+def resolve_run(
     config: RunConfig, *, is_remote: bool = False, needs_output: bool = True
-) -> RunFrame:
-    """Everything of a plan but what the inputs hold.
+) -> ResolvedRun:
+    """Resolve the settings of a run against the model and the existing result.
 
     Args:
-        config: What to do.
-        is_remote: Other machines will do it, so that this one's devices say nothing.
-        needs_output: There must be an output; without one, nothing is done already.
+        config: The config.
+        is_remote: Whether other machines do the work; then this machine's devices do not matter.
+        needs_output: Whether an output is required. Without one, nothing counts as done.
 
     Raises:
-        UsageError: The config, the model or the output is not right.
+        UsageError: The config, the model or the output is not valid.
     """
-    urls = [storage.normalise(text) for text in given_inputs(config)]
+    inputs = tuple(urls.normalise(text) for text in given_inputs(config))
     wants_output = needs_output or config.output is not None
-    output = storage.normalise(given_output(config)) if wants_output else ""
+    output = urls.normalise(given_output(config)) if wants_output else ""
     model = choose_model(config)
     label = make_label_settings(config, model)
     if not is_remote:
@@ -198,90 +186,100 @@ def make_frame(
         check_removable(state)
     else:
         check_same_results(state, results, model.name)
-    public_inputs = tuple(storage.public_uri(url) for url in urls)
-    return RunFrame(
-        urls=tuple(urls),
+    fingerprint = make_fingerprint(results)
+    return ResolvedRun(
+        urls=inputs,
         output=output,
         state=state,
         label=label,
         commit=CommitSettings(
             output=output,
             run_id=uuid.uuid4().hex[:12],
-            fingerprint=make_fingerprint(results),
+            fingerprint=fingerprint,
             model_sha256=model.sha256,
             rows=label.rows,
         ),
-        run=_run_record(config, public_inputs, label, results),
+        run={
+            "schema_version": SCHEMA_VERSION,
+            "status": "running",
+            "fingerprint": fingerprint,
+            "model": _model_record(model),
+            "scores_from_embedding": label.inference.pooling == "pooler_output",
+            "versions": software_versions(),
+            "config": {
+                **config.resolved(),
+                "inputs": [public_uri(url) for url in inputs],
+                "output": public_uri(output) if config.output else None,
+            },
+            "results": results,
+            "totals": None,
+        },
         limit=config.limit,
         keeps=not config.overwrite,
         retry_failed=config.retry_failed,
     )
 
 
-def find_plan(frame: RunFrame, max_listed: int | None = None) -> RunPlan:
-    """List the inputs, and divide what is to be done into units.
-
-    Arguments and errors are those of ``find_work``.
-    """
-    plan = find_work(frame, max_listed)
-    backlog = plan.backlog
-    units = (*backlog.units, *cut_containers(backlog.rests, frame.label.sources))
-    return dataclasses.replace(plan, backlog=dataclasses.replace(backlog, units=units, rests=()))
+def find_plan(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
+    """List the inputs and divide what remains into units. Arguments as for ``find_work``."""
+    plan = find_work(resolved, max_listed)
+    return dataclasses.replace(plan, remaining=plan.remaining.cut(resolved.label.sources))
 
 
-def find_work(frame: RunFrame, max_listed: int | None = None) -> RunPlan:
-    """List the inputs, and divide what is to be done into units, but for new containers.
+def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
+    """List the inputs and divide what remains into units, except for new containers.
 
     Args:
-        frame: What is known already.
-        max_listed: How many files may be listed; None for any number.
+        resolved: The run.
+        max_listed: Maximum number of files to list; None for any number.
 
     Raises:
-        TooManyListedError: There are more.
-        InputError: An input is not right.
+        TooManyListedError: There are more files.
+        InputError: An input is not valid.
     """
-    sources = frame.label.sources
+    sources = resolved.label.sources
     found = find_inputs(
-        frame.urls,
-        exclude=frame.output or None,
+        resolved.urls,
+        exclude=resolved.output or None,
         max_page_bytes=sources.limits.max_page_bytes,
         max_listed=max_listed,
     )
-    if frame.limit is not None:
-        found = limit_items(found, frame.limit, sources)
-    commits = frame.state.commits if frame.keeps else {}
-    retry_from = frame.output if frame.retry_failed else None
+    if resolved.limit is not None:
+        found = limit_items(found, resolved.limit, sources)
+    commits = resolved.state.commits if resolved.keeps else {}
+    retry_from = resolved.output if resolved.retry_failed else None
     return RunPlan(
-        inputs=frame.inputs,
-        output=frame.output,
-        state=frame.state,
-        label=frame.label,
-        commit=frame.commit,
-        run={**frame.run, "input": _input_record(found)},
+        output=resolved.output,
+        state=resolved.state,
+        label=resolved.label,
+        commit=resolved.commit,
+        run={
+            **resolved.run,
+            "input": {
+                "duplicates": found.duplicates,
+                "skipped_by_extension": dict(found.skipped_by_extension),
+                "notes": list(found.notes),
+            },
+        },
         found=found,
-        backlog=find_uncut_backlog(found, commits, sources, retry_from=retry_from),
-        vanished_failures=count_vanished_failures(found, commits, frame.output),
+        remaining=find_remaining(found, commits, sources, retry_from=retry_from),
+        vanished_failures=count_vanished_failures(found, commits, resolved.output),
     )
 
 
 def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
-    """The last step of a run, which holds what comes of it against the plan.
-
-    Args:
-        plan: What is to be done.
-        startup: What starting has taken.
-    """
-    kept, backlog = plan.kept, plan.backlog
+    """Return the last step of a run, which checks the result against the plan."""
+    kept, remaining = plan.kept, plan.remaining
     return FinishRun(
         output=plan.output,
         run=plan.run,
         startup=startup,
         kept=kept,
         num_units=len(plan.units),
-        found_kept_items=backlog.found_kept_items,
-        vanished_kept_items=backlog.vanished_kept_items,
-        vanished_carried_items=backlog.vanished_carried_items,
-        retried_carried_items=backlog.retried_carried_items,
+        found_kept_items=remaining.found_kept_items,
+        vanished_kept_items=remaining.vanished_kept_items,
+        vanished_carried_items=remaining.vanished_carried_items,
+        retried_carried_items=remaining.retried_carried_items,
         vanished_failures=plan.vanished_failures,
         num_found_items=count_found_items(plan.found),
         num_commits=kept.units + len(plan.units),
@@ -289,20 +287,20 @@ def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
 
 
 def choose_model(config: RunConfig) -> ModelSpec:
-    """The checkpoint that is named; where none is, the one that ships, with a note that says so.
+    """Return the named checkpoint; without a name, the bundled one, with a note that says so.
 
     Raises:
-        ModelError: It cannot be found, or does not say what must be known.
+        ModelError: The checkpoint cannot be found or is not complete.
     """
     overrides = make_overrides(config)
     if config.model.name is not None:
         return resolve_model(config.model.name, overrides)
-    note = describe_default()  # first: it knows best what is wrong where there is none
+    note = describe_default()  # first: its error explains best why there is no bundled model
     return dataclasses.replace(resolve_model(DEFAULT_MODEL, overrides), notes=(note,))
 
 
 def make_overrides(config: RunConfig) -> ModelOverrides:
-    """What the config says of the model instead of the checkpoint.
+    """Return the config's values that replace the checkpoint's.
 
     Raises:
         ModelError: ``model.preprocessor`` cannot be read.
@@ -316,17 +314,20 @@ def make_overrides(config: RunConfig) -> ModelOverrides:
 
 
 def read_features(place: str) -> Mapping[str, Any]:
-    """The settings in a ``preprocessor_config.json``, which may be named by its folder.
+    """Read a ``preprocessor_config.json``.
+
+    Args:
+        place: The file or its folder.
 
     Raises:
-        ModelError: There is none, or it holds no mean and std.
+        ModelError: The file does not exist, or holds no mean and std.
     """
     folder = place.removesuffix(f"/{FEATURES_NAME}") if place != FEATURES_NAME else "."
     features = load_features(folder)
     for name in ("mean", "std"):
         if not isinstance(features.get(name), int | float):
             raise ModelError(
-                f"{storage.public_uri(place)} holds no {name}; expected a "
+                f"{public_uri(place)} holds no {name}; expected a "
                 f"{FEATURES_NAME} as earmark stats writes it"
             )
     return features
@@ -352,49 +353,48 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
     )
     return make_settings(
         model,
-        decode=make_decode_settings(config.decode),
         inference=inference,
+        top_k=config.labels.top_k,
+        store_scores=config.labels.scores,
+        **input_options(config),
+    )
+
+
+class InputOptions(TypedDict):
+    """Arguments of ``make_settings`` and ``make_input_settings`` that a config gives."""
+
+    decode: DecodeSettings
+    window_s: float | None
+    hop_s: float | None
+    min_tail_ratio: float
+    sources: SourceSettings
+
+
+def input_options(config: RunConfig | TrainConfig) -> InputOptions:
+    """Return what a config says of reading, decoding and cutting."""
+    section = config.decode
+    sources = SourceSettings(limits=ReadLimits(**config.read.model_dump()))
+    if isinstance(config, RunConfig):
+        sources = dataclasses.replace(sources, windows_per_unit=config.units.windows)
+    return InputOptions(
+        decode=DecodeSettings(
+            num_processes=section.processes or 0,
+            clips_ahead=section.clips_ahead or 0,
+            stall_timeout_s=section.stall_timeout_s,
+            max_item_bytes=section.max_item_bytes,
+            max_item_s=section.max_item_s,
+            max_decode_ratio=section.max_decode_ratio,
+            max_decoder_bytes=section.max_decoder_bytes,
+        ),
         window_s=config.window.length_s,
         hop_s=config.window.hop_s,
         min_tail_ratio=config.window.min_tail,
-        top_k=config.labels.top_k,
-        store_scores=config.labels.scores,
-        sources=make_source_settings(config),
-    )
-
-
-def make_decode_settings(section: DecodeSection) -> DecodeSettings:
-    """How to decode; the rate is the model's, and set where the model is known."""
-    return DecodeSettings(
-        num_processes=section.processes or 0,
-        clips_ahead=section.clips_ahead or 0,
-        stall_timeout_s=section.stall_timeout_s,
-        max_item_bytes=section.max_item_bytes,
-        max_item_s=section.max_item_s,
-        max_decode_ratio=section.max_decode_ratio,
-        max_decoder_bytes=section.max_decoder_bytes,
-    )
-
-
-def make_read_limits(decode: DecodeSection, read: ReadSection) -> ReadLimits:
-    """What reading an input may take."""
-    return ReadLimits(
-        max_item_bytes=decode.max_item_bytes,
-        max_page_bytes=read.max_page_bytes,
-        max_expansion=read.max_expansion,
-    )
-
-
-def make_source_settings(config: RunConfig) -> SourceSettings:
-    """How to cut inputs into units and read them; windows are set where they are known."""
-    return SourceSettings(
-        windows_per_unit=config.units.windows,
-        limits=make_read_limits(config.decode, config.read),
+        sources=sources,
     )
 
 
 def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, Any]:
-    """Everything that changes results, by name; its digest is the fingerprint."""
+    """Return everything that changes results, by name. The fingerprint is its digest."""
     model = label.model
     return {
         "model_sha256": model.sha256,
@@ -416,86 +416,65 @@ def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, A
     }
 
 
-def _run_record(
-    config: RunConfig,
-    inputs: tuple[str, ...],
-    label: LabelSettings,
-    results: Mapping[str, Any],
-) -> dict[str, Any]:
-    model = label.model
+def _model_record(model: ModelSpec) -> dict[str, Any]:
     return {
-        "schema_version": RUN_SCHEMA_VERSION,
-        "status": "running",
-        "fingerprint": make_fingerprint(results),
-        "model": {
-            "name": model.name,
-            "source": model.source,
-            "revision": model.revision,
-            "sha256": model.sha256,
-            "license": model.license,
-            "activation": model.activation,
-            "num_labels": model.num_labels,
-            "hidden_size": model.hidden_size,
-            "window_s": model.window_s,
-            "notes": list(model.notes),
-        },
-        "scores_from_embedding": label.inference.pooling == "pooler_output",
-        "versions": software_versions(),
-        "config": {
-            **config.resolved(),
-            "inputs": list(inputs),
-            "output": storage.public_uri(storage.normalise(config.output))
-            if config.output
-            else None,
-        },
-        "results": dict(results),
-        "totals": None,
-    }
-
-
-def _input_record(found: Found) -> dict[str, Any]:
-    return {
-        "duplicates": found.duplicates,
-        "skipped_by_extension": dict(found.skipped_by_extension),
-        "notes": list(found.notes),
+        "name": model.name,
+        "source": model.source,
+        "revision": model.revision,
+        "sha256": model.sha256,
+        "license": model.license,
+        "activation": model.activation,
+        "num_labels": model.num_labels,
+        "hidden_size": model.hidden_size,
+        "window_s": model.window_s,
+        "notes": list(model.notes),
     }
 
 
 def describe_plan(plan: RunPlan) -> list[str]:
-    """What a run is going to do, in a few lines."""
-    backlog = plan.backlog
+    """Describe what a run will do, in a few lines."""
+    remaining = plan.remaining
     lines = [*describe_model(plan.label), *describe_inputs(plan.found)]
     if plan.state.commits:
         lines.append(describe_done(plan))
     for unit_id, reason in list(plan.state.damaged.items())[:5]:
-        lines.append(f"Unit {unit_id} is damaged and done again: {reason}.")
-    if backlog.units:
-        windows_to_do = sum(unit.estimated_windows for unit in backlog.units)
+        lines.append(f"Unit {unit_id} is damaged and will be redone: {reason}.")
+    if remaining.units:
+        windows_to_do = sum(unit.estimated_windows for unit in remaining.units)
         lines.append(
-            f"To do: {counted(len(backlog.units), 'unit')}, about "
+            f"To do: {counted(len(remaining.units), 'unit')}, about "
             f"{counted(windows_to_do, 'window')}."
         )
-        lines += describe_long_files(backlog.units, plan.label.sources)
+        lines += describe_long_files(remaining.units)
     else:
         lines.append("Nothing to do: everything found is done.")
     return lines
 
 
-def describe_long_files(units: Sequence[WorkUnit], sources: SourceSettings) -> list[str]:
-    """Which files are labelled in parts; a line, where there are any."""
-    long = [unit for unit in units if is_long(unit, sources)]
-    if not long or sources.windows_per_part is None:
+def describe_long_files(units: Iterable[WorkUnit]) -> list[str]:
+    """Name files that are long by their size, and the command that divides them: a line, or none.
+
+    A file is one item of one unit: a run that is killed inside it labels it again from its start.
+    """
+    long = [
+        item
+        for unit in units
+        for item in unit.items
+        if (item.start_s, item.end_s, item.member, item.row) == (None,) * 4
+        and guess_duration_s(item.uri, item.size) > LONG_FILE_S
+    ]
+    if not long:
         return []
-    num_parts = sum(unit.estimated_windows // sources.windows_per_part for unit in long)
-    are = "is" if len(long) == 1 else "are"
+    others = f" and {counted(len(long) - 1, 'other')}" if len(long) > 1 else ""
     return [
-        f"Of these, {counted(len(long), 'long file')} {are} cut into parts, about "
-        f"{num_parts:,}, where the header tells the length and reading can start anywhere."
+        f"{long[0].uri}{others}: probably longer than {LONG_FILE_S // 60} minutes, and labelled in "
+        f"one go; to divide: earmark plan INPUT… --segment-s {LONG_FILE_S} --manifest "
+        "segments.jsonl"
     ]
 
 
 def describe_model(label: LabelSettings) -> list[str]:
-    """What a run labels with, in a few lines."""
+    """Describe the model and the windows, in a few lines."""
     model, windows = label.model, label.windows
     return [
         f"Model: {model.name}, {model.num_labels} labels ({model.activation}), windows of "
@@ -505,29 +484,22 @@ def describe_model(label: LabelSettings) -> list[str]:
     ]
 
 
-def counted(number: int, noun: str) -> str:
-    """A number and its noun: ``1 unit``, ``2,000 units``, ``3 files or segments``."""
-    if number != 1:
-        noun = " or ".join(f"{word}s" for word in noun.split(" or "))
-    return f"{number:,} {noun}"
-
-
 def describe_inputs(found: Found) -> list[str]:
-    """What the inputs hold, in a few lines."""
+    """Describe the content of the inputs, in a few lines."""
     lines = [f"Found: {describe_found(found)}."]
     if found.duplicates:
         lines.append(
-            f"Listed again, and counted once: {counted(found.duplicates, 'item')}, such as "
+            f"Listed twice, counted once: {counted(found.duplicates, 'item')}, such as "
             f"{', '.join(found.duplicate_examples)}."
         )
     if found.skipped_by_extension:
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.skipped_by_extension.most_common(8))
-        lines.append(f"Files of other kinds, left aside: {kinds}.")
+        lines.append(f"Skipped files of other kinds: {kinds}.")
     return [*lines, *found.notes]
 
 
 def describe_found(found: Found) -> str:
-    """The items and containers found."""
+    """Describe the number of items and containers found."""
     kinds = Counter(container.kind for container in found.containers)
     parts = [counted(len(found.items), "file or segment")] if found.items else []
     parts += [counted(count, KIND_NAMES[kind]) for kind, count in kinds.items()]
@@ -537,14 +509,14 @@ def describe_found(found: Found) -> str:
 
 
 def describe_done(plan: RunPlan) -> str:
-    """What an earlier run has done."""
-    backlog = plan.backlog
-    text = f"Done already: {counted(backlog.found_kept_items, 'item')}"
-    text += f" in {counted(len(backlog.kept_units), 'unit')}"
-    if backlog.vanished_items:
-        text += f"; {backlog.vanished_items:,} more are not in this input"
-    if backlog.num_redone:
-        text += f"; done again for changed items: {counted(backlog.num_redone, 'unit')}"
-    if backlog.num_retried:
-        text += f"; tried again: {counted(backlog.num_retried, 'failed item')}"
+    """Describe what earlier runs have done."""
+    remaining = plan.remaining
+    text = f"Already done: {counted(remaining.found_kept_items, 'item')}"
+    text += f" in {counted(len(remaining.kept_units), 'unit')}"
+    if remaining.vanished_items:
+        text += f"; {remaining.vanished_items:,} more are not in this input"
+    if remaining.num_redone:
+        text += f"; to redo for changed items: {counted(remaining.num_redone, 'unit')}"
+    if remaining.num_retried:
+        text += f"; to retry: {counted(remaining.num_retried, 'failed item')}"
     return f"{text}."

@@ -1,13 +1,13 @@
-"""Planning where the work is done, for inputs that are too many for the launching machine.
+"""Planning on the workers, for more inputs than the launching machine can list.
 
-    frame ─▶ list, compare with commits ─┬─▶ units of files ─────────┐
-                                         ├─▶ containers ─▶ cut each ─┴▶ units ─▶ graph.label_units
-                                         └─▶ what the last step must know ─▶ run.json, _SUCCESS
+    run ─▶ list, compare with commits ─┬─▶ units of files ─────────┐
+                                       ├─▶ containers ─▶ cut each ─┴▶ units ─▶ graph.label_units
+                                       └─▶ FinishRun ─▶ run.json, _SUCCESS
 
-The same functions as in ``plan``, and so the same units; only that a worker calls them, and that
-containers (whose headers must be read) are cut by all workers. Neither items nor units go through
-the job's description, which runners bound. One worker lists and groups all loose files: it needs
-memory for them (``docs/scale.md``).
+A worker calls the same functions as ``plan``, so the units are the same. Containers, whose headers
+must be read, are cut by all workers. Neither items nor units go through the job's description,
+whose size runners limit. One worker lists and groups all loose files: it needs memory for them
+(``docs/scale.md``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from apache_beam.transforms.combiners import Count
 from apache_beam.typehints.decorators import IOTypeHints
 
 from pipeline.graph import RunTotals, label_units
-from pipeline.labelling.plan import RunFrame, find_work, make_finish
+from pipeline.labelling.plan import ResolvedRun, find_work, make_finish
 from pipeline.result.state import FinishRun, ResultState, read_result
 from pipeline.terminal.time_report import Startup
 from transforms.records import WorkUnit
@@ -35,36 +35,35 @@ class DeferredPlan:
     """What a worker needs to plan a run.
 
     Attributes:
-        frame: All of a plan but what the inputs hold; without the output's state, which the
-            worker reads for itself.
+        resolved: The run, without the state of the output, which the worker reads itself.
         startup: What starting took.
     """
 
-    frame: RunFrame
+    resolved: ResolvedRun
     startup: Startup
 
     @staticmethod
-    def of(frame: RunFrame, startup: Startup) -> DeferredPlan:
-        """The plan to be made of a frame, once the output has been brought in order."""
-        state = ResultState(frame.output)
-        return DeferredPlan(dataclasses.replace(frame, state=state, keeps=True), startup)
+    def of(resolved: ResolvedRun, startup: Startup) -> DeferredPlan:
+        """Build the plan after the output has been repaired."""
+        state = ResultState(resolved.output)
+        return DeferredPlan(dataclasses.replace(resolved, state=state, keeps=True), startup)
 
 
 class PlanUnits(
     beam.PTransform[PCollection[DeferredPlan], tuple[PCollection[WorkUnit], PCollection[FinishRun]]]
 ):
-    """Plan a run: ``DeferredPlan`` to ``WorkUnit``s, and the ``FinishRun`` that goes with them.
+    """Plan a run: ``DeferredPlan`` to ``WorkUnit``s and their ``FinishRun``.
 
     Args:
-        frame: What is to be planned.
+        resolved: The run.
     """
 
-    def __init__(self, frame: RunFrame) -> None:
+    def __init__(self, resolved: ResolvedRun) -> None:
         super().__init__()
-        self._sources = frame.label.sources
+        self._sources = resolved.label.sources
 
     def default_type_hints(self) -> IOTypeHints:
-        """What Beam checks what goes in and comes out against."""
+        """Return the types that Beam checks elements against."""
         hints = IOTypeHints.empty().with_input_types(DeferredPlan)
         return hints.with_output_types(WorkUnit, FinishRun)
 
@@ -89,40 +88,37 @@ class PlanUnits(
 def list_and_compare(
     plan: DeferredPlan,
 ) -> Iterator[WorkUnit | TaggedOutput[str, RestOfContainer] | TaggedOutput[str, FinishRun]]:
-    """List the inputs and compare them with what is committed.
+    """List the inputs, and compare them with the commits.
 
     Raises:
-        InputError: An input is not right.
+        InputError: An input is not valid.
     """
-    state = read_result(plan.frame.output)
-    work = find_work(dataclasses.replace(plan.frame, state=state))
+    state = read_result(plan.resolved.output)
+    work = find_work(dataclasses.replace(plan.resolved, state=state))
     yield from work.units
-    for rest in work.backlog.rests:
+    for rest in work.remaining.rests:
         yield TaggedOutput("rests", rest)
     yield TaggedOutput("finish", make_finish(work, plan.startup))
 
 
 def build_deferred_graph(pipeline: beam.Pipeline, plan: DeferredPlan) -> None:
-    """Draw a run that begins with its own planning.
+    """Build the graph of a run that begins with its own planning.
 
     Args:
-        pipeline: Where to draw it.
-        plan: What is to be planned.
+        pipeline: The pipeline to add it to.
+        plan: The plan to make.
     """
-    frame = plan.frame
-    units, finish = (
-        pipeline | "What is to be planned" >> beam.Create([plan]) | "Plan" >> PlanUnits(frame)
-    )
+    resolved = plan.resolved
+    units, finish = pipeline | "Create plan" >> beam.Create([plan]) | "Plan" >> PlanUnits(resolved)
     num_units = units | "Count planned units" >> Count.Globally()
-    # Without this, all units would be labelled where they were planned.
+    # Without it, the worker that planned the units would label them all.
     spread = units | "Spread units" >> beam.Reshuffle()
-    cuts = frame.label.sources.windows_per_part is not None
-    totals = label_units(spread, frame.label, frame.commit, cuts_long_files=cuts)
+    totals = label_units(spread, resolved.label, resolved.commit)
     _ = totals | "Finish run" >> beam.Map(finish_run, AsSingleton(finish), AsSingleton(num_units))
 
 
 def finish_run(new: RunTotals, finish: FinishRun, num_units: int) -> None:
-    """The last step, with the number of units that cutting containers has given.
+    """Finish the run, with the number of units after all containers are cut.
 
     Raises:
         AccountingError: Units, items and rows do not add up.

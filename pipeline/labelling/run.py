@@ -1,8 +1,8 @@
-"""``earmark label``: plan, run the graph, say what came of it.
+"""``earmark label``: plan a run, run its graph, and print what came of it.
 
-Everything that can be wrong with the command is found while planning, before anything is
-written. Then the output is brought in order, ``run.json`` says that a run is on, and the graph
-does the rest; its last step writes the totals.
+Planning finds every error in the command before anything is written. Then the output is repaired,
+``run.json`` gets the status ``running``, and the graph does the rest. Its last step writes the
+totals.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
-from apache_beam.runners.runner import create_runner
+from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipeline.config.label import DEFAULT_RUNNER, RunConfig, given_inputs, given_output
+from pipeline.config.label import RunConfig, given_inputs, given_output
+from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.graph import RunTotals, build_graph
 from pipeline.labelling.calibration import calibrate
+from pipeline.labelling.estimate import windows_of_first
 from pipeline.labelling.plan import (
-    RunFrame,
+    ResolvedRun,
     RunPlan,
-    counted,
     describe_model,
     describe_plan,
     find_plan,
     make_finish,
-    make_frame,
+    resolve_run,
 )
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
 from pipeline.result.lock import hold_output
@@ -50,92 +50,81 @@ from pipeline.result.state import (
     write_run,
 )
 from pipeline.runners.dataflow import (
-    check_dataflow,
-    check_device,
     check_no_job,
     follow,
     is_dataflow,
     is_left_running,
     submit,
 )
-from pipeline.runners.job_service import JOB_SERVER_OPTIONS, check_workers, has_all_machines_here
-from pipeline.terminal.precision_report import describe_checks, precision_warnings
-from pipeline.terminal.progress import (
-    LiveReader,
-    ProgressCounts,
-    ProgressDisplay,
-    format_audio,
-    format_duration,
+from pipeline.runners.options import (
+    check_model_reachable,
+    check_reachable,
+    check_runner,
+    is_in_process,
+    is_remote,
+    pipeline_options,
+    temporary_files_in_scratch,
 )
+from pipeline.terminal.precision_report import describe_checks, precision_warnings
+from pipeline.terminal.progress import LiveReader, ProgressCounts, ProgressDisplay
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
-from transforms.errors import ConfigError, ModelError, OutputError, TooManyListedError
-from transforms.models.ast.checkpoints import ModelSpec
+from pipeline.terminal.wording import counted, format_audio, format_duration
+from transforms.errors import ConfigError, OutputError, TooManyListedError
 from transforms.process.stage_times import stage_clocks
-from transforms.process.temp_folders import sweep, temporary_files_in_scratch
+from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
 from transforms.results.commits import (
     UnitTotals,
-    list_part_ids,
     list_unit_ids,
-    long_id_of,
     read_commit,
     read_failures,
 )
 from transforms.sources.clip_ids import for_terminal
 from transforms.sources.read_unit import check_there
-from transforms.storage import filesystem as storage
+from transforms.storage import listing, urls, writing
+from transforms.storage.secrets import public_uri
 
-# Listing a remote folder takes a while: what others commit is looked up every few seconds.
+# Listing a remote folder takes a while, so commits of workers are counted every few seconds.
 COMMIT_POLL_INTERVAL_S = 5.0
 
-# Names and messages may be long; the whole of them stands in the errors table.
+# Names and messages may be long; the errors table has them in full.
 MAX_EXAMPLE_CHARS = 1000
 
-EXIT_DONE = 0
-EXIT_TOO_MANY_FAILED = 3
-
-# Runners that hand work to other machines, which cannot see this one's files.
-REMOTE_RUNNERS = frozenset({"dataflowrunner"})
-
-# Dataflow takes 10 MB of a job's description, and half of that is what the units become in it.
 MAX_JOB_BYTES = 4 << 20
-
-# Beam's options whose values in the config and on the command line do not exclude each other.
-ADDED_UP = frozenset({"experiments"})
 
 
 def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 0.0) -> int:
     """Label the inputs.
 
     Args:
-        config: What to do.
-        beam_options: Beam pipeline options as given after ``--``; they win over ``config.beam``.
-        imports_s: Seconds that importing this module took, for the record of the run.
+        config: The config.
+        beam_options: Beam's options after ``--``; they win over ``config.beam``.
+        imports_s: Seconds that importing this module took, for ``run.json``.
 
     Returns:
-        The exit code: 0 done, or submitted and not waited for; 3 done but with more failures than
-        allowed or a broken container.
+        The exit code: 0 for done, or for submitted without waiting; 3 for done with a broken
+        container or with more failures than allowed.
 
     Raises:
-        UsageError: Something is wrong with the command; nothing was written.
+        UsageError: The command is not valid; nothing was written.
         AccountingError: Items and rows do not add up.
     """
     began_s = time.monotonic()
     options = pipeline_options(config, beam_options)
     remote = is_remote(options)
-    output = storage.normalise(given_output(config))
+    output = urls.normalise(given_output(config))
     check_runner(options, config.inference.device)
     if remote:
-        check_reachable([storage.normalise(text) for text in given_inputs(config)], output)
+        check_reachable([urls.normalise(text) for text in given_inputs(config)], output)
     sweep()
     with hold_output(output, on_lost=_interrupt_main_thread):
         wait_for_writers(output)
         check_no_job(output)
-        frame = make_frame(config, is_remote=remote)
+        resolved = resolve_run(config, is_remote=remote)
         if remote:
-            check_model_reachable(frame.label.model)
-        run = plan_here(frame, config, options) or plan_there(frame, config)
+            check_model_reachable(resolved.label.model)
+        run = plan_locally(resolved, config, options) or plan_on_workers(resolved, config)
         draw = run.prepare(Startup(imports_s, time.monotonic() - began_s))
         started = time.monotonic()
         if draw is not None:
@@ -144,37 +133,41 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
             finally:
                 remove_staging(output)
             if not is_done:
-                say(f"Once it has ended, earmark verify {output} says whether all is well.")
+                say(f"When the job has ended, check it: earmark verify {public_uri(output)}")
                 return EXIT_DONE
         return report(output, config, time.monotonic() - started)
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that is ready to begin.
+    """A run that is ready to start.
 
     Attributes:
         output: The result's folder.
-        prepare: Brings the output in order; gives what draws the graph, or None where there was
-            nothing to do and the run has been finished.
-        windows: Windows to label, estimated; None if not known.
-        items: Items to label; None if not known.
+        prepare: Repairs the output and returns the function that builds the graph; None if there
+            was nothing to do and the run is finished.
+        windows: Estimated number of windows to label; None if not known.
+        items: Number of items to label; None if not known.
+        windows_of_first: Gives the estimated windows of the first so many items; None if not known.
     """
 
     output: str
     prepare: Callable[[Startup], Callable[[beam.Pipeline], None] | None]
     windows: int | None = None
     items: int | None = None
+    windows_of_first: Callable[[int], float] | None = None
 
 
-def plan_here(frame: RunFrame, config: RunConfig, options: PipelineOptions) -> PlannedRun | None:
-    """Plan a run on this machine; None where there is too much to list, or to hand over.
+def plan_locally(
+    resolved: ResolvedRun, config: RunConfig, options: PipelineOptions
+) -> PlannedRun | None:
+    """Plan a run on this machine; None if the inputs are too many to list or to submit.
 
     Raises:
-        UsageError: Something is wrong with the command or its inputs; nothing was written.
+        UsageError: The command or an input is not valid; nothing was written.
     """
     try:
-        plan = find_plan(frame, config.units.max_listed_here)
+        plan = find_plan(resolved, config.units.max_listed_here)
     except TooManyListedError:
         return None
     if is_dataflow(options) and not fits_job(plan.units):
@@ -196,12 +189,18 @@ def plan_here(frame: RunFrame, config: RunConfig, options: PipelineOptions) -> P
         finish(RunTotals())
         return None
 
-    windows = sum(unit.estimated_windows for unit in plan.units)
-    return PlannedRun(plan.output, prepare, windows, plan.backlog.num_items)
+    items = plan.remaining.num_items
+    return PlannedRun(
+        plan.output,
+        prepare,
+        windows=sum(unit.estimated_windows for unit in plan.units),
+        items=items,
+        windows_of_first=None if items is None else windows_of_first(plan.units),
+    )
 
 
 def fits_job(units: Sequence[WorkUnit]) -> bool:
-    """Whether Dataflow takes these units as part of a job's description."""
+    """Return whether a job description of Dataflow has room for these units."""
     num_bytes = 0
     for unit in units:
         num_bytes += len(pickle.dumps(unit))
@@ -210,177 +209,39 @@ def fits_job(units: Sequence[WorkUnit]) -> bool:
     return True
 
 
-def plan_there(frame: RunFrame, config: RunConfig) -> PlannedRun:
-    """A run that workers plan.
+def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
+    """Return a run that workers plan.
 
     Raises:
-        UsageError: An input does not exist, or the settings need a plan that is made here.
+        UsageError: An input does not exist, or the settings need a plan made on this machine.
     """
     if config.inference.precision == "int8":
         raise ConfigError(
             "inference.precision is int8, which is calibrated on the inputs before the work "
-            "starts, and they are too many to be listed here (units.max_listed_here is "
-            f"{config.units.max_listed_here}); raise that, or use --precision auto."
+            "starts, and there are too many of them to list on this machine "
+            f"(units.max_listed_here is {config.units.max_listed_here}); raise that, or use "
+            "--precision auto."
         )
-    check_there(frame.urls)
-    for line in describe_model(frame.label):
+    check_there(resolved.urls)
+    for line in describe_model(resolved.label):
         say(line, quiet=config.quiet)
-    say("The inputs are many: the run itself lists and groups them.", quiet=config.quiet)
+    say("There are many inputs: workers list and group them.", quiet=config.quiet)
 
     def prepare(startup: Startup) -> Callable[[beam.Pipeline], None]:
-        run = begin_output(frame.state, frame.run, config, is_new=True)
-        plan = DeferredPlan.of(dataclasses.replace(frame, run=run), startup)
+        run = begin_output(resolved.state, resolved.run, config, is_new=True)
+        plan = DeferredPlan.of(dataclasses.replace(resolved, run=run), startup)
         return functools.partial(build_deferred_graph, plan=plan)
 
-    return PlannedRun(frame.output, prepare)
+    return PlannedRun(resolved.output, prepare)
 
 
 def _interrupt_main_thread() -> None:
-    # A signal, because it ends whatever the main thread is waiting for.
+    # A signal interrupts any call that the main thread is blocked in.
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
-def pipeline_options(config: RunConfig, beam_options: list[str]) -> PipelineOptions:
-    """Beam's options: from the config, then from the command line, which wins.
-
-    What is given there takes the place of the config's value, also where Beam would add the two
-    up (``dataflow_service_options``); experiments alone are added up. Nothing of ``__main__`` goes
-    along to workers: Earmark's code lies in packages.
-
-    Raises:
-        ConfigError: Beam does not know one of them.
-    """
-    given = {_option_name(arg) for arg in beam_options if arg.startswith("--")} - ADDED_UP
-    args = [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, values in config.beam.items()
-        for value in (values if isinstance(values, list) else [values])
-        if value is not None and value is not False and _option_name(name) not in given
-    ]
-    args += beam_options
-    if not any(arg.endswith("save_main_session") for arg in args):
-        args.append("--no_save_main_session")
-    if not any(arg.split("=")[0] == "--runner" for arg in args):
-        args.append(f"--runner={DEFAULT_RUNNER}")
-    if config.inference.workers > 1 and not any("direct_num_workers" in arg for arg in args):
-        args += [
-            f"--direct_num_workers={config.inference.workers}",
-            "--direct_running_mode=multi_processing",
-        ]
-    options = PipelineOptions(args)
-    check_known(options, args)
-    return options
-
-
-def _option_name(arg: str) -> str:
-    return arg.removeprefix("--").split("=")[0].replace("-", "_")
-
-
-def check_known(options: PipelineOptions, args: list[str]) -> None:
-    """Refuse what Beam would only warn about ("Discarding unparseable args").
-
-    Raises:
-        ConfigError: Beam does not know an option.
-    """
-    known = {*options.get_all_options(), *JOB_SERVER_OPTIONS.get(runner_name(options), ())}
-    names = [arg[2:].split("=")[0] for arg in args if arg.startswith("--")]
-    unknown = [name for name in names if name.replace("-", "_") not in known]
-    # Some options have negative or alternative spellings that are kept under another name.
-    unknown = [name for name in unknown if not name.startswith(("no_", "no-"))]
-    if unknown:
-        raise ConfigError(
-            f"Beam knows no pipeline option --{unknown[0]}; see the Beam documentation, or put "
-            "Earmark's own options before the bare --."
-        )
-
-
-def runner_name(options: PipelineOptions) -> str:
-    """The runner's class in lower case, whichever of its names was given: ``flinkrunner``.
-
-    Raises:
-        ConfigError: Beam has no such runner, or it needs a package that is not installed.
-    """
-    name = options.view_as(StandardOptions).runner or DEFAULT_RUNNER
-    try:
-        return type(create_runner(name)).__name__.lower()
-    except ImportError as error:
-        raise ConfigError(
-            f"runner {name} needs a package that is not installed ({error}); for DataflowRunner: "
-            "pip install 'earmark[gcp]'"
-        ) from error
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"Beam has no runner {name}; among those it has are FnApiRunner (the default), "
-            "DirectRunner, PrismRunner, FlinkRunner, SparkRunner and DataflowRunner."
-        ) from error
-
-
-def is_remote(options: PipelineOptions) -> bool:
-    """Whether other machines will do the work, which cannot see this one's files."""
-    name = runner_name(options)
-    return name in REMOTE_RUNNERS or not has_all_machines_here(name, options)
-
-
-def check_runner(options: PipelineOptions, device: str | None = None) -> None:
-    """Refuse what a runner could not do.
-
-    Args:
-        options: Beam's.
-        device: What the model is to be run on; None where there is no model.
-
-    Raises:
-        ConfigError: An option is missing or does not go with another.
-    """
-    if is_dataflow(options):
-        check_dataflow(options)
-        if device is not None:
-            check_device(options, device)
-    check_workers(runner_name(options), options)
-
-
-def check_model_reachable(model: ModelSpec) -> None:
-    """Refuse a model on this machine where other machines do the work.
-
-    Raises:
-        ModelError: It lies in a local folder.
-    """
-    if model.source in ("folder", "original") and storage.is_local(model.location):
-        raise ModelError(
-            f"model {model.name} lies on this machine, and the runner works on others; copy it to "
-            "where they can reach it (--model gs://…), or name one from the hub."
-        )
-
-
-def check_reachable(inputs: Sequence[str], output: str | None) -> None:
-    """Refuse local paths where other machines do the work.
-
-    Args:
-        inputs: What is to be read.
-        output: What is to be written; None if it was not given.
-
-    Raises:
-        ConfigError: A remote runner is to read or write this machine's files.
-    """
-    if output is None:
-        raise ConfigError(
-            "no output is given, and the runner works on other machines; give a URL that they can "
-            "reach (--output gs://…), or --runner=FnApiRunner."
-        )
-    for name, url in (("--output", output), *(("INPUT", url) for url in inputs)):
-        if storage.is_local(url):
-            raise ConfigError(
-                f"{name} is the local path {url}, and the runner works on other machines; "
-                "give a URL that they can reach (gs://…), or --runner=FnApiRunner."
-            )
-
-
 def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED) -> FinishRun:
-    """Bring the output in order and say in ``run.json`` that a run is on.
-
-    Args:
-        plan: What is to be done.
-        config: How.
-        startup: What starting has taken so far.
+    """Repair the output and mark the run as running; return the run's last step.
 
     Raises:
         OutputError: The output cannot be written.
@@ -397,13 +258,13 @@ def begin_output(
     *,
     is_new: bool,
 ) -> dict[str, Any]:
-    """Bring the output in order, and give ``run.json`` as it is while a run is on.
+    """Repair the output, and return ``run.json`` as of the start of the run.
 
     Args:
-        state: What lies there.
-        run: ``run.json`` as far as it is known.
-        config: Whether to start anew.
-        is_new: Whether there may be something to do: then ``run.json`` says that a run is on.
+        state: The existing result.
+        run: ``run.json`` as planned.
+        config: The config; with ``overwrite`` the existing result is removed.
+        is_new: Whether there may be units to do; then ``run.json`` is written.
 
     Raises:
         OutputError: The output cannot be written.
@@ -411,8 +272,8 @@ def begin_output(
     run = {**run, "status": "running", "started_utc": utc_now()}
     try:
         if is_new:
-            # First: from here on, whoever looks must not take the result for a whole one.
-            storage.remove(storage.join(state.output, SUCCESS_FILE))
+            # First: from here on, no reader may take the result for a whole one.
+            writing.remove(urls.join(state.output, SUCCESS_FILE))
         if config.overwrite:
             remove_result(state)
         else:
@@ -421,8 +282,8 @@ def begin_output(
             write_run(state.output, run)
     except OSError as error:
         raise OutputError(
-            f"{state.output} cannot be written: {error}. Give another --output, or mend its "
-            "permissions."
+            f"{public_uri(state.output)} cannot be written: {error}. Give another --output, or fix "
+            "its permissions."
         ) from error
     return run
 
@@ -430,52 +291,41 @@ def begin_output(
 def run_graph(
     draw: Callable[[beam.Pipeline], None], run: PlannedRun, options: PipelineOptions, quiet: bool
 ) -> bool:
-    """Run the graph, with progress on the terminal; to its end, unless it is not waited for.
+    """Run the graph and show its progress; wait for its end unless the options say not to.
 
     Returns:
-        Whether it has come to its end.
+        Whether the graph has run to its end.
     """
-    with temporary_files_in_scratch():  # it makes a folder that would stay if the run is killed
+    with temporary_files_in_scratch():  # else its folder would remain when the run is killed
         pipeline = beam.Pipeline(options=options)
     draw(pipeline)
     stage_clocks.reset()
     is_waited_for = not (is_remote(options) and is_left_running(options))
-    # The service takes the job and answers at once; other runners work in the call to run.
+    # Dataflow accepts the job and answers at once; other runners do the work in the call to run.
     result = submit(pipeline, run.output, options, quiet=quiet) if is_dataflow(options) else None
     if not is_waited_for:
         if result is None:
             pipeline.run()
-            say("The job has been handed over, and is not waited for.", quiet=quiet)
+            say("The job is submitted; this command does not wait for it.", quiet=quiet)
         return False
     progress = ProgressDisplay(
         total_windows=run.windows,
         total_items=run.items,
+        windows_of_first=run.windows_of_first,
         quiet=quiet,
-        read=_progress_reader(options, run.output),
+        read=LiveReader() if is_in_process(options) else _CommitReader(run.output),
     )
-    with progress, temporary_files_in_scratch():  # a job server keeps what it stages in a folder
+    with progress, temporary_files_in_scratch():  # a job server stages files in a folder
         follow(result or pipeline.run(), run.output, options)
     return True
 
 
-def _progress_reader(options: PipelineOptions, output: str) -> Callable[[], ProgressCounts]:
-    """Counts of this process where it does the work, else what has been committed by now."""
-    return LiveReader() if is_in_process(options) else _CommitReader(output)
-
-
-def is_in_process(options: PipelineOptions) -> bool:
-    """Whether this process itself does the work."""
-    num_workers = options.view_as(DirectOptions).direct_num_workers
-    return runner_name(options) == DEFAULT_RUNNER.lower() and num_workers == 1
-
-
 class _CommitReader:
-    """Counts of the units committed since it was made, listed now and then."""
+    """Counts the units committed since it was made, by listing the commits every few seconds."""
 
     def __init__(self, output: str) -> None:
         self._output = output
         self._seen = set(list_unit_ids(output))
-        self._parts: dict[str, UnitTotals] = {}  # of long units that are not joined
         self._counts = ProgressCounts()
         self._next_s = 0.0
 
@@ -485,36 +335,14 @@ class _CommitReader:
         return self._counts
 
     def refresh(self) -> None:
-        """Look at once; ``ProgressDisplay`` does so at the end."""
+        """List the commits now; ``ProgressDisplay`` calls this at the end."""
         self._next_s = time.monotonic() + COMMIT_POLL_INTERVAL_S
-        # A display is no reason for a run to fail; nor is a commit that is being mended.
+        # Neither the display nor a commit that is being redone may end the run.
         with contextlib.suppress(OSError, OutputError):
-            for unit_id in list_part_ids(self._output):
-                if unit_id not in self._seen:
-                    self._add_part(unit_id)
             for unit_id in list_unit_ids(self._output):
                 if unit_id not in self._seen:
                     self._add(read_commit(self._output, unit_id).totals)
-                    self._take_back_parts(unit_id)
                     self._seen.add(unit_id)
-
-    def _add_part(self, unit_id: str) -> None:
-        totals = read_commit(self._output, unit_id).totals
-        self._seen.add(unit_id)
-        self._add_windows(totals.windows, totals.audio_s)
-        long_id = str(long_id_of(unit_id))
-        self._parts[long_id] = self._parts.get(long_id, UnitTotals()) + totals
-
-    def _take_back_parts(self, unit_id: str) -> None:
-        """What has been counted of the parts of a unit that is itself counted now."""
-        totals = self._parts.pop(unit_id, UnitTotals())
-        self._add_windows(-totals.windows, -totals.audio_s)
-
-    def _add_windows(self, windows: int, audio_s: float) -> None:
-        counts = self._counts
-        self._counts = dataclasses.replace(
-            counts, windows=counts.windows + windows, audio_s=counts.audio_s + audio_s
-        )
 
     def _add(self, totals: UnitTotals) -> None:
         counts = self._counts
@@ -528,42 +356,42 @@ class _CommitReader:
 
 
 def report(output: str, config: RunConfig, elapsed_s: float) -> int:
-    """Print the closing lines, and decide on the exit code."""
+    """Print the closing lines, and return the exit code."""
     run = read_run(output) or {}
     totals: Mapping[str, Any] = run["totals"]
-    engines: list[str] = run["engines"]
-    for line in closing_lines(output, totals, engines, elapsed_s):
-        say(line, quiet=config.quiet)
-    for line in describe_time(run["time"]):
-        say(line, quiet=config.quiet)
     checks = run.get("checks", {})
-    for line in describe_checks(checks):
+    lines = [
+        *closing_lines(output, totals, run["engines"], elapsed_s),
+        *describe_time(run["time"]),
+        *describe_checks(checks),
+    ]
+    for line in lines:
         say(line, quiet=config.quiet)
-    for line in precision_warnings(checks):  # however quiet the run is to be
+    # Warnings and failures are printed with --quiet, too.
+    for line in precision_warnings(checks):
         say(line)
     failures, items = totals["found_failures"], totals["found_items"]
-    # Failures are always said aloud, however quiet the run is to be.
     if failures:
         say(
-            f"{failures:,} of {counted(items, 'item')} could not be labelled; why stands in "
-            f"{storage.join(output, 'errors')}/*.parquet. --retry-failed tries them again."
+            f"{failures:,} of {counted(items, 'item')} could not be labelled; the reasons are in "
+            f"{public_uri(urls.join(output, 'errors'))}/*.parquet. To retry: --retry-failed"
         )
         say(f"One of them: {example_failure(output)}")
     if totals["broken_containers"]:
         say(
             f"Among the failures: {counted(totals['broken_containers'], 'container')} (tar, "
-            "Parquet, manifest) not read to the end; what could be read of them is labelled."
+            "Parquet, manifest) not read to the end; the part that could be read is labelled."
         )
-        return EXIT_TOO_MANY_FAILED
+        return EXIT_INCOMPLETE
     if items and failures / items > config.max_failed:
         say(f"That is more than --max-failed allows ({config.max_failed:.4g} of the items).")
-        return EXIT_TOO_MANY_FAILED
+        return EXIT_INCOMPLETE
     return EXIT_DONE
 
 
 def example_failure(output: str) -> str:
-    """An item that could not be labelled, and why: one line, fit for a terminal."""
-    names = set(storage.list_names(storage.join(output, "errors")))
+    """Describe one failed item in a line that is safe to print on a terminal."""
+    names = set(listing.list_names(urls.join(output, "errors")))
     unit_id = next(name for name in list_unit_ids(output) if f"{name}.parquet" in names)
     row = read_failures(output, unit_id)[0]
     where = "" if row["message"].startswith(row["uri"]) else f"{row['clip_id']}: "
@@ -574,7 +402,7 @@ def example_failure(output: str) -> str:
 def closing_lines(
     output: str, totals: Mapping[str, Any], engines: Sequence[str], elapsed_s: float
 ) -> list[str]:
-    """The accounting, and where things lie."""
+    """Describe the accounting of a run, and where its rows are."""
     found, failed = totals["found_items"], totals["found_failures"]
     lines = [
         f"{counted(found, 'item')} found: {found - failed:,} labelled, {failed:,} failed "
@@ -592,8 +420,8 @@ def closing_lines(
             f"Computed by {'a mixture: ' if len(engines) > 1 else ''}{', '.join(engines)}."
         )
     if totals["clips"]:
+        clips, windows = (public_uri(urls.join(output, name)) for name in ("clips", "windows"))
         lines.append(
-            f"Labels: {storage.join(output, 'clips')}/*.parquet (a row per clip), "
-            f"{storage.join(output, 'windows')}/*.parquet (a row per window)."
+            f"Labels: {clips}/*.parquet (a row per clip), {windows}/*.parquet (a row per window)."
         )
     return lines

@@ -1,18 +1,16 @@
-"""One run at a time per output: two that heal and write one folder would undo each other.
+"""The lock of an output: two runs that repair and write one folder would undo each other's work.
 
-A local folder is locked by the system, on the folder itself: that needs no file, and ends with the
-process, however that ends. Object stores have no locks. There a run leaves a small file that says
-who it is, made only if there is none, and rewrites it every few seconds: its heartbeat. A file that
-has not changed for a while was left by a run that died. Nobody's clock is compared with another's:
-whoever finds the file watches it for that while, which is also longer than workers outlive a run
-that was killed.
+For a local folder, the system locks the folder itself. That needs no file, and ends with the
+process. Object stores have no locks. There, a run creates a small file that names it, unless one
+exists, and rewrites it every few seconds: its heartbeat. If the file has not changed for a while,
+its run is dead. Clocks of different machines are never compared: a run that finds a file watches it
+for that while, which is also longer than workers outlive a killed run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -25,41 +23,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transforms.errors import OutputError, OutputLostError
+from transforms.process.locks import try_lock
 from transforms.process.temp_folders import is_still
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, urls, writing
 from transforms.storage.retries import patient_for
+from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "_lock.json"
 HEARTBEAT_S = 10.0
-# Of a holder that is stuck (a store that does not answer, a machine that swaps) four heartbeats
-# may fail to come before it is taken for dead.
+# A holder that is stuck (a silent store, a swapping machine) may miss four heartbeats before it is
+# taken for dead.
 PATIENCE_S = 50.0
 POLL_S = 2.0
-# Whoever ends a run waits no longer than this for its file to go.
+# The longest wait for the file's removal at the end of a run.
 STOP_S = 10.0
 MAKE_TRIES = 5
 
 
 @contextlib.contextmanager
 def hold_output(output: str, on_lost: Callable[[], None] | None = None) -> Iterator[None]:
-    """Keep an output to this run.
+    """Lock an output for this run within the ``with`` block.
 
-    A local folder is made if need be, and goes again if nothing came of the run.
+    A local folder is made if needed, and removed again if the run leaves it empty.
 
     Args:
-        output: The result's folder, as ``storage.normalise`` gives it.
-        on_lost: Called from another thread when another run has taken a remote output over while
-            this one was stuck; it must stop this run. None: the run goes on to its end.
+        output: The normalised URL of the result's folder.
+        on_lost: Called from another thread when another run has taken over a remote output while
+            this one was stuck; must stop this run. None lets the run continue.
 
     Raises:
-        OutputError: Another run holds it, or it cannot be written.
-        OutputLostError: At the end, if another run has taken it over meanwhile; takes the place
-            of whatever ended the run.
+        OutputError: Another run holds the output, or it cannot be written.
+        OutputLostError: Another run has taken over the output. Raised at the end, in place of any
+            other exception.
     """
-    if storage.is_local(output):
-        with _hold_folder(Path(storage.local_path(output)), output):
+    if urls.is_local(output):
+        with _hold_folder(Path(urls.local_path(output)), output):
             yield
     else:
         with _hold_remote(output, on_lost):
@@ -76,19 +76,19 @@ def _hold_folder(path: Path, output: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the lock goes: who has it next must see that the folder has gone.
+        # Before the lock is released: the next holder must see that the folder is gone.
         _remove_empty(made)
         os.close(descriptor)
 
 
 def _locked_folder(path: Path, output: str, made: list[Path]) -> int:
-    """A descriptor that carries the lock; adds the folders that were made for it to ``made``."""
+    """Return a descriptor that holds the lock; add the folders made for it to ``made``."""
     while True:
         descriptor = _open_folder(path, made)
         try:
             _lock(descriptor, output)
-            # A run that came to nothing may have removed the folder after it was opened here; its
-            # lock would keep nobody out.
+            # Another run may have removed the folder after it was opened here. A lock on it would
+            # then keep no one out.
             if is_still(path, descriptor, follow_symlinks=True):
                 return descriptor
         except BaseException:
@@ -106,12 +106,13 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _lock(descriptor: int, output: str) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(_words_for_held(output, "another run")) from error
+        is_locked = try_lock(descriptor)
     except OSError as error:
-        # Some network file systems have no locks; then it is for people to keep runs apart.
+        # Some network file systems have no locks. There, users must keep runs apart.
         logger.warning("%s cannot be locked (%s): start no second run on it.", output, error)
+    else:
+        if not is_locked:
+            raise OutputError(_words_for_held(output, "another run"))
 
 
 def _open_folder(path: Path, made: list[Path]) -> int:
@@ -119,13 +120,13 @@ def _open_folder(path: Path, made: list[Path]) -> int:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; --output needs a folder. Give another path.")
         for _ in range(MAKE_TRIES - 1):
-            with contextlib.suppress(FileNotFoundError):  # another run has just removed its own
+            with contextlib.suppress(FileNotFoundError):  # removed by another run just now
                 return _make_and_open(path, made)
         return _make_and_open(path, made)
     except OSError as error:
         raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. Give another --output, or "
-            "mend its permissions."
+            f"{path} cannot be written: {error.strerror or error}. Give another --output, or fix "
+            "its permissions."
         ) from error
 
 
@@ -138,7 +139,7 @@ def _make_and_open(path: Path, made: list[Path]) -> int:
 
 def _words_for_held(output: str, holder: str) -> str:
     return (
-        f"{holder} is writing to {storage.public_uri(output)}; wait for it or stop it, then run "
+        f"{holder} is writing to {public_uri(output)}; wait for it or stop it, then run "
         "this command again, or give another --output."
     )
 
@@ -148,12 +149,12 @@ def _words_for_held(output: str, holder: str) -> str:
 
 @dataclass(frozen=True)
 class _Holder:
-    """Who holds an output.
+    """The run that holds an output.
 
     Attributes:
-        token: Of this one run.
-        machine: The name of the machine it runs on, for messages.
-        process: Its process there, for messages.
+        token: Unique to the run.
+        machine: The name of its machine, for messages.
+        process: Its process id there, for messages.
         heartbeat: How often the file has been written.
     """
 
@@ -170,7 +171,7 @@ class _Holder:
         try:
             return _Holder(**json.loads(data))
         except (ValueError, TypeError):
-            return _Holder("?", "?", 0)  # damaged: watched like any other
+            return _Holder("?", "?", 0)  # a damaged file is watched like any other
 
     def describe(self) -> str:
         return f"another run (process {self.process} on {self.machine})"
@@ -178,15 +179,15 @@ class _Holder:
 
 @contextlib.contextmanager
 def _hold_remote(output: str, on_lost: Callable[[], None] | None) -> Iterator[None]:
-    url = storage.join(output, LOCK_FILE)
+    url = urls.join(output, LOCK_FILE)
     holder = _Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid())
     try:
-        storage.make_folder(output)  # where one cannot write at all, names the output
+        writing.make_folder(output)  # its error names the output, not the lock file
         _acquire(url, output, holder)
     except OSError as error:
         raise OutputError(
-            f"{storage.public_uri(output)} cannot be written: {error}. Give another --output, or "
-            "mend the rights to it."
+            f"{public_uri(output)} cannot be written: {error}. Give another --output, or fix its "
+            "permissions."
         ) from error
     heart = _Heart(url, holder, on_lost)
     heart.start()
@@ -196,39 +197,43 @@ def _hold_remote(output: str, on_lost: Callable[[], None] | None) -> Iterator[No
         heart.stop()
         if heart.lost:
             raise OutputLostError(
-                f"another run has taken {storage.public_uri(output)} over while this one was "
-                "stuck; nothing is lost. Let that run end, then run this command again."
+                f"another run has taken over {public_uri(output)} while this one was stuck; "
+                "nothing is lost. Let that run end, then run this command again."
             )
         if heart.left_because is not None:
             logger.warning(
                 "%s could not be removed (%s): the next run will watch it for %.0f s.",
-                storage.public_uri(url),
+                public_uri(url),
                 heart.left_because,
                 PATIENCE_S,
             )
 
 
 def _acquire(url: str, output: str, holder: _Holder) -> None:
-    if storage.create_bytes(url, holder.to_json()):
+    if writing.create_bytes(url, holder.to_json()):
         return
     other = _read_holder(url)
     if other is not None:
         _watch(url, output, other)
-    storage.remove(url)
-    if not storage.create_bytes(url, holder.to_json()):
+        # Another run that watched the same file may have taken over just now.
+        now = _read_holder(url)
+        if now is not None and now != other:
+            raise OutputError(_words_for_held(output, now.describe()))
+    writing.remove(url)
+    if not writing.create_bytes(url, holder.to_json()):
         raise OutputError(_words_for_held(output, "another run"))
 
 
 def _watch(url: str, output: str, other: _Holder) -> None:
-    """Return when ``other`` shows no sign of life for long enough.
+    """Return once ``other`` has ended or shown no sign of life for long enough.
 
     Raises:
-        OutputError: It is alive, or another has come in its place.
+        OutputError: It is alive, or another run has taken its place.
     """
     logger.info(
-        "%s holds %s, or was killed while it did; watching it for up to %.0f s.",
+        "%s holds %s, or was killed while it held it; watching it for up to %.0f s.",
         other.describe(),
-        storage.public_uri(output),
+        public_uri(output),
         PATIENCE_S,
     )
     deadline = time.monotonic() + PATIENCE_S
@@ -236,30 +241,28 @@ def _watch(url: str, output: str, other: _Holder) -> None:
         time.sleep(POLL_S)
         now = _read_holder(url)
         if now is None:
-            return  # it has just ended
+            return  # it has ended
         if now != other:
             raise OutputError(_words_for_held(output, now.describe()))
 
 
 def _read_holder(url: str) -> _Holder | None:
     try:
-        return _Holder.from_json(storage.read_bytes(url))
+        return _Holder.from_json(reading.read_bytes(url))
     except FileNotFoundError:
         return None
 
 
 class _Heart(threading.Thread):
-    """Rewrites the lock file until it is stopped, and then removes it.
+    """A thread that rewrites the lock file until it is stopped, and then removes it.
 
-    Ends, too, where it finds another's in its place.
-
-    It alone touches the file, so that no late heartbeat brings it back, and nobody has to wait for
-    a store that does not answer. What fails is not asked again for longer than until the next
-    heartbeat is due.
+    It also ends if it finds another run's file. No other thread touches the file, so no late
+    heartbeat restores it, and no thread waits for a silent store. Failed requests are retried until
+    the next heartbeat is due.
 
     Attributes:
-        lost: Whether another run's file has been found.
-        left_because: Why the file is still there at the end; None if it has gone.
+        lost: Whether another run's file was found.
+        left_because: Why the file still exists at the end; None if it is removed.
     """
 
     def __init__(self, url: str, holder: _Holder, on_lost: Callable[[], None] | None) -> None:
@@ -278,10 +281,10 @@ class _Heart(threading.Thread):
                     if not self._beat():
                         return
                 except OSError as error:
-                    # The run itself will say so, if it lasts.
-                    logger.warning("%s: no heartbeat (%s).", storage.public_uri(self._url), error)
+                    # If the error persists, the run itself will fail.
+                    logger.warning("%s: no heartbeat (%s).", public_uri(self._url), error)
             try:
-                storage.remove(self._url)
+                writing.remove(self._url)
             except OSError as error:
                 self.left_because = str(error)
 
@@ -294,11 +297,11 @@ class _Heart(threading.Thread):
             return False
         heartbeat = self._holder.heartbeat + 1
         self._holder = dataclasses.replace(self._holder, heartbeat=heartbeat)
-        storage.write_bytes(self._url, self._holder.to_json())
+        writing.write_bytes(self._url, self._holder.to_json())
         return True
 
     def stop(self) -> None:
-        """Let the file be removed, for ``STOP_S`` at most."""
+        """Stop the heartbeat and wait for the file's removal, for ``STOP_S`` at most."""
         self._stopped.set()
         self.join(STOP_S)
         if self.is_alive():

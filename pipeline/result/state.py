@@ -1,8 +1,8 @@
 """The state of a result on disk: what is committed, what is damaged, what is left over.
 
-Planning reads it to know what is done, ``heal`` brings it in order before work starts, and
-``verify`` looks deeper. ``run.json`` is written when work starts (``status: running``) and again
-at the end of the graph (``status: done``), followed by ``_SUCCESS``.
+Planning reads it to know what is done. ``heal`` repairs it before work starts. ``verify`` checks
+more of it. ``run.json`` is written when work starts (``status: running``) and again at the end of
+the graph (``status: done``), followed by ``_SUCCESS``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,26 +30,33 @@ from transforms.errors import AccountingError, OutputError, in_words
 from transforms.results.commits import (
     COMMITS,
     PARTS,
+    RUN_FILE,
     Commit,
     are_commits_held,
     commit_url,
-    list_long_files,
     list_unit_ids,
     part_url,
     read_commits,
-    remove_long_file,
     remove_unit,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, listing, reading, writing
+from transforms.storage import urls as storage_urls
+from transforms.storage.secrets import public_uri
+from transforms.storage.writing import writing_to
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 SUCCESS_FILE = "_SUCCESS"
-RUN_SCHEMA_VERSION = 1
 WRITERS_PATIENCE_S = 60.0
 
-# What a unit's files are called: ``sources.make_unit_id`` and an ending of ours.
+# Earlier versions labelled a long file in parts, and kept these here until they were joined.
+OLD_PARTS = "_parts"
+_OLD_PART = re.compile(
+    r"[0-9a-f]{16,64}/(windows|clips|errors|_commits)/"
+    r"\.?[0-9a-f]{20}\.(parquet|json)(\.[0-9a-f]+\.tmp)?"
+)
+
+# The name of a unit's files: ``make_unit_id`` and an extension.
 _UNIT_FILE = re.compile(r"^(?P<unit_id>[0-9a-f]{16,64})\.(parquet|json)$")
 
 _VERSIONED = (
@@ -69,22 +76,22 @@ _VERSIONED_IF_INSTALLED = ("openvino", "nncf")
 
 @dataclass(frozen=True)
 class ResultState:
-    """What lies in an output folder.
+    """The content of an output folder.
 
     Attributes:
         output: The folder.
-        run: ``run.json``, or None where there is none.
-        commits: Commits whose parts are there in the size they vouch for, by unit.
+        run: ``run.json``, or None if there is none.
+        commits: Commits whose parts exist in the committed size, by unit.
         damaged: Units whose commit cannot be read or whose parts are missing or of another
             size, with the reason.
-        unreadable: Units whose commit the store does not give out, with the reason: nothing is
-            known of them, so no run goes on beside them.
-        superseded: Units that another commit replaces and that are still there.
+        unreadable: Units whose commit the store does not return, with the reason. Nothing is
+            known of them, so a run refuses to start.
+        superseded: Units that another commit replaces and that still exist.
         orphans: Parts without a commit, as URLs.
         unfinished: Files that were being written when a run was killed, as URLs.
-        foreign: Files in our folders that Earmark did not write, as URLs.
-        long_files: Files of parts of long units that are not joined, or were not removed, by unit.
-        succeeded: ``_SUCCESS`` is there.
+        foreign: Files in the result's folders that Earmark did not write, as URLs.
+        old_parts: Files below ``_parts`` that an earlier version wrote, as URLs.
+        succeeded: ``_SUCCESS`` exists.
     """
 
     output: str
@@ -96,7 +103,7 @@ class ResultState:
     orphans: tuple[str, ...] = ()
     unfinished: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
-    long_files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    old_parts: tuple[str, ...] = ()
     succeeded: bool = False
 
     @property
@@ -105,32 +112,35 @@ class ResultState:
         return self.run is not None or any((self.commits, self.damaged, self.unreadable))
 
     def fingerprints(self) -> set[str]:
-        """Fingerprints of everything committed."""
+        """Return the fingerprints of all commits."""
         return {commit.fingerprint for commit in self.commits.values()}
 
 
 def read_result(output: str) -> ResultState:
-    """Read the state of an output folder; an absent or empty one is an empty state.
+    """Read the state of an output folder; an absent or empty folder gives an empty state.
 
     Raises:
-        OutputError: The folder cannot be read or is a file, or ``run.json`` is not Earmark's.
+        OutputError: The folder cannot be read or is a file, ``run.json`` is not Earmark's, or the
+            result has another schema.
     """
     try:
         return _read_result(output)
     except OSError as error:
         raise OutputError(
-            f"{in_words(error)}. Check the folder {storage.public_uri(output)} and the rights to "
+            f"{in_words(error)}. Check the folder {public_uri(output)} and the rights to "
             "it, or give another."
         ) from error
 
 
 def _read_result(output: str) -> ResultState:
-    if not storage.exists(output):
+    if not filesystem.exists(output):
         return ResultState(output)
-    if not storage.is_folder(output):
-        raise OutputError(f"{output} is a file; --output needs a folder. Give another path.")
+    if not filesystem.is_folder(output):
+        raise OutputError(
+            f"{public_uri(output)} is a file; --output needs a folder. Give another path."
+        )
+    commits, without = read_commits(output)  # first: it checks the schema
     run = read_run(output)
-    commits, without = read_commits(output)
     sizes, foreign = _list_parts(output)
     superseded = {old for commit in commits.values() for old in commit.replaces}
     superseded &= commits.keys() | without.keys()
@@ -146,8 +156,8 @@ def _read_result(output: str) -> ResultState:
             damaged[unit_id] = reason
     known = commits.keys() | without.keys()
     orphans = [part_url(output, part, unit_id) for part, unit_id in sizes if unit_id not in known]
-    # A part that its commit does not name (an ``errors`` part, after a change by hand) is no
-    # less an orphan than one without a commit.
+    # A part that its commit does not name (an ``errors`` part, after a change by hand) is an
+    # orphan too.
     orphans += [
         part_url(output, part, unit_id)
         for part, unit_id in sizes
@@ -163,55 +173,82 @@ def _read_result(output: str) -> ResultState:
         orphans=tuple(sorted(orphans)),
         unfinished=tuple(_list_unfinished(output)),
         foreign=tuple(foreign),
-        long_files=list_long_files(output),
-        succeeded=storage.exists(storage.join(output, SUCCESS_FILE)),
+        old_parts=tuple(_list_old_parts(output)),
+        succeeded=filesystem.exists(storage_urls.join(output, SUCCESS_FILE)),
     )
 
 
 def read_run(output: str) -> Mapping[str, Any] | None:
-    """``run.json`` of a result, or None.
+    """Read ``run.json`` of a result; None if there is none.
 
     Raises:
-        OutputError: It is there and not Earmark's.
+        OutputError: It exists and is not Earmark's.
     """
-    url = storage.join(output, RUN_FILE)
-    if not storage.exists(url):
+    url = storage_urls.join(output, RUN_FILE)
+    if not filesystem.exists(url):
         return None
     try:
-        run = json.loads(storage.read_bytes(url))
+        run = json.loads(reading.read_bytes(url))
         if run["fingerprint"] and run["results"]:
             return dict(run)
     except (ValueError, KeyError, TypeError):
         pass
     raise OutputError(
-        f"{url} was not written by Earmark, or is damaged; give another --output, or remove it."
+        f"{public_uri(url)} was not written by Earmark, or is damaged; give another --output, or "
+        "remove it."
     )
 
 
 def _list_parts(output: str) -> tuple[dict[tuple[str, str], int], list[str]]:
-    """Sizes of the parts that are there, by part and unit, and files that are not ours."""
+    """Return the sizes of the parts, by part and unit, and the files that are not Earmark's."""
     sizes: dict[tuple[str, str], int] = {}
     foreign = []
     for part in PARTS:
-        folder = storage.join(output, part)
-        if not storage.exists(folder):
+        folder = storage_urls.join(output, part)
+        if not filesystem.exists(folder):
             continue
-        for file in storage.list_files(folder):
-            name = storage.file_name(file.url)
+        for file in listing.list_files(folder):
+            name = storage_urls.file_name(file.url)
             match = _UNIT_FILE.match(name)
-            if match and storage.parent(file.url) == folder:
+            if match and storage_urls.parent(file.url) == folder:
                 sizes[part, match["unit_id"]] = file.size or 0
-            elif not storage.is_temporary_name(name):
+            elif not writing.is_temporary_name(name):
                 foreign.append(file.url)
     return sizes, foreign
 
 
 def _list_unfinished(output: str) -> Iterator[str]:
-    """Files that were being written when a run was killed, wherever runs write."""
-    for folder in (output, *(storage.join(output, name) for name in (*PARTS, COMMITS))):
-        for name in storage.list_names(folder):
-            if storage.is_temporary_name(name):
-                yield storage.join(folder, name)
+    """Yield the files that were being written when a run was killed, wherever runs write."""
+    for folder in (output, *(storage_urls.join(output, name) for name in (*PARTS, COMMITS))):
+        for name in listing.list_names(folder):
+            if writing.is_temporary_name(name):
+                yield storage_urls.join(folder, name)
+
+
+def _list_old_parts(output: str) -> Iterator[str]:
+    """Yield the files below ``_parts`` whose names are Earmark's, commits first."""
+    root = storage_urls.join(output, OLD_PARTS)
+    if not filesystem.exists(root):
+        return
+    urls = [file.url for file in listing.list_files(root)]
+    names = {url: url.removeprefix(f"{root}/") for url in urls}
+    ours = [url for url in urls if _OLD_PART.fullmatch(names[url])]
+    yield from sorted(ours, key=lambda url: (f"/{COMMITS}/" not in names[url], url))
+
+
+def _remove_old_parts(state: ResultState) -> None:
+    """Remove the parts of an earlier version, and the folders that are then empty."""
+    folders = set()
+    for url in state.old_parts:
+        writing.remove(url)
+        folder = storage_urls.parent(url)
+        folders |= {
+            folder,
+            storage_urls.parent(folder),
+            storage_urls.parent(storage_urls.parent(folder)),
+        }
+    for folder in sorted(folders, key=len, reverse=True):
+        writing.remove_empty_folder(folder)
 
 
 def _missing_part(commit: Commit, sizes: Mapping[tuple[str, str], int]) -> str | None:
@@ -225,30 +262,32 @@ def _missing_part(commit: Commit, sizes: Mapping[tuple[str, str], int]) -> str |
 
 
 def wait_for_writers(output: str) -> None:
-    """Wait for workers of a run that was killed: they see it after some seconds, and may commit.
+    """Wait for workers of a killed run: they may commit for some seconds before they notice.
 
     Raises:
-        OutputError: They live on.
+        OutputError: They did not end.
     """
     if not are_commits_held(output):
         return
-    logger.info("waiting for processes of an earlier run that still write to %s", output)
+    logger.info(
+        "waiting for processes of an earlier run that still write to %s", public_uri(output)
+    )
     deadline = time.monotonic() + WRITERS_PATIENCE_S
     while are_commits_held(output):
         if time.monotonic() > deadline:
             raise OutputError(
-                f"processes of an earlier run still write to {output}, and did not end within "
-                f"{WRITERS_PATIENCE_S:g} s; stop them, then run this command again."
+                f"processes of an earlier run still write to {public_uri(output)}, and did not end "
+                f"within {WRITERS_PATIENCE_S:g} s; stop them, then run this command again."
             )
         time.sleep(0.1)
 
 
 def heal(state: ResultState) -> None:
-    """Bring a result in order before work starts: what does not count goes.
+    """Repair a result before work starts: remove what does not count.
 
-    Damaged units are removed and so done again; leftovers of replaced units, parts without a
-    commit, files that were being written and staged files of runs that died go. Nothing else is
-    touched: parts of long files are what a run goes on with, and it removes them at its end.
+    Removes damaged units, which are then done again, leftovers of replaced units, parts without a
+    commit, files that were being written, staged files of killed runs, and parts of long files
+    that an earlier version left. Touches nothing else.
     """
     _remove_units_and_leftovers(state, (*state.damaged, *sorted(state.superseded)))
 
@@ -257,19 +296,20 @@ def _remove_units_and_leftovers(state: ResultState, unit_ids: Iterable[str]) -> 
     for unit_id in unit_ids:
         remove_unit(state.output, unit_id)
     for url in (*state.orphans, *state.unfinished):
-        storage.remove(url)
+        writing.remove(url)
+    _remove_old_parts(state)
     remove_staging(state.output)
 
 
 def remove_staging(output: str) -> None:
-    """Remove files on their way to a local output; only for who holds it."""
-    if storage.is_local(output):
-        folder = storage.join(output, storage.STAGING_FOLDER)
-        shutil.rmtree(storage.local_path(folder), ignore_errors=True)
+    """Remove files on their way to a local output; only for the holder of its lock."""
+    if storage_urls.is_local(output):
+        folder = storage_urls.join(output, writing.STAGING_FOLDER)
+        shutil.rmtree(storage_urls.local_path(folder), ignore_errors=True)
 
 
 def check_removable(state: ResultState) -> None:
-    """Refuse to overwrite what Earmark did not write.
+    """Raise if ``--overwrite`` would remove what Earmark did not write.
 
     Raises:
         OutputError: The folder has files where parts belong, and no result of Earmark's.
@@ -277,45 +317,43 @@ def check_removable(state: ResultState) -> None:
     others = (*state.foreign, *state.orphans)
     if not state.is_result and others:
         raise OutputError(
-            f"{state.output} holds {others[0]} but no run.json of Earmark; --overwrite removes "
-            "only what Earmark wrote. Give another --output."
+            f"{public_uri(state.output)} holds {public_uri(others[0])} but no run.json of Earmark; "
+            "--overwrite removes only what Earmark wrote. Give another --output."
         )
 
 
 def remove_result(state: ResultState) -> None:
     """Remove what Earmark wrote (``--overwrite``), and nothing else."""
     check_removable(state)
-    storage.remove(storage.join(state.output, SUCCESS_FILE))
+    writing.remove(storage_urls.join(state.output, SUCCESS_FILE))
     unit_ids = (*state.commits, *state.damaged, *state.unreadable, *sorted(state.superseded))
     _remove_units_and_leftovers(state, unit_ids)
-    for long_id, urls in state.long_files.items():
-        remove_long_file(state.output, long_id, urls)
-    storage.remove(storage.join(state.output, RUN_FILE))
+    writing.remove(storage_urls.join(state.output, RUN_FILE))
     for folder in (*PARTS, COMMITS):
-        storage.remove_empty_folder(storage.join(state.output, folder))
+        writing.remove_empty_folder(storage_urls.join(state.output, folder))
 
 
 def make_fingerprint(results: Mapping[str, Any]) -> str:
-    """Hex digest of everything that changes results."""
+    """Return the hex digest of everything that changes results."""
     text = json.dumps(results, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_same_results(state: ResultState, results: Mapping[str, Any], model_name: str) -> None:
-    """Refuse to mix results of different models or settings in one folder.
+    """Raise if results of different models or settings would be mixed in one folder.
 
     Args:
-        state: What lies in the folder.
+        state: The folder's content.
         results: What changes results now.
-        model_name: Of the model now; a hash alone would not tell people which is which.
+        model_name: Name of the model now; a hash alone would tell people little.
 
     Raises:
         OutputError: The folder's commits were made with something else, or not all of them can be
-            read; says what differs.
+            read; the message says what differs.
     """
     for unit_id, reason in state.unreadable.items():
         raise OutputError(
-            f"{storage.public_uri(commit_url(state.output, unit_id))}: {reason}. Make it readable "
+            f"{public_uri(commit_url(state.output, unit_id))}: {reason}. Make it readable "
             "(permissions, the network, the disk), give another --output, or start anew with "
             "--overwrite."
         )
@@ -331,14 +369,14 @@ def check_same_results(state: ResultState, results: Mapping[str, Any], model_nam
     if not differences:
         differences = [f"  fingerprint: {min(others)} there, {fingerprint} now"]
     raise OutputError(
-        f"{state.output} was made with other settings that change results:\n"
+        f"{public_uri(state.output)} was made with other settings that change results:\n"
         + "\n".join(differences)
         + "\nGive another --output, go back to those settings, or start anew with --overwrite."
     )
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each setting that differs from what a folder was made with."""
+    """Return a line for each setting that differs from what a folder was made with."""
     there, here = _flatten(before), _flatten(now)
     return [
         f"  {key}: {_short(there.get(key))} there, {_short(here.get(key))} now"
@@ -348,7 +386,7 @@ def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested keys joined by dots, so that only what differs is named."""
+    """Join nested keys by dots, so that only what differs is named."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -364,7 +402,7 @@ def _short(value: Any) -> str:
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of Earmark, Python and the libraries that results depend on."""
+    """Return the versions of Earmark, Python and the libraries that results depend on."""
     versions = {"earmark": __version__, "python": platform.python_version()}
     for name in _VERSIONED:
         versions[name] = importlib.metadata.version(name)
@@ -375,14 +413,14 @@ def software_versions() -> dict[str, str]:
 
 
 def utc_now() -> str:
-    """The time in ISO 8601, to the second."""
+    """Return the time in ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def write_run(output: str, run: Mapping[str, Any]) -> None:
     """Write ``run.json`` whole."""
     text = json.dumps(run, indent=2, ensure_ascii=False)
-    storage.write_bytes(storage.join(output, RUN_FILE), text.encode() + b"\n")
+    writing.write_bytes(storage_urls.join(output, RUN_FILE), text.encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -397,11 +435,11 @@ class FinishRun:
         num_units: Units that this run has to do.
         found_kept_items: Items of the kept units that are in the input.
         vanished_kept_items: Items of the kept units that are not.
-        vanished_carried_items: Rows that new units take over, of items not in the input.
-        retried_carried_items: Rows that new units take over beside items tried again.
-        vanished_failures: Of the failures, those of items not in the input.
-        num_found_items: Items that planning found; None where containers had to be read to know.
-        num_commits: Commits that must be there at the end.
+        vanished_carried_items: Rows that new units carry over, of items not in the input.
+        retried_carried_items: Rows that new units carry over beside items tried again.
+        vanished_failures: Failures of items that are not in the input.
+        num_found_items: Items that planning found; None if containers had to be read to know.
+        num_commits: Commits that must exist at the end.
     """
 
     output: str
@@ -455,22 +493,12 @@ class FinishRun:
                 num_processes=self.run["config"]["inference"]["workers"],
             ),
         }
-        with storage.writing_to(self.output):
-            self._remove_long_files()
+        with writing_to(self.output):
             write_run(self.output, run)
-            storage.write_bytes(storage.join(self.output, SUCCESS_FILE), b"")
-
-    def _remove_long_files(self) -> None:
-        """Parts of long files that have been labelled otherwise, or are not in the input any more.
-
-        Beyond a limit there may be files that a run without one goes on with.
-        """
-        is_limited = self.run["config"]["limit"] is not None
-        for long_id, urls in list_long_files(self.output).items():
-            if not is_limited or storage.exists(commit_url(self.output, long_id)):
-                remove_long_file(self.output, long_id, urls)
+            writing.write_bytes(storage_urls.join(self.output, SUCCESS_FILE), b"")
 
     def _check(self, new: RunTotals) -> None:
+        place = public_uri(self.output)
         if new.units != self.num_units:
             raise AccountingError(
                 f"{self.num_units} units were planned and {new.units} came to their end; run the "
@@ -480,11 +508,11 @@ class FinishRun:
         if self.num_found_items not in (None, found_items):
             raise AccountingError(
                 f"planning found {self.num_found_items} items, and {found_items} rows were written "
-                f"for them; see earmark verify {self.output}"
+                f"for them; see earmark verify {place}"
             )
         num_commits = len(list_unit_ids(self.output))
         if num_commits != self.num_commits:
             raise AccountingError(
-                f"{self.num_commits} commits must be in {self.output}, and {num_commits} are; see "
-                f"earmark verify {self.output}"
+                f"{self.num_commits} commits must be in {place}, and {num_commits} are; see "
+                f"earmark verify {place}"
             )

@@ -1,12 +1,12 @@
-"""A run on Dataflow: what can be wrong before there is a job, and the job while it lasts.
+"""Runs on Dataflow: checks before there is a job, and the job while it lasts.
 
     options ─check─▶ (exit 2, nothing written) ─submit─▶ job ─watch─▶ done, failed, cancelled
                                                           └─▶ _job.json in the output, meanwhile
 
-A mistake that only a worker could notice costs minutes of machines, so as much as possible is
-refused here. A job outlives the command that submitted it: its name lies in the output until it
-has ended, and no other run starts there before that. Checked against the service's client
-library, not against the service.
+A mistake that only a worker would notice costs minutes of machines, so it is refused here if
+possible. A job outlives the command that submitted it. Its name stays in the output until it has
+ended, and no other run starts there before. Tested with the service's client library, not with the
+service.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from apache_beam.runners.runner import PipelineState, create_runner
 from pipeline.runners.job_service import wait_for
 from pipeline.terminal.std_streams import say
 from transforms.errors import ConfigError, OutputError
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, urls, writing
+from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +46,18 @@ ACCELERATOR = "worker_accelerator="
 INSTALL = "pip install 'earmark[gcp]'"
 SEE_DOCS = "docs/dataflow.md has the commands."
 
-# Of a job that is in one of these states, no worker writes any more.
+# A job in one of these states has no worker that writes.
 ENDED_STATES = frozenset(
     f"JOB_STATE_{name}" for name in ("DONE", "FAILED", "CANCELLED", "UPDATED", "DRAINED")
 )
 
 
-# --- Before there is a job -------------------------------------------------------------------
+# --- Checks ----------------------------------------------------------------------------------
 
 
 def is_dataflow(options: PipelineOptions) -> bool:
-    """Whether the runner is Dataflow's."""
-    # Beam takes its runners' names with and without their ending.
+    """Return whether the runner is Dataflow's."""
+    # Beam accepts names of runners with and without "Runner" at the end.
     name = str(options.view_as(StandardOptions).runner).lower().removesuffix("runner")
     return f"{name}runner" == RUNNER.lower()
 
@@ -65,11 +66,12 @@ def check_dataflow(options: PipelineOptions) -> None:
     """Refuse a job that the service would refuse, or that no worker could do.
 
     Raises:
-        ConfigError: An option is missing or does not go with another.
+        ConfigError: An option is missing or conflicts with another.
     """
     if options.view_as(TestOptions).dry_run:
         raise ConfigError(
-            "Beam's dry_run builds a job and submits none; earmark plan says what there is to do."
+            "Beam's dry_run builds a job and submits none; to see what a run would do, use "
+            "earmark plan."
         )
     _check_installed()
     _check_places(options)
@@ -83,7 +85,7 @@ def check_dataflow(options: PipelineOptions) -> None:
     workers = options.view_as(WorkerOptions)
     problems = validation_problems(options)
     if workers.num_workers and workers.max_num_workers:
-        # Beam's own words for this name neither value.
+        # Beam's own message for this names neither value.
         problems = [text for text in problems if "num_workers" not in text]
         if workers.num_workers > workers.max_num_workers:
             problems.append(
@@ -104,7 +106,7 @@ def _check_installed() -> None:
 
 
 def _check_places(options: PipelineOptions) -> None:
-    """Refuse temporary places that are none; Beam would ask the cloud to make a bucket."""
+    """Refuse temporary locations that are no folders of a bucket; Beam would make a bucket."""
     cloud = options.view_as(GoogleCloudOptions)
     places = {
         "temp_location": cloud.temp_location,
@@ -113,8 +115,8 @@ def _check_places(options: PipelineOptions) -> None:
     given = {name: place for name, place in places.items() if place is not None}
     if not given:
         raise ConfigError(
-            "no temp_location is given, where Dataflow keeps the job's own files; give a folder "
-            f"of a bucket: --temp_location=gs://BUCKET/tmp. {SEE_DOCS}"
+            "no temp_location is given for the job's own files; give a folder of a bucket: "
+            f"--temp_location=gs://BUCKET/tmp. {SEE_DOCS}"
         )
     for name, place in given.items():
         if not str(place).startswith("gs://"):
@@ -132,14 +134,14 @@ def _check_worker_software(options: PipelineOptions) -> None:
     )
     if not any(sources):
         raise ConfigError(
-            "no sdk_container_image is given, and Beam's own holds neither Earmark nor torch; "
+            "no sdk_container_image is given, and Beam's own has neither Earmark nor torch; "
             "build one from deploy/Dockerfile, and give --sdk_container_image=REGISTRY/IMAGE:TAG. "
             f"{SEE_DOCS}"
         )
 
 
 def validation_problems(options: PipelineOptions) -> list[str]:
-    """What Beam's own validation says of project, region, job name and workers."""
+    """Return the errors of Beam's own validation of project, region, job name and workers."""
     validator = PipelineOptionsValidator(options, create_runner(RUNNER))
     problems = validator.validate_cloud_options(options.view_as(GoogleCloudOptions))
     problems += options.view_as(WorkerOptions).validate(validator)
@@ -147,7 +149,7 @@ def validation_problems(options: PipelineOptions) -> list[str]:
 
 
 def accelerator_of(options: PipelineOptions) -> str | None:
-    """What the job asks for as each worker's GPU, ``type:nvidia-l4;count:1;…``; None for none."""
+    """Return the GPU that the job requests for each worker (``type:nvidia-l4;count:1;…``)."""
     given: Sequence[str] = options.view_as(GoogleCloudOptions).dataflow_service_options or ()
     experiments: Sequence[str] = options.view_as(DebugOptions).experiments or ()
     found = [text for text in (*given, *experiments) if text.startswith(ACCELERATOR)]
@@ -159,44 +161,44 @@ def accelerator_of(options: PipelineOptions) -> str | None:
 
 
 def check_device(options: PipelineOptions, device: str) -> None:
-    """Refuse a device that does not go with the workers.
+    """Refuse a device that does not fit the workers.
 
     Args:
-        options: Beam's.
+        options: Beam's options.
         device: ``inference.device``.
 
     Raises:
-        ConfigError: Workers have a GPU and need not use it, or are to use one and have none.
+        ConfigError: Workers have a GPU that the device does not require, or lack the device.
     """
     accelerator = accelerator_of(options)
     if accelerator is None and device in ("cuda", "mps"):
         raise ConfigError(
-            f"inference.device is {device}, and the workers have no such device; ask for one "
+            f"inference.device is {device}, and the workers have no such device; request one "
             f"(--dataflow_service_options='{ACCELERATOR}type:nvidia-l4;count:1;"
             "install-nvidia-driver'), or use --device cpu."
         )
     if accelerator is not None and device != "cuda":
         raise ConfigError(
             f"inference.device is {device}, and the workers have a GPU ({accelerator}); use "
-            "--device cuda. Otherwise a worker whose driver does not fit would label on its CPU, "
+            "--device cuda. Otherwise a worker with an unsuitable driver would label on its CPU, "
             "at the price of a GPU."
         )
     if accelerator is not None and "install-nvidia-driver" not in accelerator:
         raise ConfigError(
-            f"the workers' GPU is {accelerator}; must end in ;install-nvidia-driver, without which "
-            "there is no driver for it."
+            f"the workers' GPU is {accelerator}; must end in ;install-nvidia-driver, or there is "
+            "no driver for it."
         )
 
 
 def is_left_running(options: PipelineOptions) -> bool:
-    """Whether the command ends before the job does: not waited for, or only made a template of."""
+    """Return whether the command ends before the job, or only writes a template."""
     if options.view_as(StandardOptions).no_wait_until_finish:
         return True
     is_template = options.view_as(GoogleCloudOptions).template_location is not None
     return is_template and is_dataflow(options)
 
 
-# --- While there is one ----------------------------------------------------------------------
+# --- The job ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,8 @@ class DataflowJob:
 
     Attributes:
         project: The project that pays for it.
-        region: Where it runs.
-        job_id: The service's name for it.
+        region: The region it runs in.
+        job_id: The service's id of the job.
     """
 
     project: str
@@ -215,7 +217,7 @@ class DataflowJob:
 
     @property
     def console_url(self) -> str:
-        """Where people can look at it."""
+        """The job's page in the console."""
         return (
             f"https://console.cloud.google.com/dataflow/jobs/{self.region}/{self.job_id}"
             f"?project={self.project}"
@@ -223,7 +225,7 @@ class DataflowJob:
 
     @property
     def cancel_command(self) -> str:
-        """What ends it."""
+        """The shell command that cancels the job."""
         return (
             f"gcloud dataflow jobs cancel {self.job_id} --region={self.region} "
             f"--project={self.project}"
@@ -231,7 +233,7 @@ class DataflowJob:
 
 
 def job_of(result: Any, options: PipelineOptions) -> DataflowJob | None:
-    """The job that a runner's result stands for; None where there is none (a template)."""
+    """Return the job of a runner's result; None if there is none (a template)."""
     if not getattr(result, "has_job", False):
         return None
     cloud = options.view_as(GoogleCloudOptions)
@@ -239,31 +241,31 @@ def job_of(result: Any, options: PipelineOptions) -> DataflowJob | None:
 
 
 def record_job(output: str, job: DataflowJob) -> None:
-    """Leave a job's name in the output that it writes."""
+    """Record a job in the output that it writes."""
     text = json.dumps(dataclasses.asdict(job), indent=2)
-    storage.write_bytes(storage.join(output, JOB_FILE), text.encode() + b"\n")
+    writing.write_bytes(urls.join(output, JOB_FILE), text.encode() + b"\n")
 
 
 def recorded_job(output: str) -> DataflowJob | None:
-    """The job that has written an output last, as far as is known.
+    """Return the job recorded in an output; None if there is none.
 
     Raises:
         OutputError: The file is not Earmark's.
     """
-    url = storage.join(output, JOB_FILE)
+    url = urls.join(output, JOB_FILE)
     try:
-        return DataflowJob(**json.loads(storage.read_bytes(url)))
+        return DataflowJob(**json.loads(reading.read_bytes(url)))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         raise OutputError(
-            f"{storage.public_uri(url)} does not name a Dataflow job ({error}); if no job writes "
+            f"{public_uri(url)} does not name a Dataflow job ({error}); if no job writes "
             "to this folder, remove it and run this command again."
         ) from error
 
 
 def ask_state(job: DataflowJob) -> str:
-    """The service's word for how a job is: ``JOB_STATE_RUNNING``."""
+    """Ask the service for a job's state (``JOB_STATE_RUNNING``)."""
     dataflow = importlib.import_module("google.cloud.dataflow")
     request = dataflow.GetJobRequest(project_id=job.project, location=job.region, job_id=job.job_id)
     state: str = dataflow.JobsV1Beta3Client().get_job(request=request).current_state.name
@@ -275,40 +277,40 @@ def check_no_job(output: str, ask: Callable[[DataflowJob], str] | None = None) -
 
     Args:
         output: The result's folder.
-        ask: Gives a job's state; None asks the service.
+        ask: Returns a job's state; None asks the service.
 
     Raises:
-        OutputError: There is such a job, or it cannot be told whether there is.
+        OutputError: A job writes to the output, or its state is not known.
     """
     job = recorded_job(output)
     if job is None:
         return
-    place = storage.public_uri(output)
+    place = public_uri(output)
     try:
         state = (ask or ask_state)(job)
-    except Exception as error:  # whatever a client of the service may raise, its import included
+    except Exception as error:  # the client and its import may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OutputError(
-            f"the Dataflow job {job.job_id} may still write to {place}, and cannot be asked for "
-            f"({reason}). If {job.console_url} shows that it has ended, remove "
-            f"{storage.public_uri(storage.join(output, JOB_FILE))}, then run this command again."
+            f"the Dataflow job {job.job_id} may still write to {place}, and its state cannot be "
+            f"read ({reason}). If {job.console_url} shows that it has ended, remove "
+            f"{public_uri(urls.join(output, JOB_FILE))}, then run this command again."
         ) from error
     if state not in ENDED_STATES:
         raise OutputError(
             f"the Dataflow job {job.job_id} still writes to {place} ({state}); wait for it "
             f"({job.console_url}) or stop it ({job.cancel_command}), then run this command again."
         )
-    storage.remove(storage.join(output, JOB_FILE))
+    writing.remove(urls.join(output, JOB_FILE))
 
 
 def submit(pipeline: beam.Pipeline, output: str, options: PipelineOptions, *, quiet: bool) -> Any:
-    """Hand a pipeline to the service, say which job it is, and leave its name in the output.
+    """Submit a pipeline, print the job's id and page, and record the job in the output.
 
     Args:
-        pipeline: What is to be done.
+        pipeline: The pipeline.
         output: The result's folder.
-        options: Beam's.
-        quiet: Say no more than the job's name and place.
+        options: Beam's options.
+        quiet: Print nothing but the job's id and page.
 
     Returns:
         The runner's result, for ``follow``.
@@ -317,28 +319,28 @@ def submit(pipeline: beam.Pipeline, output: str, options: PipelineOptions, *, qu
     job = job_of(result, options)
     if job is None:
         place = options.view_as(GoogleCloudOptions).template_location
-        say(f"No job has been started: the template was written to {place}.")
+        say(f"The template was written to {place}; no job was started.")
         return result
     try:
         record_job(output, job)
     except BaseException:
-        _cancel(result, job)  # a job that the next run on this output would not know of
+        _cancel(result, job)  # the next run on this output would not know of the job
         raise
     say(f"Dataflow job {job.job_id}: {job.console_url}")
     if is_left_running(options):
-        say(f"It is not waited for. To stop it: {job.cancel_command}", quiet=quiet)
+        say(f"The command does not wait for it. To stop it: {job.cancel_command}", quiet=quiet)
     else:
-        say("It is waited for; Ctrl-C cancels it. What it commits is counted here.", quiet=quiet)
+        say("Waiting for the job and counting its commits; Ctrl-C cancels it.", quiet=quiet)
     return result
 
 
 def follow(result: Any, output: str | None, options: PipelineOptions) -> None:
-    """Wait for a job's end; whoever interrupts that ends the job.
+    """Wait for the end of a job; an interrupt cancels it.
 
     Args:
-        result: The runner's.
-        output: The result's folder, where the job's name lies until it has ended; None for none.
-        options: Beam's.
+        result: The runner's result.
+        output: The result's folder, which records the job until it has ended; None for none.
+        options: Beam's options.
     """
     job = job_of(result, options)
     if job is None:
@@ -351,26 +353,26 @@ def follow(result: Any, output: str | None, options: PipelineOptions) -> None:
         raise
     finally:
         if output is not None and _has_ended(result):
-            storage.remove(storage.join(output, JOB_FILE))
+            writing.remove(urls.join(output, JOB_FILE))
 
 
 def _cancel(result: Any, job: DataflowJob) -> None:
     try:
         result.cancel()
-    except Exception as error:  # the interrupt must come through, whatever the service says
+    except Exception as error:  # the interrupt is raised again, whatever the service answers
         logger.warning(
-            "The Dataflow job %s could not be cancelled (%s) and goes on: %s",
+            "The Dataflow job %s could not be cancelled (%s) and continues; to cancel it: %s",
             job.job_id,
             error,
             job.cancel_command,
         )
     else:
-        say(f"The Dataflow job {job.job_id} is being cancelled; that takes some minutes.")
+        say(f"Cancelling the Dataflow job {job.job_id}, which takes some minutes.")
 
 
 def _has_ended(result: Any) -> bool:
     try:
         return bool(PipelineState.is_terminal(result.state))
     except Exception as error:  # the next run on this output asks again
-        logger.warning("Whether the Dataflow job has ended is not known: %s", error)
+        logger.warning("The state of the Dataflow job is not known: %s", error)
         return False

@@ -1,11 +1,10 @@
-"""Runners behind a job service: Flink, Spark, Prism, and whatever else speaks Beam's protocol.
+"""Runners behind a job service: Flink, Spark, Prism, and others with Beam's protocol.
 
-The command hands a job over to the service, which gives bundles to workers. These are threads of
-the command itself (LOOPBACK, the default where everything is on this machine), processes of a
-worker pool that somebody has started (EXTERNAL), processes that the service starts (PROCESS), or
-containers (DOCKER, the default elsewhere).
-Here stands what can be wrong with that before there is a job, and what becomes of the job when the
-command is interrupted.
+The command submits a job to the service, which gives bundles to workers. These are threads of the
+command itself (LOOPBACK, the default if everything is on this machine), processes of a running
+worker pool (EXTERNAL), processes that the service starts (PROCESS), or containers (DOCKER, the
+default otherwise). This module checks their options before there is a job, and cancels the job when
+the command is interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SEE_DOCS = "docs/runners.md has the commands."
 
-# Where a runner's machines are named. All of them can also be given a job service by its address.
+# The options that name a runner's machines. Each runner accepts the address of a job service.
 MASTERS: Mapping[str, tuple[str, ...]] = {
     "flinkrunner": ("flink_master", "job_endpoint"),
     "sparkrunner": ("spark_master_url", "job_endpoint"),
@@ -33,12 +32,12 @@ MASTERS: Mapping[str, tuple[str, ...]] = {
     "portablerunner": ("job_endpoint",),
 }
 
-# Masters that are no address: they are started for this job, on this machine.
+# Masters without an address, which are started for the job on this machine.
 STARTED_HERE = re.compile(r"\[?(local|auto|collection|embed)(\[[\d,*]+\])?\]?", re.IGNORECASE)
 
-# What Flink's job server takes for a batch and Beam's Python does not know of, from its own answer
-# to DescribePipelineOptions. Not number_of_execution_retries: it has no effect on a batch, which is
-# tried again as Flink's own restart-strategy says.
+# Options for a batch that Flink's job server accepts and Beam's Python does not know, from the job
+# server's answer to DescribePipelineOptions. Not number_of_execution_retries, which has no effect
+# on a batch: Flink's own restart-strategy governs its retries.
 JOB_SERVER_OPTIONS: Mapping[str, frozenset[str]] = {
     "flinkrunner": frozenset(
         {
@@ -62,13 +61,13 @@ JOB_SERVER_OPTIONS: Mapping[str, frozenset[str]] = {
 
 
 def is_on_this_machine(address: str | None) -> bool:
-    """Whether a master or endpoint is here: ``[local]``, ``http://localhost:8081``, None."""
+    """Return whether a master or endpoint is on this machine (``[local]``, ``localhost:8081``)."""
     if not address or STARTED_HERE.fullmatch(address.strip()):
         return True
     address = address.strip()
     try:
         host = urlsplit(address if "//" in address else f"//{address}").hostname or ""
-    except ValueError:  # brackets around what is no IPv6 address
+    except ValueError:  # brackets around something else than an IPv6 address
         return False
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -77,21 +76,21 @@ def is_on_this_machine(address: str | None) -> bool:
 
 
 def has_all_machines_here(runner: str, options: PipelineOptions) -> bool:
-    """Whether a runner's service and workers are on this machine.
+    """Return whether a runner's service and workers are on this machine.
 
     Args:
-        runner: Its class's name in lower case.
-        options: Beam's.
+        runner: The name of its class in lower case.
+        options: Beam's options.
     """
     values = options.get_all_options()
     return all(is_on_this_machine(values.get(name)) for name in MASTERS.get(runner, ()))
 
 
 def check_workers(runner: str, options: PipelineOptions) -> None:
-    """Refuse workers that would run in Beam's own image, which is the default of most services.
+    """Refuse workers that would run in Beam's own image, the default of most services.
 
     Raises:
-        ConfigError: Nothing says where workers have Earmark from.
+        ConfigError: No option gives the workers Earmark.
     """
     portable, setup = options.view_as(PortableOptions), options.view_as(SetupOptions)
     if runner not in MASTERS or portable.environment_type not in (None, "DOCKER"):
@@ -103,7 +102,7 @@ def check_workers(runner: str, options: PipelineOptions) -> None:
     if image or setup.setup_file or setup.requirements_file or setup.extra_packages:
         return
     raise ConfigError(
-        "workers would run in Beam's own image, which holds neither Earmark nor torch; give "
+        "workers would run in Beam's own image, which has neither Earmark nor torch; give "
         "--environment_type=LOOPBACK (threads of this command), --environment_type=EXTERNAL with "
         "--environment_config=HOST:PORT (a worker pool), --environment_type=PROCESS with "
         "deploy/beam_worker.py, or --environment_type=DOCKER with "
@@ -112,7 +111,7 @@ def check_workers(runner: str, options: PipelineOptions) -> None:
 
 
 def _is_loopback(runner: str, options: PipelineOptions) -> bool:
-    """Whether Beam takes threads of this process for workers where nothing is said of them."""
+    """Return whether Beam's default workers are threads of this process."""
     values = options.get_all_options()
     if values["output_executable_path"]:
         return False
@@ -124,10 +123,10 @@ def _is_loopback(runner: str, options: PipelineOptions) -> bool:
 
 
 def wait_for(result: Any) -> None:
-    """Wait for a pipeline's end; whoever interrupts that ends the job, if there is one elsewhere.
+    """Wait for the end of a pipeline; an interrupt cancels the job of a job service.
 
     Args:
-        result: The runner's.
+        result: The runner's result.
     """
     try:
         result.wait_until_finish()
@@ -142,5 +141,5 @@ def wait_for(result: Any) -> None:
 def _cancel(result: Any) -> None:
     try:
         result.cancel()
-    except Exception as error:  # a service that this command had started ends with the command
+    except Exception as error:  # a service that this command started ends with the command
         logger.debug("the job could not be cancelled: %s", error)

@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, gpu, peers
+from benchmarks import common, gpu, peers, steady
 from benchmarks.common import (
     count_flops,
     label_apart,
@@ -39,7 +40,9 @@ from transforms.process import stage_times
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is to run in a process of its own runs in this one, which has the libraries loaded."""
 
-    def run_here(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    def run_here(
+        command: Sequence[str], environment: Mapping[str, str], timeout_s: float | None = None
+    ) -> str:
         _, kind, program, *arguments = command
         with monkeypatch.context() as patched, contextlib.redirect_stdout(io.StringIO()) as said:
             for name, value in environment.items():
@@ -71,7 +74,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             *("peers", ["--toy", "--seconds", "1", "--contenders", "loop", "torch-fp32"], True),
             marks=pytest.mark.slow,
         ),
-        ("gpu", ["--toy", "--device", "cpu", "--engines", "eager", "--formats", "flac"], True),
+        (
+            "gpu",
+            [
+                *("--toy", "--device", "cpu", "--engines", "eager"),
+                *("--formats", "flac", "--workers", "1"),
+            ],
+            True,
+        ),
     ],
 )
 def test_a_benchmark_runs_and_keeps_its_figures(
@@ -99,6 +109,95 @@ def test_all_peers_take_part_in_processes_of_their_own(tmp_path: Path) -> None:
         assert found["clips"] == peers.TOY.checked, name
         # The tiny model has five labels and large weights; the real gates are for AST base.
         assert found["max_score_difference"] < (0.05 if "int8" in name else 0.02), name
+
+
+@pytest.mark.slow
+def test_label_is_measured_end_to_end_with_one_and_two_workers(tmp_path: Path) -> None:
+    options = ["--toy", "--device", "cpu", "--parts", "end-to-end", "--formats", "flac"]
+    gpu.main([*options, "--rounds", "1", "--results", str(tmp_path)])
+    found = json.loads((tmp_path / "gpu.json").read_text())["end_to_end"]
+    assert found["left_out"] == {}
+    workers = found["formats"]["flac"]["workers"]
+    assert workers.keys() == {"1", "2"}
+    for row in workers.values():
+        (run,) = row["runs"]
+        assert 0 < run["steady_clips"] < run["clips"] == sum(run["clips_by_second"])
+        assert run["units"] >= gpu.SHARDS_PER_RUN
+        assert run["device_busy_error"] == "cpu is no GPU of NVIDIA's"
+        assert run["time"]["labelling"]["total_s"] > 0
+        assert row["speedup"] == pytest.approx(
+            row["clips_per_s"] / found["pipeline"]["clips_per_s"]
+        )
+
+
+def test_what_does_not_fit_the_minutes_is_left_out_with_a_reason(tmp_path: Path) -> None:
+    options = ["--toy", "--device", "cpu", "--parts", "end-to-end", "--formats", "mp3"]
+    gpu.main([*options, "--minutes", "0.001", "--results", str(tmp_path)])
+    found = json.loads((tmp_path / "gpu.json").read_text())["end_to_end"]
+    needed_s = {
+        "model alone": 10,
+        "mp3, decoders alone": 0,
+        "mp3, workers=1": 10,
+        "mp3, workers=2": 10,
+        gpu.PIPELINE: 10,
+    }
+    assert found["left_out"] == {
+        name: f"needs about {seconds} s, and 0 s of the minutes remain"
+        for name, seconds in needed_s.items()
+    }
+    assert found["formats"] == {"mp3": {"workers": {}}}
+
+
+def test_the_rate_of_the_steady_part_leaves_out_the_first_quarter(tmp_path: Path) -> None:
+    folder = tmp_path / "_commits"
+    folder.mkdir()
+    # Two workers' commits in turn; the first two come late after a long start, and the slow units
+    # among the others have as many clips more.
+    times = [100.0, 130.0, 131.0, 132.0, 134.0, 135.0, 136.0, 138.0]
+    clips = [900, 700, 10, 10, 20, 10, 10, 20]
+    for index, (time_s, num_clips) in enumerate(zip(times, clips, strict=True)):
+        path = folder / f"{7 - index}.json"  # the order of names is another
+        path.write_text(json.dumps({"totals": {"clips": num_clips}}))
+        os.utime(path, (time_s, time_s))
+    commits = steady.read_commit_times(tmp_path)
+    assert [commit.clips for commit in commits] == clips
+    part = steady.steady_part(commits)
+    assert part == steady.SteadyPart(130.0, 138.0, 80)
+    assert part.clips_per_s == 10.0
+    assert steady.steady_part(commits[:7]) is None
+    assert steady.clips_by_second(commits[:2], 99.5) == [900, *[0] * 29, 700]
+
+
+def test_commits_at_the_same_time_have_no_rate() -> None:
+    assert steady.steady_part([steady.CommitTime(5.0, 1)] * 8) is None
+
+
+def test_how_busy_the_device_was_is_of_the_steady_part() -> None:
+    looks = [(0.9, 0.0), (1.0, 0.5), (2.0, 1.0), (3.1, 0.0)]
+    samples = [steady.DeviceSample(time_s, busy, 100.0 * busy) for time_s, busy in looks]
+    assert steady.summarise_samples(samples, 1.0, 3.0) == {
+        "device_busy": 0.75,
+        "device_waits": 0.25,
+        "device_memory_mib": 100.0,
+        "device_samples": 2,
+    }
+    assert steady.summarise_samples(samples, 4.0, 5.0) == {}
+
+
+def test_a_program_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    program = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(child)!r}, 'w').write(str(child.pid))\n"
+        "print('so far', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with pytest.raises(common.CutOffError) as killed:
+        common._run([sys.executable, "-c", program], {}, timeout_s=3.0)
+    assert killed.value.output == "so far\n"
+    status = Path("/proc", child.read_text(), "status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
 
 
 @pytest.mark.slow

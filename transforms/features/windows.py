@@ -268,18 +268,14 @@ def _to_samples(
 
 def _make_window(piece: Waveform, index: int, cut: Cut, settings: WindowSettings) -> Window:
     item, rate_hz = piece.item, settings.sample_rate_hz
-    clip_start_s, start = item.start_s or 0.0, cut.start
-    if item.part is not None:  # the index and the times are those in the whole file
-        first = round(clip_start_s * rate_hz) - item.part.before_samples
-        index += first // settings.hop_samples
-        clip_start_s, start = 0.0, first + cut.start
+    clip_start_s = item.start_s or 0.0
     return Window(
         unit_id=piece.unit_id,
         item_index=piece.item_index,
         item=item,
         window_index=index,
-        start_s=clip_start_s + start / rate_hz,
-        end_s=clip_start_s + (start + cut.samples.size) / rate_hz,
+        start_s=clip_start_s + cut.start / rate_hz,
+        end_s=clip_start_s + cut.stop / rate_hz,
         data=cut.samples,
     )
 
@@ -291,8 +287,7 @@ class CutWindows(beam.PTransform[PCollection[_Piece], PCollection[_Element]]):
 
     The pieces of a clip come in order and within one bundle; several clips may be open at once.
     A clip's last window carries its facts and the number of its windows. Failures and unit ends
-    pass unchanged. The windows of a part of a long file are those that the whole file has there:
-    the rule for the tail looks on from the window before the part, which the part before gives.
+    pass unchanged.
 
     Raises:
         AccountingError: At the end of a bundle a clip has not had its last piece.
@@ -341,15 +336,10 @@ class _CutWindowsFn(beam.DoFn):
         if key not in self._open:
             self._open[key] = (piece.item.clip_id, WindowCutter(self._settings))
         _, cutter = self._open[key]
-        # The first window of a part that has margins is the last of the part before.
-        num_others = int(piece.item.part is not None and piece.item.part.before_samples > 0)
         first_index = cutter.num_cuts
         for index, cut in enumerate(cutter.push(piece.samples), start=first_index):
-            if index >= num_others:
-                yield _make_window(piece, index, cut, self._settings)
+            yield _make_window(piece, index, cut, self._settings)
         if piece.facts is not None:
             del self._open[key]
             last = _make_window(piece, cutter.num_cuts, cutter.finish(), self._settings)
-            # A part that ends before its own first window still gives one, for its facts.
-            num_windows = max(1, cutter.num_cuts - num_others)
-            yield dataclasses.replace(last, facts=piece.facts, num_windows=num_windows)
+            yield dataclasses.replace(last, facts=piece.facts, num_windows=cutter.num_cuts)

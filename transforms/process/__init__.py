@@ -1,1 +1,1 @@
-"""What one process has: temporary files, locks, devices, disk caches, clocks and counts."""
+"""Resources of a process: temporary files, locks, devices, disk caches, stage times, counts."""

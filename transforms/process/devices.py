@@ -1,14 +1,12 @@
-"""What a process computes on: how many threads, which of several GPUs, copies that cost no time.
+"""Devices of a process: its number of threads, its GPU, and copies that overlap with computing.
 
-A GPU works through what it is given while Python goes on. It is kept busy by giving it the next
-batch before the last one is done; what is sent to it from pinned memory, in a stream of its own,
-arrives meanwhile.
+A GPU computes while Python continues. It stays busy if it has the next batch before the last one is
+done. Batches copied from pinned memory, in a stream of their own, arrive meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import os
@@ -20,14 +18,15 @@ import torch
 from torch import Tensor
 
 from transforms.process import disk_cache
+from transforms.process.locks import open_locked
 
 _counting_threads = threading.Lock()
 
 
 def threads_of(num_processes: int) -> int:
-    """Threads for one of several processes that share this machine's cores.
+    """Return the number of threads for one of several processes that share the cores.
 
-    Whoever asks gets the same answer, also after torch has been set to it.
+    The answer stays the same after torch has been set to it.
     """
     with _counting_threads:
         return max(1, _torch_threads() // num_processes)
@@ -35,13 +34,13 @@ def threads_of(num_processes: int) -> int:
 
 @functools.cache
 def _torch_threads() -> int:
-    """What torch would take alone: its number of threads before anybody here has set it."""
+    """Return torch's default number of threads, before it is set here."""
     return torch.get_num_threads()
 
 
 @functools.cache
 def processor_facts() -> dict[str, str]:
-    """What Linux says of the first processor (``model name``, ``flags``…); nothing elsewhere."""
+    """Return Linux's facts about the first processor (``model name``, ``flags``…); else nothing."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -52,7 +51,7 @@ def processor_facts() -> dict[str, str]:
 
 @functools.cache
 def torch_device(name: str) -> torch.device:
-    """The device of this process; on a machine with several GPUs, each process has its own.
+    """Return the device of this process; with several GPUs, each process has its own.
 
     Args:
         name: ``cpu``, ``cuda`` or ``mps``.
@@ -66,48 +65,37 @@ def torch_device(name: str) -> torch.device:
 
 
 def claim(names: Sequence[str], folder: Path | None) -> int:
-    """Take the one of several things that the fewest processes of this machine have taken.
+    """Claim the resource that the fewest processes of this machine have claimed.
 
-    It is taken until the process ends, however it ends.
+    The claim ends with the process, however that ends.
 
     Args:
-        names: What there is to take, by names that are the same in every process.
-        folder: Where processes see what others have taken; None where there is no such folder.
+        names: The resources, by names that are the same in every process.
+        folder: The folder of the claims; None if there is none.
 
     Returns:
-        Its index.
+        The index of the resource.
     """
-    with contextlib.suppress(OSError):  # a file system without locks, or that cannot be written to
+    with contextlib.suppress(OSError):  # a file system without locks, or a read-only one
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for place in itertools.count():
                 for index, name in enumerate(names):
-                    if _lock(folder / f"{name}.{place}"):
+                    descriptor = open_locked(folder / f"{name}.{place}")
+                    if descriptor is not None:
+                        _held.append(descriptor)
                         return index
     return os.getpid() % len(names)
 
 
-_held: list[int] = []  # descriptors whose locks are this process's
-
-
-def _lock(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            return False
-        raise
-    _held.append(descriptor)
-    return True
+_held: list[int] = []  # descriptors that hold this process's locks
 
 
 class Sender:
-    """Sends tensors from the host to a device; to a GPU, while that computes something else.
+    """Copies tensors from the host to a device; to a GPU, while it computes.
 
     Args:
-        device: Where to.
+        device: The device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -115,10 +103,10 @@ class Sender:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, values: Tensor) -> Tensor:
-        """The values on the device; what is computed with them there waits until they are.
+        """Copy values to the device; computations on them wait until they have arrived.
 
         Args:
-            values: On the host; what lies in pinned memory is not copied once more.
+            values: On the host; values in pinned memory are not copied twice.
         """
         if self._stream is None:
             return values.to(self._device)
@@ -126,5 +114,5 @@ class Sender:
         with torch.cuda.stream(self._stream):
             sent = values.pin_memory().to(self._device, non_blocking=True)
         computing.wait_stream(self._stream)
-        sent.record_stream(computing)  # or its memory might be given away before it is used
+        sent.record_stream(computing)  # else its memory might be reused too early
         return sent

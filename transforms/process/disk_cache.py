@@ -1,12 +1,12 @@
-"""What is kept on disk from run to run because making it again takes long: models, figures.
+"""A disk cache from run to run of what takes long to make: converted models, measured figures.
 
     <root>/<kind>/<key>/        a folder of files, and their hashes (``keep_folder``)
     <root>/<kind>/<key>.json    a few figures (``keep_figures``)
 
 The root is $EARMARK_CACHE, else $XDG_CACHE_HOME/earmark, else ~/.cache/earmark. A key is the digest
-of everything that what it stands for depends on. Guarantees: nothing here ever ends a run. What is
-damaged, cannot be read or cannot be written counts as not there. Entries appear whole or not at
-all, and several processes may make the same one.
+of everything that its entry depends on. Guarantees: the cache never ends a run. An entry that is
+damaged, unreadable or cannot be written counts as absent. Entries appear whole or not at all, and
+several processes may make the same one.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 SUMS = "sha256.json"
 
-# Models of AST base take 350 MB each: this many of a kind are kept, those last used.
+# A model of AST base takes 350 MB. Of each kind, the last used folders are kept.
 MAX_FOLDERS = 8
 
 
 def cache_root() -> Path | None:
-    """The folder of everything that is kept; None where a user has no home."""
+    """Return the folder of the cache; None if the user has no home."""
     own = os.environ.get("EARMARK_CACHE")
     if own:
         return Path(own)
     given = os.environ.get("XDG_CACHE_HOME")
-    if given and Path(given).is_absolute():  # as the XDG specification has it
+    if given and Path(given).is_absolute():  # required by the XDG specification
         return Path(given) / "earmark"
     try:
         return Path.home() / ".cache" / "earmark"
@@ -45,13 +45,13 @@ def cache_root() -> Path | None:
 
 
 def make_key(values: Mapping[str, Any]) -> str:
-    """The name under which something is kept: a digest of all that it depends on."""
+    """Return an entry's key: the digest of everything that it depends on."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def find_folder(kind: str, key: str) -> Path | None:
-    """A folder that was kept, if it is there and whole."""
+    """Return a cached folder; None if it is absent or damaged."""
     root = cache_root()
     if root is None:
         return None
@@ -61,24 +61,24 @@ def find_folder(kind: str, key: str) -> Path | None:
         if all(_sha256(folder / name) == digest for name, digest in sums.items()):
             os.utime(folder)
             return folder
-        logger.info("%s is damaged, and made again", folder)
+        logger.info("%s is damaged and will be made again", folder)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as error:
-        logger.info("%s cannot be read (%s), and is made again", folder, error)
+        logger.info("%s cannot be read (%s) and will be made again", folder, error)
     return None
 
 
 def keep_folder(kind: str, key: str, write: Callable[[Path], None]) -> Path | None:
-    """Keep a folder of files.
+    """Cache a folder of files.
 
     Args:
-        kind: What sort of thing it is.
-        key: Its name, from ``make_key``.
-        write: Writes the files into the folder that it is given.
+        kind: The kind of entry.
+        key: Its key, from ``make_key``.
+        write: Writes the files into the given folder.
 
     Returns:
-        Where they lie; None if they cannot be kept, whatever ``write`` or the disk raises.
+        The cached folder; None if it cannot be written, whatever ``write`` or the disk raises.
     """
     root = cache_root()
     if root is None:
@@ -90,18 +90,18 @@ def keep_folder(kind: str, key: str, write: Callable[[Path], None]) -> Path | No
         write(staging)
         sums = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
         (staging / SUMS).write_text(json.dumps(sums))
-        shutil.rmtree(folder, ignore_errors=True)  # it was damaged, or another has just made it
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or made by another process just now
         staging.rename(folder)
         _prune(folder.parent)
-    except Exception as error:  # a full disk is whatever the library that writes makes of it
-        logger.info("%s cannot be kept (%s)", folder, error)
+    except Exception as error:  # libraries raise exceptions of their own for a full disk
+        logger.info("%s cannot be cached (%s)", folder, error)
         shutil.rmtree(staging, ignore_errors=True)
-        return find_folder(kind, key)  # another process may have been first
+        return find_folder(kind, key)  # another process may have made it
     return folder
 
 
 def _prune(parent: Path) -> None:
-    """Leave the folders that were last used; also removes what killed processes left."""
+    """Remove all but the last used folders, and the leftovers of killed processes."""
     with contextlib.suppress(OSError):
         folders = [path for path in parent.iterdir() if path.is_dir()]
         folders.sort(key=lambda path: path.stat().st_mtime, reverse=True)
@@ -115,7 +115,7 @@ def _sha256(path: Path) -> str:
 
 
 def read_figures(kind: str, key: str) -> dict[str, Any]:
-    """Figures that were kept; none where there are none, or they are damaged."""
+    """Return cached figures; none if they are absent or damaged."""
     root = cache_root()
     if root is None:
         return {}
@@ -127,7 +127,7 @@ def read_figures(kind: str, key: str) -> dict[str, Any]:
 
 
 def keep_figures(kind: str, key: str, figures: Mapping[str, Any], most: int) -> None:
-    """Add figures to those that are kept under a key, of which the last ``most`` stay."""
+    """Add figures to an entry, and keep the last ``most`` of them."""
     root = cache_root()
     if root is None:
         return
@@ -141,6 +141,6 @@ def keep_figures(kind: str, key: str, figures: Mapping[str, Any], most: int) -> 
         staging.write_text(text)
         staging.replace(path)
     except OSError as error:
-        logger.info("%s cannot be kept (%s)", path, error)
+        logger.info("%s cannot be cached (%s)", path, error)
         with contextlib.suppress(OSError):
             staging.unlink(missing_ok=True)

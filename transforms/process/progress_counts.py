@@ -1,4 +1,4 @@
-"""What this process has done so far, for a progress display that runs beside it."""
+"""The counts of what this process has done so far, for a progress display."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass
 class LiveCounts:
-    """What the last step of this process has taken in so far.
+    """What the last step of this process has received so far.
 
     Attributes:
         clips: Clips labelled.
         windows: Windows labelled.
         failures: Items that could not be labelled.
         units: Units committed.
-        audio_s: Seconds of audio labelled, none of them counted twice where windows overlap; with
-            every clip in, the sum of the clips' durations.
+        audio_s: Seconds of audio labelled; where windows overlap, each second counts once. At the
+            end, it is the sum of the clips' durations.
     """
 
     clips: int = 0

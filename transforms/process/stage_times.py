@@ -1,14 +1,14 @@
-"""Where the time goes: a stopwatch for each thread, and the seconds that they add up to.
+"""Time by stage: a stopwatch for each thread, and the sum of their seconds.
 
     labelling thread   ── wait ── fbank ── copy ── model ── other ── write ──▶ lap ─▶ UnitSummary
     reading thread     read ─────────────────────────────┐                     ▲
     decoder processes  open, decode, resample ───────────┴──────── add ────────┘
 
-A thread's stopwatch is always in exactly one stage, ``other`` unless it is told otherwise, so that
-its stages add up to its wall time without rest. ``with timed("fbank")`` is in ``fbank`` meanwhile;
-within another ``timed``, only the inner one counts. What a labelling thread has measured leaves
-with each unit that it commits (``lap``), together with what the background has added since: so
-the figures reach the end of the run on every runner, with the summaries that go there anyway.
+A thread's stopwatch is always in exactly one stage, by default ``other``, so its stages add up to
+its wall time. ``with timed("fbank")`` switches to ``fbank``; of nested blocks, only the innermost
+counts. With each unit that it commits, a labelling thread hands over its time so far and that of
+the background (``lap``). The figures travel with the summaries, and so reach the end of the run on
+every runner.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ Stage = LabellingStage | DecoderStage
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Seconds by stage; those of several threads, processes and units are added up.
+    """Seconds by stage, summed over threads, processes and units.
 
     Attributes:
-        fbank_s: Labelling threads: waiting for features, which threads of their own make meanwhile.
-        copy_s: Labelling threads: sending features to the device.
+        fbank_s: Labelling threads: waiting for features, which other threads make.
+        copy_s: Labelling threads: copying features to the device.
         model_s: Labelling threads: the model, until its embeddings are back on the host.
         queue_s: Labelling threads: waiting for the device while another thread uses it.
-        check_s: Labelling threads: computing windows again, to see how precise the engine is.
+        check_s: Labelling threads: computing windows again, to measure the engine's precision.
         write_s: Labelling threads: Parquet, uploads and commits.
-        wait_read_s: Labelling threads: waiting for audio, none of which has been read yet.
+        wait_read_s: Labelling threads: waiting for audio that is not read yet.
         wait_decode_s: Labelling threads: waiting for audio that is read and not decoded.
-        other_s: Labelling threads: everything else (Beam, cutting, batching, rows). With the ones
+        other_s: Labelling threads: everything else (Beam, cutting, batching, rows). With those
             above, this is all of their time.
-        read_s: The reading thread of each process: getting at the next item of its units. Local
-            files are left to the decoders to read.
-        open_s: Decoder processes: reading and hashing what they are given.
+        read_s: The reading thread of each process: reading the next item of its units. Local files
+            are read by the decoders.
+        open_s: Decoder processes: reading and hashing their input.
         decode_s: Decoder processes: decoding, mixing down and measuring levels.
         resample_s: Decoder processes: resampling.
-        device_ahead_s: A GPU: computing, while no labelling thread waited for it.
-        process_s: Time in which a process was labelling, however many threads it did so with.
-        decoder_s: The same, times the decoder processes that it may have.
+        device_ahead_s: A GPU: computing while no labelling thread waited for it.
+        process_s: Wall time in which a process was labelling, with any number of threads.
+        decoder_s: ``process_s`` times the decoder processes that the process may have.
         load_s: Loading the model, before labelling begins.
-        start_s: Waiting for the first decoder process to start; no part of the above either.
+        start_s: Waiting for the first decoder process to start; not part of the above either.
     """
 
     fbank_s: float = 0.0
@@ -90,7 +90,7 @@ class StageSeconds:
 
     @property
     def labelling_s(self) -> float:
-        """Wall time of the labelling threads, added up."""
+        """Sum of the labelling threads' wall times."""
         device_s = self.copy_s + self.model_s + self.queue_s + self.check_s
         wait_s = self.wait_read_s + self.wait_decode_s
         return device_s + wait_s + self.fbank_s + self.write_s + self.other_s
@@ -100,7 +100,7 @@ NO_SECONDS = StageSeconds()
 
 
 class _Stopwatch:
-    """One thread's time."""
+    """The stopwatch of one thread."""
 
     def __init__(self) -> None:
         self.stage: Stage = "other"
@@ -109,7 +109,7 @@ class _Stopwatch:
         self.num_decoders = 0
 
     def switch(self, stage: Stage) -> Stage:
-        """Enter a stage; gives the one that it was in."""
+        """Switch to a stage, and return the one before."""
         now_s, before = time.perf_counter(), self.stage
         self.seconds[before] = self.seconds.get(before, 0.0) + now_s - self.since_s
         self.stage, self.since_s = stage, now_s
@@ -117,24 +117,24 @@ class _Stopwatch:
 
 
 class StageClocks:
-    """The stopwatches of a process, one for each thread, and what its background has done."""
+    """The stopwatches of a process, one for each thread, and the time of its background."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
-        """Forget what an earlier run in this process has left."""
+        """Drop the times of an earlier run in this process."""
         with self._lock:
             self._threads = threading.local()
             self._background = NO_SECONDS
-            self._counted_until_s = 0.0  # up to where the process's time has been counted
+            self._counted_until_s = 0.0  # the process's time before this is counted
 
     def begin(self, num_decoders: int) -> None:
-        """This thread labels from now on: what it did in no stage before was no work.
+        """Start this thread's time as a labelling thread; drop its ``other`` time before.
 
         Args:
-            num_decoders: Decoder processes that this process may have.
+            num_decoders: Maximum number of decoder processes of this process.
         """
         watch = self._mine()
         watch.stage, watch.num_decoders = "other", num_decoders
@@ -142,16 +142,16 @@ class StageClocks:
         watch.seconds.pop("other", None)
 
     def switch(self, stage: Stage) -> Stage:
-        """Put this thread's stopwatch into a stage; gives the one that it was in."""
+        """Switch this thread's stopwatch to a stage, and return the one before."""
         return self._mine().switch(stage)
 
     def add(self, seconds: StageSeconds) -> None:
-        """Note work of the background; it goes out with the next lap of any thread."""
+        """Add time of the background; the next lap of any thread takes it along."""
         with self._lock:
             self._background += seconds
 
     def lap(self) -> StageSeconds:
-        """This thread's time since its last lap, and the background's since anybody's."""
+        """Return this thread's time since its last lap, and the background's since any lap."""
         watch = self._mine()
         watch.switch(watch.stage)
         own, watch.seconds = watch.seconds, {}
@@ -180,9 +180,9 @@ stage_clocks = StageClocks()
 
 @contextlib.contextmanager
 def timed(stage: Stage) -> Iterator[None]:
-    """What happens in the ``with`` block is this thread's time in that stage.
+    """Count the ``with`` block as this thread's time in a stage.
 
-    It must not yield to others in between: their time would count too.
+    The block must not yield to a consumer, whose time would count too.
     """
     before = stage_clocks.switch(stage)
     try:

@@ -1,21 +1,20 @@
-"""This process's own folder for temporary files, which no death of the process can leave behind.
+"""A folder for this process's temporary files, which does not outlive a killed process for long.
 
     <system's temporary folder>/earmark-scratch-<user id>-XXXXXXXX/
 
-It is made when it is first asked for, and removed when the process ends. A process that is killed
-cannot do that: the next one does. Whoever lives holds a lock on its folder, and the system ends the
-lock with the process, however that ends; so a folder that can be locked is a dead one's.
+It is made on first use and removed when the process ends. The folder of a killed process is removed
+by the next process. Each process holds a lock on its folder, which the system releases when the
+process ends, so a folder that can be locked belongs to a dead process.
 
-Guarantees: only folders of this user are removed, only those with our name, and none whose process
-lives, not even one made a moment ago (``_make`` looks whether it was taken for dead). A name that
-nobody can foresee and mode 0700 keep others out.
+Guarantees: only folders of this user with this prefix are removed, and none of a living process,
+not even one made a moment ago (``_make`` checks whether another process removed it). An
+unpredictable name and mode 0700 keep other users out.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -25,6 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from transforms.process.locks import try_lock
+
 
 def _prefix() -> str:
     return f"earmark-scratch-{os.geteuid()}-"
@@ -32,14 +33,14 @@ def _prefix() -> str:
 
 @dataclass(frozen=True)
 class _Held:
-    """A folder and the descriptor that carries its lock."""
+    """A folder and the descriptor that holds its lock."""
 
     path: Path
     descriptor: int
 
 
 class _Scratch:
-    """The folder of one process, once it has one."""
+    """The scratch folder of one process, made on first use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -47,7 +48,7 @@ class _Scratch:
 
     def folder(self) -> Path:
         with self._lock:
-            # People and their machines clear temporary folders while a run goes on for weeks.
+            # Users and systems clear temporary folders during a run of weeks.
             if self._held is not None and not self._held.path.is_dir():
                 self._forget()
             if self._held is None:
@@ -62,7 +63,7 @@ class _Scratch:
                 self._forget()
 
     def leave_to_parent(self) -> None:
-        """After a fork: the folder is the parent's, and must not look alive when that has died."""
+        """Release the lock after a fork: only the parent's descriptor may hold it."""
         if self._held is not None:
             self._forget()
 
@@ -76,7 +77,7 @@ _scratch = _Scratch()
 
 
 def scratch_folder() -> Path:
-    """The folder of this process, made if need be; it is emptied and removed when the process ends.
+    """Return the folder of this process; it is removed when the process ends.
 
     Raises:
         OSError: The system's temporary folder cannot be written.
@@ -85,31 +86,21 @@ def scratch_folder() -> Path:
 
 
 def sweep() -> None:
-    """Remove the folders that processes of this user have left by being killed."""
+    """Remove the folders of this user's killed processes."""
     for path in _siblings():
         with contextlib.suppress(OSError), _opened(path) as descriptor:
-            if os.fstat(descriptor).st_uid == os.geteuid() and _is_locked_by_us(descriptor):
+            if os.fstat(descriptor).st_uid == os.geteuid() and try_lock(descriptor):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def temporary_files_in_scratch() -> Iterator[None]:
-    """While it lasts, what libraries of this process make with ``tempfile`` lies there too."""
-    before, tempfile.tempdir = tempfile.tempdir, str(scratch_folder())
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-
-
 def _root() -> Path:
-    """The system's temporary folder."""
+    """Return the system's temporary folder."""
     folder = Path(tempfile.gettempdir())
     return folder.parent if _is_ours(folder) else folder
 
 
 def _is_ours(path: Path) -> bool:
-    name = re.escape(_prefix()) + r"\w{8}"  # as ``mkdtemp`` ends it
+    name = re.escape(_prefix()) + r"\w{8}"  # added by ``mkdtemp``
     return re.fullmatch(name, path.name) is not None
 
 
@@ -125,31 +116,26 @@ def _make() -> _Held:
         try:
             descriptor = _open(path)
         except FileNotFoundError:
-            continue  # swept before it could be locked
+            continue  # removed before it was locked
         try:
-            if _is_locked_by_us(descriptor, if_there_are_no_locks=True) and is_still(
-                path, descriptor
-            ):
+            if _lock_if_supported(descriptor) and is_still(path, descriptor):
                 return _Held(path, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # being swept just now
+        os.close(descriptor)  # another process is removing it
 
 
-def _is_locked_by_us(descriptor: int, *, if_there_are_no_locks: bool = False) -> bool:
-    """Whether the lock could be had; some network file systems have none."""
+def _lock_if_supported(descriptor: int) -> bool:
+    """Take the lock, and return whether that worked; True on a file system without locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(descriptor)
     except OSError:
-        return if_there_are_no_locks
-    return True
+        return True
 
 
 def is_still(path: Path, descriptor: int, *, follow_symlinks: bool = False) -> bool:
-    """Whether what was opened is what has this name now; a folder may have been removed since."""
+    """Return whether an open folder still has this path."""
     with contextlib.suppress(FileNotFoundError):
         now = path.stat(follow_symlinks=follow_symlinks)
         return os.path.samestat(now, os.fstat(descriptor))
@@ -172,7 +158,7 @@ def _opened(path: Path) -> Iterator[int]:
 def _start_anew() -> None:
     global _scratch
     _scratch.leave_to_parent()
-    _scratch = _Scratch()  # its lock may be held by a thread that is not here
+    _scratch = _Scratch()  # the old one's lock may be held by a thread of the parent
 
 
 atexit.register(lambda: _scratch.remove())

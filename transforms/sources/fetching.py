@@ -20,8 +20,8 @@ from typing import IO, Any, BinaryIO, cast
 
 from transforms.errors import EarmarkError, ReadError, item_too_large
 from transforms.process.temp_folders import scratch_folder
-from transforms.sources.clip_ids import AUDIO_EXTENSIONS, extension
-from transforms.storage import filesystem as storage
+from transforms.sources.file_kinds import extension, is_audio_name
+from transforms.storage import reading, urls
 
 _COPY_BYTES = 1 << 20
 _SMALL_BLOCK_BYTES = 64 << 10
@@ -71,8 +71,7 @@ def _too_large(limits: ReadLimits, num_bytes: int | None) -> ReadError:
 @contextmanager
 def temporary_file(name: str) -> Iterator[BinaryIO]:
     """A new file with the extension of ``name``; it goes if the block ends with an exception."""
-    ending = extension(name)
-    suffix = ending if ending in AUDIO_EXTENSIONS else ""  # others may be of any length
+    suffix = extension(name) if is_audio_name(name) else ""  # others may be of any length
     with tempfile.NamedTemporaryFile(dir=scratch_folder(), suffix=suffix, delete=False) as file:
         try:
             yield cast(BinaryIO, file)
@@ -127,18 +126,18 @@ def fetch(url: str, size: int | None, limits: ReadLimits) -> Fetched:
         limits: What it may take.
     """
     try:
-        if storage.is_local(url):
-            path = storage.local_path(url)
-            with storage.open_read(path):  # a file, there and readable
+        if urls.is_local(url):
+            path = urls.local_path(url)
+            with reading.open_read(path):  # a file, there and readable
                 return Fetched(path=path)
         check_item_size(size, limits)
-        with storage.open_read(url) as file:
+        with reading.open_read(url) as file:
             data = file.read(min(limits.spool_bytes, limits.max_item_bytes) + 1)
             if len(data) > limits.max_item_bytes:
                 raise _too_large(limits, None)
             if len(data) <= limits.spool_bytes:
                 return Fetched(data=data)
-            name = storage.file_name(url)
+            name = urls.file_name(url)
             path = spool(name, lambda target: _copy_rest(data, file, target, limits))
             return Fetched(path=path, is_temporary=True)
     except (OSError, ValueError, EarmarkError) as error:
@@ -170,7 +169,7 @@ class RangeReader(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        self._file = storage.open_read(url, _SMALL_BLOCK_BYTES)
+        self._file = reading.open_read(url, _SMALL_BLOCK_BYTES)
         self._held: IO[bytes] | None = None
         self._starts: list[int] = []  # of the ranges held, in order, ...
         self._places: list[tuple[int, int]] = []  # ... where each ends, and lies in what is held

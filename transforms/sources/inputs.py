@@ -19,44 +19,36 @@ from typing import Literal, TypeVar
 from transforms.errors import ContainerError, InputError, TooManyListedError, in_words
 from transforms.records import Failure, Item
 from transforms.sources.clip_ids import (
-    extension,
     for_terminal,
-    is_audio_name,
-    is_shadow_name,
-    is_tar_name,
     make_clip_id,
     occurrence_of,
     printable,
     read_failure,
 )
 from transforms.sources.fetching import ReadLimits
-from transforms.sources.manifests import (
+from transforms.sources.file_kinds import (
     MANIFEST_EXTENSIONS,
+    NOT_AUDIO_EXTENSIONS,
+    extension,
+    is_audio_name,
+    is_shadow_name,
+    is_tar_name,
+)
+from transforms.sources.manifests import (
     ContainerRow,
     ManifestRow,
     read_manifest,
 )
 from transforms.sources.parquet import URI_COLUMNS, ParquetIndex, index_parquet
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, listing, urls
 from transforms.storage.filesystem import FileInfo
+from transforms.storage.secrets import public_uri
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 _INDEX_THREADS = 16
 _MAX_EXAMPLES = 5
-# Named directly, these are a mistake rather than audio under an unusual name.
-_NOT_AUDIO = frozenset(
-    f".{name}"
-    for name in (
-        *("txt", "md", "rst", "pdf", "doc", "docx", "xls", "xlsx", "html", "xml", "yaml", "yml"),
-        *("py", "ipynb", "sh", "c", "h", "cpp", "js", "ts", "log", "lock", "toml", "ini", "cfg"),
-        *("jpg", "jpeg", "png", "gif", "bmp", "svg", "webp", "tif", "tiff"),
-        *("zip", "7z", "rar", "gz", "bz2", "xz", "zst", "npy", "npz", "pkl", "pt", "pth", "bin"),
-        *("safetensors", "h5", "hdf5", "db", "sqlite", "arrow", "feather", "tfrecord"),
-        *("mid", "midi", "lab", "srt", "vtt", "textgrid", "cue", "m3u", "cls"),
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +142,10 @@ def check_there(inputs: Sequence[str]) -> None:
         UsageError: A protocol is unknown or needs an extra that is not installed.
     """
     for text in inputs:
-        url = storage.normalise(text)
-        uri = printable(storage.public_uri(url))
+        url = urls.normalise(text)
+        uri = printable(public_uri(url))
         try:
-            if not storage.is_glob(url) and not storage.exists(url):
+            if not urls.is_glob(url) and not filesystem.exists(url):
                 raise FileNotFoundError(url)
         except (OSError, ValueError) as error:
             raise InputError(for_terminal(_why(uri, error))) from error
@@ -171,9 +163,9 @@ class _Finder:
         self._excluded: list[str] = []
         self._real_folders: dict[str, str] = {}
         if exclude is not None:
-            folder = storage.normalise(exclude)
+            folder = urls.normalise(exclude)
             self._excluded = [folder]
-            if storage.is_local(folder):
+            if urls.is_local(folder):
                 self._excluded.append(os.path.realpath(folder))
         self._bare: list[Item] = []
         self._rows: list[ManifestRow] = []
@@ -188,18 +180,18 @@ class _Finder:
     def add(self, text: str) -> None:
         if not text.strip():
             raise InputError("an input is empty; give a file, a folder, a glob or a URL")
-        url = storage.normalise(text)
-        uri = printable(storage.public_uri(url))
+        url = urls.normalise(text)
+        uri = printable(public_uri(url))
         try:
-            is_glob = storage.is_glob(url) and not storage.exists(url)
+            is_glob = urls.is_glob(url) and not filesystem.exists(url)
             if is_glob:
                 errors: list[OSError] = []
-                files = self._kept(url, storage.glob_files(url, errors.append))
+                files = self._kept(url, listing.glob_files(url, errors.append))
                 self._add_errors(url, files, errors)
                 if not files:
                     raise InputError(f"{uri}: the pattern matches no file; check it")
-                self._add_files(uri, files, named_ending=extension(storage.file_name(url)))
-            elif storage.is_folder(url):
+                self._add_files(uri, files, named_ending=extension(urls.file_name(url)))
+            elif filesystem.is_folder(url):
                 self._add_folder(url, uri)
             else:
                 self._add_named(url, uri)
@@ -208,7 +200,7 @@ class _Finder:
 
     def _add_folder(self, url: str, uri: str) -> None:
         errors: list[OSError] = []
-        files = self._kept(url, storage.list_files(url, errors.append))
+        files = self._kept(url, listing.list_files(url, errors.append))
         self._add_errors(url, files, errors)
         self._add_files(uri, files, named_ending=None)
 
@@ -218,7 +210,7 @@ class _Finder:
             raise errors[0]
         for error in errors:
             name = str(error.filename or url)
-            item = Item(clip_id=make_clip_id(storage.public_uri(name)), uri=printable(name))
+            item = Item(clip_id=make_clip_id(public_uri(name)), uri=printable(name))
             # A link that leads to itself holds nothing; a folder may hold anything.
             is_container = error.errno != errno.ELOOP
             self._failures.append(read_failure(item, error, is_container=is_container))
@@ -228,9 +220,9 @@ class _Finder:
         found = list(self._counted(files))
         kept = [file for file in found if not self._is_excluded(file.url)]
         if len(kept) < len(found):
-            output = printable(storage.public_uri(self._excluded[0]))
+            output = printable(public_uri(self._excluded[0]))
             if not kept:
-                uri = printable(storage.public_uri(url))
+                uri = printable(public_uri(url))
                 raise InputError(f"{uri} lies in the output folder {output}; give another --output")
             self._notes[f"The output folder {output} is left out of the input."] = None
         return kept
@@ -247,7 +239,7 @@ class _Finder:
         if not self._excluded:
             return False
         names = [url]
-        if storage.is_local(url):
+        if urls.is_local(url):
             folder, _, name = url.rpartition("/")
             if folder not in self._real_folders:
                 self._real_folders[folder] = os.path.realpath(folder)
@@ -259,16 +251,16 @@ class _Finder:
         )
 
     def _add_named(self, url: str, uri: str) -> None:
-        info = storage.stat(url)
+        info = filesystem.stat(url)
         self._kept(url, [info])
-        ending = extension(storage.file_name(url))
+        ending = extension(urls.file_name(url))
         if ending == ".parquet":
             self._add_parquets([info], manifests_too=True, must_fit=True)
         elif ending in MANIFEST_EXTENSIONS:
             self._add_manifest(url, uri)
-        elif is_tar_name(storage.file_name(url)):
+        elif is_tar_name(urls.file_name(url)):
             self._add_container(info, "tar")
-        elif ending in _NOT_AUDIO:
+        elif ending in NOT_AUDIO_EXTENSIONS:
             raise InputError(
                 f"{uri} is not audio, a tar, a Parquet file or a manifest (.jsonl, .csv); audio "
                 "under such a name must be renamed, or listed in a manifest"
@@ -282,7 +274,7 @@ class _Finder:
         parquets = []
         skipped: Counter[str] = Counter()
         for info in files:
-            name = storage.file_name(info.url)
+            name = urls.file_name(info.url)
             ending = extension(name)
             if is_tar_name(name):
                 self._add_container(info, "tar")
@@ -291,7 +283,7 @@ class _Finder:
             elif ending == ".parquet":
                 parquets.append(info)
             elif ending in MANIFEST_EXTENSIONS and ending == named_ending:
-                self._add_manifest(info.url, printable(storage.public_uri(info.url)))
+                self._add_manifest(info.url, printable(public_uri(info.url)))
             else:
                 skipped["._*" if is_shadow_name(name) else ending or "(no extension)"] += 1
         skipped += self._add_parquets(parquets, manifests_too=named_ending == ".parquet")
@@ -315,7 +307,7 @@ class _Finder:
         """Parquet files with audio, and manifests where asked for; counts the others."""
         skipped: Counter[str] = Counter()
         for info, index in zip(files, in_threads(_index_or_error, files), strict=True):
-            uri = printable(storage.public_uri(info.url))
+            uri = printable(public_uri(info.url))
             if isinstance(index, ContainerError):
                 self._add_container(info, "parquet")  # reading it makes the failure's row
             elif index.audio is not None and index.row_groups:
@@ -343,7 +335,7 @@ class _Finder:
         kind: Literal["tar", "parquet"],
         row_groups: tuple[tuple[int, int], ...] = (),
     ) -> None:
-        uri = printable(storage.public_uri(info.url))
+        uri = printable(public_uri(info.url))
         if uri in self._containers:
             self._count_duplicate(make_clip_id(uri))
             return
@@ -371,10 +363,10 @@ class _Finder:
         """Containers that an errors table names as a whole."""
         if not wholes:
             return
-        for url, facts in storage.stat_many(wholes).items():
+        for url, facts in filesystem.stat_many(wholes).items():
             # Reading one that is not there will say so.
             info = FileInfo(url, None, None) if isinstance(facts, OSError) else facts
-            if is_tar_name(storage.file_name(url)):
+            if is_tar_name(urls.file_name(url)):
                 self._add_container(info, "tar")
             elif self._add_parquets([info], manifests_too=False):
                 self._failures.append(wholes[url].failure)
@@ -429,7 +421,7 @@ class _Finder:
         for clip_id, row in rows.items():
             if clip_id in bare:
                 raise _same_id(clip_id, row, "the input itself", by_id[clip_id].uri)
-        facts = storage.stat_many(row.item.url for row in rows.values())
+        facts = filesystem.stat_many(row.item.url for row in rows.values())
         for clip_id, row in rows.items():
             by_id[clip_id] = _with_facts(row.item, facts[row.item.url])
         return list(by_id.values())
@@ -484,7 +476,7 @@ def _why(uri: str, error: Exception) -> str:
 
 
 def _bare_item(info: FileInfo) -> Item:
-    uri = storage.public_uri(info.url)
+    uri = public_uri(info.url)
     return Item(
         clip_id=make_clip_id(uri),
         uri=printable(uri),
@@ -515,7 +507,7 @@ def plan_order(item: Item) -> tuple[str, float, float, str]:
 
 def _index_or_error(info: FileInfo) -> ParquetIndex | ContainerError:
     try:
-        return index_parquet(info.url, printable(storage.public_uri(info.url)))
+        return index_parquet(info.url, printable(public_uri(info.url)))
     except ContainerError as error:
         return error
 

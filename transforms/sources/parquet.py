@@ -35,7 +35,8 @@ from transforms.sources.clip_ids import (
 from transforms.sources.fetching import RangeReader, ReadLimits, check_item_size, fetch, spool
 from transforms.sources.parquet_pages import RowGroup, measure_row_group, read_footer
 from transforms.sources.tar import container_item
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, urls
+from transforms.storage.secrets import public_uri
 
 URI_COLUMNS = ("uri", "path", "file", "audio_filepath", "filename")
 _BATCH_BYTES = 16 << 20
@@ -178,8 +179,8 @@ def open_parquet(url: str, uri: str) -> Iterator[OpenParquet]:
     """
     reader: RangeReader | None = None
     try:
-        if storage.is_local(url):
-            stream = storage.open_read(url)
+        if urls.is_local(url):
+            stream = reading.open_read(url)
         else:
             reader = RangeReader(url)
             stream = cast(BinaryIO, io.BufferedReader(reader, _BUFFER_BYTES))
@@ -492,14 +493,14 @@ def _clip_at_path(item: Item, part: ContainerSlice, path: str, limits: ReadLimit
         url = resolve(part.url, path)
     except (OSError, ValueError, EarmarkError) as error:
         raise ReadError(f"row {item.row} has no bytes, and its path {path!r}: {error}") from error
-    if _lies_here(url) and not storage.is_local(part.url):
+    if _lies_here(url) and not urls.is_local(part.url):
         raise ReadError(
             f"row {item.row} has no bytes, and its path {path!r} lies on this machine, where a "
             "file from elsewhere cannot point; copy the Parquet file here to allow it"
         )
     fetched = fetch(url, None, limits)
     if fetched.error is not None:
-        tried = dataclasses.replace(item, uri=printable(storage.public_uri(url)))
+        tried = dataclasses.replace(item, uri=printable(public_uri(url)))
         failure = read_failure(tried, fetched.error)
         text = f"row {item.row} has no bytes, and its path {path!r}: {failure.message}"
         raise ReadError(text, error_type=failure.error_type)
@@ -508,20 +509,20 @@ def _clip_at_path(item: Item, part: ContainerSlice, path: str, limits: ReadLimit
 
 def _lies_here(url: str) -> bool:
     """Whether its bytes are on this machine, be it behind others (``zip://a.wav::/b.zip``)."""
-    return storage.is_local(url) or storage.is_local(url.rpartition("::")[2])
+    return urls.is_local(url) or urls.is_local(url.rpartition("::")[2])
 
 
 @functools.lru_cache(maxsize=64)  # asked for every row of a manifest
 def _folder_of(url: str) -> str:
-    return storage.parent(url)
+    return urls.parent(url)
 
 
 def resolve(listing_url: str, path: str) -> str:
     """What ``path`` means inside the file at ``listing_url``: relative to the file's folder."""
-    if not storage.is_local(path) or path.startswith(("/", "~", "file://", "local://")):
-        return storage.normalise(path)
-    url = storage.normalise(storage.join(_folder_of(listing_url), path))
-    if storage.is_local(url) or ".." not in path.split("/"):
+    if not urls.is_local(path) or path.startswith(("/", "~", "file://", "local://")):
+        return urls.normalise(path)
+    url = urls.normalise(urls.join(_folder_of(listing_url), path))
+    if urls.is_local(url) or ".." not in path.split("/"):
         return url
     start, mark, rest = url.partition("://")
     return start + mark + posixpath.normpath(rest)

@@ -27,10 +27,7 @@ from typing import cast
 from transforms.errors import ContainerError, ReadError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
 from transforms.sources.clip_ids import (
-    WindowEstimate,
-    extension,
     for_terminal,
-    is_audio_name,
     make_clip_id,
     make_metadata,
     make_truth,
@@ -39,6 +36,12 @@ from transforms.sources.clip_ids import (
     read_failure,
 )
 from transforms.sources.fetching import ReadLimits, check_item_size, second_name, spool
+from transforms.sources.file_kinds import (
+    SIDECAR_EXTENSIONS,
+    WindowEstimate,
+    extension,
+    is_audio_name,
+)
 from transforms.sources.tar_headers import (
     LONG_NAME,
     MAX_NAME_CHARS,
@@ -50,7 +53,7 @@ from transforms.sources.tar_headers import (
     walk_members,
     walk_wide,
 )
-from transforms.storage import filesystem as storage
+from transforms.storage import urls
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +63,6 @@ _MAX_SIDECARS = 1000
 # Files named like "take1.5_001.wav" all have the key "take1". Past this many audio members, a
 # group ends where the name without its last extension changes, or with the next audio.
 _MAX_GROUP = 64
-_SIDECARS = frozenset({".json", ".txt", ".cls"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,7 @@ class _KeyHalves:
 
 
 def _is_sidecar(member: TarMember) -> bool:
-    return member.kind == "file" and extension(member.name) in _SIDECARS
+    return member.kind == "file" and extension(member.name) in SIDECAR_EXTENSIONS
 
 
 # --- Reading -------------------------------------------------------------------------------
@@ -425,7 +427,7 @@ class TarReader:
         a remote one would mean to read it twice.
         """
         part = self._part
-        if not self._is_whole() or not storage.is_local(part.url):
+        if not self._is_whole() or not urls.is_local(part.url):
             return {}
         halves = _KeyHalves()
         sidecars: list[TarMember] = []

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from transforms.errors import ContainerError
-from transforms.sources.clip_ids import extension
 from transforms.sources.fetching import ReadLimits
-from transforms.storage import filesystem as storage
+from transforms.sources.file_kinds import extension
+from transforms.storage import reading, urls
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_EXTENDED_HEADER = 1 << 20  # long names and pax records; real ones have a few hundred bytes
@@ -182,7 +182,7 @@ def open_archive(
         stop: Where what is to be read ends.
     """
     try:
-        file = storage.open_read(url, _WALK_BLOCK_BYTES if to_walk else None, stop)
+        file = reading.open_read(url, _WALK_BLOCK_BYTES if to_walk else None, stop)
     except OSError as error:
         raise ContainerError(f"{uri}: {error.strerror or error}") from error
     with file:
@@ -332,7 +332,7 @@ _MAGIC_AT = 257  # where a header says "ustar"
 
 def is_wide(url: str, size: int | None) -> bool:
     """Whether an archive takes so many requests that they are better made at once."""
-    return size is not None and size >= _MIN_WIDE_BYTES and not storage.is_local(url)
+    return size is not None and size >= _MIN_WIDE_BYTES and not urls.is_local(url)
 
 
 def walk_wide(

@@ -1,7 +1,7 @@
-"""Asking a store again: which of its errors may pass, how long to wait, when to give up.
+"""Retries: which errors of a store are transient, how long to wait, and when to give up.
 
-One policy for every store. fsspec's libraries have some of their own (gcsfs asks up to six times,
-s3fs five, http never); those stay, and this one goes by time, so that the two do not multiply.
+One policy serves every store. fsspec's libraries have their own as well (gcsfs tries six times,
+s3fs five, http once). This one is limited by time, so that the two do not multiply.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ import tenacity
 
 logger = logging.getLogger(__name__)
 
-# Google's own client gives up after this long, too.
+# Google's own client gives up after the same time.
 RETRY_S = 120.0
-# Who has never answered this process is more likely misspelt or switched off than busy. A try that
-# hangs is not interrupted: it ends with its own timeout, and is then the last.
+# A store that has never answered this process is more likely misspelt or switched off than busy. A
+# try that hangs is not interrupted: it ends with its own timeout, and is then the last.
 FIRST_CONTACT_S = 15.0
-# A request that hangs until its timeout may take up all of RETRY_S; it is still asked again.
+# A request that hangs until its timeout may use up RETRY_S, and is retried all the same.
 MIN_TRIES = 3
-# A file that fails while its store answers for others is its own trouble. Of ten thousand files one
-# would fail this often by chance where every third request does.
+# If a store answers for other files, the failing file itself is the cause. Where every third
+# request fails, one file in ten thousand fails this often by chance.
 FILE_S = 15.0
 FILE_TRIES = 8
-# Half a second at first, then twice as long each time, up to this; each wait is drawn at random
-# from zero up to that, so that many workers do not come back all at once.
+# Exponential back-off with full jitter: each wait is random between zero and a bound that doubles
+# from the first value up to the second, so that workers do not return all at once.
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 20.0
 MAX_RETRY_AFTER_S = 60.0
 NOTICE_S = 10.0
 
-# Too early, too many, too slow, or the server's own trouble; but not what it will never be able
-# to do (501, 505).
+# Too early, too many, too slow, or an error of the server; but not what it does not support (501,
+# 505).
 _PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504, *range(506, 600)}
-# What S3 says with a status that means something else: a body that was cut or damaged on its way,
-# another write at the same time, an upload that was completed and whose answer got lost.
+# S3's codes for errors whose status means something else: a body cut or damaged in transfer, a
+# concurrent write, a completed upload whose answer was lost.
 _PASSING_CODES = {
     *("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),
     *("OperationAborted", "ConditionalRequestConflict", "NoSuchUpload"),
 }
-# By name, as most of these belong to packages that need not be there: aiohttp, botocore, requests,
-# urllib3, http.client, google.auth, azure.core; and answers that end in the middle of their text.
+# By name, because most belong to optional packages: aiohttp, botocore, requests, urllib3,
+# http.client, google.auth, azure.core.
 _PASSING_NAMES = {
     *("ClientConnectionError", "ClientPayloadError", "ServerDisconnectedError"),
     *("HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"),
@@ -67,18 +67,19 @@ _LASTING_NAMES = {
     "ClientConnectorDNSError",
 }
 
-# An answer has begun, whatever then became of it.
+# Errors after an answer has begun.
 _ANSWERING_NAMES = {
     *("ClientPayloadError", "ChunkedEncodingError", "ContentDecodingError"),
     *("IncompleteRead", "IncompleteReadError", "ResponseStreamingError", "ShortBodyError"),
 }
 
 _T = TypeVar("_T")
-# By store, or by file where only that was given up on; in seconds of ``time.monotonic``.
+# By store, or by file if only the file was given up on; in seconds of ``time.monotonic``.
 _gave_up_at: dict[str, float] = {}
 _said_at: dict[str, float] = {}
+_saying = threading.Lock()
 _answered_at: dict[str, float] = {}
-# Those that have answered this process, be it with an error.
+# Stores that have answered this process, even with an error.
 _have_answered: set[str] = set()
 _patience_of_caller_s: contextvars.ContextVar[float | None] = contextvars.ContextVar(
     "patience_of_caller_s", default=None
@@ -86,14 +87,14 @@ _patience_of_caller_s: contextvars.ContextVar[float | None] = contextvars.Contex
 
 
 class ShortBodyError(OSError):
-    """Fewer bytes have come, or been stored, than there are."""
+    """Fewer bytes were received or stored than there are."""
 
 
 @contextlib.contextmanager
 def patient_for(patience_s: float) -> Iterator[None]:
-    """While it lasts, what this thread asks is asked again for so long at most; 0 is asked once.
+    """Limit retries of this thread to ``patience_s`` seconds within the ``with`` block; 0 for none.
 
-    For what does not matter enough to wait for. No store is given up on for it.
+    For requests that are not worth a wait. Their failure does not count against the store.
     """
     token = _patience_of_caller_s.set(patience_s)
     try:
@@ -111,50 +112,45 @@ def ask(
     other: Callable[[], object] | None = None,
     describe: Callable[[BaseException], str] = lambda error: cause_words(error),
 ) -> _T:
-    """The result of ``act``, tried again while its error may pass.
+    """Return the result of ``act``, retrying transient errors.
 
-    The error is raised, with a note of how often it was tried and what to do, after
+    The error is raised, with a note of the number of tries and the next step, after
 
-    - ``FIRST_CONTACT_S``, for a store that has never answered, be it with an error,
-    - ``FILE_S`` and ``FILE_TRIES``, for a file whose store answers for others meanwhile,
-    - ``RETRY_S`` and ``MIN_TRIES``, else.
+    - ``FIRST_CONTACT_S`` for a store that has never answered, even with an error,
+    - ``FILE_S`` and ``FILE_TRIES`` for a file whose store answers for others meanwhile,
+    - ``RETRY_S`` and ``MIN_TRIES`` otherwise.
 
-    Whoever has been given up on, a store or a file, is then asked once each time, until it answers
-    or ``RETRY_S`` have gone by: a run with many items must not wait out each of them.
+    After that, the store or file is tried only once per call, until it answers or ``RETRY_S`` have
+    passed: a run with many items must not wait for each of them.
 
     Args:
-        store: Whom ``act`` asks.
-        act: One request or several; must do no harm when done twice.
-        may_pass: Which errors are worth another try; ``may_pass`` below, or more.
-        file: What ``act`` reads, if it reads one file; None asks for the whole patience.
-        other: Asks the store for something else that it has given before, if there is such a thing.
-        describe: An error in words, without a secret.
+        store: The store.
+        act: One request or several; must be safe to repeat.
+        may_pass: Tells transient errors; ``may_pass`` below, or a wider one.
+        file: The file that ``act`` reads, if it reads one; None for the full patience.
+        other: Asks the store for another file that it has served before; None if there is none.
+        describe: Describes an error without secrets.
     """
     call = _Call(store, file, other, describe)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_pass),
         wait=_wait_s,
         stop=call.is_enough,
+        before_sleep=call.say,
         retry_error_callback=call.give_up,
     )
-    timer = threading.Timer(NOTICE_S, call.say)
-    timer.daemon = True
-    if _patience_of_caller_s.get() is None:
-        timer.start()
     try:
         result = retrying(act)
     except Exception as error:
         if is_answer(error) and not may_pass(error):
             call.remember_answer()
         raise
-    finally:
-        timer.cancel()
     call.remember_answer()
     return result
 
 
 class _Call:
-    """One ``ask`` under way."""
+    """The state of one call of ``ask``."""
 
     def __init__(
         self,
@@ -170,7 +166,7 @@ class _Call:
         self._is_the_files = False
 
     def is_enough(self, state: tenacity.RetryCallState) -> bool:
-        """Whether this error is the last."""
+        """Return whether to stop after this error."""
         self._error, self._num_tries = _error_of(state), state.attempt_number
         if is_answer(self._error):
             _have_answered.add(self._store)
@@ -189,10 +185,10 @@ class _Call:
         return RETRY_S if self._store in _have_answered else min(RETRY_S, FIRST_CONTACT_S)
 
     def _fails_alone(self) -> bool:
-        """Whether the store answers for others; asked where nobody else does."""
+        """Return whether the store answers for other files; ask it for one if no other call did."""
         if self._file is None or self._num_tries < FILE_TRIES or self._error is None:
             return False
-        if status_of(self._error) == 429:  # it is not the file of which there is too much
+        if status_of(self._error) == 429:  # the store is overloaded, not the file broken
             return False
         if _answered_at.get(self._store, self._began_s) > self._began_s:
             return True
@@ -205,7 +201,7 @@ class _Call:
         return True
 
     def give_up(self, state: tenacity.RetryCallState) -> Any:
-        """Raise the last error, and remember whose trouble it was."""
+        """Raise the last error, and remember whether the store or the file failed."""
         error, elapsed_s = _error_of(state), state.seconds_since_start or 0.0
         key = self._file if self._is_the_files and self._file is not None else self._store
         is_new = not (_was_given_up_on(self._store) or _was_given_up_on(self._file))
@@ -217,7 +213,7 @@ class _Call:
 
     def _next_step(self) -> str:
         if self._is_the_files:
-            return "its store answers for others, so look at this one, and try again later"
+            return "its store answers for other files; check this one, and try again later"
         if self._store not in _have_answered:
             return "check the address and the network"
         if self._error is not None and is_answer(self._error):
@@ -225,28 +221,27 @@ class _Call:
         return "check the network, and try again later"
 
     def remember_answer(self) -> None:
-        """The store is there, and so is the file."""
+        """Record that the store and the file are available."""
         _gave_up_at.pop(self._store, None)
         if self._file is not None:
             _gave_up_at.pop(self._file, None)
         _have_answered.add(self._store)
         _answered_at[self._store] = time.monotonic()
 
-    def say(self) -> None:
-        """Why nothing goes on, once for all that wait for one store; from another thread."""
+    def say(self, state: tenacity.RetryCallState) -> None:
+        """Log why the run waits, once for all calls that wait for the same store."""
         now_s = time.monotonic()
-        said_at = _said_at.get(self._store)
-        if said_at is not None and now_s - said_at < RETRY_S:
+        elapsed_s = now_s - self._began_s
+        if elapsed_s < NOTICE_S or _patience_of_caller_s.get() is not None:
             return
-        _said_at[self._store] = now_s
-        place, elapsed_s = self._file or self._store, now_s - self._began_s
-        if self._error is None:
-            logger.warning("%s: no answer for %.0f s; still waiting", place, elapsed_s)
-            return
+        with _saying:
+            if now_s - _said_at.get(self._store, -RETRY_S) < RETRY_S:
+                return
+            _said_at[self._store] = now_s
         logger.warning(
             "%s: %s (tried %d times in %.0f s); trying again for up to %.0f s",
-            place,
-            self._describe(self._error),
+            self._file or self._store,
+            self._describe(_error_of(state)),
             self._num_tries,
             elapsed_s,
             self._patience_s(),
@@ -259,19 +254,19 @@ def _was_given_up_on(key: str | None) -> bool:
 
 
 def is_answer(error: BaseException) -> bool:
-    """Whether the error comes from the store itself, and not from the way to it."""
+    """Return whether the error comes from the store itself, not from the network."""
     links = list(_chain(error))
     if status_of(error) is not None:
         return True
     if any(kind.__name__ in _ANSWERING_NAMES for link in links for kind in type(link).__mro__):
         return True
-    # fsspec's http says "not found" to everything; what it was lies behind.
+    # fsspec's http raises FileNotFoundError for everything; the cause is the error.
     answers = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)
     return isinstance(links[-1], answers)
 
 
 def cause_words(error: BaseException) -> str:
-    """What lies at the bottom of an error: the system's words, or else its name."""
+    """Describe an error's root cause: the system's text, or its class name."""
     cause = list(_chain(error))[-1]
     real = getattr(cause, "os_error", cause)
     if isinstance(real, socket.gaierror):
@@ -282,7 +277,7 @@ def cause_words(error: BaseException) -> str:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same request may well succeed a little later."""
+    """Return whether the same request may succeed a little later."""
     chain = list(_chain(error))
     names = {kind.__name__ for link in chain for kind in type(link).__mro__}
     if names & _LASTING_NAMES:
@@ -296,7 +291,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that the error, or what caused it, stands for; None if there is none."""
+    """Return the HTTP status of the error or its causes; None if there is none."""
     for link in _chain(error):
         named = (getattr(link, name, None) for name in ("status", "status_code", "code"))
         for value in itertools.chain((_metadata(link).get("HTTPStatusCode"),), named):
@@ -309,18 +304,18 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     link: BaseException | None = error
     while link is not None:
         yield link
-        # Behind a body that breaks off, aiohttp has an error with a status that no server gave.
+        # The cause of aiohttp's error for a broken body has a status that no server sent.
         link = None if type(link).__name__ == "ClientPayloadError" else link.__cause__
 
 
 def _is_dns_trouble(error: OSError) -> bool:
-    """Whether the name server is the trouble; a name that does not exist stays so."""
+    """Return whether the name server failed temporarily; an unknown name stays unknown."""
     real = getattr(error, "os_error", error)
     return isinstance(real, OSError) and real.errno == socket.EAI_AGAIN
 
 
 def _metadata(error: BaseException) -> dict[str, Any]:
-    """What botocore tells of an answer."""
+    """Return botocore's facts about an answer."""
     response = getattr(error, "response", None)
     return response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
 
@@ -331,7 +326,7 @@ def _error_code(error: BaseException) -> str | None:
 
 
 def _retry_after_s(error: BaseException) -> float:
-    """How long the server asks to wait; 0 if it does not say (gcsfs does not pass it on)."""
+    """Return how long the server asks to wait; 0 if it does not say (gcsfs drops it)."""
     for link in _chain(error):
         headers = getattr(link, "headers", None) or _metadata(link).get("HTTPHeaders") or {}
         value = str(headers.get("retry-after", "")) if hasattr(headers, "get") else ""
@@ -343,7 +338,7 @@ def _retry_after_s(error: BaseException) -> float:
 def _error_of(state: tenacity.RetryCallState) -> BaseException:
     error = state.outcome.exception() if state.outcome is not None else None
     if error is None:
-        raise ValueError("tried again without an error")
+        raise ValueError("retried without an error")
     return error
 
 

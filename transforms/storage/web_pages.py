@@ -7,14 +7,14 @@ from urllib.parse import urljoin
 
 
 def links_below(page: str, folder: str) -> list[str]:
-    """What an index page lists of its folder, sorted, each once: URLs, folders with a last slash.
+    """Return the URLs that an index page lists of its folder, sorted; folders end with a slash.
 
-    Links that lead elsewhere are left out, and so are those with a query or a fragment, by which
-    servers have a page sorted in another order.
+    Links to other places are left out. So are links with a query or a fragment, which sort the page
+    in another order.
 
     Args:
-        page: The page, HTML.
-        folder: Its URL, with a slash at the end.
+        page: The HTML of the page.
+        folder: Its URL, with a final slash.
     """
     parser = _LinkParser()
     parser.feed(page)
@@ -22,7 +22,7 @@ def links_below(page: str, folder: str) -> list[str]:
     for link in parser.links:
         try:
             url = urljoin(folder, link.strip())
-        except ValueError:  # no URL at all, "http://["
+        except ValueError:  # not a URL: "http://["
             continue
         if url.startswith(folder) and url != folder and not {"?", "#"} & set(url):
             found.add(url)
@@ -30,13 +30,13 @@ def links_below(page: str, folder: str) -> list[str]:
 
 
 class _LinkParser(HTMLParser):
-    """Collects where the links of a page lead."""
+    """Collects the targets of a page's links."""
 
     def __init__(self) -> None:
         super().__init__()
         self.links: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Take a link; the parser calls this."""
+        """Collect a link; called by the parser."""
         if tag == "a":
             self.links += [value for name, value in attrs if name == "href" and value]

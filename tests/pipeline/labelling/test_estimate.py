@@ -11,23 +11,19 @@ import pytest
 import soundfile
 
 from pipeline.config.label import RunConfig
-from pipeline.labelling.estimate import estimate_work, run_plan
+from pipeline.labelling.estimate import estimate_work, run_plan, windows_of_first
 from pipeline.labelling.plan import make_plan
+from tests.support.labelling import small_config
+from tests.support.unit_factory import make_item
+from transforms.records import Failure, WorkUnit
 
 RATE_HZ = 16_000
 
 
 def config_of(model: Path, *inputs: Path, **changes: object) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "inputs": [str(path) for path in inputs],
-            "model": {"name": str(model)},
-            "inference": {"precision": "fp32", "device": "cpu", "batch_size": 1},
-            "decode": {"processes": 1},
-            "units": {"windows": 8},
-            **changes,
-        }
-    )
+    inference = {"precision": "fp32", "device": "cpu", "batch_size": 1}
+    values = {"inference": inference, "units": {"windows": 8}, "output": None, **changes}
+    return small_config(model, Path(), *inputs, **values)
 
 
 def write_noise(path: Path, duration_s: float) -> Path:
@@ -74,8 +70,19 @@ def test_the_plan_is_printed_and_nothing_is_written(
     printed = capsys.readouterr().out
     assert "5 labels (sigmoid), windows of 10.255 s" in printed
     assert "Found: 4 files or segments." in printed
-    assert "left aside: 1 .txt" in printed
+    assert "Skipped files of other kinds: 1 .txt" in printed
     assert "Estimate from 3 clips: 6 s of audio, 4 windows." in printed
     assert "Time on this machine: about" in printed
     assert "1 of the clips tried could not be decoded" in printed
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_the_windows_of_the_first_items_are_those_of_their_units() -> None:
+    bad = Failure(make_item("bad"), "read", "ManifestError", "no such column")
+    units = [
+        WorkUnit("u", "files", tuple(map(make_item, "abcd")), estimated_windows=8),
+        WorkUnit("v", "files", (make_item("long"),), estimated_windows=100),
+        WorkUnit("w", "files", failures=(bad,)),
+    ]
+    of_first = windows_of_first(units)
+    assert [of_first(number) for number in (0, 2, 4, 5, 6)] == [0, 4, 8, 108, 109]

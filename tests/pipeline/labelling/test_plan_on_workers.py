@@ -17,12 +17,13 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from pipeline.config.label import RunConfig
 from pipeline.labelling import run as run_module
-from pipeline.labelling.plan import make_frame
+from pipeline.labelling.plan import resolve_run
 from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
-from pipeline.labelling.run import fits_job, plan_there, run_label
+from pipeline.labelling.run import fits_job, plan_on_workers, run_label
 from pipeline.result.verify import run_verify
 from pipeline.terminal.time_report import UNTIMED
 from tests.pipeline.labelling.test_run import write_clip
+from tests.support.labelling import small_config
 from tests.support.unit_factory import file_unit
 from tests.transforms.sources.test_tar_headers import tar_of
 from transforms.errors import ConfigError, InputError
@@ -94,16 +95,9 @@ class Label:
         self.model = model
 
     def config(self, inputs: list[str], output: Path, **changes: Any) -> RunConfig:
-        values: dict[str, Any] = {
-            "inputs": inputs,
-            "output": str(output),
-            "quiet": True,
-            "model": {"name": str(self.model)},
-            "inference": {"device": "cpu", "precision": "fp32", "check_windows": 0},
-            "decode": {"processes": 1},
-            "max_failed": 1.0,
-        }
-        return RunConfig.model_validate(values | changes)
+        inference = {"device": "cpu", "precision": "fp32", "check_windows": 0}
+        values = {"inference": inference, "max_failed": 1.0, **changes}
+        return small_config(self.model, output, *inputs, **values)
 
     def here(self, inputs: list[str], output: Path, **changes: Any) -> int:
         return run_label(self.config(inputs, output, units={"windows": 2}, **changes), [])
@@ -215,10 +209,10 @@ def test_what_is_wrong_is_found_before_the_work_starts(label: Label, tmp_path: P
     with pytest.raises(InputError, match="nowhere does not exist"):
         label.there([str(tmp_path / "nowhere")], out)
     inputs = files(_made(tmp_path / "in"))
-    frame = make_frame(label.config(inputs, out))
+    resolved = resolve_run(label.config(inputs, out))
     calibrated = {"device": "cpu", "precision": "int8"}
     with pytest.raises(ConfigError, match=r"units\.max_listed_here is 1000000"):
-        plan_there(frame, label.config(inputs, out, inference=calibrated))
+        plan_on_workers(resolved, label.config(inputs, out, inference=calibrated))
     assert not (out / "run.json").exists()
 
 
@@ -235,9 +229,9 @@ def test_a_job_that_dataflow_would_not_take_is_planned_there() -> None:
 
 
 def test_reading_to_commit_is_one_stage(label: Label, tmp_path: Path) -> None:
-    frame = make_frame(label.config([str(tmp_path)], tmp_path / "out"))
+    resolved = resolve_run(label.config([str(tmp_path)], tmp_path / "out"))
     pipeline = beam.Pipeline(FnApiRunner(), options=PipelineOptions([]))
-    build_deferred_graph(pipeline, DeferredPlan.of(frame, UNTIMED))
+    build_deferred_graph(pipeline, DeferredPlan.of(resolved, UNTIMED))
     _, stages = FnApiRunner().create_stages(pipeline.to_runner_api())
     names = [[transform.unique_name for transform in stage.transforms] for stage in stages]
     steps = ("Skip committed", "Decode", "Extract fbank", "Run AST", "Commit")

@@ -124,7 +124,7 @@ def test_as_original_differs_and_repeats(stats: Stats, clips: Path) -> None:
     assert first.figures[0] > plain[0] + 0.5
 
 
-def test_what_is_written_is_what_transformers_and_label_take(
+def test_transformers_and_label_take_the_written_file(
     stats: Stats, clips: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     import transformers
@@ -149,17 +149,19 @@ def test_what_is_written_is_what_transformers_and_label_take(
         assert plan.run["results"]["mean"] == said.figures[0]
 
 
-def test_figures_that_are_there_are_not_replaced(stats: Stats, clips: Path, tmp_path: Path) -> None:
+def test_existing_figures_are_not_replaced(stats: Stats, clips: Path, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("mine")
     said = stats(clips, "-o", tmp_path)
     assert said.code == 2
-    assert "is there already, and would be replaced; give another --output" in said.err
+    assert "exists, and would be replaced; give another --output" in said.err
     assert (tmp_path / "preprocessor_config.json").read_text() == "mine"
     assert stats(clips, "-o", tmp_path, "--overwrite").code == 0
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["mean"] < 0
 
 
-def test_what_cannot_be_measured_is_said(stats: Stats, clips: Path, tmp_path: Path) -> None:
+def test_items_that_cannot_be_measured_are_reported(
+    stats: Stats, clips: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "mix"
     folder.mkdir()
     (folder / "bad.wav").write_bytes(b"no audio" * 100)

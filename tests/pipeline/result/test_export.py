@@ -17,7 +17,7 @@ from tests.support.unit_factory import FACTS, make_item, make_prediction, row_se
 from transforms.errors import EarmarkError, InputError, OutputError, UsageError
 from transforms.records import ClipRow, Item, UnitEnd, WindowRow, WorkUnit
 from transforms.results.write_units import CommitSettings, OpenUnit
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, writing
 
 # The labels are Alpha (/m/a), "Beta, loud" (/m/b) and Gamma (no id); two of them are stored.
 QUIET, LOUD = (0.5, 0.25, 0.125), (0.25, 0.75, 0.875)
@@ -30,7 +30,7 @@ def commit_unit(
 ) -> None:
     """Commit a unit of clips, given as item and windows (start, end, scores)."""
     settings = CommitSettings(output, "run", "f" * 64, "m" * 64, row_settings())
-    unit = OpenUnit(settings, Path(storage.staging_path(output, "run")), unit_id)
+    unit = OpenUnit(settings, Path(writing.staging_path(output, "run")), unit_id)
     for index, (item, windows) in enumerate(clips):
         for number, (start_s, end_s, scores) in enumerate(windows):
             unit.add(
@@ -215,7 +215,7 @@ def test_an_export_leaves_no_staging_behind(result: str, tmp_path: Path) -> None
 def test_batches_make_no_difference(result: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exports = []
     for batch_rows in (4096, 1):
-        monkeypatch.setattr("pipeline.result.export.BATCH_ROWS", batch_rows)
+        monkeypatch.setattr("transforms.results.read.BATCH_ROWS", batch_rows)
         for name in ("csv", "raven"):
             run_export(result, name)
         exports.append(files_of(f"{result}/export"))
@@ -227,9 +227,9 @@ def test_a_remote_result_is_exported_in_place() -> None:
     commit_unit(output, "u1", [(make_item("gs://b/x/a.wav"), [(0, 1, QUIET)])])
     run_export(output, "audacity", top_k=1)
     run_export(output, "csv")
-    track = storage.read_bytes(f"{output}/export/audacity/a.wav.txt")
+    track = reading.read_bytes(f"{output}/export/audacity/a.wav.txt")
     assert track == b"0.000000\t1.000000\tAlpha (0.50)\n"
-    assert storage.read_bytes(f"{output}/export/csv/labels.csv").count(b"\n") == 3
+    assert reading.read_bytes(f"{output}/export/csv/labels.csv").count(b"\n") == 3
 
 
 def test_an_unfinished_result_is_exported_with_a_warning(
@@ -240,7 +240,7 @@ def test_an_unfinished_result_is_exported_with_a_warning(
     assert "the 2 units committed so far" in caplog.text
 
 
-def test_what_was_written_is_said_unless_quiet(
+def test_the_written_files_are_reported_unless_quiet(
     result: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_export(result, "raven", quiet=True)
@@ -394,7 +394,7 @@ def test_every_source_has_a_safe_file_of_its_own(names: list[str]) -> None:
         ("dog~2", "/t.tar", "x.wav", None, Source("/t.tar", "x.wav")),
     ],
 )
-def test_a_clip_is_of_what_its_columns_say(
+def test_the_source_of_a_clip_follows_from_its_columns(
     clip_id: str, uri: str, member: str | None, row: int | None, source: Source
 ) -> None:
     assert source_of(clip_id, uri, member, row) == source

@@ -23,8 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.result import lock
 from pipeline.result.lock import LOCK_FILE, hold_output
 from transforms.errors import OutputError, OutputLostError
-from transforms.storage import filesystem as storage
-from transforms.storage import retries
+from transforms.storage import filesystem, reading, retries, urls, writing
 
 
 @pytest.fixture
@@ -35,23 +34,23 @@ def out(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(lock, "POLL_S", 0.02)
     url = f"memory://lock-{uuid.uuid4().hex}/out"
     yield url
-    storage.remove(storage.join(url, LOCK_FILE))
+    writing.remove(urls.join(url, LOCK_FILE))
 
 
 def holder_in(out: str) -> dict[str, object]:
-    return dict(json.loads(storage.read_bytes(storage.join(out, LOCK_FILE))))
+    return dict(json.loads(reading.read_bytes(urls.join(out, LOCK_FILE))))
 
 
 def leave_behind(out: str) -> None:
     """The file of a run that was killed on another machine."""
     left = lock._Holder("t" * 32, "elsewhere", 77, heartbeat=4)
-    storage.write_bytes(storage.join(out, LOCK_FILE), left.to_json())
+    writing.write_bytes(urls.join(out, LOCK_FILE), left.to_json())
 
 
 def test_a_remote_output_is_held_while_a_run_lasts_and_free_afterwards(out: str) -> None:
     with hold_output(out):
         assert holder_in(out)["process"] == os.getpid()
-    assert not storage.exists(storage.join(out, LOCK_FILE))
+    assert not filesystem.exists(urls.join(out, LOCK_FILE))
 
 
 def test_a_second_run_on_a_remote_output_is_refused_while_the_first_is_alive(out: str) -> None:
@@ -77,9 +76,25 @@ def test_what_a_run_elsewhere_left_is_taken_over_after_watching_it(
     assert f"another run (process 77 on elsewhere) holds {out}, or was killed" in caplog.text
 
 
+def test_of_two_that_watch_a_dead_run_the_first_to_take_over_keeps_the_output(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_behind(out)
+    watch = lock._watch
+
+    def watch_and_come_second(url: str, output: str, other: Any) -> None:
+        watch(url, output, other)
+        writing.write_bytes(url, b'{"token": "first", "machine": "elsewhere", "process": 8}')
+
+    monkeypatch.setattr(lock, "_watch", watch_and_come_second)
+    with pytest.raises(OutputError, match="process 8 on elsewhere"), hold_output(out):
+        pytest.fail("both have taken it over")
+    assert holder_in(out)["token"] == "first"
+
+
 @pytest.mark.parametrize("left", [b"", b"{}", b"[1]", b'{"token": 1', b"\xff\xfe"])
 def test_a_damaged_file_is_watched_like_any_other(out: str, left: bytes) -> None:
-    storage.write_bytes(storage.join(out, LOCK_FILE), left)
+    writing.write_bytes(urls.join(out, LOCK_FILE), left)
     began_s = time.monotonic()
     with hold_output(out):
         assert time.monotonic() - began_s >= 0.6
@@ -87,8 +102,9 @@ def test_a_damaged_file_is_watched_like_any_other(out: str, left: bytes) -> None
 
 TAKEN_OVER = """
 import time
-from pipeline import cli, output_lock
+from pipeline.cli import main as cli
 from pipeline.labelling.run import _interrupt_main_thread
+from pipeline.result import lock as output_lock
 from tests.pipeline.result.test_lock import holder_in, leave_behind
 
 output_lock.HEARTBEAT_S = 0.05
@@ -112,7 +128,7 @@ def test_a_run_that_was_taken_for_dead_is_stopped_and_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True)
     assert done.stdout == f"1 True {'t' * 32}\n"  # the other run's file stays
     assert done.stderr.rpartition("earmark: ")[2].startswith(
-        "another run has taken memory://lock/out over while this one was stuck; nothing is lost."
+        "another run has taken over memory://lock/out while this one was stuck; nothing is lost."
     )
 
 
@@ -127,7 +143,7 @@ def test_a_store_that_fails_for_a_while_does_not_stop_the_heart(
 ) -> None:
     with hold_output(out):
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "write_bytes", _fail)
+            patch.setattr(writing, "write_bytes", _fail)
             time.sleep(0.2)
         before = holder_in(out)["heartbeat"]
         time.sleep(0.3)
@@ -138,7 +154,7 @@ def test_a_store_that_fails_for_a_while_does_not_stop_the_heart(
 def test_an_output_that_cannot_be_written_is_refused(
     out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "create_bytes", _fail)
+    monkeypatch.setattr(writing, "create_bytes", _fail)
     with pytest.raises(OutputError, match="cannot be written: the store is down"), hold_output(out):
         pass
 
@@ -152,10 +168,10 @@ def test_a_store_that_stays_silent_does_not_hold_up_the_end(
 ) -> None:
     monkeypatch.setattr(lock, "STOP_S", 0.2)
     answers = threading.Event()
-    real = storage.remove
+    real = writing.remove
     with monkeypatch.context() as patch, contextlib.ExitStack() as held:
         held.enter_context(hold_output(out))
-        patch.setattr(storage, "remove", lambda url: (answers.wait(20), real(url)))
+        patch.setattr(writing, "remove", lambda url: (answers.wait(20), real(url)))
         began_s = time.monotonic()
         held.close()
         assert time.monotonic() - began_s < 5
@@ -178,7 +194,7 @@ def test_the_heart_asks_no_longer_than_until_its_next_beat(
     assert time.monotonic() - began_s < 3
     assert "the next run will watch it" in caplog.text
     assert "cannot be reached: Connection refused" in caplog.text
-    storage.remove(storage.join(url, LOCK_FILE))
+    writing.remove(urls.join(url, LOCK_FILE))
 
 
 class _RefusingFileSystem(MemoryFileSystem):
@@ -273,7 +289,7 @@ def test_a_name_that_no_folder_can_have_is_refused_with_words(
     with pytest.raises(OutputError) as refused, hold_output(f"{tmp_path}/{name}"):
         pytest.fail("held")
     assert str(refused.value) == (
-        f"{tmp_path}/{name} cannot be written: {reason}. Give another --output, or mend its "
+        f"{tmp_path}/{name} cannot be written: {reason}. Give another --output, or fix its "
         "permissions."
     )
 

@@ -9,8 +9,8 @@ import pytest
 from apache_beam.runners.portability.portable_runner import PipelineResult
 
 from pipeline.config.label import RunConfig
-from pipeline.labelling.run import check_runner, is_remote, pipeline_options
 from pipeline.runners.job_service import wait_for
+from pipeline.runners.options import check_runner, is_remote, pipeline_options
 from transforms.errors import ConfigError
 
 FLINK = "--runner=FlinkRunner"

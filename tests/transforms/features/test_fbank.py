@@ -484,6 +484,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_windows_get_features_and_are_otherwise_unchanged(one_thread: None) -> None:
     found = run_step([window(0, voice(2000)), window(1, noise(164_080))])
     assert [each.window_index for each in found] == [0, 1]
@@ -553,14 +561,13 @@ def test_features_made_ahead_keep_their_beam_window_and_timestamp() -> None:
         assert_that(places, equal_to([(n, 10.0 * n, 10.0 * n // 60 * 60) for n in range(12)]))
 
 
-def test_feature_threads_leave_torch_s_own_threads_alone() -> None:
-    before = torch.get_num_threads()
+def test_feature_threads_leave_torch_s_own_threads_alone(two_threads: None) -> None:
     ahead = {feature_threads().submit(torch.get_num_threads).result() for _ in range(9)}
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert (ahead, torch.get_num_threads(), later) == ({1}, before, [before])
+    assert (ahead, torch.get_num_threads(), later) == ({1}, 2, [2])
 
 
 def test_threads_that_ask_at_once_get_the_same_pool(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -20,6 +19,7 @@ import torch
 from pipeline.cli import main as cli
 from pipeline.result.verify import run_verify
 from tests.support.audio_factory import noise, write
+from tests.support.labelling import Row, assert_same_rows, rows_by_name
 from tests.support.model_factory import write_tiny_model
 from transforms.errors import DeviceError
 from transforms.inference import safe_predictor
@@ -34,7 +34,6 @@ SETTINGS = (
     *("--set", "decode.processes=1"),
 )
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs")
-Rows = dict[tuple[str, int], dict[str, Any]]
 Embed = Callable[[Engine, FloatArray], Any]
 
 
@@ -64,12 +63,8 @@ class Label:
         self.said = self.capsys.readouterr().err
         return code
 
-    def rows(self, part: str) -> Rows:
-        return {
-            (Path(row["clip_id"]).name, row.get("window_index", 0)): row
-            for path in (self.out / part).glob("*.parquet")
-            for row in pq.read_table(path).to_pylist()
-        }
+    def rows(self, part: str) -> dict[tuple[str, int], Row]:
+        return rows_by_name(self.out, part)
 
 
 @pytest.fixture
@@ -119,22 +114,6 @@ def out_of_memory_above(most: int, sizes: list[int]) -> Callable[[Embed], Embed]
     return fault
 
 
-def assert_same_rows(mine: Rows, others: Rows, *, atol: float) -> None:
-    assert mine.keys() == others.keys()
-    for key, row in mine.items():
-        other = others[key]
-        for name in row:
-            if name == "embedding":
-                np.testing.assert_allclose(row[name], other[name], rtol=0, atol=atol)
-            elif name == "labels":
-                scores = [[entry["score"] for entry in one[name]] for one in (row, other)]
-                np.testing.assert_allclose(*scores, rtol=0, atol=atol)
-                indices = [[entry["index"] for entry in one[name]] for one in (row, other)]
-                assert indices[0] == indices[1]
-            elif name != "unit_id":
-                assert row[name] == other[name] or row[name] is other[name], name
-
-
 # --- Memory --------------------------------------------------------------------------------
 
 
@@ -150,7 +129,7 @@ def test_out_of_memory_halves_the_batch_and_the_rows_are_the_same(
     assert [size for size in sizes if size > most] == [8, 4, 2][: {7: 1, 3: 2, 1: 3}[most]]
     assert set(sizes[-3:]) <= {fits, fits - 1}
     for part in ("clips", "windows"):
-        assert_same_rows(label.rows(part), undisturbed.rows(part), atol=1e-5)
+        assert_same_rows(label.rows(part).values(), undisturbed.rows(part).values())
     told = [line for line in label.said.splitlines() if "Out of memory" in line]
     assert told == [
         "WARNING transforms.inference.safe_predictor: Out of memory on torch cpu fp32 with 8 "
@@ -205,7 +184,7 @@ def test_no_memory_for_a_single_window_ends_the_run_and_the_next_resumes(
     assert label(clips, "--set", "units.windows=2", "--batch-size", "2") == 0
     assert committed < set(label.rows("clips"))
     for part in ("clips", "windows"):
-        assert_same_rows(label.rows(part), undisturbed.rows(part), atol=1e-5)
+        assert_same_rows(label.rows(part).values(), undisturbed.rows(part).values())
     assert run_verify(str(label.out), quiet=True) == 0
 
 
@@ -249,8 +228,8 @@ def test_a_window_with_a_nan_result_costs_only_its_clip(
     assert error["message"] == f"window 1 (10.255 to 20.510 s): {NOT_FINITE}"
     # Bit for bit: the same batches were computed.
     for part in ("clips", "windows"):
-        others = {key: row for key, row in undisturbed.rows(part).items() if key[0] != "silent.wav"}
-        assert_same_rows(label.rows(part), others, atol=0)
+        others = [row for (name, _), row in undisturbed.rows(part).items() if name != "silent.wav"]
+        assert_same_rows(label.rows(part).values(), others, tolerance=0)
     assert run_verify(str(label.out), quiet=True) == 0
 
 
@@ -316,8 +295,8 @@ def test_samples_that_are_not_numbers_cost_only_their_clip(label: Label, tmp_pat
         assert np.isfinite(row["embedding"]).all()
         for index in range(num_windows):
             assert np.isfinite(windows.pop((name, index))["embedding"]).all()
-    assert_same_rows(clips, before["clips"], atol=1e-5)
-    assert_same_rows(windows, before["windows"], atol=1e-5)
+    assert_same_rows(clips.values(), before["clips"].values())
+    assert_same_rows(windows.values(), before["windows"].values())
     assert run_verify(str(other.out), quiet=True) == 0
 
 
@@ -361,8 +340,8 @@ def test_a_window_that_makes_the_model_raise_costs_only_its_clip(
         "window 1 (10.255 to 20.510 s): IndexError: index 7 is out of bounds"
     )
     for part in ("clips", "windows"):
-        others = {key: row for key, row in undisturbed.rows(part).items() if key[0] != "silent.wav"}
-        assert_same_rows(label.rows(part), others, atol=1e-5)
+        others = [row for (name, _), row in undisturbed.rows(part).items() if name != "silent.wav"]
+        assert_same_rows(label.rows(part).values(), others)
 
 
 def raise_always(embed: Embed) -> Embed:
@@ -522,7 +501,7 @@ def test_a_gpu_that_is_nearly_full_gives_the_same_rows(
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "Out of memory on torch cuda fp32 with 51 windows" in label.said, label.said
-    assert_same_rows(label.rows("windows"), wanted, atol=1e-4)
+    assert_same_rows(label.rows("windows").values(), wanted.values(), tolerance=1e-4)
     assert run_verify(str(out), quiet=True) == 0
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.runners.options import temporary_files_in_scratch
 from tests.support.paths import ROOT
 from transforms.process import temp_folders
-from transforms.process.temp_folders import scratch_folder, sweep, temporary_files_in_scratch
+from transforms.process.temp_folders import scratch_folder, sweep
 
 # Makes a file in its scratch folder, says where that is, and does what it is told.
 MAKE = """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import earmark
@@ -45,6 +48,23 @@ def test_what_is_not_committed_is_not_read(result: str, tmp_path: Path) -> None:
         leftover.unlink()
 
 
+def test_a_replaced_unit_that_a_killed_run_left_behind_is_not_read_twice(
+    result: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(result, tmp_path / "out")
+    old = sorted((folder / "_commits").iterdir())[0]
+    new = "f" * 20
+    commit = json.loads(old.read_text()) | {"unit_id": new, "replaces": [old.stem]}
+    (folder / "_commits" / f"{new}.json").write_text(json.dumps(commit))
+    for table in commit["parts"]:
+        part = folder / table / f"{old.stem}.parquet"
+        shutil.copy(part, part.with_stem(new))
+    clips = earmark.read_result(str(folder))
+    assert sorted(clips["uri"].to_pylist()) == sorted(
+        earmark.read_result(result)["uri"].to_pylist()
+    )
+
+
 def test_a_folder_without_commits_and_an_unknown_table_are_errors(
     result: str, tmp_path: Path
 ) -> None:
@@ -52,3 +72,67 @@ def test_a_folder_without_commits_and_an_unknown_table_are_errors(
         earmark.read_result(str(tmp_path))
     with pytest.raises(ValueError, match="table is 'labels'; expected one of windows, clips, err"):
         earmark.read_result(result, "labels")
+
+
+def with_schema(result: str, copy: Path, version: int | None) -> Path:
+    """Copy a result, with another schema version in its run.json, or none."""
+    shutil.copytree(result, copy)
+    run = json.loads((copy / "run.json").read_text())
+    assert run.pop("schema_version") == 1
+    if version is not None:
+        run["schema_version"] = version
+    (copy / "run.json").write_text(json.dumps(run))
+    return copy
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("label", "IN", "--output", "OUT"),
+        ("label", "IN", "--output", "OUT", "--overwrite"),
+        ("plan", "IN", "--output", "OUT"),
+        ("verify", "OUT"),
+        ("export", "OUT", "--format", "csv"),
+        ("evaluate", "OUT"),
+    ],
+    ids=" ".join,
+)
+def test_a_result_of_another_schema_is_refused(
+    arguments: tuple[str, ...], result: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = with_schema(result, tmp_path / "out", 2)
+    before = content(out)
+    places = {"IN": str(Path(result).parent / "in"), "OUT": str(out)}
+    assert cli.main([places.get(argument, argument) for argument in arguments]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{out} has schema version 2, and this version of Earmark has 1; use the" in said
+    assert "or label into a new folder" in said
+    assert content(out) == before
+
+
+def test_another_schema_is_no_table(result: str, tmp_path: Path) -> None:
+    out = with_schema(result, tmp_path / "out", 2)
+    with pytest.raises(OutputError, match="has schema version 2"):
+        earmark.read_result(str(out))
+
+
+def test_a_part_of_another_schema_is_no_table(result: str, tmp_path: Path) -> None:
+    out = shutil.copytree(result, tmp_path / "out")
+    (out / "run.json").unlink()
+    for path in (out / "clips").iterdir():
+        table = pq.read_table(path)
+        footer = {**table.schema.metadata, b"earmark.schema_version": b"2"}
+        pq.write_table(table.replace_schema_metadata(footer), path)
+    assert earmark.read_result(str(out), "windows").num_rows == 6
+    with pytest.raises(OutputError, match=r"\.parquet has schema version 2"):
+        earmark.read_result(str(out), "clips")
+
+
+def test_a_result_that_names_no_schema_has_the_first(result: str, tmp_path: Path) -> None:
+    out = with_schema(result, tmp_path / "out", None)
+    assert earmark.read_result(str(out)).num_rows == 3
+    assert cli.main(["verify", str(out)]) == 0

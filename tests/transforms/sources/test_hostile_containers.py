@@ -44,7 +44,7 @@ from transforms.records import EncodedClip
 from transforms.sources import manifests, parquet_pages, tar, tar_headers
 from transforms.sources.clip_ids import for_terminal
 from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units, read_unit
-from transforms.storage import filesystem as storage
+from transforms.storage import writing as storage_writing
 
 RATE_HZ = 16_000
 GOOD = audio_factory.encode(audio_factory.noise(0.3), RATE_HZ, "wav")
@@ -699,11 +699,11 @@ def test_a_parquet_file_from_elsewhere_names_nothing_here(label: Label) -> None:
     bucket = f"memory://{label.top.name}"
     there = ["beside.wav", "../up.wav", f"{bucket}/up.wav"]
     for name in ("in/beside.wav", "up.wav"):
-        storage.write_bytes(f"{bucket}/{name}", GOOD)
+        storage_writing.write_bytes(f"{bucket}/{name}", GOOD)
     buffer = io.BytesIO()
     cells = [{"bytes": None, "path": path} for path in (*here, *there)]
     pq.write_table(audio_table(*cells), buffer)
-    storage.write_bytes(f"{bucket}/in/x.parquet", buffer.getvalue())
+    storage_writing.write_bytes(f"{bucket}/in/x.parquet", buffer.getvalue())
     assert label(f"{bucket}/in/x.parquet") == 0
     prefix = f"{bucket}/in/x.parquet#row="
     assert label.labelled() == {f"{prefix}{len(here) + row}" for row in range(len(there))}
@@ -875,7 +875,7 @@ def test_bad_lines_cost_themselves(label: Label) -> None:
         *("good.wav%E9", "absent.wav", "reference://x"),
     }
     assert all(len(message) < 1000 for _, message in errors.values())
-    assert "is longer than 16777216 bytes" in errors["list.jsonl#line=14"][1]
+    assert "is longer than 16777216 characters" in errors["list.jsonl#line=14"][1]
     assert "of 40004 characters; at most 32768 are read" in errors["list.jsonl#line=11"][1]
     metadata = label.rows("errors")["absent.wav"]["metadata"]
     assert json.loads(metadata) == {"score": None, "most": None}
@@ -893,7 +893,7 @@ def test_csv_that_lies_costs_its_lines(label: Label) -> None:
     assert label.labelled() == {"a.wav", "c.wav", 'qu"ote.wav', "new\nline.wav", "b.wav"}
     told = {name: message.partition(" of ")[2] for name, (_, message) in label.errors().items()}
     expected = {
-        7: "is not CSV: longer than 16777216 characters",
+        7: "is longer than 16777216 characters",
         9: "has 3 fields, the header 2; quote the commas",
         10: "is not CSV: a quote is not closed, or not within 1000 lines",
     }
@@ -915,7 +915,7 @@ def test_a_record_of_many_long_lines_is_bounded(
     label: Label, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of its fields and lines is below the bound, all of them together are not."""
-    monkeypatch.setattr(manifests, "_MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr(manifests, "_MAX_LINE_CHARS", 1 << 16)
     for name in ("a.wav", "b.wav"):
         (label.inside / name).write_bytes(GOOD)
     lines = ["uri,x,y", "a.wav,x,y", f'a.wav,"{"x" * 40_000}', f'","{"y" * 40_000}', '"', "b.wav,,"]

@@ -29,16 +29,15 @@ import pytest
 import soundfile
 
 from pipeline.cli.main import main
-from tests.support.fault_proxy import CUTS, KINDS, FaultProxy, Faults
-from tests.support.object_store import (
+from tests.support.stores.fault_proxy import CUTS, KINDS, FaultProxy, Faults
+from tests.support.stores.object_store import (
     ObjectStore,
     damaged_commits,
     missing,
     open_store,
     result_rows,
 )
-from transforms.storage import filesystem as storage
-from transforms.storage import retries
+from transforms.storage import filesystem, listing, reading, retries, writing
 
 RATE_HZ = 16_000
 # A refusal, a lost answer, a body that is short without a sign; -m slow has the rest.
@@ -76,7 +75,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch, store: ObjectStore) -> None:
     """Without what the libraries try by themselves."""
-    fs, _ = storage._filesystem(store.url)
+    fs, _ = filesystem.open_filesystem(store.url)
     if store.protocol == "gs":
         monkeypatch.setattr(type(fs), "_request", type(fs)._request.__wrapped__)
         return
@@ -107,35 +106,35 @@ def use_every_function(store: ObjectStore, tmp_path: Path) -> None:
     names = [f"in/{number}.bin" for number in range(3)]
     data = dict(zip(names, map(chance.randbytes, (0, 100, 50_000)), strict=True))
     for name in names:
-        storage.write_bytes(f"{store.url}/{name}", data[name])
+        writing.write_bytes(f"{store.url}/{name}", data[name])
     urls = [f"{store.url}/{name}" for name in names]
     staged = tmp_path / "staged"
     staged.write_bytes(data[names[2]])
-    storage.put_file(str(staged), f"{store.url}/put/a.bin")
+    writing.put_file(str(staged), f"{store.url}/put/a.bin")
     assert store.objects() == {**data, "put/a.bin": data[names[2]]}
     for name, url in zip(names, urls, strict=True):
-        assert storage.stat(url).size == len(data[name])
-        assert storage.read_bytes(url) == data[name]
-        assert storage.read_bytes(http_url(store, name)) == data[name]
-        storage.get_file(url, str(tmp_path / "got"))
+        assert filesystem.stat(url).size == len(data[name])
+        assert reading.read_bytes(url) == data[name]
+        assert reading.read_bytes(http_url(store, name)) == data[name]
+        reading.get_file(url, str(tmp_path / "got"))
         assert (tmp_path / "got").read_bytes() == data[name]
-    with storage.open_read(urls[2], 10_000) as file:
+    with reading.open_read(urls[2], 10_000) as file:
         for start in (40_001, 0, 25_000, 49_999):
             file.seek(start)
             assert file.read(9_000) == data[names[2]][start : start + 9_000]
-    assert [storage.exists(url) for url in (*urls, f"{urls[0]}x")] == [True, True, True, False]
-    assert storage.is_folder(f"{store.url}/in") and not storage.is_folder(urls[1])
-    assert [info.url for info in storage.list_files(f"{store.url}/in")] == urls
-    assert storage.list_names(f"{store.url}/in") == ["0.bin", "1.bin", "2.bin"]
-    assert storage.list_names(f"{store.url}/absent") == []
-    assert [info.url for info in storage.glob_files(f"{store.url}/in/[12].bin")] == urls[1:]
-    found = storage.stat_many([*urls, f"{urls[0]}x"])
+    assert [filesystem.exists(url) for url in (*urls, f"{urls[0]}x")] == [True, True, True, False]
+    assert filesystem.is_folder(f"{store.url}/in") and not filesystem.is_folder(urls[1])
+    assert [info.url for info in listing.list_files(f"{store.url}/in")] == urls
+    assert listing.list_names(f"{store.url}/in") == ["0.bin", "1.bin", "2.bin"]
+    assert listing.list_names(f"{store.url}/absent") == []
+    assert [info.url for info in listing.glob_files(f"{store.url}/in/[12].bin")] == urls[1:]
+    found = filesystem.stat_many([*urls, f"{urls[0]}x"])
     assert [getattr(info, "size", None) for info in found.values()] == [0, 100, 50_000, None]
     assert isinstance(found[f"{urls[0]}x"], FileNotFoundError)
-    assert storage.create_bytes(f"{store.url}/lease", b"mine") is True
-    assert storage.create_bytes(f"{store.url}/lease", b"another's") is False
-    storage.remove(urls[0])
-    storage.remove(urls[0])
+    assert writing.create_bytes(f"{store.url}/lease", b"mine") is True
+    assert writing.create_bytes(f"{store.url}/lease", b"another's") is False
+    writing.remove(urls[0])
+    writing.remove(urls[0])
     assert sorted(store.names()) == [names[1], names[2], "lease", "put/a.bin"]
 
 
@@ -175,7 +174,7 @@ def test_a_large_upload_is_whole_or_not_there(store: ObjectStore, tmp_path: Path
         staged.write_bytes(data)
         uploads = Faults(rate=0.5, seed=seed, target=lambda method, path: method != "GET")
         store.proxy.faults = uploads
-        storage.put_file(str(staged), f"{store.url}/large-{seed}")
+        writing.put_file(str(staged), f"{store.url}/large-{seed}")
         assert not staged.exists()
         assert store.objects()[f"large-{seed}"] == data
         store.clear()
@@ -183,16 +182,16 @@ def test_a_large_upload_is_whole_or_not_there(store: ObjectStore, tmp_path: Path
 
 @pytest.mark.usefixtures("alone")
 def test_giving_up_says_what_and_how_often(store: ObjectStore) -> None:
-    storage.write_bytes(f"{store.url}/a", b"1")
+    writing.write_bytes(f"{store.url}/a", b"1")
     tried = r"; tried [3-9]\d* times in \d+ s; check the network, and try again later$"
     retries_s = 0.05
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retries, "RETRY_S", retries_s)
         store.proxy.faults = Faults(down_after=0)
         for act in (
-            lambda: storage.read_bytes(f"{store.url}/a"),
-            lambda: storage.write_bytes(f"{store.url}/a", b"2"),
-            lambda: storage.list_names(store.url),
+            lambda: reading.read_bytes(f"{store.url}/a"),
+            lambda: writing.write_bytes(f"{store.url}/a", b"2"),
+            lambda: listing.list_names(store.url),
         ):
             retries._gave_up_at.clear()
             with pytest.raises(OSError, match=rf"^{store.url}.*{tried}"):
@@ -207,12 +206,12 @@ def test_a_store_that_was_given_up_on_is_asked_once_until_it_answers(store: Obje
     retries._gave_up_at[store.proxy.url] = time.monotonic()
     store.proxy.faults = Faults(rate=1, kinds=("503",), target=first_of_each(2))
     with pytest.raises(OSError, match="the store answered 503"):
-        storage.read_bytes(url)
+        reading.read_bytes(url)
     assert store.proxy.num_requests == 2  # HEAD, and GET for what HEAD would not say
     store.proxy.faults = Faults()
-    assert storage.read_bytes(url) == b"1"
+    assert reading.read_bytes(url) == b"1"
     store.proxy.faults = Faults(rate=1, kinds=("503",), target=first_of_each(4))
-    assert storage.read_bytes(url) == b"1"
+    assert reading.read_bytes(url) == b"1"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +231,7 @@ def test_what_will_not_pass_is_not_asked_again(
     store.put("a", b"1")
     store.proxy.faults = Faults(rate=1, kinds=(status,))
     with pytest.raises(expected) as caught:
-        storage.read_bytes(http_url(store, "a"))
+        reading.read_bytes(http_url(store, "a"))
     assert type(caught.value) is expected
     assert "tried" not in str(caught.value)
     assert store.proxy.num_requests == 2
@@ -243,7 +242,7 @@ def test_a_server_is_given_the_time_it_asks_for(store: ObjectStore) -> None:
     first = first_of_each(1)
     store.proxy.faults = Faults(rate=1, kinds=("429",), target=first, retry_after_s=1)
     started = time.monotonic()
-    assert storage.read_bytes(http_url(store, "a")) == b"1"
+    assert reading.read_bytes(http_url(store, "a")) == b"1"
     assert time.monotonic() - started > 1  # Retry-After: 1
     assert store.proxy.counts["429"] == 2  # HEAD and GET
 
@@ -252,9 +251,9 @@ def test_an_answer_lost_is_no_lease_lost(store: ObjectStore) -> None:
     for number in range(3):
         store.proxy.faults = Faults(rate=1, kinds=("reset_after",), target=first_of_each(1))
         url = f"{store.url}/lease-{number}"
-        assert storage.create_bytes(url, b"mine") is True
+        assert writing.create_bytes(url, b"mine") is True
         assert store.proxy.counts["reset_after"] >= 1
-        assert storage.create_bytes(url, b"another's") is False
+        assert writing.create_bytes(url, b"another's") is False
     assert set(store.objects().values()) == {b"mine"}
 
 
@@ -267,7 +266,7 @@ def test_of_many_one_gets_the_lease(store: ObjectStore) -> None:
 
         def create(number: int, url: str = url, start: threading.Barrier = start) -> bool:
             start.wait()
-            return storage.create_bytes(url, b"%d" % number)
+            return writing.create_bytes(url, b"%d" % number)
 
         with ThreadPoolExecutor(6) as pool:
             made = list(pool.map(create, range(6)))
@@ -277,7 +276,7 @@ def test_of_many_one_gets_the_lease(store: ObjectStore) -> None:
 
 def test_a_file_that_changes_while_it_is_read_is_not_patched_together(store: ObjectStore) -> None:
     store.put("a", b"1" * 100_000)
-    with storage.open_read(f"{store.url}/a", 70_000) as file:
+    with reading.open_read(f"{store.url}/a", 70_000) as file:
         assert file.read(10) == b"1" * 10
         store.put("a", b"2" * 100_000)
         if store.protocol == "gs" and not store.is_exclusive:
@@ -315,12 +314,12 @@ def test_a_server_without_ranges_gives_the_whole_file_or_an_error(
     (tmp_path / "a.bin").write_bytes(data)
     with web_server(tmp_path) as proxy:
         url = f"{proxy.url}/a.bin"
-        assert storage.read_bytes(url) == data
+        assert reading.read_bytes(url) == data
         for kind in (*CUTS, "reset_after", "503"):
             proxy.faults = Faults(rate=1, kinds=(kind,), target=first_of_each(3))
-            assert storage.read_bytes(url) == data
+            assert reading.read_bytes(url) == data
             assert proxy.counts.total() >= 3
-        storage.get_file(url, str(tmp_path / "copy"))
+        reading.get_file(url, str(tmp_path / "copy"))
         assert (tmp_path / "copy").read_bytes() == data
         if size:
             with pytest.MonkeyPatch.context() as patch:
@@ -328,7 +327,7 @@ def test_a_server_without_ranges_gives_the_whole_file_or_an_error(
                 always = Faults(rate=1, kinds=CUTS, target=lambda method, path: method == "GET")
                 proxy.faults = always
                 with pytest.raises(OSError, match=r"a\.bin: .*; tried \d+ times"):
-                    storage.get_file(url, str(tmp_path / "short"))
+                    reading.get_file(url, str(tmp_path / "short"))
         assert not (tmp_path / "short").exists()
 
 
@@ -422,12 +421,12 @@ def test_a_file_on_the_web_that_changes_between_two_blocks_is_an_error(
 ) -> None:
     server, url = changing
     server.content, server.validators = b"1" * 200_000, before
-    with storage.open_read(url, 70_000) as file:
+    with reading.open_read(url, 70_000) as file:
         assert file.read(100_000) == b"1" * 100_000
         server.content, server.validators = b"2" * size, after
         with pytest.raises(OSError, match="changed") as caught:
             file.read()
-    assert str(caught.value) == f"{url}: has been changed while it was read ({said})"
+    assert str(caught.value) == f"{url}: was changed while it was read ({said})"
 
 
 def test_a_file_on_the_web_that_stays_is_read_whatever_packs_it(
@@ -437,7 +436,7 @@ def test_a_file_on_the_web_that_stays_is_read_whatever_packs_it(
     server.content = random.Random(1).randbytes(200_000)
     etags = itertools.cycle(['"one"', 'W/"one"', '"one-gzip"', '"one;gzip"'])
     server.on_get = staticmethod(lambda: setattr(server, "validators", {"ETag": next(etags)}))
-    with storage.open_read(url, 30_000) as file:
+    with reading.open_read(url, 30_000) as file:
         assert file.read() == server.content
 
 
@@ -455,9 +454,9 @@ def test_a_stream_that_breaks_is_not_gone_on_with_in_another_file(
             server.content, server.validators = b"2" * 200_000, {"ETag": '"two"'}
 
     server.on_get = staticmethod(change)
-    with storage.open_read(url, 70_000) as file, pytest.raises(OSError, match="changed") as caught:
+    with reading.open_read(url, 70_000) as file, pytest.raises(OSError, match="changed") as caught:
         file.read()
-    said = "has been changed while it was read (its ETag was one, and is two)"
+    said = "was changed while it was read (its ETag was one, and is two)"
     assert str(caught.value) == f"{url}: {said}"
 
 
@@ -471,13 +470,13 @@ def test_a_file_that_always_fails_holds_up_nothing_but_itself(
     with web_server(tmp_path) as proxy:
         proxy.faults = Faults(rate=1, kinds=("500",), target=lambda method, path: path > "/2")
         began_s = time.monotonic()
-        assert storage.read_bytes(f"{proxy.url}/0.bin") == b"0.bin"
+        assert reading.read_bytes(f"{proxy.url}/0.bin") == b"0.bin"
         for name in names[2:]:
             with pytest.raises(OSError, match=r"the store answered 500.*its store answers for"):
-                storage.read_bytes(f"{proxy.url}/{name}")
+                reading.read_bytes(f"{proxy.url}/{name}")
             assert proxy.url not in retries._gave_up_at
         assert time.monotonic() - began_s < 20  # patience with the store would be 120 s each
-        assert storage.read_bytes(f"{proxy.url}/1.bin") == b"1.bin"
+        assert reading.read_bytes(f"{proxy.url}/1.bin") == b"1.bin"
 
 
 # --- Whole runs -------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """One body over every store: the same command, the same rows, and how much is asked of the store.
 
-``s3`` is moto's server, ``gs`` is fake-gcs-server (``tests/support/provision_stores.sh``) or else
-gcp-storage-emulator, ``http`` a web server with index pages and ranges, ``memory`` fsspec's own.
-The head of pytest's report says which emulators there are.
+``s3`` is moto's server, ``gs`` is fake-gcs-server or else gcp-storage-emulator (see
+``tests/support/stores``), ``http`` a web server with index pages and ranges, ``memory`` fsspec's
+own. The head of pytest's report says which emulators there are.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.cli.main import main
 from tests.support.audio_factory import encode, noise
-from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.model_factory import TINY_LABELS
-from tests.support.object_store import ObjectStore, missing, open_store
+from tests.support.stores.fault_proxy import FaultProxy, Faults
+from tests.support.stores.object_store import ObjectStore, missing, open_store
 from transforms.records import ContainerSlice, Item, WorkUnit
 from transforms.results.write_units import OpenUnit
 from transforms.sources.read_unit import read_unit
 from transforms.sources.tar import TarReader
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, listing, reading, writing
 
 RATE_HZ = 16_000
 MIB = 1 << 20
@@ -191,7 +191,7 @@ def place(
     """An empty store that can be written."""
     if request.param == "memory":
         # The command refuses it, because it ends with the process; this process goes on.
-        monkeypatch.setattr("pipeline.cli.main._check_output_lasts", lambda output: None)
+        monkeypatch.setattr("pipeline.cli.commands.check_output_lasts", lambda output: None)
         yield Memory("memory://stores")
         MemoryFileSystem.store.clear()
         MemoryFileSystem.pseudo_dirs[:] = [""]
@@ -447,8 +447,8 @@ def test_an_index_page_lists_what_lies_below_and_nothing_else(web: WebServer) ->
     for name in ("in/b.wav", "in/deep/a.wav", "in/deep/er/é &c.wav", "out.wav"):
         here.put(name, name.encode())
     for given in (f"{url}/in", f"{url}/in/"):
-        assert storage.is_folder(given)
-        found = list(storage.list_files(given))
+        assert filesystem.is_folder(given)
+        found = list(listing.list_files(given))
         assert [file.url for file in found] == [
             f"{url}/in/b.wav",
             f"{url}/in/deep/a.wav",
@@ -456,10 +456,10 @@ def test_an_index_page_lists_what_lies_below_and_nothing_else(web: WebServer) ->
         ]
         assert [file.size for file in found] == [8, 13, 20]
         assert all(file.version for file in found)
-        assert storage.read_bytes(found[2].url) == "in/deep/er/é &c.wav".encode()
-    assert not storage.is_folder(f"{url}/out.wav")
+        assert reading.read_bytes(found[2].url) == "in/deep/er/é &c.wav".encode()
+    assert not filesystem.is_folder(f"{url}/out.wav")
     with pytest.raises(IsADirectoryError):
-        storage.stat(f"{url}/in/")
+        filesystem.stat(f"{url}/in/")
 
 
 # --- How much is asked for --------------------------------------------------------------------
@@ -536,7 +536,7 @@ def test_the_next_piece_comes_while_the_last_is_used(web: WebServer) -> None:
     data = random.Random(0).randbytes(40 * MIB)
     (web.folder / "a.bin").write_bytes(data)
     with FaultProxy("127.0.0.1", web.port) as proxy:
-        with storage.open_read(f"{proxy.url}/a.bin") as file:
+        with reading.open_read(f"{proxy.url}/a.bin") as file:
             read = file.read(9 * MIB)
             wait_for(lambda: sum(n for _, n in bodies(proxy, "a.bin")) == 24 * MIB)
             read += file.read(12 * MIB)
@@ -557,7 +557,7 @@ def test_a_piece_that_fails_ahead_fails_where_it_is_read(web: WebServer) -> None
     (web.folder / "a.bin").write_bytes(bytes(20 * MIB))
     with (
         FaultProxy("127.0.0.1", web.port) as proxy,
-        storage.open_read(f"{proxy.url}/a.bin") as file,
+        reading.open_read(f"{proxy.url}/a.bin") as file,
     ):
         assert len(file.read(8 * MIB)) == 8 * MIB
         file.peek(1)  # type: ignore[attr-defined]
@@ -610,7 +610,7 @@ def test_what_google_unpacks_on_the_way_is_not_held(emulators: dict[str, ObjectS
     found: list[int] = []
 
     def read() -> None:
-        with storage.open_read(f"{store.url}/packed") as file:
+        with reading.open_read(f"{store.url}/packed") as file:
             found.append(sum(map(len, iter(lambda: file.read(MIB), b""))))
             file.seek(-7, 2)
             assert file.read() == b"the end"
@@ -657,8 +657,8 @@ def test_a_forked_process_opens_stores_anew(
     store = emulators[protocol]
     store.proxy.faults = Faults()
     data = random.Random(0).randbytes(100_000)
-    storage.write_bytes(f"{store.url}/before", data)  # this process's connections are open
+    writing.write_bytes(f"{store.url}/before", data)  # this process's connections are open
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        assert pool.submit(storage.read_bytes, f"{store.url}/before").result(60) == data
-        pool.submit(storage.write_bytes, f"{store.url}/after", data).result(60)
-    assert storage.read_bytes(f"{store.url}/after") == data
+        assert pool.submit(reading.read_bytes, f"{store.url}/before").result(60) == data
+        pool.submit(writing.write_bytes, f"{store.url}/after", data).result(60)
+    assert reading.read_bytes(f"{store.url}/after") == data

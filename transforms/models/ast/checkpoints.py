@@ -51,7 +51,8 @@ from transforms.models.ast.public import (
 from transforms.models.ast.tensor_names import BASE
 from transforms.models.ast.weights import Weights, check_labels
 from transforms.models.labels import Label, labels_from_names, read_labels
-from transforms.storage import filesystem as storage
+from transforms.storage import reading, urls
+from transforms.storage.secrets import public_uri
 
 Activation = Literal["sigmoid", "softmax"]
 
@@ -174,8 +175,8 @@ def _settle_labels(
     weights: Weights, config: ASTConfig, overrides: ModelOverrides
 ) -> tuple[ASTConfig, tuple[Label, ...]]:
     if overrides.labels is not None:
-        name = storage.public_uri(overrides.labels)
-        labels = read_labels(overrides.labels, storage.read_bytes, name)
+        name = public_uri(overrides.labels)
+        labels = read_labels(overrides.labels, reading.read_bytes, name)
         origin = f"model.labels={name}"
     else:
         labels = labels_from_names(tuple(config.id2label.values()))
@@ -344,7 +345,7 @@ def _published_license(location: ModelLocation) -> str | None:
     if location.source == "hub":
         licenses = {entry.hub_id: entry.license for entry in PUBLIC_CHECKPOINTS}
         return licenses.get(location.url)
-    entry = PUBLISHED_FILES.get(storage.file_name(location.url))
+    entry = PUBLISHED_FILES.get(urls.file_name(location.url))
     return entry.license if entry else None
 
 

@@ -23,7 +23,7 @@ from transforms.models.ast.files import (
 )
 from transforms.models.ast.original import complete_original, fail_missing, original_values
 from transforms.models.ast.weights import Weights
-from transforms.storage import filesystem as storage
+from transforms.storage import urls, writing
 
 # Image transformers of AST's shape, from which it can start (``image_models``).
 IMAGE_MODEL_TYPES = ("deit", "vit")
@@ -123,7 +123,7 @@ def check_extractor(location: ModelLocation, features: Mapping[str, Any]) -> Non
 def write_json(folder: str | Path, file_name: str, values: Mapping[str, Any]) -> None:
     """Write a JSON file into a local or remote folder, which is created if it does not exist."""
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    storage.write_bytes(storage.join(storage.normalise(str(folder)), file_name), text.encode())
+    writing.write_bytes(urls.join(urls.normalise(str(folder)), file_name), text.encode())
 
 
 def _need_config(files: ModelFiles) -> dict[str, Any]:

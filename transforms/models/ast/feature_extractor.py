@@ -20,7 +20,7 @@ from transforms.features.fbank_settings import FbankSettings, without_normalisin
 from transforms.models.ast.config_files import load_features, write_json
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import FloatArray
-from transforms.storage import filesystem as storage
+from transforms.storage import urls
 
 _logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class ASTFeatureExtractor:
         """Write ``preprocessor_config.json``, which transformers reads too; return its path."""
         folder = os.fspath(save_directory)
         write_json(folder, FEATURES_NAME, self.to_dict())
-        return [storage.join(folder, FEATURES_NAME)]
+        return [urls.join(folder, FEATURES_NAME)]
 
     @classmethod
     def from_pretrained(

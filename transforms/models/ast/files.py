@@ -29,7 +29,8 @@ from huggingface_hub import errors as hub_errors
 from transforms.errors import ModelError, first_line
 from transforms.models.ast.bundled import bundled_model, bundled_names
 from transforms.process.temp_folders import scratch_folder
-from transforms.storage import filesystem as storage
+from transforms.storage import filesystem, reading, urls
+from transforms.storage.secrets import public_uri
 
 Source = Literal["bundled", "hub", "folder", "original"]
 
@@ -79,8 +80,8 @@ class ModelLocation:
         """Folder of its files, or the folder that a ``.pth`` file is in."""
         if self.source == "bundled":
             # By name: Earmark may be installed elsewhere on a worker.
-            return storage.normalise(str(bundled_model(self.url).folder))
-        return storage.parent(self.url) if self.source == "original" else self.url
+            return urls.normalise(str(bundled_model(self.url).folder))
+        return urls.parent(self.url) if self.source == "original" else self.url
 
     def fail(self, text: str, cause: BaseException | None = None) -> NoReturn:
         """Raise ``ModelError`` with the model's name before the text."""
@@ -104,17 +105,17 @@ def locate_model(
     Raises:
         ModelError: There is no such model, or the hub cannot be reached.
     """
-    public = storage.public_uri(name)
+    public = public_uri(name)
     if not name:
         raise ModelError("model is empty; give a hub id (org/name), a folder or a .pth file")
     if name in bundled_names():
         return _locate_bundled(name)
-    if storage.file_name(name).endswith((".pth", ".pt")):
-        return ModelLocation(public, "original", storage.normalise(name))
-    if not storage.is_local(name) or storage.is_folder(name):
-        return ModelLocation(public, "folder", storage.normalise(name))
+    if urls.file_name(name).endswith((".pth", ".pt")):
+        return ModelLocation(public, "original", urls.normalise(name))
+    if not urls.is_local(name) or filesystem.is_folder(name):
+        return ModelLocation(public, "folder", urls.normalise(name))
     hub_id, _, revision_in_name = name.partition("@")
-    if storage.exists(name):
+    if filesystem.exists(name):
         raise ModelError(
             f"model {public}: is a file; expected a folder with {CONFIG_NAME} and the weights, or "
             "an original checkpoint that ends in .pth"
@@ -130,7 +131,7 @@ def locate_model(
 
 def _locate_bundled(name: str) -> ModelLocation:
     notes: tuple[str, ...] = ()
-    if storage.is_folder(name):
+    if filesystem.is_folder(name):
         notes = (f"{name} is the model that ships with Earmark; the folder here is ./{name}",)
     return ModelLocation(name, "bundled", name, license=bundled_model(name).license, notes=notes)
 
@@ -225,12 +226,12 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
     def _find_in_folder(self, file_name: str) -> Path | None:
         url = self._url(file_name)
         try:
-            if not storage.exists(url):
+            if not filesystem.exists(url):
                 return None
-            if not storage.is_local(url):
+            if not urls.is_local(url):
                 return self._fetch(url)
-            with storage.open_read(url):  # raises for a pipe, which would block forever
-                return Path(storage.local_path(url))
+            with reading.open_read(url):  # raises for a pipe, which would block forever
+                return Path(urls.local_path(url))
         except OSError as error:
             self.location.fail(
                 f"{file_name} cannot be read: {error.strerror or error}. Check permissions, "
@@ -267,14 +268,14 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
 
     def _url(self, file_name: str) -> str:
         location = self.location
-        if location.source == "original" and file_name == storage.file_name(location.url):
+        if location.source == "original" and file_name == urls.file_name(location.url):
             return location.url  # with its query, which may sign it
-        return storage.join(location.folder, file_name)
+        return urls.join(location.folder, file_name)
 
     def _fetch(self, url: str) -> Path:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(dir=scratch_folder()))
-        path = Path(folder) / storage.file_name(url)
-        storage.get_file(url, str(path))
+        path = Path(folder) / urls.file_name(url)
+        reading.get_file(url, str(path))
         return path
 
     def _find_on_hub(self, file_name: str) -> Path | None:
@@ -322,7 +323,7 @@ def find_weight_files(files: ModelFiles) -> tuple[str, ...]:
     """Return the names of the files with a model's weights; safetensors before a pickle."""
     location = files.location
     if location.source == "original":
-        name = storage.file_name(location.url)
+        name = urls.file_name(location.url)
         if files.find(name) is None:
             location.fail("there is no such file")
         return (name,)

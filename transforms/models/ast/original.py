@@ -18,7 +18,7 @@ from transforms.models.ast.public import PUBLISHED_FILES
 from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS, ORIGINAL_CLASSIFIER
 from transforms.models.ast.weights import Weights
 from transforms.models.labels import audioset_labels, speech_commands_labels
-from transforms.storage import filesystem as storage
+from transforms.storage import urls
 
 # In the original code: timm's LayerNorm, and torch's default in the head (ast_models.py:132).
 ORIGINAL_LAYER_NORM_EPS = 1e-6
@@ -38,7 +38,7 @@ def original_values(files: ModelFiles, weights: Weights) -> dict[str, Any]:
     names = ("max_length", "num_mel_bins", "mean", "std")
     return {
         **_values_from_shapes(weights),
-        **_values_from_name(storage.file_name(files.location.url)),
+        **_values_from_name(urls.file_name(files.location.url)),
         **{name: features[name] for name in names if name in features},
         **(files.read_json(CONFIG_NAME) or {}),
     }

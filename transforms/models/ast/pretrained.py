@@ -35,7 +35,7 @@ from transforms.models.ast.tensor_names import (
     to_layout,
 )
 from transforms.models.ast.weights import Weights, check_labels, check_values
-from transforms.storage import filesystem as storage
+from transforms.storage import urls, writing
 
 
 class PretrainedModel(nn.Module):
@@ -194,7 +194,7 @@ def save_model(
     weights = _serialise(model, dtype)
     if features is not None:
         write_json(folder, FEATURES_NAME, features)
-    storage.write_bytes(storage.join(storage.normalise(str(folder)), WEIGHTS_NAME), weights)
+    writing.write_bytes(urls.join(urls.normalise(str(folder)), WEIGHTS_NAME), weights)
     model_dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     names = {"architectures": [type(model).__name__], "dtype": model_dtype}
     write_json(folder, CONFIG_NAME, {**model.config.to_dict(), **names})

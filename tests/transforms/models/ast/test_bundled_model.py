@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 
 from pipeline.cli import main as cli
-from pipeline.config.label import RunConfig, load_config
-from pipeline.config.train import TRAIN_SCHEMA
+from pipeline.config.label import RunConfig
+from pipeline.config.load import load_config
+from pipeline.config.train import TrainConfig
 from pipeline.labelling.plan import RunPlan, describe_plan, make_plan
 from tests.support.audio_factory import write
 from tests.support.model_factory import MEAN, STD, TINY_LABELS, write_tiny_model
@@ -305,7 +306,7 @@ def test_esc10_is_small_and_in_half_precision() -> None:
 
 
 def test_esc10_has_the_shape_and_labels_of_its_recipe() -> None:
-    recipe = load_config("esc10", schema=TRAIN_SCHEMA)
+    recipe = load_config(TrainConfig, "esc10")
     spec = resolve_model("esc10")
     shape = recipe.model.model_dump() | recipe.architecture.model_dump()
     for name in (
@@ -341,7 +342,7 @@ def test_the_log_of_esc10_adds_up() -> None:
     for fold in range(1, 5):
         with (ESC10_LOG / f"history_fold{fold}.csv").open(newline="") as lines:
             *_, last = csv.DictReader(lines)
-        assert int(last["epoch"]) == load_config("esc10", schema=TRAIN_SCHEMA).training.epochs
+        assert int(last["epoch"]) == load_config(TrainConfig, "esc10").training.epochs
         figures.append(float(last["averaged_accuracy"]))
     assert found["counts"]["clips"] == 320
     assert sum(figures) / 4 == pytest.approx(found["accuracy"], abs=1e-9)

@@ -20,7 +20,7 @@ from transforms.features.fbank import extract_fbank
 from transforms.features.fbank_settings import FbankSettings, without_normalising
 from transforms.models.ast.feature_extractor import ASTFeatureExtractor
 from transforms.records import FloatArray
-from transforms.storage import filesystem as storage
+from transforms.storage import writing
 
 SETTINGS = FbankSettings()
 
@@ -277,7 +277,7 @@ def test_a_mistyped_folder_is_refused(tmp_path: Path) -> None:
 def test_a_remote_folder_is_read() -> None:
     saved = ASTFeatureExtractor(**CHANGED)
     content = json.dumps({**saved.to_dict(), "unknown_to_us": 1}).encode()
-    storage.write_bytes("memory://fbank/model/preprocessor_config.json", content)
+    writing.write_bytes("memory://fbank/model/preprocessor_config.json", content)
     loaded = ASTFeatureExtractor.from_pretrained("memory://fbank/model", max_length=256)
     assert loaded.to_dict() == {**saved.to_dict(), "max_length": 256}
 

@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -126,17 +125,15 @@ def test_the_payloads_of_these_tests_run_if_they_are_allowed_to(tmp_path: Path) 
         assert marker.exists()
 
 
-def test_the_command_itself_refuses_a_pickle_with_code(tmp_path: Path, clip: Path) -> None:
-    # In a process of its own, with an environment that asks torch for the unsafe way.
-    save_zip(RunsShell(tmp_path / "ran"), tmp_path / "evil.pth")
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "label", clip, "-o", tmp_path / "out",
-         "-m", tmp_path / "evil.pth"],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"earmark: model {tmp_path}/evil.pth: evil.pth holds more than")
+def test_the_command_refuses_a_pickle_with_code_however_torch_is_set(
+    tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    evil = tmp_path / "evil.pth"
+    save_zip(RunsShell(tmp_path / "ran"), evil)
+    assert cli.main(["label", str(clip), "-o", str(tmp_path / "out"), "-m", str(evil)]) == 2
+    message = f"earmark: model {evil}: evil.pth holds more than"
+    assert capsys.readouterr().err.startswith(message)
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
 

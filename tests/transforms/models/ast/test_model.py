@@ -555,7 +555,7 @@ def test_a_config_value_of_another_type_is_refused(fields: dict[str, Any], messa
         ({"max_length": 15}, "max_length is 15; expected at least patch_size, which is 16"),
         ({"num_mel_bins": 8}, "num_mel_bins is 8; expected at least patch_size"),
         ({"num_labels": 0}, "num_labels is 0; expected a whole number from 1"),
-        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3; expected 1, the number of names"),
+        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3; expected 1, the number of"),
         ({"id2label": {0: "a", 2: "b"}}, r"id2label has the indices \[0, 2\]; expected 0 to 1"),
         ({"id2label": {0: "a"}, "label2id": {"b": 0}}, "label2id is .*; expected the reverse"),
     ],

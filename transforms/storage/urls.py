@@ -1,0 +1,135 @@
+"""Names of files and folders: absolute local paths, and URLs that fsspec reads.
+
+A URL may be chained, ``zip://a.wav::gs://bucket/x.zip``: then its first part names the file, and
+what follows ``::`` says where that part is read from. Functions here work on the first part that
+has a path and leave the others as they are.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:::.*)?://", re.DOTALL)
+_CHAIN = re.compile(
+    r"(?P<wrappers>(?:[A-Za-z][A-Za-z0-9+.\-]*::)*)(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)"
+    r"(?P<path>.*?)(?P<inner>::(?:/|[A-Za-z][A-Za-z0-9+.\-]*:).*)?",
+    re.DOTALL,
+)
+READ_ONLY = frozenset({"http", "https"})
+# One upload publishes the whole object, and listing a prefix is one flat request.
+OBJECT_STORES = frozenset(
+    {"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "hf", "memory", "oci", "oss"}
+)
+
+
+def is_local(url: str) -> bool:
+    """Return whether ``url`` is a path on this machine (with or without ``file://``)."""
+    is_url = "://" in url and _URL.match(url) is not None
+    return not is_url or url.startswith(("file://", "local://"))
+
+
+def protocol(url: str) -> str:
+    """Return the URL's protocol in lower case, ``file`` for a local path."""
+    return "file" if is_local(url) else re.split("::|://", url, maxsplit=1)[0].lower()
+
+
+def normalise(text: str) -> str:
+    """Return the name that everything else uses: an absolute path, or a URL.
+
+    A relative path becomes absolute, ``~`` is expanded, ``.`` and ``..`` are resolved by name, and
+    ``file://`` goes. The path of a ``file://`` URL is taken as it stands; where nothing has that
+    name, percent-encoding is undone. A URL loses its trailing slash, but an ``http(s)`` URL is
+    left as it is.
+    """
+    if not is_local(text):
+        if protocol(text) in READ_ONLY or text.endswith("://"):
+            return text
+        return re.sub(r"(?<![:/])/+$", "", text)
+    path = text
+    if text.startswith(("file://", "local://")):
+        path = text.partition("://")[2]
+        path = path.removeprefix("localhost") if path.startswith("localhost/") else path
+        if not os.path.lexists(path) and os.path.lexists(unquote(path)):
+            path = unquote(path)
+    elif text.startswith("~"):
+        path = os.path.expanduser(text)  # noqa: PTH111
+    return os.path.abspath(path)  # noqa: PTH100
+
+
+def local_path(url: str) -> str:
+    """Return the path of a local ``url``.
+
+    Raises:
+        ValueError: ``url`` is not local.
+    """
+    if not is_local(url):
+        raise ValueError(f"a path on this machine was expected, not one of {protocol(url)}://")
+    return url if url.startswith("/") else normalise(url)
+
+
+class SplitUrl(NamedTuple):
+    """A URL in three parts; only ``path`` names a file below another.
+
+    Attributes:
+        start: Wrappers and the protocol: ``simplecache::gs://``.
+        path: The path, without a query.
+        end: An ``http(s)`` query or fragment, and what a chained URL reads from: ``::gs://…``.
+    """
+
+    start: str
+    path: str
+    end: str
+
+
+def split_url(url: str) -> SplitUrl:
+    """Split a URL or an absolute path around its path; a path has an empty start and end."""
+    match = None if is_local(url) else _CHAIN.fullmatch(url)
+    if match is None:
+        return SplitUrl("", url, "")
+    path = match["path"]
+    # Only http has queries; elsewhere "?" may be part of an object's name.
+    if match["scheme"].lower() in ("http://", "https://"):
+        path = re.split(r"[?#]", path, maxsplit=1)[0]
+    start = match["wrappers"] + match["scheme"]
+    return SplitUrl(start, path, url[len(start) + len(path) :])
+
+
+def join(base: str, *parts: str) -> str:
+    """Return ``base`` with ``parts`` below it, joined by single slashes.
+
+    The query of an ``http(s)`` folder, which may sign what lies below it, stays at the end.
+    """
+    start, path, end = split_url(base)
+    head = path.rstrip("/") + "/" if path or not start else ""
+    return start + head + "/".join(part.strip("/") for part in parts) + end
+
+
+def parent(url: str) -> str:
+    """Return the folder that holds ``url``, without a query; the top is its own parent."""
+    if is_local(url):
+        return str(Path(local_path(url)).parent)
+    start, path, end = split_url(url)
+    inner = end[end.index("::") :] if "::" in end else ""
+    return start + (path.rpartition("/")[0] or path) + inner
+
+
+def file_name(url: str) -> str:
+    """Return the last part of the path of ``url``."""
+    return split_url(url).path.rstrip("/").rpartition("/")[2]
+
+
+def without_query(url: str) -> str:
+    """Return ``url`` without an ``http(s)`` query or fragment."""
+    if "?" not in url and "#" not in url:
+        return url
+    return re.split(r"[?#]", url, maxsplit=1)[0] if protocol(url) in READ_ONLY else url
+
+
+def is_glob(url: str) -> bool:
+    """Return whether ``url`` is a pattern; an ``http(s)`` URL never is (``?`` starts its query)."""
+    return protocol(url) not in READ_ONLY and glob.has_magic(split_url(url).path)
