@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tests.support.ast_factory import TINY, assert_close, make_input, make_pair, randomise
+from tests.transforms.models.ast.factory import TINY, assert_close, make_input, make_pair, randomise
 from transforms.models.ast.config import ASTConfig
 from transforms.models.ast.model import (
     ASTForAudioClassification,
@@ -507,7 +507,7 @@ def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         model.embed(torch.zeros(shape))
 
 
-# transformers takes all of these without a word: the position embeddings happen to fit.
+# transformers silently accepts all of these: the position embeddings happen to fit.
 @pytest.mark.parametrize("frames", [1016, 1023, 1025])
 def test_a_length_that_only_happens_to_fit_is_refused(frames: int) -> None:
     model = ASTModel(ASTConfig(**{**TINY, "max_length": 1024}))
