@@ -28,7 +28,7 @@ from transformers.models.audio_spectrogram_transformer import (
     feature_extraction_audio_spectrogram_transformer as hf_module,
 )
 
-from tests.support.signals import RATE_HZ, SIGNALS, noise, read_recordings, tone, voice
+from tests.transforms.features.signals import RATE_HZ, SIGNALS, noise, read_recordings, tone, voice
 from transforms.errors import ConfigError, FeatureError
 from transforms.features import fbank
 from transforms.features import threads as threads_module
@@ -168,7 +168,7 @@ def assert_close_to_numpy_fallback(
         difference = np.abs(found - expected)
         assert difference.max() <= largest
         assert difference.mean() <= 2e-5
-    # The fallback computes in float64. So do we here, and nothing but the filters' rounding stays.
+    # The fallback computes in float64, as we do here: only the rounding of the filters remains.
     in_float64 = KaldiFbank(SETTINGS, torch.float64)(torch.from_numpy(samples).double()[None])[0]
     assert np.abs(in_float64.numpy() - expected).max() <= 2e-4
 
@@ -377,7 +377,7 @@ def test_int16_equals_its_scaled_floats() -> None:
 
 
 def test_forward_reads_no_values_so_it_never_waits_for_the_device() -> None:
-    # Fake tensors have no values: whatever asked for one would raise.
+    # Fake tensors have no values: reading one would raise.
     with FakeTensorMode():
         features = KaldiFbank(SETTINGS)(torch.zeros(3, 16_000), torch.tensor([16_000, 9, 400]))
     assert features.shape == (3, 1024, 128)
@@ -442,7 +442,7 @@ def test_the_device_gives_the_numbers_of_torchaudio(name: str, cuda: torch.devic
     assert difference.mean() < 1e-4
     if name != "chirp":
         assert difference.max() <= 2e-3
-    # What float32 rounds off is a share of a frame's loudest band. Between the side lobes of a pure
+    # float32's rounding is relative to a frame's loudest band. Between the side lobes of a pure
     # sweep there is little else: torchaudio's own float32 is 0.014 off its float64 there.
     energy, expected_energy = np.exp(found, dtype=np.float64), np.exp(expected, dtype=np.float64)
     loudest = expected_energy.max(axis=1, keepdims=True)

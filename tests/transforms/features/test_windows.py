@@ -93,7 +93,7 @@ def test_windows_side_by_side(num_samples: int, expected: list[tuple[int, int]])
         (1000, [(0, 1000)]),
         (1001, [(0, 1000), (1, 1001)]),
         (1399, [(0, 1000), (399, 1399)]),
-        # What no window has covered is a tail of 400, though the last window holds 900 samples.
+        # The tail is the 400 samples that no window has covered, though the last window holds 900.
         (1400, [(0, 1000), (500, 1400)]),
         (1500, [(0, 1000), (500, 1500)]),
         (1501, [(0, 1000), (500, 1500), (501, 1501)]),
@@ -231,7 +231,7 @@ def test_an_hour_needs_the_memory_of_two_windows() -> None:
     cutter = WindowCutter(lengths(1000))
     for _ in range(1_000):
         cutter.push(np.zeros(700, np.float32))
-        # The window that was given last, and the pieces that the next begins with.
+        # The window returned last, and the pieces that start the next.
         assert held_bytes(cutter) <= (1000 + 2 * 700) * 4
 
 

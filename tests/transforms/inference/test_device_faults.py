@@ -125,7 +125,7 @@ def test_out_of_memory_halves_the_batch_and_the_rows_are_the_same(
     break_engine(monkeypatch, out_of_memory_above(most, sizes))
     assert label(clips) == 0
     fits = {7: 4, 3: 2, 1: 1}[most]
-    # What has once been too much is not tried again.
+    # A size that was once too large is not tried again.
     assert [size for size in sizes if size > most] == [8, 4, 2][: {7: 1, 3: 2, 1: 3}[most]]
     assert set(sizes[-3:]) <= {fits, fits - 1}
     for part in ("clips", "windows"):
@@ -160,7 +160,7 @@ def test_a_single_window_waits_until_memory_is_free(
 def test_no_memory_for_a_single_window_ends_the_run_and_the_next_resumes(
     label: Label, undisturbed: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # It is no window's fault: a row of errors for each would have to be tried again one by one.
+    # No window is the cause: error rows for all of them would have to be retried one by one.
     calls: list[int] = []
 
     def fault(embed: Embed) -> Embed:
@@ -236,7 +236,7 @@ def test_a_window_with_a_nan_result_costs_only_its_clip(
 def test_a_stored_embedding_that_is_not_finite_is_an_error_too(
     label: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The patches' mean is stored, the scores come from another vector, which may be finite.
+    # The patches' mean is stored; the scores come from another vector, which may be finite.
     def fault(embed: Embed) -> Embed:
         def half_broken(engine: Engine, features: FloatArray) -> Any:
             pooled, stored = embed(engine, features)
@@ -284,7 +284,7 @@ def test_samples_that_are_not_numbers_cost_only_their_clip(label: Label, tmp_pat
         "huge.wav": f"window 0 (0.000 to 2.000 s): {overflow}",
         "huge-late.wav": f"window 1 (10.255 to 20.510 s): {overflow}",
     }
-    # What ends in the middle is labelled as far as it goes, and says so.
+    # A clip that breaks off is labelled up to there, with a warning.
     clips, windows = other.rows("clips"), other.rows("windows")
     for name in ("nan", "inf", "minus", "nan-late", "inf-late", "minus-late"):
         end_s, num_windows = (15.0, 2) if name.endswith("late") else (1.0, 1)
@@ -484,7 +484,7 @@ def test_a_device_that_fails_ends_the_run_even_after_it_has_worked() -> None:
 def test_a_gpu_that_is_nearly_full_gives_the_same_rows(
     needs_gpu: None, label: Label, clips: Path, tmp_path: Path
 ) -> None:
-    # A wide model, so that a batch is large beside what torch keeps for itself.
+    # A wide model, so that a batch is large compared with torch's own reserve.
     label.model = write_tiny_model(
         tmp_path / "wide", hidden_size=768, intermediate_size=3072, num_attention_heads=12,
         frequency_stride=10, time_stride=10,

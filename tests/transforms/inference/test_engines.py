@@ -37,7 +37,7 @@ from transforms.records import FloatArray, PendingPrediction, Prediction
 
 pytestmark = pytest.mark.usefixtures("openvino_as_installed")
 
-# How far a score of the tiny model may be from float32's, by precision.
+# Largest difference of a score from float32's, by precision, for the tiny model.
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.005, "int8": 0.05}
 
 KINDS = [
@@ -170,7 +170,7 @@ def test_int8_leaves_room_where_sums_saturate_at_16_bits(
         transformer = load_model(spec).audio_spectrogram_transformer
         made = openvino.quantise(transformer, spec, "pooler_output", features(2), tmp_path)
         digests.append(made.digest)
-    # A model that was made for other processors is another model.
+    # A model calibrated for other processors is a different model.
     assert (digests[0] == digests[1]) == (expected == "first_layer_only")
     assert asked == list(dict.fromkeys([expected, "first_layer_only"]))
 
@@ -401,7 +401,7 @@ def torch_backbone(spec: ModelSpec, **changes: Any) -> TorchBackbone:
 
 
 def test_float32_is_not_cut_to_tf32(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Which torch allows on a GPU for convolutions, and the patches are made by one.
+    # torch allows TF32 for convolutions on a GPU, and the patches come from one.
     seen: list[bool] = []
     convolve = torch.nn.Conv2d.forward
 

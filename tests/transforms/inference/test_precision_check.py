@@ -165,7 +165,7 @@ def test_the_same_windows_are_not_measured_again() -> None:
     reused = [each.check for each in PrecisionCheck(again.load, 9, {"m": 1})(batch, found(batch))]
     assert again.loads == 0
     assert reused == [dataclasses.replace(check, reused=True) for check in measured if check]
-    # One that is new among them is measured alone; another model starts anew.
+    # A new window among them is measured alone; another model starts from scratch.
     more = np.concatenate([batch, features(1, seed=7)])
     PrecisionCheck(again.load, 9, {"m": 1})(more, found(more))
     PrecisionCheck(other.load, 9, {"m": 2})(batch, found(batch))
@@ -303,7 +303,7 @@ def test_a_runs_figures_are_in_run_json_and_printed(label: Label, tmp_path: Path
     assert 0.99 < figures["min_cosine"] <= figures["mean_cosine"] <= 1
     assert "Computed by torch cpu bf16." in said
     assert "torch cpu bf16 against torch in float32, 4 windows: scores within 0.0" in said
-    # Again elsewhere: the same audio, so nothing is measured, and when it was is said.
+    # The same audio elsewhere: nothing is measured, and the date of the measurement is printed.
     again, said = label(tmp_path / "again")
     assert again["torch cpu bf16"] == {**figures, "reused_windows": 4}
     assert "(4 of them measured before, from 20" in said

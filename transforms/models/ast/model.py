@@ -1,7 +1,7 @@
-"""The whole Audio Spectrogram Transformer, in this single file, in torch alone.
+"""The whole Audio Spectrogram Transformer in a single file.
 
-Its place: ``inference`` feeds it the features that ``fbank`` makes and keeps the embedding; the
-head turns the embedding into one logit per label. ``checkpoints`` finds and checks the weights.
+``inference`` passes it the features from ``fbank`` and keeps the embedding; the head turns the
+embedding into one logit per label. ``checkpoints`` finds and checks the weights.
 
     features (B, 1024, 128) ─16×16 patches, stride 10─▶ 12·101 tokens ─┐
                                      class, distillation token ────────┴▶ (B, 1214, 768)
@@ -9,11 +9,11 @@ head turns the embedding into one logit per label. ``checkpoints`` finds and che
         ─mean of the first two tokens─▶ pooler_output (B, 768) ─norm, linear─▶ logits (B, 527)
 
 Guarantees: the names, fields, arguments and outputs of transformers' AST, and its numbers to
-float32 rounding. It is stricter in one thing: an input must have exactly ``max_length`` frames
-and ``num_mel_bins`` bins (transformers takes up to nine frames more or fewer at stride 10, which
-shifts what the position embeddings mean or is cut without a word). It gives more in others:
-the original code's two LayerNorm epsilons, attentions whenever they are asked for, and, for
-training, a pass over some of the patches only.
+float32 rounding. It is stricter in one respect: an input must have exactly ``max_length`` frames
+and ``num_mel_bins`` bins (transformers accepts up to nine frames more or fewer at stride 10, which
+shifts the meaning of the position embeddings or silently cuts the input). It adds the original
+code's two LayerNorm epsilons, attentions on request, and, for training, a pass over some of the
+patches only.
 
 Shapes in comments: B clips, T frames, F mel bins, N tokens, D hidden size, H heads, K head width.
 
@@ -38,22 +38,22 @@ from transforms.models.ast.config import ACTIVATIONS, ASTConfig
 from transforms.models.ast.pretrained import PretrainedModel
 from transforms.models.ast.tensor_names import BASE, NUM_PREFIX_TOKENS
 
-# Up to how many tokens training in half precision on a CPU attends step by step. The fused
-# kernel's backward pass is slow there: for one block of 32 clips with 3 heads it takes 38 ms where
-# the steps take 12 at 79 tokens, and 61 ms where they take 34 at 130 (one core, bfloat16, forward
-# and backward). Beyond, the scores that the steps keep, N² per head, cost more than they save.
+# The most tokens for which training in half precision on a CPU attends step by step. The fused
+# kernel's backward pass is slow there: for one block of 32 clips with 3 heads it takes 38 ms, the
+# steps 12 ms, at 79 tokens, and 61 ms against 34 ms at 130 (one core, bfloat16, forward and
+# backward). With more tokens, the scores that the steps keep (N² per head) cost more than that.
 _MAX_STEPWISE_TOKENS = 320
 
 
 class ModelOutput:
-    """What ``forward`` returns: read it by name, by key, or as a tuple without the Nones."""
+    """The output of ``forward``, read by name, by key, or as a tuple without the Nones."""
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are there, in order of the fields."""
+        """Return the values that are not None, in the order of the fields."""
         return tuple(getattr(self, name) for name in self.keys())
 
     def keys(self) -> tuple[str, ...]:
-        """Names of the values that are there."""
+        """Return the names of the values that are not None."""
         names = (f.name for f in dataclasses.fields(self))  # type: ignore[arg-type]
         return tuple(name for name in names if getattr(self, name) is not None)
 
@@ -70,14 +70,14 @@ class ModelOutput:
 
 @dataclass
 class ASTModelOutput(ModelOutput):
-    """What the transformer gives.
+    """The output of the transformer.
 
     Attributes:
         last_hidden_state: Every token after the final LayerNorm, shape (B, N, D).
-        pooler_output: Mean of the first two of them, shape (B, D): AST's embedding.
+        pooler_output: Mean of the first two tokens, shape (B, D): AST's embedding.
         hidden_states: The embedded input and each block's output, before the final LayerNorm;
-            ``num_hidden_layers + 1`` tensors of shape (B, N, D). None unless asked for.
-        attentions: Each block's attention weights, shape (B, H, N, N). None unless asked for.
+            ``num_hidden_layers + 1`` tensors of shape (B, N, D). None unless requested.
+        attentions: Each block's attention weights, shape (B, H, N, N). None unless requested.
     """
 
     last_hidden_state: Tensor
@@ -88,7 +88,7 @@ class ASTModelOutput(ModelOutput):
 
 @dataclass
 class SequenceClassifierOutput(ModelOutput):
-    """What the classifier gives.
+    """The output of the classifier.
 
     Attributes:
         loss: A scalar, if labels were given.
@@ -148,7 +148,7 @@ class ASTEmbeddings(nn.Module):
 
         Args:
             input_values: Normalised features.
-            kept: Which patches stay, as ``ASTModel.forward_tokens`` says.
+            kept: The patches to keep, as for ``ASTModel.forward_tokens``.
         """
         patches = self.patch_embeddings(input_values)
         batch_size = patches.shape[0]
@@ -158,14 +158,14 @@ class ASTEmbeddings(nn.Module):
         )
         x = torch.cat((*prefix, patches), dim=1)  # (B, N, D)
         x = x + self.position_embeddings
-        if kept is not None:  # only now, so that each patch has the embedding of its own place
+        if kept is not None:  # only now, so that each patch has its own position embedding
             x = _keep_patches(x, kept)  # (B, 2 + K, D)
         embedded: Tensor = self.dropout(x)
         return embedded
 
 
 def _keep_patches(x: Tensor, kept: Tensor) -> Tensor:
-    """The prefix tokens and some of the patches: (B, N, D) and indices (B, K) to (B, 2 + K, D)."""
+    """Keep the prefix tokens and some patches: (B, N, D) and indices (B, K) to (B, 2 + K, D)."""
     if kept.ndim != 2 or kept.shape[0] != x.shape[0] or kept.dtype != torch.int64:
         raise ValueError(
             f"kept is {kept.dtype} of the shape {tuple(kept.shape)}; expected int64 indices of "
@@ -177,10 +177,7 @@ def _keep_patches(x: Tensor, kept: Tensor) -> Tensor:
 
 
 class ASTAttention(nn.Module):
-    """Multi-head self-attention: fused, or step by step.
-
-    Step by step where the weights are asked for, and where that trains faster.
-    """
+    """Multi-head self-attention, fused or, if that trains faster or gives the weights, in steps."""
 
     def __init__(self, config: ASTConfig) -> None:
         super().__init__()
@@ -203,9 +200,9 @@ class ASTAttention(nn.Module):
 
         Args:
             hidden_states: Shape (B, N, D).
-            attention_mask: Booleans of shape (B, 1, 1, N), False where nobody looks; or None.
-            output_attentions: Whether to return the weights, too; the fused kernel has none.
-            num_queries: How many tokens Q need an answer.
+            attention_mask: Booleans of shape (B, 1, 1, N), False for tokens to ignore; or None.
+            output_attentions: Whether to return the weights too; the fused kernel has none.
+            num_queries: Number of tokens Q that attend.
 
         Returns:
             Tokens of shape (B, Q, D), and weights of shape (B, H, Q, N) or None.
@@ -313,14 +310,14 @@ class ASTModel(PretrainedModel):
 
         Args:
             input_values: Normalised features, exactly (B, max_length, num_mel_bins).
-            attention_mask: Shape (B, num_tokens): per token, not per frame; 0 is not looked at.
-                AST is trained without one, padding in sight.
-            output_attentions: Return the weights, at the price of the unfused attention.
-            output_hidden_states: Return what goes into and comes out of the blocks.
-            return_dict: False for a tuple. None for these three means as the config says.
+            attention_mask: Shape (B, num_tokens): per token, not per frame; 0 is ignored. AST is
+                trained without a mask and sees the padding.
+            output_attentions: Return the weights, at the price of unfused attention.
+            output_hidden_states: Return the input and output of the blocks.
+            return_dict: False for a tuple. None for these three means the config's value.
 
         Raises:
-            ValueError: the input or the mask has another shape.
+            ValueError: The input or the mask has another shape.
         """
         config = self.config
         output_attentions = _either(output_attentions, config.output_attentions)
@@ -350,15 +347,15 @@ class ASTModel(PretrainedModel):
         Args:
             input_values: Normalised features, exactly (B, max_length, num_mel_bins).
             kept: Indices of the patches that each clip keeps, frequency-major from 0, shape
-                (B, K), int64; None for all. The prefix tokens stay, and each patch keeps the
-                position embedding of its place: what comes out is what a mask over the others
-                would give, at the price of 2 + K tokens.
+                (B, K), int64; None for all. The prefix tokens stay, and each patch keeps its own
+                position embedding: the result equals that of a mask over the other patches, at
+                the price of 2 + K tokens.
 
         Returns:
-            Shape (B, 2 + K, D), patches in the order of ``kept``; (B, N, D) where it is None.
+            Shape (B, 2 + K, D), patches in the order of ``kept``; (B, N, D) if it is None.
 
         Raises:
-            ValueError: the input or ``kept`` has another shape.
+            ValueError: The input or ``kept`` has another shape.
 
         Source: patchout, Koutini et al. 2021, arXiv:2110.05069.
         """
@@ -371,8 +368,8 @@ class ASTModel(PretrainedModel):
     def embed(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
         """Compute ``pooler_output`` alone, shape (B, D); arguments as ``forward_tokens``'s.
 
-        Nothing reads the last block's other tokens, so only the two that are pooled go through
-        its queries and its MLP: 7 % fewer operations at 1214 tokens, the same numbers.
+        Nothing reads the other tokens of the last block, so only the two that are pooled pass its
+        queries and its MLP: 7 % fewer operations at 1214 tokens, the same numbers.
         """
         x = self.embeddings(input_values, kept)  # (B, N, D)
         for layer in self.layers[:-1]:
@@ -407,7 +404,7 @@ class ASTMLPHead(nn.Module):
 
 
 class ASTForAudioClassification(PretrainedModel):
-    """AST with its head; ``embed`` and ``classifier`` are its two halves, to run apart."""
+    """AST with its head; ``embed`` and ``classifier`` are its two halves, to run separately."""
 
     def __init__(self, config: ASTConfig) -> None:
         super().__init__(config)
@@ -428,14 +425,14 @@ class ASTForAudioClassification(PretrainedModel):
 
         Args:
             input_values: Normalised features, exactly (B, max_length, num_mel_bins).
-            labels: What to compute the loss against (``classification_loss``), or None.
+            labels: Targets of the loss (``classification_loss``), or None.
             attention_mask: As for ``ASTModel``.
             output_attentions: As for ``ASTModel``.
             output_hidden_states: As for ``ASTModel``.
             return_dict: As for ``ASTModel``.
 
         Raises:
-            ValueError: the input or the mask has another shape.
+            ValueError: The input or the mask has another shape.
         """
         hidden = self.audio_spectrogram_transformer(
             input_values, attention_mask, output_attentions, output_hidden_states, return_dict=True
@@ -481,7 +478,7 @@ def classification_loss(logits: Tensor, labels: Tensor, config: ASTConfig) -> Te
         logits: Shape (B, num_labels).
         labels: Indices of shape (B,), or targets of shape (B, num_labels) in [0, 1]; targets of
             shape (B,) for a regression with one output.
-        config: Of the model that gave the logits.
+        config: Config of the model that computed the logits.
     """
     labels = labels.to(logits.device)
     problem_type = config.problem_type
@@ -506,19 +503,19 @@ def resize_position_embeddings(
 ) -> Tensor:
     """Fit position embeddings to another patch grid, as the original code does.
 
-    Per axis, time first: fewer patches are a cut from the middle, more are interpolated
+    Per axis, time first: a smaller grid is cut from the middle, a larger one interpolated
     linearly. The two prefix tokens keep theirs.
 
     Args:
         position_embeddings: Shape (1, 2 + rows * columns, D) of the source grid.
         source_grid: (frequency, time) patches of the source, ``ASTConfig.patch_grid``.
-        target_grid: (frequency, time) patches wanted.
+        target_grid: (frequency, time) patches of the result.
 
     Returns:
         Shape (1, 2 + rows * columns, D) of the target grid.
 
     Raises:
-        ValueError: the embeddings are not of the source grid.
+        ValueError: The embeddings do not fit the source grid.
 
     Source: YuanGongND/ast src/models/ast_models.py, both the ImageNet and the AudioSet branch.
     """
@@ -547,9 +544,9 @@ def _resize_axis(grid: Tensor, axis: int, size: int) -> Tensor:
 
 
 def _initialise(module: nn.Module, std: float) -> None:
-    """Fresh weights as in transformers: normal, zero biases; tokens and positions stay zero."""
+    """Draw weights as in transformers: normal, zero biases; tokens and positions stay zero."""
     if isinstance(module, nn.Linear | nn.Conv2d):
-        if module.weight.is_meta:  # nothing to draw, for which torch would load its compiler
+        if module.weight.is_meta:  # nothing to draw, and torch would load its compiler for it
             return
         nn.init.normal_(module.weight, std=std)
         if module.bias is not None:
@@ -560,20 +557,19 @@ def _initialise(module: nn.Module, std: float) -> None:
 def initialise_from_scratch(
     module: nn.Module, std: float = 0.02, generator: torch.Generator | None = None
 ) -> None:
-    """Draw every weight anew, in place, for training that starts from no checkpoint.
+    """Draw every weight again, in place, for training without a checkpoint.
 
     A fresh AST has tokens and position embeddings of zero, as in transformers, where a checkpoint
-    fills them. Trained from there it does badly: the class and the distillation token, being
-    equal, get equal gradients and stay one token for ever, and no patch knows its place before
-    position embeddings have grown. So these are drawn too. The patch projection is drawn as torch
-    draws convolutions, by its fan-in, so that patches of any size make tokens of one size. Biases
-    are zero.
+    fills them. It trains badly from there: the class and the distillation token are equal, get
+    equal gradients and stay equal, and no patch knows its position before position embeddings have
+    grown. So these are drawn too. The patch projection is drawn like torch's convolutions, by its
+    fan-in, so that patches of any size give tokens of the same magnitude. Biases are zero.
 
     Args:
         module: An AST with or without its head, or another module of the same kinds of layers.
-        std: Standard deviation of linear weights, tokens and position embeddings before they are
-            cut off at two of it; above 0.
-        generator: Where to draw from; None for torch's own.
+        std: Standard deviation of linear weights, tokens and position embeddings, before they are
+            truncated at two standard deviations; above 0.
+        generator: Source of randomness; None for torch's own.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):

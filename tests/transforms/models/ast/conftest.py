@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main as cli
-from tests.support.ast_factory import STATS, make_model
 from tests.support.audio_factory import noise, write
 from tests.support.model_factory import write_tiny_model
+from tests.transforms.models.ast.factory import STATS, make_model
 from transforms.models.ast.checkpoints import save_pretrained
 
 GIB = 1 << 30
@@ -56,7 +56,7 @@ class Refused:
         self.out, self.capsys = out, capsys
 
     def __call__(self, model: Path | str, *options: str, source: Path | str = "nowhere.wav") -> str:
-        # The input does not exist: were it looked at before the model, it would be what is named.
+        # The input does not exist: the message would name it if it were checked first.
         arguments = ["label", str(source), "-o", str(self.out), "-m", str(model), *options]
         code = cli.main(arguments)
         printed = self.capsys.readouterr()

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from tests.support.ast_factory import (
+from tests.transforms.models.ast.factory import (
     NAMES,
     STATS,
     TINY,
@@ -171,7 +171,7 @@ def test_a_file_in_half_precision_is_the_same_model_here_and_in_transformers(
     ours = load_model(resolve_model(str(tmp_path / "half")))
     assert states_equal(ours, make_model().to(dtype).float())
     features = make_input(ours.config)
-    # The second is what anyone would write: the config says in which type to compute.
+    # The second is the usual call, in which the config decides the type.
     for options in ({"dtype": torch.float32}, {}):
         theirs = transformers.ASTForAudioClassification.from_pretrained(
             tmp_path / "half", **options

@@ -14,7 +14,7 @@ from transformers.models.audio_spectrogram_transformer import (
 )
 
 from tests.support.fake_hub import COMMIT, FakeHub, serve_hub, use_hub
-from tests.support.signals import RATE_HZ, noise, read_recordings, tone, voice
+from tests.transforms.features.signals import RATE_HZ, noise, read_recordings, tone, voice
 from transforms.errors import ConfigError, FeatureError, ModelError
 from transforms.features.fbank import extract_fbank
 from transforms.features.fbank_settings import FbankSettings, without_normalising

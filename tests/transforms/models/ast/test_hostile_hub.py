@@ -71,7 +71,7 @@ def test_a_hub_that_lists_a_file_it_does_not_have_is_refused(
 def test_names_in_a_listing_of_the_hub_are_never_paths_to_write_to(
     model: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What a repository lists is never a path to write to: only known names are asked for.
+    # Names in a listing are never paths to write to: only known names are requested.
     original = FakeHub.reply
 
     def reply(

@@ -367,7 +367,7 @@ def test_a_pickle_that_promises_more_than_it_holds_is_refused(
 def test_an_original_checkpoint_cannot_promise_terabytes(
     tmp_path: Path, refused: Refused, little_memory: None
 ) -> None:
-    # Its config is taken from its shapes: a few bytes must not become a model of a million layers.
+    # Its config is derived from its shapes: a few bytes must not become a million layers.
     model = ASTForAudioClassification(tiny_config())
     state = to_layout(model.state_dict(), model.config, "original")
     path = tmp_path / "model.pth"
@@ -487,7 +487,7 @@ def test_a_label_list_that_does_not_fit_is_refused(
     said = refused(model, "--set", f"model.labels={labels}")
     assert words in said
     assert "labels.txt" in said
-    # The right list is what helps.
+    # With the right list the model is accepted.
     labels.write_text("\n".join(reversed(TINY_LABELS)))
     assert "nowhere.wav does not exist" in refused(model, "--set", f"model.labels={labels}")
 

@@ -10,11 +10,11 @@ import huggingface_hub
 import pytest
 import transformers
 
-from tests.support.ast_factory import (
+from tests.support.fake_hub import COMMIT, TOKEN, FakeHub, serve_hub, use_hub
+from tests.transforms.models.ast.factory import (
     make_model,
     states_equal,
 )
-from tests.support.fake_hub import COMMIT, TOKEN, FakeHub, serve_hub, use_hub
 from transforms.errors import ModelError
 from transforms.models.ast.checkpoints import (
     load_model,

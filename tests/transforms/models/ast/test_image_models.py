@@ -15,14 +15,14 @@ import torch
 import transformers
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
-from tests.support.ast_factory import (
+from tests.support.fake_hub import COMMIT, serve_hub, use_hub
+from tests.transforms.models.ast.factory import (
     assert_close,
     edit_json,
     edit_weights,
     make_input,
     randomise,
 )
-from tests.support.fake_hub import COMMIT, serve_hub, use_hub
 from transforms.errors import ModelError
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model, save_pretrained
 from transforms.models.ast.config import ASTConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tests.support.ast_factory import TINY, assert_close, make_input, make_pair, randomise
+from tests.transforms.models.ast.factory import TINY, assert_close, make_input, make_pair, randomise
 from transforms.models.ast.config import ASTConfig
 from transforms.models.ast.model import (
     ASTForAudioClassification,
@@ -507,7 +507,7 @@ def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         model.embed(torch.zeros(shape))
 
 
-# transformers takes all of these without a word: the position embeddings happen to fit.
+# transformers silently accepts all of these: the position embeddings happen to fit.
 @pytest.mark.parametrize("frames", [1016, 1023, 1025])
 def test_a_length_that_only_happens_to_fit_is_refused(frames: int) -> None:
     model = ASTModel(ASTConfig(**{**TINY, "max_length": 1024}))
@@ -555,7 +555,7 @@ def test_a_config_value_of_another_type_is_refused(fields: dict[str, Any], messa
         ({"max_length": 15}, "max_length is 15; expected at least patch_size, which is 16"),
         ({"num_mel_bins": 8}, "num_mel_bins is 8; expected at least patch_size"),
         ({"num_labels": 0}, "num_labels is 0; expected a whole number from 1"),
-        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3; expected 1, as id2label"),
+        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels is 3; expected 1, the number of"),
         ({"id2label": {0: "a", 2: "b"}}, r"id2label has the indices \[0, 2\]; expected 0 to 1"),
         ({"id2label": {0: "a"}, "label2id": {"b": 0}}, "label2id is .*; expected the reverse"),
     ],

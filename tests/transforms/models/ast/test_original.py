@@ -16,7 +16,7 @@ import torch
 from pipeline.config.label import CheckpointSection
 from pipeline.config.train import ArchitectureSection
 from pipeline.training.initial import build_model, resolve_initial
-from tests.support.ast_factory import (
+from tests.transforms.models.ast.factory import (
     NAMES,
     STATS,
     TINY,
@@ -79,7 +79,7 @@ def test_an_original_checkpoint_needs_no_labels_if_its_head_is_discarded(
     spec = resolve_model(str(path), given, needs_labels=False)
     assert [label.name for label in spec.labels] == [f"LABEL_{index}" for index in range(7)]
     assert states_equal(load_model(spec), model)
-    # Whatever else is missing is missing all the same, and labels that are given must be right.
+    # Anything else missing is still an error, and labels that are given must be right.
     with pytest.raises(ModelError, match=r"Missing: model\.mean \([^;]*; model\.std \([^;]*$"):
         resolve_model(str(path), ModelOverrides(**shape, max_length=128), needs_labels=False)
     wrong = dataclasses.replace(given, labels="audioset")
