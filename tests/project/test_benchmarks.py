@@ -1,4 +1,4 @@
-"""Benchmarks run, at toy size, and keep their figures with the machine that they are from."""
+"""The benchmarks: they run at toy size, and store their figures with the machine they are from."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from transforms.process import stage_times
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is to run in a process of its own runs in this one, which has the libraries loaded."""
+    """Run child processes in this one, which has loaded the libraries already."""
 
     def run_here(
         command: Sequence[str], environment: Mapping[str, str], timeout_s: float | None = None
@@ -49,7 +49,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
                 patched.setenv(name, value)
             if kind == "-c":
                 patched.setattr(sys, "argv", ["-c", *arguments])
-                # What the overhead's null model replaces comes back.
+                # Restored afterwards: the overhead's null model replaces these.
                 patched.setattr(ASTModelHandler, "load_model", ASTModelHandler.load_model)
                 patched.setattr(stage_times, "time", stage_times.time)
                 exec(program, {"__name__": "__main__"})
@@ -84,7 +84,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_a_benchmark_runs_and_keeps_its_figures(
+def test_a_benchmark_runs_and_stores_its_figures(
     name: str, arguments: list[str], has_picture: bool, tmp_path: Path, in_this_process: None
 ) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")
@@ -97,7 +97,7 @@ def test_a_benchmark_runs_and_keeps_its_figures(
 
 
 @pytest.mark.slow
-def test_all_peers_take_part_in_processes_of_their_own(tmp_path: Path) -> None:
+def test_all_peers_run_in_separate_processes(tmp_path: Path) -> None:
     options = ["--toy", "--seconds", "1", "--rounds", "1", "--results", str(tmp_path)]
     if not cpu_has_native_bf16():
         options += ["--contenders", "loop", "torch-fp32", "torch-bf16", "openvino-int8"]
@@ -130,7 +130,7 @@ def test_label_is_measured_end_to_end_with_one_and_two_workers(tmp_path: Path) -
         )
 
 
-def test_what_does_not_fit_the_minutes_is_left_out_with_a_reason(tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_the_time_are_left_out_with_a_reason(tmp_path: Path) -> None:
     options = ["--toy", "--device", "cpu", "--parts", "end-to-end", "--formats", "mp3"]
     gpu.main([*options, "--minutes", "0.001", "--results", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())["end_to_end"]
@@ -172,7 +172,7 @@ def test_commits_at_the_same_time_have_no_rate() -> None:
     assert steady.steady_part([steady.CommitTime(5.0, 1)] * 8) is None
 
 
-def test_how_busy_the_device_was_is_of_the_steady_part() -> None:
+def test_the_load_of_the_device_is_measured_in_the_steady_part() -> None:
     looks = [(0.9, 0.0), (1.0, 0.5), (2.0, 1.0), (3.1, 0.0)]
     samples = [steady.DeviceSample(time_s, busy, 100.0 * busy) for time_s, busy in looks]
     assert steady.summarise_samples(samples, 1.0, 3.0) == {
@@ -210,7 +210,7 @@ def test_the_compiled_model_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_in_a_process_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_in_a_separate_process(tiny_model: Path, tmp_path: Path) -> None:
     source = common.link_inputs(tmp_path, 2, common.write_sources(tmp_path, 1))
     found = label_apart(source, tiny_model)
     assert found["run"]["totals"]["windows"] == 2
@@ -271,7 +271,7 @@ def test_a_share_is_of_the_matrix_rate() -> None:
     assert gpu._shares(AST_BASE, {"precision": "fp16", "error": "out of memory"}, rates) == {}
 
 
-def test_the_gpu_s_benchmark_needs_torch_alone(
+def test_the_gpu_benchmark_needs_only_torch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = "import sys, benchmarks.gpu; print(*(name.split('.')[0] for name in sys.modules))"
@@ -297,14 +297,14 @@ def test_the_gpu_s_benchmark_needs_torch_alone(
 
 
 @pytest.mark.parametrize("name", ["peers", "gpu", "overhead", "scaling", "stages", "memory"])
-def test_the_readme_says_where_figures_are_missing(name: str) -> None:
+def test_the_readme_marks_missing_figures(name: str) -> None:
     text = (common.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     section = text.partition(f"\n## {name}.py")[2].partition("\n## ")[0]
     has_figures = (common.ROOT / "benchmarks" / f"{name}.json").exists()
     assert ("figures are missing" in section) != has_figures
 
 
-def test_the_figures_of_rounds() -> None:
+def test_median_and_spread_of_rounds() -> None:
     assert median([3.0, 1.0, 2.0]) == 2.0
     assert spread([3.0, 1.0, 2.0]) == 1.0
     assert spread([0.0, 0.0]) == 0.0
@@ -335,7 +335,7 @@ ODD_SHAPE = ASTConfig(
 
 @pytest.mark.parametrize("pooled_alone", [False, True])
 @pytest.mark.parametrize("config", [AST_BASE, ODD_SHAPE], ids=["AST base", "odd shape"])
-def test_operations_are_those_that_torch_counts(config: ASTConfig, pooled_alone: bool) -> None:
+def test_operations_agree_with_the_counter_of_torch(config: ASTConfig, pooled_alone: bool) -> None:
     with torch.device("meta"):  # shapes alone, nothing is computed
         model = ASTModel(config).eval()
         features = torch.zeros(2, config.max_length, config.num_mel_bins)

@@ -1,4 +1,4 @@
-"""What is deployed on Dataflow: the image of the workers, the flex template, its documentation."""
+"""Deployment on Dataflow: the image of the workers, the flex template, the documentation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARAMETERS = {
 }
 
 
-def test_the_image_has_one_python_and_the_beam_that_is_installed_here() -> None:
+def test_the_image_has_one_python_and_the_installed_beam() -> None:
     bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
     pythons = {text for base in bases for text in re.findall(r"python:?(3\.?\d\d)", base)}
     assert {text.replace(".", "") for text in pythons} == {"311"}
@@ -37,7 +37,7 @@ def test_the_image_has_one_python_and_the_beam_that_is_installed_here() -> None:
     assert DOCKERFILE.rstrip().endswith('ENTRYPOINT ["/opt/apache/beam/boot"]')
 
 
-def test_the_image_copies_what_is_there_and_all_that_setup_needs() -> None:
+def test_the_image_copies_existing_files_and_all_that_setup_needs() -> None:
     copied = {
         name
         for line in re.findall(r"^COPY (?!--)(.*)$", DOCKERFILE, re.MULTILINE)
@@ -47,7 +47,7 @@ def test_the_image_copies_what_is_there_and_all_that_setup_needs() -> None:
     assert {"setup.py", "pyproject.toml", "LICENSE", "pipeline", "transforms", "configs"} <= copied
 
 
-def test_the_build_gives_the_arguments_that_the_image_takes() -> None:
+def test_the_build_passes_the_arguments_of_the_image() -> None:
     build = yaml.safe_load((ROOT / "deploy" / "cloudbuild.yaml").read_text(encoding="utf-8"))
     (step,) = build["steps"]
     given = {text for word in step["args"] for text in re.findall(r"--build-arg=(\w+)=", word)}
@@ -56,7 +56,7 @@ def test_the_build_gives_the_arguments_that_the_image_takes() -> None:
     assert used == set(build["substitutions"])
 
 
-def test_the_template_s_parameters_are_those_of_the_launcher() -> None:
+def test_the_parameters_of_the_template_are_those_of_the_launcher() -> None:
     own = {"input", "set", *launcher.OPTIONS}
     known = PipelineOptions([]).get_all_options()
     assert set(PARAMETERS) - own == {"sdk_container_image"} <= set(known)
@@ -76,7 +76,7 @@ def test_the_template_s_parameters_are_those_of_the_launcher() -> None:
         ("set", ["", "labels.top_k=5", "limit=3;labels.scores=true"], ["labels", "a=1;b"]),
     ],
 )
-def test_a_parameter_s_pattern_tells_good_from_bad(
+def test_patterns_accept_good_parameters_and_reject_bad_ones(
     name: str, good: list[str], bad: list[str]
 ) -> None:
     (pattern,) = PARAMETERS[name]["regexes"]
@@ -84,7 +84,7 @@ def test_a_parameter_s_pattern_tells_good_from_bad(
     assert [text for text in bad if re.fullmatch(pattern, text)] == []
 
 
-def test_the_launcher_passes_beam_s_options_on_and_leaves_out_what_beam_does_not_know(
+def test_the_launcher_passes_on_the_options_that_beam_knows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = ["--input", "gs://b/in", "--output=gs://b/out", "--model=esc10", "--set=",
@@ -104,13 +104,13 @@ DOCUMENT = (ROOT / "docs" / "dataflow.md").read_text(encoding="utf-8")
 
 
 def commands_of(program: str) -> list[list[str]]:
-    """Every command of a program in the document's blocks, in words."""
+    """Return the words of every command of a program in the document."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line)[1:] for line in lines if line.startswith(f"{program} ")]
 
 
-def test_the_document_s_commands_have_options_that_there_are() -> None:
+def test_the_commands_in_the_document_have_existing_options() -> None:
     commands: Any = typer.main.get_command(cli.app)
     found = commands_of("earmark")
     assert [words[0] for words in found] == ["plan", "label", "verify"]
@@ -121,7 +121,7 @@ def test_the_document_s_commands_have_options_that_there_are() -> None:
         pipeline_options(RunConfig(), beam_options)  # refuses what Beam does not know
 
 
-def test_the_document_s_command_for_label_would_be_submitted() -> None:
+def test_the_label_command_in_the_document_would_be_submitted() -> None:
     (words,) = [words for words in commands_of("earmark") if words[0] == "label"]
     names = {"PROJECT": "proj-1", "REGION": "us-central1", "BUCKET": "mybucket", "IMAGE": IMAGE,
              "WORKER": "w@proj-1.iam.gserviceaccount.com", "MODEL": "a/b"}  # fmt: skip
@@ -132,7 +132,7 @@ def test_the_document_s_command_for_label_would_be_submitted() -> None:
     check_runner(pipeline_options(run_config, beam_options), run_config.inference.device)
 
 
-def test_the_document_names_files_and_parameters_that_there_are() -> None:
+def test_the_document_names_existing_files_and_parameters() -> None:
     for path in re.findall(r"(?<![\w/])((?:deploy|configs|tests|docs)/[\w./]+\w)", DOCUMENT):
         assert (ROOT / path).exists(), path
     (run,) = [
@@ -146,7 +146,7 @@ def test_the_document_names_files_and_parameters_that_there_are() -> None:
     assert set(re.findall(r"_([A-Z]+)=", DOCUMENT)) == {"IMAGE", "MODEL", "TORCH"}
 
 
-def test_the_document_s_costs_follow_from_its_prices() -> None:
+def test_the_costs_in_the_document_follow_from_its_prices() -> None:
     rows = re.findall(r"^\| ([a-z]\d-[\w-]+), \w+ \| (.*) \|$", DOCUMENT, re.MULTILINE)
     assert len(rows) == 3
     for _, text in rows:

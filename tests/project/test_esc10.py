@@ -1,4 +1,4 @@
-"""The main job on real recordings: the same labels from every kind of input, and the right ones."""
+"""The main job on real recordings: every kind of input gives the labels of transformers."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def assert_same_labels(
         assert actual[name]["num_windows"] == expected[name]["num_windows"] == 1
 
 
-def test_scores_are_those_of_transformers(
+def test_scores_equal_those_of_transformers(
     from_files: dict[str, dict[str, Any]], some: list[Path], transformers_model: Path
 ) -> None:
     model = transformers.ASTForAudioClassification.from_pretrained(transformers_model).eval()
@@ -115,7 +115,7 @@ def test_scores_are_those_of_transformers(
         np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-def test_every_recording_says_what_it_is(from_files: dict[str, dict[str, Any]]) -> None:
+def test_rows_describe_the_recordings(from_files: dict[str, dict[str, Any]]) -> None:
     for row in from_files.values():
         info = soundfile.info(row["uri"])
         assert (row["sample_rate_hz"], row["channels"]) == (info.samplerate, info.channels)

@@ -1,4 +1,4 @@
-"""What ``docs/guarantees.md`` promises is held by tests that are there."""
+"""``docs/guarantees.md``: every promise names an existing test or benchmark."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def functions_of(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("file", "name"), sorted(set(TESTS)))
-def test_the_test_that_holds_a_promise_is_there(file: str, name: str) -> None:
+def test_tests_that_hold_a_promise_exist(file: str, name: str) -> None:
     assert name in functions_of(file)
 
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS)))
-def test_the_benchmark_that_holds_a_promise_is_there_with_its_figures(script: str) -> None:
+def test_benchmarks_that_hold_a_promise_exist_with_their_figures(script: str) -> None:
     assert (ROOT / script).is_file()
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert f"## {script.removeprefix('benchmarks/')}" in text
@@ -40,7 +40,7 @@ def test_every_promise_names_what_holds_it() -> None:
     assert [row for row in promises if "test_" not in row and "benchmarks/" not in row] == []
 
 
-def test_the_bounds_are_keys_and_their_defaults_those_of_the_config() -> None:
+def test_bounds_are_keys_with_the_defaults_of_the_config() -> None:
     bounds = re.findall(r"^\| [^|]+ \| `([a-z_.]+)` \| ([^|]+) \|", GUARANTEES, re.MULTILINE)
     defaults = RunConfig.defaults()
     told = {

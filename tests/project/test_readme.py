@@ -53,14 +53,14 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def block(marker: str) -> str:
-    """The code block behind a marker of one of the pages."""
+    """Return the code block behind a marker of one of the pages."""
     (found,) = re.findall(rf"<!-- {marker} -->\n```\w+\n(.*?)```", PAGES, re.DOTALL)
     return str(found)
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """One in which the hub is on this machine, and its model small but of the real width."""
+    """Return an environment with a local hub, whose model is small but as wide as the real one."""
     folder = tmp_path_factory.mktemp("hub")
     model = write_tiny_model(
         folder / "model",
@@ -90,7 +90,7 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
 
 
 def label_samples(command: str, out: Path, environment: dict[str, str]) -> str:
-    """Do what a command of the README does, into another folder; gives what it says."""
+    """Run a command of the README into another folder and return its messages."""
     program, *arguments = shlex.split(command)
     assert (program, arguments[:2]) == (".venv/bin/earmark", ["label", "samples/"])
     assert arguments[-2] == "--output"
@@ -101,7 +101,7 @@ def label_samples(command: str, out: Path, environment: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's first command makes of the samples, with no hub that answers."""
+    """Label the samples with the README's first command, without a hub."""
     out: Path = tmp_path_factory.mktemp("readme") / "out"
     install, command = block("label-command").splitlines()
     assert install == "python3 -m venv .venv && .venv/bin/pip install ."
@@ -112,7 +112,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clips_of(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """The labels of each sample, by file name."""
+    """Return the labels of each sample by file name."""
     assert not list(out.glob("errors/*"))
     rows = pq.read_table(out / "clips", columns=["clip_id", "labels"]).to_pylist()
     return {Path(row["clip_id"]).name: row["labels"] for row in rows}
@@ -129,7 +129,7 @@ def test_the_first_command_labels_every_sample_without_a_network(labelled: Path)
 
 
 def samples_table() -> dict[str, list[tuple[str, float]]]:
-    """The two best labels of each sample, as the table of the samples has them."""
+    """Return the two best labels of each sample from the table of the samples."""
     table = PAGES.split("<!-- samples-table -->\n")[1].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     labels = {name: [text.split() for text in texts] for name, *texts in rows}
@@ -139,18 +139,18 @@ def samples_table() -> dict[str, list[tuple[str, float]]]:
     }
 
 
-def test_the_table_of_the_samples_is_what_comes_out(labelled: Path) -> None:
+def test_the_table_of_the_samples_shows_the_result(labelled: Path) -> None:
     clips = clips_of(labelled)
     assert list(samples_table()) == SAMPLES
     for name, pairs in samples_table().items():
         for (word, score), label in zip(pairs, clips[name], strict=False):
             assert word == label["name"]
-            # Half precision is rounded otherwise on another chip.
+            # Half precision rounds differently on another chip.
             assert score == pytest.approx(label["score"], abs=0.03)
 
 
 def labels_in(picture: Path) -> dict[str, list[tuple[str, float]]]:
-    """The labels in a picture's metadata; the two best of each clip."""
+    """Return the two best labels of each clip from a picture's metadata."""
     with Image.open(picture) as image:
         labels = json.loads(image.info["labels"])
     return {name: list(scores.items())[:2] for name, scores in labels.items()}
@@ -198,7 +198,7 @@ def test_the_queries_find_something(labelled: Path) -> None:
     assert counts[0][0] == "rain"
 
 
-def test_the_python_prints_the_labels_of_a_sound(environment: dict[str, str]) -> None:
+def test_the_python_example_prints_the_labels_of_a_sound(environment: dict[str, str]) -> None:
     done = run([sys.executable, "-c", block("python")], environment)
     assert done.returncode == 0, done.stderr
     assert len(block("python").replace("\n\n", "\n").splitlines()) == 5
@@ -210,7 +210,7 @@ def test_the_python_prints_the_labels_of_a_sound(environment: dict[str, str]) ->
 
 @pytest.fixture
 def birds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with a ``birds.csv`` of five folds."""
+    """Return the working folder, with a ``birds.csv`` of five folds."""
     folder = tmp_path / "birds"
     write_birds(folder, num_folds=5)
     monkeypatch.chdir(folder)
@@ -218,7 +218,7 @@ def birds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_here(command: list[str], model: Path) -> None:
-    """A command of the README in this process: from a small model, and for two epochs only."""
+    """Run a command of the README in this process, with a small model and two epochs."""
     program, *arguments = [str(model) if word == MODEL else word for word in command]
     assert program == "earmark"
     short = ["--epochs", "2"] if arguments[0] == "train" else []
@@ -278,7 +278,7 @@ def test_the_recipes_are_those_that_ship_with_the_figures_that_they_name() -> No
 
 
 def options_of(command: str) -> set[str]:
-    """Every spelling of every option of a command."""
+    """Return every spelling of every option of a command."""
     commands: Any = typer.main.get_command(cli.app)
     found = commands.commands[command]
     return {
@@ -327,7 +327,7 @@ PAGE_FILES = [
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """Return the anchors that GitHub makes of a page's headings."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

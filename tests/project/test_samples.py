@@ -1,4 +1,4 @@
-"""The sample sounds: there is one for each class, and they are what their script makes."""
+"""The sample sounds: one for each class, and equal to those that their script makes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MAX_TOTAL_BYTES = 2_000_000
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """``samples/make_samples.py``, loaded from its file: the folder is no package."""
+    """Import ``samples/make_samples.py`` from its file: the folder is not a package."""
     spec = importlib.util.spec_from_file_location("make_samples", FOLDER / "make_samples.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
+    # Dataclasses look up their module.
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "make_samples", module)
         spec.loader.exec_module(module)
@@ -46,7 +46,7 @@ def test_there_is_one_for_each_class(shared_data: Path) -> None:
     assert sorted(path.stem for path in AUDIO) == sorted(classes)
 
 
-def test_they_are_the_ones_the_script_makes(remade: Path) -> None:
+def test_the_script_makes_the_same_files(remade: Path) -> None:
     assert [path.name for path in AUDIO] == sorted(path.name for path in remade.iterdir())
 
 
@@ -54,7 +54,7 @@ def test_they_stay_small() -> None:
     assert sum(path.stat().st_size for path in AUDIO) < MAX_TOTAL_BYTES
 
 
-def test_they_show_a_mix_of_what_datasets_hold() -> None:
+def test_they_have_the_variety_of_real_datasets() -> None:
     infos = [soundfile.info(path) for path in AUDIO]
     assert {path.suffix for path in AUDIO} == {".wav", ".flac", ".ogg", ".mp3"}
     assert {"VORBIS", "OPUS", "MPEG_LAYER_III", "PCM_16", "PCM_24"} <= {
@@ -78,10 +78,10 @@ def test_a_sample_is_what_the_script_makes(path: Path, remade: Path) -> None:
     made, made_rate_hz = soundfile.read(remade / path.name, always_2d=True)
     assert (made_rate_hz, made.shape[1]) == (rate_hz, kept.shape[1])
     if path.suffix in {".wav", ".flac"}:
-        # The last bit may round otherwise with another numpy.
+        # The last bit may round differently with another numpy.
         np.testing.assert_allclose(made, kept, rtol=0, atol=2 / 32768)
         return
-    # Another version of an encoder loses other details and may pad otherwise.
+    # Another version of an encoder loses other details and may pad differently.
     assert abs(len(made) - len(kept)) <= 0.1 * rate_hz
     length = min(len(made), len(kept))
     error = np.sqrt(np.mean((made[:length] - kept[:length]) ** 2))

@@ -1,4 +1,4 @@
-"""``docs/scale.md`` says what ``benchmarks/cost.py`` computes, and that computes what it says."""
+"""``docs/scale.md`` has the figures of ``benchmarks/cost.py``, and those are right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def given() -> dict[str, Any]:
     return copy.deepcopy(read_prices(PRICES))
 
 
-def test_the_tables_are_the_script_s(given: dict[str, Any], tmp_path: Path) -> None:
+def test_the_tables_are_those_of_the_script(given: dict[str, Any], tmp_path: Path) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert set(re.findall(r"<!-- table: (\w+) -->\n\|", text)) == set(cost.TABLES)
     copied = tmp_path / "scale.md"
@@ -58,7 +58,7 @@ def test_the_price_of_a_job_worked_out_by_hand(given: dict[str, Any]) -> None:
     assert costs.job_price("L4", 100_000) == pytest.approx(5 * 20.25 * worker + shuffled)
 
 
-def test_what_is_not_known_is_not_made_up(given: dict[str, Any]) -> None:
+def test_unknown_prices_are_not_made_up(given: dict[str, Any]) -> None:
     costs = Costs(given, "flac")
     assert costs.job_price("H100", 1000) is None
     assert cost.table_text("storage", costs).count(cost.UNKNOWN) == 4
@@ -81,7 +81,7 @@ def test_units_are_those_of_the_pipeline(given: dict[str, Any]) -> None:
     assert costs.units(1_000_000, costs.unit_windows(1_000_000)) < given["limits"]["units"]
 
 
-def test_tests_that_the_document_names_are_there() -> None:
+def test_tests_that_the_document_names_exist() -> None:
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", DOCUMENT.read_text(encoding="utf-8"))
     assert len(named) >= 4
     for file, name in named:

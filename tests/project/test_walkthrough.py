@@ -1,4 +1,4 @@
-"""What ``docs/walkthrough.md`` tells people to do, done: its commands, its Python, its SQL."""
+"""``docs/walkthrough.md``: its commands, Python and SQL run and print what it shows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_model = pytest.mark.skipif(
 
 
 class Block(NamedTuple):
-    """A block of code, and the lines that it is said to print."""
+    """A block of code, and the lines that the page says it prints."""
 
     language: str
     code: str
@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(part: str) -> list[Block]:
-    """The blocks of a part, in order; those of no language, which only show something, left out."""
+    """Return the blocks of a part that have a language, in order."""
     (text,) = re.findall(rf"^## {part}\n(.*?)(?=^## |\Z)", WALKTHROUGH, re.MULTILINE | re.DOTALL)
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     blocks: list[Block] = []
@@ -59,7 +59,7 @@ def commands_of(block: Block) -> Iterator[list[str]]:
 
 
 def run_block(block: Block, names: dict[str, Any]) -> None:
-    """Do what a block says; Python keeps its names from block to block."""
+    """Run a block. Python keeps its names from block to block."""
     if block.language == "bash":
         for arguments in commands_of(block):
             assert cli.main(arguments) == 0
@@ -71,7 +71,7 @@ def run_block(block: Block, names: dict[str, Any]) -> None:
 
 
 def pattern_of(line: str) -> str:
-    """A regular expression for a line: ``…`` is anything, and so is what follows a point."""
+    """Return a regular expression for a line: ``…`` matches anything, a figure any figure."""
     parts = [re.escape(part) for part in re.split(rf"{LEFT_OUT}|\d+\.\d+(?:e-\d+)?", blur(line))]
     gaps = re.findall(rf"{LEFT_OUT}|\d+\.\d+(?:e-\d+)?", blur(line))
     figure = r"(?:\d+\.\d+(?:e-\d+)?|nan|inf)"
@@ -84,7 +84,7 @@ def blur(line: str) -> str:
 
 
 def missing_lines(expected: Sequence[str], *streams: str) -> list[str]:
-    """The expected lines that are in none of the streams, behind those found before in it."""
+    """Return the expected lines that no stream has after the lines found before."""
     left = [[blur(line) for line in stream.splitlines()] for stream in streams]
     missing = []
     for line in expected:
@@ -103,7 +103,7 @@ def missing_lines(expected: Sequence[str], *streams: str) -> list[str]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with ``samples/`` and ``birds/``."""
+    """Change to a working folder with ``samples/`` and ``birds/``."""
     (tmp_path / "samples").symlink_to(ROOT / "samples")
     write_birds(tmp_path / "birds")
     monkeypatch.chdir(tmp_path)
@@ -133,7 +133,7 @@ def test_a_folder_from_the_command_line(here: Path, capfd: pytest.CaptureFixture
 
 @pytest.mark.slow
 @needs_model
-def test_a_dataset_of_one_s_own(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_of_your_own(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_part("A dataset of your own", capfd)
     with (here / "birds-model" / "history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -145,15 +145,15 @@ def test_a_dataset_of_one_s_own(here: Path, capfd: pytest.CaptureFixture[str]) -
     assert figures["accuracy"] == record["best"]["accuracy"] == 1.0
 
 
-def test_the_manifest_is_the_one_that_is_shown(here: Path) -> None:
+def test_the_page_shows_the_manifest(here: Path) -> None:
     (shown,) = re.findall(r"^```\n(uri,.*?)…\n```$", WALKTHROUGH, re.MULTILINE | re.DOTALL)
     text = (here / "birds" / "birds.csv").read_text()
     assert text.startswith(shown)
     assert text.count("\n") == 1 + 24
 
 
-def test_every_command_is_there_with_its_options() -> None:
-    """Also where the model that the blocks need is not there."""
+def test_commands_and_their_options_exist() -> None:
+    """Check the options even without the model that the blocks need."""
     parts = re.findall(r"^## (.*)$", WALKTHROUGH, re.MULTILINE)
     commands: Any = typer.main.get_command(cli.app)
     lines = [
@@ -171,7 +171,7 @@ def test_every_command_is_there_with_its_options() -> None:
         assert {word for word in arguments if word.startswith("--")} <= known
 
 
-def test_every_setting_that_is_advised_exists() -> None:
+def test_recommended_settings_exist() -> None:
     advised = re.findall(r"`(?:--set )?(\w+\.\w+)(?:=([\w.]+))?`", WALKTHROUGH)
     advised = [(key, value) for key, value in advised if TrainConfig.has_key(key) or value]
     assert len(advised) > 12
