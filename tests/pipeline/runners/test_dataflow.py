@@ -280,7 +280,7 @@ def test_the_main_session_stays_here_unless_it_is_asked_for() -> None:
         ("dataflow_gpu", flags(sdk_container_image=None), "build one from deploy/Dockerfile"),
         ("dataflow_gpu", flags(max_num_workers="2"), "num_workers is 4; must be at most"),
         ("dataflow_gpu", flags(flexrs_goal="COST_OPTIMIZED"), "FlexRS has no GPUs"),
-        ("dataflow_gpu", flags(dry_run="True"), "earmark plan says what there is to do"),
+        ("dataflow_gpu", flags(dry_run="True"), "to see what a run would do, use earmark plan"),
         (
             "dataflow_gpu",
             flags(dataflow_service_options="worker_accelerator=type:nvidia-l4;count:1"),
