@@ -1,22 +1,22 @@
-# `make check` is what a change must pass. PYTHON is the environment that has the dev extra.
+# `make check` runs what a change must pass. PYTHON is an interpreter with the dev extra installed.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
 .DEFAULT_GOAL := help
 
 .PHONY: help
-help: ## List what there is to make
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
-install: ## Make .venv with Earmark (editable) and what development needs
+install: ## Create .venv with Earmark (editable) and the dev extra
 	python3 -m venv .venv
 	.venv/bin/pip install -e '.[dev]'
 
 .PHONY: check
-check: lint types test ## Format check, lint, types, tests
+check: lint types test ## Check format, lint and types, run the tests
 
 .PHONY: lint
-lint: ## Check format and lint, change nothing
+lint: ## Check format and lint without changing files
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 
@@ -26,13 +26,13 @@ types: ## Check types
 
 .PHONY: test
 test: ## Run the tests, without the slow ones
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 .PHONY: test-slow
 test-slow: ## Run the slow tests too
-	$(PYTHON) -m pytest -m 'not network'
+	$(PYTHON) -m pytest -n auto -m 'not network'
 
 .PHONY: fix
-fix: ## Format, and mend what the linter can
+fix: ## Format, and apply the linter's automatic fixes
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.__main__ import main as main
     from transforms.decoding.decode import decode_whole as decode
-    from transforms.features.fbank import ASTFeatureExtractor
     from transforms.label_audio import LabelAudio, LabelSettings, make_settings
     from transforms.models.ast.checkpoints import resolve_model
-    from transforms.models.ast.model import ASTConfig, ASTForAudioClassification, ASTModel
+    from transforms.models.ast.config import ASTConfig
+    from transforms.models.ast.feature_extractor import ASTFeatureExtractor
+    from transforms.models.ast.model import ASTForAudioClassification, ASTModel
     from transforms.results.read import read_result
 
 __all__ = [
@@ -29,8 +30,8 @@ __all__ = [
 
 # Public name: its module, and its name there.
 _HOMES = {
-    "ASTConfig": ("transforms.models.ast.model", "ASTConfig"),
-    "ASTFeatureExtractor": ("transforms.features.fbank", "ASTFeatureExtractor"),
+    "ASTConfig": ("transforms.models.ast.config", "ASTConfig"),
+    "ASTFeatureExtractor": ("transforms.models.ast.feature_extractor", "ASTFeatureExtractor"),
     "ASTForAudioClassification": ("transforms.models.ast.model", "ASTForAudioClassification"),
     "ASTModel": ("transforms.models.ast.model", "ASTModel"),
     "LabelAudio": ("transforms.label_audio", "LabelAudio"),

@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["pipeline*", "transforms*"]), "pipeline.configs"],
     # configs/ lies at the top of the checkout, and inside the package once installed;
-    # pipeline.config.label.config_folder() knows both places.
+    # pipeline.config.load.config_folder() knows both places.
     package_dir={"pipeline.configs": "configs"},
     package_data={
         "pipeline.configs": ["*.yaml", "train/*.yaml"],
@@ -75,6 +75,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "openvino>=2025.1",
             "nncf>=2.16",
@@ -84,8 +85,7 @@ setup(
             "polars>=1.0",
             "duckdb>=1.0",
             "datasets>=3.0",
-            # Object stores for tests/support/object_store.py; moto's "server" extra is ten times
-            # that.
+            # For tests/support/stores; moto's "server" extra is ten times that.
             "moto>=5.1",
             "flask>=3.0",
             "flask-cors>=5.0",

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 if TYPE_CHECKING:
-    from transforms.models.ast.model import ASTConfig
+    from transforms.models.ast.config import ASTConfig
 
 T = TypeVar("T")
 

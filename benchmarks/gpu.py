@@ -1,4 +1,4 @@
-"""What comes of a GPU? How near the model is to what the chip can do, and the whole to the model.
+"""How fast is it on a GPU? How near the model is to the chip, and the whole run to the model.
 
     python -m benchmarks.gpu [--parts matrices model fbank end-to-end] [--data FOLDER]
 
@@ -83,7 +83,8 @@ from transforms.inference.backbones import (
     resolve_precision,
     true_float32,
 )
-from transforms.models.ast.model import ASTConfig, ASTModel
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTModel
 
 Call = Callable[[], object]
 

@@ -36,7 +36,8 @@ from pipeline.labelling.run import run_label
 from tests.support.audio_factory import FORMATS, Format, Samples, encode, quantised
 from tests.support.model_factory import MEAN, STD, randomise
 from transforms.models.ast.checkpoints import save_pretrained
-from transforms.models.ast.model import ASTConfig, ASTForAudioClassification
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTForAudioClassification
 from transforms.models.labels import audioset_labels
 
 OPUS_RATE_HZ = 48_000  # the only rate of these that Opus has, so clips are resampled for it

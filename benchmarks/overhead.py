@@ -56,7 +56,8 @@ def use_null_model(clock: str) -> None:
     import numpy as np
     from torch import nn
 
-    from transforms.inference.engine import ASTModelHandler, join_features
+    from transforms.inference.engine import join_features
+    from transforms.inference.handler import ASTModelHandler
     from transforms.process import stage_times
     from transforms.records import FloatArray, Prediction
 

@@ -3,7 +3,7 @@
     python -m benchmarks.plan [--rounds 3] [--files 100000 1000000]
 
 Lists WAV files of 5 s in a store that has nothing but a listing
-(``tests/support/listing_store.py``), and cuts them into units, as ``earmark plan`` and
+(``tests/support/stores/listing_store.py``), and cuts them into units, as ``earmark plan`` and
 ``earmark label`` do before any work starts: without an output, and without the sample that ``plan``
 decodes and times, which takes the same for any input. Each run is a process of its own. Prints a
 table, writes ``plan.json`` and draws ``plan.png`` beside this file; see ``benchmarks/README.md``
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import drawn, median, paired_rounds, print_table, run_apart, write_results
-from tests.support.listing_store import bucket_url
+from tests.support.stores.listing_store import bucket_url
 
 WAV_BYTES = 44 + 5 * 44_100 * 2
 
 # What the libraries take stands before the planning begins: a plan of one file is made first.
 _PLAN = """
 import json, resource, sys, time
-import tests.support.listing_store
+import tests.support.stores.listing_store
 from pipeline.config.label import RunConfig
 from pipeline.labelling.plan import describe_plan, make_plan
 one, many = json.loads(sys.argv[1])

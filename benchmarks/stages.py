@@ -59,7 +59,8 @@ from transforms.inference.backbones import (
     TorchBackbone,
     resolve_precision,
 )
-from transforms.models.ast.model import ASTConfig, ASTModel
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTModel
 from transforms.models.labels import Label
 from transforms.records import (
     ClipFacts,

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Starts a Beam worker without a container: the command of ``--environment_type=PROCESS``.
+"""Start of a Beam worker without a container: the command of ``--environment_type=PROCESS``.
 
     --environment_config='{"command": "/path/to/beam_worker.py", "env": {"PATH": "/venv/bin:/bin"}}'
 
-A task manager of Flink or Spark runs this once for itself, and ends it with the job. It asks where
-the job's services are, and becomes the worker that Beam's image starts in the same way. The
-``python3`` that comes first on the PATH must have Earmark. Unlike a worker pool's, its log goes to
-the task manager's.
+A task manager of Flink or Spark runs this command once and ends it with the job. The command asks
+where the job's services are, then becomes the worker, as in Beam's image. The first ``python3`` on
+the PATH must have Earmark. Unlike with a worker pool, the log goes to the task manager's.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from google.protobuf import json_format, text_format
 
 
 def main() -> None:
-    """Ask the runner, and work for it until the job has ended."""
+    """Ask the runner for its services and work for it until the job ends."""
     parser = argparse.ArgumentParser(description="Start a Beam worker; called by a runner.")
     parser.add_argument("--id", required=True, help="the runner's name for this worker")
     parser.add_argument("--provision_endpoint", required=True, help="host:port of the services")
-    given, _ = parser.parse_known_args()  # runners give more, each as it likes
+    given, _ = parser.parse_known_args()  # runners pass more, each its own
     with grpc.insecure_channel(given.provision_endpoint) as channel:
         service = beam_provision_api_pb2_grpc.ProvisionServiceStub(channel)
         info = service.GetProvisionInfo(

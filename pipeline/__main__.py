@@ -1,7 +1,7 @@
-"""The command's entry, also as ``python -m pipeline``: an interrupt is one from the first line on.
+"""The entry of the ``earmark`` command, also ``python -m pipeline``.
 
-Importing the command line takes a while, and whoever presses Ctrl-C meanwhile shall not see a
-traceback. So this module imports next to nothing.
+Importing the command line takes a while. An interrupt in that time must not show a traceback, so
+this module imports next to nothing before it has set its signal handlers.
 """
 
 import atexit
@@ -11,12 +11,11 @@ import signal
 import sys
 from types import FrameType
 
-EXIT_INTERRUPTED = 130
-INTERRUPTED = "interrupted; the same command goes on from here"
+from pipeline.exit_codes import EXIT_INTERRUPTED, INTERRUPTED
 
 
 def main() -> int:
-    """Run the command line; gives the exit code."""
+    """Run the command line and return its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_at_once)
     from pipeline.cli.main import main as run
@@ -28,20 +27,25 @@ def main() -> int:
 
 
 def _end_without_waiting() -> None:
-    """End while threads that a runner works in may still be at a bundle, which none can stop.
+    """End although threads of a runner may still be inside a bundle, which nothing can stop.
 
-    Python's own end would wait for some of them and tear others out of a library, which then
-    aborts; and what they say of decoders that are being closed tells nobody anything.
+    Python's own shutdown would wait for some of them, and tear others out of a library that then
+    aborts. What they print about decoders that are being closed is of no use to anyone.
+
+    Python has no public function that calls the exit functions at once. Where the private one is
+    missing, this returns, and Python calls them after it has waited for those threads.
     """
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    atexit._run_exitfuncs()
-    os._exit(EXIT_INTERRUPTED)
+    call_exit_functions = getattr(atexit, "_run_exitfuncs", None)
+    if call_exit_functions is not None:
+        call_exit_functions()
+        os._exit(EXIT_INTERRUPTED)
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:
-    """Before ``cli`` has set handlers of its own, and once it has done its work."""
+    """Handle an interrupt before ``cli`` has set its own handlers, and after it is done."""
     with contextlib.suppress(OSError):  # standard error may be closed
         os.write(2, f"earmark: {INTERRUPTED}\n".encode())
     os._exit(EXIT_INTERRUPTED)

@@ -1,22 +1,17 @@
 """START READING HERE: the whole run as one Beam graph.
 
-    units ─▶ skip what is committed ─▶ LabelUnits ─▶ CommitUnits ─▶ summaries ─┐
-                      └─────────────────── summaries of units already done ────┤
-                                                     run.json, _SUCCESS ◀─ total
-
-Where a file is so long that it would be several units (``is_long``), it is labelled in parts, by
-the same steps as everything else, and joined once they are committed:
-
-    units ─▶ cut long files ─▶ skip … ─▶ CommitUnits ─▶ summaries ─┬─────────────────▶ total
-                     └─ parts ──▲                          parts ─▶ by file ─▶ join ─┘
+    units ─▶ skip committed ─▶ LabelUnits ─▶ CommitUnits ─▶ summaries ─┐
+                    └─────────── summaries of committed units ─────────┤
+                                            run.json, _SUCCESS ◀─ total
 
 A unit is a small description of what to read: a few hundred files, or a slice of a tar or Parquet
-file (``plan`` makes them; where the inputs are too many, workers do: ``deferred``). From reading
-to commit everything happens in one fused stage; only units go in and only summaries come out, so
-that memory stays flat and a unit is committed as soon as its last window is labelled. Any
+file. ``plan`` makes the units; for very many inputs, workers do (``plan_on_workers``).
+
+From reading to commit, everything happens in one fused stage. Only units go in and only summaries
+come out, so memory stays flat and a unit is committed as soon as its last window is labelled. A
 shuffle, side input, state or differing resource hint in between would split that stage:
-``tests/pipeline/test_graph.py`` holds it together, and ``CommitUnits`` raises rather than commit
-half a unit.
+``tests/pipeline/test_graph.py`` checks that it is one, and ``CommitUnits`` raises rather than
+commit half a unit.
 """
 
 from __future__ import annotations
@@ -27,14 +22,11 @@ from dataclasses import dataclass, field
 import apache_beam as beam
 from apache_beam.pvalue import PCollection
 
-from transforms.join_parts import JoinParts
 from transforms.label_audio import LabelSettings, LabelUnits
-from transforms.long_files import CutLongFiles
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import WorkUnit
 from transforms.results.commits import Checks, UnitSummary, UnitTotals, add_checks
 from transforms.results.write_units import CommitSettings, CommitUnits, SkipCommitted
-from transforms.sources.read_unit import is_long
 
 
 @dataclass(frozen=True)
@@ -44,9 +36,9 @@ class RunTotals:
     Attributes:
         units: How many units.
         totals: What they held.
-        engines: Everything that computed them; more than one is a mixture, and reported.
-        checks: How far each was from float32, where that was looked at.
-        seconds: Where the time went that this run took for them.
+        engines: Everything that computed them; more than one is a mixture, which is reported.
+        checks: How far each engine was from float32, where that was measured.
+        seconds: Where this run's time for them went.
     """
 
     units: int = 0
@@ -66,9 +58,7 @@ class RunTotals:
 
     @staticmethod
     def of(summary: UnitSummary) -> RunTotals:
-        """The totals of one unit; of a part of a long file, only what time it took."""
-        if summary.part is not None:
-            return RunTotals(seconds=summary.seconds)
+        """Return the totals of one unit."""
         return RunTotals(1, summary.totals, summary.engines, summary.checks, summary.seconds)
 
 
@@ -84,19 +74,18 @@ def build_graph(
     commit: CommitSettings,
     finish: Callable[[RunTotals], None],
 ) -> None:
-    """Draw the run.
+    """Build the graph of a run.
 
     Args:
-        pipeline: Where to draw it.
+        pipeline: Where to add it.
         units: What to label.
         label: The settings of every step.
         commit: Where and how to write.
-        finish: Called once with the totals of all units, after the last commit; it must be
+        finish: Called once with the totals of all units, after the last commit. Must be
             picklable, since it runs where the pipeline runs.
     """
     listed = pipeline | "List units" >> beam.Create(units)
-    cuts = any(is_long(unit, label.sources) for unit in units)
-    totals = label_units(listed, label, commit, cuts_long_files=cuts)
+    totals = label_units(listed, label, commit)
     _ = totals | "Finish run" >> beam.Map(finish)
 
 
@@ -104,35 +93,22 @@ def label_units(
     units: PCollection[WorkUnit],
     label: LabelSettings,
     commit: CommitSettings,
-    *,
-    cuts_long_files: bool,
 ) -> PCollection[RunTotals]:
-    """Draw what is done with units, however they were planned.
+    """Build the graph from units to totals, however the units were planned.
 
     Args:
         units: What to label.
         label: The settings of every step.
         commit: Where and how to write.
-        cuts_long_files: Whether there may be files that are labelled in parts.
 
     Returns:
         The totals of all units, once the last is committed.
     """
-    if cuts_long_files:
-        whole, parts = units | "Cut long files" >> CutLongFiles(
-            label.sources, label.windows, label.decode, commit.output, commit.fingerprint
-        )
-        # Without this, all parts of a file would be labelled where it was cut.
-        spread = parts | "Spread parts" >> beam.Reshuffle()
-        units = (whole, spread) | "Units and parts" >> beam.Flatten()
     to_do, done = units | "Skip committed" >> SkipCommitted(commit)
     labelled = to_do | "Label" >> LabelUnits(label) | "Commit" >> CommitUnits(commit)
-    summaries = (labelled, done) | "Gather summaries" >> beam.Flatten()
-    if cuts_long_files:
-        joined = summaries | "Join parts" >> JoinParts(commit, label.windows)
-        summaries = (summaries, joined) | "Add joined files" >> beam.Flatten()
     totals: PCollection[RunTotals] = (
-        summaries
+        (labelled, done)
+        | "Gather summaries" >> beam.Flatten()
         | "Count units" >> beam.Map(RunTotals.of)
         | "Sum up" >> beam.CombineGlobally(sum_totals)
     )

@@ -1,9 +1,9 @@
-"""Synthesises the ten sounds beside this file, one for each class of ESC-10.
+"""Synthesis of the ten sounds in this folder, one for each class of ESC-10.
 
-Run it to make them again: ``python samples/make_samples.py [FOLDER]``. It needs numpy and
-soundfile only, takes a few seconds, and gives the same samples every time (encoders of another
-libsndfile may give other bytes). Nothing in it is a recording: every sound is noise, pulses and
-sines, shaped after how such a sound comes about.
+Run it to make them again: ``python samples/make_samples.py [FOLDER]``. It needs only numpy and
+soundfile, takes a few seconds, and makes the same samples every time. (The encoders of another
+libsndfile may write other bytes.) Nothing in it is a recording: every sound is noise, pulses and
+sines, shaped like the source of such a sound.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy.typing as npt
 import soundfile
 
 Array = npt.NDArray[np.float64]
-# Its streams are frozen by numpy's compatibility policy; those of default_rng are not.
+# numpy's compatibility policy freezes its streams, unlike those of default_rng.
 Random = np.random.RandomState
 
 DURATION_S = 5.0
-# A room's own noise, dB per band against its loudest: no recording is silent between the sounds.
+# Noise of a room, dB per band below its loudest: no recording is silent between the sounds.
 ROOM_TONE = {60: 0.0, 200: -12.0, 1000: -26.0, 4000: -34.0, 12_000: -42.0}
 
 
@@ -50,12 +50,12 @@ class Sample:
 
 
 def seconds(rate_hz: int, duration_s: float = DURATION_S) -> Array:
-    """Time of each sample."""
+    """Return the time of each sample."""
     return np.arange(round(rate_hz * duration_s)) / rate_hz
 
 
 def filtered(sound: Array, rate_hz: int, gains_db: dict[float, float]) -> Array:
-    """``sound`` through a filter with these gains in dB, straight lines over log frequency."""
+    """Filter ``sound`` with these gains in dB, linear over the logarithm of frequency."""
     spectrum = np.fft.rfft(sound)
     frequencies_hz = np.maximum(np.fft.rfftfreq(len(sound), 1 / rate_hz), 1.0)
     gain_db = np.interp(np.log(frequencies_hz), np.log(list(gains_db)), list(gains_db.values()))
@@ -65,13 +65,13 @@ def filtered(sound: Array, rate_hz: int, gains_db: dict[float, float]) -> Array:
 def coloured_noise(
     num_samples: int, rate_hz: int, random: Random, gains_db: dict[float, float]
 ) -> Array:
-    """Noise with this spectrum, of RMS 1."""
+    """Return noise with this spectrum and RMS 1."""
     noise = filtered(random.standard_normal(num_samples), rate_hz, gains_db)
     return noise / np.sqrt(np.mean(noise**2))
 
 
 def resonances(formants: Sequence[tuple[float, float, float]]) -> dict[float, float]:
-    """Filter gains with a peak at each (frequency in Hz, bandwidth in Hz, gain in dB)."""
+    """Return filter gains with a peak at each (frequency in Hz, bandwidth in Hz, gain in dB)."""
     frequencies = np.geomspace(30.0, 22_000.0, 400)
     power = np.full(400, 1e-4)
     for centre, width, gain_db in formants:
@@ -80,12 +80,12 @@ def resonances(formants: Sequence[tuple[float, float, float]]) -> dict[float, fl
 
 
 def curve(time_s: Array, points_s: Sequence[float], values: Sequence[float]) -> Array:
-    """A line through these values at these times, level before the first and after the last."""
+    """Interpolate between these values; constant before the first time and after the last."""
     return np.interp(time_s, points_s, values)
 
 
 def smooth_random(num_samples: int, rate_hz: int, random: Random, changes_hz: float) -> Array:
-    """A slow random line of standard deviation near 1."""
+    """Return a slowly varying random curve with a standard deviation near 1."""
     num_points = max(4, round(num_samples / rate_hz * changes_hz) + 2)
     return np.interp(
         np.linspace(0, num_points - 1, num_samples),
@@ -95,7 +95,7 @@ def smooth_random(num_samples: int, rate_hz: int, random: Random, changes_hz: fl
 
 
 def harmonics(pitch_hz: Array, rate_hz: int, slope_db: float, jitter: Array | float = 0.0) -> Array:
-    """A harmonic tone; each harmonic is weaker by ``slope_db`` per octave."""
+    """Return a harmonic tone; each harmonic is weaker by ``slope_db`` per octave."""
     phase = 2 * np.pi * np.cumsum(pitch_hz * (1 + jitter)) / rate_hz
     tone = np.zeros(len(pitch_hz))
     for number in range(1, int(rate_hz / 2 / pitch_hz.min()) + 1):
@@ -106,7 +106,7 @@ def harmonics(pitch_hz: Array, rate_hz: int, slope_db: float, jitter: Array | fl
 
 
 def with_room(sound: Array, rate_hz: int, random: Random, level: float, decay_s: float) -> Array:
-    """``sound`` and its reflections in a room, which die away by 60 dB in twice ``decay_s``."""
+    """Add the reflections of a room, which decay by 60 dB in twice ``decay_s``."""
     time_s = seconds(rate_hz, 4 * decay_s)
     response = random.standard_normal(len(time_s)) * np.exp(
         -6.9 * time_s / (2 * decay_s)
@@ -120,14 +120,14 @@ def with_room(sound: Array, rate_hz: int, random: Random, level: float, decay_s:
 
 
 def add_at(sound: Array, piece: Array, rate_hz: int, start_s: float) -> None:
-    """Mix ``piece`` into ``sound`` at a time; what lies beyond the end is left out."""
+    """Mix ``piece`` into ``sound`` at a time, without the part beyond its end."""
     start = round(start_s * rate_hz)
     stop = min(start + len(piece), len(sound))
     sound[start:stop] += piece[: stop - start]
 
 
 def at_peak(sound: Array, peak: float) -> Array:
-    """``sound`` scaled to this largest absolute value, faded over 5 ms at both ends."""
+    """Scale ``sound`` to this largest absolute value, with fades of 5 ms at both ends."""
     fade = np.minimum(1.0, np.arange(len(sound)) / (len(sound) * 0.001))
     faded = (sound.T * fade * fade[::-1]).T
     return faded * (peak / np.abs(faded).max())

@@ -8,18 +8,36 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import object_store
 from tests.support.paths import SHARED_DATA
+from tests.support.stores import object_store
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Return what ``-n auto`` means: the usable cores. By default psutil counts the machine's."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else CORES
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores between parallel test processes, before torch is imported.
+
+    With a thread for each core in each process, torch spends half of its time on waiting.
+    """
+    if hasattr(config, "workerinput"):
+        num_threads = max(1, CORES // config.workerinput["workercount"])
+        os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
 
 
 def pytest_report_header() -> str:
-    """Which emulators of object stores there are: tests of the others are skipped."""
+    """Name the emulators of object stores in use. Tests of the others are skipped."""
     return f"stores: {', '.join(object_store.describe(name) for name in ('s3', 'gs'))}"
 
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stores are given up on after three tries in a row, rather than after two minutes."""
+    """Give up on stores after three tries in a row instead of two minutes."""
     from transforms.storage import retries
 
     monkeypatch.setattr(retries, "RETRY_S", 0.0)
@@ -32,7 +50,7 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What is kept from run to run lies in a folder of these tests', for child processes too."""
+    """Keep what outlives a run in a folder of this session, for child processes too."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("EARMARK_CACHE", str(folder))
@@ -41,9 +59,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def without_openvino() -> Iterator[None]:
-    """Where a test says nothing else, OpenVINO is not installed: ``auto`` is torch.
+    """Hide OpenVINO by default, so that the engine ``auto`` is torch.
 
-    ``openvino_as_installed`` gives it back. Child processes see what is installed.
+    ``openvino_as_installed`` restores it. Child processes see what is installed.
     """
     from transforms.inference import openvino
 
@@ -54,7 +72,7 @@ def without_openvino() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def openvino_as_installed(without_openvino: None) -> Iterator[None]:
-    """OpenVINO is what it is on this machine."""
+    """Let tests see whether OpenVINO is installed."""
     from importlib.util import find_spec
 
     from transforms.inference import openvino
@@ -66,21 +84,21 @@ def openvino_as_installed(without_openvino: None) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real recordings beside the checkout; skips where there is none."""
+    """Return the folder of real recordings beside the checkout; skip without it."""
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"the recordings kept beside the checkout are not there: {SHARED_DATA}")
+        pytest.skip(f"there are no recordings beside the checkout: {SHARED_DATA}")
     return SHARED_DATA
 
 
 @pytest.fixture(scope="session")
 def esc10(shared_data: Path) -> list[Path]:
-    """The 320 ESC-10 clips of folds 1 to 4, sorted by name."""
+    """Return the 320 ESC-10 clips of folds 1 to 4, sorted by name."""
     return sorted((shared_data / "esc10" / "audio").glob("*.ogg"))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small AST with random weights and five labels (sigmoid)."""
+    """Return the folder of a small AST with random weights and five labels (sigmoid)."""
     from tests.support.model_factory import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
@@ -88,7 +106,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def needs_gpu() -> None:
-    """Skips without a CUDA device; with REQUIRE_GPU=1 that is a failure."""
+    """Skip without a CUDA device, or fail if ``REQUIRE_GPU=1``."""
     import torch
 
     if not torch.cuda.is_available():

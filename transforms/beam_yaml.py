@@ -2,8 +2,8 @@
 
     Row(uri=…) ─▶ LabelAudio ─▶ clips, windows, failures: Row with the tables' columns
 
-YAML gives a transform plain values and hears of types through schemas; so the settings are keyword
-arguments, and what comes out says its columns. ``deploy/beam_yaml`` has the provider file and a
+YAML passes plain values to a transform and learns types from schemas. So the settings are keyword
+arguments, and the outputs declare their columns. ``deploy/beam_yaml`` has the provider file and a
 pipeline that uses it.
 """
 
@@ -26,7 +26,7 @@ from transforms.label_audio import LabelAudio, LabelSettings, make_settings
 from transforms.models.ast.checkpoints import ModelOverrides, resolve_model
 from transforms.results.rows import clips_schema, errors_schema, windows_schema
 
-# How Beam knows the types that the tables' columns have.
+# Beam's types for the columns of the tables.
 SCALARS: Mapping[pa.DataType, type] = {
     pa.string(): str,
     pa.int32(): int,
@@ -45,18 +45,18 @@ class LabelAudioRows(beam.PTransform[PCollection[Row], dict[str, PCollection[Row
 
     Args:
         model: Hub id, local or remote folder, original ``.pth``, or the name of a bundled model.
-        uri_field: The column that holds the URI or path of an audio file.
-        top_k: How many labels a row lists, best first.
-        scores: Also give every class's score.
-        window_s: Length of a window in seconds; null is what the checkpoint holds.
-        hop_s: From one window's start to the next's; null is the window's length.
+        uri_field: The column with the URI or path of an audio file.
+        top_k: Number of labels in a row, best first.
+        scores: Also return the score of every class.
+        window_s: Length of a window in seconds; null for the checkpoint's.
+        hop_s: Seconds between the starts of two windows; null for the window's length.
         precision: auto, fp32, bf16 or fp16.
-        device: auto, cpu, cuda or mps; one asked for by name and absent is an error.
-        batch_size: Windows per call; null lets the device decide.
+        device: auto, cpu, cuda or mps; a missing device requested by name is an error.
+        batch_size: Windows per call; null for the device's default.
 
     Raises:
         ConfigError: A setting does not fit the checkpoint.
-        ModelError: The checkpoint cannot be had.
+        ModelError: The checkpoint does not exist or is damaged.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class LabelAudioRows(beam.PTransform[PCollection[Row], dict[str, PCollection[Row
         )
 
     def default_type_hints(self) -> IOTypeHints:
-        """What Beam checks what goes in and comes out against."""
+        """Types of input and output, which Beam checks."""
         outputs = dict.fromkeys(("windows", "clips", "failures"), Row)
         return IOTypeHints.empty().with_input_types(Row).with_output_types(**outputs)
 
@@ -103,7 +103,7 @@ class LabelAudioRows(beam.PTransform[PCollection[Row], dict[str, PCollection[Row
 
 
 def schemas_of(settings: LabelSettings) -> dict[str, pa.Schema]:
-    """The columns of each output."""
+    """Return the schema of each output."""
     return {
         "windows": windows_schema(settings.rows),
         "clips": clips_schema(settings.rows),
@@ -112,10 +112,10 @@ def schemas_of(settings: LabelSettings) -> dict[str, pa.Schema]:
 
 
 def uri_of(row: Any, field: str) -> str:
-    """The URI that a row names.
+    """Return the URI in a row.
 
     Raises:
-        InputError: It has no such column, or no text in it.
+        InputError: The row has no such column, or it holds no text.
     """
     value = getattr(row, field, None)
     if not isinstance(value, str):
@@ -127,12 +127,12 @@ def uri_of(row: Any, field: str) -> str:
 
 
 def row_type(schema: pa.Schema) -> RowTypeConstraint:
-    """Beam's type of the rows of a table."""
+    """Return Beam's type of the rows of a table."""
     return RowTypeConstraint.from_fields([(field.name, _type_of(field)) for field in schema])
 
 
 def _type_of(field: pa.Field) -> Any:
-    """Beam's type of a column; null is possible where the table allows it."""
+    """Return Beam's type of a column, optional if the table allows null."""
     kind = _plain_type(field.type)
     return Optional[kind] if field.nullable else kind
 
@@ -146,10 +146,10 @@ def _plain_type(kind: pa.DataType) -> Any:
 
 
 def row_of(values: Mapping[str, Any], schema: pa.Schema) -> Row:
-    """A row as Beam's, structs within it too.
+    """Convert a row, with the structs in it, to Beam's ``Row``.
 
     Args:
-        values: The columns, as ``LabelAudio`` gives them.
+        values: The columns, as in the output of ``LabelAudio``.
         schema: The table's.
     """
     return Row(**{field.name: _value_of(values[field.name], field.type) for field in schema})

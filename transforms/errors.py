@@ -130,6 +130,13 @@ def in_words(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first telling line of an error's text, to which libraries may add a page."""
+    lines = str(error).strip().splitlines()
+    # OpenVINO begins with places in its own source.
+    return next((line for line in lines if not line.startswith("Exception f")), "no message")
+
+
 def item_too_large(max_item_bytes: int, num_bytes: int | None = None) -> str:
     """Describe an item beyond the bound (``ItemTooLarge``).
 

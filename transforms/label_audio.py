@@ -1,9 +1,9 @@
-"""Join the steps: from work units, or plain URIs, to labelled rows and failures.
+"""All steps joined: from work units, or plain URIs, to labelled rows and failures.
 
-``LabelUnits`` is the one fused stage of a run: read, decode, cut, fbank, RunInference, rows.
-Features never cross a stage: nothing between its first and its last step may shuffle, take a
-side input, keep state or ask for other resources than its neighbours. ``LabelAudio`` wraps it
-for other people's pipelines, with rows as plain dictionaries and no output folder.
+``LabelUnits`` is the single fused stage of a run: read, decode, cut, fbank, RunInference, rows.
+Features never cross a stage: no step in between may shuffle, take a side input, keep state or
+request other resources than its neighbours. ``LabelAudio`` wraps it for other people's pipelines,
+with rows as plain dictionaries and no output folder.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints import Dict
 from apache_beam.typehints.decorators import IOTypeHints
 
-from transforms.decoding.pool import DecodeAudio, DecodeSettings
+from transforms.decoding.decode_audio import DecodeAudio
+from transforms.decoding.pool import DecodeSettings
 from transforms.features.fbank import DeviceFbank, ExtractFbank, FbankSettings
 from transforms.features.windows import CutWindows, WindowSettings
 from transforms.inference.backbones import InferenceSettings, makes_features_on_device
-from transforms.inference.engine import ASTModelHandler
+from transforms.inference.handler import ASTModelHandler
 from transforms.models.ast.checkpoints import ModelSpec
 from transforms.records import (
     ClipRow,
@@ -51,15 +52,14 @@ from transforms.sources.read_unit import (
     make_clip_id,
     make_unit_id,
     read_unit,
-    windows_per_part,
 )
-from transforms.storage import urls as storage_urls
+from transforms.storage import urls
 from transforms.storage.secrets import public_uri
 
-# Files that one unit of LabelAudio groups, so that decoding can look ahead across them.
+# Files in a unit of LabelAudio, so that decoding can prefetch across them.
 FILES_PER_UNIT = 64
 
-# How Beam knows a row of LabelAudio.
+# Beam's type of a row of LabelAudio.
 ROW = Dict[str, Any]
 
 
@@ -69,12 +69,12 @@ class LabelSettings:
 
     Attributes:
         model: The checkpoint.
-        decode: How to decode.
-        windows: How to cut.
-        fbank: How to make features.
-        inference: How to run the model.
-        rows: What rows hold.
-        sources: How the input is cut into units and read.
+        decode: Decoding.
+        windows: Lengths of windows.
+        fbank: Features.
+        inference: Running the model.
+        rows: Content of rows.
+        sources: Dividing the input into units, and reading them.
     """
 
     model: ModelSpec
@@ -84,6 +84,67 @@ class LabelSettings:
     inference: InferenceSettings
     rows: RowSettings
     sources: SourceSettings = field(default_factory=SourceSettings)
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """The settings of the steps from inputs to windows, resolved against the features' shape.
+
+    Attributes:
+        decode: How to decode.
+        windows: How to cut.
+        sources: How the input is cut into units and read.
+    """
+
+    decode: DecodeSettings
+    windows: WindowSettings
+    sources: SourceSettings
+
+
+def make_input_settings(
+    fbank: FbankSettings,
+    *,
+    decode: DecodeSettings | None = None,
+    window_s: float | None = None,
+    hop_s: float | None = None,
+    min_tail_ratio: float = 0.1,
+    sources: SourceSettings | None = None,
+) -> InputSettings:
+    """Make the settings of the steps from inputs to windows.
+
+    Args:
+        fbank: Gives the rate, and the longest window.
+        decode: As for ``make_settings``, like all that follow.
+        window_s: Length of a window in seconds.
+        hop_s: From one window's start to the next's.
+        min_tail_ratio: Share of the window.
+        sources: How the input is cut into units and read.
+
+    Raises:
+        ConfigError: The window or hop does not fit the features.
+    """
+    decode, sources = decode or DecodeSettings(), sources or SourceSettings()
+    windows = WindowSettings.from_seconds(
+        length_s=window_s,
+        hop_s=hop_s,
+        min_tail_ratio=min_tail_ratio,
+        num_frames=fbank.num_frames,
+        sample_rate_hz=fbank.sample_rate_hz,
+    )
+    return InputSettings(
+        decode=dataclasses.replace(
+            decode,
+            sample_rate_hz=fbank.sample_rate_hz,
+            piece_samples=_whole_windows(decode.piece_samples, windows.window_samples),
+        ),
+        windows=windows,
+        sources=dataclasses.replace(
+            sources,
+            window_s=windows.window_samples / windows.sample_rate_hz,
+            hop_s=windows.hop_samples / windows.sample_rate_hz,
+            limits=dataclasses.replace(sources.limits, max_item_bytes=decode.max_item_bytes),
+        ),
+    )
 
 
 def make_settings(
@@ -98,47 +159,44 @@ def make_settings(
     store_scores: bool = False,
     sources: SourceSettings | None = None,
 ) -> LabelSettings:
-    """The settings of every step for a checkpoint; by default those of ``earmark label``.
+    """Make the settings of every step for a checkpoint, with the defaults of ``earmark label``.
 
     Args:
         model: The checkpoint.
-        decode: How to decode; the rate is always the model's.
-        inference: How to run the model.
-        window_s: Length of a window in seconds; None for what the checkpoint holds.
-        hop_s: From one window's start to the next's; None for the window's length.
+        decode: Decoding; the rate is always the model's.
+        inference: Running the model.
+        window_s: Length of a window in seconds; None for the checkpoint's.
+        hop_s: Seconds between the starts of two windows; None for the window's length.
         min_tail_ratio: Share of the window below which a tail gets no padded window of its own.
-        top_k: How many labels a row lists.
-        store_scores: Also store every class's score.
-        sources: How the input is cut into units and read; windows and the bound of an item are
-            always those of the other settings.
+        top_k: Number of labels in a row.
+        store_scores: Also store the score of every class.
+        sources: Dividing the input into units, and reading them; windows and the size limit of an
+            item always come from the other settings.
 
     Raises:
         ConfigError: The window or hop does not fit the checkpoint.
     """
-    decode, inference = decode or DecodeSettings(), inference or InferenceSettings()
-    sources = sources or SourceSettings()
-    windows = WindowSettings.from_seconds(
-        length_s=window_s,
+    inference = inference or InferenceSettings()
+    fbank = FbankSettings(
+        sample_rate_hz=model.sampling_rate,
+        num_mel_bins=model.config.num_mel_bins,
+        num_frames=model.num_frames,
+        mean=model.mean,
+        std=model.std,
+    )
+    inputs = make_input_settings(
+        fbank,
+        decode=decode,
+        window_s=window_s,
         hop_s=hop_s,
         min_tail_ratio=min_tail_ratio,
-        num_frames=model.num_frames,
-        sample_rate_hz=model.sampling_rate,
+        sources=sources,
     )
     return LabelSettings(
         model=model,
-        decode=dataclasses.replace(
-            decode,
-            sample_rate_hz=model.sampling_rate,
-            piece_samples=_whole_windows(decode.piece_samples, windows.window_samples),
-        ),
-        windows=windows,
-        fbank=FbankSettings(
-            sample_rate_hz=model.sampling_rate,
-            num_mel_bins=model.config.num_mel_bins,
-            num_frames=model.num_frames,
-            mean=model.mean,
-            std=model.std,
-        ),
+        decode=inputs.decode,
+        windows=inputs.windows,
+        fbank=fbank,
         inference=inference,
         rows=RowSettings(
             labels=model.labels,
@@ -148,20 +206,12 @@ def make_settings(
             store_scores=store_scores,
             embedding_dtype=inference.embedding_dtype,
         ),
-        sources=dataclasses.replace(
-            sources,
-            window_s=windows.window_samples / windows.sample_rate_hz,
-            hop_s=windows.hop_samples / windows.sample_rate_hz,
-            limits=dataclasses.replace(sources.limits, max_item_bytes=decode.max_item_bytes),
-            windows_per_part=windows_per_part(
-                sources.windows_per_unit, windows.hop_samples, windows.sample_rate_hz
-            ),
-        ),
+        sources=inputs.sources,
     )
 
 
 def _whole_windows(piece_samples: int, window_samples: int) -> int:
-    """About as many samples, in whole windows: those that lie in one piece need not be copied."""
+    """Round a piece to whole windows, because a window within one piece need not be copied."""
     return max(1, round(piece_samples / window_samples)) * window_samples
 
 
@@ -185,7 +235,7 @@ class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]])
             settings.model,
             settings.inference,
             make_features=functools.partial(DeviceFbank, settings.fbank),
-            # What comes late would come in the Beam window of whatever it comes with.
+            # A late result would get the Beam window of the element it is emitted with.
             runs_ahead=units.windowing.is_default(),
         )
         on_device = functools.partial(makes_features_on_device, settings.inference)
@@ -208,7 +258,7 @@ class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]])
 def read_items(
     unit: WorkUnit, settings: SourceSettings | None = None
 ) -> Iterator[EncodedClip | Failure]:
-    """Everything in a unit: what planning knows cannot be read, and the rest as it is read."""
+    """Read everything in a unit, after the failures that planning has found."""
     yield from unit.failures
     yield from read_unit(unit, settings or SourceSettings())
 
@@ -216,14 +266,14 @@ def read_items(
 def _key_features(
     event: Window | ItemFailure | UnitEnd,
 ) -> tuple[Window | ItemFailure | UnitEnd, FloatArray | None]:
-    """Take the features out of a window, so that results do not carry them on."""
+    """Separate the features from a window, so that results do not carry them."""
     if isinstance(event, Window):
         return event.with_data(None), event.data
     return event, None
 
 
 class _KeyedFeatures(KeyedModelHandler[Any, Any, Any, Any]):
-    """Features keyed by what they are of, measured alone: Beam's own would pickle every key."""
+    """Measures keyed features by the features alone, where Beam would pickle every key."""
 
     def get_num_bytes(self, batch: Sequence[tuple[Any, FloatArray | None]]) -> int:
         """Bytes of features in the batch."""
@@ -231,7 +281,7 @@ class _KeyedFeatures(KeyedModelHandler[Any, Any, Any, Any]):
 
 
 class LabelledAudio(NamedTuple):
-    """What ``LabelAudio`` gives; every row is a dictionary with the columns of Earmark's tables.
+    """The output of ``LabelAudio``; a row is a dictionary with the columns of Earmark's tables.
 
     Attributes:
         windows: A row per window (columns of ``windows``).
@@ -245,9 +295,9 @@ class LabelledAudio(NamedTuple):
 
 
 class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
-    """Label audio files in a pipeline of one's own: URIs in, rows and failures out.
+    """Label audio files in your own pipeline: URIs in, rows and failures out.
 
-    In: a URI or path of an audio file per element. Out: ``LabelledAudio``.
+    In: the URI or path of an audio file per element. Out: ``LabelledAudio``.
 
     Args:
         settings: The settings of every step; see ``make_settings``.
@@ -258,7 +308,7 @@ class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
         self._settings = settings
 
     def default_type_hints(self) -> IOTypeHints:
-        """What Beam checks what goes in and comes out against."""
+        """Types of input and output, which Beam checks."""
         return IOTypeHints.empty().with_input_types(str).with_output_types(ROW, ROW, ROW)
 
     def expand(self, uris: PCollection[str]) -> LabelledAudio:
@@ -277,10 +327,10 @@ class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
 
 
 def unit_of_files(uris: Sequence[str]) -> WorkUnit:
-    """A work unit of whole files."""
-    urls = [storage_urls.normalise(uri) for uri in uris]
+    """Make a work unit of whole files."""
+    names = [urls.normalise(uri) for uri in uris]
     items = tuple(
-        Item(clip_id=make_clip_id(public_uri(url)), uri=public_uri(url), url=url) for url in urls
+        Item(clip_id=make_clip_id(public_uri(url)), uri=public_uri(url), url=url) for url in names
     )
     return WorkUnit(unit_id=make_unit_id("files", items), kind="files", items=items)
 

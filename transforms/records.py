@@ -1,4 +1,4 @@
-"""What travels from step to step, drawn once.
+"""The records that travel from step to step.
 
     WorkUnit ─sources─▶ EncodedClip ─decode─▶ Waveform ─windows─▶ Window ─fbank─▶ Window
                              │                   │                   │        (with features)
@@ -6,14 +6,14 @@
                                                                      ▼
              rows ◀─rows─ (Window, Prediction) ◀──────────inference──┘
 
-A **work unit** is what is committed at once: a group of loose files, or a slice of a container
-(a byte range of a tar, a row range of a Parquet file). Everything read from it is an **item**:
-an ``EncodedClip``, or a ``Failure`` where it could not be read. A clip is decoded into
-``Waveform`` pieces, so that hours fit into bounded memory; the last piece carries the clip's
-``ClipFacts``. Pieces become ``Window``s; the last window of a clip carries the facts and the
-count of its windows. ``UnitEnd`` closes the unit and says how many items it held, so that the
-sink can count and needs no order. All records are frozen; arrays are never written to after
-they are handed on.
+A **work unit** is read, labelled and committed as one: a group of loose files, or a slice of a
+container (a byte range of a tar, a row range of a Parquet file). Everything read from it is an
+**item**: an ``EncodedClip``, or a ``Failure`` if it could not be read. A clip is decoded into
+``Waveform`` pieces, so that hours of audio fit into bounded memory. The last piece carries the
+clip's ``ClipFacts``. Pieces become ``Window``s. The last window of a clip carries the facts and the
+number of its windows. ``UnitEnd`` closes the unit and tells how many items it held, so the sink
+can count and needs no order. All records are frozen, and nobody writes to an array that has been
+passed on.
 """
 
 from __future__ import annotations
@@ -31,38 +31,24 @@ UnitKind = Literal["files", "tar", "parquet"]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Which part of a long file an item is; its own stretch is that of its item.
-
-    Attributes:
-        before_samples: Samples of the model's rate that are given before its start: the last
-            window of the part before, from which the rule for the clip's tail looks on.
-        after_samples: Samples given beyond its end: what its last window needs.
-    """
-
-    before_samples: int
-    after_samples: int
-
-
-@dataclass(frozen=True, slots=True)
 class Item:
     """One thing to label: a file, a tar member, a Parquet row, or a segment of one.
 
     Attributes:
-        clip_id: Unique and stable name in a result (``sources.make_clip_id``).
+        clip_id: Unique and stable name in a result (``make_clip_id``).
         uri: The file or container it comes from, without signature parameters: absolute local
             path (no ``file://``) or full URL.
-        url: What to open to read it; may carry a signature, so it is never written or printed.
-            Empty where the bytes come with a container.
+        url: The URL to open. It may carry a signature, so it is never written or printed. Empty if
+            the bytes come with a container.
         member: Name inside the tar, or None.
         row: Row number inside the Parquet file, counted from 0, or None.
-        start_s: Start of the segment in seconds from the start of the file, or None for a whole.
-        end_s: End of the segment in seconds, exclusive, or None for "to the end".
-        truth: Labels that the input gives, or None where it gives none.
-        metadata: JSON text of an object with everything else the input says, or None.
-        size: Bytes of the file (or of the container that holds it); None if not known.
-        version: What tells a changed file from an unchanged one: etag or modification time.
-        part: Of a part of a long file: how it goes together with the others; else None.
+        start_s: Start of the segment in seconds from the start of the file, or None for a whole
+            file.
+        end_s: End of the segment in seconds, exclusive, or None for the end of the file.
+        truth: Labels that the input gives, or None if it gives none.
+        metadata: JSON text of an object with everything else the input gives, or None.
+        size: Bytes of the file (or of the container that holds it); None if unknown.
+        version: Etag or modification time: tells a changed file from an unchanged one.
     """
 
     clip_id: str
@@ -76,7 +62,6 @@ class Item:
     metadata: str | None = None
     size: int | None = None
     version: str | None = None
-    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +70,15 @@ class ContainerSlice:
 
     Attributes:
         uri: The container, without signature parameters.
-        url: What to open; may carry a signature, so it is never written or printed.
-        size: The container's size in bytes, or None if the store does not say.
+        url: The URL to open. It may carry a signature, so it is never written or printed.
+        size: The container's size in bytes, or None if the store does not tell.
         version: Etag or modification time.
         start: First byte of the slice (tar: of the archive, decompressed for ``.tar.gz``), or
             first row (Parquet).
         stop: One past the last byte or row; None means to the container's end.
-        seen_names: Tar only: how often each member name that occurs again in this slice occurred
-            before it, so that the second of a name is ``#name~2`` wherever the cut lies.
+        seen_names: Tar only: for member names that occurred before this slice and occur in it
+            again, how often. So the second member of a name is ``#name~2`` wherever the slice
+            begins.
     """
 
     uri: str
@@ -106,7 +92,7 @@ class ContainerSlice:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """Rows of an earlier unit that a unit takes over unchanged when it replaces it.
+    """Rows of a replaced unit that the new unit carries over unchanged.
 
     Attributes:
         unit_id: The committed unit whose parts hold the rows.
@@ -119,20 +105,19 @@ class Carried:
 
 @dataclass(frozen=True, slots=True)
 class WorkUnit:
-    """What is read, labelled and committed at once.
+    """A unit of work: read, labelled and committed as one.
 
     Attributes:
-        unit_id: Name of its parts, made from what is in it (``sources.make_unit_id``).
+        unit_id: Name of its parts, made from its content (``make_unit_id``).
         kind: ``files`` (``items`` lists them all), ``tar`` or ``parquet`` (a ``container``).
-        items: Loose files or segments, in order. With a container: the members or rows a
+        items: Loose files or segments, in order. With a container: the members or rows that a
             manifest asked for; empty means everything in the slice.
         container: The slice to read; None for ``files``.
         estimated_windows: Windows expected, from sizes alone; for even units and progress.
-        replaces: Committed units whose content this one redoes; they go when this is committed.
+        replaces: Committed units whose content this one redoes; they are removed after its commit.
         carried: Rows to copy from a replaced unit, if any.
-        failures: Items that planning already knows cannot be read (a bad line of a manifest);
-            they become rows all the same.
-        part_of: The long unit that this is a part of (``long_files``), or None.
+        failures: Items that planning could not read (a bad line of a manifest); they become rows
+            too.
     """
 
     unit_id: str
@@ -143,7 +128,6 @@ class WorkUnit:
     replaces: tuple[str, ...] = ()
     carried: Carried | None = None
     failures: tuple[Failure, ...] = ()
-    part_of: WorkUnit | None = None
 
     def __post_init__(self) -> None:
         if (self.kind == "files") != (self.container is None):
@@ -158,10 +142,10 @@ class EncodedClip:
     """An item's encoded bytes, in memory or in a local file; exactly one of the two.
 
     Attributes:
-        item: What it is.
+        item: The item.
         data: The encoded bytes, or None.
         path: A local file with the encoded bytes, or None.
-        delete_path: The file at ``path`` was made for this clip only and goes after decoding.
+        delete_path: Whether the file at ``path`` is this clip's own, to be removed after decoding.
     """
 
     item: Item
@@ -179,11 +163,11 @@ class Failure:
     """An item that could not be labelled, and why; a row in ``errors``.
 
     Attributes:
-        item: What failed. For a container cut short, the container itself.
+        item: The item; the container itself if that could not be read to its end.
         stage: ``read``, ``decode``, ``fbank`` or ``inference``.
         error_type: Name of the error, for grouping.
-        message: What happened, in words that name the cause.
-        is_container: The item is a container that could not be read to its end (exit code 3).
+        message: What happened, and its cause.
+        is_container: Whether the item is a container not read to its end (exit code 3).
     """
 
     item: Item
@@ -195,7 +179,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class ClipFacts:
-    """What is known of a clip once it has been decoded to its end.
+    """Facts about a clip that has been decoded to its end.
 
     Levels are measured at the source's rate, over all channels, before mixing down.
 
@@ -208,7 +192,7 @@ class ClipFacts:
         clipped_ratio: Share of samples with |x| ≥ 0.999, in [0, 1].
         silent_ratio: Share of 20 ms frames whose RMS is below −60 dBFS, in [0, 1].
         content_sha256: Hex digest of the encoded bytes (the whole file, for a segment).
-        warning: What is wrong with a clip that was labelled all the same, or None.
+        warning: What is wrong with a clip that was labelled nevertheless, or None.
     """
 
     duration_s: float
@@ -229,7 +213,7 @@ class Waveform:
     Attributes:
         unit_id: The unit it belongs to.
         item_index: Position of the item in its unit, from 0.
-        item: What it is a piece of.
+        item: The clip it is a piece of.
         samples: Shape (num_samples,), float32, nominally in [-1, 1].
         facts: The clip's facts on its last piece, else None.
     """
@@ -259,11 +243,11 @@ class Window:
         start_s: Start in seconds from the start of the file.
         end_s: True end in seconds: padding does not count.
         data: Samples of shape (num_samples,) until ``fbank``, then features of shape
-            (num_frames, num_mel_bins); float32. None once the model has seen it, or on error.
+            (num_frames, num_mel_bins); float32. None after inference, or on error.
         facts: On the clip's last window: its facts; else None.
         num_windows: On the clip's last window: how many windows the clip has; else None.
-        error: Why there are no features, or None. The window travels on all the same, because
-            the windows of a clip are counted.
+        error: Why there are no features, or None. The window still travels on, because the windows
+            of a clip are counted.
     """
 
     unit_id: str
@@ -285,7 +269,7 @@ class Window:
         )
 
     def with_data(self, data: FloatArray | None) -> Window:
-        """The same window with other data (features for samples, or none)."""
+        """Return the window with other data (features for samples, or none)."""
         return dataclasses.replace(self, data=data)
 
 
@@ -296,7 +280,7 @@ class ItemFailure:
     Attributes:
         unit_id: The unit it belongs to.
         item_index: Position of the item in its unit, from 0.
-        failure: What failed and why.
+        failure: The item that failed, and why.
     """
 
     unit_id: str
@@ -306,11 +290,11 @@ class ItemFailure:
 
 @dataclass(frozen=True, slots=True)
 class UnitEnd:
-    """Closes a unit: everything it held is on its way.
+    """The end of a unit: all of its items have been passed on.
 
     Attributes:
         unit: The unit itself.
-        num_items: How many items it held, failed ones and a broken container's row included.
+        num_items: How many items it held, including failed ones and a broken container's row.
     """
 
     unit: WorkUnit
@@ -319,15 +303,15 @@ class UnitEnd:
 
 @dataclass(frozen=True, slots=True)
 class WindowCheck:
-    """A window's answer beside that of plain torch in float32.
+    """A window's prediction compared with that of plain torch in float32.
 
     Attributes:
         score_difference: The largest absolute difference of a class's score.
         cosine: Cosine of the two embeddings, in [-1, 1].
         same_top: Whether both have the same best class.
-        measured_utc: When, in ISO 8601.
+        measured_utc: Time of the measurement, in ISO 8601.
         reused: Whether an earlier run measured it.
-        error: Why it could not be measured, or None; the other fields then mean nothing.
+        error: Why it could not be measured; the other fields are then meaningless. None if it was.
     """
 
     score_difference: float = 0.0
@@ -340,14 +324,14 @@ class WindowCheck:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says of one window.
+    """The model's output for one window.
 
     Attributes:
-        embedding: Shape (hidden_size,), in the type it is stored in (float32 or float16).
+        embedding: Shape (hidden_size,), in the type in which it is stored (float32 or float16).
         scores: Shape (num_labels,), float32, after the activation.
         engine: What computed it, as the commit records it: ``torch cpu fp32``.
-        error: Why there is no usable answer, or None; the arrays are then empty.
-        check: How far it is from the reference, where that was looked at.
+        error: Why there is no usable output; the arrays are then empty. None if there is.
+        check: How far it is from the reference, if that was measured.
     """
 
     embedding: npt.NDArray[np.floating]
@@ -367,7 +351,7 @@ class PendingBatch:
     """Predictions that a device is still computing.
 
     Args:
-        finish: Waits for them; they are those of the batch's windows, in order.
+        finish: Waits for the predictions of the batch's windows, and returns them in order.
     """
 
     def __init__(self, finish: Callable[[], Sequence[Prediction]]) -> None:
@@ -375,7 +359,7 @@ class PendingBatch:
         self._predictions: Sequence[Prediction] = ()
 
     def wait(self) -> Sequence[Prediction]:
-        """The predictions; waits for them the first time."""
+        """Return the predictions; the first call waits for them."""
         if self._finish is not None:
             self._predictions, self._finish = self._finish(), None  # and its tensors with it
         return self._predictions
@@ -383,22 +367,22 @@ class PendingBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingPrediction:
-    """A window's prediction that is still to come; in another process, it is there.
+    """A window's prediction that is still being computed; pickling waits for it.
 
     Attributes:
-        batch: The batch that the window is in.
-        index: Its position in there.
+        batch: The window's batch.
+        index: The window's position in the batch.
     """
 
     batch: PendingBatch
     index: int
 
     def wait(self) -> Prediction:
-        """The prediction, once its batch is there."""
+        """Wait for the batch, and return the prediction."""
         return self.batch.wait()[self.index]
 
     def __reduce__(self) -> tuple[Callable[[Prediction], Prediction], tuple[Prediction]]:
-        """Beam pickles a few of the elements, to estimate the size of all."""
+        """Pickle the prediction itself: Beam pickles a few elements to estimate the size of all."""
         return dataclasses.replace, (self.wait(),)
 
 
@@ -432,7 +416,7 @@ class ClipRow:
     Attributes:
         unit_id: The unit it belongs to.
         item_index: Position of the item in its unit, from 0.
-        item: What it is.
+        item: The item.
         facts: What decoding found.
         num_windows: How many windows it has.
         embedding: The windows' mean weighted by real duration, shape (hidden_size,).

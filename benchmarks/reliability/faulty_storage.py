@@ -2,9 +2,9 @@
 
     python -m benchmarks.reliability.faulty_storage [--rounds 10] [--stores s3 gs]
 
-Emulators of S3 and of Google Cloud Storage (``tests/support/object_store.py``) lie behind a proxy
-of our own (``tests/support/fault_proxy.py``). Each round labels loose files, a tar, a Parquet file
-and a manifest from the store into the store with a tiny model, in one of four ways:
+Emulators of S3 and of Google Cloud Storage lie behind a proxy that injects faults (both in
+``tests/support/stores``). Each round labels loose files, a tar, a Parquet file and a manifest
+from the store into the store with a tiny model, in one of four ways:
 
 - ``5 %`` and ``30 %`` of the requests are harmed: refused with 429, 500 or 503, reset before or
   after the store did them, cut on the way there or back, with and without a sign, or slowed down.
@@ -40,12 +40,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from pipeline.cli.main import EXIT_INTERRUPTED
 from pipeline.cli.main import main as earmark
+from pipeline.exit_codes import EXIT_INTERRUPTED
 from pipeline.result import lock
-from tests.support.fault_proxy import Faults
 from tests.support.model_factory import write_tiny_model
-from tests.support.object_store import ObjectStore, damaged_commits, missing, open_store
+from tests.support.stores.fault_proxy import Faults
+from tests.support.stores.object_store import ObjectStore, damaged_commits, missing, open_store
 from tests.transforms.storage.test_faulty_storage import assert_same_rows, fill, label
 from transforms.storage import retries
 

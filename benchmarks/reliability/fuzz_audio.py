@@ -312,7 +312,7 @@ class ChildWatch:
                     self._note(int(pid))
 
     def _note(self, pid: int) -> None:
-        if b"decode_worker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"transforms.decoding.child" not in Path(f"/proc/{pid}/cmdline").read_bytes():
             return  # just forked: what is there is still the parent's memory
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM"):

@@ -71,7 +71,7 @@ WINDOWS_PER_UNIT = 20
 AIMED_RECORDINGS = 8  # three units: loose files, a tar, a compressed tar
 COLD_EVERY = 5
 TORCH_FOLDERS = {f"torchinductor_{getpass.getuser()}"}
-INTERRUPTED = "earmark: interrupted; the same command goes on from here\n"
+INTERRUPTED = "earmark: interrupted; run the same command again to resume\n"
 
 
 class BrokenPromiseError(Exception):

@@ -1,10 +1,10 @@
-"""What a flex template runs: ``earmark label`` with the template's parameters, and no waiting.
+"""The command of a flex template: ``earmark label`` with its parameters, without waiting.
 
     --input=gs://… --output=gs://… --model=… --runner=DataflowRunner --template_location=gs://… …
         └─▶ earmark label gs://… --output gs://… --model … -- --runner=DataflowRunner …
 
-It lists the inputs, writes the job's description, and ends; the service then starts the job from
-it. The parameters are those of ``metadata.json``; everything else is an option for Beam.
+It lists the inputs, writes the job's description, and ends. The service then starts the job from
+it. ``metadata.json`` describes the parameters. Everything else is an option for Beam.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.cli import main as cli
 
-# Parameters of the template that are Earmark's, with the option that each becomes.
+# The template's parameters for Earmark, with their options.
 OPTIONS = {"output": "--output", "model": "--model", "config": "--config"}
 DEFAULT_CONFIG = "dataflow_gpu"
 
 
 def split_arguments(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Names and values, in order, of ``--name=value``, ``--name value`` and ``--name``."""
+    """Return names and values, in order, of ``--name=value``, ``--name value`` and ``--name``."""
     found: list[tuple[str, str | None]] = []
     for word in arguments:
         if word.startswith("--"):
@@ -31,17 +31,17 @@ def split_arguments(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
         elif found and found[-1][1] is None:
             found[-1] = (found[-1][0], word)
         else:
-            raise SystemExit(f"{word} stands behind no option; expected --name=value")
+            raise SystemExit(f"{word} follows no option; expected --name=value")
     return found
 
 
 def make_command(arguments: Sequence[str]) -> list[str]:
-    """The command line of ``earmark`` for what the service gives the launcher.
+    """Return the command line of ``earmark`` for the arguments that the service passes.
 
     Args:
         arguments: ``--input=…``, the parameters of ``OPTIONS``, ``--set=key=value;key=value``, and
-            Beam's options. What Beam does not know is left out, and said: the service may give
-            its launchers more than Beam's client reads.
+            Beam's options. Options unknown to Beam are dropped with a message, because the
+            service may pass its launchers more than Beam's client reads.
     """
     known = {name.replace("-", "_") for name in PipelineOptions([]).get_all_options()}
     inputs, own, beam_options = [], {"config": DEFAULT_CONFIG}, []
@@ -56,7 +56,7 @@ def make_command(arguments: Sequence[str]) -> list[str]:
         elif name.replace("-", "_").removeprefix("no_") in known or name in known:
             beam_options.append(f"--{name}" if value is None else f"--{name}={value}")
         else:
-            print(f"left out --{name}, which Beam does not know", file=sys.stderr)
+            print(f"dropped --{name}: Beam does not know this option", file=sys.stderr)
     options = [word for name, value in own.items() for word in (OPTIONS[name], value)]
     sets = [word for text in settings for word in ("--set", text)]
     return ["label", *inputs, *options, *sets, "--", *beam_options]

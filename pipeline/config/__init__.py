@@ -1,1 +1,1 @@
-"""What a run can be told: every key, and how defaults, YAML, --set and options join."""
+"""Every key that can be set, and how defaults, YAML, --set and options join."""

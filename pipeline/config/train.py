@@ -1,58 +1,33 @@
-"""What a training can be told: every key of ``earmark train``, and what must hold between them.
+"""The configuration of ``earmark train``.
 
-    defaults ◀─ YAML (--config) ◀─ --set key=value ◀─ explicit options ─▶ TrainConfig
-
-``config`` joins them; this module says what there is to join. ``configs/train/default.yaml`` says
-what each key means. The sections are themselves the settings that ``pipeline.training`` takes.
+``configs/train/default.yaml`` says what each key means, with its unit and default. The sections are
+themselves the settings that ``pipeline.training`` takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable, Sequence
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from pipeline.config.label import (
-    CheckpointSection,
+from pipeline.config.label import CheckpointSection, DecodeSection, ReadSection, WindowSection
+from pipeline.config.schema import (
+    Config,
     Count,
-    DecodeSection,
+    CountOrZero,
+    NotNegative,
     Positive,
     Ratio,
-    ReadSection,
     Rule,
-    Schema,
     Section,
     Texts,
-    WindowSection,
     empty_input,
     empty_output,
     hop_leaves_gaps,
-    without_signatures,
 )
 from transforms.errors import InputError
-
-# What each command-line option sets; the command line has no settings of its own.
-OPTION_KEYS: Mapping[str, str] = {
-    "--train": "train",
-    "--validation": "validation",
-    "--hold-out": "hold_out",
-    "--output": "output",
-    "--model": "model.name",
-    "--labels": "model.labels",
-    "--epochs": "training.epochs",
-    "--batch-size": "training.batch_size",
-    "--learning-rate": "optimizer.learning_rate",
-    "--seed": "training.seed",
-    "--device": "training.device",
-    "--precision": "training.precision",
-    "--cache": "cache.folder",
-    "--limit": "limit",
-    "--overwrite": "overwrite",
-    "--max-failed": "max_failed",
-    "--quiet": "quiet",
-}
 
 # Of a model from scratch, where ``model`` does not say otherwise.
 SCRATCH_STRIDE = 16
@@ -61,7 +36,7 @@ SCRATCH_NUM_MEL_BINS = 128
 
 
 def _as_betas(value: object) -> object:
-    """Two numbers in [0, 1) as a tuple; YAML has lists where the config has tuples."""
+    """Return two numbers in [0, 1) as a tuple; YAML has lists."""
     numbers = tuple(value) if isinstance(value, list | tuple) else ()
     are_numbers = all(type(number) in (int, float) for number in numbers)
     if len(numbers) != 2 or not are_numbers or not all(0 <= number < 1 for number in numbers):
@@ -69,29 +44,13 @@ def _as_betas(value: object) -> object:
     return numbers
 
 
-CountOrZero = Annotated[int, Field(ge=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]  # of which something must be left
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Betas = Annotated[tuple[float, float], BeforeValidator(_as_betas)]
 
 
-class TrainModelSection(CheckpointSection):
-    """What to start from, and what overrides its own word; without a name, from scratch."""
-
-
 class ArchitectureSection(Section):
-    """The shape of a model from scratch; dropout is of any model.
-
-    Attributes:
-        hidden_size: Width of a token, and of the embedding.
-        num_hidden_layers: Transformer blocks.
-        num_attention_heads: Per block.
-        intermediate_size: Width of the blocks' hidden layer; null is four times ``hidden_size``.
-        patch_size: Side of a patch, in mel bins and in frames.
-        hidden_dropout_prob: Dropout of embeddings and block outputs.
-        attention_probs_dropout_prob: Dropout of attention weights.
-    """
+    """The shape of a model from scratch; dropout is of any model."""
 
     hidden_size: Count = 192
     num_hidden_layers: Count = 6
@@ -103,24 +62,7 @@ class ArchitectureSection(Section):
 
 
 class TrainingSection(Section):
-    """How long, on what, towards what.
-
-    Attributes:
-        epochs: Times that the training set is gone through.
-        batch_size: Clips per optimizer step.
-        seed: What everything that is drawn follows from.
-        loss: One label per clip (softmax), or any number of them (sigmoid).
-        metric: What the best epoch is chosen by.
-        sampler: Every clip once per epoch, or rare labels as often as frequent ones.
-        head: A new one for the labels of the training set, or the checkpoint's own.
-        trained_layers: The last blocks that are trained, beside the head; null is everything.
-        keep: Which weights the output's model has.
-        device: A device asked for by name and absent is an error.
-        precision: Of what is computed; weights are float32 while they are trained.
-        saved_dtype: Type the weights are stored in.
-        validate_every: Epochs from one validation to the next; the last is always validated.
-        loader_processes: Processes that read clips ahead; null follows the device.
-    """
+    """How long, on what, towards what."""
 
     epochs: Count = 25
     batch_size: Count = 48
@@ -139,16 +81,7 @@ class TrainingSection(Section):
 
 
 class OptimizerSection(Section):
-    """How weights are changed.
-
-    Attributes:
-        name: With adam, weight decay is part of the gradient; with adamw it is not.
-        learning_rate: At its highest; the schedule multiplies it. null follows what training
-            starts from.
-        betas: Decay of the gradient's mean and of its square's, per step.
-        weight_decay: Share of a weight that is taken off it, times the learning rate.
-        max_gradient_norm: Length that a gradient is cut down to; null leaves it.
-    """
+    """How weights are changed."""
 
     name: Literal["adam", "adamw"] = "adam"
     learning_rate: Positive | None = None
@@ -158,16 +91,7 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """What the learning rate is multiplied by, step for step.
-
-    Attributes:
-        kind: In steps of ``decay_factor``, or along a half cosine to nothing.
-        warmup_steps: Optimizer steps until the rate is what it should be; 0: at once.
-        warmup_interval: Optimizer steps from one raise to the next during these.
-        decay_start_epoch: Epochs before the first step down.
-        decay_every_epochs: Epochs from one step down to the next.
-        decay_factor: What each step down multiplies the rate by.
-    """
+    """What the learning rate is multiplied by, step for step."""
 
     kind: Literal["multistep", "cosine"] = "multistep"
     warmup_steps: CountOrZero = 0
@@ -178,22 +102,7 @@ class ScheduleSection(Section):
 
 
 class AugmentationSection(Section):
-    """What is done to clips in training, differently each time.
-
-    Attributes:
-        mixup_ratio: Share of clips that are mixed with another.
-        mixup_beta: Shape of the Beta distribution that the mixture is drawn from.
-        masked_mels: Mel bins that the widest mask along frequency covers.
-        masked_frames: Frames that the widest mask along time covers.
-        feature_noise: Highest noise on normalised features.
-        shift_frames: Frames that features are rolled by at most, either way.
-        circular_shift: Whether the waveform is rolled by a random part of its length.
-        gain_db: Decibels that a clip is made louder or softer by at most.
-        speed: Natural logarithm that the speed is changed by at most, either way.
-        equalizer_db: Standard deviation of a random, smooth gain over frequency, in decibels.
-        invert: Whether half of the waveforms change their sign.
-        patch_drop: Share of patches that the model is not shown.
-    """
+    """What is done to clips in training, differently each time."""
 
     mixup_ratio: Ratio = 0.0
     mixup_beta: Positive = 10.0
@@ -210,13 +119,7 @@ class AugmentationSection(Section):
 
 
 class AveragingSection(Section):
-    """Weights that are a mean over the training; epochs count from 1.
-
-    Attributes:
-        first_epoch: The first whose weights count.
-        last_epoch: The last.
-        moving_decay: Of an exponential moving average, per step.
-    """
+    """Weights that are a mean over the training; epochs count from 1."""
 
     first_epoch: Count | None = None
     last_epoch: Count | None = None
@@ -224,18 +127,7 @@ class AveragingSection(Section):
 
 
 class PretrainingSection(Section):
-    """Training without labels beforehand: hidden patches are to be guessed from the others.
-
-    Attributes:
-        epochs: Times that the training set is gone through; 0: none.
-        masked_ratio: Share of patches that are hidden.
-        learning_rate: At its highest.
-        weight_decay: Of AdamW.
-        batch_size: Clips per optimizer step.
-        warmup_epochs: Until the learning rate is at its highest.
-        decoder_width: Width of the decoder's tokens.
-        decoder_layers: Its transformer blocks.
-    """
+    """Training without labels beforehand: hidden patches are to be guessed from the others."""
 
     epochs: CountOrZero = 0
     masked_ratio: Fraction = 0.7
@@ -248,70 +140,14 @@ class PretrainingSection(Section):
 
 
 class CacheSection(Section):
-    """Where clips lie once they are decoded.
-
-    Attributes:
-        folder: A local one; null is ``cache`` in the output.
-        dtype: Type of the samples.
-    """
+    """Where clips lie once they are decoded."""
 
     folder: str | None = None
     dtype: Literal["float32", "int16"] = "float32"
 
 
-class TrainConfig(Section):
-    """All that a training can be told; see ``configs/train/default.yaml`` for every key's meaning.
-
-    Attributes:
-        train: What to learn from: inputs with labels.
-        validation: What to measure with: inputs with labels.
-        hold_out: ``COLUMN=VALUE``: those of ``train`` that are measured with instead.
-        output: The folder of the model.
-        overwrite: Start anew: remove what Earmark wrote to the output.
-        limit: Take at most this many items.
-        max_failed: Share of failed items above which nothing is trained.
-        quiet: No progress.
-    """
-
-    train: Texts = ()
-    validation: Texts = ()
-    hold_out: str | None = None
-    output: str | None = None
-    overwrite: bool = False
-    limit: Count | None = None
-    max_failed: Ratio = 0.05
-    quiet: bool = False
-    model: TrainModelSection = TrainModelSection()
-    architecture: ArchitectureSection = ArchitectureSection()
-    training: TrainingSection = TrainingSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    schedule: ScheduleSection = ScheduleSection()
-    augmentation: AugmentationSection = AugmentationSection()
-    averaging: AveragingSection = AveragingSection()
-    pretraining: PretrainingSection = PretrainingSection()
-    window: WindowSection = WindowSection()
-    read: ReadSection = ReadSection()
-    decode: DecodeSection = DecodeSection()
-    cache: CacheSection = CacheSection()
-
-    @model_validator(mode="after")
-    def _keys_agree(self) -> Self:
-        TRAIN_SCHEMA.check_rules(self)
-        return self
-
-    def resolved(self) -> dict[str, Any]:
-        """The whole configuration as plain dicts and lists, its URLs without what signs them.
-
-        It is itself a valid YAML configuration.
-        """
-        places = ("train", "validation", "output", "cache.folder")
-        return without_signatures(
-            self, (*places, "model.name", "model.labels", "model.preprocessor")
-        )
-
-
 def split_hold_out(hold_out: str) -> tuple[str, str]:
-    """The column and the value of ``COLUMN=VALUE``; either is empty where the text has none."""
+    """Return the column and the value of ``COLUMN=VALUE``; what the text lacks is empty."""
     column, _, value = hold_out.partition("=")
     return column.strip(), value.strip()
 
@@ -395,17 +231,22 @@ def _layers_never_trained(
     return f"must be null without model.name, and with pretraining.epochs: {why}"
 
 
-def _fact_of_no_checkpoint(value: object, name: str | None) -> str | None:
-    if value is None or name is not None:
-        return None
-    return (
-        "must be null without model.name: it is for checkpoints that do not say it; the shape of "
-        "a model from scratch is in architecture"
-    )
+def _fact_of_a_checkpoint(key: str) -> Rule:
+    """Return the rule that what a checkpoint may lack is not set where there is none."""
+
+    def broken(value: object, name: str | None) -> str | None:
+        if value is None or name is not None:
+            return None
+        return (
+            "must be null without model.name: it is for checkpoints that do not say it; the shape "
+            "of a model from scratch is in architecture"
+        )
+
+    return Rule((f"model.{key}", "model.name"), broken)
 
 
 def _unused_architecture(key: str) -> Rule:
-    """A rule: the shape of a checkpoint is its own."""
+    """Return the rule that the shape of a checkpoint is its own."""
     default = ArchitectureSection.model_fields[key].default
 
     def broken(value: object, name: str | None) -> str | None:
@@ -421,7 +262,7 @@ def _unused_architecture(key: str) -> Rule:
 
 
 def _unused_decay(key: str) -> Rule:
-    """A rule: nothing is said about steps where there are none."""
+    """Return the rule that nothing is set for steps where there are none."""
     default = ScheduleSection.model_fields[key].default
 
     def broken(value: object, kind: str) -> str | None:
@@ -441,7 +282,7 @@ def _heads_do_not_divide(
 
 
 def _smaller_than_a_patch(scratch_size: int) -> Callable[..., str | None]:
-    """The rule's function: a model from scratch has room for one patch at least."""
+    """Return a rule's function: a model from scratch has room for at least one patch."""
 
     def broken(patch_size: int, size: int | None, name: str | None) -> str | None:
         limit = scratch_size if size is None else size
@@ -453,7 +294,7 @@ def _smaller_than_a_patch(scratch_size: int) -> Callable[..., str | None]:
 
 
 def _mask_covers_everything(scratch_size: int) -> Callable[..., str | None]:
-    """The rule's function: a mask is no larger than what the model takes, where that is known."""
+    """Return a rule's function: a mask fits into what the model takes, where that is known."""
 
     def broken(masked: int, size: int | None, name: str | None) -> str | None:
         limit = scratch_size if size is None and name is None else size
@@ -488,65 +329,97 @@ def _not_a_local_folder(folder: str | None) -> str | None:
     return "must be a local folder: samples are read from it at random all the time"
 
 
-RULES = (
-    Rule(("train",), empty_input),
-    Rule(("validation",), empty_input),
-    Rule(("output",), empty_output),
-    Rule(("cache.folder",), empty_output),
-    Rule(("cache.folder",), _not_a_local_folder),
-    Rule(("hold_out",), _hold_out_is_no_pair),
-    Rule(("hold_out", "validation"), _two_validations),
-    Rule(("training.keep", "train", "validation", "hold_out"), _best_of_nothing),
-    Rule(("training.keep", "averaging.first_epoch", "averaging.moving_decay"), _average_of_nothing),
-    Rule(("training.head", "model.name"), _head_of_nothing),
-    Rule(("training.trained_layers", "model.name", "pretraining.epochs"), _layers_never_trained),
-    Rule(("training.precision", "training.device"), _half_on_the_cpu),
-    Rule(("model.num_attention_heads", "model.name"), _fact_of_no_checkpoint),
-    Rule(("model.layer_norm_eps", "model.name"), _fact_of_no_checkpoint),
-    Rule(("model.head_layer_norm_eps", "model.name"), _fact_of_no_checkpoint),
-    _unused_architecture("hidden_size"),
-    _unused_architecture("num_hidden_layers"),
-    _unused_architecture("num_attention_heads"),
-    _unused_architecture("intermediate_size"),
-    _unused_architecture("patch_size"),
-    Rule(
-        ("architecture.num_attention_heads", "architecture.hidden_size", "model.name"),
-        _heads_do_not_divide,
-    ),
-    Rule(
-        ("architecture.patch_size", "model.num_mel_bins", "model.name"),
-        _smaller_than_a_patch(SCRATCH_NUM_MEL_BINS),
-    ),
-    Rule(
-        ("architecture.patch_size", "model.max_length", "model.name"),
-        _smaller_than_a_patch(SCRATCH_NUM_FRAMES),
-    ),
-    Rule(
-        ("augmentation.masked_mels", "model.num_mel_bins", "model.name"),
-        _mask_covers_everything(SCRATCH_NUM_MEL_BINS),
-    ),
-    Rule(
-        ("augmentation.masked_frames", "model.max_length", "model.name"),
-        _mask_covers_everything(SCRATCH_NUM_FRAMES),
-    ),
-    Rule(("averaging.first_epoch", "averaging.last_epoch"), _other_end_missing),
-    Rule(("averaging.last_epoch", "averaging.first_epoch"), _other_end_missing),
-    Rule(("averaging.first_epoch", "averaging.last_epoch"), _ends_before_it_begins),
-    Rule(("averaging.last_epoch", "training.epochs"), _ends_after_the_training),
-    Rule(("averaging.moving_decay", "averaging.first_epoch"), _two_averages),
-    Rule(("schedule.warmup_interval", "schedule.warmup_steps"), _warms_up_in_one_go),
-    _unused_decay("decay_start_epoch"),
-    _unused_decay("decay_every_epochs"),
-    _unused_decay("decay_factor"),
-    Rule(("pretraining.warmup_epochs", "pretraining.epochs"), _never_warm),
-    Rule(("window.hop_s", "window.length_s"), hop_leaves_gaps),
-)
+class TrainConfig(Config):
+    """Everything that can be set for a training."""
 
-TRAIN_SCHEMA = Schema("train", TrainConfig, OPTION_KEYS, RULES)
+    command: ClassVar[str] = "train"
+    places: ClassVar[tuple[str, ...]] = (
+        *("train", "validation", "output", "cache.folder"),
+        *("model.name", "model.labels", "model.preprocessor"),
+    )
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(("train",), empty_input),
+        Rule(("validation",), empty_input),
+        Rule(("output",), empty_output),
+        Rule(("cache.folder",), empty_output),
+        Rule(("cache.folder",), _not_a_local_folder),
+        Rule(("hold_out",), _hold_out_is_no_pair),
+        Rule(("hold_out", "validation"), _two_validations),
+        Rule(("training.keep", "train", "validation", "hold_out"), _best_of_nothing),
+        Rule(
+            ("training.keep", "averaging.first_epoch", "averaging.moving_decay"),
+            _average_of_nothing,
+        ),
+        Rule(("training.head", "model.name"), _head_of_nothing),
+        Rule(
+            ("training.trained_layers", "model.name", "pretraining.epochs"), _layers_never_trained
+        ),
+        Rule(("training.precision", "training.device"), _half_on_the_cpu),
+        _fact_of_a_checkpoint("num_attention_heads"),
+        _fact_of_a_checkpoint("layer_norm_eps"),
+        _fact_of_a_checkpoint("head_layer_norm_eps"),
+        _unused_architecture("hidden_size"),
+        _unused_architecture("num_hidden_layers"),
+        _unused_architecture("num_attention_heads"),
+        _unused_architecture("intermediate_size"),
+        _unused_architecture("patch_size"),
+        Rule(
+            ("architecture.num_attention_heads", "architecture.hidden_size", "model.name"),
+            _heads_do_not_divide,
+        ),
+        Rule(
+            ("architecture.patch_size", "model.num_mel_bins", "model.name"),
+            _smaller_than_a_patch(SCRATCH_NUM_MEL_BINS),
+        ),
+        Rule(
+            ("architecture.patch_size", "model.max_length", "model.name"),
+            _smaller_than_a_patch(SCRATCH_NUM_FRAMES),
+        ),
+        Rule(
+            ("augmentation.masked_mels", "model.num_mel_bins", "model.name"),
+            _mask_covers_everything(SCRATCH_NUM_MEL_BINS),
+        ),
+        Rule(
+            ("augmentation.masked_frames", "model.max_length", "model.name"),
+            _mask_covers_everything(SCRATCH_NUM_FRAMES),
+        ),
+        Rule(("averaging.first_epoch", "averaging.last_epoch"), _other_end_missing),
+        Rule(("averaging.last_epoch", "averaging.first_epoch"), _other_end_missing),
+        Rule(("averaging.first_epoch", "averaging.last_epoch"), _ends_before_it_begins),
+        Rule(("averaging.last_epoch", "training.epochs"), _ends_after_the_training),
+        Rule(("averaging.moving_decay", "averaging.first_epoch"), _two_averages),
+        Rule(("schedule.warmup_interval", "schedule.warmup_steps"), _warms_up_in_one_go),
+        _unused_decay("decay_start_epoch"),
+        _unused_decay("decay_every_epochs"),
+        _unused_decay("decay_factor"),
+        Rule(("pretraining.warmup_epochs", "pretraining.epochs"), _never_warm),
+        Rule(("window.hop_s", "window.length_s"), hop_leaves_gaps),
+    )
+
+    train: Texts = ()
+    validation: Texts = ()
+    hold_out: str | None = None
+    output: str | None = None
+    overwrite: bool = False
+    limit: Count | None = None
+    max_failed: Ratio = 0.05
+    quiet: bool = False
+    model: CheckpointSection = CheckpointSection()  # without a name, from scratch
+    architecture: ArchitectureSection = ArchitectureSection()
+    training: TrainingSection = TrainingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    augmentation: AugmentationSection = AugmentationSection()
+    averaging: AveragingSection = AveragingSection()
+    pretraining: PretrainingSection = PretrainingSection()
+    window: WindowSection = WindowSection()
+    read: ReadSection = ReadSection()
+    decode: DecodeSection = DecodeSection()
+    cache: CacheSection = CacheSection()
 
 
 def given_train(config: TrainConfig) -> tuple[str, ...]:
-    """The inputs to learn from, which no default can give.
+    """Return the inputs to learn from, which have no default.
 
     Raises:
         InputError: There are none.

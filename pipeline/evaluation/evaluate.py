@@ -1,13 +1,13 @@
-"""``earmark evaluate``: how right the labels of a result are.
+"""``earmark evaluate``: compare the labels of a result with the truth.
 
     results ─▶ every class's score per clip ─┐
                                              ├─ join ─▶ metrics ─▶ table, JSON, picture
     truth ─▶ labels per clip ────────────────┘
 
-Where ``--scores`` stored every class's score, they are read; else they come from the windows'
-embeddings and the model's head, exactly as the run had them. The scores of several results of the
-same clips and labels are averaged, as ensembles are evaluated; results that have no clip in common,
-as the folds of a cross-validation, are taken together.
+If ``--scores`` stored every class's score, they are read. Else they are computed from the windows'
+embeddings and the model's head, exactly as in the run. Several results of the same clips and labels
+are evaluated as an ensemble: their scores are averaged. Results without a clip in common, such as
+the folds of a cross-validation, are pooled.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ from pipeline.evaluation.truth import (
     place_of,
     read_truth,
 )
-from pipeline.labelling.plan import counted, make_overrides
+from pipeline.labelling.plan import make_overrides
 from pipeline.result.state import ResultState, read_result
+from pipeline.terminal.wording import counted
 from transforms.errors import InputError, ModelError, OutputError
 from transforms.inference.engine import score_embeddings
 from transforms.models.ast.checkpoints import load_model, resolve_model
 from transforms.models.labels import Label
-from transforms.results.commits import open_part
+from transforms.results.commits import open_part, read_part
+from transforms.results.read import read_batches
 from transforms.sources.clip_ids import for_terminal
 from transforms.storage import urls as storage_urls
 from transforms.storage import writing
@@ -51,8 +53,7 @@ from transforms.storage.secrets import public_uri
 
 JSON_FILE = "evaluation.json"
 PICTURE_FILE = "evaluation.png"
-BATCH_ROWS = 4096
-# More classes than these are shown by their best and worst; the JSON has them all.
+# Of more classes, only the best and worst are shown; the JSON has them all.
 MAX_SHOWN_CLASSES = 40
 NUM_BEST_AND_WORST = 10
 MAX_EXAMPLES = 3
@@ -67,12 +68,12 @@ class ScoredClips:
     Attributes:
         folder: The result.
         model: The model's name.
-        labels: What the scores are of.
-        places: Where each clip's truth is found.
-        truth: What the result itself says of each clip, or None.
+        labels: Labels of the scores.
+        places: Names by which each clip's truth is found.
+        truth: The labels that the result itself gives each clip, or None.
         scores: Shape (clips, labels), float32.
-        failed: Where the truth of items is found that could not be labelled.
-        combined: What has been made of several results, in words; empty for one.
+        failed: Names by which the truth of items is found that could not be labelled.
+        combined: How several results were combined, in words; empty for one.
     """
 
     folder: str
@@ -87,14 +88,14 @@ class ScoredClips:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What came of it.
+    """The outcome of an evaluation.
 
     Attributes:
         metrics: The figures.
         truth: Which classes each clip has, shape (clips, labels).
         scores: Shape (clips, labels).
         notes: What was left out, in words.
-        counts: What matched and what did not, by name.
+        counts: Numbers of rows and clips that matched or not, by name.
     """
 
     metrics: Metrics
@@ -116,13 +117,13 @@ def run_evaluate(
     """Evaluate results; print the table, write JSON and a picture.
 
     Args:
-        folders: Results. The scores of several of the same clips are averaged; those of different
-            clips are taken together.
+        folders: Results. Scores of the same clips are averaged; results of different clips are
+            pooled.
         truth: A manifest or AudioSet's segments CSV; None for the results' own ``truth``.
-        model: Where the model of the results lies now; None for where it was.
-        output: Where to write to; None for ``evaluation`` below the first result.
-        known_labels_only: Leave out what the truth names and the model does not know.
-        quiet: Print the figures alone.
+        model: The model of the results, if it has moved since.
+        output: Folder to write to; None for ``evaluation`` below the first result.
+        known_labels_only: Ignore labels of the truth that the model does not know.
+        quiet: Print only the figures.
 
     Returns:
         The exit code, 0.
@@ -153,34 +154,35 @@ def run_evaluate(
 
 
 def read_scores(folder: str, model: str | None = None) -> ScoredClips:
-    """Every class's score of every clip of a result.
+    """Read or compute every class's score of every clip of a result.
 
     Raises:
         InputError: There is no result.
         OutputError: It is damaged.
-        ModelError: The scores were not stored, and the model they come from cannot be had.
+        ModelError: The scores were not stored, and their model is not available.
     """
     state = read_result(storage_urls.normalise(folder))
     if state.run is None or not (state.commits or state.unreadable):
         raise InputError(
-            f"{public_uri(folder)} holds no result of Earmark; name the --output of earmark label"
+            f"{public_uri(folder)} holds no result of Earmark; give the --output of earmark label"
         )
     if state.damaged or state.unreadable:
         raise OutputError(
             f"{public_uri(folder)} is damaged; see earmark verify {public_uri(folder)}"
         )
-    labels = _read_labels(state)
-    score = _reader_of_scores(state, model)
+    schema = _read_schema(state)
+    labels = tuple(Label(**entry) for entry in json.loads(schema.metadata[b"earmark.labels"]))
+    score = _make_scorer(state, model, is_stored="scores" in schema.names)
     places: list[Place] = []
     truth: list[tuple[str, ...] | None] = []
     scores, failed = [], []
     for unit_id in sorted(state.commits):
-        clips = _read(state, "clips", unit_id, _CLIP_COLUMNS).to_pylist()
+        clips = read_part(state.output, "clips", unit_id, _CLIP_COLUMNS).to_pylist()
         places += [_place(row) for row in clips]
         truth += [None if row["truth"] is None else tuple(row["truth"]) for row in clips]
         scores.append(score(unit_id, [row["clip_id"] for row in clips]))
         if "errors" in state.commits[unit_id].parts:
-            rows = _read(state, "errors", unit_id, _CLIP_COLUMNS[:-1]).to_pylist()
+            rows = read_part(state.output, "errors", unit_id, _CLIP_COLUMNS[:-1]).to_pylist()
             failed += [_place(row) for row in rows]
     return ScoredClips(
         folder=state.output,
@@ -197,26 +199,20 @@ def _place(row: Mapping[str, Any]) -> Place:
     return place_of(**{name: row[name] for name in _CLIP_COLUMNS[:-1]})
 
 
-def _read(state: ResultState, part: str, unit_id: str, columns: list[str]) -> pa.Table:
-    with open_part(state.output, part, unit_id) as file:
-        return file.read(columns=columns, use_threads=False)
-
-
-def _read_labels(state: ResultState) -> tuple[Label, ...]:
+def _read_schema(state: ResultState) -> pa.Schema:
     with open_part(state.output, "clips", min(state.commits)) as file:
-        entries = json.loads((file.schema_arrow.metadata or {})[b"earmark.labels"])
-    return tuple(Label(**entry) for entry in entries)
+        return file.schema_arrow
 
 
 _ScoresOfUnit = Callable[[str, list[str]], npt.NDArray[np.float32]]
 
 
-def _reader_of_scores(state: ResultState, model: str | None) -> _ScoresOfUnit:
-    """From a unit and its clip ids to the clips' scores, in their order."""
-    with open_part(state.output, "clips", min(state.commits)) as file:
-        is_stored = "scores" in file.schema_arrow.names
+def _make_scorer(state: ResultState, model: str | None, *, is_stored: bool) -> _ScoresOfUnit:
+    """Make a function from a unit and its clip ids to the clips' scores, in their order."""
     if is_stored:
-        return lambda unit_id, _: _matrix(_read(state, "clips", unit_id, ["scores"])["scores"])
+        return lambda unit_id, _: _matrix(
+            read_part(state.output, "clips", unit_id, ["scores"])["scores"]
+        )
     run = state.run or {}
     if not run["scores_from_embedding"]:
         raise ModelError(
@@ -230,18 +226,15 @@ def _reader_of_scores(state: ResultState, model: str | None) -> _ScoresOfUnit:
         index_of = {clip_id: index for index, clip_id in enumerate(clip_ids)}
         total = np.zeros((len(clip_ids), run["model"]["num_labels"]))
         counts = np.zeros(len(clip_ids))
-        with open_part(state.output, "windows", unit_id) as file:
-            columns = ["clip_id", "embedding"]
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-                table = pa.Table.from_batches([batch])
-                scores = score_embeddings(head, _matrix(table["embedding"]), activation)
-                clips = [index_of[clip_id] for clip_id in table["clip_id"].to_pylist()]
-                # As rows.ClipAggregate has it.
-                if activation == "sigmoid":
-                    np.maximum.at(total, clips, scores)
-                else:
-                    np.add.at(total, clips, scores)
-                np.add.at(counts, clips, 1)
+        for rows in read_batches(state.output, "windows", unit_id, ["clip_id", "embedding"]):
+            scores = score_embeddings(head, _matrix(rows["embedding"]), activation)
+            clips = [index_of[clip_id] for clip_id in rows["clip_id"].to_pylist()]
+            # As rows.ClipAggregate does.
+            if activation == "sigmoid":
+                np.maximum.at(total, clips, scores)
+            else:
+                np.add.at(total, clips, scores)
+            np.add.at(counts, clips, 1)
         return (total if activation == "sigmoid" else total / counts[:, None]).astype(np.float32)
 
     return score
@@ -254,12 +247,12 @@ def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
 
 
 def _load_head(run: Mapping[str, Any], model: str | None) -> Any:
-    """The head of the model that a run was made with."""
+    """Load the head of the model that a run was made with."""
     config = RunConfig.model_validate(run["config"])
-    # Files that only say what the result holds itself need not be there any more.
+    # The result itself holds what these files say, so they may be gone.
     kept = config.model.model_copy(update={"preprocessor": None, "labels": None})
     config = config.model_copy(update={"model": kept})
-    # A run that was told of no model took the default one, and says which that was.
+    # Without --model, a run took the default one and recorded its name.
     name = model or config.model.name or str(run["model"]["name"])
     revision = run["model"]["revision"]
     if model is None and revision and "@" not in name:
@@ -269,13 +262,13 @@ def _load_head(run: Mapping[str, Any], model: str | None) -> Any:
         raise ModelError(
             f"{spec.name} is not the model that the result was made with: its weights have the "
             f"sha256 {spec.sha256[:12]}…, and the result's {run['model']['sha256'][:12]}…. Pass "
-            "that one as --model, or label again with --scores"
+            "the right one as --model, or label again with --scores"
         )
     return load_model(spec).classifier
 
 
 def combine_results(results: Sequence[ScoredClips]) -> ScoredClips:
-    """One result made of several: the mean of their scores, or all of their clips.
+    """Combine results into one: the mean of their scores, or all of their clips.
 
     Raises:
         InputError: Their labels differ, or some share clips and others do not.
@@ -295,7 +288,7 @@ def combine_results(results: Sequence[ScoredClips]) -> ScoredClips:
 
 
 def pool_results(results: Sequence[ScoredClips]) -> ScoredClips:
-    """All clips of results that have none in common, such as the folds of a cross-validation."""
+    """Pool the clips of results that have none in common, such as folds of a cross-validation."""
     return dataclasses.replace(
         results[0],
         places=tuple(place for result in results for place in result.places),
@@ -307,7 +300,7 @@ def pool_results(results: Sequence[ScoredClips]) -> ScoredClips:
 
 
 def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
-    """The mean of the scores of several results, over the clips that all of them have.
+    """Average the scores of results over the clips that all of them have.
 
     Raises:
         InputError: They have no clip in common.
@@ -318,7 +311,7 @@ def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
     if not shared:
         raise InputError(
             "some of the results share clips, but none is in all of them; their clip_ids must be "
-            "the same for the mean of scores, and all different for folds to be taken together"
+            "the same to average scores, or all different to pool folds"
         )
     taken = [
         result.scores[[index[place.clip_id] for place in shared]]
@@ -337,10 +330,10 @@ def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
 
 
 def own_truth(scored: ScoredClips) -> Truth:
-    """What the result's own column says.
+    """Return the truth of the result's own column.
 
     Raises:
-        InputError: Nothing.
+        InputError: It is empty.
     """
     rows = [
         TruthRow(place, labels, "its truth column")
@@ -367,7 +360,7 @@ def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = Fal
         raise InputError(
             f"the truth names {counted(len(unknown), 'label')} that {scored.model} does not know: "
             f"{_some(unknown)}; its {len(scored.labels)} labels are such as "
-            f"{_some([label.name for label in scored.labels])}. Mend the names, or pass "
+            f"{_some([label.name for label in scored.labels])}. Correct the names, or pass "
             "--known-labels-only to leave them out"
         )
     matches = match_rows(truth.rows, scored.places)
@@ -377,7 +370,7 @@ def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = Fal
             continue
         classes = [class_of[name] for name in truth.rows[index].labels]
         known = [number for number in classes if number is not None]
-        if known or not classes:  # a clip of nothing but unknown labels says nothing
+        if known or not classes:  # a clip with only unknown labels cannot be judged
             kept.append(clip)
             rows.append(known)
     if not kept:
@@ -397,7 +390,7 @@ def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = Fal
 def _unmatched(
     scored: ScoredClips, truth: Truth, matches: Matches, unknown: Sequence[str]
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """What did not find its like, in words and numbers."""
+    """Describe and count rows and clips without a match."""
     clips = [
         str(place.clip_id)
         for place, index in zip(scored.places, matches.row_of_clip, strict=True)
@@ -438,11 +431,11 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_EXAMPLES]) + more
 
 
-# --- Telling -------------------------------------------------------------------------------
+# --- Output --------------------------------------------------------------------------------
 
 
 def describe_evaluation(evaluation: Evaluation, scored: ScoredClips) -> list[str]:
-    """The figures in words."""
+    """Say the figures in words."""
     metrics = evaluation.metrics
     with_figure = sum(entry.average_precision is not None for entry in metrics.classes)
     lines = [
@@ -463,7 +456,7 @@ def describe_evaluation(evaluation: Evaluation, scored: ScoredClips) -> list[str
 
 
 def class_table(metrics: Metrics) -> Table:
-    """A row per class, best average precision first; of many classes, the best and the worst."""
+    """Make a table with a row per class, best first; of many classes, the best and the worst."""
     entries = sorted(
         (entry for entry in metrics.classes if entry.positives),
         key=lambda entry: entry.average_precision or 0.0,
@@ -504,12 +497,12 @@ def write_evaluation(
     results: Sequence[ScoredClips],
     truth: str | None,
 ) -> list[str]:
-    """Write the JSON and the picture; gives their URLs.
+    """Write the JSON and the picture; returns their URLs.
 
     Raises:
         OutputError: They cannot be written.
     """
-    from pipeline.evaluation.picture import draw_evaluation  # brings matplotlib along
+    from pipeline.evaluation.picture import draw_evaluation  # imports matplotlib
 
     contents = {
         JSON_FILE: json.dumps(
@@ -535,7 +528,7 @@ def as_json(
     results: Sequence[ScoredClips],
     truth: str | None,
 ) -> dict[str, Any]:
-    """The evaluation as JSON has it: no infinity, no NaN."""
+    """Return the evaluation as JSON allows it: no infinity, no NaN."""
     metrics = evaluation.metrics
     return {
         "results": [public_uri(result.folder) for result in results],

@@ -1,10 +1,10 @@
-"""The figures that taggers and classifiers are compared by.
+"""The metrics by which taggers and classifiers are compared.
 
-Average precision and AUC are scikit-learn's, class by class. A class that no clip has (or, for
-AUC, that every clip has) has none: there is nothing to find. The means are over the classes that
-have a figure, and how many those are is said beside them.
+Average precision and AUC are scikit-learn's, class by class. They are undefined for a class that no
+clip has, and AUC also for one that every clip has. Means are over the classes that have a value,
+and their number is reported beside them.
 
-d′ is √2 · Φ⁻¹(mean AUC), as in the AST paper's code: of the mean, not the mean of each class's.
+d′ is √2 · Φ⁻¹(mean AUC), as in the AST paper's code, and not the mean of the classes' d′.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class ClassMetrics:
     """How well one class is told from the others.
 
     Attributes:
-        index: Which output of the model.
+        index: Index of the model's output.
         name: Its label.
-        positives: Clips that have it.
+        positives: Number of clips that have it.
         average_precision: In [0, 1]; None without a positive.
         auc: Area under the ROC curve, in [0, 1]; None without a positive or without a negative.
-        found: Of its positives, how many have it as their best label; None where clips may have
+        found: Number of its positives that have it as their best label; None if clips may have
             several labels.
-        claimed: How many clips have it as their best label; None where clips may have several.
+        claimed: Number of clips that have it as their best label; None if clips may have several.
     """
 
     index: int
@@ -47,12 +47,12 @@ class ClassMetrics:
 
     @property
     def recall(self) -> float | None:
-        """Share of its positives that are found."""
+        """Share of its positives that have it as their best label."""
         return None if self.found is None or not self.positives else self.found / self.positives
 
     @property
     def precision(self) -> float | None:
-        """Share of right ones among the clips that are given it."""
+        """Share of positives among the clips that have it as their best label."""
         return None if self.found is None or not self.claimed else self.found / self.claimed
 
 
@@ -61,15 +61,14 @@ class Metrics:
     """How well scores match the truth.
 
     Attributes:
-        clips: How many were compared.
-        accuracy: Share of clips whose best label is the true one; None where a clip may have
-            several.
-        mean_average_precision: Over the classes that have one.
-        mean_auc: Over the classes that have one.
-        d_prime: Of the mean AUC; infinite for 1.
+        clips: Number of clips compared.
+        accuracy: Share of clips whose best label is the true one; None if a clip may have several.
+        mean_average_precision: Mean over the classes that have one.
+        mean_auc: Mean over the classes that have one.
+        d_prime: d′ of the mean AUC; infinite for 1.
         classes: Every class, in the model's order.
         confusion: Clips by true class (rows) and best label (columns), shape (classes, classes);
-            None where a clip may have several labels.
+            None if a clip may have several labels.
     """
 
     clips: int
@@ -82,7 +81,7 @@ class Metrics:
 
     @property
     def mean_average_precision_all(self) -> float:
-        """Over every class, one without a positive counting 0: scikit-learn's macro average."""
+        """Mean over all classes, those without a positive as 0: scikit-learn's macro average."""
         return math.fsum(entry.average_precision or 0.0 for entry in self.classes) / len(
             self.classes
         )
@@ -93,7 +92,7 @@ def compute_metrics(truth: Truth, scores: Scores, names: Sequence[str]) -> Metri
 
     Args:
         truth: Which classes each clip has, shape (clips, classes).
-        scores: Shape (clips, classes); only their order within a class counts, and for the
+        scores: Shape (clips, classes). Only their order within a class matters, and for the
             accuracy within a clip.
         names: The classes' names.
 
@@ -128,7 +127,7 @@ def compute_metrics(truth: Truth, scores: Scores, names: Sequence[str]) -> Metri
 
 
 def d_prime(mean_auc: float) -> float:
-    """√2 · Φ⁻¹(mean AUC): how far apart two normal distributions with that AUC lie."""
+    """Return √2 · Φ⁻¹(mean AUC): the distance of two normal distributions with that AUC."""
     if not 0.0 < mean_auc < 1.0:
         return math.copysign(math.inf, mean_auc - 0.5)
     return math.sqrt(2.0) * NormalDist().inv_cdf(mean_auc)

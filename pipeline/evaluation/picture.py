@@ -1,4 +1,4 @@
-"""The picture of an evaluation: precision against recall, and which class is taken for which."""
+"""The picture of an evaluation: precision against recall, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sklearn.metrics import precision_recall_curve
 
 from pipeline.evaluation.metrics import Metrics
 
-# Curves of more classes than these cannot be told apart; the lowest, middle and highest are drawn.
+# More curves cannot be told apart; of more classes, the best, the worst and some between are drawn.
 MAX_CURVES = 10
 MAX_CONFUSED_CLASSES = 60
 DPI = 120
@@ -22,7 +22,7 @@ DPI = 120
 def draw_evaluation(
     metrics: Metrics, truth: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating]
 ) -> bytes:
-    """Draw it.
+    """Draw the picture of an evaluation.
 
     Args:
         metrics: The figures.
@@ -30,11 +30,11 @@ def draw_evaluation(
         scores: Shape (clips, classes).
 
     Returns:
-        A PNG file's bytes.
+        The bytes of a PNG file.
     """
     has_confusion = metrics.confusion is not None and len(metrics.classes) <= MAX_CONFUSED_CLASSES
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        # A figure of its own rather than pyplot's: no state, no window system.
+        # Not through pyplot, which keeps state and may want a window system.
         figure = Figure(figsize=(13 if has_confusion else 6.5, 6), layout="constrained")
         axes = figure.subplots(1, 2 if has_confusion else 1, squeeze=False)[0]
         _draw_curves(axes[0], metrics, truth, scores)
@@ -99,6 +99,6 @@ def _draw_confusion(axes: Axes, metrics: Metrics) -> None:
 
 
 def _short(name: str) -> str:
-    # A dollar sign would begin a formula.
+    # A dollar sign would start a formula.
     name = name.replace("$", r"\$")
     return name if len(name) <= 24 else f"{name[:23]}…"

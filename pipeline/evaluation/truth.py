@@ -1,12 +1,12 @@
-"""What is known to be in the clips of a result, from wherever that is written down.
+"""The true labels of a result's clips, from any of three sources.
 
     a manifest ──────────────┐
     AudioSet's segments CSV ─┼─▶ TruthRow ─join by clip_id, place or stem─▶ clips of a result
     the result's own column ─┘
 
-A row finds its clip by ``clip_id``; else by place (file, member, row, segment); else by stem, the
-file's name without folder and extension, where it means one row and one clip alone. What finds
-nothing, on either side, is counted and named.
+A row finds its clip by ``clip_id``; else by place (file, member, row, segment); else by stem (the
+file's name without folder and extension), if exactly one row and one clip have it. Rows and clips
+without a match are counted and named.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _SEGMENT_COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The names under which a clip or a row of truth can be found, the surest first.
+    """The names by which a clip or a row of truth is found, the most reliable first.
 
     Attributes:
         clip_id: Its ``clip_id``, or None.
-        name: What ``make_clip_id`` makes of its file, member, row and segment, or None.
+        name: The result of ``make_clip_id`` for its file, member, row and segment, or None.
         stems: Names without folder and extension.
     """
 
@@ -44,11 +44,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class TruthRow:
-    """What one row says.
+    """The labels of one clip.
 
     Attributes:
-        place: Where its clip is found.
-        labels: Names or ids, each once; empty says that there is nothing of all classes.
+        place: Names by which its clip is found.
+        labels: Names or ids, each once; empty if the clip has none of the classes.
         where: The file and line, for messages.
     """
 
@@ -59,12 +59,12 @@ class TruthRow:
 
 @dataclass(frozen=True)
 class Truth:
-    """Everything that a file says.
+    """All labels that a source gives.
 
     Attributes:
-        rows: A row per clip: those of one place are joined.
-        unreadable: What is wrong with lines that could not be read.
-        unlabelled: Lines that name a clip and no label.
+        rows: A row per clip; rows of the same place are joined.
+        unreadable: Messages about lines that could not be read.
+        unlabelled: Number of lines that name a clip and no label.
     """
 
     rows: tuple[TruthRow, ...]
@@ -74,12 +74,12 @@ class Truth:
 
 @dataclass(frozen=True)
 class Matches:
-    """Which row of truth goes with which clip.
+    """Which row of truth belongs to which clip.
 
     Attributes:
         row_of_clip: For each clip the index of its row, or None.
-        rows_without_clip: Indices of rows that found no clip.
-        ambiguous_stems: Stems that would have found more than one row or clip.
+        rows_without_clip: Indices of rows without a clip.
+        ambiguous_stems: Stems of more than one row or clip.
     """
 
     row_of_clip: tuple[int | None, ...]
@@ -95,13 +95,13 @@ def place_of(
     start_s: float | None = None,
     end_s: float | None = None,
 ) -> Place:
-    """The names of a clip as the tables have it, or of a manifest's row."""
+    """Return the names of a clip from the columns of a table or manifest."""
     name = make_clip_id(uri, member, row=row, start_s=start_s, end_s=end_s)
     return Place(clip_id, name, () if row is not None else (stem_of(member or uri),))
 
 
 def stem_of(path: str) -> str:
-    """A file's name without folder and the last extension."""
+    """Return a file's name without its folder and last extension."""
     name = urls.file_name(path)
     return name.rpartition(".")[0] or name
 
@@ -145,7 +145,7 @@ def _read_manifest(url: str) -> Truth:
 
 
 def _joined(rows: Iterable[TruthRow]) -> Iterator[TruthRow]:
-    """One row per place, with all the labels that its rows give."""
+    """Join the rows of each place, with the labels of all."""
     by_place: dict[Place, list[TruthRow]] = defaultdict(list)
     for row in rows:
         by_place[row.place].append(row)
@@ -155,7 +155,7 @@ def _joined(rows: Iterable[TruthRow]) -> Iterator[TruthRow]:
 
 
 def _read_segments(url: str) -> Truth | None:
-    """AudioSet's own CSV: comments, then ``YTID, start, end, "mid,mid"``; None if it is another."""
+    """Read AudioSet's CSV: comments, then ``YTID, start, end, "mid,mid"``; None if it is not."""
     try:
         text = reading.read_bytes(url).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
@@ -175,7 +175,7 @@ def _read_segments(url: str) -> Truth | None:
             video, start_s, end_s, labels = fields
             place = Place(None, None, tuple(_segment_stems(video, float(start_s), float(end_s))))
         except ValueError:
-            unreadable.append(f"line {number} of {name} has not the four fields of a segment")
+            unreadable.append(f"line {number} of {name} does not have the four fields of a segment")
             continue
         truth = make_truth(labels.split(",")) or ()
         rows.append(TruthRow(place, truth, f"line {number} of {name}"))
@@ -183,7 +183,7 @@ def _read_segments(url: str) -> Truth | None:
 
 
 def _segment_stems(video: str, start_s: float, end_s: float) -> Iterator[str]:
-    """What tools that fetch AudioSet's clips call their files."""
+    """Yield the file names that tools which fetch AudioSet's clips use."""
     for prefix in ("", "Y"):
         yield f"{prefix}{video}"
         yield f"{prefix}{video}_{start_s:.3f}_{end_s:.3f}"
@@ -197,7 +197,7 @@ def match_rows(rows: Sequence[TruthRow], clips: Sequence[Place]) -> Matches:
 
     Args:
         rows: The truth.
-        clips: Where the clips are found.
+        clips: The names of the clips.
     """
     found: list[int | None] = [None] * len(clips)
     for name in ("clip_id", "name"):
@@ -233,6 +233,6 @@ def _by_stem(places: Mapping[int, Place]) -> dict[str, list[int]]:
 
 
 def find_classes(rows: Iterable[TruthRow], labels: Sequence[Label]) -> dict[str, int | None]:
-    """Which output of the model each label of the truth means; None where it has none."""
+    """Return the index of the model's output for each label of the truth; None if it has none."""
     names = dict.fromkeys(name for row in rows for name in row.labels)
     return {name: find_label(name, labels) for name in names}

@@ -1,10 +1,10 @@
-"""int8: calibrate the model on the audio that is to be labelled, before the work starts.
+"""Calibrate the model for int8 on the audio that is to be labelled, before the work starts.
 
     found inputs ─every n-th─▶ clips ─decode, cut, fbank─▶ windows ─quantise─▶ model in the cache
 
-What the scales of int8 are fitted to decides what it costs in precision, so they are fitted to the
-user's own audio. A result keeps its calibration: ``run.json`` names it, and a run that goes on
-takes the model that was made then, as long as this machine still has it.
+The precision of int8 depends on the audio that its scales are fitted to, so they are fitted to the
+user's own. A result keeps its calibration: ``run.json`` names it, and a resumed run uses the model
+that was made then, as long as this machine still has it.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from transforms.records import EncodedClip, FloatArray, ItemFailure, WorkUnit
 
 logger = logging.getLogger(__name__)
 
-# Units that are looked into; each costs the start of a download.
+# Units to take windows from; each costs the start of a download.
 MAX_UNITS = 32
 
 
 def calibrate(plan: RunPlan, num_windows: int) -> RunPlan:
-    """The plan with a model in int8, where that is asked for and there is something to do.
+    """Return the plan with a model in int8, if that is asked for and there is work to do.
 
     Args:
-        plan: The plan as ``make_plan`` gives it.
-        num_windows: Windows to calibrate on, at most.
+        plan: The plan from ``make_plan``.
+        num_windows: Largest number of windows to calibrate on.
 
     Raises:
-        InputError: Not one window can be had of the inputs.
+        InputError: The inputs give no window.
         RuntimeError: The model cannot be quantised.
     """
     inference = plan.label.inference
@@ -57,9 +57,9 @@ def calibrate(plan: RunPlan, num_windows: int) -> RunPlan:
     quantised = _find_earlier(plan, before) or _quantise(plan, num_windows)
     if before is not None and before["digest"] != quantised.digest:
         logger.warning(
-            "The model in int8 that this result was begun with is not on this machine, and the "
-            "inputs have changed since: what is left is computed by one that is calibrated "
-            "anew. To have one for all: --overwrite"
+            "The int8 model that this result was begun with is not on this machine, and the inputs "
+            "have changed since: the remaining work uses a newly calibrated one. To use one model "
+            "for everything: --overwrite"
         )
     label = dataclasses.replace(
         plan.label, inference=dataclasses.replace(inference, quantised=quantised)
@@ -80,13 +80,13 @@ def _find_earlier(plan: RunPlan, before: Mapping[str, Any] | None) -> QuantisedM
 
 
 def _quantise(plan: RunPlan, num_windows: int) -> QuantisedModel:
-    # All that was found, not only what is left of it: so that a run that goes on finds the same.
+    # Everything found, not only the remaining work, so that a resumed run finds the same model.
     units = find_units(plan.found, plan.label.sources)
     windows = sample_windows(units, plan.label, num_windows)
     if not len(windows):
         raise InputError(
-            "inference.precision is int8, and not one clip that it could be calibrated on can be "
-            "decoded; see earmark plan, or use --precision auto."
+            "inference.precision is int8, and no clip to calibrate it on can be decoded; see "
+            "earmark plan, or use --precision auto."
         )
     logger.info("calibrating the model for int8 on %d windows", len(windows))
     transformer = load_model(plan.label.model).audio_spectrogram_transformer
@@ -98,9 +98,9 @@ def _quantise(plan: RunPlan, num_windows: int) -> QuantisedModel:
 def sample_windows(
     units: Sequence[WorkUnit], settings: LabelSettings, num_windows: int
 ) -> FloatArray:
-    """Features of windows spread evenly over units, and over the items that these list.
+    """Sample features of windows, spread evenly over units and the items that they list.
 
-    A window of each clip; where clips are few, further ones from their beginnings.
+    One window of each clip; if there are few clips, further ones from their beginnings.
 
     Returns:
         Shape (windows, num_frames, num_mel_bins), float32; at most ``num_windows``.
@@ -116,7 +116,7 @@ def sample_windows(
 
 
 def thinned(unit: WorkUnit, num_items: int) -> WorkUnit:
-    """The unit with no more of its listed items than are wanted, spread evenly."""
+    """Return the unit with at most about so many of its listed items, spread evenly."""
     step = max(1, len(unit.items) // num_items)
     return dataclasses.replace(unit, items=unit.items[::step])
 
@@ -141,7 +141,7 @@ def _sample_unit(
 def _clip_features(
     pool: DecodePool, unit_id: str, clip: EncodedClip, settings: LabelSettings, most: int
 ) -> Iterator[FloatArray]:
-    """Features of a clip's first windows; it is not decoded any further."""
+    """Yield features of a clip's first windows, without decoding it any further."""
     cutter = WindowCutter(settings.windows)
     stream = pool.stream(unit_id, [clip])
     with contextlib.closing(stream):

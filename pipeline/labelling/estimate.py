@@ -19,14 +19,15 @@ from pipeline.config.label import RunConfig
 from pipeline.labelling.calibration import calibrate, thinned
 from pipeline.labelling.plan import RunPlan, describe_plan, make_plan
 from pipeline.runners.options import is_remote, pipeline_options
-from pipeline.terminal.progress import format_audio, format_duration
 from pipeline.terminal.std_streams import answer
+from pipeline.terminal.wording import format_audio, format_duration
 from transforms.decoding.pool import DecodePool
 from transforms.inference.backbones import resolve_batch_size, resolve_device
-from transforms.inference.engine import ASTModelHandler, Engine
+from transforms.inference.engine import Engine
+from transforms.inference.handler import ASTModelHandler
 from transforms.label_audio import LabelSettings, read_items
 from transforms.records import EncodedClip, Failure, ItemFailure, WorkUnit
-from transforms.sources.clip_ids import WindowEstimate, extension
+from transforms.sources.file_kinds import WindowEstimate, extension
 from transforms.sources.read_unit import SourceSettings
 
 SAMPLED_UNITS = 8

@@ -13,17 +13,12 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
-from pipeline.config.label import (
-    DecodeSection,
-    ReadSection,
-    RunConfig,
-    given_inputs,
-    given_output,
-)
+from pipeline.config.label import RunConfig, given_inputs, given_output
+from pipeline.config.train import TrainConfig
 from pipeline.graph import RunTotals
 from pipeline.labelling.remaining import (
     RemainingWork,
@@ -41,6 +36,7 @@ from pipeline.result.state import (
     software_versions,
 )
 from pipeline.terminal.time_report import Startup
+from pipeline.terminal.wording import counted
 from transforms.decoding.pool import DecodeSettings
 from transforms.errors import ConfigError, ModelError
 from transforms.features.fbank import FEATURES_VERSION
@@ -48,22 +44,18 @@ from transforms.inference.backbones import InferenceSettings
 from transforms.inference.engines import check_settings
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.models.ast.bundled import DEFAULT_MODEL, describe_default
-from transforms.models.ast.checkpoints import (
-    ModelOverrides,
-    ModelSpec,
-    load_features,
-    resolve_model,
-)
+from transforms.models.ast.checkpoints import ModelOverrides, ModelSpec, resolve_model
+from transforms.models.ast.config_files import load_features
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
 from transforms.results.commits import SCHEMA_VERSION, UnitSummary
 from transforms.results.write_units import CommitSettings
+from transforms.sources.file_kinds import guess_duration_s
 from transforms.sources.read_unit import (
     Found,
     ReadLimits,
     SourceSettings,
     find_inputs,
-    is_long,
     limit_items,
 )
 from transforms.storage import urls
@@ -86,6 +78,9 @@ SHAPE_OF_A_MODEL = (
     "max_length",
     "num_mel_bins",
 )
+
+# Longer files are named, with the command that divides them into segments of this length.
+LONG_FILE_S = 900
 
 KIND_NAMES = {"tar": "tar archive", "parquet": "audio-Parquet file"}
 
@@ -358,44 +353,43 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
     )
     return make_settings(
         model,
-        decode=make_decode_settings(config.decode),
         inference=inference,
+        top_k=config.labels.top_k,
+        store_scores=config.labels.scores,
+        **input_options(config),
+    )
+
+
+class InputOptions(TypedDict):
+    """Arguments of ``make_settings`` and ``make_input_settings`` that a config gives."""
+
+    decode: DecodeSettings
+    window_s: float | None
+    hop_s: float | None
+    min_tail_ratio: float
+    sources: SourceSettings
+
+
+def input_options(config: RunConfig | TrainConfig) -> InputOptions:
+    """Return what a config says of reading, decoding and cutting."""
+    section = config.decode
+    sources = SourceSettings(limits=ReadLimits(**config.read.model_dump()))
+    if isinstance(config, RunConfig):
+        sources = dataclasses.replace(sources, windows_per_unit=config.units.windows)
+    return InputOptions(
+        decode=DecodeSettings(
+            num_processes=section.processes or 0,
+            clips_ahead=section.clips_ahead or 0,
+            stall_timeout_s=section.stall_timeout_s,
+            max_item_bytes=section.max_item_bytes,
+            max_item_s=section.max_item_s,
+            max_decode_ratio=section.max_decode_ratio,
+            max_decoder_bytes=section.max_decoder_bytes,
+        ),
         window_s=config.window.length_s,
         hop_s=config.window.hop_s,
         min_tail_ratio=config.window.min_tail,
-        top_k=config.labels.top_k,
-        store_scores=config.labels.scores,
-        sources=make_source_settings(config),
-    )
-
-
-def make_decode_settings(section: DecodeSection) -> DecodeSettings:
-    """How to decode; the rate is the model's, and set where the model is known."""
-    return DecodeSettings(
-        num_processes=section.processes or 0,
-        clips_ahead=section.clips_ahead or 0,
-        stall_timeout_s=section.stall_timeout_s,
-        max_item_bytes=section.max_item_bytes,
-        max_item_s=section.max_item_s,
-        max_decode_ratio=section.max_decode_ratio,
-        max_decoder_bytes=section.max_decoder_bytes,
-    )
-
-
-def make_read_limits(decode: DecodeSection, read: ReadSection) -> ReadLimits:
-    """What reading an input may take."""
-    return ReadLimits(
-        max_item_bytes=decode.max_item_bytes,
-        max_page_bytes=read.max_page_bytes,
-        max_expansion=read.max_expansion,
-    )
-
-
-def make_source_settings(config: RunConfig) -> SourceSettings:
-    """How to cut inputs into units and read them; windows are set where they are known."""
-    return SourceSettings(
-        windows_per_unit=config.units.windows,
-        limits=make_read_limits(config.decode, config.read),
+        sources=sources,
     )
 
 
@@ -451,22 +445,31 @@ def describe_plan(plan: RunPlan) -> list[str]:
             f"To do: {counted(len(remaining.units), 'unit')}, about "
             f"{counted(windows_to_do, 'window')}."
         )
-        lines += describe_long_files(remaining.units, plan.label.sources)
+        lines += describe_long_files(remaining.units)
     else:
         lines.append("Nothing to do: everything found is done.")
     return lines
 
 
-def describe_long_files(units: Sequence[WorkUnit], sources: SourceSettings) -> list[str]:
-    """Which files are labelled in parts; a line, where there are any."""
-    long = [unit for unit in units if is_long(unit, sources)]
-    if not long or sources.windows_per_part is None:
+def describe_long_files(units: Iterable[WorkUnit]) -> list[str]:
+    """Name files that are long by their size, and the command that divides them: a line, or none.
+
+    A file is one item of one unit: a run that is killed inside it labels it again from its start.
+    """
+    long = [
+        item
+        for unit in units
+        for item in unit.items
+        if (item.start_s, item.end_s, item.member, item.row) == (None,) * 4
+        and guess_duration_s(item.uri, item.size) > LONG_FILE_S
+    ]
+    if not long:
         return []
-    num_parts = sum(unit.estimated_windows // sources.windows_per_part for unit in long)
-    are = "is" if len(long) == 1 else "are"
+    others = f" and {counted(len(long) - 1, 'other')}" if len(long) > 1 else ""
     return [
-        f"Of these, {counted(len(long), 'long file')} {are} cut into parts, about "
-        f"{num_parts:,}, where the header tells the length and reading can start anywhere."
+        f"{long[0].uri}{others}: probably longer than {LONG_FILE_S // 60} minutes, and labelled in "
+        f"one go; to divide: earmark plan INPUT… --segment-s {LONG_FILE_S} --manifest "
+        "segments.jsonl"
     ]
 
 
@@ -479,13 +482,6 @@ def describe_model(label: LabelSettings) -> list[str]:
         f"{windows.hop_samples / windows.sample_rate_hz:g} s.",
         *model.notes,
     ]
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun: ``1 unit``, ``2,000 units``, ``3 files or segments``."""
-    if number != 1:
-        noun = " or ".join(f"{word}s" for word in noun.split(" or "))
-    return f"{number:,} {noun}"
 
 
 def describe_inputs(found: Found) -> list[str]:

@@ -113,8 +113,7 @@ def build_deferred_graph(pipeline: beam.Pipeline, plan: DeferredPlan) -> None:
     num_units = units | "Count planned units" >> Count.Globally()
     # Without it, the worker that planned the units would label them all.
     spread = units | "Spread units" >> beam.Reshuffle()
-    cuts = resolved.label.sources.windows_per_part is not None
-    totals = label_units(spread, resolved.label, resolved.commit, cuts_long_files=cuts)
+    totals = label_units(spread, resolved.label, resolved.commit)
     _ = totals | "Finish run" >> beam.Map(finish_run, AsSingleton(finish), AsSingleton(num_units))
 
 

@@ -22,13 +22,13 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config.label import RunConfig, given_inputs, given_output
+from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.graph import RunTotals, build_graph
 from pipeline.labelling.calibration import calibrate
 from pipeline.labelling.estimate import windows_of_first
 from pipeline.labelling.plan import (
     ResolvedRun,
     RunPlan,
-    counted,
     describe_model,
     describe_plan,
     find_plan,
@@ -66,24 +66,17 @@ from pipeline.runners.options import (
     temporary_files_in_scratch,
 )
 from pipeline.terminal.precision_report import describe_checks, precision_warnings
-from pipeline.terminal.progress import (
-    LiveReader,
-    ProgressCounts,
-    ProgressDisplay,
-    format_audio,
-    format_duration,
-)
+from pipeline.terminal.progress import LiveReader, ProgressCounts, ProgressDisplay
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
+from pipeline.terminal.wording import counted, format_audio, format_duration
 from transforms.errors import ConfigError, OutputError, TooManyListedError
 from transforms.process.stage_times import stage_clocks
 from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
 from transforms.results.commits import (
     UnitTotals,
-    list_part_ids,
     list_unit_ids,
-    long_id_of,
     read_commit,
     read_failures,
 )
@@ -98,10 +91,6 @@ COMMIT_POLL_INTERVAL_S = 5.0
 # Names and messages may be long; the errors table has them in full.
 MAX_EXAMPLE_CHARS = 1000
 
-EXIT_DONE = 0
-EXIT_TOO_MANY_FAILED = 3
-
-# Dataflow accepts job descriptions of 10 MB, in which pickled units take about twice their size.
 MAX_JOB_BYTES = 4 << 20
 
 
@@ -337,7 +326,6 @@ class _CommitReader:
     def __init__(self, output: str) -> None:
         self._output = output
         self._seen = set(list_unit_ids(output))
-        self._parts: dict[str, UnitTotals] = {}  # of long units that are not joined
         self._counts = ProgressCounts()
         self._next_s = 0.0
 
@@ -351,32 +339,10 @@ class _CommitReader:
         self._next_s = time.monotonic() + COMMIT_POLL_INTERVAL_S
         # Neither the display nor a commit that is being redone may end the run.
         with contextlib.suppress(OSError, OutputError):
-            for unit_id in list_part_ids(self._output):
-                if unit_id not in self._seen:
-                    self._add_part(unit_id)
             for unit_id in list_unit_ids(self._output):
                 if unit_id not in self._seen:
                     self._add(read_commit(self._output, unit_id).totals)
-                    self._take_back_parts(unit_id)
                     self._seen.add(unit_id)
-
-    def _add_part(self, unit_id: str) -> None:
-        totals = read_commit(self._output, unit_id).totals
-        self._seen.add(unit_id)
-        self._add_windows(totals.windows, totals.audio_s)
-        long_id = str(long_id_of(unit_id))
-        self._parts[long_id] = self._parts.get(long_id, UnitTotals()) + totals
-
-    def _take_back_parts(self, unit_id: str) -> None:
-        """What has been counted of the parts of a unit that is itself counted now."""
-        totals = self._parts.pop(unit_id, UnitTotals())
-        self._add_windows(-totals.windows, -totals.audio_s)
-
-    def _add_windows(self, windows: int, audio_s: float) -> None:
-        counts = self._counts
-        self._counts = dataclasses.replace(
-            counts, windows=counts.windows + windows, audio_s=counts.audio_s + audio_s
-        )
 
     def _add(self, totals: UnitTotals) -> None:
         counts = self._counts
@@ -416,10 +382,10 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
             f"Among the failures: {counted(totals['broken_containers'], 'container')} (tar, "
             "Parquet, manifest) not read to the end; the part that could be read is labelled."
         )
-        return EXIT_TOO_MANY_FAILED
+        return EXIT_INCOMPLETE
     if items and failures / items > config.max_failed:
         say(f"That is more than --max-failed allows ({config.max_failed:.4g} of the items).")
-        return EXIT_TOO_MANY_FAILED
+        return EXIT_INCOMPLETE
     return EXIT_DONE
 
 

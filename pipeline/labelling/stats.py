@@ -1,9 +1,9 @@
-"""``earmark stats``: what to normalise a dataset's features with.
+"""``earmark stats``: measure the mean and standard deviation of a dataset's features.
 
     units ─▶ decode ─▶ cut ─▶ MeasureFeatures ─▶ sum ─▶ a file that the command reads back
 
-The same reading, decoding and cutting as ``earmark label``. Nothing is committed on the way: the
-figures are small, and a job that is interrupted starts anew.
+Reading, decoding and cutting are those of ``earmark label``. Nothing is committed on the way: a job
+that is interrupted starts again.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config.label import RunConfig, given_inputs
+from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.labelling.estimate import windows_of_first
 from pipeline.labelling.plan import (
-    counted,
     describe_inputs,
-    make_decode_settings,
-    make_source_settings,
+    input_options,
 )
 from pipeline.labelling.remaining import count_found_items, find_units
-from pipeline.labelling.run import EXIT_DONE, EXIT_TOO_MANY_FAILED
 from pipeline.runners.dataflow import follow, is_left_running
 from pipeline.runners.options import (
     check_reachable,
@@ -40,23 +38,25 @@ from pipeline.runners.options import (
     pipeline_options,
     temporary_files_in_scratch,
 )
-from pipeline.terminal.progress import LiveReader, ProgressDisplay, format_audio, format_duration
+from pipeline.terminal.progress import LiveReader, ProgressDisplay
 from pipeline.terminal.std_streams import answer, say
-from transforms.decoding.pool import DecodeAudio, DecodeSettings
+from pipeline.terminal.wording import counted, format_audio, format_duration
+from transforms.decoding.decode_audio import DecodeAudio
 from transforms.errors import ConfigError, InputError, OutputError
-from transforms.features.fbank import ASTFeatureExtractor, FbankSettings
+from transforms.features.fbank import FbankSettings
 from transforms.features.statistics import (
     FeatureStatistics,
     MeasureFeatures,
     mean_and_std,
     sum_statistics,
 )
-from transforms.features.windows import CutWindows, WindowSettings
-from transforms.label_audio import read_items
+from transforms.features.windows import CutWindows
+from transforms.label_audio import InputSettings, make_input_settings, read_items
+from transforms.models.ast.feature_extractor import ASTFeatureExtractor
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.process.temp_folders import scratch_folder, sweep
 from transforms.records import WorkUnit
-from transforms.sources.read_unit import Found, SourceSettings, find_inputs, limit_items
+from transforms.sources.read_unit import Found, find_inputs, limit_items
 from transforms.storage import filesystem, reading, urls, writing
 from transforms.storage.secrets import public_uri
 
@@ -65,18 +65,16 @@ AUDIOSET = FbankSettings()  # its defaults are AudioSet's mean and standard devi
 
 @dataclass(frozen=True)
 class StatsPlan:
-    """Everything the job needs to know before it starts.
+    """Everything that is settled before the job starts.
 
     Attributes:
-        inputs: What was given, as absolute paths or URLs without signatures.
+        inputs: The inputs as absolute paths or URLs without signatures.
         output: The folder for ``preprocessor_config.json``, or None.
         found: What the inputs hold.
-        units: The work.
-        decode: How to decode.
-        sources: How to read.
-        windows: How to cut.
-        fbank: What features to make.
-        as_original: As the script does that the published figures were made with.
+        units: The work units.
+        settings: How to read, decode and cut.
+        fbank: The features to make.
+        as_original: Whether to measure like the script behind the published figures.
         num_processes: Processes that share this machine's cores.
     """
 
@@ -84,9 +82,7 @@ class StatsPlan:
     output: str | None
     found: Found
     units: tuple[WorkUnit, ...]
-    decode: DecodeSettings
-    sources: SourceSettings
-    windows: WindowSettings
+    settings: InputSettings
     fbank: FbankSettings
     as_original: bool
     num_processes: int
@@ -94,16 +90,16 @@ class StatsPlan:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """What came of it; ``feature_statistics.FeatureStatistics`` without what is only added up.
+    """The measured figures: ``FeatureStatistics`` without its running sums.
 
     Attributes:
-        mean: Of the log-mel values.
+        mean: Mean of the log-mel values.
         std: Their standard deviation.
-        windows: Windows measured.
-        clips: Clips read to their end.
+        windows: Number of windows measured.
+        clips: Number of clips read to their end.
         audio_s: Their length in seconds.
-        failures: Items that could not be measured.
-        broken_containers: Of the failures, containers that could not be read to their end.
+        failures: Number of items that could not be measured.
+        broken_containers: Number of failures that are containers not readable to their end.
         example: One of the failures in words, or None.
     """
 
@@ -118,7 +114,7 @@ class DatasetStatistics:
 
     @staticmethod
     def of(statistics: FeatureStatistics) -> DatasetStatistics:
-        """The figures themselves; no mean where nothing was measured."""
+        """Compute the figures; no mean if nothing was measured."""
         names = [name.name for name in dataclasses.fields(DatasetStatistics)]
         counts = {name: getattr(statistics, name) for name in names[2:]}
         figures = mean_and_std(statistics) if statistics.windows else (None, None)
@@ -127,7 +123,7 @@ class DatasetStatistics:
 
 @dataclass(frozen=True)
 class WriteStatistics:
-    """The graph's last step: leave the figures where the command finds them.
+    """The graph's last step: writes the figures to a file for the command.
 
     Attributes:
         url: The file.
@@ -136,7 +132,7 @@ class WriteStatistics:
     url: str
 
     def __call__(self, statistics: FeatureStatistics) -> None:
-        """Write them as JSON."""
+        """Write the figures as JSON."""
         figures = dataclasses.asdict(DatasetStatistics.of(statistics))
         writing.write_bytes(self.url, json.dumps(figures).encode())
 
@@ -148,7 +144,7 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
         The exit code: 0 done, 3 done but with more failures than allowed or a broken container.
 
     Raises:
-        UsageError: Something is wrong with the command; nothing was written.
+        UsageError: The command is not right; nothing was written.
         InputError: Nothing in the input could be measured.
     """
     options = pipeline_options(config, beam_options)
@@ -187,20 +183,20 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
 
 
 def check_waited_for(options: PipelineOptions) -> None:
-    """Refuse not to wait for the job.
+    """Refuse options that leave the job running.
 
     Raises:
-        ConfigError: It is not to be waited for.
+        ConfigError: The options say not to wait for the job.
     """
     if is_left_running(options):
         raise ConfigError(
-            "earmark stats prints what its job measures, and so waits for it; leave out "
+            "earmark stats prints what its job measures, so it has to wait for it; leave out "
             "no_wait_until_finish and template_location."
         )
 
 
 def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
-    """Find the inputs and settle the settings.
+    """Find the inputs and resolve the settings.
 
     Raises:
         UsageError: The config, an input or the output is not right.
@@ -213,29 +209,16 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
     )
     if output is not None and not config.overwrite:
         check_writable(output)
-    windows = WindowSettings.from_seconds(
-        length_s=config.window.length_s,
-        hop_s=config.window.hop_s,
-        min_tail_ratio=config.window.min_tail,
-        num_frames=fbank.num_frames,
-        sample_rate_hz=fbank.sample_rate_hz,
-    )
-    sources = dataclasses.replace(
-        make_source_settings(config),
-        window_s=windows.window_samples / windows.sample_rate_hz,
-        hop_s=windows.hop_samples / windows.sample_rate_hz,
-    )
+    settings = make_input_settings(fbank, **input_options(config))
     found = find_inputs(inputs, max_page_bytes=config.read.max_page_bytes)
     if config.limit is not None:
-        found = limit_items(found, config.limit, sources)
+        found = limit_items(found, config.limit, settings.sources)
     return StatsPlan(
         inputs=tuple(public_uri(url) for url in inputs),
         output=output,
         found=found,
-        units=find_units(found, sources),
-        decode=make_decode_settings(config.decode),
-        sources=sources,
-        windows=windows,
+        units=find_units(found, settings.sources),
+        settings=settings,
         fbank=fbank,
         as_original=as_original,
         num_processes=config.inference.workers,
@@ -243,26 +226,28 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
 
 
 def check_writable(output: str) -> None:
-    """Refuse to replace figures that are there.
+    """Refuse to replace existing figures.
 
     Raises:
-        OutputError: There are.
+        OutputError: There are some.
     """
     url = urls.join(output, FEATURES_NAME)
     if filesystem.exists(url):
         raise OutputError(
-            f"{public_uri(url)} is there already, and would be replaced; give another "
-            "--output, or --overwrite."
+            f"{public_uri(url)} exists, and would be replaced; give another --output, or "
+            "--overwrite."
         )
 
 
 def build_stats_graph(pipeline: beam.Pipeline, plan: StatsPlan, url: str) -> None:
-    """Draw the job; its figures end in the file at ``url``."""
+    """Build the graph; its figures end up in the file at ``url``."""
+    settings = plan.settings
     _ = (
         pipeline
         | "List units" >> beam.Create(plan.units)
-        | "Decode" >> DecodeAudio(plan.decode, functools.partial(read_items, settings=plan.sources))
-        | "Cut into windows" >> CutWindows(plan.windows)
+        | "Decode"
+        >> DecodeAudio(settings.decode, functools.partial(read_items, settings=settings.sources))
+        | "Cut into windows" >> CutWindows(settings.windows)
         | "Measure"
         >> MeasureFeatures(
             plan.fbank, as_original=plan.as_original, num_processes=plan.num_processes
@@ -275,7 +260,7 @@ def build_stats_graph(pipeline: beam.Pipeline, plan: StatsPlan, url: str) -> Non
 def measure(plan: StatsPlan, options: PipelineOptions) -> DatasetStatistics:
     """Run the job to its end."""
     with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder, temporary_files_in_scratch():
-        # Other machines cannot see this one's temporary folder; what is not local can be seen.
+        # Other machines cannot see this one's temporary folder, but they can see a remote output.
         is_shared = plan.output is not None and not urls.is_local(plan.output)
         place = str(plan.output) if is_shared else folder
         url = urls.join(place, f"stats-{uuid.uuid4().hex}.json")
@@ -288,7 +273,7 @@ def measure(plan: StatsPlan, options: PipelineOptions) -> DatasetStatistics:
 
 
 def describe_statistics(statistics: DatasetStatistics, *, as_original: bool) -> list[str]:
-    """The figures in words."""
+    """Say the figures in words."""
     mean, std = statistics.mean or 0.0, statistics.std or 0.0
     how = "as the original script computes them" if as_original else "padding left out"
     lines = [
@@ -310,10 +295,10 @@ def describe_statistics(statistics: DatasetStatistics, *, as_original: bool) -> 
 def write_features(
     output: str, fbank: FbankSettings, statistics: DatasetStatistics, *, overwrite: bool
 ) -> str:
-    """Write ``preprocessor_config.json``, as transformers has it; gives its URL.
+    """Write ``preprocessor_config.json`` as transformers has it; returns its URL.
 
     Raises:
-        OutputError: There is one already.
+        OutputError: It exists.
     """
     if not overwrite:
         check_writable(output)
@@ -333,5 +318,5 @@ def write_features(
 def _exit_code(statistics: DatasetStatistics, max_failed: float) -> int:
     items = statistics.clips + statistics.failures
     if statistics.broken_containers or statistics.failures > max_failed * items:
-        return EXIT_TOO_MANY_FAILED
+        return EXIT_INCOMPLETE
     return EXIT_DONE

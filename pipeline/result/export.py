@@ -1,12 +1,12 @@
-"""Write the labels of a result, with their times, for the tools people review audio in.
+"""Write the labels of a result with their times, for the tools in which people review audio.
 
     windows/<unit>.parquet ┐
     clips/<unit>.parquet   ┴─clip_id─▶ one row per window and label ─▶ csv | audacity | raven
 
-Only committed units are read, batch by batch and without their embeddings. ``csv`` is one file
-that grows with the batches; ``audacity`` and ``raven`` are one file per source, so what is held
-is one unit's labels, plus those of sources whose segments other units continue. Everything goes
-to a folder of its own (``DIR/export/<format>`` by default), which is no part of the result.
+Only committed units are read, batch by batch and without their embeddings. ``csv`` is one file that
+grows with the batches. ``audacity`` and ``raven`` are one file per source, so memory holds the
+labels of one unit and those of sources that continue in other units. The files go to a folder of
+their own (``DIR/export/<format>`` by default), which is not part of the result.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from typing import Any, Literal, cast, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from pipeline.terminal.std_streams import say
 from transforms.errors import InputError, OutputError, UsageError, in_words
-from transforms.results.commits import COMMITS, PARTS, open_part, part_url, read_commits
+from transforms.results.commits import COMMITS, PARTS, part_url, read_part
+from transforms.results.read import read_batches, read_current_commits
 from transforms.sources.clip_ids import make_clip_id
 from transforms.storage import filesystem, writing
 from transforms.storage import urls as storage_urls
@@ -41,10 +41,9 @@ logger = logging.getLogger(__name__)
 
 ExportFormat = Literal["csv", "audacity", "raven"]
 
-BATCH_ROWS = 4096
 UPLOAD_THREADS = 16
 
-# What the model hears: the range of its mel filters at 16,000 Hz.
+# The range of the model's mel filters at 16,000 Hz.
 LOW_FREQUENCY_HZ = 20.0
 HIGH_FREQUENCY_HZ = 8000.0
 
@@ -72,7 +71,7 @@ RAVEN_COLUMNS = (
     "Score",
 )
 
-# Reserved in file names on at least one of the common systems; control characters too.
+# Characters that are reserved in file names on a common system, and control characters.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|]')
 _MAX_NAME_BYTES = 180
 
@@ -82,8 +81,8 @@ class ExportSettings:
     """Which labels are exported.
 
     Attributes:
-        threshold: Smallest score; None takes all that are stored.
-        top_k: At most this many labels of a window, best first; None takes all that are stored.
+        threshold: Smallest score; None for all stored labels.
+        top_k: Largest number of labels per window, best first; None for all stored labels.
     """
 
     threshold: float | None = None
@@ -97,14 +96,16 @@ class ExportSettings:
 
 
 def label_rows(windows: pa.Table, clips: pa.Table, settings: ExportSettings) -> pa.Table:
-    """One row per window and label, in the windows' order and best label first.
+    """Make a row per window and label, in the windows' order, best label first.
 
     Args:
         windows: ``clip_id, start_s, end_s, labels`` of some windows.
         clips: ``clip_id, uri, member, row, sample_rate_hz`` of every clip of their unit.
         settings: Which labels to take.
+
     Returns:
         A table of ``CSV_COLUMNS`` and ``sample_rate_hz``.
+
     Raises:
         OutputError: A window's clip is not in ``clips``.
     """
@@ -136,7 +137,7 @@ def label_rows(windows: pa.Table, clips: pa.Table, settings: ExportSettings) -> 
 
 
 def audacity_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """An Audacity label track: ``start<TAB>end<TAB>label (score)`` per line, in seconds.
+    """Make an Audacity label track: ``start<TAB>end<TAB>label (score)`` per line, in seconds.
 
     Source: manual.audacityteam.org, "Importing and Exporting Labels".
     """
@@ -148,11 +149,11 @@ def audacity_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def raven_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Raven Pro selection table: tab-separated, a header, selections counted from 1.
+    """Make a Raven Pro selection table: tab-separated, with a header, selections from 1.
 
-    Raven requires the columns up to ``High Freq (Hz)``; what follows are annotations. The clip
-    was mixed down, so the selection is drawn on the first channel; its frequencies are what the
-    model hears of the source.
+    Raven requires the columns up to ``High Freq (Hz)``; the others are annotations. The clip was
+    mixed down, so the selection is on the first channel. Its frequencies are the part of the
+    source's range that the model covers.
     """
     lines = ["\t".join(RAVEN_COLUMNS)]
     for number, row in enumerate(rows, start=1):
@@ -165,7 +166,7 @@ def raven_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Text without what separates columns and lines."""
+    """Remove what separates columns and lines."""
     return " ".join(text.split())
 
 
@@ -185,12 +186,12 @@ _TEXT_FORMATS = {
 
 @dataclass(frozen=True, order=True)
 class Source:
-    """A recording that clips are of; the segments of one share it, whatever their ids are.
+    """The recording of a clip; all segments of one recording share it, whatever their ids.
 
     Attributes:
         uri: The file or container.
         member: Name inside the tar, or "".
-        occurrence: Which member of that name, from 1.
+        occurrence: Number of the member among those of its name, from 1.
         row: Row of the Parquet file, or -1.
     """
 
@@ -200,7 +201,7 @@ class Source:
     row: int = -1
 
     def path_parts(self) -> list[str]:
-        """Its path, and below that of its container its own name."""
+        """Return the parts of its path; a member or row lies below its container."""
         parts = [part for part in f"{self.uri}/{self.member}".split("/") if part]
         if self.row >= 0:
             parts.append(f"row={self.row}")
@@ -209,34 +210,35 @@ class Source:
         return parts
 
     def folder(self) -> tuple[str, ...]:
-        """Where its file or container lies."""
+        """Return the folder of its file or container."""
         return tuple(part for part in self.uri.split("/") if part)[:-1]
 
 
 def source_of(clip_id: str, uri: str, member: str | None, row: int | None) -> Source:
-    """What a clip is of, from its row in ``clips``.
+    """Return the recording of a clip from its row in ``clips``.
 
-    A manifest may give clips any id, so the id tells one thing only, and only where it is made of
-    the other columns: which member of its name is meant (``#name~2``).
+    A manifest may give clips any id. So the id is used only if it is made of the other columns, and
+    only for the number of the member among those of its name (``#name~2``).
     """
     if member is None:
         return Source(uri, row=-1 if row is None else row)
-    # A byte that is not UTF-8 is %XX in every column: here its % must not be encoded once more.
+    # A byte that is not UTF-8 is %XX in every column; its % must not be encoded again here.
     name, clip_id = (text.replace("%25", "%") for text in (make_clip_id(uri, member), clip_id))
     match = re.match(re.escape(name) + r"~(\d+)(?:@|$)", clip_id)
     return Source(uri, member, int(match.group(1)) if match else 1)
 
 
 def name_files(sources: Iterable[Source], suffix: str) -> dict[Source, str]:
-    """Give every source a file: its path below the folder that all share, made safe and unique.
+    """Name a file for every source: its path below the shared folder, made safe and unique.
 
-    A tar member or Parquet row lies in a folder with its container's name. What systems reserve
-    is percent-encoded, long names are cut and end in a hash; names that would meet (also where
-    the case of letters does not count) end in a hash too.
+    A tar member or Parquet row lies in a folder with its container's name. Reserved characters are
+    percent-encoded. Long names are cut and end in a hash, and so do names that would collide, also
+    where upper and lower case are the same.
 
     Args:
-        sources: What the files are of.
-        suffix: What the file names end in.
+        sources: The recordings.
+        suffix: End of the file names.
+
     Returns:
         Source to relative path.
     """
@@ -246,7 +248,7 @@ def name_files(sources: Iterable[Source], suffix: str) -> dict[Source, str]:
     taken: set[str] = set()
     for source in ordered:
         *above, last = source.path_parts()[depth:]
-        # A folder must not bear the name of some other source's file.
+        # A folder must not have the name of another source's file.
         safe = [f"{name}_" if name.endswith(suffix) else name for name in map(_safe_name, above)]
         path = "/".join([*safe, _safe_name(last) + suffix])
         if path.casefold() in taken:
@@ -257,7 +259,7 @@ def name_files(sources: Iterable[Source], suffix: str) -> dict[Source, str]:
 
 
 def _shared_depth(folders: Iterable[tuple[str, ...]]) -> int:
-    """How many leading parts all folders have in common."""
+    """Count the leading parts that all folders have in common."""
     depth = 0
     for column in zip(*folders, strict=False):
         if len(set(column)) > 1:
@@ -287,84 +289,75 @@ class _Result:
         self.folder = storage_urls.normalise(folder)
         name = public_uri(self.folder)
         try:
-            commits, without = read_commits(self.folder)
+            self.unit_ids = list(read_current_commits(self.folder))
         except OSError as error:
             raise OutputError(
                 f"{in_words(error)}. Check the folder {name} and the rights to it."
             ) from error
-        if without:
-            raise OutputError(
-                f"{name}: {len(without)} commits are damaged or cannot be read, the first is "
-                f"{next(iter(without))}.json; run earmark verify"
-            )
-        if not commits:
+        if not self.unit_ids:
             raise InputError(f"{name} {_why_empty(self.folder)}")
-        replaced = {unit_id for commit in commits.values() for unit_id in commit.replaces}
-        self.unit_ids = sorted(set(commits) - replaced)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last run went to its end."""
+        """Whether the last run has finished."""
         return filesystem.exists(storage_urls.join(self.folder, "_SUCCESS"))
 
     def clips(self, unit_id: str, columns: Sequence[str]) -> pa.Table:
-        """Some columns of a unit's clips."""
-        with self._open("clips", unit_id) as file:
-            return file.read(columns=list(columns), use_threads=False)
+        """Read some columns of a unit's clips."""
+        with self._reading("clips", unit_id):
+            return read_part(self.folder, "clips", unit_id, columns)
 
     def sources(self, unit_id: str) -> dict[str, Source]:
-        """What each of a unit's clips is of, by ``clip_id``."""
+        """Read the source of each of a unit's clips, by ``clip_id``."""
         rows = self.clips(unit_id, ["clip_id", "uri", "member", "row"]).to_pylist()
         return {row["clip_id"]: source_of(**row) for row in rows}
 
     def label_rows(self, unit_id: str, settings: ExportSettings) -> Iterator[pa.Table]:
-        """A unit's labels, batch by batch; see ``label_rows``."""
+        """Read a unit's labels, batch by batch; see ``label_rows``."""
         clips = self.clips(unit_id, ["clip_id", "uri", "member", "row", "sample_rate_hz"])
         columns = ["clip_id", "start_s", "end_s", "labels"]
-        with self._open("windows", unit_id) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-                yield label_rows(pa.Table.from_batches([batch]), clips, settings)
+        with self._reading("windows", unit_id):
+            for windows in read_batches(self.folder, "windows", unit_id, columns):
+                yield label_rows(windows, clips, settings)
 
     def check_top_k(self, top_k: int) -> None:
-        """Refuse to promise more labels than are stored.
+        """Refuse a ``--top-k`` beyond the stored labels.
 
         Raises:
             UsageError: Windows hold fewer, and the model has more.
         """
         for unit_id in self.unit_ids:
-            with self._open("clips", unit_id) as file:
-                labels = file.read(columns=["labels"], use_threads=False)["labels"]
-                known = (file.schema_arrow.metadata or {}).get(b"earmark.labels")
-            if len(labels) and known:
-                stored = len(labels[0])
+            clips = self.clips(unit_id, ["labels"])
+            known = (clips.schema.metadata or {}).get(b"earmark.labels")
+            if clips.num_rows and known:
+                stored = len(clips["labels"][0])
                 if top_k > stored and stored < len(json.loads(known)):
                     raise UsageError(
-                        f"--top-k is {top_k}; must be at most {stored}, which is what the result "
-                        f"holds of each window. Label again with --top-k {top_k} for more"
+                        f"--top-k is {top_k}; must be at most {stored}, the number of labels that "
+                        f"the result holds per window. Label again with --top-k {top_k} for more"
                     )
                 return
 
     @contextlib.contextmanager
-    def _open(self, part: str, unit_id: str) -> Iterator[pq.ParquetFile]:
-        url = part_url(self.folder, part, unit_id)
+    def _reading(self, part: str, unit_id: str) -> Iterator[None]:
         try:
-            with open_part(self.folder, part, unit_id) as file:
-                yield file
+            yield
         except (FileNotFoundError, pa.ArrowInvalid) as error:
+            url = part_url(self.folder, part, unit_id)
             raise OutputError(
                 f"{public_uri(url)}: committed and not readable ({error}); run earmark verify"
             ) from error
 
 
 def _why_empty(folder: str) -> str:
-    """What to say of a folder without commits, and what to do."""
+    """Say why a folder has no commits, and what to do."""
     from pipeline.result.state import (
-        read_run,  # pulls in Beam, which an export has no other need of
+        read_run,  # imports Beam, which an export does not need otherwise
     )
 
     if not filesystem.exists(folder):
         return "does not exist; give the --output folder of earmark label"
-    with contextlib.suppress(OutputError):  # somebody else's run.json
+    with contextlib.suppress(OutputError):  # the run.json of something else
         if read_run(folder) is not None:
             return (
                 "is unfinished and has nothing to export yet: no unit is committed; "
@@ -377,9 +370,9 @@ def _why_empty(folder: str) -> str:
 
 
 def _write_csv(result: _Result, folder: str, settings: ExportSettings) -> tuple[int, int]:
-    """One ``labels.csv``; returns the numbers of files and labels."""
+    """Write ``labels.csv``; returns the numbers of files and labels."""
     num_labels = 0
-    # Beside its target, where that is local: moving it into place is then a rename.
+    # Beside a local target, so that moving it into place is a rename.
     beside = storage_urls.local_path(folder) if storage_urls.is_local(folder) else None
     with tempfile.TemporaryDirectory(prefix=".earmark-", dir=beside) as staging:
         path = Path(staging) / "labels.csv"
@@ -400,7 +393,7 @@ def _write_csv(result: _Result, folder: str, settings: ExportSettings) -> tuple[
 def _write_text(
     result: _Result, folder: str, settings: ExportSettings, text_format: _TextFormat
 ) -> tuple[int, int]:
-    """One file per source, also where nothing was kept of it; returns numbers as ``_write_csv``."""
+    """Write one file per source, even without labels; returns numbers as ``_write_csv`` does."""
     units_left: Counter[Source] = Counter()
     for unit_id in result.unit_ids:
         units_left.update(set(result.sources(unit_id).values()))
@@ -420,13 +413,13 @@ def _write_text(
             ]
             texts = (text_format.render(_in_order(waiting.pop(s, []))) for s in complete)
             urls = (storage_urls.join(folder, names[source]) for source in complete)
-            # Drawing the results raises what went wrong in the threads.
+            # Collecting the results raises the errors of the threads.
             list(threads.map(_put_text, urls, texts))
     return len(names), num_labels
 
 
 def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows by time; the labels of a window stay best first."""
+    """Sort rows by time; the labels of a window stay best first."""
     return sorted(rows, key=lambda row: (row["start_s"], row["end_s"]))
 
 
@@ -435,10 +428,10 @@ def _put_text(url: str, text: str) -> None:
 
 
 def _export_folder(result: _Result, format: ExportFormat, output: str | None) -> str:
-    """Where the export goes.
+    """Return the folder to export to.
 
     Raises:
-        OutputError: That lies among the result's own files.
+        OutputError: It lies among the result's own files.
     """
     if output is None:
         return storage_urls.join(result.folder, "export", format)
@@ -461,17 +454,19 @@ def run_export(
     top_k: int | None = None,
     quiet: bool = False,
 ) -> int:
-    """Export a result's labels; the command ``earmark export``.
+    """Export a result's labels (``earmark export``).
 
     Args:
         folder: The result's folder.
         format: ``csv``, ``audacity`` or ``raven``.
-        output: Where to write; None is ``export/<format>`` in the result's folder.
+        output: Folder to write to; None for ``export/<format>`` in the result's folder.
         threshold: Smallest score to export, in [0, 1].
-        top_k: At most this many labels per window.
-        quiet: Say nothing of what was written.
+        top_k: Largest number of labels per window.
+        quiet: Print nothing.
+
     Returns:
         The exit code.
+
     Raises:
         UsageError: ``folder`` is no result, or an argument does not fit it.
     """
@@ -485,7 +480,7 @@ def run_export(
     writing.make_folder(target)
     if not result.is_finished:
         logger.warning(
-            "%s: the last run has not gone to its end; exporting the %d units committed so far",
+            "%s: the last run has not finished; exporting the %d units committed so far",
             public_uri(result.folder),
             len(result.unit_ids),
         )

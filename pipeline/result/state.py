@@ -1,8 +1,8 @@
 """The state of a result on disk: what is committed, what is damaged, what is left over.
 
-Planning reads it to know what is done, ``heal`` brings it in order before work starts, and
-``verify`` looks deeper. ``run.json`` is written when work starts (``status: running``) and again
-at the end of the graph (``status: done``), followed by ``_SUCCESS``.
+Planning reads it to know what is done. ``heal`` repairs it before work starts. ``verify`` checks
+more of it. ``run.json`` is written when work starts (``status: running``) and again at the end of
+the graph (``status: done``), followed by ``_SUCCESS``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,11 +34,9 @@ from transforms.results.commits import (
     Commit,
     are_commits_held,
     commit_url,
-    list_long_files,
     list_unit_ids,
     part_url,
     read_commits,
-    remove_long_file,
     remove_unit,
 )
 from transforms.storage import filesystem, listing, reading, writing
@@ -51,7 +49,14 @@ logger = logging.getLogger(__name__)
 SUCCESS_FILE = "_SUCCESS"
 WRITERS_PATIENCE_S = 60.0
 
-# What a unit's files are called: ``sources.make_unit_id`` and an ending of ours.
+# Earlier versions labelled a long file in parts, and kept these here until they were joined.
+OLD_PARTS = "_parts"
+_OLD_PART = re.compile(
+    r"[0-9a-f]{16,64}/(windows|clips|errors|_commits)/"
+    r"\.?[0-9a-f]{20}\.(parquet|json)(\.[0-9a-f]+\.tmp)?"
+)
+
+# The name of a unit's files: ``make_unit_id`` and an extension.
 _UNIT_FILE = re.compile(r"^(?P<unit_id>[0-9a-f]{16,64})\.(parquet|json)$")
 
 _VERSIONED = (
@@ -71,22 +76,22 @@ _VERSIONED_IF_INSTALLED = ("openvino", "nncf")
 
 @dataclass(frozen=True)
 class ResultState:
-    """What lies in an output folder.
+    """The content of an output folder.
 
     Attributes:
         output: The folder.
-        run: ``run.json``, or None where there is none.
-        commits: Commits whose parts are there in the size they vouch for, by unit.
+        run: ``run.json``, or None if there is none.
+        commits: Commits whose parts exist in the committed size, by unit.
         damaged: Units whose commit cannot be read or whose parts are missing or of another
             size, with the reason.
-        unreadable: Units whose commit the store does not give out, with the reason: nothing is
-            known of them, so no run goes on beside them.
-        superseded: Units that another commit replaces and that are still there.
+        unreadable: Units whose commit the store does not return, with the reason. Nothing is
+            known of them, so a run refuses to start.
+        superseded: Units that another commit replaces and that still exist.
         orphans: Parts without a commit, as URLs.
         unfinished: Files that were being written when a run was killed, as URLs.
-        foreign: Files in our folders that Earmark did not write, as URLs.
-        long_files: Files of parts of long units that are not joined, or were not removed, by unit.
-        succeeded: ``_SUCCESS`` is there.
+        foreign: Files in the result's folders that Earmark did not write, as URLs.
+        old_parts: Files below ``_parts`` that an earlier version wrote, as URLs.
+        succeeded: ``_SUCCESS`` exists.
     """
 
     output: str
@@ -98,7 +103,7 @@ class ResultState:
     orphans: tuple[str, ...] = ()
     unfinished: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
-    long_files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    old_parts: tuple[str, ...] = ()
     succeeded: bool = False
 
     @property
@@ -107,12 +112,12 @@ class ResultState:
         return self.run is not None or any((self.commits, self.damaged, self.unreadable))
 
     def fingerprints(self) -> set[str]:
-        """Fingerprints of everything committed."""
+        """Return the fingerprints of all commits."""
         return {commit.fingerprint for commit in self.commits.values()}
 
 
 def read_result(output: str) -> ResultState:
-    """Read the state of an output folder; an absent or empty one is an empty state.
+    """Read the state of an output folder; an absent or empty folder gives an empty state.
 
     Raises:
         OutputError: The folder cannot be read or is a file, ``run.json`` is not Earmark's, or the
@@ -151,8 +156,8 @@ def _read_result(output: str) -> ResultState:
             damaged[unit_id] = reason
     known = commits.keys() | without.keys()
     orphans = [part_url(output, part, unit_id) for part, unit_id in sizes if unit_id not in known]
-    # A part that its commit does not name (an ``errors`` part, after a change by hand) is no
-    # less an orphan than one without a commit.
+    # A part that its commit does not name (an ``errors`` part, after a change by hand) is an
+    # orphan too.
     orphans += [
         part_url(output, part, unit_id)
         for part, unit_id in sizes
@@ -168,16 +173,16 @@ def _read_result(output: str) -> ResultState:
         orphans=tuple(sorted(orphans)),
         unfinished=tuple(_list_unfinished(output)),
         foreign=tuple(foreign),
-        long_files=list_long_files(output),
+        old_parts=tuple(_list_old_parts(output)),
         succeeded=filesystem.exists(storage_urls.join(output, SUCCESS_FILE)),
     )
 
 
 def read_run(output: str) -> Mapping[str, Any] | None:
-    """``run.json`` of a result, or None.
+    """Read ``run.json`` of a result; None if there is none.
 
     Raises:
-        OutputError: It is there and not Earmark's.
+        OutputError: It exists and is not Earmark's.
     """
     url = storage_urls.join(output, RUN_FILE)
     if not filesystem.exists(url):
@@ -195,7 +200,7 @@ def read_run(output: str) -> Mapping[str, Any] | None:
 
 
 def _list_parts(output: str) -> tuple[dict[tuple[str, str], int], list[str]]:
-    """Sizes of the parts that are there, by part and unit, and files that are not ours."""
+    """Return the sizes of the parts, by part and unit, and the files that are not Earmark's."""
     sizes: dict[tuple[str, str], int] = {}
     foreign = []
     for part in PARTS:
@@ -213,11 +218,37 @@ def _list_parts(output: str) -> tuple[dict[tuple[str, str], int], list[str]]:
 
 
 def _list_unfinished(output: str) -> Iterator[str]:
-    """Files that were being written when a run was killed, wherever runs write."""
+    """Yield the files that were being written when a run was killed, wherever runs write."""
     for folder in (output, *(storage_urls.join(output, name) for name in (*PARTS, COMMITS))):
         for name in listing.list_names(folder):
             if writing.is_temporary_name(name):
                 yield storage_urls.join(folder, name)
+
+
+def _list_old_parts(output: str) -> Iterator[str]:
+    """Yield the files below ``_parts`` whose names are Earmark's, commits first."""
+    root = storage_urls.join(output, OLD_PARTS)
+    if not filesystem.exists(root):
+        return
+    urls = [file.url for file in listing.list_files(root)]
+    names = {url: url.removeprefix(f"{root}/") for url in urls}
+    ours = [url for url in urls if _OLD_PART.fullmatch(names[url])]
+    yield from sorted(ours, key=lambda url: (f"/{COMMITS}/" not in names[url], url))
+
+
+def _remove_old_parts(state: ResultState) -> None:
+    """Remove the parts of an earlier version, and the folders that are then empty."""
+    folders = set()
+    for url in state.old_parts:
+        writing.remove(url)
+        folder = storage_urls.parent(url)
+        folders |= {
+            folder,
+            storage_urls.parent(folder),
+            storage_urls.parent(storage_urls.parent(folder)),
+        }
+    for folder in sorted(folders, key=len, reverse=True):
+        writing.remove_empty_folder(folder)
 
 
 def _missing_part(commit: Commit, sizes: Mapping[tuple[str, str], int]) -> str | None:
@@ -231,10 +262,10 @@ def _missing_part(commit: Commit, sizes: Mapping[tuple[str, str], int]) -> str |
 
 
 def wait_for_writers(output: str) -> None:
-    """Wait for workers of a run that was killed: they see it after some seconds, and may commit.
+    """Wait for workers of a killed run: they may commit for some seconds before they notice.
 
     Raises:
-        OutputError: They live on.
+        OutputError: They did not end.
     """
     if not are_commits_held(output):
         return
@@ -252,11 +283,11 @@ def wait_for_writers(output: str) -> None:
 
 
 def heal(state: ResultState) -> None:
-    """Bring a result in order before work starts: what does not count goes.
+    """Repair a result before work starts: remove what does not count.
 
-    Damaged units are removed and so done again; leftovers of replaced units, parts without a
-    commit, files that were being written and staged files of runs that died go. Nothing else is
-    touched: parts of long files are what a run goes on with, and it removes them at its end.
+    Removes damaged units, which are then done again, leftovers of replaced units, parts without a
+    commit, files that were being written, staged files of killed runs, and parts of long files
+    that an earlier version left. Touches nothing else.
     """
     _remove_units_and_leftovers(state, (*state.damaged, *sorted(state.superseded)))
 
@@ -266,18 +297,19 @@ def _remove_units_and_leftovers(state: ResultState, unit_ids: Iterable[str]) -> 
         remove_unit(state.output, unit_id)
     for url in (*state.orphans, *state.unfinished):
         writing.remove(url)
+    _remove_old_parts(state)
     remove_staging(state.output)
 
 
 def remove_staging(output: str) -> None:
-    """Remove files on their way to a local output; only for who holds it."""
+    """Remove files on their way to a local output; only for the holder of its lock."""
     if storage_urls.is_local(output):
         folder = storage_urls.join(output, writing.STAGING_FOLDER)
         shutil.rmtree(storage_urls.local_path(folder), ignore_errors=True)
 
 
 def check_removable(state: ResultState) -> None:
-    """Refuse to overwrite what Earmark did not write.
+    """Raise if ``--overwrite`` would remove what Earmark did not write.
 
     Raises:
         OutputError: The folder has files where parts belong, and no result of Earmark's.
@@ -296,30 +328,28 @@ def remove_result(state: ResultState) -> None:
     writing.remove(storage_urls.join(state.output, SUCCESS_FILE))
     unit_ids = (*state.commits, *state.damaged, *state.unreadable, *sorted(state.superseded))
     _remove_units_and_leftovers(state, unit_ids)
-    for long_id, urls in state.long_files.items():
-        remove_long_file(state.output, long_id, urls)
     writing.remove(storage_urls.join(state.output, RUN_FILE))
     for folder in (*PARTS, COMMITS):
         writing.remove_empty_folder(storage_urls.join(state.output, folder))
 
 
 def make_fingerprint(results: Mapping[str, Any]) -> str:
-    """Hex digest of everything that changes results."""
+    """Return the hex digest of everything that changes results."""
     text = json.dumps(results, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_same_results(state: ResultState, results: Mapping[str, Any], model_name: str) -> None:
-    """Refuse to mix results of different models or settings in one folder.
+    """Raise if results of different models or settings would be mixed in one folder.
 
     Args:
-        state: What lies in the folder.
+        state: The folder's content.
         results: What changes results now.
-        model_name: Of the model now; a hash alone would not tell people which is which.
+        model_name: Name of the model now; a hash alone would tell people little.
 
     Raises:
         OutputError: The folder's commits were made with something else, or not all of them can be
-            read; says what differs.
+            read; the message says what differs.
     """
     for unit_id, reason in state.unreadable.items():
         raise OutputError(
@@ -346,7 +376,7 @@ def check_same_results(state: ResultState, results: Mapping[str, Any], model_nam
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each setting that differs from what a folder was made with."""
+    """Return a line for each setting that differs from what a folder was made with."""
     there, here = _flatten(before), _flatten(now)
     return [
         f"  {key}: {_short(there.get(key))} there, {_short(here.get(key))} now"
@@ -356,7 +386,7 @@ def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested keys joined by dots, so that only what differs is named."""
+    """Join nested keys by dots, so that only what differs is named."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -372,7 +402,7 @@ def _short(value: Any) -> str:
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of Earmark, Python and the libraries that results depend on."""
+    """Return the versions of Earmark, Python and the libraries that results depend on."""
     versions = {"earmark": __version__, "python": platform.python_version()}
     for name in _VERSIONED:
         versions[name] = importlib.metadata.version(name)
@@ -383,7 +413,7 @@ def software_versions() -> dict[str, str]:
 
 
 def utc_now() -> str:
-    """The time in ISO 8601, to the second."""
+    """Return the time in ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -405,11 +435,11 @@ class FinishRun:
         num_units: Units that this run has to do.
         found_kept_items: Items of the kept units that are in the input.
         vanished_kept_items: Items of the kept units that are not.
-        vanished_carried_items: Rows that new units take over, of items not in the input.
-        retried_carried_items: Rows that new units take over beside items tried again.
-        vanished_failures: Of the failures, those of items not in the input.
-        num_found_items: Items that planning found; None where containers had to be read to know.
-        num_commits: Commits that must be there at the end.
+        vanished_carried_items: Rows that new units carry over, of items not in the input.
+        retried_carried_items: Rows that new units carry over beside items tried again.
+        vanished_failures: Failures of items that are not in the input.
+        num_found_items: Items that planning found; None if containers had to be read to know.
+        num_commits: Commits that must exist at the end.
     """
 
     output: str
@@ -464,19 +494,8 @@ class FinishRun:
             ),
         }
         with writing_to(self.output):
-            self._remove_long_files()
             write_run(self.output, run)
             writing.write_bytes(storage_urls.join(self.output, SUCCESS_FILE), b"")
-
-    def _remove_long_files(self) -> None:
-        """Parts of long files that have been labelled otherwise, or are not in the input any more.
-
-        Beyond a limit there may be files that a run without one goes on with.
-        """
-        is_limited = self.run["config"]["limit"] is not None
-        for long_id, urls in list_long_files(self.output).items():
-            if not is_limited or filesystem.exists(commit_url(self.output, long_id)):
-                remove_long_file(self.output, long_id, urls)
 
     def _check(self, new: RunTotals) -> None:
         place = public_uri(self.output)

@@ -1,11 +1,10 @@
 """``earmark verify DIR``: is a result whole?
 
-Every commit is checked against its parts: present, of the committed size, hash and row count,
-readable to the last page, with the footer of the same fingerprint. Every part belongs to a
-commit, every clip occurs once, every window belongs to a clip, and the totals of ``run.json``
-are those of the commits. Each finding names the file, and the advice at the end is that of its
-kind: what a run redoes by itself is less than what is found here, because a run does not read
-what is there.
+Every commit is checked against its parts: they exist, with the committed size, hash and row count,
+can be read to the last page, and have a footer with the same fingerprint. Every part belongs to a
+commit, every clip occurs once, every window belongs to a clip, and the totals of ``run.json`` are
+those of the commits. Each finding names the file, and its kind decides the advice at the end: a run
+does not read existing parts, so it repairs less than is found here.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from enum import Enum
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.result.state import SUCCESS_FILE, ResultState, read_result
 from pipeline.terminal.std_streams import answer
 from transforms.errors import InputError, OutputError
 from transforms.results.commits import (
     COMMITS,
-    LONG_FILES,
     RUN_FILE,
     Commit,
     PartInfo,
@@ -37,29 +36,24 @@ from transforms.results.commits import (
     commit_url,
     find_change,
     list_unit_ids,
-    long_id_of,
-    part_ids_of,
     part_url,
     read_part,
 )
 from transforms.storage import urls
 from transforms.storage.secrets import public_uri
 
-EXIT_WHOLE = 0
-EXIT_DAMAGED = 3
-
 
 class Kind(Enum):
-    """What a finding is, as it is called in print; what to do depends on it.
+    """The kind of a finding, as printed; the advice depends on it.
 
     Attributes:
-        INCOMPLETE: The next run sees it too, and redoes the unit (or rewrites ``run.json``).
-        CHANGED: The next run does not see it: first the unit's commit must go.
-        UNREADABLE: The store does not give it out, so nothing is known of it.
+        INCOMPLETE: The next run notices it too, and redoes the unit (or rewrites ``run.json``).
+        CHANGED: The next run does not notice it: the unit's commit must be removed first.
+        UNREADABLE: The store does not return it, so nothing is known of it.
         LEFTOVER: It does not count, and the next run removes it.
-        UNFINISHED: The last run has not come to its end.
-        FOREIGN: Not Earmark's, and read along by whoever reads the folder.
-        STRAY: In nobody's way: not Earmark's, or kept for another run.
+        UNFINISHED: The last run did not finish.
+        FOREIGN: Not Earmark's, but tools that read the folder read it too.
+        STRAY: Not Earmark's, and harmless.
     """
 
     INCOMPLETE = "damaged"
@@ -78,8 +72,8 @@ class Finding:
     Attributes:
         name: The file, unit or clip.
         problem: What is wrong with it.
-        kind: What sort of thing that is.
-        unit_id: The unit to do again, where a run does not see that by itself.
+        kind: Its kind.
+        unit_id: The unit to redo, where a run does not notice that.
     """
 
     name: str
@@ -89,7 +83,7 @@ class Finding:
 
 
 def run_verify(folder: str, quiet: bool = False) -> int:
-    """Check a result and print what is wrong, and what to do.
+    """Check a result, and print what is wrong and what to do.
 
     Returns:
         0 if the result is whole, 3 if it is damaged or unfinished.
@@ -110,7 +104,7 @@ def run_verify(folder: str, quiet: bool = False) -> int:
         is_unreadable = isinstance(error.__cause__, OSError)
         kind = Kind.UNREADABLE if is_unreadable else Kind.INCOMPLETE
         answer(str(error), kind=kind.value)
-        return EXIT_DAMAGED
+        return EXIT_INCOMPLETE
     if not state.is_result:
         raise InputError(
             f"{name} holds no result of Earmark: no {RUN_FILE} and no commits. "
@@ -129,16 +123,16 @@ def run_verify(folder: str, quiet: bool = False) -> int:
         answer(f"{name} is {word} {counts}.")
         for advice in make_advice(output, findings):
             answer(advice)
-        return EXIT_DAMAGED
+        return EXIT_INCOMPLETE
     if not quiet:
         answer(f"{name} is whole: {counts}.")
-    return EXIT_WHOLE
+    return EXIT_DONE
 
 
 def _has_commits(output: str) -> bool:
     try:
         return bool(list_unit_ids(output))
-    except OSError:  # of a folder that is there, something must be said
+    except OSError:  # a folder that exists must be reported
         return urls.is_local(output) and os.path.lexists(
             urls.local_path(urls.join(output, COMMITS))
         )
@@ -146,17 +140,14 @@ def _has_commits(output: str) -> bool:
 
 def _counts(state: ResultState) -> str:
     totals = sum((commit.totals for commit in state.commits.values()), UnitTotals())
-    part_ids = [] if state.succeeded else part_ids_of(state.long_files)
-    num_parts = sum(long_id_of(part_id) not in state.commits for part_id in part_ids)
     return (
         f"{len(state.commits)} units, {totals.clips} clips, {totals.windows} windows, "
         f"{totals.failures} failures"
-        + (f", {num_parts} parts of files that are not joined yet" if num_parts else "")
     )
 
 
 def make_advice(output: str, findings: Iterable[Finding]) -> list[str]:
-    """What to do about findings, in this order; each line once, however many findings it is for."""
+    """Return the advice for findings, in order; each line once, however many findings need it."""
     findings = list(findings)
     kinds = {finding.kind for finding in findings}
     lines = []
@@ -166,7 +157,7 @@ def make_advice(output: str, findings: Iterable[Finding]) -> list[str]:
             "again."
         )
     if Kind.FOREIGN in kinds:
-        lines.append("Move the foreign files away: who reads the folder reads them along.")
+        lines.append("Move the foreign files away: tools that read the folder read them too.")
     unit_ids = sorted({finding.unit_id for finding in findings if finding.unit_id})
     if unit_ids:
         lines.append(
@@ -184,14 +175,14 @@ def make_advice(output: str, findings: Iterable[Finding]) -> list[str]:
 
 
 def _removal(url: str) -> str:
-    """The command that removes a file, or the words where there is no one command."""
+    """Return the command that removes a file, or words where there is no single command."""
     if urls.is_local(url):
         return f"rm {shlex.quote(urls.local_path(url))}"
     return f"remove {public_uri(url)}"
 
 
 def verify_result(state: ResultState) -> Iterator[Finding]:
-    """Everything that is wrong with a result, and the files that are not Earmark's."""
+    """Yield everything that is wrong with a result, and the files that are not Earmark's."""
     for unit_id, reason in state.damaged.items():
         yield Finding(unit_id, reason)
     for unit_id, reason in state.unreadable.items():
@@ -202,7 +193,13 @@ def verify_result(state: ResultState) -> Iterator[Finding]:
         )
     for url in state.orphans:
         yield Finding(url, "no commit vouches for it", Kind.LEFTOVER)
-    yield from _check_long_files(state)
+    for folder in sorted({urls.parent(urls.parent(url)) for url in state.old_parts}):
+        yield Finding(
+            folder,
+            "parts of a long file, from an earlier version; the next earmark label removes them "
+            "and labels the file if it is not labelled yet",
+            Kind.LEFTOVER,
+        )
     for url in state.foreign:
         is_read = url.lower().endswith(".parquet")
         yield Finding(url, "Earmark did not write it", Kind.FOREIGN if is_read else Kind.STRAY)
@@ -217,20 +214,6 @@ def verify_result(state: ResultState) -> Iterator[Finding]:
                 if clip_ids[clip_id] == 2:
                     problem = f"it is there twice, the second time in {commit.unit_id}"
                     yield Finding(clip_id, problem, Kind.CHANGED, commit.unit_id)
-
-
-def _check_long_files(state: ResultState) -> Iterator[Finding]:
-    """Parts of long files that are not as they should be: while a run is not done, they are."""
-    is_limited = state.run is not None and state.run.get("config", {}).get("limit") is not None
-    for long_id in state.long_files:
-        url = urls.join(state.output, LONG_FILES, long_id)
-        if long_id in state.commits:
-            yield Finding(url, "parts of a file that has been labelled", Kind.LEFTOVER)
-        elif state.succeeded and is_limited:
-            problem = "parts of a file beyond --limit: a run without one goes on with them"
-            yield Finding(url, problem, Kind.STRAY)
-        elif state.succeeded:
-            yield Finding(url, "parts of a file that is not labelled in parts now", Kind.LEFTOVER)
 
 
 def _check_run(state: ResultState) -> Iterator[Finding]:
@@ -271,7 +254,7 @@ def check_unit(output: str, commit: Commit) -> tuple[list[Finding], list[str]]:
     """Check one commit against its parts.
 
     Returns:
-        What is wrong, and the ids of the unit's items (clips and failures).
+        The findings, and the ids of the unit's items (clips and failures).
     """
     findings: list[Finding] = []
     tables: dict[str, pa.Table] = {}
@@ -309,7 +292,7 @@ _COLUMNS = {
 def _read_checked(
     output: str, part: str, commit: Commit, info: PartInfo
 ) -> tuple[pa.Table, str | None]:
-    """The columns of a part that are checked further, and what is wrong with the part."""
+    """Return the columns of a part that are checked further, and what is wrong with the part."""
     table = read_part(output, part, commit.unit_id, _COLUMNS[part])
     footer = table.schema.metadata or {}
     if table.num_rows != info.num_rows:
@@ -321,7 +304,7 @@ def _read_checked(
 
 
 def _miscounted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
-    """Which of a commit's totals its rows do not bear out."""
+    """Return which of a commit's totals its rows contradict, or None."""
     totals = commit.totals
     num_clips = tables["clips"].num_rows
     num_failures = tables["errors"].num_rows if "errors" in tables else 0
@@ -340,7 +323,7 @@ def _miscounted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
 
 
 def _unlisted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
-    """Which item of the ledger has no row: a run would take it for done, or do it twice."""
+    """Return which item has no row, or no entry in the ledger: a run would skip it or redo it."""
     there = {
         clip_id
         for part in ("clips", "errors")
@@ -350,7 +333,7 @@ def _unlisted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
     listed = {entry.clip_id for entry in commit.ledger.items}
     if listed - there:
         return f"its commit lists {min(listed - there)}, which has no row"
-    # A container that broke off has a row of its own, beside those of the items asked for.
+    # A container that could not be read to its end has a row beside those of its items.
     if listed and commit.ledger.container is None and there - listed:
         return f"it has a row of {min(there - listed)}, which its commit does not list"
     return None

@@ -1,1 +1,1 @@
-"""What a run prints: progress, where the time went, precision; the standard streams."""
+"""What commands print: progress, logs, time and precision reports; the standard streams."""

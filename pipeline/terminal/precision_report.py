@@ -1,6 +1,6 @@
 """What the precision check of a run found: for ``run.json``, and in words.
 
-The figures are ``precision_check``'s, summed over every unit of the result, by engine.
+The figures come from ``precision_check``, summed over every unit of the result, by engine.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipeline.terminal.wording import counted
 from transforms.results.commits import CheckFigures, Checks
 
-# Beyond these an engine's answers are said aloud not to be float32's.
+# Beyond these a warning says that an engine's results are not those of float32.
 MAX_SCORE_DIFFERENCE = 0.02
 MIN_SAME_TOP = 0.99
 
 
 def checks_record(checks: Checks) -> dict[str, dict[str, Any]]:
-    """The figures as ``run.json`` holds them, by engine."""
+    """Return the figures as ``run.json`` holds them, by engine."""
     return {engine: _figures_record(figures) for engine, figures in sorted(checks.items())}
 
 
@@ -30,7 +31,7 @@ def _figures_record(figures: CheckFigures) -> dict[str, Any]:
         "mean_cosine": figures.sum_cosine / figures.windows,
         "same_top": figures.same_top,
         "top1_agreement": figures.same_top / figures.windows,
-        # Windows that an earlier run had measured: the same audio, model, engine and machine.
+        # Windows that an earlier run measured: the same audio, model, engine and machine.
         "reused_windows": figures.reused,
         "oldest_utc": figures.oldest_utc,
         "error": figures.error,
@@ -38,28 +39,28 @@ def _figures_record(figures: CheckFigures) -> dict[str, Any]:
 
 
 def describe_checks(record: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each engine that was checked."""
+    """Yield a line for each engine that was checked."""
     for engine, figures in record.items():
         if figures["windows"]:
             yield f"{_figures_in_words(engine, figures)}{_when(figures)}."
 
 
 def precision_warnings(record: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What must be said however quiet a run is: an engine beyond a gate, or not checked.
+    """Yield what even a quiet run prints: an engine that differs too much, or was not checked.
 
-    One window with another best class is no finding yet: two classes may be as good as equal.
+    One window with another best class is no finding yet: two classes may be nearly equal.
     """
     for engine, figures in record.items():
         if figures["error"] is not None:
             yield (
                 f"The precision of {engine} could not be checked on all windows: "
-                f"{figures['error']}. To leave it unchecked: --set inference.check_windows=0"
+                f"{figures['error']}. To skip the check: --set inference.check_windows=0"
             )
         if figures["windows"] and _is_beyond(figures):
             yield (
                 f"Warning: {_figures_in_words(engine, figures)}. Expected: no score further than "
                 f"{MAX_SCORE_DIFFERENCE:g}, and the same best class in {MIN_SAME_TOP:.0%}. "
-                "For float32's own numbers, label anew with --precision fp32 --overwrite."
+                "For float32's own numbers, label again with --precision fp32 --overwrite."
             )
 
 
@@ -70,10 +71,9 @@ def _is_beyond(figures: Mapping[str, Any]) -> bool:
 
 
 def _figures_in_words(engine: str, figures: Mapping[str, Any]) -> str:
-    windows = figures["windows"]
     return (
-        f"{engine} against torch in float32, {windows:,} {'window' if windows == 1 else 'windows'}:"
-        f" scores within {figures['max_score_difference']:.2g}, the same best class in "
+        f"{engine} against torch in float32, {counted(figures['windows'], 'window')}: "
+        f"scores within {figures['max_score_difference']:.2g}, the same best class in "
         f"{figures['top1_agreement']:.1%}, cosine of embeddings at least "
         f"{figures['min_cosine']:.6f}"
     )

@@ -1,14 +1,12 @@
-"""Show how far ``earmark label`` is: a live bar on a terminal, a line now and then elsewhere.
+"""The progress display: a live bar on a terminal, a line every ten seconds elsewhere.
 
-The display asks for counts instead of being told, so that the pipeline knows nothing of it: a
-thread of its own calls ``read`` four times a second. Everything goes to stderr; on a terminal the
-bar stands below what is logged meanwhile.
+The pipeline does not know of the display: a thread of the display's own reads the counts four times
+a second. Everything goes to stderr; on a terminal the bar stays below what is logged meanwhile.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 import threading
 import time
@@ -22,25 +20,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
+from pipeline.terminal.wording import counted, format_audio, format_duration
 from transforms.process.progress_counts import live_counts
-from transforms.sources.clip_ids import for_terminal
 
 POLL_INTERVAL_S = 0.25
 LINE_INTERVAL_S = 10.0
 
-# A rate over less than this says more of the model's start than of the run.
+# A rate over less than this says more about the model's start than about the run.
 MIN_RATED_S = 2.0
 
 BAR_WIDTH = 12
 
-# Columns beside the text: the spinner, the bar and the share, each with a space behind it.
+# Columns beside the text: the spinner, the bar and the share, each followed by a space.
 FIXED_WIDTH = 2 + (BAR_WIDTH + 1) + 5
 
-# Columns left free at the right. A terminal echoes Ctrl-C as two characters where the cursor
-# stands, behind the bar: were they to wrap, the bar would be drawn again one line too low.
+# Columns left free at the right. A terminal echoes Ctrl-C as two characters after the bar. If they
+# wrapped, the bar would be redrawn one line too low.
 ECHO_WIDTH = 4
 
-# What a narrow terminal does without, the least important first.
+# What is dropped on a narrow terminal, the least important first.
 DROPPED_FIRST = ("windows", "audio", "speed", "failed", "left")
 
 
@@ -64,13 +62,13 @@ class ProgressCounts:
 
 
 class LiveReader:
-    """What this process has done since the reader was made."""
+    """Reads what this process has done since the reader was made."""
 
     def __init__(self) -> None:
         self._start = dataclasses.replace(live_counts)
 
     def __call__(self) -> ProgressCounts:
-        """The counts by now."""
+        """Return the counts so far."""
         start, now = self._start, live_counts
         return ProgressCounts(
             clips=now.clips - start.clips,
@@ -88,11 +86,11 @@ class Moment:
     Attributes:
         counts: What has been done.
         elapsed_s: Seconds since the display began.
-        working_s: Seconds since the first window (without windows: clip) was done: loading the
-            model, which comes before, says nothing of the speed.
-        is_complete: Whether the run has come to its end: these counts are all there is.
-        item_windows: Windows counted when the last item was done; those of a long clip under way
-            are not among them.
+        working_s: Seconds since the first window (without windows: clip) was done. Loading the
+            model comes before, and says nothing about the speed.
+        is_complete: Whether the run has ended, so that these counts are final.
+        item_windows: Windows counted when the last item was done; those of a long clip in
+            progress are not among them.
     """
 
     counts: ProgressCounts
@@ -109,8 +107,8 @@ class Expected:
     Attributes:
         windows: Estimated from the plan; None if not known.
         items: Items found; None where containers have not been read yet.
-        doing: What is being done, for a line at the start.
-        has_windows: Whether clips are cut into windows; where not, they alone are counted.
+        doing: What is being done, for the line at the start.
+        has_windows: Whether clips are cut into windows; if not, only clips are counted.
         windows_of_first: Gives the estimated windows of the first so many items; None if not known.
     """
 
@@ -119,23 +117,6 @@ class Expected:
     doing: str = "labelling"
     has_windows: bool = True
     windows_of_first: Callable[[int], float] | None = None
-
-
-def format_duration(seconds: float) -> str:
-    """``42 s``, ``3:07`` (minutes), ``2:03:07`` (hours)."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, s = divmod(whole, 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
-def format_audio(seconds: float) -> str:
-    """``12.3 h`` of audio; minutes or seconds while it is less."""
-    if seconds >= 3600:
-        return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def expected_windows(moment: Moment, expected: Expected) -> int | None:
@@ -152,10 +133,10 @@ def expected_windows(moment: Moment, expected: Expected) -> int | None:
 
 
 def share_done(moment: Moment, expected: Expected) -> float | None:
-    """How much of the work is done, in [0, 1]; None if that cannot be said.
+    """Return how much of the work is done, in [0, 1]; None if that is not known.
 
-    The windows expected are an estimate, so they may be passed; until the end, no more than 99 %
-    is claimed of them. Failed items have no windows, so with all items seen the work is done.
+    The expected windows are an estimate and may be exceeded, so they give at most 99 % until the
+    end. Failed items have no windows; once all items are seen, the work is done.
     """
     if moment.is_complete:
         return 1.0
@@ -170,7 +151,7 @@ def share_done(moment: Moment, expected: Expected) -> float | None:
 
 
 def seconds_left(moment: Moment, expected: Expected) -> float | None:
-    """Estimated time left in seconds; None as long as there is nothing to estimate it from."""
+    """Return the estimated time left in seconds; None while there is nothing to go by."""
     share = share_done(moment, expected)
     if share is None or moment.working_s < MIN_RATED_S:
         return None
@@ -184,19 +165,19 @@ def seconds_left(moment: Moment, expected: Expected) -> float | None:
 
 
 def speed(moment: Moment) -> float | None:
-    """Seconds of audio labelled per second; None until there is something to go by."""
+    """Return the seconds of audio labelled per second; None while there is nothing to go by."""
     if moment.working_s < MIN_RATED_S:
         return None
     return moment.counts.audio_s / moment.working_s
 
 
 def format_counts(moment: Moment, expected: Expected) -> str:
-    """``1,200/9,600 clips · 2,400/19,200 windows · 3.4 h of audio · 120× real time · 2 failed``."""
+    """Return ``1,200/9,600 clips · 2,400/~19,200 windows · 3.4 h of audio · 2 failed``."""
     return " · ".join(_count_parts(moment, expected).values())
 
 
 def format_line(moment: Moment, expected: Expected) -> str:
-    """One line of plain text: the share, the counts, the time taken and the time left."""
+    """Return a line of plain text: the share, the counts, the time taken and the time left."""
     share = share_done(moment, expected)
     left = seconds_left(moment, expected)
     parts = [f"{share:4.0%}"] if share is not None else []
@@ -207,12 +188,12 @@ def format_line(moment: Moment, expected: Expected) -> str:
 
 
 def format_bar_text(moment: Moment, expected: Expected, width: int) -> str:
-    """What stands beside the bar: the counts and the time left, as many of them as fit.
+    """Return the text beside the bar: as many of the counts and the time left as fit.
 
     Args:
         moment: What has been done.
         expected: What there is to do.
-        width: Columns there are; the clips are shown even if they take more.
+        width: Columns available; the clips are shown even if they take more.
     """
     parts = _count_parts(moment, expected)
     left = seconds_left(moment, expected)
@@ -226,7 +207,7 @@ def format_bar_text(moment: Moment, expected: Expected, width: int) -> str:
 
 
 def _count_parts(moment: Moment, expected: Expected) -> dict[str, str]:
-    """The counts as they are shown, in this order, by name."""
+    """Return the counts as shown, in this order, by name."""
     counts = moment.counts
     parts = {
         "clips": f"{_of(counts.clips, expected.items)} clips",
@@ -248,40 +229,24 @@ def _of(done: int, total: int | None) -> str:
 
 
 def _how_much(expected: Expected) -> str:
-    """`` about 320 windows``, `` 1,200 clips``; nothing where it is not known."""
+    """Return `` about 320 windows`` or `` 1,200 clips``; nothing where it is not known."""
     if expected.has_windows:
         return "" if expected.windows is None else f" about {expected.windows:,} windows"
     if expected.items is None:
         return ""
-    return f" {expected.items:,} {'clip' if expected.items == 1 else 'clips'}"
+    return f" {counted(expected.items, 'clip')}"
 
 
 def _windows(moment: Moment, expected: Expected) -> str:
     done, about = moment.counts.windows, expected_windows(moment, expected)
-    # An estimate that has been passed, or is over, tells nothing any more.
+    # An estimate that has been exceeded, or that a final count replaces, is of no use.
     if about is None or done > about or moment.is_complete:
         return f"{done:,}"
     return f"{done:,}/~{about:,}"
 
 
-class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Logs to what ``sys.stderr`` is at the time, so that records appear above a live bar."""
-
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> object:
-        """The current ``sys.stderr``: a live bar puts itself in its place."""
-        return sys.stderr
-
-    def format(self, record: logging.LogRecord) -> str:
-        """As ever, but names in it cannot command the terminal."""
-        return for_terminal(super().format(record), keep_lines=True)
-
-
 class _Display(Protocol):
-    """What a display does with the counts."""
+    """Shows the counts in one form or another."""
 
     def start(self) -> None: ...
 
@@ -332,7 +297,7 @@ class _Bar:
 
 
 class _Lines:
-    """A plain line now and then: for files, pipes and job logs."""
+    """A plain line every ten seconds: for files, pipes and job logs."""
 
     def __init__(self, expected: Expected) -> None:
         self._expected = expected
@@ -354,7 +319,7 @@ class _Lines:
 
 
 class _Silence:
-    """Nothing, for ``--quiet``."""
+    """No display, for ``--quiet``."""
 
     def start(self) -> None:
         pass
@@ -369,17 +334,17 @@ class _Silence:
 class ProgressDisplay:
     """Shows progress while its ``with`` block runs.
 
-    A block that ends without an exception has done all there is to do: the counts are read once
-    more and shown as 100 %.
+    A block that ends without an exception has done everything: the counts are read once more and
+    shown as 100 %.
 
     Args:
         read: Called from the display's thread for the counts so far; must be quick and safe to
-            call beside the work. One that looks only now and then has a method ``refresh()``,
-            called before the last reading, that makes it look again.
+            call beside the work. One that caches its counts has a method ``refresh()``, which is
+            called before the last reading.
         total_windows: Windows to label, estimated; None if not known.
         total_items: Items to label; None if not known.
-        doing: What is being done, for a line at the start.
-        has_windows: Whether clips are cut into windows; where not, they alone are counted.
+        doing: What is being done, for the line at the start.
+        has_windows: Whether clips are cut into windows; if not, only clips are counted.
         windows_of_first: Gives the estimated windows of the first so many items; None if not known.
         quiet: Show nothing.
         console: Where to show it; stderr by default.

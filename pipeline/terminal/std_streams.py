@@ -1,9 +1,9 @@
-"""The three standard streams: what is said on them, and what becomes of a run if one is unusable.
+"""The standard streams: how to print on them, and what happens if one is unusable.
 
-``answer`` prints what was asked for to standard output, ``say`` all else to standard error; names
-in it cannot command the terminal. Within ``usable_streams`` a stream that is closed is no file's
-to take, a log that cannot be written (a full disk) costs its lines and never the run, and an
-answer that cannot be written is an error that says so.
+``answer`` prints what was asked for to standard output, ``say`` everything else to standard error;
+names in it cannot command the terminal. Within ``usable_streams`` no file gets the number of a
+closed stream. A log that cannot be written (a full disk) loses its lines and never ends the run. An
+answer that cannot be written is an error that names standard output.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from transforms.errors import AnswerError
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """A line on standard error, unless the run is to be quiet."""
+    """Print a line on standard error, unless the run is quiet."""
     if not quiet:
-        from transforms.sources.clip_ids import for_terminal  # brings numpy along
+        from transforms.sources.clip_ids import for_terminal  # imports numpy
 
         print(for_terminal(text), file=sys.stderr)
 
 
 def answer(text: str, *, kind: str = "") -> None:
-    """A line on standard output; ``kind`` stands before it, in red where there are colours."""
+    """Print a line on standard output, after ``kind``, which is red where there are colours."""
     from rich.console import Console
 
     from transforms.sources.clip_ids import for_terminal
@@ -40,12 +40,12 @@ def answer(text: str, *, kind: str = "") -> None:
 def open_closed_streams() -> None:
     """Put /dev/null where a standard stream is closed.
 
-    Else the next file that is opened gets its number, and what is printed goes into that file.
+    Otherwise the next file that is opened gets its number, and what is printed goes into that file.
     """
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # the lowest free number is taken: this one
+        except OSError:  # open() takes the lowest free number: this one
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     # Python has None for a stream that was closed when it started.
     sys.stdin = sys.stdin or os.fdopen(0, "r", encoding="utf-8", closefd=False)
@@ -55,11 +55,11 @@ def open_closed_streams() -> None:
 
 @contextlib.contextmanager
 def usable_streams() -> Iterator[None]:
-    """See the module; afterwards the streams are as they were."""
+    """Make the standard streams usable, as the module says; restore them afterwards."""
     open_closed_streams()
     before = sys.stdout, sys.stderr
     sys.stdout = cast(TextIO, _Answers(sys.stdout))
-    sys.stderr = cast(TextIO, _Log(sys.stderr))
+    sys.stderr = cast(TextIO, _Stream(sys.stderr))
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ def usable_streams() -> Iterator[None]:
 
 
 def _drop_the_rest(stream: TextIO) -> None:
-    """What could not be written must not raise again when Python exits."""
+    """Flush, or send the stream nowhere: what is buffered must not raise when Python exits."""
     try:
         stream.flush()
     except OSError:
@@ -79,7 +79,10 @@ def _drop_the_rest(stream: TextIO) -> None:
 
 
 class _Stream:
-    """A stream, but for what its errors become."""
+    """A stream whose errors are handled by ``_handle``; by default they are dropped.
+
+    A log that nobody can read any more is no reason for a run to end.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -88,35 +91,31 @@ class _Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or meet the error."""
+        """Write, or handle the error."""
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._meet(error)
+            self._handle(error)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or meet the error."""
+        """Flush, or handle the error."""
         try:
             self._stream.flush()
         except OSError as error:
-            self._meet(error)
+            self._handle(error)
 
-    def _meet(self, error: OSError) -> None:
-        """A log that nobody can read any more is no reason for a run to end."""
-
-
-class _Log(_Stream):
-    """Standard error."""
+    def _handle(self, error: OSError) -> None:
+        pass
 
 
 class _Answers(_Stream):
-    """Standard output."""
+    """Standard output, whose errors are raised."""
 
-    def _meet(self, error: OSError) -> None:
+    def _handle(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError):
-            raise error  # who reads it has had enough
+            raise error  # the reader has had enough
         raise AnswerError(
-            f"standard output cannot be written: {error.strerror or error}. Mend that, or send "
-            "it elsewhere."
+            f"standard output cannot be written: {error.strerror or error}. Fix that, or "
+            "redirect it."
         ) from error

@@ -1,26 +1,26 @@
 """Where a run's time went, and what would make it faster: figures, and one sentence.
 
-Two things are told apart. The labelling threads do one thing after another (``fbank``, ``copy``,
-``model``, ``write``, or ``wait`` for audio), so their shares add up to 1. Reading and decoding go
-on beside them; how busy they were says whether they could have given more.
+The labelling threads do one thing after another (``fbank``, ``copy``, ``model``, ``write``, or
+``wait`` for audio), so their shares add up to 1. Reading and decoding run beside them; how busy
+they were says whether they could have delivered more.
 
-``run.json`` holds, in ``time``, what belongs to the units of its run, all workers added up::
+``run.json`` holds these figures in ``time``, for the units of its run, summed over all workers::
 
     startup           imports_s, planning_s, model_load_s and decoder_start_s, before labelling
     labelling         total_s, the wall time of the labelling threads, and its parts: model_s,
-                      copy_s (features on their way to the device), queue_s (for the device, while
+                      copy_s (features to the device), queue_s (waiting for the device while
                       another thread uses it), check_s (the precision check), fbank_s (waiting for
-                      features, which threads of their own make), wait_read_s, wait_decode_s,
-                      write_s and other_s (Beam, cutting, batching, rows)
-    labelling_shares  the same as shares of total_s; the two waits are one
+                      the threads that make features), wait_read_s, wait_decode_s, write_s and
+                      other_s (Beam, cutting, batching, rows)
+    labelling_shares  the same as shares of total_s, with one share for both waits
     background        read_s, of each process's reading thread, and reader_share, of its time;
                       open_s (reading local files, hashing), decode_s and resample_s, of the decoder
-                      processes, decoders, how many a process has, and decoder_share, of their
-                      time; device_ahead_s, a GPU's computing that no labelling thread waited for
+                      processes; decoders, the number per process; decoder_share, of their time;
+                      device_ahead_s, a GPU's computing that no labelling thread waited for
     device_idle_share share of the time in which the model did not run, as each process sees it
-    advice            a sentence, or null: little time, or none that could be saved
+    advice            a sentence; null for a run too short to judge by
 
-A share of nothing is null. Seconds of a decoder that crashed or was killed are in none of these.
+A share of nothing is null. Seconds of a decoder that crashed or was killed are not counted.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.terminal.progress import format_duration
+from pipeline.terminal.wording import counted, format_duration, percent
 from transforms.features.fbank_settings import MAX_FEATURE_THREADS
 from transforms.process.stage_times import StageSeconds
 
-# A run of which less than this was labelling has told nothing yet: its first seconds are those of
-# decoders that start and of a model that warms up.
+# With less labelling than this there is no advice: in the first seconds decoders start and the
+# model warms up.
 MIN_ADVISED_S = 10.0
 
-# Decoders that are less busy than this, while the model waits for them, do not work side by side.
+# Decoders that are less busy than this, while the model waits for them, do not work in parallel.
 SIDE_BY_SIDE_SHARE = 0.5
 
 
@@ -46,8 +46,8 @@ class Startup:
     """Seconds before the graph runs.
 
     Attributes:
-        imports_s: Importing the libraries; 0 where the caller had done it before.
-        planning_s: Reading the model's header, listing the inputs, bringing the output in order.
+        imports_s: Importing the libraries; 0 if the caller had already done so.
+        planning_s: Reading the model's header, listing the inputs, repairing the output.
     """
 
     imports_s: float = 0.0
@@ -59,11 +59,11 @@ UNTIMED = Startup()
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What advice depends on beside the seconds.
+    """What advice depends on, apart from the seconds.
 
     Attributes:
-        engines: What computed, as commits name it: ``torch cpu fp32``.
-        asked_precision: The precision as asked for; ``auto`` has taken the fastest there is.
+        engines: What ran the model, as commits name it: ``torch cpu fp32``.
+        asked_precision: The precision as asked for; ``auto`` takes the fastest.
         num_cores: Cores that a worker may use.
         num_processes: Processes that share them.
     """
@@ -75,7 +75,7 @@ class Circumstances:
 
 
 def labelling_shares(seconds: StageSeconds) -> dict[str, float | None]:
-    """How the labelling threads' time divides; adds up to 1, or all None where there is none."""
+    """Return the parts of the labelling threads' time; they add up to 1, or are all None."""
     parts = {
         "model": seconds.model_s,
         "copy": seconds.copy_s,
@@ -90,38 +90,34 @@ def labelling_shares(seconds: StageSeconds) -> dict[str, float | None]:
 
 
 def device_idle_share(seconds: StageSeconds) -> float | None:
-    """Share of the time in which no model ran, in [0, 1]."""
+    """Return the share of the time in which no model ran, in [0, 1]."""
     busy_s = seconds.model_s + seconds.device_ahead_s + seconds.check_s
     busy = _share(busy_s, seconds.process_s)
     return None if busy is None else 1.0 - busy
 
 
 def reader_share(seconds: StageSeconds) -> float | None:
-    """How busy the reading threads were, in [0, 1]."""
+    """Return how busy the reading threads were, in [0, 1]."""
     return _share(seconds.read_s, seconds.process_s)
 
 
 def decoder_share(seconds: StageSeconds) -> float | None:
-    """How busy the decoder processes were, in [0, 1]."""
+    """Return how busy the decoder processes were, in [0, 1]."""
     return _share(seconds.open_s + seconds.decode_s + seconds.resample_s, seconds.decoder_s)
 
 
 def decoders_per_process(seconds: StageSeconds) -> float | None:
-    """The decoder processes that each labelling process may have."""
+    """Return the number of decoder processes per labelling process."""
     return seconds.decoder_s / seconds.process_s if seconds.process_s else None
 
 
 def _share(part_s: float, whole_s: float) -> float | None:
-    """A part of a whole, in [0, 1]: what began before the whole was measured may be too much."""
+    """Return a share in [0, 1]; a part that began before the whole was measured may exceed it."""
     return min(part_s / whole_s, 1.0) if whole_s > 0.0 else None
 
 
 def advise(seconds: StageSeconds, circumstances: Circumstances) -> str | None:
-    """What would make such a run faster: a sentence on what takes the most time.
-
-    Returns:
-        The sentence; None for a run too short to judge by.
-    """
+    """Return a sentence on what takes the most time; None for a run too short to judge by."""
     if seconds.labelling_s < MIN_ADVISED_S:
         return None
     candidates = {
@@ -132,13 +128,13 @@ def advise(seconds: StageSeconds, circumstances: Circumstances) -> str | None:
         _of_writing: seconds.write_s,
         _of_the_rest: seconds.other_s,
     }
-    say = max(candidates, key=lambda name: candidates[name])
-    return say(_percent(candidates[say] / seconds.labelling_s), seconds, circumstances)
+    advice = max(candidates, key=lambda name: candidates[name])
+    return advice(percent(candidates[advice] / seconds.labelling_s), seconds, circumstances)
 
 
 def _of_device(share: str, seconds: StageSeconds, circumstances: Circumstances) -> str:
     if seconds.copy_s > seconds.model_s:
-        share = _percent(seconds.copy_s / seconds.labelling_s)
+        share = percent(seconds.copy_s / seconds.labelling_s)
         return (
             f"Sending features to the device takes {share} of the time: more --workers would help; "
             "a faster device would not."
@@ -155,8 +151,9 @@ def _of_device(share: str, seconds: StageSeconds, circumstances: Circumstances) 
 
 def _of_checking(share: str, seconds: StageSeconds, circumstances: Circumstances) -> str:
     return (
-        f"Checking the precision takes {share} of the time: a larger run hardly feels it, the same "
-        "one again does without, and fewer --set inference.check_windows would shorten it."
+        f"Checking the precision takes {share} of the time: it hardly matters in a larger run, is "
+        "skipped when the same run is repeated, and is shorter with fewer --set "
+        "inference.check_windows."
     )
 
 
@@ -165,13 +162,13 @@ def _of_waiting(share: str, seconds: StageSeconds, circumstances: Circumstances)
     if seconds.wait_read_s > seconds.wait_decode_s or seconds.open_s > decoding_s:
         return (
             f"The model waits {share} of the time for reading: the store or disk is slow; larger "
-            "shards, or work nearer to it, would help."
+            "shards, or running nearer to it, would help."
         )
     decoders, busy = decoders_per_process(seconds) or 1.0, decoder_share(seconds) or 0.0
     waits = f"The model waits {share} of the time for decoding"
     if decoders > 1.0 and busy < SIDE_BY_SIDE_SHARE:
         return (
-            f"{waits}, and the decoders are {_percent(busy)} busy: long recordings are decoded "
+            f"{waits}, and the decoders are {percent(busy)} busy: long recordings are decoded "
             "one after another; more --workers would help."
         )
     if decoders < circumstances.num_cores:
@@ -192,7 +189,7 @@ def _of_fbank(share: str, seconds: StageSeconds, circumstances: Circumstances) -
 def _of_writing(share: str, seconds: StageSeconds, circumstances: Circumstances) -> str:
     return (
         f"Writing takes {share} of the time: the output's store or disk is slow; larger units "
-        "(units.windows), or an output nearer to the work, would help."
+        "(units.windows), or an output nearer to the workers, would help."
     )
 
 
@@ -213,12 +210,12 @@ def record_time(
     num_cores: int,
     num_processes: int = 1,
 ) -> dict[str, Any]:
-    """What ``run.json`` says in ``time``; see the module.
+    """Return what ``run.json`` holds in ``time``; see the module.
 
     Args:
-        startup: What starting took.
+        startup: Seconds before the graph ran.
         seconds: Of this run's units.
-        engines: What computed them.
+        engines: What ran the model on them.
         asked_precision: The precision as asked for.
         num_cores: Cores that a worker may use.
         num_processes: Processes that share them.
@@ -253,14 +250,14 @@ def record_time(
 
 
 def _rounded(value: Any) -> Any:
-    """The same with three decimals: milliseconds, and tenths of a per cent."""
+    """Round to three decimals: milliseconds, and tenths of a per cent."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     return round(value, 3) if isinstance(value, float) else value
 
 
 def describe_time(record: Mapping[str, Any]) -> list[str]:
-    """The closing lines: what ``time`` of ``run.json`` says, in words; none where nothing ran."""
+    """Return the closing lines from ``time`` of ``run.json``; none where nothing ran."""
     labelling, background = record["labelling"], record["background"]
     if not labelling["total_s"]:
         return []
@@ -274,21 +271,17 @@ def describe_time(record: Mapping[str, Any]) -> list[str]:
         )
     )
     shares = sorted(record["labelling_shares"].items(), key=lambda entry: -entry[1])
-    said = [(name, _percent(share)) for name, share in shares]
-    parts = ", ".join(f"{name} {percent}" for name, percent in said if percent != "0 %")
+    parts = [f"{name} {percent(share)}" for name, share in shares if percent(share) != "0 %"]
     decoding_s = background["open_s"] + background["decode_s"]
     decoders = round(background["decoders"])
     lines = [
-        f"To start: {startup}. Labelling took {format_duration(labelling['total_s'])}: {parts}.",
+        f"To start: {startup}. Labelling took {format_duration(labelling['total_s'])}: "
+        f"{', '.join(parts)}.",
         f"Meanwhile: reading {format_duration(background['read_s'])} "
-        f"({_percent(background['reader_share'])} busy), decoding {format_duration(decoding_s)} "
+        f"({percent(background['reader_share'])} busy), decoding {format_duration(decoding_s)} "
         f"and resampling {format_duration(background['resample_s'])} "
-        f"({decoders} decoder{'s' * (decoders != 1)}, "
-        f"{_percent(background['decoder_share'])} busy). "
-        f"The device was idle {_percent(record['device_idle_share'])} of the time.",
+        f"({counted(decoders, 'decoder')}, "
+        f"{percent(background['decoder_share'])} busy). "
+        f"The device was idle {percent(record['device_idle_share'])} of the time.",
     ]
     return lines if record["advice"] is None else [*lines, record["advice"]]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

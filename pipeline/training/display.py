@@ -1,10 +1,11 @@
-"""What a training says while it is at work: a line per epoch, and within one a bar.
+"""What a training shows while it works: a bar for decoding, a line per epoch, a bar within one.
 
-Where there is no terminal, a line about once a minute stands for the bar.
+Without a terminal, a line about once a minute replaces the bar.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -12,23 +13,78 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.labelling.remaining import count_found_items
+from pipeline.terminal.progress import LiveReader, ProgressDisplay
+from pipeline.terminal.std_streams import say
+from pipeline.terminal.wording import counted
 from pipeline.training.stages.finetuning import Best
 from pipeline.training.stages.loop import Row, Stage
+from transforms.process.progress_counts import live_counts
+from transforms.sources.read_unit import Found
 
 LINE_INTERVAL_S = 60.0
 
 _NAMES = {"accuracy": "accuracy", "mean_average_precision": "mAP"}
 
 
+class DecodingDisplay:
+    """Shows how far decoding is, from its first clip on.
+
+    Args:
+        found: What is to be decoded.
+        sample_rate_hz: Rate of the decoded samples.
+        purpose: What they are for, with a space before it; or nothing.
+        stack: Ends the display when it is closed.
+        quiet: Show nothing.
+    """
+
+    def __init__(
+        self,
+        found: Found,
+        sample_rate_hz: int,
+        purpose: str,
+        stack: contextlib.ExitStack,
+        *,
+        quiet: bool,
+    ) -> None:
+        self._total, self._sample_rate_hz = count_found_items(found), sample_rate_hz
+        self._purpose, self._stack, self._quiet = purpose, stack, quiet
+        self._num_kept = 0
+        self._shown = False
+
+    def on_kept(self, num_items: int) -> None:
+        """Say how many items the cache has already."""
+        self._num_kept = num_items
+        done = f"{counted(num_items, 'item')} already decoded"
+        say(f"Resuming decoding{self._purpose}: {done}.", quiet=self._quiet)
+
+    def on_clip(self, num_samples: int, failed: bool) -> None:
+        """Count an item that has been decoded, or has failed."""
+        if not self._shown:
+            self._shown = True
+            self._stack.enter_context(
+                ProgressDisplay(
+                    read=LiveReader(),
+                    total_items=None if self._total is None else self._total - self._num_kept,
+                    doing=f"decoding{self._purpose}",
+                    has_windows=False,
+                    quiet=self._quiet,
+                )
+            )
+        live_counts.failures += failed
+        live_counts.clips += not failed
+        live_counts.audio_s += num_samples / self._sample_rate_hz
+
+
 class EpochDisplay:
     """Shows how far a training is; use it as a context.
 
     Args:
-        stages: In order.
-        metric: What validation is shown by.
+        stages: The stages in order.
+        metric: The metric that validation is shown by.
         quiet: Show nothing.
-        console: Where to; standard error by default.
-        clock: Seconds from some moment on.
+        console: Where to show it; standard error by default.
+        clock: Returns a time in seconds.
     """
 
     def __init__(
@@ -66,7 +122,7 @@ class EpochDisplay:
         self._bar.stop()
 
     def on_step(self, stage: Stage, epoch: int, step: int, num_steps: int, loss: float) -> None:
-        """A step of an epoch (from 0) is done."""
+        """Show that a step of an epoch (counted from 0) is done."""
         self._bar.update(
             self._task,
             description=f"{stage.name}, epoch {epoch + 1} of {stage.epochs}, steps",
@@ -81,7 +137,7 @@ class EpochDisplay:
             )
 
     def on_epoch(self, stage: Stage, row: Row, best: Best | None) -> None:
-        """An epoch is done."""
+        """Print the line of an epoch that is done."""
         if not self._quiet:
             self._say(self.line(stage, row, best))
 
@@ -90,7 +146,7 @@ class EpochDisplay:
         self._said_s = self._clock()
 
     def line(self, stage: Stage, row: Row, best: Best | None) -> str:
-        """An epoch in words."""
+        """Return an epoch's figures in one line."""
         parts = [f"loss {row['train_loss']:.4f}"]
         name = _NAMES[self._metric]
         figure = row.get(f"validation_{self._metric}")

@@ -36,7 +36,7 @@ _MODELS = {"validation": "this epoch's weights", "averaged": "average of weights
 
 
 def history_table(history: Sequence[Row]) -> bytes:
-    """A CSV file with a row per epoch; what an epoch has no figure for is empty."""
+    """Make a CSV file with a row per epoch; figures that an epoch lacks are empty."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -45,12 +45,12 @@ def history_table(history: Sequence[Row]) -> bytes:
 
 
 def draw_curves(history: Sequence[Row]) -> bytes:
-    """Loss, validation and learning rate by epoch, one above the other; a PNG file's bytes.
+    """Draw loss, validation and learning rate by epoch, one above the other; returns a PNG file.
 
-    Epochs of all stages are counted through; a line stands where a stage ends.
+    Epochs of all stages are numbered consecutively; a line marks the end of a stage.
     """
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        # A figure of its own rather than pyplot's: no state, no window system.
+        # Not through pyplot, which keeps state and may want a window system.
         figure = Figure(figsize=(8, 8), layout="constrained")
         loss, metric, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
         _draw_losses(loss, history)

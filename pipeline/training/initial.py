@@ -37,6 +37,7 @@ from transforms.models.ast.checkpoints import (
     load_for_finetuning,
     resolve_model,
 )
+from transforms.models.ast.config import ASTConfig
 from transforms.models.ast.files import locate_model
 from transforms.models.ast.image_models import (
     ImageModel,
@@ -44,24 +45,20 @@ from transforms.models.ast.image_models import (
     load_image_model,
     resolve_image_model,
 )
-from transforms.models.ast.model import (
-    ASTConfig,
-    ASTForAudioClassification,
-    initialise_from_scratch,
-)
+from transforms.models.ast.model import ASTForAudioClassification, initialise_from_scratch
 from transforms.models.labels import read_labels
 from transforms.storage import reading, urls
 from transforms.storage.secrets import public_uri
 
 SCRATCH = "scratch"
-# Of a model that does not bring a shape along: AST's own for AudioSet, patches side by side.
+# Shape of a model that has none of its own: AST's for AudioSet, with patches side by side.
 _DEFAULT_SHAPE = {
     "frequency_stride": SCRATCH_STRIDE,
     "time_stride": SCRATCH_STRIDE,
     "max_length": SCRATCH_NUM_FRAMES,
     "num_mel_bins": SCRATCH_NUM_MEL_BINS,
 }
-# What a checkpoint has, and training may want otherwise.
+# Facts of a checkpoint that training may change, and facts that it may not.
 _CHANGEABLE = ("frequency_stride", "time_stride", "max_length", "num_mel_bins")
 _FACTS = ("num_attention_heads", "layer_norm_eps", "head_layer_norm_eps")
 
@@ -73,15 +70,15 @@ class Initial:
     Attributes:
         kind: Where the weights come from.
         name: The model's name without secrets, or ``scratch``.
-        sha256: Of the weights; None where there are none.
+        sha256: Digest of the weights; None without any.
         spec: The checkpoint, if it is an AST.
         image: The checkpoint, if it is an image model.
         config: The shape to train, with labels that are still to be replaced.
-        labels: The checkpoint's own label names; where its head is not kept, and nobody names its
-            outputs, ``LABEL_0`` and so on.
+        labels: The checkpoint's own label names; ``LABEL_0`` and so on if its head is not kept and
+            its outputs have no names.
         wanted_labels: The label names that ``model.labels`` gives, or None.
-        statistics: Mean and standard deviation to normalise with; None: still to be measured.
-        notes: What is worth saying.
+        statistics: Mean and standard deviation to normalise with; None if still to be measured.
+        notes: Remarks for the user.
     """
 
     kind: Literal["checkpoint", "image", "scratch"]
@@ -97,7 +94,7 @@ class Initial:
 
     @property
     def folder(self) -> str | None:
-        """Where the weights lie on this machine: a folder or a file; None if they do not."""
+        """Local folder or file of the weights; None if they are not on this machine."""
         origin = self.spec or self.image
         if origin is None or origin.source == "hub" or not urls.is_local(origin.location):
             return None
@@ -105,7 +102,7 @@ class Initial:
 
     @property
     def described(self) -> str:
-        """In a few words."""
+        """Description in a few words."""
         if self.kind == "scratch":
             return "from scratch"
         return f"from {self.name}" + (", an image model" if self.kind == "image" else "")
@@ -114,12 +111,12 @@ class Initial:
 def resolve_initial(
     model: CheckpointSection, architecture: ArchitectureSection, *, keeps_head: bool
 ) -> Initial:
-    """Find out what to start from, and the shape to train.
+    """Resolve what to start from, and the shape to train.
 
     Args:
         model: The checkpoint, and what is wanted of the model.
-        architecture: Of a model from scratch.
-        keeps_head: Whether to start with the checkpoint's head, so that its outputs need names.
+        architecture: Shape of a model from scratch.
+        keeps_head: Whether to keep the checkpoint's head, whose outputs then need names.
 
     Raises:
         ModelError: The checkpoint, the label list or the shape is not right.
@@ -148,12 +145,12 @@ def resolve_initial(
         )
     facts = {name: getattr(model, name) for name in _FACTS}
     if locate_model(model.name).source == "original":
-        # It says neither of these of itself, so they are both what it is and what is wanted; but
-        # the labels of a new head are not those of the old one.
+        # It describes neither, so the config says both what it is and what is wanted. The labels
+        # of a new head, however, are not those of the old one.
         kept = ("labels",) if keeps_head else ()
         facts |= {name: getattr(model, name) for name in (*_CHANGEABLE, *kept)}
     mean, std = statistics or (None, None)
-    # What becomes of the outputs is for training.loss to say; what the checkpoint has is not used.
+    # training.loss decides the activation; the checkpoint's own is not used.
     overrides = ModelOverrides(activation="sigmoid", mean=mean, std=std, **facts)
     spec = resolve_model(model.name, overrides, needs_labels=keeps_head)
     return Initial(
@@ -172,14 +169,14 @@ def resolve_initial(
 def build_model(
     initial: Initial, label_names: tuple[str, ...], loss: str, seed: int, *, keeps_head: bool
 ) -> ASTForAudioClassification:
-    """The model before its first step, on the CPU.
+    """Build the model before its first step, on the CPU.
 
     Args:
         initial: What to start from.
-        label_names: The head's outputs, in order.
-        loss: What it will be trained with; the saved config says so.
-        seed: Of the weights that no checkpoint gives.
-        keeps_head: Start with the checkpoint's head, whose labels these are.
+        label_names: Labels of the head's outputs, in order.
+        loss: Loss of the training, which the saved config records.
+        seed: Seed of the weights that no checkpoint gives.
+        keeps_head: Whether to keep the checkpoint's head, which has these labels.
 
     Raises:
         ModelError: The checkpoint does not fit the shape.
@@ -194,7 +191,7 @@ def build_model(
         if initial.spec is not None:
             started = load_for_finetuning(initial.spec, config)
             if not keeps_head and label_names == initial.labels:
-                # It has taken the head over, as the labels happen to be the same.
+                # The labels happen to be the same, so it has taken the head over.
                 started.classifier = ASTForAudioClassification(config).classifier
             return started
         if initial.image is not None:
@@ -205,14 +202,9 @@ def build_model(
 
 
 def measure_statistics(
-    clips: ClipSet, windows: WindowSettings, config: ASTConfig
+    clips: ClipSet, windows: WindowSettings, fbank: FbankSettings
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the clips' features, as ``earmark stats`` measures them."""
-    fbank = FbankSettings(
-        sample_rate_hz=windows.sample_rate_hz,
-        num_mel_bins=config.num_mel_bins,
-        num_frames=config.max_length,
-    )
+    """Measure mean and standard deviation of the clips' features, as ``earmark stats`` does."""
     total = FeatureStatistics()
     for index, clip in enumerate(clips.clips):
         cuts = cut_windows(clips.samples(index, 0, clip.num_samples), windows)
@@ -223,14 +215,14 @@ def measure_statistics(
 
 
 def _given_statistics(model: CheckpointSection) -> tuple[float, float] | None:
-    """What the configuration gives; ``mean`` and ``std`` win over ``preprocessor``."""
+    """Return what the configuration gives; ``mean`` and ``std`` win over ``preprocessor``."""
     features = {} if model.preprocessor is None else read_features(model.preprocessor)
     mean = model.mean if model.mean is not None else features.get("mean")
     std = model.std if model.std is not None else features.get("std")
     if (mean is None) != (std is None):
         missing = "mean" if mean is None else "std"
         raise ModelError(
-            f"model.{missing} is not given, and its counterpart is; give both, neither, or a "
+            f"model.{missing} is missing, and its counterpart is given; give both, neither, or a "
             "model.preprocessor that earmark stats wrote"
         )
     return None if mean is None or std is None else (float(mean), float(std))

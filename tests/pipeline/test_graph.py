@@ -1,4 +1,4 @@
-"""The graph stays one fused stage from reading to commit, and sums up what came of it."""
+"""The graph is one fused stage from reading to commit, and sums up the units."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from pipeline.graph import RunTotals, build_graph, sum_totals
-from tests.support.unit_factory import file_unit, make_item
+from tests.support.unit_factory import file_unit
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.models.ast.checkpoints import resolve_model
-from transforms.records import WorkUnit
 from transforms.results.commits import UnitSummary, UnitTotals
 from transforms.results.write_units import CommitSettings
 
@@ -48,25 +47,6 @@ def test_everything_from_reading_to_commit_is_one_stage(
              "Assemble rows", "Commit"]  # fmt: skip
     for step in steps:
         assert any(step in name for name in holding[0]), (step, holding[0])
-
-
-def test_parts_of_a_long_file_go_through_the_same_stage(
-    label: LabelSettings, tmp_path: Path
-) -> None:
-    long = make_item("/audio/long.wav", size=1 << 30)
-    units = [file_unit("u", 1), WorkUnit("v", "files", (long,))]
-    pipeline = beam.Pipeline(FnApiRunner(), options=PipelineOptions([]))
-    build_graph(pipeline, units, label, commit_settings(label, tmp_path), ignore)
-    _, stages = FnApiRunner().create_stages(pipeline.to_runner_api())
-    names = [[transform.unique_name for transform in stage.transforms] for stage in stages]
-    steps = ["Skip committed", "Decode", "Cut into windows", "Extract fbank", "Run AST",
-             "Assemble rows", "Commit"]  # fmt: skip
-    holding = [stage for stage in names if any(step in name for step in steps for name in stage)]
-    assert len(holding) == 1, names
-    assert all(any(step in name for name in holding[0]) for step in steps)
-    for other in ("Cut long files", "Join each file"):
-        assert sum(any(other in name for name in stage) for stage in names) == 1
-        assert not any(other in name for name in holding[0])
 
 
 def test_summaries_sum_up_whatever_the_order() -> None:

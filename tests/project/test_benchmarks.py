@@ -30,8 +30,9 @@ from benchmarks.common import (
     spread,
 )
 from transforms.inference.backbones import cpu_has_native_bf16
-from transforms.inference.engine import ASTModelHandler
-from transforms.models.ast.model import ASTConfig, ASTModel
+from transforms.inference.handler import ASTModelHandler
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTModel
 from transforms.process import stage_times
 
 

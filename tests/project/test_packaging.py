@@ -1,4 +1,4 @@
-"""What is installed: the wheel holds packages, configs, label lists and models, and works."""
+"""The wheel: it holds packages, configs, label lists and models, and works once installed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ model-index:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of a copy of the tree, so that building leaves nothing in the checkout."""
+    """Build a wheel from a copy of the tree: building leaves files behind."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "earmark.py"):
         shutil.copy(ROOT / name, source)
     for name in ("pipeline", "transforms", "configs"):
         shutil.copytree(
             ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
-    # Beside what ships: a model of the test's own, which the others cannot be mistaken for.
+    # A model of the tests' own beside those that ship.
     model = write_tiny_model(source / "transforms" / "models" / "ast" / "bundled_models" / "tiny")
     (model / "README.md").write_text(MODEL_CARD)
     target = tmp_path_factory.mktemp("wheel")
@@ -52,7 +52,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel unpacked, as an installer would."""
+    """Return the folder of an unpacked wheel."""
     folder = tmp_path_factory.mktemp("site-packages")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
@@ -61,8 +61,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_all_that_the_checkout_has(installed: Path) -> None:
     expected = {
+        "earmark.py",
         *(str(path.relative_to(ROOT)) for path in (ROOT / "pipeline").rglob("*.py")),
-        *(f"transforms/{path.name}" for path in (ROOT / "transforms").glob("*.py")),
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "transforms").rglob("*.py")),
         *(
             f"pipeline/{path.relative_to(ROOT)}"
             for path in (ROOT / "configs").rglob("*")
@@ -106,7 +107,7 @@ def test_the_wheel_says_what_it_is(installed: Path) -> None:
     assert {"apache-beam==2.77.*", "torchaudio==2.11.*", "torch<2.13,>=2.11"} <= requirements
     assert (info / "entry_points.txt").read_text(encoding="utf-8").split("\n")[:2] == [
         "[console_scripts]",
-        "earmark = pipeline.__main__:main",
+        "earmark = earmark:main",
     ]
     assert list(info.rglob("LICENSE"))
 
@@ -124,35 +125,28 @@ def run_from(folder: Path, elsewhere: Path, code: str) -> str:
     return done.stdout.strip()
 
 
-def test_an_installed_earmark_finds_its_configs(installed: Path, tmp_path: Path) -> None:
-    code = (
-        "from pipeline.config.label import config_folder, load_config;"
-        "print(config_folder(), load_config('audioset').model.name)"
-    )
-    assert run_from(installed, tmp_path, code) == (
-        f"{installed}/pipeline/configs MIT/ast-finetuned-audioset-10-10-0.4593"
-    )
-
-
-def test_an_installed_earmark_finds_its_recipes(installed: Path, tmp_path: Path) -> None:
-    code = (
-        "from pipeline.config.label import find_config, load_config;"
-        "from pipeline.config.train import TRAIN_SCHEMA as schema;"
-        "print(find_config('esc50', schema), load_config('esc50', schema=schema).model.max_length)"
-    )
-    assert run_from(installed, tmp_path, code) == (
-        f"{installed}/pipeline/configs/train/esc50.yaml 512"
-    )
+def test_an_installed_earmark_finds_its_configs_recipes_and_labels(
+    installed: Path, tmp_path: Path
+) -> None:
+    code = """
+from pipeline.config.label import RunConfig
+from pipeline.config.load import find_config, load_config
+from pipeline.config.train import TrainConfig
+from transforms.models.labels import audioset_labels
+print(find_config(RunConfig, "audioset"), load_config(RunConfig, "audioset").model.name)
+print(find_config(TrainConfig, "esc50"), load_config(TrainConfig, "esc50").model.max_length)
+print(len(audioset_labels()))
+"""
+    assert run_from(installed, tmp_path, code).splitlines() == [
+        f"{installed}/pipeline/configs/audioset.yaml MIT/ast-finetuned-audioset-10-10-0.4593",
+        f"{installed}/pipeline/configs/train/esc50.yaml 512",
+        "527",
+    ]
 
 
 def test_a_checkout_finds_its_configs(tmp_path: Path) -> None:
-    code = "from pipeline.config.label import config_folder; print(config_folder())"
+    code = "from pipeline.config.load import config_folder; print(config_folder())"
     assert run_from(ROOT, tmp_path, code) == str(ROOT / "configs")
-
-
-def test_an_installed_earmark_finds_its_label_lists(installed: Path, tmp_path: Path) -> None:
-    code = "from transforms.models.labels import audioset_labels; print(len(audioset_labels()))"
-    assert run_from(installed, tmp_path, code) == "527"
 
 
 def test_an_installed_earmark_labels_with_the_models_it_holds(

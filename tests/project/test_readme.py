@@ -1,4 +1,4 @@
-"""What the README tells people to do, done: its commands, its SQL, its Python."""
+"""The README and the pages it leads to: their commands, SQL and Python run as they stand."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 import typer
+from PIL import Image
 
+from benchmarks import draw_labels
 from pipeline.cli import main as cli
-from pipeline.config.label import RunConfig, load_config, shipped_configs
+from pipeline.config.label import RunConfig
+from pipeline.config.load import load_config, shipped_configs
 from pipeline.runners.options import pipeline_options
 from tests.support.bird_factory import write_birds
 from tests.support.fake_hub import serve_hub
@@ -29,6 +32,17 @@ from transforms.models.ast.bundled import DEFAULT_MODEL, bundled_model, describe
 from transforms.models.labels import audioset_labels
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# The README and the pages that continue it.
+PAGES = "\n".join(
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in (
+        "README.md",
+        "docs/label.md",
+        "docs/train.md",
+        "docs/python.md",
+        "samples/README.md",
+    )
+)
 MODEL = "MIT/ast-finetuned-audioset-10-10-0.4593"
 SAMPLES = sorted(
     path.name
@@ -39,8 +53,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def block(marker: str) -> str:
-    """The code block behind a marker of the README."""
-    (found,) = re.findall(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    """The code block behind a marker of one of the pages."""
+    (found,) = re.findall(rf"<!-- {marker} -->\n```\w+\n(.*?)```", PAGES, re.DOTALL)
     return str(found)
 
 
@@ -114,17 +128,41 @@ def test_the_first_command_labels_every_sample_without_a_network(labelled: Path)
         assert sum(label["score"] for label in labels) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_what_the_samples_are_said_to_be_is_what_came_out(labelled: Path) -> None:
-    table = README.split("<!-- samples-table -->\n")[1].split("\n\n")[0]
+def samples_table() -> dict[str, list[tuple[str, float]]]:
+    """The two best labels of each sample, as the table of the samples has them."""
+    table = PAGES.split("<!-- samples-table -->\n")[1].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    labels = {name: [text.split() for text in texts] for name, *texts in rows}
+    return {
+        name.strip("`"): [(word, float(score)) for word, score in pairs]
+        for name, pairs in labels.items()
+    }
+
+
+def test_the_table_of_the_samples_is_what_comes_out(labelled: Path) -> None:
     clips = clips_of(labelled)
-    assert [row[0].strip("`") for row in rows] == SAMPLES
-    for name, *said in rows:
-        for text, label in zip(said, clips[name.strip("`")], strict=False):
-            word, score = text.split()
-            # Half precision is rounded otherwise on another chip.
-            assert float(score) == pytest.approx(label["score"], abs=0.03)
+    assert list(samples_table()) == SAMPLES
+    for name, pairs in samples_table().items():
+        for (word, score), label in zip(pairs, clips[name], strict=False):
             assert word == label["name"]
+            # Half precision is rounded otherwise on another chip.
+            assert score == pytest.approx(label["score"], abs=0.03)
+
+
+def labels_in(picture: Path) -> dict[str, list[tuple[str, float]]]:
+    """The labels in a picture's metadata; the two best of each clip."""
+    with Image.open(picture) as image:
+        labels = json.loads(image.info["labels"])
+    return {name: list(scores.items())[:2] for name, scores in labels.items()}
+
+
+def test_the_picture_shows_the_labels_of_the_table(labelled: Path, tmp_path: Path) -> None:
+    assert labels_in(ROOT / "docs" / "labels.png") == samples_table()
+    draw_labels.main([str(labelled), str(tmp_path / "labels.png")])
+    drawn = labels_in(tmp_path / "labels.png")
+    assert {name: [word for word, _ in pairs] for name, pairs in drawn.items()} == {
+        name: [word for word, _ in pairs] for name, pairs in samples_table().items()
+    }
 
 
 def test_the_command_with_audiosets_labels_works(
@@ -141,19 +179,23 @@ def test_the_command_with_audiosets_labels_works(
 
 
 def test_the_output_is_what_the_readme_draws(labelled: Path) -> None:
-    tree = README.split("```\nout/\n")[1].split("```")[0]
+    tree = PAGES.split("```\nout/\n")[1].split("```")[0]
     drawn = {line.split()[0].split("/")[0] for line in tree.splitlines()}
     assert {path.name for path in labelled.iterdir()} - {"_staging"} == drawn - {"errors"}
 
 
 def test_the_queries_find_something(labelled: Path) -> None:
-    statements = block("query").replace("'out/", f"'{labelled}/").split(";")
-    surest, nearest = (duckdb.sql(text).fetchall() for text in statements if text.strip())
-    assert sorted(Path(row[0]).name for row in surest) == SAMPLES
-    assert [row[2] for row in surest] == sorted((row[2] for row in surest), reverse=True)
+    text = (block("query") + block("first-query")).replace("'out/", f"'{labelled}/")
+    best, nearest, counts = (
+        duckdb.sql(statement).fetchall() for statement in text.split(";") if statement.strip()
+    )
+    assert sorted(Path(row[0]).name for row in best) == SAMPLES
+    assert [row[2] for row in best] == sorted((row[2] for row in best), reverse=True)
     assert len(nearest) == 3
     assert not any("rain" in Path(name).name for name, _ in nearest)
     assert [row[1] for row in nearest] == sorted((row[1] for row in nearest), reverse=True)
+    assert sum(row[1] for row in counts) == 10
+    assert counts[0][0] == "rain"
 
 
 def test_the_python_prints_the_labels_of_a_sound(environment: dict[str, str]) -> None:
@@ -199,7 +241,7 @@ def test_the_training_commands_go_from_a_manifest_to_a_figure(
     assert figures["accuracy"] == record["best"]["accuracy"]
     assert f"accuracy {figures['accuracy']:.4f}" in capfd.readouterr().out
 
-    tree = README.split("<!-- train-output -->\n```\nbirds-model/\n")[1].split("```")[0]
+    tree = PAGES.split("<!-- train-output -->\n```\nbirds-model/\n")[1].split("```")[0]
     drawn = {name for line in tree.splitlines() for name in re.split(r" {2,}", line)[1].split()}
     written = {path.name + "/" * path.is_dir() for path in (birds / "birds-model").iterdir()}
     assert drawn - written == {"averaged/", "errors.parquet"}
@@ -224,8 +266,8 @@ def test_the_loop_of_a_cross_validation_gives_one_figure_over_all_clips(
 
 def test_the_recipes_are_those_that_ship_with_the_figures_that_they_name() -> None:
     rows = re.findall(
-        r"^\| \[`(\w+)`\]\(configs/train/(\w+)\.yaml\) .* \| (mAP|accuracy) (0\.\d{4}) \|$",
-        README,
+        r"^\| \[`(\w+)`\]\(\.\./configs/train/(\w+)\.yaml\) .* \| (mAP|accuracy) (0\.\d{4}) \|$",
+        PAGES,
         re.MULTILINE,
     )
     assert [name for name, _, _, _ in rows] == sorted(set(shipped_configs("train")) - {"default"})
@@ -233,18 +275,6 @@ def test_the_recipes_are_those_that_ship_with_the_figures_that_they_name() -> No
         assert name == file
         head = (ROOT / "configs" / "train" / f"{file}.yaml").read_text(encoding="utf-8")
         assert (figure if metric == "mAP" else f"{100 * float(figure):.2f} %") in head
-
-
-def test_the_test_command_is_what_ci_runs() -> None:
-    install, tests = block("test-command").splitlines()
-    assert install == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]'"
-    assert tests == ".venv/bin/python -m pytest"
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    # The script takes the block from the README, by this very command.
-    (extract,) = re.findall(r"^test_commands\(\) \{\n(.*?)^\}", script, re.DOTALL | re.MULTILINE)
-    done = run(["bash", "-c", extract], dict(os.environ))
-    assert done.stdout.splitlines() == [install, tests]
-    assert 'run "$commands"' in script
 
 
 def options_of(command: str) -> set[str]:
@@ -256,8 +286,8 @@ def options_of(command: str) -> set[str]:
     }
 
 
-def test_every_option_in_the_readme_exists() -> None:
-    text = README.replace("--index-url", "")  # pip's
+def test_every_option_in_the_pages_exists() -> None:
+    text = PAGES.replace("--index-url", "")  # pip's
     commands: Any = typer.main.get_command(cli.app)
     known = {"--help"}.union(*(options_of(name) for name in commands.commands))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - {"--runner"}
@@ -284,9 +314,33 @@ def test_the_commands_that_head_a_config_are_right(path: Path) -> None:
         if named not in (None, "mine.yaml"):
             assert named == path.stem
         if path.name != "default.yaml":
-            assert load_config(named, (), {}) == load_config(str(path), (), {})
+            assert load_config(RunConfig, named) == load_config(RunConfig, str(path))
         for key in re.findall(r"--set (\S+)=", line):
-            load_config(None, [f"{key}=0.25"], {})
+            load_config(RunConfig, sets=[f"{key}=0.25"])
+
+
+PAGE_FILES = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+]
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGE_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    links = re.findall(
+        r"\]\((?!https?://)([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")
+    )
+    for name, anchor in links:
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        assert not anchor or anchor in anchors_of(target), f"{name}#{anchor}"
 
 
 def test_the_sample_files_readme_names_a_command_that_works() -> None:

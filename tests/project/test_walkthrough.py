@@ -15,8 +15,8 @@ import pytest
 import typer
 
 from pipeline.cli import main as cli
-from pipeline.config.label import load_config
-from pipeline.config.train import TRAIN_SCHEMA
+from pipeline.config.load import load_config
+from pipeline.config.train import TrainConfig
 from tests.support.bird_factory import write_birds
 from tests.support.paths import ROOT
 from transforms.models.ast.bundled import DEFAULT_MODEL, bundled_names
@@ -173,11 +173,11 @@ def test_every_command_is_there_with_its_options() -> None:
 
 def test_every_setting_that_is_advised_exists() -> None:
     advised = re.findall(r"`(?:--set )?(\w+\.\w+)(?:=([\w.]+))?`", WALKTHROUGH)
-    advised = [(key, value) for key, value in advised if key in TRAIN_SCHEMA.keys or value]
+    advised = [(key, value) for key, value in advised if TrainConfig.has_key(key) or value]
     assert len(advised) > 12
     settings = [f"{key}={value}" for key, value in advised if value]
-    options = {"--train": ["birds.csv"], "--hold-out": "fold=1", "--model": DEFAULT_MODEL}
-    load_config(None, settings, options, schema=TRAIN_SCHEMA)
+    settings += ["train=birds.csv", "hold_out=fold=1", f"model.name={DEFAULT_MODEL}"]
+    load_config(TrainConfig, sets=settings)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Makes audio for tests: known samples, in every format that the libraries here can write.
+"""Audio for tests: known samples in every format that the installed libraries can write.
 
-``encode(samples, rate, "flac")`` gives bytes; ``FORMATS`` lists the names. The build of PyAV in
-use has no encoder for Speex, WMA Pro, ATRAC and AMR-WB, so those are not here.
+``encode(samples, rate, "flac")`` returns bytes; ``FORMATS`` lists the names. Speex, WMA Pro, ATRAC
+and AMR-WB are missing, since PyAV's wheels have no encoder for them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def tone(
     amplitude: float = 0.5,
     num_channels: int = 1,
 ) -> Samples:
-    """A sine; shape (num_samples, num_channels). Each channel is half as loud as the one before."""
+    """Return a sine, (num_samples, num_channels); each channel is half as loud as the last."""
     times = np.arange(round(duration_s * sample_rate_hz)) / sample_rate_hz
     sine = amplitude * np.sin(2 * np.pi * frequency_hz * times)
     return (sine[:, None] * 0.5 ** np.arange(num_channels)).astype(np.float32)
@@ -41,14 +41,14 @@ def noise(
     num_channels: int = 1,
     seed: int = 0,
 ) -> Samples:
-    """Independent Gaussian noise per channel, cut to [-1, 1]; (num_samples, num_channels)."""
+    """Return Gaussian noise clipped to [-1, 1], (num_samples, num_channels)."""
     shape = (round(duration_s * sample_rate_hz), num_channels)
     samples = amplitude * np.random.default_rng(seed).standard_normal(shape)
     return np.clip(samples, -1.0, 1.0).astype(np.float32)
 
 
 def quantised(samples: Samples, bits: int) -> Samples:
-    """The samples as integers of so many bits hold them, so that lossless means equal."""
+    """Round samples to integers of this many bits, so that lossless means equal."""
     steps = 2.0 ** (bits - 1)
     return (np.clip(np.round(samples * steps), -steps, steps - 1) / steps).astype(np.float32)
 
@@ -59,13 +59,13 @@ class Format:
 
     Attributes:
         library: ``soundfile`` or ``av``.
-        container: Its name for that library.
+        container: Its name in that library.
         codec: Subtype (soundfile) or encoder (PyAV).
-        lossless_bits: Bits that come back unchanged; None for a lossy codec.
-        rates: Rates that it can hold, or None for any.
-        with_video: A small video stream goes first.
-        bit_rate: For encoders that need to be told.
-        sample_format: What PyAV's encoder is fed; None for 16 bit where it takes that.
+        lossless_bits: Bits that survive a round trip; None for a lossy codec.
+        rates: Sample rates that it supports; None for any.
+        with_video: Write a small video stream first.
+        bit_rate: For encoders without a default.
+        sample_format: Input of PyAV's encoder; None for 16 bits where it takes them.
         compression_level: soundfile's, in [0, 1]; for Vorbis, 1 − quality / 10.
         options: Muxer options.
     """
@@ -97,9 +97,11 @@ FORMATS: dict[str, Format] = {
     "flac24": Format("soundfile", "FLAC", "PCM_24", 24),
     "aiff": Format("soundfile", "AIFF", "PCM_16", 16),
     "aiff8": Format("soundfile", "AIFF", "PCM_S8", 8),
+    "aiff24": Format("soundfile", "AIFF", "PCM_24", 24),
     "au": Format("soundfile", "AU", "PCM_16", 16),
     "caf": Format("soundfile", "CAF", "PCM_16", 16),
     "caf_alac": Format("soundfile", "CAF", "ALAC_16", 16),
+    "caf_alac24": Format("soundfile", "CAF", "ALAC_24", 24),
     "mp3": Format("soundfile", "MP3", "MPEG_LAYER_III"),
     "ogg": Format("soundfile", "OGG", "VORBIS"),
     "mp3_no_header": Format("av", "mp3", "libmp3lame", options={"write_xing": "0"}),
@@ -108,6 +110,8 @@ FORMATS: dict[str, Format] = {
     "m4a": Format("av", "ipod", "aac"),
     "m4a_faststart": Format("av", "ipod", "aac", options={"movflags": "+faststart"}),
     "alac": Format("av", "ipod", "alac", 16),
+    # FFmpeg's encoder stores 24 of the 32 bits that it is given.
+    "alac24": Format("av", "ipod", "alac", 24, sample_format="s32p"),
     "aac": Format("av", "adts", "aac"),
     "mov": Format("av", "mov", "pcm_s16le", 16),
     "mkv": Format("av", "matroska", "flac", 16),
@@ -124,7 +128,7 @@ FORMATS: dict[str, Format] = {
 
 
 def encode(samples: Samples, sample_rate_hz: int, format: str | Format = "wav") -> bytes:
-    """Encoded bytes of samples of shape (num_samples,) or (num_samples, num_channels)."""
+    """Encode samples of shape (num_samples,) or (num_samples, num_channels)."""
     chosen = FORMATS[format] if isinstance(format, str) else format
     samples = samples[:, None] if samples.ndim == 1 else samples
     if chosen.library == "soundfile":
@@ -135,13 +139,13 @@ def encode(samples: Samples, sample_rate_hz: int, format: str | Format = "wav") 
 def encode_video(
     sample_rate_hz: int, tracks: list[Samples], *, container: str = "matroska"
 ) -> bytes:
-    """A small video with so many audio tracks (none, too)."""
+    """Encode a small video with these audio tracks, possibly none."""
     chosen = Format("av", container, "pcm_s16le", 16, with_video=True)
     return _encode_with_av(tracks, sample_rate_hz, chosen)
 
 
 def write(path: Path, samples: Samples, sample_rate_hz: int, format: str | Format = "wav") -> Path:
-    """``encode`` into a file; returns its path."""
+    """Encode samples into a file and return its path."""
     path.write_bytes(encode(samples, sample_rate_hz, format))
     return path
 
@@ -157,7 +161,7 @@ def _encode_with_soundfile(samples: Samples, sample_rate_hz: int, chosen: Format
         subtype=chosen.codec,
         compression_level=chosen.compression_level,
     ) as file:
-        # libsndfile overflows its stack when it is given minutes of Vorbis at once.
+        # libsndfile overflows its stack on minutes of Vorbis in one call.
         for start in range(0, len(samples), sample_rate_hz):
             file.write(samples[start : start + sample_rate_hz])
     return target.getvalue()
@@ -166,7 +170,7 @@ def _encode_with_soundfile(samples: Samples, sample_rate_hz: int, chosen: Format
 def _encode_with_av(tracks: list[Samples], sample_rate_hz: int, chosen: Format) -> bytes:
     import av
 
-    with tempfile.TemporaryDirectory() as folder:  # some muxers read back what they wrote
+    with tempfile.TemporaryDirectory() as folder:  # some muxers read their output again
         path = Path(folder, "audio")
         with av.open(str(path), "w", format=chosen.container, options=chosen.options) as container:
             if chosen.with_video:

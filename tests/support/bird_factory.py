@@ -1,4 +1,4 @@
-"""A dataset of one's own, for the docs: synthetic calls of three birds, and a manifest."""
+"""A small dataset for the examples in the docs: calls of three birds, and a manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLIPS_PER_BIRD = 8
 
 
 def write_birds(folder: Path, num_folds: int = 4) -> Path:
-    """24 clips of 2 s, and ``birds.csv`` with the columns uri, label and fold; returns its path."""
+    """Write 24 clips of 2 s and ``birds.csv`` (uri, label, fold); return the manifest's path."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     manifest = folder / "birds.csv"
@@ -36,12 +36,12 @@ def write_birds(folder: Path, num_folds: int = 4) -> Path:
 
 
 def times() -> Array:
-    """Time of each sample in seconds."""
+    """Return the time of each sample in seconds."""
     return np.arange(round(DURATION_S * RATE_HZ)) / RATE_HZ
 
 
 def cuckoo(rng: np.random.Generator) -> Array:
-    """Two notes, the second a third lower; twice."""
+    """Return two notes, the second a third lower, twice."""
     high_hz, samples = rng.uniform(620, 700), np.zeros(times().size)
     for start_s, ratio in ((0.2, 1.0), (0.6, 0.8), (1.2, 1.0), (1.6, 0.8)):
         is_inside = (times() >= start_s) & (times() < start_s + 0.3)
@@ -52,7 +52,7 @@ def cuckoo(rng: np.random.Generator) -> Array:
 
 
 def wren(rng: np.random.Generator) -> Array:
-    """A high trill."""
+    """Return a high trill."""
     trill_hz = rng.uniform(12, 18)
     frequency_hz = 5000 + 1200 * np.sin(2 * np.pi * trill_hz * times())
     samples: Array = np.sin(2 * np.pi * np.cumsum(frequency_hz) / RATE_HZ)
@@ -60,7 +60,7 @@ def wren(rng: np.random.Generator) -> Array:
 
 
 def woodpecker(rng: np.random.Generator) -> Array:
-    """Blows in quick succession, twice."""
+    """Return two bursts of drumming."""
     since_blow = (times() * rng.uniform(16, 22)) % 1
     is_drumming = times() % 1.0 < 0.7
     return rng.standard_normal(times().size) * np.exp(-12 * since_blow) * is_drumming

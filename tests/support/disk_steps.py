@@ -1,7 +1,7 @@
-"""Where a process stands with what it does on disk, and killing it at an exact step of that.
+"""Counts the steps of a process on disk, to kill it at an exact one.
 
-Python tells of every step that it takes on disk (``sys.addaudithook``), so that nothing in the
-product has to be prepared for it. A step is counted just before it is taken.
+Python reports every step by an audit event (``sys.addaudithook``), so the product needs no hooks of
+its own. A step is counted just before it is taken.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Events that change what is on disk, and where in their arguments paths stand.
+# Events that change files, and the positions of paths in their arguments.
 _CHANGES = {
     "os.rename": (0, 1),
     "os.link": (0, 1),
@@ -26,9 +26,9 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def on_each_step(folder: Path, call: Callable[[int], None]) -> None:
-    """Have ``call`` called with the number of each step (from 1) on what is below ``folder``.
+    """Call ``call`` with the number of each step (from 1) below ``folder``, just before it.
 
-    A hook cannot be taken away again: this is for processes that are not needed afterwards.
+    An audit hook cannot be removed, so use this only in processes that end afterwards.
     """
     count = 0
     root = os.fspath(folder)
@@ -54,7 +54,7 @@ def _is_below(arguments: tuple[object, ...], place: int, root: str) -> bool:
     if not isinstance(path, str | bytes | os.PathLike):
         return False
     text = os.fsdecode(path)
-    descriptor = arguments[-1]  # of the folder that ``shutil.rmtree`` is in
+    descriptor = arguments[-1]  # the folder in which ``shutil.rmtree`` works
     if not text.startswith("/") and isinstance(descriptor, int) and descriptor >= 0:
         text = os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), text)  # noqa: PTH115, PTH118
     return text == root or text.startswith(root + "/")

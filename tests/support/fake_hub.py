@@ -1,4 +1,4 @@
-"""As much of a model hub as a download needs, on this machine."""
+"""A local model hub with just enough of the API for a download."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TOKEN = "hf_averysecrettokenofthetests"
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """Answers like the hub; each served hub has a class of its own, whose attributes are its state.
+    """A handler that answers like the hub. ``serve_hub`` makes a subclass that holds its state.
 
     Attributes:
-        endpoint: Its address.
-        repo_id: The one model that it has, with the branches main and v1.
+        endpoint: The hub's address.
+        repo_id: The only model, with the branches main and v1.
         root: The folder with that model's files.
-        requests: Method, path and authorization of every request so far.
-        status: Answer everything with this status, unless it is 200.
+        requests: Method, path and authorization header of every request so far.
+        status: The status of every answer; 200 for the normal ones.
     """
 
     endpoint: str
@@ -82,7 +82,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve_hub(root: Path, repo_id: str = "org/tiny") -> Iterator[type[FakeHub]]:
-    """A hub that has one model, whose files lie in ``root``."""
+    """Serve a hub with one model, whose files are in ``root``."""
     state = {"root": root, "repo_id": repo_id, "requests": [], "status": 200}
     handler = type("Handler", (FakeHub,), state)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -98,7 +98,7 @@ def serve_hub(root: Path, repo_id: str = "org/tiny") -> Iterator[type[FakeHub]]:
 
 
 def use_hub(hub: type[FakeHub], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make huggingface_hub ask this hub, with the tests' token, and keep what it gets in cache."""
+    """Point huggingface_hub at this hub, with the tests' token and this cache."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(
         constants,

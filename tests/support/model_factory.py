@@ -1,4 +1,4 @@
-"""Small ASTs with random weights in every parameter, as folders that transformers reads too."""
+"""Small ASTs with random weights, in folders that transformers reads as well."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from transforms.models.ast.checkpoints import save_pretrained
-from transforms.models.ast.model import ASTConfig, ASTForAudioClassification
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTForAudioClassification
 
 TINY_LABELS = ("dog", "rain", "rooster", "helicopter", "clock tick")
 MEAN, STD = -4.2677393, 4.5689974
 
 
 def tiny_config(**changes: object) -> ASTConfig:
-    """Two layers, 32 wide, five labels; 1024 frames like AST base, at strides that keep it fast."""
+    """Return two layers of width 32 for 1024 frames and five labels; large strides keep it fast."""
     config = ASTConfig(
         hidden_size=32,
         num_hidden_layers=2,
@@ -30,7 +31,7 @@ def tiny_config(**changes: object) -> ASTConfig:
 
 
 def randomise(model: nn.Module, seed: int = 0, scale: float = 0.2) -> None:
-    """Give every parameter a random value; zeros (class tokens, biases) would hide mistakes."""
+    """Set every parameter to a random value: zeros (class tokens, biases) would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -40,7 +41,7 @@ def randomise(model: nn.Module, seed: int = 0, scale: float = 0.2) -> None:
 
 
 def write_tiny_model(folder: Path, seed: int = 0, **changes: object) -> Path:
-    """A model folder (config.json, model.safetensors, preprocessor_config.json)."""
+    """Write a model folder: config.json, model.safetensors, preprocessor_config.json."""
     model = ASTForAudioClassification(tiny_config(**changes)).eval()
     randomise(model, seed)
     save_pretrained(model, folder, mean=MEAN, std=STD)
@@ -50,7 +51,7 @@ def write_tiny_model(folder: Path, seed: int = 0, **changes: object) -> Path:
 def write_transformers_model(
     folder: Path, seed: int = 0, scale: float = 0.2, **changes: object
 ) -> Path:
-    """The shape of ``tiny_config``, in a folder that transformers itself wrote."""
+    """Let transformers write a model of the shape of ``tiny_config``."""
     import transformers
 
     config = transformers.ASTConfig(

@@ -1,4 +1,4 @@
-"""Where the checkout lies, and the recordings beside it."""
+"""Paths of the checkout, and of the recordings beside it."""
 
 from pathlib import Path
 

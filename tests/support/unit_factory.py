@@ -1,4 +1,4 @@
-"""Rows and units made by hand, for tests of what comes after the model."""
+"""Units, windows and rows for tests of the steps after the model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def make_window(
     unit_id: str = "u",
     **changes: object,
 ) -> Window:
-    """A window of 10 s; the clip's last one where ``num_windows`` is given."""
+    """Return a window of 10 s; with ``num_windows``, the last one of its clip."""
     defaults: dict[str, object] = {
         "unit_id": unit_id,
         "item_index": 0,
@@ -83,7 +83,7 @@ def make_window(
 
 
 def clip_events(unit_id: str, index: int, item: Item, num_windows: int = 1) -> list[UnitEvent]:
-    """The rows of a labelled clip."""
+    """Return the rows of a labelled clip."""
     prediction = make_prediction([0.1 * (index % 9), 0.5, 0.9], np.full(HIDDEN_SIZE, index))
     rows: list[UnitEvent] = [
         WindowRow(unit_id, index, item.clip_id, n, 10.0 * n, 10.0 * n + 10, prediction)
@@ -107,7 +107,7 @@ def file_unit(unit_id: str, num_items: int, **changes: object) -> WorkUnit:
 def unit_events(
     unit: WorkUnit, failed: Sequence[int] = (), num_windows: int = 2
 ) -> list[UnitEvent]:
-    """Everything that the sink gets of a unit of files."""
+    """Return all events of a unit of files, as the sink receives them."""
     events: list[UnitEvent] = []
     for index, item in enumerate(unit.items):
         if index in failed:

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing import test_pipeline
 
-from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from tests.support import audio_factory
+from tests.support.labelling import assert_same_rows, small_config
 from transforms.inference.backbones import InferenceSettings
 from transforms.label_audio import LabelAudio, LabelSettings, make_settings, unit_of_files
 from transforms.models.ast.checkpoints import resolve_model
@@ -68,14 +67,7 @@ def labelled(
 def expected(folder: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``earmark label`` makes of the same files."""
     out: Path = tmp_path_factory.mktemp("label") / "out"
-    config = RunConfig(
-        inputs=(str(folder),),
-        output=str(out),
-        quiet=True,
-        model={"name": str(tiny_model)},
-        inference={"precision": "fp32", "device": "cpu", "batch_size": 2},
-        max_failed=1.0,
-    )
+    config = small_config(tiny_model, out, folder, max_failed=1.0, units={})
     assert run_label(config, []) == 0
     return out
 
@@ -84,24 +76,14 @@ def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["clip_id"], row.get("window_index", 0)))
 
 
-def split(row: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
-    """A row's facts, and its computed numbers."""
-    scores = [label["score"] for label in row["labels"]]
-    facts = {**row, "labels": [label["name"] for label in row["labels"]], "embedding": None}
-    return facts, [*row["embedding"], *scores]
-
-
 @pytest.mark.parametrize(("part", "count"), [("windows", 5), ("clips", 3)])
-def test_its_rows_are_those_of_the_command(
+def test_rows_equal_those_of_the_command(
     labelled: Rows, expected: Path, part: str, count: int
 ) -> None:
     found = in_order(labelled[part])
     wanted = in_order(pq.read_table(expected / part).to_pylist())
     assert len(found) == len(wanted) == count
-    for mine, theirs in zip(found, wanted, strict=True):
-        (facts, numbers), (wanted_facts, wanted_numbers) = split(mine), split(theirs)
-        assert facts == wanted_facts
-        np.testing.assert_allclose(numbers, wanted_numbers, rtol=0, atol=1e-5)
+    assert_same_rows(found, wanted)
 
 
 def test_a_bad_file_among_good_ones_is_a_failure(
@@ -125,7 +107,7 @@ def test_rows_have_the_columns_of_the_tables(labelled: Rows, settings: LabelSett
         assert all(list(row) == schema.names for row in labelled[name])
 
 
-def test_a_unit_names_files_as_the_command_does(folder: Path) -> None:
+def test_clip_ids_equal_those_of_the_command(folder: Path) -> None:
     unit = unit_of_files([f"{folder}/b #1.flac", "https://host/x.wav?X-Amz-Signature=secret"])
     local, remote = unit.items
     assert local.clip_id == f"{folder}/b %231.flac"

@@ -1,11 +1,9 @@
-"""A decoder process as its parent sees it: started with limits, spoken to, replaced when lost.
+"""A decoder process as its parent sees it: started with limits, given jobs, replaced when lost.
 
-    parent ─ JOB, clip ──────────▶ decode_worker ─ pieces, in shared memory ─▶ parent
-           ─ PROBE, size of file ▶               ─ which blocks it needs, the length ─▶
+    parent ─ JOB, clip ─▶ child ─ pieces in shared memory, or the length by the header ─▶ parent
 
-Whatever a hostile file does to a library, it does to this process: it may die, say nothing more, or
-ask for more memory than it is allowed. ``decode`` makes a failed clip of that, ``header_probe`` a
-length that is not known.
+Whatever a hostile file does to a library, it does to that process: it may die, hang, or ask for
+more memory than it is allowed. ``pool`` makes a failed clip of that.
 """
 
 from __future__ import annotations
@@ -26,26 +24,27 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from transforms.decoding import decode
-from transforms.errors import DecodeError, EarmarkError
+from transforms.decoding import child as protocol
+from transforms.decoding.decode import BOUND_ERRORS, DecodeLimits
+from transforms.errors import DecodeError, EarmarkError, item_too_large
 from transforms.process.stage_times import StageSeconds, stage_clocks
 from transforms.records import ClipFacts, EncodedClip, FloatArray
 
 logger = logging.getLogger(__name__)
 
-# Starts a decoder; its arguments follow.
-WORKER_COMMAND = (sys.executable, "-P", "-m", "transforms.decoding.decode")
+# Starts a decoder; its arguments are appended.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "transforms.decoding.child")
 START_TIMEOUT_S = 120.0  # importing the libraries on a busy machine with a cold disk
 MAX_ANSWER_BYTES = 1 << 20  # facts, a length or the message of an error
 MAX_FAILED_STARTS = 3
 
 
 class DecoderLostError(Exception):
-    """The process died or hangs.
+    """A decoder process that died or hangs.
 
     Attributes:
         error_type: ``DecoderCrashed`` or ``DecoderHung``.
@@ -58,7 +57,7 @@ class DecoderLostError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """A piece as the child sends it.
+    """A piece of a decoded clip.
 
     Attributes:
         samples: Shape (num_samples,), mono float32.
@@ -73,28 +72,28 @@ class Reply:
 
 @dataclass(frozen=True)
 class DecoderOptions:
-    """What a decoder process is started with.
+    """The options that a decoder process is started with.
 
     Attributes:
         sample_rate_hz: The rate to resample to.
         piece_samples: Samples per piece.
-        limits: The bounds that it holds to.
-        stall_timeout_s: It is killed when it shows no sign of life for this long.
+        limits: The bounds that it enforces.
+        stall_timeout_s: The process is killed when it shows no sign of life for this long.
     """
 
     sample_rate_hz: int
     piece_samples: int
-    limits: decode.DecodeLimits
+    limits: DecodeLimits
     stall_timeout_s: float
 
 
 def start_decoder(
     options: DecoderOptions, command: Sequence[str] = WORKER_COMMAND
 ) -> DecoderProcess:
-    """A process that is ready for work; a start that fails is tried again.
+    """Start a process and wait until it is ready; retry a start that fails.
 
     Raises:
-        EarmarkError: None could be started.
+        EarmarkError: No process could be started.
     """
     for attempt in range(1, MAX_FAILED_STARTS + 1):
         try:
@@ -103,16 +102,16 @@ def start_decoder(
             problem = error
             logger.warning("decoder process: start %d of %d: %s", attempt, MAX_FAILED_STARTS, error)
     raise EarmarkError(
-        f"no decoder process could be started: {problem}; see what {' '.join(command)!r} says by "
-        "itself"
+        f"no decoder process could be started: {problem}; run {' '.join(command)!r} in a shell "
+        "for its error message"
     )
 
 
 def _start_once(options: DecoderOptions, command: Sequence[str]) -> DecoderProcess:
-    """One try.
+    """Try once to start a process.
 
     Raises:
-        DecoderLostError: It died on the way.
+        DecoderLostError: It died before it was ready.
         OSError: It could not be started at all.
     """
     with contextlib.ExitStack() as undo:
@@ -125,7 +124,7 @@ def _start_once(options: DecoderOptions, command: Sequence[str]) -> DecoderProce
         undo.enter_context(theirs)
         memory_fd = _nameless_file()
         try:
-            os.ftruncate(memory_fd, decode.NUM_SLOTS * options.piece_samples * 4)
+            os.ftruncate(memory_fd, protocol.NUM_SLOTS * options.piece_samples * 4)
             memory = mmap.mmap(memory_fd, 0)
             undo.callback(memory.close)
             fds = (theirs.fileno(), memory_fd)
@@ -154,7 +153,7 @@ def _start_once(options: DecoderOptions, command: Sequence[str]) -> DecoderProce
 
 
 def _nameless_file() -> int:
-    """A file that lives in memory where the system can, and cannot be left behind."""
+    """Return a file without a name, in memory where the system can: nothing to clean up."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("earmark-decode")
     with tempfile.TemporaryFile() as file:
@@ -162,7 +161,7 @@ def _nameless_file() -> int:
 
 
 def _child_environment() -> dict[str, str]:
-    """One thread per library, and this package where the child can import it."""
+    """Give each library one thread, and put this package on the child's path."""
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
@@ -173,7 +172,7 @@ def _child_environment() -> dict[str, str]:
 
 
 class DecoderProcess:
-    """The parent's side of a decoder process; ``start_decoder`` makes one."""
+    """The parent's side of a decoder process; made by ``start_decoder``."""
 
     def __init__(
         self,
@@ -189,132 +188,156 @@ class DecoderProcess:
         self._connection = connection
         self._stream = connection.makefile("rb")
         self._memory = memory
-        self._slots: FloatArray = np.frombuffer(memory, np.float32).reshape(decode.NUM_SLOTS, -1)
+        self._slots: FloatArray = np.frombuffer(memory, np.float32).reshape(protocol.NUM_SLOTS, -1)
         self._stderr = stderr
         self._num_received = 0
         self._slots_to_return = 0
         self._is_killed = False
 
     def is_usable(self) -> bool:
-        """Alive, and with at least half of the allowed memory to itself: libraries may leak."""
+        """Whether it is alive and has not leaked more than half of its allowed memory."""
         if self._is_killed or self._process.poll() is not None:
             return False
-        if not self._base_bytes:  # the system does not tell
+        if not self._base_bytes:  # unknown on this system
             return True
-        held_bytes = decode.data_bytes(self._process.pid)  # 0 once it has begun to end
+        held_bytes = protocol.data_bytes(self._process.pid)  # 0 once the process is exiting
         return 0 < held_bytes <= self._base_bytes + self._options.limits.max_decoder_bytes / 2
 
     def wait_until_ready(self) -> None:
-        """Wait for its first sign of life."""
+        """Wait for the first sign of life."""
         self._connection.settimeout(START_TIMEOUT_S)
         self._receive()
         self._connection.settimeout(self._options.stall_timeout_s)
-        self._base_bytes = decode.data_bytes(self._process.pid)
+        self._base_bytes = protocol.data_bytes(self._process.pid)
 
-    def send_job(self, clip: EncodedClip) -> None:
-        """Send a clip to decode."""
+    def decode(
+        self, clip: EncodedClip, max_item_bytes: int
+    ) -> Iterator[tuple[FloatArray, ClipFacts | None]]:
+        """Yield the samples of a clip piece by piece; the facts come with the last piece.
+
+        If the process is lost midway, the clip ends there, with a warning in its facts.
+
+        Args:
+            clip: The clip.
+            max_item_bytes: Encoded bytes that it may have.
+
+        Raises:
+            DecodeError: Nothing could be decoded, or a bound was exceeded.
+        """
+        held: Reply | None = None  # held back until the next arrives, so that the last is not empty
+        num_samples = 0
+        try:
+            _check_size(clip, max_item_bytes)
+            self._send_job(clip)
+            while True:
+                reply = self._receive_reply()
+                if held is not None:
+                    yield held.samples, None
+                if reply.is_last:
+                    yield reply.samples, reply.facts
+                    return
+                held = reply
+                num_samples += len(reply.samples)
+                self._return_slot()
+        except (DecodeError, DecoderLostError) as error:
+            if error.error_type == "DecoderOutOfMemory":
+                self.kill()  # libraries leak here: the next clip gets a new process
+            if held is None or error.error_type in BOUND_ERRORS:
+                raise DecodeError(str(error), error_type=error.error_type) from error
+            duration_s = num_samples / self._options.sample_rate_hz
+            warning = f"decoded {duration_s:.1f} s, then stopped: {error}"
+            facts = dataclasses.replace(held.facts, duration_s=duration_s, warning=warning)
+        yield held.samples, facts
+
+    def _send_job(self, clip: EncodedClip, *, reads_header: bool = False) -> None:
+        """Send a clip, to decode or to read its header."""
         os.ftruncate(self._stderr, 0)
         job = {
             "path": None if clip.path is None else str(Path(clip.path).absolute()),
             "size": 0 if clip.data is None else len(clip.data),
             "start_s": clip.item.start_s,
             "end_s": clip.item.end_s,
-            "part": None if clip.item.part is None else dataclasses.asdict(clip.item.part),
+            "reads_header": reads_header,
             "returned_slots": self._slots_to_return,
         }
         self._slots_to_return = 0
-        self._send(decode.JOB, json.dumps(job).encode(), clip.data or b"")
+        self._send(protocol.JOB, json.dumps(job).encode(), clip.data or b"")
 
-    def return_slot(self) -> None:
-        """Give the slot of the last piece back while its clip goes on."""
+    def _return_slot(self) -> None:
+        """Return the slot of the last piece while its clip continues."""
         self._slots_to_return -= 1
-        self._send(decode.CREDIT)
+        self._send(protocol.CREDIT)
 
-    def receive_reply(self) -> Reply:
-        """The next piece, copied out of shared memory.
+    def _receive_reply(self) -> Reply:
+        """Receive the next piece, copied out of shared memory.
 
         Raises:
-            DecodeError: What the child says of the clip.
-            DecoderLostError: The child died, showed no sign of life, or answered with nonsense.
+            DecodeError: The child reported an error of the clip.
+            DecoderLostError: The child died, showed no sign of life, or sent an invalid answer.
         """
         kind, content = self._receive_answer()
-        slot = self._num_received % decode.NUM_SLOTS
+        slot = self._num_received % protocol.NUM_SLOTS
         self._num_received += 1
         self._slots_to_return += 1
-        with self._understanding():
+        with self._checked_answer():
             samples = self._slots[slot, : content["num_samples"]].copy()
-            return Reply(samples, ClipFacts(**content["facts"]), kind == decode.LAST)
+            return Reply(samples, ClipFacts(**content["facts"]), kind == protocol.LAST)
 
-    def probe(self, file: BinaryIO, size: int, max_blocks: int) -> float | None:
-        """Seconds of audio by a file's header, of which the child is given the blocks it asks for.
-
-        Args:
-            file: The encoded bytes; can seek.
-            size: How many there are.
-            max_blocks: Of ``decode_worker.BLOCK_BYTES``; a child that asks for more is killed.
-
-        Returns:
-            The length; None where the header does not say, or not within so many blocks.
+    def read_length_s(self, clip: EncodedClip) -> float | None:
+        """Return the seconds of audio that a clip's header promises; None if it promises nothing.
 
         Raises:
-            DecodeError: The child cannot take the header.
-            DecoderLostError: The child died, showed no sign of life, or answered with nonsense.
-            OSError: The file cannot be read; the child then waits for ever, and is to be killed.
+            DecodeError: The child cannot open the file.
+            DecoderLostError: The child died, showed no sign of life, or sent an invalid answer.
         """
-        os.ftruncate(self._stderr, 0)
-        self._send(decode.PROBE, json.dumps({"size": size}).encode())
-        num_given = 0
-        while True:
-            kind, content = self._receive_answer()
-            with self._understanding():
-                if kind == decode.LENGTH:
-                    return _checked_length(content["length_s"])
-                start = _checked_start(kind, content["start"], size)
-            if num_given == max_blocks:
-                self.kill()
-                return None
-            num_given += 1
-            file.seek(start)
-            self._send(decode.BLOCK, file.read(decode.BLOCK_BYTES))
+        self._send_job(clip, reads_header=True)
+        _, content = self._receive_answer()
+        with self._checked_answer():
+            length_s = content["length_s"]
+            if length_s is not None and not (
+                isinstance(length_s, float) and 0.0 <= length_s < math.inf
+            ):
+                raise ValueError(f"a length of {length_s!r}")
+            return length_s
 
     def _receive_answer(self) -> tuple[bytes, dict[str, Any]]:
-        """The next frame that is not only a sign of life.
+        """Receive the next frame that is more than a sign of life.
 
         Raises:
             DecodeError: It is an error.
-            DecoderLostError: As in ``receive_reply``.
+            DecoderLostError: As in ``_receive_reply``.
         """
         kind, payload = self._receive()
-        while kind == decode.ALIVE:
+        while kind == protocol.ALIVE:
             kind, payload = self._receive()
-        with self._understanding():
+        with self._checked_answer():
             content: dict[str, Any] = json.loads(payload)
             stage_clocks.add(StageSeconds(**content.get("seconds", {})))  # at the end of each clip
-            if kind != decode.ERROR:
+            if kind != protocol.ERROR:
                 return kind, content
             error = DecodeError(str(content["message"]), error_type=str(content["error_type"]))
         raise error
 
     @contextlib.contextmanager
-    def _understanding(self) -> Iterator[None]:
-        """What the child says is believed as far as it makes sense: a library may have damaged it.
+    def _checked_answer(self) -> Iterator[None]:
+        """Kill the child if its answer is invalid: a library may have damaged its memory.
 
         Raises:
-            DecoderLostError: It does not; the child has been killed.
+            DecoderLostError: The answer is invalid.
         """
         try:
             yield
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             self.kill()
             raise DecoderLostError(
-                f"the decoder answered with nonsense ({type(error).__name__}: {error}) and was "
+                f"the decoder sent an invalid answer ({type(error).__name__}: {error}) and was "
                 "killed",
                 "DecoderCrashed",
             ) from error
 
     def _send(self, kind: bytes, payload: bytes = b"", data: bytes = b"") -> None:
         try:
-            decode.send_frame(self._connection, kind, payload)
+            protocol.send_frame(self._connection, kind, payload)
             if data:
                 self._connection.sendall(data)
         except TimeoutError as error:
@@ -324,10 +347,10 @@ class DecoderProcess:
 
     def _receive(self) -> tuple[bytes, bytes]:
         try:
-            header = self._stream.read(decode.FRAME_HEADER.size)
-            if len(header) == decode.FRAME_HEADER.size:
-                kind, length = decode.FRAME_HEADER.unpack(header)
-                with self._understanding():
+            header = self._stream.read(protocol.FRAME_HEADER.size)
+            if len(header) == protocol.FRAME_HEADER.size:
+                kind, length = protocol.FRAME_HEADER.unpack(header)
+                with self._checked_answer():
                     if length > MAX_ANSWER_BYTES:
                         raise ValueError(f"an answer of {length} bytes")
                 payload = self._stream.read(length)
@@ -348,26 +371,26 @@ class DecoderProcess:
 
     def _lost(self) -> DecoderLostError:
         try:
-            code = self._process.wait(timeout=1.0)  # it closed the connection: it is ending
+            code = self._process.wait(timeout=1.0)  # it closed the connection, so it is exiting
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        return DecoderLostError(f"the decoder {how}{self._last_words()}", "DecoderCrashed")
+        return DecoderLostError(f"the decoder {how}{self._last_stderr_line()}", "DecoderCrashed")
 
-    def _last_words(self) -> str:
+    def _last_stderr_line(self) -> str:
         size = os.fstat(self._stderr).st_size
         tail = os.pread(self._stderr, 4096, max(size - 4096, 0)).decode(errors="replace")
         lines = [line.strip() for line in tail.splitlines() if line.strip()]
         return f" ({lines[-1][:500]})" if lines else ""
 
     def kill(self) -> None:
-        """End the process; whoever reads from it notices."""
+        """Kill the process; a pending read fails."""
         self._is_killed = True
         self._process.kill()
 
     def close(self) -> None:
-        """End the process and free what belongs to it."""
+        """Kill the process and free its resources."""
         self.kill()
         self._process.wait()
         self._stream.close()
@@ -377,16 +400,17 @@ class DecoderProcess:
         os.close(self._stderr)
 
 
-def _checked_length(length_s: Any) -> float | None:
-    if length_s is not None and not (isinstance(length_s, float) and 0.0 <= length_s < math.inf):
-        raise ValueError(f"a length of {length_s!r}")
-    return length_s
-
-
-def _checked_start(kind: bytes, start: Any, size: int) -> int:
-    if kind != decode.WANTED or not isinstance(start, int) or not 0 <= start < size:
-        raise ValueError(f"{kind!r} of a block at {start!r} of {size} bytes")
-    return start
+def _check_size(clip: EncodedClip, max_item_bytes: int) -> None:
+    if clip.data is not None:
+        num_bytes = len(clip.data)
+    else:
+        try:
+            num_bytes = Path(str(clip.path)).stat().st_size
+        except OSError:  # the child reports what is wrong with the file
+            return
+    if num_bytes > max_item_bytes:
+        message = item_too_large(max_item_bytes, num_bytes)
+        raise DecodeError(message, error_type="ItemTooLarge")
 
 
 def _signal_name(number: int) -> str:

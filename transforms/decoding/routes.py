@@ -1,7 +1,7 @@
-"""Which library reads a file: decided by its content, never by its name.
+"""The choice of the library that reads a file, by its content and never by its name.
 
-Also what the file's own structure says of its length: where a library would silently cut a file,
-or read a cut one without a word, this is where it is noticed.
+The file's own structure also tells its length. It is compared here with the file's size, because
+the libraries silently cut some files, and read some that are cut short without an error.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ UNKNOWN_LONG_SIZE_FROM = 1 << 62  # the same where sizes have 64 bits
 
 @dataclass(frozen=True)
 class Route:
-    """Which library to try first, and what the file's own structure says of it.
+    """The library to try first, and what the file's structure tells.
 
     Attributes:
         soundfile_first: libsndfile goes first, else FFmpeg.
-        promised_s: The length that the file's header promises, in seconds, or None.
-        notes: What the user should know of the file.
+        promised_s: Length in seconds by the file's header, or None.
+        notes: Oddities of the file, for the clip's warning.
     """
 
     soundfile_first: bool
@@ -38,9 +38,9 @@ _MATROSKA_SEGMENT = b"\x18S\x80g"
 
 
 def find_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> Route:
-    """Choose by content. Where libsndfile would silently cut a file, FFmpeg goes first."""
+    """Choose by content; FFmpeg goes first where libsndfile would silently cut the file."""
     head = view[:64]
-    if needs_ffmpeg(head):
+    if _needs_ffmpeg(head):
         return Route(False, notes=_cut_short(view, _declared_length(view)))
     if head.startswith(_RIFF_MAGIC):
         return _find_wav_route(view)
@@ -60,11 +60,8 @@ def find_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> Rout
     return _find_mp3_route(view, start)
 
 
-def needs_ffmpeg(head: bytes) -> bool:
-    """Whether FFmpeg reads the file, by its first 64 bytes, whatever follows them.
-
-    False where more has to be looked at.
-    """
+def _needs_ffmpeg(head: bytes) -> bool:
+    """Whether the first 64 bytes alone decide that FFmpeg reads the file."""
     if head.startswith(_RIFF_MAGIC):
         return head[8:12] != b"WAVE"
     if head.startswith(b"FORM"):
@@ -74,7 +71,7 @@ def needs_ffmpeg(head: bytes) -> bool:
 
 
 def _declared_length(view: bytes | mmap.mmap) -> int:
-    """Where a file that needs FFmpeg ends by its own account; 0 if it does not say."""
+    """Return the size that a file for FFmpeg declares, in bytes; 0 if it declares none."""
     head = view[:64]
     if head.startswith(_RIFF_MAGIC):
         size = int.from_bytes(head[4:8], "little")
@@ -87,14 +84,14 @@ def _declared_length(view: bytes | mmap.mmap) -> int:
 
 
 def _cut_short(view: bytes | mmap.mmap, declared_bytes: int) -> tuple[str, ...]:
-    """A note if the header speaks of more bytes than there are."""
+    """Return a note if the header declares more bytes than the file has."""
     if not len(view) < declared_bytes < UNKNOWN_LONG_SIZE_FROM:
         return ()
     return (f"the file is cut short: {len(view)} of {declared_bytes} bytes",)
 
 
 def _find_wav_route(view: bytes | mmap.mmap) -> Route:
-    """libsndfile believes the data chunk's size; here it is held against the file's."""
+    """Compare the data chunk's size with the file's: libsndfile trusts the chunk."""
     order: Literal["big", "little"] = "big" if view[:4] == b"RIFX" else "little"
     position = 12  # chunks follow the file header: type, size, content padded to even
     while position + 8 <= len(view) and view[position : position + 4] != b"data":
@@ -103,25 +100,25 @@ def _find_wav_route(view: bytes | mmap.mmap) -> Route:
     start = position + 8
     if start >= len(view) or start + size >= len(view):
         return Route(True)
-    if size == 0:  # a recorder that was interrupted; FFmpeg reads on to the end
-        return Route(False, notes=("the header says that there is no audio; read to the end",))
+    if size == 0:  # the recorder was interrupted; FFmpeg reads to the end
+        return Route(False, notes=("the header declares no audio; read to the end",))
     end = start + size + size % 2
     follows = view[end : end + 8]
     if len(follows) < 8 or not any(follows) or _is_chunk_name(follows[:4]):
         return Route(True)
     surplus = len(view) - end
     return Route(
-        True, notes=(f"{surplus} bytes follow the {size} bytes of audio that the header tells of",)
+        True, notes=(f"{surplus} bytes follow the {size} bytes of audio that the header declares",)
     )
 
 
 def _is_chunk_name(name: bytes) -> bool:
     is_text = all(0x20 <= byte < 0x7F for byte in name)
-    return is_text or name.startswith(b"TAG")  # ID3v1 goes to the end of any file
+    return is_text or name.startswith(b"TAG")  # ID3v1 stands at the end of any file
 
 
 def _find_au_route(view: bytes | mmap.mmap) -> Route:
-    """libsndfile says nothing of a size that passes 32 bits with the offset, and reads nothing."""
+    """Note a size that exceeds 32 bits with the offset: libsndfile silently reads nothing."""
     offset, size = struct.unpack(">II", view[4:12].ljust(8, b"\0"))
     if size == 0xFFFFFFFF or size < UNKNOWN_SIZE_FROM:
         return Route(True)
@@ -129,7 +126,7 @@ def _find_au_route(view: bytes | mmap.mmap) -> Route:
 
 
 def _matroska_length(view: bytes | mmap.mmap) -> int:
-    """Where a Matroska's segment ends by its own account; 0 if it does not say (RFC 8794)."""
+    """Return where a Matroska's segment ends by its header (RFC 8794); 0 if unknown."""
     size, start = _ebml_size(view, len(_EBML_MAGIC))
     position = start + size
     if view[position : position + 4] != _MATROSKA_SEGMENT:
@@ -139,16 +136,18 @@ def _matroska_length(view: bytes | mmap.mmap) -> int:
 
 
 def _ebml_size(view: bytes | mmap.mmap, position: int) -> tuple[int, int]:
-    """A size of 1 to 8 bytes, and where it ends; 0 stands for unknown."""
+    """Parse a size of 1 to 8 bytes (0: unknown), and return it with the position after it."""
     first = view[position] if position < len(view) else 0
-    num_bytes = 9 - first.bit_length()  # the leading zeros say how many bytes follow
+    num_bytes = (
+        9 - first.bit_length()
+    )  # the number of leading zeros is that of the bytes that follow
     mask = (1 << 7 * num_bytes) - 1
     size = int.from_bytes(view[position : position + num_bytes], "big") & mask
     return (0 if size == mask else size), position + num_bytes
 
 
 def _mp4_length(view: bytes | mmap.mmap) -> int:
-    """Where the last box that matters ends by its own account; 0 if none does (ISO 14496-12)."""
+    """Return where the last box of media or its index ends (ISO 14496-12); 0 if there is none."""
     position, end = 0, 0
     while position + 8 <= len(view):
         size = int.from_bytes(view[position : position + 4], "big")
@@ -163,7 +162,7 @@ def _mp4_length(view: bytes | mmap.mmap) -> int:
 
 
 def _caf_length(view: bytes | mmap.mmap) -> int:
-    """Where a CAF's audio data ends by its own account; 0 if it does not say."""
+    """Return where a CAF's audio data ends by its header; 0 if unknown."""
     position = 8  # chunks follow the file header: type, 64-bit size, content
     while position + 12 <= len(view):
         kind = view[position : position + 4]
@@ -177,7 +176,7 @@ def _caf_length(view: bytes | mmap.mmap) -> int:
 
 
 def _find_ogg_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> Route:
-    """libsndfile reads only the first link of a chained Ogg; FFmpeg reads them all."""
+    """Send a chained Ogg to FFmpeg: libsndfile reads only the first link."""
     position, flags, chained, begun = 0, 0, False, False
     end = 0
     while position >= 0:
@@ -198,13 +197,13 @@ def _find_ogg_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) ->
 
 
 def _ogg_page_end(view: bytes | mmap.mmap, position: int) -> int:
-    """Where a page ends by the sizes in its header (RFC 3533, section 6)."""
+    """Return where a page ends by the sizes in its header (RFC 3533, section 6)."""
     body = position + 27 + (view[position + 26] if position + 26 < len(view) else 0)
     return body + sum(view[position + 27 : body])
 
 
 def _id3_length(head: bytes) -> int:
-    """Bytes that an ID3v2 tag takes at the start (ID3v2.4, section 3.1: 4 × 7 bits)."""
+    """Return the size of an ID3v2 tag at the start (ID3v2.4, section 3.1: 4 × 7 bits)."""
     if not head.startswith(b"ID3") or len(head) < 10:
         return 0
     size = 0
@@ -214,10 +213,10 @@ def _id3_length(head: bytes) -> int:
 
 
 def _find_mp3_route(view: bytes | mmap.mmap, start: int) -> Route:
-    """libsndfile believes an MP3's Xing header, or guesses the length from the first frames.
+    """Give libsndfile only an MP3 whose Xing header covers the whole file.
 
-    Concatenated files and those without the header would be cut short, so it reads only those
-    whose header speaks of the whole file.
+    libsndfile trusts the header, or guesses the length from the first frames, and so would cut
+    concatenated files and those without a header short.
     """
     frame = view[start : start + 256]
     if len(frame) < 256 or frame[0] != 0xFF or frame[1] & 0xE6 != 0xE2:  # sync, Layer III

@@ -1,11 +1,12 @@
-"""What a checkpoint fixes about its features; ``fbank`` computes them.
+"""The settings of features, which the checkpoint fixes; ``fbank`` computes the features.
 
-It stands apart because processes that change clips for training need it, and not what computing
-features takes.
+A file of its own, because the processes that augment clips for training need the settings but none
+of the libraries that compute features.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -15,18 +16,18 @@ FRAME_LENGTH_MS = 25.0
 FRAME_SHIFT_MS = 10.0
 LOG_FLOOR = 2.0**-23  # float32's epsilon, as in torchaudio
 
-# Threads of a process that make features; torch has no more than there are cores.
+# Threads of a process that make features; fewer on a machine with fewer cores.
 MAX_FEATURE_THREADS = 8
 
 
 @dataclass(frozen=True)
 class FbankSettings:
-    """What a checkpoint fixes about its features. Defaults: AST on AudioSet.
+    """The settings of a checkpoint's features. Defaults: AST on AudioSet.
 
     Attributes:
         sample_rate_hz: Rate of the samples.
-        num_mel_bins: Filters, and columns of the features.
-        num_frames: Frames the checkpoint holds, and rows of the features.
+        num_mel_bins: Mel filters, the columns of the features.
+        num_frames: Frames of the checkpoint's window, the rows of the features.
         mean: Mean of the log-mel values over the training set.
         std: Their standard deviation; features are divided by twice this.
 
@@ -57,7 +58,7 @@ class FbankSettings:
 
     @property
     def frame_samples(self) -> int:
-        """Samples in a 25 ms frame (400 at 16 kHz), rounded down as Kaldi does."""
+        """Samples in a 25 ms frame (400 at 16 kHz), rounded down as in Kaldi."""
         return int(self.sample_rate_hz * FRAME_LENGTH_MS * 0.001)
 
     @property
@@ -76,7 +77,12 @@ class FbankSettings:
         return (self.num_frames - 1) * self.hop_samples + self.frame_samples
 
     def count_frames(self, num_samples: int) -> int:
-        """Frames that lie wholly inside ``num_samples``, not limited to ``num_frames``."""
+        """Count the frames that lie wholly inside ``num_samples``, even beyond ``num_frames``."""
         if num_samples < self.frame_samples:
             return 0
         return 1 + (num_samples - self.frame_samples) // self.hop_samples
+
+
+def without_normalising(settings: FbankSettings) -> FbankSettings:
+    """Return settings that leave log-mel values unchanged: (x − 0) / (2 · 0.5)."""
+    return dataclasses.replace(settings, mean=0.0, std=0.5)

@@ -1,21 +1,20 @@
-"""Mean and standard deviation of a dataset's features, which a model for it is normalised with.
+"""Mean and standard deviation of a dataset's features, for normalising a model's input.
 
-In the flow, ``MeasureFeatures`` follows ``windows`` where ``fbank`` would: it makes the features of
-each window and gives what can be added up, in any order and any grouping.
+``MeasureFeatures`` follows ``windows`` in place of ``fbank``: it makes the features of each window
+and returns statistics that can be added up in any order and any grouping.
 
-The features are log-mel values before normalising. By default every frame that audio fills counts
-once, and padding does not. ``as_original`` follows the script that the published statistics were
-made with (``get_norm_stats.py`` of github.com/YuanGongND/ast): half of the windows are mixed with
-another, bands of mels and frames are masked with 0, padding counts, and the result is the mean of
-the means and of the standard deviations of batches of 1,000 windows. Its figures differ from the
-dataset's own, and are for those who compare with published ones. Where the script draws partners
-and batches at random over the whole dataset, here the partner is the window before in the same
-unit and all that is drawn follows from the clip's name, so that every run gives the same figures.
+The features are log-mel values before normalising. By default every frame filled by audio counts
+once, and padding does not. ``as_original`` follows the script behind the published statistics
+(``get_norm_stats.py`` of github.com/YuanGongND/ast): half of the windows are mixed with another,
+bands of mels and frames are masked with 0, padding counts, and the result is the mean of the means
+and of the standard deviations of batches of 1,000 windows. Its figures differ from the dataset's
+own; they are for comparison with published ones. The script draws partners and batches at random
+over the whole dataset. Here the partner is the previous window of the same unit and the draws are
+seeded with the clip's name, so that every run gives the same figures.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
@@ -27,12 +26,14 @@ import numpy.typing as npt
 from apache_beam.pvalue import PCollection
 
 from transforms.errors import FeatureError
-from transforms.features.fbank import FbankSettings, extract_fbank, feature_threads
+from transforms.features.fbank import extract_fbank
+from transforms.features.fbank_settings import FbankSettings, without_normalising
+from transforms.features.threads import feature_threads
 from transforms.process.progress_counts import live_counts
 from transforms.records import Failure, FloatArray, ItemFailure, UnitEnd, Window
 
-# Of the original script: batches, share of windows that are mixed, the shape of the Beta
-# distribution that the mixture is drawn from, and the widest masks in mels and frames.
+# From the original script: batch size, share of mixed windows, both parameters of the Beta
+# distribution of the mixture, and the widest masks in mels and frames.
 ORIGINAL_BATCH_WINDOWS = 1000
 ORIGINAL_MIX_RATIO = 0.5
 ORIGINAL_MIX_BETA = 10.0
@@ -48,9 +49,9 @@ class Moments:
     """Count, mean and spread of values, which can be added without loss of precision.
 
     Attributes:
-        count: How many values.
+        count: Number of values.
         mean: Their mean.
-        squares: The sum of their squared distances from the mean.
+        squares: Sum of their squared distances from the mean.
     """
 
     count: int = 0
@@ -59,7 +60,7 @@ class Moments:
 
     @staticmethod
     def of(values: npt.NDArray[np.floating]) -> Moments:
-        """The moments of an array of any shape, in float64."""
+        """Compute the moments of an array of any shape, in float64."""
         if values.size == 0:
             return Moments()
         doubles = values.astype(np.float64)
@@ -67,7 +68,7 @@ class Moments:
         return Moments(doubles.size, mean, float(np.square(doubles - mean).sum()))
 
     def __add__(self, other: Moments) -> Moments:
-        """Moments of both together (Chan, Golub and LeVeque, 1979)."""
+        """Combine the moments of both (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -81,23 +82,23 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the values themselves (divided by their count)."""
+        """Population standard deviation (divided by the count)."""
         return math.sqrt(self.squares / self.count) if self.count else math.nan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeatureStatistics:
-    """What is known of the features of some windows.
+    """Statistics of the features of some windows.
 
     Attributes:
-        moments: Of every log-mel value of the frames that count.
+        moments: Moments of the log-mel values of the frames that count.
         windows: Windows measured.
-        clips: Clips that have been read to their end.
+        clips: Clips read to their end.
         audio_s: Their length in seconds.
         failures: Items that could not be measured.
-        broken_containers: Of the failures, containers that could not be read to their end.
-        example: One of the failures in words, or None.
-        drawn: ``as_original`` only: a number per window that says in which batch it comes.
+        broken_containers: Failures that are containers which could not be read to their end.
+        example: Description of one failure, or None.
+        drawn: ``as_original`` only: a random number per window, which decides its batch.
         means: ``as_original`` only: each window's mean, shape (windows,).
         squares: ``as_original`` only: each window's ``Moments.squares``, shape (windows,).
     """
@@ -115,9 +116,9 @@ class FeatureStatistics:
 
 
 def sum_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
-    """Add statistics up, partial sums included, in any order."""
+    """Add up statistics, or partial sums of them, in any order."""
     found = list(parts)
-    # The smallest, so that the order of the parts does not matter here either.
+    # The smallest example, so that the order of the parts does not matter.
     examples = [part.example for part in found if part.example is not None]
     return FeatureStatistics(
         moments=sum((part.moments for part in found), Moments()),
@@ -134,13 +135,13 @@ def sum_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
 
 
 def mean_and_std(statistics: FeatureStatistics) -> tuple[float, float]:
-    """The figures to normalise with; of windows measured ``as_original``, as the script has them.
+    """Return mean and std to normalise with, by the script's rule if measured ``as_original``.
 
     Raises:
         FeatureError: Nothing was measured.
     """
     if statistics.moments.count == 0:
-        raise FeatureError("no window has features, so that there is no mean of them.")
+        raise FeatureError("no window has features, so there is no mean of them.")
     if statistics.drawn.size == 0:
         return statistics.moments.mean, statistics.moments.std
     order = np.argsort(statistics.drawn, kind="stable")
@@ -161,11 +162,11 @@ def mean_and_std(statistics: FeatureStatistics) -> tuple[float, float]:
 
 
 def measure_window(samples: FloatArray, settings: FbankSettings) -> Moments:
-    """Moments of the log-mel values of the frames that the samples fill.
+    """Compute the moments of the log-mel values of the frames that the samples fill.
 
     Args:
         samples: Mono, float32, between one frame and ``settings.max_samples`` of them.
-        settings: What features to make; its mean and std do not matter.
+        settings: Features to make; mean and std are ignored.
 
     Raises:
         FeatureError: See ``extract_fbank``.
@@ -180,13 +181,13 @@ def measure_as_original(
     rng: np.random.Generator,
     settings: FbankSettings,
 ) -> Moments:
-    """Moments of a window as the original script sees it.
+    """Compute the moments of a window as in the original script.
 
     Args:
         samples: As for ``measure_window``.
-        partner: Another window to mix with; None if there is none.
+        partner: Another window to mix with, or None.
         rng: Draws whether and how to mix, and what to mask.
-        settings: What features to make; its mean and std do not matter.
+        settings: Features to make; mean and std are ignored.
 
     Raises:
         FeatureError: See ``extract_fbank``.
@@ -206,11 +207,6 @@ def measure_as_original(
     return Moments.of(features)
 
 
-def without_normalising(settings: FbankSettings) -> FbankSettings:
-    """Settings that leave log-mel values as they are: (x − 0) / (2 · 0.5)."""
-    return dataclasses.replace(settings, mean=0.0, std=0.5)
-
-
 def _mask(features: FloatArray, widest: int, rng: np.random.Generator) -> None:
     """Set a band of columns to 0, of up to ``widest`` (torchaudio's ``mask_along_axis``)."""
     width = rng.random() * widest
@@ -223,12 +219,12 @@ def _mask(features: FloatArray, widest: int, rng: np.random.Generator) -> None:
 class MeasureFeatures(beam.PTransform[PCollection[_Element], PCollection[FeatureStatistics]]):
     """Measure the features of each window.
 
-    In: ``Window`` with samples, ``ItemFailure``, ``UnitEnd``, those of a unit in order. Out:
-    ``FeatureStatistics`` to be added up with ``sum_statistics``.
+    In: ``Window`` with samples, ``ItemFailure``, ``UnitEnd``, in order within a unit. Out:
+    ``FeatureStatistics``, for ``sum_statistics``.
 
     Args:
-        settings: What features to make.
-        as_original: As the original script measures them.
+        settings: Features to make.
+        as_original: Measure them like the original script.
         num_processes: Processes that share this machine's cores.
     """
 
@@ -241,7 +237,7 @@ class MeasureFeatures(beam.PTransform[PCollection[_Element], PCollection[Feature
     def expand(self, elements: PCollection[_Element]) -> PCollection[FeatureStatistics]:
         """Apply the transform."""
         step = beam.ParDo(self._step)
-        # Said to Beam explicitly: it reads no annotations that are kept as text.
+        # Explicit, because Beam does not read annotations that are stored as text.
         step = step.with_input_types(_Element).with_output_types(FeatureStatistics)
         measured: PCollection[FeatureStatistics] = elements | "Measure windows" >> step
         return measured
@@ -277,11 +273,11 @@ class _MeasureFn(beam.DoFn):
     def _measure_window(self, window: Window) -> Iterator[FeatureStatistics]:
         key = (window.unit_id, window.item_index)
         try:
-            # Not in this thread: in those, torch does not compete with the decoders.
+            # Not in this thread: in the feature threads torch does not compete with decoders.
             threads = feature_threads(self._num_processes)
             yield threads.submit(self._statistics_of, window).result()
         except FeatureError as error:
-            # A clip is one item, however many of its windows have no features.
+            # Count a clip as one failed item, however many of its windows have no features.
             if key not in self._failed:
                 self._failed.add(key)
                 yield _of_failure(

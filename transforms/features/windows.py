@@ -1,13 +1,12 @@
-"""Clips into windows of the length the model takes.
+"""Clips cut into windows of the model's length.
 
-In the flow, ``CutWindows`` follows ``decode`` and precedes ``fbank``: it takes the pieces of a
-decoded clip as they come and gives the clip's windows as soon as each is known to be final, so
-hours of audio need the memory of two windows.
+``CutWindows`` follows ``decode`` and precedes ``fbank``. It receives a decoded clip in pieces and
+emits each window as soon as it is final, so hours of audio need the memory of two windows.
 
 Windows start every ``hop`` samples until the clip is covered. The last may be shorter; ``fbank``
-pads it, its true end stays in ``end_s``. What no full window covers is the *tail*. A tail shorter
-than ``min_tail`` gets no padded window of its own: one more full window, ending with the clip,
-covers it instead::
+pads it, and ``end_s`` keeps its true end. The samples that no full window covers are the *tail*. A
+tail shorter than ``min_tail`` gets no padded window of its own: one more full window, ending with
+the clip, covers it instead::
 
     window 0   |──────────────|                 hop = window, tail ≥ min_tail
     window 1                  |──────────────|
@@ -20,7 +19,7 @@ covers it instead::
     clip       |===============================|
 
 Guaranteed: every sample is in a window; every clip has at least one window; no window is shorter
-than one 25 ms frame unless the clip is; the same windows come out however the clip is cut into
+than one 25 ms frame unless the clip is; the windows do not depend on how the clip is divided into
 pieces.
 """
 
@@ -38,7 +37,7 @@ from apache_beam.pvalue import PCollection
 from transforms.errors import AccountingError, ConfigError
 from transforms.records import FloatArray, ItemFailure, UnitEnd, Waveform, Window
 
-# The frames of Kaldi's filter banks, as in fbank: one is the shortest window that has features.
+# The frames of Kaldi's filter banks, as in fbank. The shortest window with features is one frame.
 _FRAME_LENGTH_MS = 25.0
 _FRAME_SHIFT_MS = 10.0
 
@@ -55,7 +54,7 @@ class WindowSettings:
     Attributes:
         sample_rate_hz: Rate of the samples.
         window_samples: Length of a window; at least one frame of 25 ms.
-        hop_samples: From one window's start to the next; in [1, window_samples].
+        hop_samples: Distance between the starts of two windows; in [1, window_samples].
         min_tail_samples: A shorter tail is covered by a full window that ends with the clip; at
             least one frame, at most window_samples.
 
@@ -91,15 +90,15 @@ class WindowSettings:
         num_frames: int,
         sample_rate_hz: int,
     ) -> Self:
-        """Settings from the config (seconds) and the checkpoint (frames).
+        """Convert the config's seconds and the checkpoint's frames to samples.
 
         Args:
-            length_s: Length of a window; None for what the checkpoint holds (1024 frames are
-                10.255 s). Shorter windows are padded to it.
-            hop_s: From one window's start to the next; None for the window's length.
+            length_s: Length of a window; None for the checkpoint's (1024 frames are 10.255 s), to
+                which shorter windows are padded.
+            hop_s: Distance between the starts of two windows; None for the window's length.
             min_tail_ratio: Shortest tail with a padded window of its own, as a share of the
                 window, in [0, 1]; never less than one frame of 25 ms.
-            num_frames: Frames the checkpoint holds.
+            num_frames: Frames of the checkpoint's window.
             sample_rate_hz: The checkpoint's rate.
 
         Raises:
@@ -123,10 +122,10 @@ class WindowSettings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """A stretch of a clip.
+    """A span of a clip.
 
     Attributes:
-        start: Its first sample, counted from the start of the clip.
+        start: Index of its first sample in the clip.
         samples: Shape (num_samples,), float32.
     """
 
@@ -135,19 +134,19 @@ class Cut:
 
     @property
     def stop(self) -> int:
-        """One past its last sample."""
+        """Index after its last sample."""
         return self.start + self.samples.size
 
 
 def cut_windows(samples: FloatArray, settings: WindowSettings) -> list[Cut]:
-    """Cut a whole clip at once; the windows are views.
+    """Cut a whole clip at once, into views.
 
     Args:
         samples: The clip, shape (num_samples,), float32.
         settings: Lengths.
 
     Returns:
-        The windows in order; at least one, which is empty if the clip is.
+        The windows in order; at least one, which is empty for an empty clip.
     """
     window, hop = settings.window_samples, settings.hop_samples
     num_full = max(0, (samples.size - window) // hop + 1)
@@ -164,26 +163,26 @@ def cut_windows(samples: FloatArray, settings: WindowSettings) -> list[Cut]:
 
 
 class WindowCutter:
-    """Cuts one clip that comes in pieces into the windows that ``cut_windows`` gives.
+    """Cuts a clip that arrives in pieces into the same windows as ``cut_windows``.
 
-    It holds two windows of samples: the one that it fills, and the one that it gave last, because
-    the clip's last window may begin in there. A window is given only once there is a sample behind
-    its end, since the last one differs; that one is given by ``finish``. A window that lies in one
-    piece is a view of it, so nobody may write to pieces afterwards.
+    It holds two windows of samples: the one being filled, and the previous one, because the clip's
+    last window may start in it. A window is returned only when a sample after its end has arrived,
+    since the last window differs; ``finish`` returns that one. A window within one piece is a view
+    of it, so pieces must not be written to afterwards.
 
     Attributes:
-        num_cuts: Windows given so far.
+        num_cuts: Windows returned so far.
     """
 
     def __init__(self, settings: WindowSettings) -> None:
         self.num_cuts = 0
         self._settings = settings
         self._given: FloatArray = _NO_SAMPLES
-        self._filled: list[FloatArray] = []  # the parts of the window to be given next
+        self._filled: list[FloatArray] = []  # the parts of the next window
         self._num_filled = 0
 
     def push(self, samples: FloatArray) -> list[Cut]:
-        """Take the next piece of the clip; give the windows that are final, in order.
+        """Take the next piece of the clip and return the windows that are now final, in order.
 
         Raises:
             ValueError: The piece is not one-dimensional or not float32.
@@ -204,7 +203,7 @@ class WindowCutter:
         return cuts
 
     def finish(self) -> Cut:
-        """The clip has ended: give its last window. The cutter is then spent."""
+        """Return the last window of the clip; the cutter cannot be used afterwards."""
         start, samples = self._next_start, self._join()
         tail = self._num_filled - self._num_shared
         if self.num_cuts > 0 and tail < self._settings.min_tail_samples:
@@ -219,11 +218,11 @@ class WindowCutter:
 
     @property
     def _num_shared(self) -> int:
-        """Samples that two windows in a row have in common."""
+        """Samples that consecutive windows share."""
         return self._settings.window_samples - self._settings.hop_samples
 
     def _give(self) -> Cut:
-        """The window that is full; the next begins with what the two have in common."""
+        """Return the full window, and start the next with the samples that both share."""
         self._given = self._join()
         cut = Cut(self._next_start, self._given)
         self.num_cuts += 1
@@ -254,10 +253,10 @@ def _require(name: str, value: int, holds: bool, expected: str) -> None:
 def _to_samples(
     key: str, seconds: float | None, least: int, most: int, rate_hz: int, most_is: str
 ) -> int:
-    """Seconds as samples, None as the most there can be."""
+    """Convert seconds to samples, and None to the maximum."""
     if seconds is None:
         return most
-    # NaN and infinity fail the first test, before they are rounded.
+    # NaN and infinity fail the first test, before rounding.
     if not 0.0 < seconds < 1e9 or not least <= round(seconds * rate_hz) <= most:
         lower = "(0" if least == 1 else f"[{least / rate_hz:g}"
         raise ConfigError(
@@ -269,18 +268,14 @@ def _to_samples(
 
 def _make_window(piece: Waveform, index: int, cut: Cut, settings: WindowSettings) -> Window:
     item, rate_hz = piece.item, settings.sample_rate_hz
-    clip_start_s, start = item.start_s or 0.0, cut.start
-    if item.part is not None:  # the index and the times are those in the whole file
-        first = round(clip_start_s * rate_hz) - item.part.before_samples
-        index += first // settings.hop_samples
-        clip_start_s, start = 0.0, first + cut.start
+    clip_start_s = item.start_s or 0.0
     return Window(
         unit_id=piece.unit_id,
         item_index=piece.item_index,
         item=item,
         window_index=index,
-        start_s=clip_start_s + start / rate_hz,
-        end_s=clip_start_s + (start + cut.samples.size) / rate_hz,
+        start_s=clip_start_s + cut.start / rate_hz,
+        end_s=clip_start_s + cut.stop / rate_hz,
         data=cut.samples,
     )
 
@@ -292,8 +287,7 @@ class CutWindows(beam.PTransform[PCollection[_Piece], PCollection[_Element]]):
 
     The pieces of a clip come in order and within one bundle; several clips may be open at once.
     A clip's last window carries its facts and the number of its windows. Failures and unit ends
-    pass unchanged. The windows of a part of a long file are those that the whole file has there:
-    the rule for the tail looks on from the window before the part, which the part before gives.
+    pass unchanged.
 
     Raises:
         AccountingError: At the end of a bundle a clip has not had its last piece.
@@ -304,9 +298,9 @@ class CutWindows(beam.PTransform[PCollection[_Piece], PCollection[_Element]]):
         self._settings = settings
 
     def expand(self, pieces: PCollection[_Piece]) -> PCollection[_Element]:
-        """Wire the step."""
+        """Apply the transform."""
         step = beam.ParDo(_CutWindowsFn(self._settings))
-        # Said to Beam explicitly: it reads no annotations that are kept as text.
+        # Explicit, because Beam does not read annotations that are stored as text.
         step = step.with_input_types(_Piece).with_output_types(_Element)
         windows: PCollection[_Element] = pieces | "Cut each clip" >> step
         return windows
@@ -318,7 +312,7 @@ class _CutWindowsFn(beam.DoFn):
         self._open: dict[tuple[str, int], tuple[str, WindowCutter]] = {}
 
     def start_bundle(self) -> None:
-        self._open = {}  # a bundle that failed may have left some
+        self._open = {}  # a failed bundle may have left some
 
     def process(self, element: _Piece) -> Iterator[_Element]:
         if isinstance(element, Waveform):
@@ -333,8 +327,8 @@ class _CutWindowsFn(beam.DoFn):
             clips = [clip_id for clip_id, _ in self._open.values()]
             raise AccountingError(
                 f"{len(clips)} clips have no last piece at the end of the bundle, the first is "
-                f"{clips[0]!r}. All pieces of a clip must come in one bundle: is there a Reshuffle "
-                "or GroupByKey between decoding and cutting?"
+                f"{clips[0]!r}. All pieces of a clip must arrive in one bundle: is there a "
+                "Reshuffle or GroupByKey between decoding and cutting?"
             )
 
     def _cut(self, piece: Waveform) -> Iterator[Window]:
@@ -342,15 +336,10 @@ class _CutWindowsFn(beam.DoFn):
         if key not in self._open:
             self._open[key] = (piece.item.clip_id, WindowCutter(self._settings))
         _, cutter = self._open[key]
-        # The first window of a part that has margins is the last of the part before.
-        num_others = int(piece.item.part is not None and piece.item.part.before_samples > 0)
         first_index = cutter.num_cuts
         for index, cut in enumerate(cutter.push(piece.samples), start=first_index):
-            if index >= num_others:
-                yield _make_window(piece, index, cut, self._settings)
+            yield _make_window(piece, index, cut, self._settings)
         if piece.facts is not None:
             del self._open[key]
             last = _make_window(piece, cutter.num_cuts, cutter.finish(), self._settings)
-            # A part that ends before its own first window still gives one, for its facts.
-            num_windows = max(1, cutter.num_cuts - num_others)
-            yield dataclasses.replace(last, facts=piece.facts, num_windows=num_windows)
+            yield dataclasses.replace(last, facts=piece.facts, num_windows=cutter.num_cuts)

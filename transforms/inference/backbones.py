@@ -1,8 +1,9 @@
-"""What executes AST's backbone: the interface, and plain torch behind it.
+"""The backbone of an engine: its interface, and plain torch behind it.
 
-A backbone turns features into pooled embeddings, and knows nothing of heads, scores or windows
-that fail: that is ``inference``'s. ``openvino_engine`` is another one, and ``engines`` has them
-all. What is asked for, and what of it this machine has, is settled here for all of them.
+A backbone turns features into pooled embeddings. It knows nothing of heads, scores and failing
+windows, which are the concern of ``engine`` and ``safe_predictor``. ``openvino`` is another
+backbone, and ``engines`` lists all. Requested devices and precisions are resolved here for all of
+them.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transforms.errors import ConfigError
-from transforms.models.ast.model import NUM_PREFIX_TOKENS, ASTModel
-from transforms.process.devices import Sender, threads_of, torch_device
+from transforms.errors import ConfigError, first_line
+from transforms.models.ast.model import ASTModel
+from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
+from transforms.process.devices import Sender, processor_facts, threads_of, torch_device
 from transforms.process.stage_times import StageSeconds, stage_clocks, timed
 from transforms.records import FloatArray
 
@@ -31,11 +33,10 @@ logger = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 EngineName = Literal["auto", "torch", "openvino"]
-Activation = Literal["sigmoid", "softmax"]
 Pooling = Literal["pooler_output", "patch_mean"]
 
 # A batch of normalised features, (batch, num_frames, num_mel_bins), float32: an array on the host,
-# or a tensor where a device has made them itself.
+# or a tensor if a device made them.
 Features = FloatArray | Tensor
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,12 +49,12 @@ ACCELERATOR_BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class QuantisedModel:
-    """A backbone in int8, made for one dataset; see ``openvino_engine.quantise``.
+    """A backbone in int8, calibrated on one dataset; see ``openvino.quantise``.
 
     Attributes:
         path: The model's ``.xml`` on this machine.
-        digest: Hex digest of the windows it was calibrated on, and of how its weights are kept.
-        windows: How many they were.
+        digest: Hex digest of the calibration windows and of the range of the weights.
+        windows: Number of calibration windows.
     """
 
     path: str
@@ -66,23 +67,22 @@ class InferenceSettings:
     """How to run the model.
 
     Attributes:
-        precision: Of the backbone; the head is always float32. ``auto``: bf16 where the chip
-            has it natively, fp16 on older GPUs, else fp32.
-        device: ``auto`` takes cuda, then mps, then cpu. One that is asked for by name and absent
-            is an error, never a silent fall-back.
-        engine: What executes the model; ``auto`` takes the best that is installed.
-        batch_size: Windows per call; None lets the device decide.
-        pooling: What is stored as the embedding: AST's own (the mean of the class and
-            distillation tokens) or the mean of the patch tokens. Scores always come from
-            AST's own.
-        embedding_dtype: Type the embedding is stored in.
+        precision: Precision of the backbone; the head is always float32. ``auto``: bf16 if the
+            chip has it natively, fp16 on older GPUs, else fp32.
+        device: ``auto`` prefers cuda, then mps, then cpu. A missing device that was requested by
+            name is an error, never a silent fall-back.
+        engine: Executes the model; ``auto`` is the best one installed.
+        batch_size: Windows per call; None for the device's default.
+        pooling: The embedding to store: AST's own (the mean of the class and distillation tokens)
+            or the mean of the patch tokens. Scores always come from AST's own.
+        embedding_dtype: Type of the stored embedding.
         compile: Whether torch compiles the model; None: on cuda.
-        check_windows: Windows of each process that plain torch computes in float32 too, where the
-            engine or the precision is another; 0 for none.
+        check_windows: Windows of each process that plain torch also computes in float32, if engine
+            or precision differ from that; 0 for none.
         features_on: Where features are made: ``host``, by torchaudio, a window at a time;
-            ``device``, in batches, where the model runs; ``auto``: on the device if it is cuda.
+            ``device``, in batches, on the model's device; ``auto``: on the device if it is cuda.
         num_processes: Processes that share this machine's cores.
-        quantised: The model to run in int8; nothing else needs one.
+        quantised: The model for int8; other precisions need none.
     """
 
     precision: Precision = "auto"
@@ -99,14 +99,14 @@ class InferenceSettings:
 
 
 def resolve_device(device: DeviceName, key: str = "inference.device") -> str:
-    """The device to run on, as torch names it.
+    """Return the device to run on, as torch names it.
 
     Args:
-        device: What is asked for.
-        key: The configuration's key that says so, for the error.
+        device: The requested device.
+        key: Its key in the configuration, for the error.
 
     Raises:
-        ConfigError: The device was asked for by name and this machine has none.
+        ConfigError: The device was requested by name, and this machine does not have it.
     """
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
@@ -121,14 +121,14 @@ def resolve_device(device: DeviceName, key: str = "inference.device") -> str:
 
 
 def makes_features_on_device(settings: InferenceSettings) -> bool:
-    """Whether features are made where the model runs, rather than before."""
+    """Return whether the model's device makes the features."""
     if settings.features_on == "auto":
         return resolve_device(settings.device) == "cuda"
     return settings.features_on == "device"
 
 
 def resolve_precision(precision: Precision, device: str) -> str:
-    """The precision to run in: ``fp32``, ``bf16``, ``fp16`` or, only where asked for, ``int8``."""
+    """Return the precision to run in: ``fp32``, ``bf16``, ``fp16`` or, if requested, ``int8``."""
     if precision != "auto":
         return precision
     if device == "cuda":
@@ -140,12 +140,13 @@ def resolve_precision(precision: Precision, device: str) -> str:
 
 
 def cpu_has_native_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    """Return whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    flags = processor_facts().get("flags", "").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def resolve_batch_size(batch_size: int | None, device: str) -> int:
-    """The number of windows per call."""
+    """Return the number of windows per call."""
     if batch_size is not None:
         return batch_size
     return CPU_BATCH_SIZE if device == "cpu" else ACCELERATOR_BATCH_SIZE
@@ -153,11 +154,11 @@ def resolve_batch_size(batch_size: int | None, device: str) -> int:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What a backbone gives; all float32, of shape (batch, hidden_size).
+    """The output of a backbone; all float32, of shape (batch, hidden_size).
 
     Attributes:
-        pooled: AST's own embedding, which the head takes.
-        patch_mean: The mean of the patch tokens, where that is what is stored; else None.
+        pooled: AST's own embedding, the input of the head.
+        patch_mean: The mean of the patch tokens, if that is stored; else None.
     """
 
     pooled: FloatArray
@@ -172,56 +173,48 @@ Pending = Callable[[], Embeddings]
 
 
 class Backbone(Protocol):
-    """What executes the transformer below the head.
+    """Executes the transformer below the head.
 
     Attributes:
-        name: What commits record: engine, device and precision (``openvino cpu bf16``).
+        name: Engine, device and precision, as recorded in commits (``openvino cpu bf16``).
     """
 
     name: str
 
     @property
     def batch_size(self) -> int | None:
-        """The only number of windows that it takes, or None if it takes any."""
+        """The only batch size that it accepts, or None if it accepts any."""
 
     def embed(self, features: Features) -> Embeddings:
         """Embed a batch.
 
         Raises:
-            RuntimeError: Whatever the library below raises.
-            MemoryError: The batch does not fit; also a RuntimeError that says so.
+            RuntimeError: Any error of the library below.
+            MemoryError: The batch does not fit; may also be a RuntimeError that says so.
         """
 
     def start(self, features: Features) -> Pending | None:
-        """Give a batch to a device that computes by itself; raises what ``embed`` does.
+        """Start a batch on a device that computes asynchronously; raises what ``embed`` does.
 
         Returns:
-            What waits for its embeddings; None where there is no such device.
+            A function that waits for the embeddings; None if there is no such device.
         """
 
     def shrink(self, batch_size: int) -> None:
-        """Take batches of this size from now on: a larger one did not fit into memory."""
+        """Accept batches of this size from now on, because a larger one did not fit."""
 
 
 def embed_windows(backbone: Backbone, features: Features) -> Embeddings:
-    """Embed any number of windows; a backbone of fixed size gets its last batch padded.
-
-    Args:
-        backbone: What executes the model.
-        features: Any number of windows.
-
-    Returns:
-        As many embeddings as there are windows.
-    """
+    """Embed any number of windows; for a fixed batch size, the last batch is padded."""
     parts = [backbone.embed(part) for part in _parts(backbone.batch_size, features)]
     return _join(parts, len(features))
 
 
 def start_windows(backbone: Backbone, features: Features) -> Pending | None:
-    """Give any number of windows to a device that computes by itself.
+    """Start any number of windows on a device that computes asynchronously.
 
     Returns:
-        What waits for as many embeddings; None where there is no such device.
+        A function that waits for the embeddings; None if there is no such device.
     """
     started: list[Pending] = []
     for part in _parts(backbone.batch_size, features):
@@ -233,7 +226,7 @@ def start_windows(backbone: Backbone, features: Features) -> Pending | None:
 
 
 def _parts(size: int | None, features: Features) -> Iterator[Features]:
-    """Batches of the size that a backbone takes, the last one padded; all at once if any does."""
+    """Yield batches of a fixed size, the last one padded, or everything if ``size`` is None."""
     if size is None:
         yield features
         return
@@ -265,7 +258,7 @@ class PooledTransformer(nn.Module):
 
     Args:
         transformer: The model without its head.
-        pooling: ``patch_mean`` gives the mean of the patches beside AST's own embedding.
+        pooling: ``patch_mean`` adds the mean of the patches to AST's own embedding.
     """
 
     def __init__(self, transformer: ASTModel, pooling: Pooling) -> None:
@@ -285,8 +278,8 @@ class PooledTransformer(nn.Module):
 class TorchBackbone:
     """Plain torch, or torch's compiler.
 
-    Compiled, every batch has the size it was compiled for: another shape would be compiled anew,
-    and after eight of them torch goes back to uncompiled code without a word.
+    When compiled, every batch has the same size: each new shape would be compiled again, and after
+    eight of them torch silently returns to uncompiled code.
 
     Args:
         transformer: On the CPU, in float32; it is moved and converted.
@@ -313,9 +306,9 @@ class TorchBackbone:
     def embed(self, features: Features) -> Embeddings:
         """Embed a batch; see ``Backbone``.
 
-        A GPU works on its own time, and fetching what it has computed waits for it: so the stage
-        ``copy`` is converting the features to the precision and sending them to the device, and
-        the way back counts as the model's time.
+        A GPU computes asynchronously, and fetching the result waits for it. So the stage ``copy``
+        is the conversion of the features and their transfer to the device; the transfer back counts
+        as the model's time.
         """
         with timed("copy"):
             batch = self._to_device(features)
@@ -325,10 +318,10 @@ class TorchBackbone:
 
     @torch.inference_mode()
     def start(self, features: Features) -> Pending | None:
-        """Give a batch to a GPU; see ``Backbone``.
+        """Start a batch on a GPU; see ``Backbone``.
 
-        It works through batches in the order in which they were given, so that it always has the
-        next one. The stage ``copy`` is then all that it takes to give it one.
+        The GPU computes batches in the order in which they were started, so it always has the next
+        one. The stage ``copy`` is then all the work of starting one.
         """
         if self.device.type != "cuda":
             return None
@@ -338,13 +331,13 @@ class TorchBackbone:
             began.record()
             with true_float32():
                 outputs = self._run(batch)
-            # To pinned memory, which torch takes of itself where it is not to wait.
+            # Into pinned memory, which torch allocates for non-blocking copies.
             fetched = [output.float().to("cpu", non_blocking=True) for output in outputs]
             ended.record()
         return functools.partial(_fetch, fetched, began, ended)
 
     def shrink(self, batch_size: int) -> None:
-        """Compile for smaller batches, where it is compiled."""
+        """Compile for smaller batches, if compiled."""
         if self.batch_size is not None:
             self.batch_size = batch_size
 
@@ -354,19 +347,19 @@ class TorchBackbone:
         return self._send(torch.from_numpy(features)).to(self._dtype)
 
     def _compile(self, batch_size: int, shape: tuple[int, int]) -> None:
-        """Compile, and see whether it works; if not, stay uncompiled and say so."""
+        """Compile and try it; if it fails, stay uncompiled and log that."""
         plain = self._run
         self._run = torch.compile(plain, dynamic=False)
         self.batch_size = batch_size
         try:
             self.embed(np.zeros((batch_size, *shape), np.float32))
         except (torch.OutOfMemoryError, MemoryError):
-            return  # no fault of the compiler; the first real batch meets it again, and is halved
-        except Exception as error:  # whatever a compiler that is missing or too old may raise
+            return  # not the compiler's fault; the first real batch fails likewise, and is halved
+        except Exception as error:  # whatever a missing or outdated compiler may raise
             self._run, self.batch_size = plain, None
             logger.warning(
-                "torch cannot compile the model here (%s); it runs uncompiled. To say so: "
-                "--set inference.compile=false",
+                "torch cannot compile the model here (%s), so it runs uncompiled. To skip the "
+                "attempt: --set inference.compile=false",
                 first_line(error),
             )
 
@@ -383,14 +376,8 @@ def _fetch(
     return Embeddings(*(output.numpy() for output in outputs))
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, as one line; without OpenVINO's, which tell only where in its code."""
-    lines = [line for line in str(error).strip().splitlines() if not line.startswith("Exception f")]
-    return (lines or ["no message"])[0]
-
-
 class _ConvolutionsInTf32:
-    """torch's switch for them, which is one for all threads: off while any of them wants it so."""
+    """torch's switch for TF32 convolutions, shared by all threads: off while any wants it off."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -401,8 +388,8 @@ class _ConvolutionsInTf32:
         with self._lock:
             self._num_wanting_off += 1
             if self._num_wanting_off == 1:
-                # Where a program has set the newer ``fp32_precision``, torch refuses to say, and
-                # the program has chosen for itself.
+                # torch refuses to answer if the program has set the newer ``fp32_precision``, and
+                # then the program's choice stands.
                 with contextlib.suppress(RuntimeError):
                     self._before = torch.backends.cudnn.allow_tf32
                     torch.backends.cudnn.allow_tf32 = False
@@ -419,7 +406,7 @@ _convolutions_in_tf32 = _ConvolutionsInTf32()
 
 @contextlib.contextmanager
 def true_float32() -> Iterator[None]:
-    """No TF32 in float32's stead, which torch allows for convolutions on cuda."""
+    """Disable TF32 in place of float32, which torch allows for convolutions on cuda."""
     _convolutions_in_tf32.switch_off()
     try:
         yield

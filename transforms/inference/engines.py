@@ -1,8 +1,8 @@
-"""The engines there are, which of them is to run, and the backbone that it gives.
+"""The table of engines, the choice between them, and the backbone of the chosen one.
 
-Another engine is an entry in ``ENGINES``: a function from a loaded transformer to a ``Backbone``,
-and one that says what it cannot do. Head, activation and safety are ``inference``'s, the same for
-all.
+A new engine is an entry in ``ENGINES``: a function from a loaded transformer to a ``Backbone``, and
+one that says what the engine cannot do. Head, activation and the handling of failures are the same
+for all (``engine``, ``safe_predictor``).
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from transforms.errors import ConfigError, DeviceError, EarmarkError
+from transforms.errors import ConfigError, DeviceError, EarmarkError, first_line
 from transforms.inference import openvino
 from transforms.inference.backbones import (
     Backbone,
     InferenceSettings,
     TorchBackbone,
-    first_line,
     resolve_device,
     resolve_precision,
 )
@@ -32,10 +31,10 @@ class EngineKind:
     """An engine before it is loaded.
 
     Attributes:
-        load: From a transformer on the CPU in float32, its checkpoint, the settings and the
-            precision to a backbone.
-        why_not: From device and precision to why it cannot do that here, with the next step; None
-            if it can.
+        load: Makes a backbone of a transformer on the CPU in float32, its checkpoint, the settings
+            and the precision.
+        why_not: Returns, for a device and a precision, why the engine cannot do that here, with
+            the next step; None if it can.
     """
 
     load: Callable[[ASTModel, ModelSpec, InferenceSettings, str], Backbone]
@@ -52,7 +51,7 @@ def _why_not_torch(device: str, precision: str) -> str | None:
     return "it has no int8; use --precision auto" if precision == "int8" else None
 
 
-# By name; ``auto`` takes the first that can do what is asked for.
+# By name; ``auto`` is the first that can do what is requested.
 ENGINES: Mapping[str, EngineKind] = {
     "openvino": EngineKind(openvino.load_backbone, openvino.why_not),
     "torch": EngineKind(_load_torch, _why_not_torch),
@@ -61,7 +60,7 @@ ENGINES: Mapping[str, EngineKind] = {
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """What will compute.
+    """The engine, device and precision that will be used.
 
     Attributes:
         engine: A key of ``ENGINES``.
@@ -75,15 +74,15 @@ class EngineChoice:
 
     @property
     def name(self) -> str:
-        """As commits record it."""
+        """Name in commits."""
         return f"{self.engine} {self.device} {self.precision}"
 
 
 def choose_engine(settings: InferenceSettings) -> EngineChoice:
-    """Settle what is asked for against what this machine has.
+    """Choose an engine that can do what is requested on this machine.
 
     Raises:
-        ConfigError: It cannot be met; names the setting and what is there.
+        ConfigError: None can; names the setting and what this machine has.
     """
     if settings.engine not in ("auto", *ENGINES):
         raise ConfigError(
@@ -97,34 +96,34 @@ def choose_engine(settings: InferenceSettings) -> EngineChoice:
         if problem is None:
             return EngineChoice(name, device, precision)
         problems[name] = problem
-    told = ". ".join(f"{name}: {problem}" for name, problem in problems.items())
+    reasons = ". ".join(f"{name}: {problem}" for name, problem in problems.items())
     raise ConfigError(
         f"inference.precision is {precision} and inference.engine is {settings.engine}, which "
-        f"cannot be met here. {told}."
+        f"is not possible here. {reasons}."
     )
 
 
 def check_settings(settings: InferenceSettings) -> None:
-    """Find out before any work whether this machine can do what is asked for.
+    """Find out before any work whether this machine can do what is requested.
 
     Raises:
-        ConfigError: It cannot; names the setting and what is there.
+        ConfigError: It cannot; names the setting and what this machine has.
     """
     choose_engine(settings)
 
 
 def load_backbone(transformer: ASTModel, spec: ModelSpec, settings: InferenceSettings) -> Backbone:
-    """The backbone that the settings ask for; ``auto`` falls back on torch, with a warning.
+    """Load the backbone that the settings ask for; ``auto`` falls back to torch, with a warning.
 
     Args:
-        transformer: The model without its head; on the CPU, in float32. It is the backbone's.
-        spec: The checkpoint that it is of.
+        transformer: The model without its head, on the CPU, in float32. The backbone owns it.
+        spec: Its checkpoint.
         settings: How to run it.
 
     Raises:
         ConfigError: The settings cannot be met.
-        DeviceError: An engine that was asked for by name cannot run this model.
-        RuntimeError: The device cannot hold it; also MemoryError.
+        DeviceError: An engine requested by name cannot run this model.
+        RuntimeError: The model does not fit onto the device; also MemoryError.
     """
     choice = choose_engine(settings)
     kind = ENGINES[choice.engine]
@@ -137,7 +136,7 @@ def load_backbone(transformer: ASTModel, spec: ModelSpec, settings: InferenceSet
     except Exception as error:  # whatever a converter or compiler may raise
         if settings.engine == "auto" and _why_not_torch(choice.device, choice.precision) is None:
             logger.warning(
-                "%s cannot run this model (%s); torch does. To say so: --engine torch",
+                "%s cannot run this model (%s), so torch does. To skip the attempt: --engine torch",
                 choice.name,
                 first_line(error),
             )

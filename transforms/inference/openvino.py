@@ -1,11 +1,11 @@
-"""AST on a CPU by OpenVINO, in float32, bfloat16, float16 or int8.
+"""The OpenVINO backbone: AST on a CPU in float32, bfloat16, float16 or int8.
 
     torch module ─convert─▶ OpenVINO model (kept on disk) ─compile─▶ fixed batch, hinted precision
                                    └─quantise─▶ int8, calibrated on windows of the user's audio
 
-The model is converted once per checkpoint and kept (``caches``); compiling it takes a second or two
-and is done in every process. OpenVINO is imported when it is needed, and only here. Its telemetry,
-which would tell a web address of each import and conversion, is kept from loading.
+The model is converted once per checkpoint and kept (``disk_cache``). Every process compiles it,
+which takes a second or two. OpenVINO is imported on demand, and only here. Its telemetry, which
+would report each import and conversion to a web address, is prevented from loading.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 INSTALL = "pip install 'earmark[openvino]'"
 
-# Part of every key: a change in how models are converted or quantised raises it.
+# Part of every cache key; increased whenever conversion or quantisation changes.
 CONVERSION_VERSION = 2
 
 MODEL_FILE = "model.xml"
@@ -56,7 +56,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
 def is_installed(name: str) -> bool:
-    """Whether a package is there, without importing it."""
+    """Return whether a package is installed, without importing it."""
     return importlib.util.find_spec(name) is not None
 
 
@@ -77,11 +77,11 @@ def import_library(name: str) -> Any:
 
 @functools.cache
 def load_core() -> Any:
-    """The process's ``openvino.Core``; it lives as long as the process.
+    """Return the process's ``openvino.Core``, which lives as long as the process.
 
-    Where a CPU has AMX, a core gives the thread that first uses it another stack for its signal
-    handlers, and takes it away when it goes. If another thread lets go of it, the first one is left
-    with a stack that is not there, and Ctrl-C ends the process as SIGSEGV does.
+    On a CPU with AMX, OpenVINO's CPU plugin gives the thread that first uses the core a new stack
+    for signal handlers, and frees it when the core is destroyed. If another thread destroys the
+    core, the first thread's stack is gone, and Ctrl-C ends the process with SIGSEGV.
 
     Raises:
         ConfigError: OpenVINO is not installed, or cannot be loaded.
@@ -91,12 +91,12 @@ def load_core() -> Any:
 
 @contextlib.contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Both libraries do without ``openvino_telemetry`` where it cannot be imported."""
+    """Make ``openvino_telemetry`` impossible to import; both libraries work without it."""
     name = "openvino_telemetry"
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = None  # type: ignore[assignment]  # Python's way to say: not to be had
+    sys.modules[name] = None  # type: ignore[assignment]  # the import then fails
     try:
         yield
     finally:
@@ -104,9 +104,9 @@ def _without_telemetry() -> Iterator[None]:
 
 
 def why_not(device: str, precision: str) -> str | None:
-    """Why OpenVINO cannot do it here, with the next step; None if it can.
+    """Return why OpenVINO cannot do it here, with the next step; None if it can.
 
-    Where the hardware lacks a precision, it would compute in another without a word.
+    If the hardware lacks a precision, OpenVINO would silently compute in another.
 
     Args:
         device: As torch names it.
@@ -124,12 +124,12 @@ def why_not(device: str, precision: str) -> str | None:
         return str(error)
     kind = {"bf16": "BF16", "fp16": "FP16"}.get(precision)
     if kind is not None and kind not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        return f"this CPU does not compute in {precision} by itself; use --precision fp32"
+        return f"this CPU does not support {precision} natively; use --precision fp32"
     return None
 
 
 class OpenVinoBackbone:
-    """A compiled model; takes batches of one size.
+    """A compiled model, which accepts batches of one size.
 
     Args:
         model: An ``openvino.Model`` with one input (batch, num_frames, num_mel_bins).
@@ -142,11 +142,11 @@ class OpenVinoBackbone:
         self.batch_size: int = resolve_batch_size(settings.batch_size, "cpu")
         self._model = model
         self._threads = threads_of(settings.num_processes)
-        # What int8 leaves in floating point runs in the fastest type that the chip has.
+        # The parts that int8 leaves in floating point run in the chip's fastest type.
         floating = "bf16" if cpu_has_native_bf16() else "fp32"
         self._hint = _HINTS[floating if precision == "int8" else precision]
         self._request: Any = None
-        self._compile()  # now, so that what cannot be compiled is known before there is any audio
+        self._compile()  # now, to fail before there is any audio
 
     def embed(self, features: Features) -> Embeddings:
         """Embed a batch of exactly ``batch_size`` windows; see ``Backbone``."""
@@ -156,10 +156,10 @@ class OpenVinoBackbone:
         return Embeddings(*(np.array(values, np.float32) for values in outputs.values()))
 
     def start(self, features: Features) -> None:
-        """A CPU computes nothing by itself; see ``Backbone``."""
+        """Return None: a CPU does not compute asynchronously; see ``Backbone``."""
 
     def shrink(self, batch_size: int) -> None:
-        """Take smaller batches; what ran the larger ones gives its memory back at once."""
+        """Accept smaller batches, and free the memory of the larger ones at once."""
         self._request = None
         self.batch_size = batch_size
 
@@ -184,21 +184,21 @@ def load_backbone(
     """Compile a checkpoint's transformer, converted now or by an earlier run.
 
     Args:
-        transformer: The model without its head; on the CPU, in float32.
-        spec: The checkpoint that it is of.
+        transformer: The model without its head, on the CPU, in float32.
+        spec: Its checkpoint.
         settings: How to run it.
         precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
 
     Raises:
-        ConfigError: OpenVINO cannot be loaded, or the model for int8 is not there.
+        ConfigError: OpenVINO cannot be loaded, or the model for int8 does not exist.
         RuntimeError: The model cannot be converted or compiled.
     """
     if precision != "int8":
         model = load_converted(transformer, spec, settings.pooling)
     elif settings.quantised is None or not Path(settings.quantised.path).is_file():
         raise ConfigError(
-            "inference.precision is int8, and there is no model that was calibrated for it on this "
-            "machine. Run earmark label again, which makes one, or use --precision auto."
+            "inference.precision is int8, and this machine has no model calibrated for it. Run "
+            "earmark label again, which makes one, or use --precision auto."
         )
     else:
         model = load_core().read_model(settings.quantised.path)
@@ -206,7 +206,7 @@ def load_backbone(
 
 
 def load_converted(transformer: ASTModel, spec: ModelSpec, pooling: Pooling) -> Any:
-    """A transformer as an ``openvino.Model``, from the cache if it is there."""
+    """Convert a transformer to an ``openvino.Model``, or load it from the cache."""
     key = disk_cache.make_key(_dependencies(spec, pooling))
     folder = disk_cache.find_folder("converted", key)
     if folder is None:
@@ -218,14 +218,14 @@ def load_converted(transformer: ASTModel, spec: ModelSpec, pooling: Pooling) -> 
 
 
 def convert(pooled: PooledTransformer) -> Any:
-    """A torch module as an ``openvino.Model`` in float32, for batches of any size."""
+    """Convert a torch module to an ``openvino.Model`` in float32, for batches of any size."""
     openvino = import_library("openvino")
     config = pooled.transformer.config
     example = torch.zeros(2, config.max_length, config.num_mel_bins)
     shape = openvino.PartialShape([-1, *example.shape[1:]])
     with torch.inference_mode(), warnings.catch_warnings():
-        # Of tracing, which OpenVINO does: that checks of shapes are traced as they come out is
-        # what is wanted, and that torch will drop it some day is no concern of the user's.
+        # Warnings about tracing, which OpenVINO uses: shape checks may be traced as constants, and
+        # the user need not know that torch will drop tracing some day.
         warnings.simplefilter("ignore")
         return openvino.convert_model(pooled, example_input=example, input=[shape])
 
@@ -239,7 +239,7 @@ def _saver(model: Any) -> Callable[[Path], None]:
 
 
 def _dependencies(spec: ModelSpec, pooling: Pooling) -> dict[str, Any]:
-    """Everything that a converted model depends on."""
+    """Return everything that a converted model depends on."""
     config = spec.config.to_dict()
     for name in ("id2label", "label2id"):
         del config[name]
@@ -256,14 +256,14 @@ def _dependencies(spec: ModelSpec, pooling: Pooling) -> dict[str, Any]:
 def quantise(
     transformer: ASTModel, spec: ModelSpec, pooling: Pooling, windows: FloatArray, scratch: Path
 ) -> QuantisedModel:
-    """A transformer in int8, from the cache if the same windows have been seen before.
+    """Quantise a transformer to int8, or load it from the cache if the windows are the same.
 
     Args:
-        transformer: The model without its head; on the CPU, in float32.
-        spec: The checkpoint that it is of.
-        pooling: What is stored as the embedding.
+        transformer: The model without its head, on the CPU, in float32.
+        spec: Its checkpoint.
+        pooling: The embedding to store.
         windows: Normalised features to calibrate with, (windows, num_frames, num_mel_bins).
-        scratch: Where to put the model if it cannot be kept.
+        scratch: Folder for the model if the cache cannot keep it.
 
     Raises:
         ConfigError: OpenVINO or NNCF cannot be loaded.
@@ -280,16 +280,16 @@ def quantise(
     logging.getLogger("nncf").setLevel(logging.WARNING)
     ranges = import_library("nncf.quantization.range_estimator")
     estimators = ranges.RangeEstimatorParametersSet
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress; ours is for answers
+    with contextlib.redirect_stdout(io.StringIO()):  # hides its progress display
         model = nncf.quantize(
             model,
             nncf.Dataset([window[None] for window in windows]),
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(windows),
-            # What is left in floating point costs little here and is worth most: the patches'
-            # projection, which sees a range of features that no window shows whole, and attention,
-            # which OpenVINO runs as one piece. With the trained small model the largest difference
-            # of a score went from 0.042 to 0.006 by it.
+            # These stay in floating point, which costs little and gains most: the patches'
+            # projection, because no window shows the whole range of its features, and attention,
+            # which OpenVINO runs as one operation. With the trained small model this reduced the
+            # largest difference of a score from 0.042 to 0.006.
             ignored_scope=nncf.IgnoredScope(
                 types=["Convolution", "ScaledDotProductAttention"], validate=False
             ),
@@ -306,14 +306,15 @@ def quantise(
 
 
 def _overflow_fix() -> str:
-    """Where weights take half of int8's range, in NNCF's words: in all layers, or in the first.
+    """Return which layers use half of int8's range, in NNCF's terms: all, or only the first.
 
-    Where a processor has no instructions that add products up in 32 bits, OpenVINO's are cut to 16.
-    On such a one the largest difference of a score went from 0.066 to 0.023 by it with the small
-    model of the tests, and from 0.009 to 0.003 with the bundled one.
+    On a processor without instructions that accumulate products in 32 bits, OpenVINO's sums
+    saturate at 16 bits. There, half the range in all layers reduced the largest difference of a
+    score from 0.066 to 0.023 with the small model of the tests, and from 0.009 to 0.003 with the
+    bundled one.
     """
     facts = processor_facts()
-    flags = facts.get("flags") or facts.get("Features", "")  # as Arm calls them
+    flags = facts.get("flags") or facts.get("Features", "")  # Arm's name for them
     adds_up = any(name in flags for name in ("vnni", "amx_int8", "asimddp"))
     return "first_layer_only" if adds_up else "enable"
 
@@ -321,13 +322,13 @@ def _overflow_fix() -> str:
 def find_quantised(
     spec: ModelSpec, pooling: Pooling, digest: str, num_windows: int
 ) -> QuantisedModel | None:
-    """The model that was calibrated on certain windows, if this machine still has it.
+    """Find a model that was calibrated on certain windows; None if this machine has none.
 
     Args:
         spec: The checkpoint.
-        pooling: What is stored as the embedding.
-        digest: As ``quantise`` made it, of the windows and of how weights are kept.
-        num_windows: How many they were.
+        pooling: The embedding to store.
+        digest: The ``digest`` of the ``QuantisedModel``.
+        num_windows: Number of calibration windows.
     """
     folder = disk_cache.find_folder("int8", _quantised_key(spec, pooling, digest))
     if folder is None:

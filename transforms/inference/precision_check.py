@@ -1,14 +1,13 @@
-"""How far an engine's answers are from plain torch in float32, measured on the user's own audio.
+"""The difference between an engine and plain torch in float32, measured on the user's audio.
 
-Every reduced precision, and float32 by another engine than torch, gives other numbers than the
-reference. By how much is not a constant of the method: it depends on the weights and the audio. So
-the first windows that pass through the engine of each process are computed once more, and what
-comes out travels with each window's prediction to its unit's commit, and from there to
-``run.json``.
+Every reduced precision, and float32 in another engine than torch, gives numbers that differ from
+the reference. The difference depends on the weights and the audio. So the first windows of each
+process are computed a second time, and the difference is recorded with each window's prediction,
+in its unit's commit, and from there in ``run.json``.
 
-Guarantees: the check never ends a run; where it cannot be made, it says so in the windows' stead.
-The second model is in memory only while windows are being checked. What has been measured once for
-the same model, engine, versions, chip and window is kept on disk, and not measured again.
+Guarantees: the check never ends a run; if it fails, the reason is recorded instead. The second
+model is in memory only while windows are being checked. A measurement for the same model, engine,
+versions, chip and window is kept on disk and not repeated.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from transforms.inference.backbones import Features, first_line
+from transforms.errors import first_line
+from transforms.inference.backbones import Features
 from transforms.process import disk_cache
 from transforms.process.devices import processor_facts
 from transforms.records import FloatArray, Prediction, WindowCheck
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # Windows that float32 computes at once: it takes twice the memory of the engine's own.
 REFERENCE_BATCH_SIZE = 4
 
-# Windows whose figures are kept for one engine and model; the last ones.
+# Windows whose figures are kept for one engine and model, the latest ones.
 MAX_KEPT_WINDOWS = 4096
 
 KIND = "checks"
@@ -49,9 +49,9 @@ class PrecisionCheck:
     """Checks the first windows that an engine has computed.
 
     Args:
-        load_reference: Loads the reference and gives what predicts a batch with it.
-        num_windows: How many windows to check.
-        depends_on: All that the outcome depends on beside the windows.
+        load_reference: Loads the reference and returns its function from a batch to predictions.
+        num_windows: Number of windows to check.
+        depends_on: Everything that the outcome depends on besides the windows.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class PrecisionCheck:
         self._lock = threading.Lock()  # threads of a process share an engine
 
     def __call__(self, features: Features, predictions: Sequence[Prediction]) -> list[Prediction]:
-        """Give predictions of a batch back, the first of them with a check.
+        """Return the predictions of a batch, the first of them with a check.
 
         Args:
-            features: What they were made of.
-            predictions: The engine's, in the same order.
+            features: The batch.
+            predictions: The engine's predictions, in the same order.
         """
         with self._lock:
             return self._check_first(features, list(predictions))
@@ -86,7 +86,7 @@ class PrecisionCheck:
         for index, check in zip(chosen, checks, strict=True):
             checked[index] = replace(checked[index], check=check)
         if self._left <= 0:
-            self._reference = None  # and its weights with it
+            self._reference = None  # frees its weights
         return checked
 
     def _check(self, features: FloatArray, found: Sequence[Prediction]) -> list[WindowCheck]:
@@ -95,7 +95,7 @@ class PrecisionCheck:
         missing = [i for i, digest in enumerate(digests) if digest not in kept]
         try:
             measured = self._measure(features[missing], [found[i] for i in missing])
-        except Exception as error:  # no memory, a file that has gone: no reason for a run to end
+        except Exception as error:  # no memory, a missing file: no reason to end a run
             return self._give_up(len(found), error)
         fresh = dict(zip((digests[i] for i in missing), measured, strict=True))
         if fresh:
@@ -123,18 +123,18 @@ class PrecisionCheck:
         self._left, self._reference = 0, None
         text = f"{type(error).__name__}: {first_line(error)}"
         logger.warning(
-            "The precision cannot be checked, as the model does not run in float32 beside this "
-            "one: %s. To leave it unchecked: --set inference.check_windows=0",
+            "The precision cannot be checked, because the model does not run in float32 beside "
+            "this one: %s. To skip the check: --set inference.check_windows=0",
             text,
         )
         return [WindowCheck(error=text)] * num_windows
 
 
 def compare(found: Prediction, expected: Prediction) -> WindowCheck:
-    """What lies between an engine's answer for a window and the reference's.
+    """Compare an engine's prediction for a window with the reference's.
 
     Raises:
-        ValueError: The reference has no answer.
+        ValueError: The reference failed.
     """
     if expected.error is not None:
         raise ValueError(f"in float32 {expected.error}")
@@ -149,7 +149,7 @@ def compare(found: Prediction, expected: Prediction) -> WindowCheck:
 
 
 def _read_check(kept: Any) -> WindowCheck | None:
-    """A check as it was kept; None if there is none, or it is damaged."""
+    """Read a stored check; None if there is none, or it is damaged."""
     try:
         return WindowCheck(
             score_difference=float(kept["score_difference"]),
@@ -162,10 +162,10 @@ def _read_check(kept: Any) -> WindowCheck | None:
 
 
 def surroundings(device: str) -> dict[str, Any]:
-    """Versions and chip, which rounding depends on.
+    """Return the versions and the chip, on which rounding depends.
 
     Args:
-        device: What the engine computes on, as torch names it.
+        device: The engine's device, as torch names it.
     """
     packages = [name for name in ("openvino", "nncf") if importlib.util.find_spec(name)]
     versions = {name: importlib.metadata.version(name) for name in ("torch", *packages)}

@@ -1,12 +1,12 @@
-"""Label lists: what the outputs of a model mean, in order.
+"""Label lists: the meaning of a model's outputs, in order.
 
-Its place: ``checkpoints`` asks here for the labels of a model, ``rows`` writes them. The order and
-the names always belong to the checkpoint; the lists kept here are for checkpoints that carry none
-(original ``.pth`` files), and for AudioSet's ids, which configs on the hub leave out.
+``checkpoints`` reads the labels of a model here, ``rows`` writes them. Order and names always
+come from the checkpoint. The lists kept here are for checkpoints without labels (original ``.pth``
+files), and for AudioSet's ids, which configs on the hub omit.
 
-Guarantees: a label's ``id`` is AudioSet's mid when the 527 names are AudioSet's in order, else
-None, whatever the names were read from. So a list means the same before and after it went through
-a ``config.json``, which has no place for ids.
+Guarantees: a label's ``id`` is AudioSet's mid if the 527 names are AudioSet's in order, else None,
+whatever the names were read from. So a list keeps its meaning when it passes through a
+``config.json``, which has no place for ids.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _NAME_COLUMNS = ("name", "display_name")
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What one output of a model means.
+    """The meaning of one output of a model.
 
     Attributes:
-        index: Which output, from 0.
+        index: Index of the output, from 0.
         id: AudioSet's mid (``/m/09x0r``), or None.
-        name: The name that the checkpoint gives it.
+        name: Name in the checkpoint.
     """
 
     index: int
@@ -43,20 +43,20 @@ class Label:
 
 @functools.cache
 def audioset_labels() -> tuple[Label, ...]:
-    """AudioSet's 527 labels with their mids, in the order of every published AudioSet model."""
+    """Return AudioSet's 527 labels with mids, in the order of all published AudioSet models."""
     return _bundled("audioset")
 
 
 @functools.cache
 def speech_commands_labels() -> tuple[Label, ...]:
-    """The 35 labels of Speech Commands v2, in the order of the published model."""
+    """Return the 35 labels of Speech Commands v2, in the order of the published model."""
     return _bundled("speech_commands")
 
 
 def labels_from_names(names: Sequence[str]) -> tuple[Label, ...]:
-    """Labels in the order of ``names``, with AudioSet's mids where the names are AudioSet's.
+    """Make labels of names, with AudioSet's mids if the names are AudioSet's in order.
 
-    Spelling decides; case, runs of spaces and the kind of apostrophe do not.
+    Case, runs of spaces and the kind of apostrophe do not matter.
     """
     audioset = audioset_labels()
     is_audioset = [*map(_spelling, names)] == [_spelling(label.name) for label in audioset]
@@ -68,7 +68,7 @@ def labels_from_names(names: Sequence[str]) -> tuple[Label, ...]:
 
 
 def find_label(text: str, labels: Sequence[Label]) -> int | None:
-    """The index of the label that a text means: by name, by id, or by a name spelled likewise.
+    """Return the index of a label by its name, its id, or a name of equivalent spelling.
 
     Args:
         text: A name or an id.
@@ -91,13 +91,13 @@ def read_labels(
 
     Args:
         source: ``audioset`` or ``speech_commands``; or a CSV file with the columns ``index``
-            (optional) and ``name`` or ``display_name``, any others passed over; or a text file
-            with a name per line. UTF-8.
-        read_bytes: How to read a file; ``storage.read_bytes`` for URLs.
-        name: What it is called in messages; ``source`` by default, which may be signed.
+            (optional) and ``name`` or ``display_name``, others ignored; or a text file with a name
+            per line. UTF-8.
+        read_bytes: Reads a file; ``storage.read_bytes`` for URLs.
+        name: Name in messages, if ``source`` is signed; ``source`` by default.
 
     Raises:
-        ModelError: there is no such list, or it is not one name per index, each once.
+        ModelError: There is no such list, or it is not one name per index, each once.
     """
     if source in KNOWN_LISTS:
         return _bundled(source)
@@ -129,7 +129,7 @@ def _spelling(name: str) -> str:
 
 
 def _has_header(text: str) -> bool:
-    """Whether the first line is a CSV header: several columns, one of them the names'."""
+    """Return whether the first line is a CSV header with several columns, one of names."""
     header = next(csv.reader(io.StringIO(text, newline="")), [])
     return len(header) > 1 and any(column.strip() in _NAME_COLUMNS for column in header)
 

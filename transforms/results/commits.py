@@ -1,17 +1,13 @@
-"""Commits: what vouches for a unit's parts, and where they lie; written by ``commit``, read by all.
+"""Commits: what vouches for a unit's parts. Written by ``write_units``, read by everything else.
 
     DIR/windows/<unit_id>.parquet   a row per window
     DIR/clips/<unit_id>.parquet     a row per clip
     DIR/errors/<unit_id>.parquet    a row per item that could not be labelled, if there is one
     DIR/_commits/<unit_id>.json     written last: with it, the unit is done
 
-A commit holds the size, hash and row count of each part, what the unit held, and its **ledger**:
-the items, or the slice of a container, that need not be done again as long as their version is
-the same.
-
-A **part** of a long file (``long_files``) is a unit like any other, but that its files lie in a
-result of their own until it is joined, under ``_parts/<unit_id of the long file>/``: its name has
-that unit's name in it.
+A commit holds the size, hash and row count of each part, the unit's totals, and its **ledger**: the
+items, or the slice of a container, that need not be done again as long as their version is the
+same.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,14 +28,8 @@ import pyarrow.parquet as pq
 from transforms.errors import OutputError
 from transforms.process.locks import lock_shared, try_lock
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
-from transforms.records import (
-    Item,
-    UnitKind,
-    WindowCheck,
-    WorkUnit,
-)
-from transforms.storage import filesystem, listing, reading, writing
-from transforms.storage import urls as storage_urls
+from transforms.records import Item, UnitKind, WindowCheck
+from transforms.storage import filesystem, listing, reading, urls, writing
 from transforms.storage.secrets import public_uri
 
 # Of run.json, the parts and the commits. A result that names no version has the first.
@@ -49,12 +38,6 @@ SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
 PARTS = ("windows", "clips", "errors")
 COMMITS = "_commits"
-LONG_FILES = "_parts"
-
-# As ``make_unit_id`` and ``make_part_id`` write them.
-_LONG_ID = re.compile(r"[0-9a-f]{16,64}")
-_PART_ID = re.compile(r"(?P<long_id>[0-9a-f]{16,64})\.[0-9a-f]{20}")
-_PART_FILE = re.compile(r"[0-9a-f]{20}\.(parquet|json)")
 
 
 @dataclass(frozen=True)
@@ -74,13 +57,13 @@ class PartInfo:
 
 @dataclass(frozen=True)
 class UnitTotals:
-    """What a unit held.
+    """Counts of what a unit held.
 
     Attributes:
         items: Items found in it: clips plus failures.
         clips: Items labelled.
-        failures: Items that could not be labelled, a broken container's own row included.
-        broken_containers: Of the failures, containers that could not be read to their end.
+        failures: Items that could not be labelled, including a broken container's own row.
+        broken_containers: Those failures that are containers not read to their end.
         windows: Windows labelled.
         audio_s: Seconds of audio labelled.
     """
@@ -99,12 +82,12 @@ class UnitTotals:
 
 @dataclass(frozen=True)
 class CheckFigures:
-    """How far an engine's answers were from plain torch in float32; adds up over windows and units.
+    """How far an engine's answers were from plain torch in float32, summed over windows and units.
 
     Attributes:
         windows: Windows that were checked.
-        reused: Of them, those that an earlier run had measured.
-        same_top: Of them, those with the same best class.
+        reused: Those of them that an earlier run had measured.
+        same_top: Those of them with the same best class.
         max_score_difference: The largest absolute difference of a class's score.
         min_cosine: The smallest cosine of two embeddings.
         sum_cosine: The sum of the cosines.
@@ -135,7 +118,7 @@ class CheckFigures:
 
     @staticmethod
     def of(check: WindowCheck) -> CheckFigures:
-        """The figures of one window."""
+        """Return the figures of one window."""
         if check.error is not None:
             return CheckFigures(error=check.error)
         return CheckFigures(
@@ -153,7 +136,7 @@ Checks = Mapping[str, CheckFigures]  # by the engine's name
 
 
 def add_checks(*several: Checks) -> dict[str, CheckFigures]:
-    """The sum of figures, engine by engine."""
+    """Sum figures, engine by engine."""
     total: dict[str, CheckFigures] = {}
     for checks in several:
         for engine, figures in checks.items():
@@ -186,7 +169,7 @@ class LedgerItem:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a commit covers: a whole slice of a container, or the items listed."""
+    """What a commit covers: a slice of a container as a whole, or the items listed."""
 
     kind: UnitKind
     container: LedgerSlice | None = None
@@ -202,10 +185,10 @@ class Commit:
         fingerprint: Of the run that wrote it.
         replaces: Units whose content this one redid.
         ledger: What it covers.
-        parts: By name; ``errors`` only where there is one.
-        totals: What it held.
+        parts: By name; ``errors`` only if there is one.
+        totals: Counts of what it held.
         engines: What computed it: engine, device and precision.
-        checks: How far they were from float32, where that was looked at.
+        checks: How far they were from float32, where that was measured.
     """
 
     unit_id: str
@@ -218,7 +201,7 @@ class Commit:
     checks: Checks = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """The commit file's content."""
+        """Return the commit file's content."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode()
 
     @staticmethod
@@ -253,10 +236,10 @@ class Commit:
 
 
 def item_version(item: Item) -> str:
-    """What tells a changed item from an unchanged one: size, etag or time, and a digest.
+    """Return what tells a changed item from an unchanged one: size, etag or time, and a digest.
 
-    The digest is of where the item lies and of what is said of it: under a clip id that a manifest
-    gives, another file or segment may stand; and truth and metadata are part of a row.
+    The digest covers where the item lies and what the input says of it. A manifest may give the
+    same clip id to another file or segment, and truth and metadata are part of a row.
     """
     place = (item.uri, item.member, item.row, item.start_s, item.end_s)
     facts = json.dumps([*place, item.truth, item.metadata])
@@ -265,40 +248,18 @@ def item_version(item: Item) -> str:
 
 
 def container_version(size: int | None, version: str | None) -> str:
-    """What tells a changed container from an unchanged one."""
+    """Return what tells a changed container from an unchanged one."""
     return f"{size}:{version}"
 
 
-def make_part_id(long_id: str, fingerprint: str, start_s: float, end_s: float | None) -> str:
-    """The name of a part of a long unit, from what is in it and what makes its rows."""
-    content = json.dumps([long_id, fingerprint, start_s, end_s])
-    return f"{long_id}.{hashlib.sha256(content.encode()).hexdigest()[:20]}"
-
-
-def long_id_of(unit_id: str) -> str | None:
-    """The long unit that a unit is a part of, or None."""
-    match = _PART_ID.fullmatch(unit_id)
-    return None if match is None else match["long_id"]
-
-
-def _place(output: str, unit_id: str) -> tuple[str, str]:
-    """The result that a unit's files lie in, and what they are called there."""
-    long_id = long_id_of(unit_id)
-    if long_id is None:
-        return output, unit_id
-    return storage_urls.join(output, LONG_FILES, long_id), unit_id.removeprefix(f"{long_id}.")
-
-
 def part_url(output: str, part: str, unit_id: str) -> str:
-    """Where a unit's part lies."""
-    folder, name = _place(output, unit_id)
-    return storage_urls.join(folder, part, f"{name}.parquet")
+    """Return where a unit's part lies."""
+    return urls.join(output, part, f"{unit_id}.parquet")
 
 
 def commit_url(output: str, unit_id: str) -> str:
-    """Where a unit's commit lies."""
-    folder, name = _place(output, unit_id)
-    return storage_urls.join(folder, COMMITS, f"{name}.json")
+    """Return where a unit's commit lies."""
+    return urls.join(output, COMMITS, f"{unit_id}.json")
 
 
 def read_commit(output: str, unit_id: str) -> Commit:
@@ -316,17 +277,17 @@ def read_commit(output: str, unit_id: str) -> Commit:
 
 
 def list_unit_ids(output: str) -> list[str]:
-    """The units that have a commit file."""
-    names = listing.list_names(storage_urls.join(output, COMMITS))
+    """List the units that have a commit file."""
+    names = listing.list_names(urls.join(output, COMMITS))
     return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
 
 def read_commits(output: str) -> tuple[dict[str, Commit], dict[str, OutputError | OSError]]:
-    """Every commit of a result.
+    """Read every commit of a result.
 
     Returns:
-        The commits by unit, and why there is none of the other units: ``OutputError`` where the
-        file is damaged, ``OSError`` where the store does not give it out.
+        The commits by unit, and the errors of the units whose commit could not be read:
+        ``OutputError`` for a damaged file, ``OSError`` for one that the store does not return.
 
     Raises:
         OutputError: The result has another schema.
@@ -360,7 +321,7 @@ def check_schema(output: str) -> None:
         OSError: The file cannot be read.
     """
     try:
-        run = json.loads(reading.read_bytes(storage_urls.join(output, RUN_FILE)))
+        run = json.loads(reading.read_bytes(urls.join(output, RUN_FILE)))
     except (FileNotFoundError, ValueError):  # other checks report a damaged file
         return
     if isinstance(run, dict):
@@ -377,29 +338,29 @@ def _check_schema_version(version: object, place: str) -> None:
 
 
 def hold_commits(output: str) -> int | None:
-    """Say that this process may commit, for as long as the descriptor that is returned is open.
+    """Mark this process as one that may commit, while the returned descriptor is open.
 
-    A run's workers may outlive it by some seconds. The lock is the system's and ends with the
-    process, however that ends; a remote output has none.
+    A run's workers may outlive it by some seconds. The operating system's lock ends with the
+    process, however that ends. A remote output has no lock.
     """
-    if not storage_urls.is_local(output):
+    if not urls.is_local(output):
         return None
-    folder = storage_urls.join(output, COMMITS)
+    folder = urls.join(output, COMMITS)
     writing.make_folder(folder)
-    descriptor = os.open(storage_urls.local_path(folder), os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(urls.local_path(folder), os.O_RDONLY | os.O_DIRECTORY)
     with contextlib.suppress(OSError):  # some network file systems have no locks
         lock_shared(descriptor)
     return descriptor
 
 
 def are_commits_held(output: str) -> bool:
-    """Whether a process lives that may commit here; False where that cannot be known."""
-    if not storage_urls.is_local(output):
+    """Return whether a living process may commit here; False where that cannot be known."""
+    if not urls.is_local(output):
         return False
     try:
-        folder = storage_urls.local_path(storage_urls.join(output, COMMITS))
+        folder = urls.local_path(urls.join(output, COMMITS))
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # not there, or not readable: who reads the result will say so
+    except OSError:  # absent or unreadable: reading the result reports it
         return False
     try:
         return not try_lock(descriptor)
@@ -410,25 +371,30 @@ def are_commits_held(output: str) -> bool:
 
 
 def remove_unit(output: str, unit_id: str) -> None:
-    """Take a unit out of a result: its commit first, so that it never vouches for less."""
+    """Remove a unit from a result: its commit first, so that it never vouches for missing parts."""
     writing.remove(commit_url(output, unit_id))
     for part in PARTS:
         writing.remove(part_url(output, part, unit_id))
 
 
-def is_whole(output: str, commit: Commit) -> bool:
-    """Whether a commit's parts are there, in the size that it vouches for."""
-    urls = [part_url(output, part, commit.unit_id) for part in commit.parts]
+def find_commit(output: str, unit_id: str, fingerprint: str) -> Commit | None:
+    """Return a unit's commit if it is valid: of these settings, with all parts in place.
+
+    Raises:
+        OSError: The store does not tell.
+    """
     try:
-        return [filesystem.stat(url).size for url in urls] == [
-            info.num_bytes for info in commit.parts.values()
-        ]
-    except FileNotFoundError:
-        return False
+        commit = read_commit(output, unit_id)
+        for part, info in commit.parts.items():
+            if filesystem.stat(part_url(output, part, unit_id)).size != info.num_bytes:
+                return None
+    except (OutputError, FileNotFoundError):
+        return None
+    return commit if commit.fingerprint == fingerprint else None
 
 
 def find_change(url: str, info: PartInfo) -> str | None:
-    """How a part's file differs from what was committed, or None; all of it is read."""
+    """Return how a part's file differs from what was committed, or None; reads all of it."""
     with reading.open_read(url) as file:
         digest = file_sha256(file)
     if digest == info.sha256:
@@ -436,79 +402,8 @@ def find_change(url: str, info: PartInfo) -> str | None:
     return f"its content has changed: sha256 is {digest}, and {info.sha256} was committed"
 
 
-def list_long_files(output: str, long_id: str | None = None) -> dict[str, list[str]]:
-    """The files of parts of long units that have not been removed, by long unit.
-
-    What does not have the name and place of such a file is somebody else's, and left alone.
-
-    Args:
-        output: The result.
-        long_id: The only long unit to look for; None for all.
-    """
-    root = storage_urls.join(output, LONG_FILES)
-    found: dict[str, list[str]] = {}
-    for url in _list_there(root if long_id is None else storage_urls.join(root, long_id)):
-        unit_id, *inside = url.removeprefix(f"{root}/").split("/")
-        if _LONG_ID.fullmatch(unit_id) and _is_of_part(inside):
-            found.setdefault(unit_id, []).append(url)
-    return found
-
-
-def _is_of_part(inside: Sequence[str]) -> bool:
-    if len(inside) != 2 or inside[0] not in (*PARTS, COMMITS):
-        return False
-    return _PART_FILE.fullmatch(inside[1]) is not None or writing.is_temporary_name(inside[1])
-
-
-def _list_there(folder: str) -> list[str]:
-    """The files below a folder that another process may be removing."""
-
-    def ignore_gone(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    if not filesystem.exists(folder):
-        return []
-    return [file.url for file in listing.list_files(folder, ignore_gone)]
-
-
-def list_part_ids(output: str) -> list[str]:
-    """The parts of long units that have a commit file."""
-    return part_ids_of(list_long_files(output))
-
-
-def part_ids_of(long_files: Mapping[str, Sequence[str]]) -> list[str]:
-    """Those of the files that ``list_long_files`` has found."""
-    return [
-        f"{long_id}.{storage_urls.file_name(url).removesuffix('.json')}"
-        for long_id, urls in long_files.items()
-        for url in urls
-        if url.endswith(".json")
-    ]
-
-
-def remove_long_file(output: str, long_id: str, urls: Sequence[str] | None = None) -> None:
-    """Remove the parts of a long unit, their commits first.
-
-    Args:
-        output: The result.
-        long_id: The long unit.
-        urls: Their files, where these are known.
-    """
-    folder = storage_urls.join(output, LONG_FILES, long_id)
-    if urls is None:
-        urls = list_long_files(output, long_id).get(long_id, ())
-    commits = storage_urls.join(folder, COMMITS)
-    for url in sorted(urls, key=lambda url: storage_urls.parent(url) != commits):
-        writing.remove(url)
-    for name in (*PARTS, COMMITS):
-        writing.remove_empty_folder(storage_urls.join(folder, name))
-    writing.remove_empty_folder(folder)
-    writing.remove_empty_folder(storage_urls.parent(folder))
-
-
 def read_failures(output: str, unit_id: str) -> list[dict[str, Any]]:
-    """The rows of a unit's ``errors`` part."""
+    """Read the rows of a unit's ``errors`` part."""
     return cast(list[dict[str, Any]], read_part(output, "errors", unit_id).to_pylist())
 
 
@@ -530,17 +425,17 @@ def open_part(output: str, part: str, unit_id: str) -> Iterator[pq.ParquetFile]:
 def read_part(
     output: str, part: str, unit_id: str, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """The rows of a unit's part.
+    """Read the rows of a unit's part.
 
-    Arrow's own threads let go of what they read from a Python stream whenever they like, and
-    abort the process if it is ending just then: so none are used.
+    Without Arrow's own threads: they release what they read from a Python stream at any time, and
+    abort the process if it is ending at that moment.
     """
     with open_part(output, part, unit_id) as file:
         return file.read(columns=columns, use_threads=False)
 
 
 def file_sha256(file: BinaryIO) -> str:
-    """Hex digest of the rest of a file, read in bounded memory."""
+    """Return the hex digest of the rest of a file, read in bounded memory."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
@@ -549,15 +444,14 @@ def file_sha256(file: BinaryIO) -> str:
 
 @dataclass(frozen=True)
 class UnitSummary:
-    """What is left of a unit once it is committed; small enough to cross stages.
+    """The summary of a committed unit; small enough to cross stages.
 
     Attributes:
         unit_id: The unit.
-        totals: What it held.
+        totals: Counts of what it held.
         engines: What computed it.
         checks: How far they were from float32.
-        seconds: Where the time went that it took; none where it was committed before.
-        part: Of a part of a long unit, the part itself; else None.
+        seconds: Where the time for it went; zero if it was committed before.
     """
 
     unit_id: str
@@ -565,14 +459,8 @@ class UnitSummary:
     engines: tuple[str, ...] = ()
     checks: Checks = field(default_factory=dict)
     seconds: StageSeconds = NO_SECONDS
-    part: WorkUnit | None = None
 
     @staticmethod
-    def of(
-        commit: Commit, seconds: StageSeconds = NO_SECONDS, unit: WorkUnit | None = None
-    ) -> UnitSummary:
-        """The summary of a commit; of that of a part, with the part."""
-        part = None if unit is None or unit.part_of is None else unit
-        return UnitSummary(
-            commit.unit_id, commit.totals, commit.engines, commit.checks, seconds, part
-        )
+    def of(commit: Commit, seconds: StageSeconds = NO_SECONDS) -> UnitSummary:
+        """Return the summary of a commit."""
+        return UnitSummary(commit.unit_id, commit.totals, commit.engines, commit.checks, seconds)

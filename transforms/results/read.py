@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
 from transforms.errors import OutputError
-from transforms.results.commits import read_commits, read_part
+from transforms.results.commits import Commit, open_part, read_commits, read_part
 from transforms.storage.secrets import public_uri
 
 TABLES = ("windows", "clips", "errors")
+BATCH_ROWS = 4096
 
 
 def read_result(
@@ -32,9 +33,7 @@ def read_result(
     """
     if table not in TABLES:
         raise ValueError(f"table is {table!r}; expected one of {', '.join(TABLES)}")
-    commits, unreadable = read_commits(output)
-    for unit_id, error in unreadable.items():
-        raise OutputError(f"the commit of {unit_id} cannot be read: {error}") from error
+    commits = read_current_commits(output)
     if not commits:
         raise OutputError(
             f"{public_uri(output)} has no commits; expected the --output of earmark label"
@@ -42,7 +41,36 @@ def read_result(
     wanted = None if columns is None else list(columns)
     parts = [
         read_part(output, table, unit_id, wanted).replace_schema_metadata(None)
-        for unit_id, commit in sorted(commits.items())
+        for unit_id, commit in commits.items()
         if table in commit.parts
     ]
     return pa.concat_tables(parts) if parts else pa.table({})
+
+
+def read_current_commits(output: str) -> dict[str, Commit]:
+    """Read the commits of a result in the order of the unit ids.
+
+    A unit that another replaces is left out: a run was killed before it could remove it.
+
+    Raises:
+        OutputError: A commit is damaged or cannot be read.
+        OSError: The commits cannot be listed.
+    """
+    commits, unreadable = read_commits(output)
+    replaced = {unit_id for commit in commits.values() for unit_id in commit.replaces}
+    missing = sorted(unreadable.keys() - replaced)
+    if missing:
+        raise OutputError(
+            f"{public_uri(output)}: {len(missing)} commits are damaged or cannot be read, the "
+            f"first is {missing[0]}.json; run earmark verify"
+        ) from unreadable[missing[0]]
+    return {unit_id: commits[unit_id] for unit_id in sorted(commits.keys() - replaced)}
+
+
+def read_batches(
+    output: str, table: str, unit_id: str, columns: Sequence[str]
+) -> Iterator[pa.Table]:
+    """Read some columns of a unit's rows, a few thousand rows at a time."""
+    with open_part(output, table, unit_id) as file:
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
+            yield pa.Table.from_batches([batch])

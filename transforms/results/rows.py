@@ -1,9 +1,9 @@
-"""Turn predictions into rows: the tables' schemas, a clip's aggregate, and the arrays.
+"""Predictions to rows: the tables' schemas, the aggregate of a clip, and the Arrow arrays.
 
-A clip's scores are the maximum over its windows where classes are independent (sigmoid), the
-mean where they exclude each other (softmax); its embedding is the windows' mean weighted by
-their real duration. A clip of which any window failed is an item that could not be labelled:
-its failure follows in place of its row, and the sink drops the windows that went before.
+A clip's scores are the maximum over its windows if classes are independent (sigmoid), and the mean
+if they exclude each other (softmax). Its embedding is the mean of its windows' weighted by their
+real duration. If any window of a clip fails, the clip could not be labelled: a failure takes the
+place of its row, and the sink drops its other windows.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from transforms.records import (
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What rows hold.
+    """The content of rows.
 
     Attributes:
         labels: The model's labels, in its order.
-        activation: Decides how a clip's scores come from its windows'.
+        activation: Decides how a clip's scores are made of its windows'.
         hidden_size: Length of the embedding.
         top_k: How many labels a row lists, best first; all of them if the model has fewer.
-        store_scores: Also store every class's score.
-        embedding_dtype: Type the embedding is stored in.
+        store_scores: Whether rows also store every class's score.
+        embedding_dtype: The type in which the embedding is stored.
     """
 
     labels: tuple[Label, ...]
@@ -73,7 +73,7 @@ LABELS_TYPE = pa.list_(
 
 
 def _vector_fields(settings: RowSettings) -> list[pa.Field]:
-    """The columns that windows and clips share: labels, embedding and, if asked for, scores."""
+    """Return the columns that windows and clips share: labels, embedding, and scores if stored."""
     value_type = pa.float16() if settings.embedding_dtype == "float16" else pa.float32()
     fields = [
         pa.field("labels", LABELS_TYPE),
@@ -85,7 +85,7 @@ def _vector_fields(settings: RowSettings) -> list[pa.Field]:
 
 
 def windows_schema(settings: RowSettings) -> pa.Schema:
-    """Schema of ``windows/<unit_id>.parquet``."""
+    """Return the schema of ``windows/<unit_id>.parquet``."""
     return pa.schema(
         [
             pa.field("clip_id", pa.string(), nullable=False),
@@ -108,7 +108,7 @@ _ITEM_FIELDS = [
 
 
 def clips_schema(settings: RowSettings) -> pa.Schema:
-    """Schema of ``clips/<unit_id>.parquet``; ``start_s`` and ``end_s`` are null for whole files."""
+    """Return the schema of ``clips/<unit_id>.parquet``; a whole file has null times."""
     labels, embedding, *scores = _vector_fields(settings)
     return pa.schema(
         [
@@ -133,7 +133,7 @@ def clips_schema(settings: RowSettings) -> pa.Schema:
 
 
 def errors_schema() -> pa.Schema:
-    """Schema of ``errors/<unit_id>.parquet``; it is a manifest that tries the items again."""
+    """Return the schema of ``errors/<unit_id>.parquet``: a manifest that tries the items again."""
     return pa.schema(
         [
             *_ITEM_FIELDS,
@@ -148,7 +148,7 @@ def errors_schema() -> pa.Schema:
 
 
 def windows_table(rows: Sequence[WindowRow], settings: RowSettings) -> pa.Table:
-    """Window rows as a table of ``windows_schema``."""
+    """Convert window rows to a table of ``windows_schema``."""
     predictions = [row.prediction for row in rows]
     columns = [
         pa.array([row.clip_id for row in rows], pa.string()),
@@ -163,7 +163,7 @@ def windows_table(rows: Sequence[WindowRow], settings: RowSettings) -> pa.Table:
 
 
 def clips_table(rows: Sequence[ClipRow], settings: RowSettings) -> pa.Table:
-    """Clip rows as a table of ``clips_schema``."""
+    """Convert clip rows to a table of ``clips_schema``."""
     labels, embedding, *scores = _vector_columns(
         [row.embedding for row in rows], [row.scores for row in rows], settings
     )
@@ -190,7 +190,7 @@ def clips_table(rows: Sequence[ClipRow], settings: RowSettings) -> pa.Table:
 
 
 def errors_table(failures: Sequence[Failure], unit_id: str) -> pa.Table:
-    """Failures as a table of ``errors_schema``."""
+    """Convert failures to a table of ``errors_schema``."""
     columns = [
         *_item_columns([failure.item for failure in failures]),
         pa.array([failure.stage for failure in failures], pa.string()),
@@ -245,7 +245,7 @@ def _stack(
 def labels_array(
     scores: npt.NDArray[np.floating], labels: Sequence[Label], top_k: int
 ) -> pa.ListArray:
-    """The best labels of each row, best first, equal scores in the model's own order.
+    """Return the best labels of each row, best first; equal scores in the model's own order.
 
     Args:
         scores: Shape (num_rows, num_labels).
@@ -269,7 +269,7 @@ def labels_array(
 
 
 class ClipAggregate:
-    """Collects a clip's windows until all have come, in any order."""
+    """Collects a clip's windows, in any order, until it is complete."""
 
     def __init__(self, item: Item, settings: RowSettings) -> None:
         self._item = item
@@ -284,7 +284,7 @@ class ClipAggregate:
         self._failure: Failure | None = None
 
     def add(self, window: Window, prediction: Prediction | None) -> None:
-        """Count a window in; one without features has no prediction, but an error."""
+        """Add a window; a window without features has an error and no prediction."""
         self._num_seen += 1
         if window.facts is not None:
             self._facts, self._num_windows = window.facts, window.num_windows
@@ -301,7 +301,7 @@ class ClipAggregate:
             self._scores += prediction.scores
 
     def result(self, unit_id: str, item_index: int) -> ClipRow | ItemFailure | None:
-        """The clip's row or failure once every window has come, else None."""
+        """Return the clip's row or failure once it is complete, else None."""
         if self._facts is None or self._num_windows is None or self._num_seen < self._num_windows:
             return None
         if self._failure is not None:
@@ -333,18 +333,18 @@ def _window_failure(window: Window, prediction: Prediction | None) -> Failure:
 
 KeyedPrediction = tuple[Window | ItemFailure | UnitEnd, Prediction | PendingPrediction | None]
 
-# Batches that a device may have to do: one that it computes, and the one that comes after.
+# Batches that a device may have: one that it computes, and the next.
 BATCHES_AHEAD = 2
 
 
 @beam.typehints.with_input_types(KeyedPrediction)
 @beam.typehints.with_output_types(UnitEvent)
 class AssembleRows(beam.PTransform[PCollection[KeyedPrediction], PCollection[UnitEvent]]):
-    """Predictions, keyed by what they are of, to rows; what has no prediction passes through.
+    """Turn predictions, keyed by their windows, into rows; everything else passes through.
 
     In: ``(Window | ItemFailure | UnitEnd, Prediction | PendingPrediction | None)``. Out:
     ``WindowRow``, ``ClipRow`` after the last of its windows, ``ItemFailure`` and ``UnitEnd``, in
-    the order in which they came. What waits for a device comes late, but within its bundle.
+    the order of the input. What waits for a device comes later, but within its bundle.
 
     Args:
         settings: What rows hold.
@@ -356,7 +356,7 @@ class AssembleRows(beam.PTransform[PCollection[KeyedPrediction], PCollection[Uni
 
     def expand(self, predictions: PCollection[KeyedPrediction]) -> PCollection[UnitEvent]:
         """Apply the transform."""
-        # Said to Beam explicitly: it reads no annotations that are kept as text.
+        # Explicit type hints: Beam cannot read postponed annotations.
         step = beam.ParDo(_AssembleRowsFn(self._settings)).with_output_types(UnitEvent)
         rows: PCollection[UnitEvent] = predictions | "Assemble each clip" >> step
         return rows
@@ -368,7 +368,7 @@ class _AssembleRowsFn(beam.DoFn):
         self._open: dict[tuple[str, int], ClipAggregate] = {}
         self._failed: set[tuple[str, int]] = set()
         self._waiting: deque[KeyedPrediction] = deque()
-        self._batches: deque[PendingBatch] = deque()  # that are waited for, the oldest first
+        self._batches: deque[PendingBatch] = deque()  # awaited, oldest first
 
     def start_bundle(self) -> None:
         self._open = {}
@@ -386,7 +386,7 @@ class _AssembleRowsFn(beam.DoFn):
         yield from self._assemble_all()
 
     def _assemble_all(self) -> Iterator[UnitEvent]:
-        """Everything up to the first window whose batch is still being computed."""
+        """Yield everything before the first window whose batch is still being computed."""
         while self._waiting and not self._is_awaited(self._waiting[0][1]):
             event, prediction = self._waiting.popleft()
             if isinstance(prediction, PendingPrediction):
@@ -402,7 +402,7 @@ class _AssembleRowsFn(beam.DoFn):
         self, event: Window | ItemFailure | UnitEnd, prediction: Prediction | None
     ) -> Iterator[UnitEvent]:
         if isinstance(event, Window):
-            # An item may fail after some of its windows went ahead; others may still be batched.
+            # An item may fail after some of its windows passed; others may still be in a batch.
             if (event.unit_id, event.item_index) not in self._failed:
                 yield from self._add(event, prediction)
             return
@@ -436,10 +436,10 @@ class _AssembleRowsFn(beam.DoFn):
     def finish_bundle(self) -> Iterator[WindowedValue]:
         self._batches.clear()
         for event in self._assemble_all():
-            # Beam's windows, not ours; batches run ahead only where there is but this one.
+            # Beam's windows, not ours; batches run ahead only if there is only the global one.
             yield GlobalWindows.windowed_value(event)
         if self._open:
             raise RuntimeError(
-                f"{len(self._open)} clips still miss windows at the end of a bundle, the first "
+                f"{len(self._open)} clips lack windows at the end of a bundle; the first "
                 f"is item {next(iter(self._open))}: the stage was split; see graph.py."
             )

@@ -1,10 +1,13 @@
-"""Write a unit's rows as Parquet parts and commit it, when all of it has come.
+"""Write a unit's rows as Parquet parts, and commit the unit once it is complete.
 
-The sink counts: when as many clips and failures have come as the unit holds, and as many windows
-as its clips have, the parts are written to a staging folder, put in place whole, and the commit
-(``ledger``) follows. No order is assumed. A unit that replaces others removes their commits, then
-their parts, after its own commit. Whatever happens in between, a part without a commit counts for
-nothing, and a replaced commit that is still there is recognised by the one that names it.
+The sink counts, and assumes no order. Once it has as many clips and failures as the unit holds,
+and as many windows as its clips have, it writes the parts to a staging folder, puts them in place
+whole, and then writes the commit. After that, it removes the commits of the units that this one
+replaces, then their parts. Whatever happens in between, a part without a commit does not count, and
+a replaced commit that still exists is recognised by the one that names it.
+
+A runner may run a unit twice at the same time. The attempt that finds a valid commit of the other
+drops its own parts, and counts the unit from that commit.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints.decorators import IOTypeHints
 
-from transforms.errors import AccountingError, OutputError
+from transforms.errors import AccountingError
 from transforms.process.progress_counts import live_counts
 from transforms.process.stage_times import stage_clocks, timed
 from transforms.records import (
@@ -55,10 +58,9 @@ from transforms.results.commits import (
     commit_url,
     container_version,
     file_sha256,
+    find_commit,
     hold_commits,
-    is_whole,
     item_version,
-    long_id_of,
     part_url,
     read_commit,
     read_part,
@@ -87,8 +89,8 @@ class CommitSettings:
 
     Attributes:
         output: The result's folder, a local path or URL.
-        run_id: Names this run's staging folder.
-        fingerprint: Of everything that changes results.
+        run_id: Name of this run's staging folder.
+        fingerprint: Digest of everything that changes results.
         model_sha256: The checkpoint's hash, for the footers.
         rows: What rows hold.
     """
@@ -101,7 +103,7 @@ class CommitSettings:
 
     @functools.cached_property
     def footer(self) -> dict[str, str]:
-        """Key-value metadata of every part."""
+        """The key-value metadata of every part."""
         return {
             "earmark.fingerprint": self.fingerprint,
             "earmark.model_sha256": self.model_sha256,
@@ -111,18 +113,18 @@ class CommitSettings:
 
 
 class OpenUnit:
-    """A unit whose rows are still coming.
+    """A unit that is not complete yet.
 
     Args:
         settings: Where and how to write.
         staging: A local folder for files that are not in place yet.
         unit_id: The unit.
+
+    Attributes:
+        audio: Counts the unit's audio for the progress display.
     """
 
     def __init__(self, settings: CommitSettings, staging: Path, unit_id: str) -> None:
-        if long_id_of(unit_id) is not None:  # joining takes every class's score
-            rows = dataclasses.replace(settings.rows, store_scores=True)
-            settings = dataclasses.replace(settings, rows=rows)
         self._settings = settings
         self._staging = staging
         self._unit_id = unit_id
@@ -137,7 +139,7 @@ class OpenUnit:
         self.audio = AudioProgress()
 
     def add(self, event: UnitEvent) -> None:
-        """Take a row, a failure or the unit's end."""
+        """Add a row, a failure or the unit's end."""
         if isinstance(event, WindowRow):
             self._windows.append(event)
             self._windows_of[event.item_index] += 1
@@ -154,14 +156,9 @@ class OpenUnit:
         else:
             self._end = event
 
-    def add_made(self, engines: Iterable[str], checks: Mapping[str, CheckFigures]) -> None:
-        """Note what computed rows that were made before, and how far that was from float32."""
-        self._engines.update(engines)
-        self._checks = add_checks(self._checks, checks)
-
     @property
     def is_complete(self) -> bool:
-        """Whether everything has come."""
+        """Whether all of the unit has been added."""
         if self._end is None or self._num_items < self._end.num_items:
             return False
         return all(self._windows_of[clip.item_index] == clip.num_windows for clip in self._clips)
@@ -171,7 +168,7 @@ class OpenUnit:
         return len(self._clips) + len(self._failures)
 
     def describe(self) -> str:
-        """What has come so far, for errors."""
+        """Describe what has been added so far, for errors."""
         expected = "an unknown number of" if self._end is None else self._end.num_items
         return (
             f"unit {self._unit_id}: {len(self._clips)} clips with "
@@ -179,16 +176,19 @@ class OpenUnit:
             f"{expected} items"
         )
 
-    @property
-    def end(self) -> UnitEnd:
-        """The unit's end, once it has come."""
-        if self._end is None:
-            raise AccountingError(f"{self.describe()}: cannot be committed before its end")
-        return self._end
-
     def commit(self) -> Commit:
-        """Write the parts, put them in place, commit, and remove what this unit replaces."""
-        end, unit = self.end, self.end.unit
+        """Write the parts, put them in place, commit, and remove what this unit replaces.
+
+        Returns:
+            The unit's commit; that of another attempt if it was first.
+
+        Raises:
+            AccountingError: The unit is not complete, or its rows do not add up.
+        """
+        end = self._end
+        if end is None:
+            raise AccountingError(f"{self.describe()}: cannot be committed before its end")
+        unit = end.unit
         num_listed = len(unit.items) + len(unit.failures)
         if unit.kind == "files" and end.num_items != num_listed:
             raise AccountingError(
@@ -196,7 +196,7 @@ class OpenUnit:
                 "came out of it; nothing was committed"
             )
         output = self._settings.output
-        # Read before anything is written: its rows and its ledger go into this commit.
+        # Before anything is written: the replaced unit's rows and ledger go into this commit.
         replaced = read_commit(output, unit.carried.unit_id) if unit.carried else None
         staged = self._write_parts(unit)
         commit = Commit(
@@ -209,16 +209,21 @@ class OpenUnit:
             engines=tuple(sorted(self._engines.union(replaced.engines if replaced else ()))),
             checks=add_checks(self._checks, replaced.checks if replaced else {}),
         )
-        for part, path in staged.items():
-            writing.put_file(str(path), part_url(output, part, self._unit_id))
-        writing.write_bytes(commit_url(output, self._unit_id), commit.to_json())
+        earlier = find_commit(output, self._unit_id, commit.fingerprint)
+        if earlier is not None:
+            self.discard()
+            commit = earlier
+        else:
+            for part, path in staged.items():
+                writing.put_file(str(path), part_url(output, part, self._unit_id))
+            writing.write_bytes(commit_url(output, self._unit_id), commit.to_json())
         for replaced_id in unit.replaces:
             remove_unit(output, replaced_id)
         return commit
 
     def discard(self) -> None:
-        """Forget the unit and its staged files."""
-        with contextlib.suppress(OSError):  # on a full disk closing fails, and why was said
+        """Close and remove the unit's staged files."""
+        with contextlib.suppress(OSError):  # on a full disk closing fails; it was reported
             if self._writer is not None:
                 self._writer.close()
         self._writer = None
@@ -283,10 +288,10 @@ class OpenUnit:
                 writer.write_table(table)
 
     def _rewrite_windows(self, dropped: set[str], carried: list[pa.Table]) -> None:
-        """Write the staged windows again without dropped clips, behind rows carried over.
+        """Rewrite the staged windows: rows carried over first, then all but those of dropped clips.
 
-        Only where a clip failed after some of its windows had been labelled, or where the unit
-        takes rows over.
+        Needed only if a clip failed after some of its windows had been labelled, or if the unit
+        carries rows over.
         """
         staged = self._staged_path("windows")
         source = staged.with_suffix(".all")
@@ -304,11 +309,11 @@ class OpenUnit:
         source.unlink()
 
     def _carried_tables(self, unit: WorkUnit) -> Iterator[tuple[str, pa.Table]]:
-        """Rows of a replaced unit that this one takes over, part by part."""
+        """Yield the rows of a replaced unit that this one carries over, part by part."""
         if unit.carried is None:
             return
         wanted = unit.carried.clip_ids
-        # A retry takes every good row over and tries every failed item again.
+        # A retry carries every good row over and tries every failed item again.
         for part in PARTS if wanted is not None else ("windows", "clips"):
             output, unit_id = self._settings.output, unit.carried.unit_id
             if part == "errors" and not filesystem.exists(part_url(output, part, unit_id)):
@@ -353,14 +358,14 @@ def _ledger_slice(unit: WorkUnit) -> LedgerSlice | None:
 
 
 def _ledger(unit: WorkUnit, replaced: Commit | None) -> Ledger:
-    """What a unit covers: its own items or slice, and those whose rows it takes over."""
+    """Return what a unit covers: its own items or slice, and the items that it carries over."""
     items = (*unit.items, *(failure.item for failure in unit.failures))
     own = tuple(LedgerItem(item.clip_id, item_version(item)) for item in items)
     if unit.carried is None or replaced is None:
         return Ledger(unit.kind, _ledger_slice(unit), own)
     wanted = unit.carried.clip_ids
     if wanted is None and not replaced.ledger.items:
-        return replaced.ledger  # a slice stays a slice, whichever of its items were tried again
+        return replaced.ledger  # still the whole slice, whichever items were tried again
     mine = {item.clip_id for item in own}
     others = (
         item
@@ -379,8 +384,8 @@ def _part_info(path: Path) -> PartInfo:
 class AudioProgress:
     """Seconds of audio of an open unit, counted while its clips are still being labelled.
 
-    A clip's row settles what its windows have been counted as; a failure takes it back. Windows
-    may come in any order: what is counted meanwhile is then a little less or more.
+    A clip's row corrects the count of its windows; a failure takes it back. If windows come out of
+    order, the count is slightly off until then.
     """
 
     def __init__(self) -> None:
@@ -389,7 +394,7 @@ class AudioProgress:
         self._settled: set[int] = set()
 
     def add(self, event: UnitEvent) -> float:
-        """Take the unit's next event; give the seconds to add, negative to take some back."""
+        """Take the unit's next event; return the seconds to add, negative to take some back."""
         if isinstance(event, UnitEnd) or event.item_index in self._settled:
             return 0.0
         index = event.item_index
@@ -408,7 +413,7 @@ class AudioProgress:
 class SkipCommitted(
     beam.PTransform[PCollection[WorkUnit], tuple[PCollection[WorkUnit], PCollection[UnitSummary]]]
 ):
-    """Divide units into those to do and those that another attempt has committed already.
+    """Separate the units to do from those that another attempt has committed.
 
     In: ``WorkUnit``. Out: a tuple of ``WorkUnit``s to do and ``UnitSummary``s of those done.
 
@@ -441,28 +446,15 @@ class _SkipCommittedFn(beam.DoFn):
         self._settings = settings
 
     def process(self, unit: WorkUnit) -> Iterator[WorkUnit | TaggedOutput[str, UnitSummary]]:
-        output = self._settings.output
-        if not filesystem.exists(commit_url(output, unit.unit_id)):
+        commit = find_commit(self._settings.output, unit.unit_id, self._settings.fingerprint)
+        if commit is None:
             yield unit
-            return
-        if unit.part_of is None:
-            commit = read_commit(output, unit.unit_id)
-        else:  # nobody has looked at these before
-            try:
-                commit = read_commit(output, unit.unit_id)
-            except OutputError:
-                yield unit
-                return
-            if not is_whole(output, commit):
-                yield unit
-                return
-            live_counts.windows += commit.totals.windows
-            live_counts.audio_s += commit.totals.audio_s
-        yield TaggedOutput("done", UnitSummary.of(commit, unit=unit))
+        else:
+            yield TaggedOutput("done", UnitSummary.of(commit))
 
 
-class Desk:
-    """What a step that commits has to itself: a staging folder, and a hold on the result.
+class CommitWorkspace:
+    """The staging folder of a step that commits, and its hold on the result.
 
     Args:
         settings: Where and how to write.
@@ -474,13 +466,13 @@ class Desk:
         self._hold: int | None = None
 
     def open(self) -> Path:
-        """The local folder for files that are not in place yet; from here on, the step may commit.
+        """Return the local folder for files that are not in place yet; the step may now commit.
 
         Raises:
             WriteError: The output cannot be written.
         """
         if self._staging is None:
-            # Several instances of a step may write at once: each has a folder of its own.
+            # Several instances of a step may write at once: each has its own folder.
             name = f"{self._settings.run_id}-{uuid.uuid4().hex[:8]}"
             with writing_to(self._settings.output):
                 self._staging = Path(writing.staging_path(self._settings.output, name))
@@ -488,7 +480,7 @@ class Desk:
         return self._staging
 
     def close(self) -> None:
-        """Remove the folder, and let go of the result."""
+        """Remove the folder, and release the result."""
         if self._staging is not None:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
@@ -500,11 +492,11 @@ class Desk:
 @beam.typehints.with_input_types(UnitEvent)
 @beam.typehints.with_output_types(UnitSummary)
 class CommitUnits(beam.PTransform[PCollection[UnitEvent], PCollection[UnitSummary]]):
-    """Write rows as parts and commit each unit when all of it has come.
+    """Write rows as parts, and commit each unit once it is complete.
 
     In: ``WindowRow | ClipRow | ItemFailure | UnitEnd``. Out: ``UnitSummary`` per unit. All of a
-    unit must come in one bundle, which holds while it stays in one stage with what reads it;
-    a unit that is still open at the bundle's end raises.
+    unit must come in one bundle, which holds as long as reading and committing are one stage. A
+    unit that is still open at the bundle's end raises.
 
     Args:
         settings: Where and how to write.
@@ -516,7 +508,7 @@ class CommitUnits(beam.PTransform[PCollection[UnitEvent], PCollection[UnitSummar
 
     def expand(self, events: PCollection[UnitEvent]) -> PCollection[UnitSummary]:
         """Apply the transform."""
-        # Said to Beam explicitly: it reads no annotations that are kept as text.
+        # Explicit type hints: Beam cannot read postponed annotations.
         step = beam.ParDo(_CommitUnitsFn(self._settings))
         step = step.with_input_types(UnitEvent).with_output_types(UnitSummary)
         summaries: PCollection[UnitSummary] = events | "Write and commit" >> step
@@ -527,14 +519,14 @@ class _CommitUnitsFn(beam.DoFn):
     def __init__(self, settings: CommitSettings) -> None:
         self._settings = settings
         self._open: dict[str, OpenUnit] = {}
-        self._desk = Desk(settings)
+        self._workspace = CommitWorkspace(settings)
         self._counters = {
             name: Metrics.counter("earmark", name)
             for name in ("units_committed", "clips_labelled", "items_failed", "windows_labelled")
         }
 
     def setup(self) -> None:
-        self._desk.open()
+        self._workspace.open()
 
     def start_bundle(self) -> None:
         self._discard_open()
@@ -543,7 +535,7 @@ class _CommitUnitsFn(beam.DoFn):
         unit_id = event.unit.unit_id if isinstance(event, UnitEnd) else event.unit_id
         unit = self._open.get(unit_id)
         if unit is None:
-            unit = OpenUnit(self._settings, self._desk.open(), unit_id)
+            unit = OpenUnit(self._settings, self._workspace.open(), unit_id)
             self._open[unit_id] = unit
         with timed("write"), writing_to(self._settings.output):
             unit.add(event)
@@ -552,13 +544,11 @@ class _CommitUnitsFn(beam.DoFn):
         if commit is not None:
             del self._open[unit_id]
             self._count(commit)
-            yield UnitSummary.of(commit, stage_clocks.lap(), unit.end.unit)
+            yield UnitSummary.of(commit, stage_clocks.lap())
 
     def _count(self, commit: Commit) -> None:
-        self._counters["windows_labelled"].inc(commit.totals.windows)
-        if long_id_of(commit.unit_id) is not None:  # its clip is counted where it is joined
-            return
         live_counts.units += 1
+        self._counters["windows_labelled"].inc(commit.totals.windows)
         self._counters["units_committed"].inc()
         self._counters["clips_labelled"].inc(commit.totals.clips)
         self._counters["items_failed"].inc(commit.totals.failures)
@@ -574,7 +564,7 @@ class _CommitUnitsFn(beam.DoFn):
 
     def teardown(self) -> None:
         self._discard_open()
-        self._desk.close()
+        self._workspace.close()
 
     def _discard_open(self) -> None:
         for unit in self._open.values():
@@ -586,9 +576,7 @@ def _count_live(event: UnitEvent, audio: AudioProgress) -> None:
     live_counts.audio_s += audio.add(event)
     if isinstance(event, WindowRow):
         live_counts.windows += 1
-    elif isinstance(event, UnitEnd) or long_id_of(event.unit_id) is not None:
-        return  # of a part, the clip is counted where it is joined
     elif isinstance(event, ClipRow):
         live_counts.clips += 1
-    else:
+    elif isinstance(event, ItemFailure):
         live_counts.failures += 1

@@ -1,7 +1,6 @@
 """Names and descriptions of items: clip ids, unit ids, labels and metadata as text.
 
-Part of ``sources``; import these from there. Everything made here can be written as UTF-8, whatever
-bytes a file name or a JSON text holds.
+All of them can be written as UTF-8, whatever bytes a file name or a JSON text holds.
 """
 
 from __future__ import annotations
@@ -11,100 +10,30 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transforms.errors import ItemError
 from transforms.records import ContainerSlice, Failure, Item, UnitKind
 from transforms.storage.secrets import public_text
 
-# What FFmpeg or libsndfile reads, by extension. Left out: ".ts" (mostly TypeScript), ".raw" and
-# ".pcm" (nothing says at which rate).
-# fmt: off
-AUDIO_EXTENSIONS = frozenset({
-    ".wav", ".wave", ".w64", ".rf64", ".bwf", ".flac", ".ogg", ".oga", ".opus", ".spx", ".mp3",
-    ".mp2", ".mpga", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".aac", ".m4a", ".m4b",
-    ".m4r", ".mp4", ".m4v", ".mov", ".qt", ".mkv", ".mka", ".webm", ".wma", ".wmv", ".asf", ".avi",
-    ".flv", ".f4v", ".amr", ".awb", ".3gp", ".3gpp", ".3g2", ".ac3", ".eac3", ".dts", ".ape", ".wv",
-    ".tta", ".tak", ".mpc", ".ra", ".rm", ".gsm", ".voc", ".sph", ".nist", ".dsf", ".dff", ".mpg",
-    ".mpeg", ".vob", ".ogv", ".mts", ".m2ts",
-})
-# fmt: on
-
-# Encoded bytes per second, for estimates alone: 44.1 kHz mono 16 bit for what is not compressed,
-# half of that for lossless, usual bit rates for the rest (128 kbit/s where nothing is known).
-_BYTES_PER_S = {
-    **dict.fromkeys((".wav", ".wave", ".w64", ".rf64", ".bwf", ".aif", ".aiff", ".aifc"), 88_200),
-    **dict.fromkeys((".au", ".snd", ".caf"), 88_200),
-    **dict.fromkeys((".flac", ".ape", ".wv", ".tta", ".tak"), 44_100),
-    **dict.fromkeys((".ogg", ".oga", ".opus", ".wma", ".webm"), 12_000),
-    **dict.fromkeys((".mp4", ".m4v", ".mov", ".mkv", ".avi", ".wmv", ".mpg", ".mpeg"), 250_000),
-    **dict.fromkeys((".amr", ".gsm", ".spx"), 1_600),
-}
-DEFAULT_BYTES_PER_S = 16_000
-
-
-def extension(name: str) -> str:
-    """The last extension of a file's or member's name in lower case, with its dot, or ""."""
-    base = name.rpartition("/")[2]
-    stem, dot, tail = base.rpartition(".")
-    return f".{tail.lower()}" if dot and stem else ""
-
-
-def is_audio_name(name: str) -> bool:
-    """Whether a name has an audio or video extension (and is not macOS's ``._`` shadow file)."""
-    return extension(name) in AUDIO_EXTENSIONS and not is_shadow_name(name)
-
-
-def is_shadow_name(name: str) -> bool:
-    """Whether a name is that of the file in which macOS keeps another file's attributes."""
-    return name.rpartition("/")[2].startswith("._")
-
-
-def is_tar_name(name: str) -> bool:
-    """Whether a name is that of a tar we read: ``.tar``, ``.tar.gz`` or ``.tgz``."""
-    return name.lower().endswith((".tar", ".tar.gz", ".tgz"))
-
-
-@dataclass(frozen=True)
-class WindowEstimate:
-    """Guesses how many windows something has before it is decoded.
-
-    Attributes:
-        window_s: Length of a window in seconds.
-        hop_s: From one window's start to the next's, in seconds.
-    """
-
-    window_s: float
-    hop_s: float
-
-    def of_duration(self, duration_s: float) -> int:
-        """Windows that cover ``duration_s`` seconds; at least 1."""
-        return 1 + max(0, math.ceil((duration_s - self.window_s) / self.hop_s))
-
-    def of_file(self, name: str, size: int | None) -> int:
-        """Windows to expect of a file, from its extension and its size in bytes; at least 1."""
-        bytes_per_s = _BYTES_PER_S.get(extension(name), DEFAULT_BYTES_PER_S)
-        return self.of_duration((size or 0) / bytes_per_s)
-
 
 def printable(text: str) -> str:
-    """``text`` as it can be written: a byte of a name that is not UTF-8 becomes ``%XX``."""
+    """Make a text writable as UTF-8: a byte of a name that is not UTF-8 becomes ``%XX``."""
     return _without_surrogates(text)
 
 
-# What moves the cursor, colours, ends a line or turns its direction around; lone surrogates.
+# Characters that move the cursor, set colours, end a line or reverse it, and lone surrogates.
 _NOT_SHOWN = re.compile(
     "[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def for_terminal(text: str, *, keep_lines: bool = False) -> str:
-    """``text`` as it may be shown: what a terminal would obey instead of showing it is escaped.
+    """Escape the characters that a terminal would obey instead of showing them.
 
     Args:
-        text: May hold names from anywhere.
-        keep_lines: Line breaks are meant.
+        text: Text with names from anywhere.
+        keep_lines: Keep line breaks as they are.
     """
 
     def escaped(match: re.Match[str]) -> str:
@@ -123,7 +52,7 @@ def make_clip_id(
     start_s: float | None = None,
     end_s: float | None = None,
 ) -> str:
-    """The unique, stable name of an item in a result.
+    """Return the unique, stable name of an item in a result.
 
     Args:
         uri: Absolute local path or full URL, without signature parameters.
@@ -139,7 +68,7 @@ def make_clip_id(
     """
     name = _encoded(uri)
     if member is not None:
-        # A name that itself ends like a mark of repetition must not look like one.
+        # A name that ends in "~2" must not look like a second occurrence.
         name += "#" + re.sub(r"~(?=\d+$)", "%7E", _encoded(member))
         name += f"~{occurrence}" if occurrence > 1 else ""
     if row is not None:
@@ -150,7 +79,7 @@ def make_clip_id(
 
 
 def occurrence_of(item: Item) -> int:
-    """Which member of its name an item means: what its clip id says, else the first."""
+    """Return which member of its name an item is, from 1, by its clip id."""
     if item.member is None:
         return 1
     prefix = make_clip_id(item.uri, item.member)
@@ -177,28 +106,26 @@ def make_unit_id(
     container: ContainerSlice | None = None,
     *,
     replaces: Sequence[str] = (),
-    attempt: int = 0,
 ) -> str:
-    """The name of a unit: a digest of what is in it, the same on every machine and run.
+    """Return the name of a unit: a digest of its content, the same on every machine and run.
 
     Args:
-        kind: Of the unit.
-        items: Its items; their clip ids, sizes and versions count.
-        container: Its slice; the container's name, size and version and the range count.
-        replaces: Units that it takes the place of.
-        attempt: Raise it to try the same content again under another name.
+        kind: Kind of the unit.
+        items: Its items, hashed by clip id, place, size and version.
+        container: Its slice, hashed by the container's name, size and version and the range.
+        replaces: Ids of the units that it replaces.
     Returns:
         20 hex digits (80 bits).
     """
     digest = hashlib.sha256()
-    parts: list[object] = [kind, attempt, *sorted(replaces)]
+    parts: list[object] = [kind, 0, *sorted(replaces)]  # 0: ids of existing results have it
     if container is not None:
         range_ = [container.start, container.stop]
         parts += [container.uri, container.size, container.version, *range_]
     for part in parts:
         digest.update(json.dumps(part).encode() + b"\n")
     for item in items:
-        # A clip id that a manifest gives does not say where the item lies.
+        # A clip id from a manifest does not tell where the item is stored.
         place = (item.uri, item.member, item.row, item.start_s, item.end_s)
         facts = (item.clip_id, *place, item.size, item.version)
         digest.update(json.dumps(facts).encode() + b"\n")
@@ -206,7 +133,7 @@ def make_unit_id(
 
 
 def read_failure(item: Item, error: Exception, *, is_container: bool = False) -> Failure:
-    """The row for what could not be read; the message names the cause, not the URL's secrets."""
+    """Make the row of an item that cannot be read; the message hides the URL's secrets."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     error_type = error.error_type if isinstance(error, ItemError) else type(cause).__name__
     if isinstance(error, FileNotFoundError) and error.errno is not None:
@@ -222,14 +149,14 @@ def read_failure(item: Item, error: Exception, *, is_container: bool = False) ->
 
 
 def make_truth(labels: object, label: object = None) -> tuple[str, ...] | None:
-    """The labels that an input gives.
+    """Parse the labels that an input gives.
 
     Args:
         labels: A list, or text: a JSON list, or names separated by ``;``.
         label: One name.
     Returns:
-        The names, each once, in order; None if neither says anything (an empty list does: it
-        says that there are none).
+        The names, each once, in order; None if both are missing (an empty list is not: it says
+        that there are no labels).
     """
     if labels is None and label is None:
         return None
@@ -257,10 +184,10 @@ def _label_names(value: object, *, split: bool) -> list[str]:
 
 
 def make_metadata(values: Mapping[str, object]) -> str | None:
-    """What else the input says, as the JSON text of an object; None if it says nothing.
+    """Write the other values of an input as the JSON text of an object; None if there are none.
 
-    Nulls are left out, NaN and infinities become null (JSON has none), bytes are replaced by their
-    number, and URLs lose what signs them, wherever in a text they stand.
+    Nulls are left out. NaN and infinities become null, as JSON has neither. Bytes are replaced by
+    their number, and URLs lose their signatures, wherever in a text they stand.
     """
     plain = {
         public_text(str(key)): _plain(value) for key, value in values.items() if value is not None

@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from transforms.errors import EarmarkError, ReadError, item_too_large
 from transforms.process.temp_folders import scratch_folder
-from transforms.sources.clip_ids import AUDIO_EXTENSIONS, extension
+from transforms.sources.file_kinds import extension, is_audio_name
 from transforms.storage import reading, urls
 
 _COPY_BYTES = 1 << 20
@@ -71,8 +71,7 @@ def _too_large(limits: ReadLimits, num_bytes: int | None) -> ReadError:
 @contextmanager
 def temporary_file(name: str) -> Iterator[BinaryIO]:
     """A new file with the extension of ``name``; it goes if the block ends with an exception."""
-    ending = extension(name)
-    suffix = ending if ending in AUDIO_EXTENSIONS else ""  # others may be of any length
+    suffix = extension(name) if is_audio_name(name) else ""  # others may be of any length
     with tempfile.NamedTemporaryFile(dir=scratch_folder(), suffix=suffix, delete=False) as file:
         try:
             yield cast(BinaryIO, file)

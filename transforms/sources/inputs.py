@@ -19,19 +19,22 @@ from typing import Literal, TypeVar
 from transforms.errors import ContainerError, InputError, TooManyListedError, in_words
 from transforms.records import Failure, Item
 from transforms.sources.clip_ids import (
-    extension,
     for_terminal,
-    is_audio_name,
-    is_shadow_name,
-    is_tar_name,
     make_clip_id,
     occurrence_of,
     printable,
     read_failure,
 )
 from transforms.sources.fetching import ReadLimits
-from transforms.sources.manifests import (
+from transforms.sources.file_kinds import (
     MANIFEST_EXTENSIONS,
+    NOT_AUDIO_EXTENSIONS,
+    extension,
+    is_audio_name,
+    is_shadow_name,
+    is_tar_name,
+)
+from transforms.sources.manifests import (
     ContainerRow,
     ManifestRow,
     read_manifest,
@@ -46,18 +49,6 @@ _Out = TypeVar("_Out")
 
 _INDEX_THREADS = 16
 _MAX_EXAMPLES = 5
-# Named directly, these are a mistake rather than audio under an unusual name.
-_NOT_AUDIO = frozenset(
-    f".{name}"
-    for name in (
-        *("txt", "md", "rst", "pdf", "doc", "docx", "xls", "xlsx", "html", "xml", "yaml", "yml"),
-        *("py", "ipynb", "sh", "c", "h", "cpp", "js", "ts", "log", "lock", "toml", "ini", "cfg"),
-        *("jpg", "jpeg", "png", "gif", "bmp", "svg", "webp", "tif", "tiff"),
-        *("zip", "7z", "rar", "gz", "bz2", "xz", "zst", "npy", "npz", "pkl", "pt", "pth", "bin"),
-        *("safetensors", "h5", "hdf5", "db", "sqlite", "arrow", "feather", "tfrecord"),
-        *("mid", "midi", "lab", "srt", "vtt", "textgrid", "cue", "m3u", "cls"),
-    )
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +260,7 @@ class _Finder:
             self._add_manifest(url, uri)
         elif is_tar_name(urls.file_name(url)):
             self._add_container(info, "tar")
-        elif ending in _NOT_AUDIO:
+        elif ending in NOT_AUDIO_EXTENSIONS:
             raise InputError(
                 f"{uri} is not audio, a tar, a Parquet file or a manifest (.jsonl, .csv); audio "
                 "under such a name must be renamed, or listed in a manifest"

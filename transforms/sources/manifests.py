@@ -1,11 +1,11 @@
 """Manifests: tables that list what to label, a row per item, with labels and metadata.
 
-Part of ``sources``. JSON Lines, CSV (tab-separated too) and Parquet are read as streams. A line
-that cannot be read is a failure that names the file and the line; the run goes on. A line, a record
-of CSV and a name have bounds, so that memory does not depend on what a file makes of itself.
+JSON Lines, CSV (also tab-separated) and Parquet are read as streams. A line that cannot be read is
+a failure that names the file and the line, and the next line is read. Lines, CSV records and names
+have bounds, so that memory does not depend on the file.
 
-The tables that Earmark writes (``clips``, ``errors``) are manifests: their ``truth`` and
-``metadata`` come back as they are, and what Earmark found out is left aside.
+The tables that Earmark writes (``clips``, ``errors``) are manifests too: their ``truth`` and
+``metadata`` are kept as they are, and the columns that Earmark computed are ignored.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import json
 import math
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
 from transforms.errors import ContainerError, InputError, ReadError
 from transforms.records import Failure, Item
 from transforms.sources.clip_ids import (
-    extension,
-    is_tar_name,
     make_clip_id,
     make_metadata,
     make_truth,
@@ -36,6 +36,7 @@ from transforms.sources.clip_ids import (
     read_failure,
 )
 from transforms.sources.fetching import ReadLimits
+from transforms.sources.file_kinds import MANIFEST_EXTENSIONS, extension, is_tar_name
 from transforms.sources.parquet import (
     URI_COLUMNS,
     UnreadableValue,
@@ -46,8 +47,7 @@ from transforms.sources.parquet import (
 from transforms.storage import filesystem, reading, urls
 from transforms.storage.secrets import public_text, public_uri
 
-MANIFEST_EXTENSIONS = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv"})
-_MAX_LINE_BYTES = 16 << 20  # parsed, JSON takes up to 25 times as much
+_MAX_LINE_CHARS = 16 << 20  # parsed, JSON takes up to 25 times as much memory
 _MAX_RECORD_LINES = 1000
 _MAX_NAME_CHARS = 32_768  # a signed URL has a few thousand
 _MAX_SHOWN_CHARS = 200
@@ -56,12 +56,12 @@ _MAX_SECONDS = 1e12
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """A row of a manifest that can be used.
+    """A valid row of a manifest.
 
     Attributes:
-        item: What it names; size and version are not known yet.
-        own_name: What the clip id would be if the manifest gave none; tells whether two rows
-            name the same thing.
+        item: The item that it names, without size and version.
+        own_name: The clip id that the item has unless the manifest gives one; equal for two rows
+            that name the same thing.
         where: The manifest and the line or row, for messages.
     """
 
@@ -70,7 +70,7 @@ class ManifestRow:
     where: str
 
     def with_truth_of(self, other: ManifestRow) -> ManifestRow:
-        """The same row, with another's labels after its own; each once."""
+        """Return the row with another row's labels appended, each once."""
         if other.item.truth is None:
             return self
         truth = tuple(dict.fromkeys((*(self.item.truth or ()), *other.item.truth)))
@@ -79,11 +79,11 @@ class ManifestRow:
 
 @dataclass(frozen=True, slots=True)
 class ContainerRow:
-    """A row of an errors table that names a container as a whole: it could not be read to its end.
+    """A row of an errors table for a container that could not be read to its end.
 
     Attributes:
         url: The container; may carry a signature, so it is never written or printed.
-        failure: The row to write where there is no such container to read after all.
+        failure: The row to write if the container is not one that can be read.
     """
 
     url: str
@@ -93,11 +93,11 @@ class ContainerRow:
 def read_manifest(
     url: str, max_page_bytes: int = ReadLimits().max_page_bytes
 ) -> Iterator[ManifestRow | ContainerRow | Failure]:
-    """The rows of a manifest, in order.
+    """Yield the rows of a manifest, in order.
 
     Args:
         url: The manifest.
-        max_page_bytes: Bytes of a page, decompressed, if it is a Parquet file.
+        max_page_bytes: Bound for a decompressed page of a Parquet file.
 
     Raises:
         InputError: It cannot be opened, or has no column that names files.
@@ -119,23 +119,21 @@ def read_manifest(
         yield read_failure(item, error, is_container=True)
 
 
-# A line's name, and its values or what is wrong with it.
+# A line's name, and its values or its error.
 _Lines = Iterator[tuple[str, Mapping[str, Any] | ReadError]]
 
 
 def _read_jsonl(url: str, uri: str, max_page_bytes: int) -> _Lines:
-    with reading.open_read(url) as file:
-        _check_encoding(file, uri)
-        for number, line in _lines(file):
+    with _open_text(url, uri, newline="\n") as text:
+        for number, line in enumerate(_lines(text), 1):
             name = f"line {number}"
             if isinstance(line, ReadError):
                 yield name, line
                 continue
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").strip()
-            if not text:
+            if not line.strip():
                 continue
             try:
-                values = json.loads(text)
+                values = json.loads(line)
             except (ValueError, RecursionError) as error:
                 yield name, ReadError(f"is not JSON: {error}")
                 continue
@@ -146,16 +144,14 @@ def _read_jsonl(url: str, uri: str, max_page_bytes: int) -> _Lines:
                 yield name, ReadError(f"is a JSON {kind}; expected an object")
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | ReadError]]:
-    number = 0
-    while line := file.readline(_MAX_LINE_BYTES):
-        number += 1
-        if len(line) < _MAX_LINE_BYTES or line.endswith(b"\n"):
-            yield number, line
-            continue
-        while (rest := file.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-            pass
-        yield number, ReadError(f"is longer than {_MAX_LINE_BYTES} bytes")
+@contextmanager
+def _open_text(url: str, uri: str, newline: str) -> Iterator[TextIO]:
+    with (
+        reading.open_read(url) as file,
+        io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=newline) as text,
+    ):
+        _check_encoding(file, uri)
+        yield text
 
 
 def _check_encoding(file: BinaryIO, uri: str) -> None:
@@ -168,91 +164,119 @@ def _check_encoding(file: BinaryIO, uri: str) -> None:
         )
 
 
-class _CsvLines:
-    """The lines of a CSV file, for the csv module; those of the last record can be given back.
+def _lines(text: TextIO) -> Iterator[str | ReadError]:
+    """Yield the lines of a file; an error in place of each that is too long."""
+    while line := text.readline(_MAX_LINE_CHARS):
+        if len(line) < _MAX_LINE_CHARS or line.endswith(("\n", "\r")):
+            yield line
+            continue
+        while (rest := text.readline(_MAX_LINE_CHARS)) and not rest.endswith(("\n", "\r")):
+            pass
+        yield ReadError(f"is longer than {_MAX_LINE_CHARS} characters")
+
+
+class _CsvLines(Iterator[str]):
+    """The lines of a CSV file for ``csv.reader``, with a bound for a record.
 
     Attributes:
-        number: Of the last line given, from 1.
-        taken: The lines of the record so far.
+        number: Number of the last line, from 1.
+        record: Lines of the current record so far.
     """
 
-    def __init__(self, text: TextIO, delimiter: str) -> None:
-        self._text = text
-        self._delimiter = delimiter
-        self._again: deque[str] = deque()
+    def __init__(self, text: TextIO) -> None:
+        self._lines = _lines(text)
+        self._again: deque[str | ReadError] = deque()
         self.number = 0
-        self.taken: list[str] = []
-
-    def __iter__(self) -> _CsvLines:
-        return self
+        self.record: list[str] = []
 
     def __next__(self) -> str:
-        if len(self.taken) >= _MAX_RECORD_LINES:
-            raise csv.Error(_UNCLOSED)
-        if sum(map(len, self.taken)) > _MAX_LINE_BYTES:
-            raise csv.Error(f"a record of more than {_MAX_LINE_BYTES} characters")
-        line = self._again.popleft() if self._again else self._text.readline(_MAX_LINE_BYTES)
-        if not line:
-            raise StopIteration
+        if len(self.record) >= _MAX_RECORD_LINES:
+            raise ReadError(_UNCLOSED)
+        if sum(map(len, self.record)) > _MAX_LINE_CHARS:
+            raise ReadError(f"is not CSV: a record of more than {_MAX_LINE_CHARS} characters")
+        line = self._again.popleft() if self._again else next(self._lines)
+        if isinstance(line, ReadError):
+            if self.record:  # an error of its own line
+                self._again.appendleft(line)
+                raise ReadError(_UNCLOSED)
+            self.number += 1
+            raise line
         self.number += 1
-        self.taken.append(line)
-        if len(line) >= _MAX_LINE_BYTES and not line.endswith(("\n", "\r")):
-            while (rest := self._text.readline(_MAX_LINE_BYTES)) and not rest.endswith("\n"):
-                pass
-            raise csv.Error(f"longer than {_MAX_LINE_BYTES} characters")
+        self.record.append(line)
         return line
 
-    def give_back(self) -> None:
-        """All but the first line of the record are read again, as the records they may be."""
-        self._again.extendleft(reversed(self.taken[1:]))
-        self.number -= len(self.taken) - 1
-
-    def is_unclosed(self) -> bool:
-        """Whether the record ends inside quotes, which the csv module does not mind."""
-        # Another line is a record of its own, or else becomes part of the open one.
-        return len(list(csv.reader([*self.taken, "."], delimiter=self._delimiter))) == 1
+    def restart_after_first(self) -> None:
+        """Give all but the first line of the record again, as records of their own."""
+        rest = self.record[1:]
+        self._again.extendleft(reversed(rest))
+        self.number -= len(rest)
 
 
-_UNCLOSED = f"a quote is not closed, or not within {_MAX_RECORD_LINES} lines"
+_UNCLOSED = f"is not CSV: a quote is not closed, or not within {_MAX_RECORD_LINES} lines"
+_csv_limit_lock = threading.Lock()
+
+
+@contextmanager
+def _large_csv_fields() -> Iterator[None]:
+    """Let ``csv`` parse long fields; its limit is one for the whole process."""
+    with _csv_limit_lock:
+        limit = csv.field_size_limit(_MAX_LINE_CHARS)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(limit)
+
+
+def _next_record(reader: Iterator[list[str]], lines: _CsvLines, delimiter: str) -> list[str] | None:
+    """Return the fields of the next record; None at the end.
+
+    Raises:
+        ReadError: The record is not CSV.
+    """
+    lines.record.clear()
+    try:
+        with _large_csv_fields():
+            fields = next(reader, None)
+            if len(lines.record) > 1:
+                # ``csv`` accepts a record that ends inside quotes: only there, one more line is
+                # not one more record.
+                records = csv.reader([*lines.record, "."], delimiter=delimiter)
+                if len(list(records)) == 1:
+                    raise ReadError(_UNCLOSED)
+    except csv.Error as error:
+        raise ReadError(f"is not CSV: {error}") from error
+    return fields
 
 
 def _read_csv(url: str, uri: str, max_page_bytes: int) -> _Lines:
     delimiter = "\t" if extension(urls.file_name(url)) == ".tsv" else ","
-    csv.field_size_limit(_MAX_LINE_BYTES)
-    with (
-        reading.open_read(url) as file,
-        io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text,
-    ):
-        _check_encoding(file, uri)
-        lines = _CsvLines(text, delimiter)
+    with _open_text(url, uri, newline="") as text:
+        lines = _CsvLines(text)
         reader = csv.reader(lines, delimiter=delimiter)
         try:
-            header = [name.strip() for name in next(reader, [])]
-        except csv.Error as error:
-            raise InputError(f"{printable(uri)}: its first line is not CSV: {error}") from error
+            header = [name.strip() for name in _next_record(reader, lines, delimiter) or ()]
+        except ReadError as error:
+            raise InputError(f"{printable(uri)}: its first line {error}") from error
         if not header:
             return
         if not set(header) & set(URI_COLUMNS):
             raise _no_uri_column(uri, header)
         while True:
-            start = lines.number + 1
-            lines.taken.clear()
+            line = f"line {lines.number + 1}"
             try:
-                fields = next(reader, None)
-                if len(lines.taken) > 1 and lines.is_unclosed():
-                    raise csv.Error(_UNCLOSED)
-            except csv.Error as error:
-                lines.give_back()
-                yield f"line {start}", ReadError(f"is not CSV: {error}")
+                fields = _next_record(reader, lines, delimiter)
+            except ReadError as error:
+                lines.restart_after_first()
+                yield line, error
                 continue
             if fields is None:
                 return
             if len(fields) > len(header):
                 message = f"has {len(fields)} fields, the header {len(header)}; quote the commas"
-                yield f"line {start}", ReadError(message)
+                yield line, ReadError(message)
             elif fields:
                 values = zip(header, fields, strict=False)
-                yield f"line {start}", {name: value or None for name, value in values}
+                yield line, {name: value or None for name, value in values}
 
 
 def _read_parquet(url: str, uri: str, max_page_bytes: int) -> _Lines:
@@ -261,7 +285,7 @@ def _read_parquet(url: str, uri: str, max_page_bytes: int) -> _Lines:
         if not set(names) & set(URI_COLUMNS):
             raise _no_uri_column(uri, names)
         opened.check_num_rows()
-        # Of a table of ours, only what names the items; its embeddings would be most of the bytes.
+        # Of a table of ours, only the columns used: most of its bytes are embeddings.
         columns = (
             [name for name in names if name in _COLUMNS_OF_OURS] if _is_ours(set(names)) else None
         )
@@ -295,7 +319,7 @@ _READERS: dict[str, Callable[[str, str, int], _Lines]] = {
 
 # --- Rows ----------------------------------------------------------------------------------
 
-# How the tables that Earmark writes are known, whatever format they were converted to.
+# Columns that identify the tables that Earmark writes, in whatever format.
 _ERRORS_TABLE = frozenset({"clip_id", "uri", "stage", "error_type", "message"})
 _CLIPS_TABLE = frozenset({"clip_id", "uri", "num_windows", "content_sha256"})
 _USED_OF_OURS = frozenset({"member", "row", "start_s", "end_s", "truth", "metadata"})
@@ -327,13 +351,13 @@ class _WholeContainerError(ReadError):
 def _read_row(
     url: str, line: str, values: Mapping[str, Any]
 ) -> ManifestRow | ContainerRow | Failure:
-    """The item that a row names, or why it names none."""
+    """Return the item that a row names, or a failure if it names none."""
     given = {name: value for name, value in values.items() if value is not None}
     try:
         return _make_row(url, line, given, _is_ours(values.keys()))
     except _WholeContainerError as error:
         failure = _line_failure(url, line, error)
-        # An errors table has a row of that kind for a container that could not be read to its end.
+        # An errors table has such a row for a container that could not be read to its end.
         is_of_errors = values.keys() >= _ERRORS_TABLE
         return ContainerRow(error.target, failure) if is_of_errors else failure
     except ReadError as error:
@@ -383,7 +407,7 @@ def _shown_uri(url: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as messages name it: on one line, and not all of it if it is long."""
+    """Format a value for a message: on one line, and shortened."""
     if isinstance(value, str | bytes):
         value = value[: _MAX_SHOWN_CHARS + 1]
     text = repr(value)
@@ -432,10 +456,10 @@ def _check_kind(target: str, uri: str, member: str | None, row: int | None) -> N
 
 
 def _segment(values: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Start and end in seconds; None and None for the whole.
+    """Return start and end in seconds, each None if not given.
 
     A ``duration`` without an ``offset`` is the file's length (NeMo writes it into every row), not
-    a segment, and stays metadata.
+    a segment: it stays metadata.
     """
     start_s, end_s = _number(values, "start_s"), _number(values, "end_s")
     if start_s is None and end_s is None and "offset" in values:
@@ -461,7 +485,7 @@ def _number(values: dict[str, Any], column: str) -> float | None:
         raise ReadError(f"has {column} = {_shown(value)}; expected a finite number of seconds")
     if abs(number) > _MAX_SECONDS:
         raise ReadError(f"has {column} = {_shown(value)}; expected at most {_MAX_SECONDS:g} s")
-    return None if math.isnan(number) else number  # how pandas writes "nothing"
+    return None if math.isnan(number) else number  # pandas writes a missing value like that
 
 
 def _row_number(values: dict[str, Any]) -> int | None:

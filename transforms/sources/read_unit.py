@@ -8,8 +8,7 @@ loose **items**, and **containers** (a tar, a Parquet file) whose items are foun
 
 This is the door; behind it are ``inputs`` (what the inputs hold), ``manifests``, ``units`` (cutting
 it into units), ``tar_source`` (on ``tar_headers``) and ``parquet_source`` (reading containers),
-``spooling`` (an item's bytes, within bounds), ``kept_files`` (those of long files) and ``clip_ids``
-(names).
+``spooling`` (an item's bytes, within bounds) and ``clip_ids`` (names).
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
-from transforms.sources.clip_ids import AUDIO_EXTENSIONS, make_clip_id, make_unit_id, read_failure
+from transforms.sources.clip_ids import make_clip_id, make_unit_id, read_failure
 from transforms.sources.fetching import Fetched, ReadLimits, fetch, second_name
 from transforms.sources.inputs import Container, Found, check_there, find_inputs
-from transforms.sources.kept_files import fetch_long
 from transforms.sources.parquet import read_parquet
 from transforms.sources.tar import TarReader
 from transforms.sources.units import (
@@ -31,15 +29,12 @@ from transforms.sources.units import (
     SourceSettings,
     cut_container,
     cut_containers,
-    is_long,
     limit_items,
     plan_units,
     windows_of,
-    windows_per_part,
 )
 
 __all__ = [
-    "AUDIO_EXTENSIONS",
     "Container",
     "Found",
     "ReadLimits",
@@ -49,14 +44,12 @@ __all__ = [
     "cut_container",
     "cut_containers",
     "find_inputs",
-    "is_long",
     "limit_items",
     "make_clip_id",
     "make_unit_id",
     "plan_units",
     "read_unit",
     "windows_of",
-    "windows_per_part",
 ]
 
 _DEFAULT_SETTINGS = SourceSettings()
@@ -89,11 +82,7 @@ def _read_files(items: Sequence[Item], settings: SourceSettings) -> Iterator[Enc
             while groups or fetching:
                 while groups and len(fetching) < settings.read_ahead:
                     url, same = groups.popleft()
-                    size, version, limits = same[0].size, same[0].version, settings.limits
-                    if same[0].part is None:
-                        future = pool.submit(fetch, url, size, limits)
-                    else:
-                        future = pool.submit(fetch_long, url, size, version, limits)
+                    future = pool.submit(fetch, url, same[0].size, settings.limits)
                     fetching.append((same, future))
                 same, future = fetching.popleft()
                 yield from _fetched_clips(same, future)

@@ -27,10 +27,7 @@ from typing import cast
 from transforms.errors import ContainerError, ReadError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
 from transforms.sources.clip_ids import (
-    WindowEstimate,
-    extension,
     for_terminal,
-    is_audio_name,
     make_clip_id,
     make_metadata,
     make_truth,
@@ -39,6 +36,12 @@ from transforms.sources.clip_ids import (
     read_failure,
 )
 from transforms.sources.fetching import ReadLimits, check_item_size, second_name, spool
+from transforms.sources.file_kinds import (
+    SIDECAR_EXTENSIONS,
+    WindowEstimate,
+    extension,
+    is_audio_name,
+)
 from transforms.sources.tar_headers import (
     LONG_NAME,
     MAX_NAME_CHARS,
@@ -60,7 +63,6 @@ _MAX_SIDECARS = 1000
 # Files named like "take1.5_001.wav" all have the key "take1". Past this many audio members, a
 # group ends where the name without its last extension changes, or with the next audio.
 _MAX_GROUP = 64
-_SIDECARS = frozenset({".json", ".txt", ".cls"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,7 @@ class _KeyHalves:
 
 
 def _is_sidecar(member: TarMember) -> bool:
-    return member.kind == "file" and extension(member.name) in _SIDECARS
+    return member.kind == "file" and extension(member.name) in SIDECAR_EXTENSIONS
 
 
 # --- Reading -------------------------------------------------------------------------------

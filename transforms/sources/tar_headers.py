@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from transforms.errors import ContainerError
-from transforms.sources.clip_ids import extension
 from transforms.sources.fetching import ReadLimits
+from transforms.sources.file_kinds import extension
 from transforms.storage import reading, urls
 
 _BLOCK = tarfile.BLOCKSIZE

@@ -16,22 +16,17 @@ from itertools import pairwise
 
 from transforms.records import ContainerSlice, Item, WorkUnit
 from transforms.sources.clip_ids import (
-    DEFAULT_BYTES_PER_S,
-    WindowEstimate,
     make_unit_id,
     occurrence_of,
     printable,
 )
 from transforms.sources.fetching import ReadLimits
+from transforms.sources.file_kinds import DEFAULT_BYTES_PER_S, WindowEstimate
 from transforms.sources.inputs import Container, Found, in_threads, plan_order
 from transforms.sources.tar import TarIndex, index_tar
 from transforms.storage import urls
 
 Range = tuple[int, int | None]
-
-# Parts of a long file begin at whole seconds that are starts of windows too. Where that takes parts
-# of more than so many units, no file is cut.
-MAX_UNITS_PER_PART = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,6 @@ class SourceSettings:
         hop_s: From one window's start to the next's in seconds, for estimates.
         read_ahead: Remote files fetched at the same time, before their turn.
         limits: What reading may take.
-        windows_per_part: Windows of each part of a very long file; None where none is cut.
     """
 
     windows_per_unit: int = 256
@@ -54,7 +48,6 @@ class SourceSettings:
     hop_s: float = 10.255
     read_ahead: int = 4
     limits: ReadLimits = field(default_factory=ReadLimits)
-    windows_per_part: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("windows_per_unit", "max_unit_bytes", "read_ahead"):
@@ -177,44 +170,10 @@ def cut_containers(rests: Sequence[RestOfContainer], settings: SourceSettings) -
     return [unit for units in cut for unit in units]
 
 
-def windows_per_part(windows_per_unit: int, hop_samples: int, sample_rate_hz: int) -> int | None:
-    """How many windows a part of a long file has, so that each begins at a whole second.
-
-    Then it begins at a sample of the file, whatever its rate, and at a window's start.
-
-    Args:
-        windows_per_unit: About how many there should be.
-        hop_samples: From one window's start to the next's.
-        sample_rate_hz: The model's rate.
-
-    Returns:
-        The number; None where it would be far from what it should be.
-    """
-    step = sample_rate_hz // math.gcd(hop_samples, sample_rate_hz)
-    windows = max(1, round(windows_per_unit / step)) * step
-    return windows if windows <= MAX_UNITS_PER_PART * windows_per_unit else None
-
-
-def is_long(unit: WorkUnit, settings: SourceSettings) -> bool:
-    """Whether a unit is one file of at least two parts, as far as its size tells."""
-    if unit.kind != "files" or len(unit.items) != 1 or unit.failures or unit.part_of is not None:
-        return False
-    return _is_long(unit.items[0], settings)
-
-
-def _is_long(item: Item, settings: SourceSettings) -> bool:
-    if settings.windows_per_part is None or item.member is not None or item.row is not None:
-        return False
-    is_whole = item.start_s is None and item.end_s is None
-    return is_whole and windows_of(item, settings) >= 2 * settings.windows_per_part
-
-
 def _cut_items(
     items: Sequence[Item], settings: SourceSettings, row_bytes: int = 0
 ) -> Iterator[tuple[list[Item], int]]:
     """Groups that are a unit each, and the windows expected of them.
-
-    A file that is cut into parts is a group of its own, beside those of the others.
 
     Args:
         items: In the order to be cut in.
@@ -225,9 +184,6 @@ def _cut_items(
     windows = num_bytes = 0
     for item in items:
         expected = windows_of(item, settings)
-        if not row_bytes and _is_long(item, settings):
-            yield [item], expected
-            continue
         group.append(item)
         windows += expected
         num_bytes += row_bytes or _bytes_of(item, expected, settings)

@@ -188,7 +188,7 @@ def open_filesystem(url: str, *, to_write: bool = False) -> tuple[Any, str]:
         except ImportError as error:
             extra = _EXTRAS.get(name)
             advice = (
-                f"needs the {extra} extra: pip install 'earmark[{extra}]'"
+                f"needs the extra [{extra}]: run pip install '.[{extra}]' in Earmark's checkout"
                 if extra
                 else f"needs a package that is not installed ({error})"
             )

@@ -1,14 +1,14 @@
-"""Change clips at random while a model learns from them, so that it learns no clip by heart.
+"""Change clips at random while a model learns from them, so that it memorises none.
 
     waveforms ─shift, speed, gain, sign─▶ ─mix with another clip─▶ KaldiFbank, not normalised
         ─equalizer─mask mels, frames─▶ ─normalise─▶ ─noise─roll─▶ features for the model
 
 The order, and what masks, noise and mixing do, is the original's (YuanGongND/ast
-``src/dataloader.py``), which mixes, masks, normalises, adds noise and rolls; the rest stands where
-it means the most. A piece whose setting is 0 or false gives back what it was given, bit for bit.
+``src/dataloader.py``), which mixes, masks, normalises, adds noise and rolls. The other steps come
+where they make most sense. A step whose setting is 0 or false returns its input, bit for bit.
 
-Everything is drawn from a generator that is handed in, on the CPU whatever the device of the batch
-is, so the same generator gives the same batch on every device.
+All random numbers come from a generator that the caller passes in, and are drawn on the CPU. So the
+same generator gives the same batch on every device.
 
 Shapes in comments: B clips, n samples, T frames, F mel bins.
 """
@@ -28,23 +28,23 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from pipeline.config.train import AugmentationSection
 from transforms.features.fbank_settings import LOG_FLOOR, FbankSettings
 
-# Control points of the equalizer's curve lie about so many mel bins apart: 6 of them over 128.
+# Mel bins between control points of the equalizer's curve, roughly: 6 points over 128 bins.
 _MELS_PER_CONTROL_POINT = 20
-# Log-mel values up to here are at the floor: nothing sounds there. The margin is float32's.
+# Log-mel values up to here are at the floor, that is, silent. The margin covers float32 rounding.
 _FLOOR = math.log(LOG_FLOOR)
 _FLOOR_MARGIN = 1e-4
-# soxr's quickest recipe, cubic interpolation: half the time of the next better one, and what it
-# adds near half the rate is one more change to a clip that is meant to be changed.
+# soxr's fastest recipe, cubic interpolation, takes half the time of the next better one. Its
+# artefacts near the Nyquist frequency are just another change to a clip that is to be changed.
 _RESAMPLING = "QQ"
 
 
 @dataclass(frozen=True)
 class Augment:
-    """All of it, as one section of the configuration says.
+    """All changes to clips that one section of the configuration asks for.
 
     Attributes:
-        section: What to do, and how much.
-        fbank: The model's features; its mean and std normalise.
+        section: Which changes, and how strong.
+        fbank: The model's features, with the mean and std that normalise them.
     """
 
     section: AugmentationSection
@@ -53,21 +53,21 @@ class Augment:
     def waveforms(
         self, waveforms: Tensor, lengths: Tensor, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Shift, stretch, amplify and invert clips; ``mix`` comes after it.
+        """Shift, stretch, amplify and invert clips. ``mix`` comes afterwards.
 
         Args:
-            waveforms: Shape (B, n), float32; 0 behind a clip's end.
+            waveforms: Shape (B, n), float32; 0 after a clip's end.
             lengths: Samples of each clip, shape (B,), int64.
-            rng: Draws everything.
+            rng: Source of all random numbers.
 
         Returns:
-            Both, of the same shapes. No clip becomes too short for features by it.
+            Waveforms and lengths of the same shapes. No clip becomes too short for features.
         """
         section = self.section
         if section.circular_shift:
             waveforms = shift_circularly(waveforms, lengths, rng)
         changed, changed_lengths = change_speed(waveforms, lengths, section.speed, rng)
-        # Zeros behind the end of a clip that would be shorter than a frame count as its silence.
+        # If a clip would become shorter than a frame, the zeros after it count as its silence.
         least = lengths.clamp(max=self.fbank.frame_samples)
         changed = change_gain(changed, section.gain_db, rng)
         if section.invert:
@@ -78,10 +78,10 @@ class Augment:
         """Equalize, mask, normalise, add noise and roll.
 
         Args:
-            log_mel: What ``KaldiFbank`` gives with ``feature_statistics.without_normalising``,
-                shape (B, T, F); padding is 0.
+            log_mel: Output of ``KaldiFbank`` with ``statistics.without_normalising``, shape
+                (B, T, F); padding is 0.
             lengths: Samples of each clip, shape (B,), int64, on the same device.
-            rng: Draws everything.
+            rng: Source of all random numbers.
 
         Returns:
             Normalised features of the same shape.
@@ -97,7 +97,7 @@ class Augment:
 
 
 def shift_circularly(waveforms: Tensor, lengths: Tensor, rng: np.random.Generator) -> Tensor:
-    """Roll each clip within its own length, by any number of samples; padding stays behind it."""
+    """Roll each clip within its own length by a random number of samples, without its padding."""
     shifted = waveforms.clone()
     for row, length in enumerate(lengths.tolist()):
         shift = int(rng.integers(max(1, length)))
@@ -108,22 +108,22 @@ def shift_circularly(waveforms: Tensor, lengths: Tensor, rng: np.random.Generato
 def change_speed(
     waveforms: Tensor, lengths: Tensor, speed: float, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Play each clip faster or slower, pitch and all, by a factor exp(U(-speed, speed)).
+    """Play each clip faster or slower, pitch included, by a factor exp(U(-speed, speed)).
 
     Args:
         waveforms: Shape (B, n), float32.
         lengths: Samples of each clip, shape (B,).
-        speed: The logarithm of the largest factor: 0.1 is up to 10.5 % faster.
-        rng: Draws a factor per clip.
+        speed: The logarithm of the largest factor; 0.1 is up to 10.5 % faster.
+        rng: Source of a factor per clip.
 
     Returns:
-        Waveforms of the same shape, cut at n or with 0 behind the end, and the new lengths.
+        Waveforms of the same shape, cut at n or padded with 0, and the new lengths.
     """
     if speed == 0.0:
         return waveforms, lengths
     factors = np.exp(rng.uniform(-speed, speed, lengths.shape[0]))
     num_samples = waveforms.shape[1]
-    originals = waveforms.cpu().numpy()  # soxr knows numpy alone
+    originals = waveforms.cpu().numpy()  # soxr takes numpy arrays only
     changed = np.zeros_like(originals)
     new_lengths = []
     for row, (length, factor) in enumerate(zip(lengths.tolist(), factors.tolist(), strict=True)):
@@ -138,7 +138,7 @@ def change_speed(
 
 
 def change_gain(waveforms: Tensor, gain_db: float, rng: np.random.Generator) -> Tensor:
-    """Make each clip louder or softer, by U(-gain_db, gain_db) decibels."""
+    """Make each clip louder or softer by U(-gain_db, gain_db) decibels."""
     if gain_db == 0.0:
         return waveforms
     factors = 10.0 ** (rng.uniform(-gain_db, gain_db, waveforms.shape[0]) / 20.0)
@@ -146,7 +146,7 @@ def change_gain(waveforms: Tensor, gain_db: float, rng: np.random.Generator) -> 
 
 
 def invert(waveforms: Tensor, rng: np.random.Generator) -> Tensor:
-    """Turn the sign of half of the clips, which no ear hears."""
+    """Invert the sign of about half of the clips, which is inaudible."""
     signs = np.where(rng.random(waveforms.shape[0]) < 0.5, -1.0, 1.0)
     return waveforms * _like(waveforms, signs)[:, None]
 
@@ -162,28 +162,28 @@ def mix(
     beta: float,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix clips with partners, sounds and labels alike.
+    """Mix clips with partners, both sounds and labels.
 
-    A clip's share λ is drawn from Beta(beta, beta) and the partner has 1 - λ of sound and labels;
-    of a label that both have it is the sum. As in the original, each is centred on its mean
-    before and the mixture after, a longer partner is cut and a shorter one followed by silence.
+    A clip's share λ is drawn from Beta(beta, beta), and its partner gets 1 - λ of sound and labels.
+    A label that both have gets the sum. As in the original, both are centred on their means before
+    mixing, and the mixture afterwards; a longer partner is cut, a shorter one padded with silence.
 
     Args:
         waveforms: Shape (B, n), float32.
         lengths: Samples of each clip, shape (B,).
         targets: Share of each label, shape (B, labels), float32.
-        partners: A clip for each to mix with, as ``waveforms``.
+        partners: A partner for each clip, as ``waveforms``.
         partner_lengths: As ``lengths``.
         partner_targets: As ``targets``.
-        ratio: Share of clips that are mixed; the others stay as they are, bit for bit.
-        beta: Both parameters of the distribution; 10 in the original, where λ is mostly near ½.
-        rng: Draws which clips are mixed, and their λ.
+        ratio: Share of clips that are mixed; the others are unchanged, bit for bit.
+        beta: Both parameters of the distribution; with 10, as in the original, λ is mostly near ½.
+        rng: Decides which clips are mixed, and with which λ.
 
     Returns:
         Waveforms, lengths and targets; the lengths are the clips' own.
 
     Raises:
-        ValueError: the partners' shapes are not the clips' own.
+        ValueError: The partners' shapes differ from the clips'.
 
     Source: YuanGongND/ast ``src/dataloader.py``, after Tokozume et al. 2018, arXiv:1711.10282,
         and Zhang et al. 2018, arXiv:1710.09412.
@@ -204,7 +204,7 @@ def mix(
         return waveforms, lengths, targets
     is_inside = _positions(waveforms) < lengths[:, None]  # (B, n)
     is_in_both = is_inside & (_positions(waveforms) < partner_lengths[:, None])
-    # The partner's mean is that of all of it, also of what is cut.
+    # The partner's mean includes what is cut.
     others = torch.where(is_in_both, _centred(partners, partner_lengths), 0.0)
     mixed = shares * _centred(waveforms, lengths) + (1.0 - shares) * others
     mixed = _centred(mixed, lengths)
@@ -218,7 +218,7 @@ def mix(
 
 
 def _centred(waveforms: Tensor, lengths: Tensor) -> Tensor:
-    """Each clip less the mean of its own samples; 0 behind its end."""
+    """Subtract from each clip the mean of its own samples; padding stays 0."""
     is_inside = _positions(waveforms) < lengths[:, None]
     sums = torch.where(is_inside, waveforms, 0.0).sum(dim=1, keepdim=True)
     means = sums / lengths.clamp(min=1)[:, None]
@@ -230,7 +230,7 @@ def _positions(waveforms: Tensor) -> Tensor:
 
 
 def count_frames(lengths: Tensor, fbank: FbankSettings) -> Tensor:
-    """Frames that clips of so many samples fill: ``FbankSettings.count_frames``, limited to T."""
+    """Count the frames that clips fill, as ``FbankSettings.count_frames``, but at most T."""
     frames = (lengths - fbank.frame_samples).div(fbank.hop_samples, rounding_mode="floor") + 1
     return frames.clamp(0, fbank.num_frames)
 
@@ -238,22 +238,22 @@ def count_frames(lengths: Tensor, fbank: FbankSettings) -> Tensor:
 def equalize(
     log_mel: Tensor, frames: Tensor, equalizer_db: float, rng: np.random.Generator
 ) -> Tensor:
-    """Hear each clip through another microphone: a smooth random gain over the mels.
+    """Apply a smooth random gain over the mels, as if each clip had another microphone.
 
     The gain is linear between control points about 20 mels apart, which are normal with mean 0.
-    Padding stays padding, and what is at the logarithm's floor stays there: nothing sounds in it.
+    Padding and silence (values at the logarithm's floor) are unchanged.
 
     Args:
         log_mel: Natural logarithms of power, not normalised, shape (B, T, F).
-        frames: Frames inside each clip, shape (B,), on the same device.
+        frames: Frames that each clip fills, shape (B,), on the same device.
         equalizer_db: Standard deviation of the control points in decibels.
-        rng: Draws the control points.
+        rng: Source of the control points.
     """
     if equalizer_db == 0.0:
         return log_mel
     num_clips, num_frames, num_mels = log_mel.shape
     num_points = max(2, round(num_mels / _MELS_PER_CONTROL_POINT))
-    # Decibels of power are ten times its decimal logarithm; features have the natural one.
+    # Decibels are ten times the decimal logarithm of power; features are its natural logarithm.
     points = rng.standard_normal((num_clips, 1, num_points)) * equalizer_db * math.log(10.0) / 10.0
     gain = F.interpolate(
         _like(log_mel, points), size=num_mels, mode="linear", align_corners=True
@@ -269,19 +269,18 @@ def mask_mels(features: Tensor, widest: int, rng: np.random.Generator) -> Tensor
 
 
 def mask_frames(features: Tensor, widest: int, rng: np.random.Generator) -> Tensor:
-    """Set a stretch of frames of each clip to 0; features (B, T, F) not normalised, see ``_mask``.
+    """Set a span of frames of each clip to 0; features (B, T, F) not normalised, see ``_mask``.
 
-    It may lie in padding, which has the same value.
+    It may lie in the padding, which is 0 as well.
     """
     return _mask(features, 1, widest, rng)
 
 
 def _mask(features: Tensor, axis: int, widest: int, rng: np.random.Generator) -> Tensor:
-    """Set one band per clip to 0, anywhere along an axis.
+    """Set one random band per clip to 0 along an axis.
 
-    Width and start are drawn as torchaudio's ``mask_along_axis`` draws them: as real numbers,
-    each rounded down, so that a band of ``widest`` itself comes up with probability 0 and the last
-    place of the axis is never reached.
+    Width and start are drawn as in torchaudio's ``mask_along_axis``: as real numbers, each rounded
+    down. So a band as wide as ``widest`` has probability 0, and the last position is never masked.
 
     Source: SpecAugment, Park et al. 2019, arXiv:1904.08779.
     """
@@ -301,9 +300,9 @@ def _mask(features: Tensor, axis: int, widest: int, rng: np.random.Generator) ->
 
 
 def add_noise(features: Tensor, feature_noise: float, rng: np.random.Generator) -> Tensor:
-    """Add to each value U(0, 1), times U(0, 1) per clip, times ``feature_noise``.
+    """Add U(0, 1) to each value, scaled by U(0, 1) per clip and by ``feature_noise``.
 
-    Normalised features of shape (B, T, F); 0.1 in the original's recipe for Speech Commands.
+    Features are normalised, shape (B, T, F). The original's recipe for Speech Commands uses 0.1.
     """
     if feature_noise == 0.0:
         return features
@@ -313,7 +312,7 @@ def add_noise(features: Tensor, feature_noise: float, rng: np.random.Generator) 
 
 
 def roll_frames(features: Tensor, shift_frames: int, rng: np.random.Generator) -> Tensor:
-    """Roll each clip's features along time by -shift_frames to shift_frames, padding and all."""
+    """Roll each clip's features along time, padding included, by up to ±shift_frames."""
     if shift_frames == 0:
         return features
     shifts = rng.integers(-shift_frames, shift_frames + 1, features.shape[0])
@@ -325,5 +324,5 @@ def roll_frames(features: Tensor, shift_frames: int, rng: np.random.Generator) -
 
 
 def _like(tensor: Tensor, values: npt.NDArray[np.float64]) -> Tensor:
-    """Drawn values as a tensor of another's type, on its device."""
+    """Convert drawn values to a tensor of another's type, on its device."""
     return torch.from_numpy(values).to(tensor)

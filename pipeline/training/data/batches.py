@@ -1,8 +1,8 @@
-"""Which clips an epoch consists of, in which order, and the batches made of them.
+"""The clips of an epoch, their order, and the batches made of them.
 
-A batch is a pure function of the seed, the stage, the epoch and the step. So an epoch can be made
-again after an interruption, and it does not matter which process makes which batch. Such a process
-imports this module and no more than what it needs.
+A batch is a pure function of the seed, the stage, the epoch and the step. So an epoch can be
+repeated after an interruption, and any process can make any batch. Such a process imports this
+module and little else.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pipeline.training.data.packed_clips import PackedClips
 Purpose = Literal["order", "clips", "features", "tokens", "weights"]
 _PURPOSES: dict[Purpose, int] = {"order": 0, "clips": 1, "features": 2, "tokens": 3, "weights": 4}
 
-# Of the original's gen_weight_file.py: a clip's weight is the sum over its labels of this.
+# A clip's weight is the sum over its labels of this; from the original's gen_weight_file.py.
 _BALANCE, _BALANCE_OFFSET = 1000.0, 0.01
 
 
 class Batch(NamedTuple):
-    """What the model is shown at once.
+    """One batch of clips.
 
     Attributes:
-        waveforms: Shape (B, samples), float32; 0 behind a clip's end.
-        lengths: Samples of each clip, shape (B,), int64.
+        waveforms: Shape (B, samples), float32; 0 after a clip's end.
+        lengths: Number of samples of each clip, shape (B,), int64.
         targets: Share of each label, shape (B, labels), float32.
     """
 
@@ -47,11 +47,11 @@ class BatchSettings:
 
     Attributes:
         batch_size: Clips in a batch; the last of an epoch may have fewer.
-        window_samples: Longest stretch of a clip that the model takes.
-        sampler: ``shuffle``: each clip once. ``balanced``: as many draws as clips, with
-            replacement, rare labels as often as common ones.
-        seed: Everything that is drawn follows from it.
-        stage: Number of the stage, so that two stages do not see the same batches.
+        window_samples: Longest excerpt of a clip that the model takes.
+        sampler: ``shuffle`` takes each clip once. ``balanced`` draws as many clips as there are,
+            with replacement, and rare labels as often as common ones.
+        seed: Seed of all random numbers.
+        stage: Number of the stage, so that two stages see different batches.
     """
 
     batch_size: int
@@ -61,18 +61,18 @@ class BatchSettings:
     stage: int
 
     def steps(self, num_clips: int) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches of an epoch."""
         return -(-num_clips // self.batch_size)
 
     def rng(self, purpose: Purpose, epoch: int, step: int = 0) -> np.random.Generator:
-        """The source of what is drawn for one purpose in one step."""
+        """Return the generator for one purpose in one step."""
         return np.random.default_rng((self.seed, self.stage, _PURPOSES[purpose], epoch, step))
 
 
 def order_of_epoch(
     clips: PackedClips, settings: BatchSettings, epoch: int
 ) -> npt.NDArray[np.int64]:
-    """Indices of an epoch's clips, in order; ``epoch`` counts from 0."""
+    """Return the indices of an epoch's clips in order; ``epoch`` counts from 0."""
     rng = settings.rng("order", epoch)
     if settings.sampler == "shuffle":
         return rng.permutation(len(clips))
@@ -83,7 +83,7 @@ def order_of_epoch(
 
 
 def balancing_weights(clips: PackedClips) -> npt.NDArray[np.float64]:
-    """How often to draw each clip: Σ over its labels of 1000 / (clips of the label + 0.01).
+    """Return how often to draw each clip: Σ over its labels of 1000 / (clips of the label + 0.01).
 
     Source: YuanGongND/ast egs/audioset/gen_weight_file.py.
     """
@@ -97,14 +97,14 @@ def make_batch(
     clips: PackedClips, indices: npt.NDArray[np.int64], augment: Augment, window_samples: int,
     rng: np.random.Generator,
 ) -> Batch:  # fmt: skip
-    """The batch of some clips: cut, changed and mixed as the augmentation says.
+    """Make a batch: cut the clips, change them and mix them as the augmentation says.
 
     Args:
-        clips: All of them, as mixing draws partners from all.
-        indices: Which make the batch.
-        augment: What to do to waveforms.
-        window_samples: Longest stretch of a clip.
-        rng: Draws everything.
+        clips: All clips, because mixing draws partners from all.
+        indices: The clips of the batch.
+        augment: Changes to waveforms.
+        window_samples: Longest excerpt of a clip.
+        rng: Source of all random numbers.
     """
     batch = _augmented(clips, indices, augment, window_samples, rng)
     section = augment.section
@@ -122,19 +122,19 @@ def _augmented(
     waveforms = np.zeros((indices.size, window_samples), np.float32)
     lengths = np.empty(indices.size, np.int64)
     for row, index in enumerate(indices):
-        stretch = _draw_stretch(clips, int(index), window_samples, rng)
-        waveforms[row, : stretch.size] = stretch
-        lengths[row] = stretch.size
+        excerpt = _draw_excerpt(clips, int(index), window_samples, rng)
+        waveforms[row, : excerpt.size] = excerpt
+        lengths[row] = excerpt.size
     changed, lengths_now = augment.waveforms(
         torch.from_numpy(waveforms), torch.from_numpy(lengths), rng
     )
     return Batch(changed, lengths_now, torch.from_numpy(clips.targets(indices)))
 
 
-def _draw_stretch(
+def _draw_excerpt(
     clips: PackedClips, index: int, window_samples: int, rng: np.random.Generator
 ) -> npt.NDArray[np.float32]:
-    """All of a clip, or of a longer one a window from anywhere in it."""
+    """Read a clip; of a clip longer than the window, a window from a random place."""
     num_samples = int(clips.num_samples[index])
     spare = num_samples - window_samples
     start = int(rng.integers(spare + 1)) if spare > 0 else 0
@@ -142,13 +142,13 @@ def _draw_stretch(
 
 
 class BatchLoader:
-    """Gives the batches of an epoch, made ahead in processes of their own where there are any.
+    """Gives the batches of an epoch, prefetched by processes of their own if there are any.
 
     Args:
-        clips: What to train on.
-        augment: What to do to waveforms.
+        clips: Clips to train on.
+        augment: Changes to waveforms.
         settings: How batches are made.
-        num_processes: Processes that make batches; with 0 they are made when they are taken.
+        num_processes: Processes that make batches; with 0 the caller makes each on demand.
     """
 
     def __init__(
@@ -161,13 +161,13 @@ class BatchLoader:
             batch_size=None,
             sampler=self._sampler,
             num_workers=num_processes,
-            # Never a fork: the process that trains may hold a GPU.
+            # Never fork: the training process may hold a GPU.
             multiprocessing_context="forkserver" if num_processes else None,
             persistent_workers=bool(num_processes),
         )
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, counted from 0."""
+        """Return the batches of an epoch, counted from 0."""
         self._sampler.epoch = epoch
         return iter(self._loader)
 
@@ -176,7 +176,7 @@ _Step = tuple[int, int, npt.NDArray[np.int64]]
 
 
 class _StepsOfEpoch(Sampler[_Step]):
-    """Epoch, step, and which clips make its batch."""
+    """Yields the epoch, the step and the clips of each batch."""
 
     def __init__(self, clips: PackedClips, settings: BatchSettings) -> None:
         self.epoch = 0
@@ -193,7 +193,7 @@ class _StepsOfEpoch(Sampler[_Step]):
 
 
 class _Batches(Dataset[Batch]):
-    """Batches by epoch, step and clips."""
+    """Makes a batch from its epoch, step and clips."""
 
     def __init__(self, clips: PackedClips, augment: Augment, settings: BatchSettings) -> None:
         self._clips, self._augment, self._settings = clips, augment, settings
@@ -210,12 +210,12 @@ class _Batches(Dataset[Batch]):
 
 
 def window_batches(
-    stretches: Sequence[npt.NDArray[np.float32]], batch_size: int, window_samples: int
+    samples: Sequence[npt.NDArray[np.float32]], batch_size: int, window_samples: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Waveforms (B, window_samples) and lengths (B,) of some windows, in order and unchanged."""
-    for start in range(0, len(stretches), batch_size):
-        rows = stretches[start : start + batch_size]
+    """Yield waveforms (B, window_samples) and lengths (B,) of windows, in order and unchanged."""
+    for start in range(0, len(samples), batch_size):
+        rows = samples[start : start + batch_size]
         waveforms = np.zeros((len(rows), window_samples), np.float32)
-        for row, stretch in zip(waveforms, rows, strict=True):
-            row[: stretch.size] = stretch
-        yield torch.from_numpy(waveforms), torch.tensor([stretch.size for stretch in rows])
+        for waveform, window in zip(waveforms, rows, strict=True):
+            waveform[: window.size] = window
+        yield torch.from_numpy(waveforms), torch.tensor([window.size for window in rows])

@@ -1,14 +1,15 @@
-"""Labelled clips: which to train on, which to validate with, and what their labels are.
+"""Labelled clips: which to train on, which to validate with, and their labels.
 
     Found ─clip_cache─▶ CachedClips ─split_clips─▶ training clips ───┬─resolve_labels─▶ ClipSets
                                                └─▶ validation clips ─┘
 
-Clips and labels that do not go together are an error before anything is trained, which names the
-clip, the label and what helps.
+Clips and labels that do not fit each other are an error before anything is trained. It names the
+clip, the label and the next step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import itertools
@@ -23,19 +24,20 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.train import split_hold_out
-from pipeline.labelling.plan import counted
-from pipeline.training.data.clip_cache import CachedClip, CachedClips, check_failures
-from pipeline.training.data.packed_clips import PackedClips, SampleFile
+from pipeline.terminal.wording import counted
+from pipeline.training.data.clip_cache import CachedClips
+from pipeline.training.data.failures import check_failures
+from pipeline.training.data.packed_clips import CachedClip, PackedClips, SampleFiles
 from transforms.errors import ConfigError, InputError
 from transforms.models.labels import find_label, labels_from_names
 from transforms.records import FloatArray, Item
-from transforms.sources.manifests import MANIFEST_EXTENSIONS
+from transforms.sources.file_kinds import MANIFEST_EXTENSIONS
 from transforms.sources.read_unit import Found
 
 Loss: TypeAlias = Literal["cross_entropy", "binary_cross_entropy"]
 
 _NUM_EXAMPLES = 5
-# Files of these kinds may be manifests; in a folder they are left aside.
+# Files of these kinds may be manifests; in a folder they are skipped.
 _MAYBE_MANIFESTS = MANIFEST_EXTENSIONS | {".parquet"}
 
 
@@ -49,11 +51,11 @@ def split_clips(
 
     Args:
         cached: The clips.
-        hold_out: ``COLUMN=VALUE``: clips whose metadata has this value in this column, compared as
+        hold_out: ``COLUMN=VALUE``. Clips whose metadata has this value in this column, compared as
             text, are for validation. None: no clip is.
 
     Raises:
-        ConfigError: It has not this form.
+        ConfigError: ``hold_out`` is not of this form.
         InputError: There is no such column, no clip has the value, or all have it.
     """
     if hold_out is None:
@@ -64,10 +66,10 @@ def split_clips(
 
 
 def which_are_held_out(items: Sequence[Item], hold_out: str) -> list[bool]:
-    """Of each item whether it is for validation; see ``split_clips``.
+    """Return for each item whether it is for validation; see ``split_clips``.
 
     Raises:
-        ConfigError: ``hold_out`` has not its form.
+        ConfigError: ``hold_out`` is not of its form.
         InputError: There is no such column, no item has the value, or all have it.
     """
     column, value = split_hold_out(hold_out)
@@ -83,8 +85,8 @@ def which_are_held_out(items: Sequence[Item], hold_out: str) -> list[bool]:
         raise InputError(_why_none_is_held_out(hold_out, column, columns, texts))
     if all(are_held):
         raise InputError(
-            f"--hold-out {hold_out} holds out all of {counted(len(items), 'clip')}, and nothing is "
-            f"left to train on; give a value of {column} that only some clips have"
+            f"--hold-out {hold_out} holds out all of {counted(len(items), 'clip')}, and none "
+            f"remains to train on; give a value of {column} that only some clips have"
         )
     return are_held
 
@@ -95,12 +97,14 @@ def _metadata_of(item: Item) -> Mapping[str, object]:
     try:
         values = json.loads(item.metadata)
     except ValueError as error:
-        raise InputError(f"the metadata of {item.clip_id} is not JSON: {error}; mend it") from error
+        raise InputError(
+            f"the metadata of {item.clip_id} is not JSON: {error}; correct it"
+        ) from error
     return values if isinstance(values, dict) else {}
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    """How a value may be written: as text, a number with nothing behind the point without it."""
+    """Return how a value may be written: its text, and whole numbers without decimals."""
     if isinstance(value, str):
         return (value.strip(),)
     text = json.dumps(value, ensure_ascii=False)
@@ -117,18 +121,18 @@ def _why_none_is_held_out(
     known = list(dict.fromkeys(name for values in columns for name in values))
     if not known:
         return (
-            f"--hold-out {hold_out}: the inputs say nothing of their clips but labels; expected a "
+            f"--hold-out {hold_out}: the inputs have no columns besides labels; expected a "
             f"manifest with a column {column}"
         )
     if column not in known:
         return (
-            f"--hold-out {hold_out}: no clip has a column {column}; the columns there are: "
+            f"--hold-out {hold_out}: no clip has a column {column}; the existing columns are: "
             f"{_some(known, 20)}"
         )
     values = sorted({of[0] for of in texts if of})
     return (
-        f"--hold-out {hold_out}: no clip has this value; of the {counted(len(values), 'value')} of "
-        f"{column}: {_some(values)}"
+        f"--hold-out {hold_out}: no clip has this value; {column} has "
+        f"{counted(len(values), 'value')}: {_some(values)}"
     )
 
 
@@ -138,24 +142,24 @@ def _some(texts: Sequence[str], num_shown: int = _NUM_EXAMPLES) -> str:
 
 
 def check_found(found: Found, which: str, hold_out: str | None = None) -> None:
-    """Refuse before decoding what cannot be learnt from, or measured with, after it.
+    """Refuse, before decoding, inputs that cannot be learnt from or validated with.
 
-    That is known where nothing lies in a container: what a manifest says of files is all that is
-    said of them. Whatever decodes or fails, ``split_clips`` or ``resolve_labels`` would refuse it.
+    This is certain if no item lies in a container, because only a manifest can label a file:
+    ``split_clips`` or ``resolve_labels`` would refuse the inputs however decoding ends.
 
     Args:
         found: What the inputs hold.
-        which: What they are for: ``training`` or ``validation``.
+        which: Their purpose: ``training`` or ``validation``.
         hold_out: Which of them are for validation (see ``split_clips``).
 
     Raises:
-        ConfigError: ``hold_out`` has not its form.
-        InputError: Nothing has a label, or ``hold_out`` cannot be followed.
+        ConfigError: ``hold_out`` is not of its form.
+        InputError: Nothing has a label, or ``hold_out`` cannot be applied.
     """
     if found.containers or not found.items:
         return
     sets = {which: list(found.items)}
-    # A column to hold out by is the smaller question where there are no labels at all.
+    # Without any labels, the column to hold out by is the lesser problem.
     if hold_out is not None and any(item.truth is not None for item in found.items):
         are_held = which_are_held_out(found.items, hold_out)
         sets = {
@@ -168,14 +172,14 @@ def check_found(found: Found, which: str, hold_out: str | None = None) -> None:
 
 
 def _manifest_hint(found: Found) -> str:
-    """That a manifest may be among the files of a folder that were left aside, if one may be."""
+    """Say that a manifest may be among the skipped files of a folder, if that is possible."""
     skipped = found.skipped_by_extension
     kinds = [f"{skipped[kind]:,} {kind}" for kind in sorted(_MAYBE_MANIFESTS & set(skipped))]
     if not kinds:
         return ""
     return (
-        f". Of the files in the folder {', '.join(kinds)} were left aside, as manifests count only "
-        "when they are named: if the labels are there, give that file instead of the folder"
+        f". Files in the folder that were skipped: {', '.join(kinds)}. Manifests count only when "
+        "they are named: if the labels are there, give that file instead of the folder"
     )
 
 
@@ -183,11 +187,11 @@ def _manifest_hint(found: Found) -> str:
 
 
 class ResolvedLabels(NamedTuple):
-    """Which labels are learnt.
+    """The labels to learn.
 
     Attributes:
-        names: In the order of the model's outputs.
-        warnings: What the user should be told of them.
+        names: Their names, in the order of the model's outputs.
+        warnings: Warnings for the user.
     """
 
     names: tuple[str, ...]
@@ -202,19 +206,19 @@ def resolve_labels(
     loss: Loss = "cross_entropy",
     is_held_out: bool = False,
 ) -> ResolvedLabels:
-    """The labels that a model is to learn, once it is clear that clips and labels go together.
+    """Settle the labels that a model is to learn, and check that clips and labels fit.
 
     Args:
         train: Clips to train on.
         validation: Clips to validate with; their labels must be among those to learn.
-        names: The labels of the model or of a list, in its order; None for those that the training
-            clips have, sorted.
-        loss: ``cross_entropy``: each clip has exactly one label.
-        is_held_out: The validation clips were split off the training clips.
+        names: The labels of the model or of a list, in order; None for those of the training
+            clips, sorted.
+        loss: With ``cross_entropy``, each clip must have exactly one label.
+        is_held_out: Whether the validation clips were split off the training clips.
 
     Raises:
-        InputError: A clip has no label, one that is not known, or more or fewer than the loss
-            allows; or a label cannot be both learnt and checked.
+        InputError: A clip has no label, an unknown one, or more or fewer than the loss allows; or a
+            label cannot be both learnt and validated.
     """
     known = tuple(names) if names is not None else _sorted_names(train)
     sets = [("training", train), *([("validation", validation)] if validation else [])]
@@ -224,17 +228,17 @@ def resolve_labels(
         _check_known(clips, which, known, is_from_clips=names is None)
     if not known:
         raise InputError(
-            f"{counted(len(train), 'training clip')} say that they have no label at all; give "
-            "clips that have one, or the list of labels with --labels"
+            f"{counted(len(train), 'training clip')} have empty lists of labels; give clips that "
+            "have one, or the list of labels with --labels"
         )
     if loss == "cross_entropy":
         for which, clips in sets:
             _check_one_label(clips, which, known)
         if len(known) < 2:
             raise InputError(
-                f"there is one label to learn, {known[0]!r}, and with training.loss=cross_entropy "
-                "a model of one label always says it; give clips with at least two labels, or "
-                "--set training.loss=binary_cross_entropy"
+                f"there is only one label to learn, {known[0]!r}; with training.loss=cross_entropy "
+                "a model always answers with it. Give clips with at least two labels, or --set "
+                "training.loss=binary_cross_entropy"
             )
     find = _finder(known)
     counts = np.bincount([i for clip in train for i in find(clip)], minlength=len(known))
@@ -251,9 +255,9 @@ def _sorted_names(clips: Sequence[CachedClip]) -> tuple[str, ...]:
 
 
 def _finder(names: Sequence[str]) -> Callable[[CachedClip], tuple[int, ...]]:
-    """From a clip to the indices of its labels, each once, those that are not known left out."""
+    """Make a function from a clip to the indices of its known labels, each once."""
     labels = labels_from_names(names)
-    # Texts are few and clips are many.
+    # There are few texts and many clips.
     find = functools.lru_cache(maxsize=None)(lambda text: find_label(text, labels))
 
     def indices(clip: CachedClip) -> tuple[int, ...]:
@@ -307,7 +311,7 @@ def _check_known(
         advice = "Give training clips with them, or leave those clips out"
     else:
         where = f"that are not among the {counted(len(names), 'label')} to learn"
-        advice = "Mend them, leave those clips out, or give the list of labels that is meant"
+        advice = "Correct them, leave those clips out, or give the right list of labels"
     raise InputError(
         f"{number:,} of {counted(len(clips), f'{which} clip')} have labels {where}: "
         f"{_some(described)}{more}. {advice}"
@@ -327,10 +331,10 @@ def _check_one_label(clips: Sequence[CachedClip], which: str, names: Sequence[st
     if others:
         clip, number = others[0]
         raise InputError(
-            f"{len(others):,} of {counted(len(clips), f'{which} clip')} have not exactly one "
+            f"{len(others):,} of {counted(len(clips), f'{which} clip')} do not have exactly one "
             f"label, which training.loss=cross_entropy needs; {clip.item.clip_id} has "
-            f"{number or 'none'}. Give --set training.loss=binary_cross_entropy where a clip may "
-            "have several labels or none"
+            f"{number or 'none'}. Give --set training.loss=binary_cross_entropy if a clip may have "
+            "several labels or none"
         )
 
 
@@ -340,7 +344,7 @@ def _check_learnable(
     lost = [name for name, n, c in zip(names, counts, checks, strict=True) if c and not n]
     if lost:
         raise InputError(
-            f"all clips of {counted(len(lost), 'label')} are held out, and none is left to learn "
+            f"all clips of {counted(len(lost), 'label')} are held out, and none remains to learn "
             f"from: {_some(lost)}. Hold out another value, or leave those clips out"
         )
 
@@ -352,8 +356,8 @@ def _check_not_single(
     if single:
         raise InputError(
             f"{counted(len(single), 'label')} of {len(names):,} have one clip, which cannot be "
-            f"both learnt from and checked with: {_some(single)}. Add clips, leave those out, or "
-            "give the list of labels with --labels to say that it is meant"
+            f"used for both training and validation: {_some(single)}. Add clips, leave those out, "
+            "or give the list of labels with --labels to confirm that it is meant"
         )
 
 
@@ -368,7 +372,7 @@ def _label_warnings(names: Sequence[str], counts: npt.NDArray[np.int64]) -> Iter
     spellings = Counter(_spelling(name) for name in names)
     alike = [name for name in names if spellings[_spelling(name)] > 1]
     if alike:
-        yield f"Labels that differ in spelling alone are learnt as different ones: {_some(alike)}."
+        yield f"Labels that differ only in spelling are learnt as different ones: {_some(alike)}."
 
 
 def _spelling(name: str) -> str:
@@ -378,52 +382,35 @@ def _spelling(name: str) -> str:
 # --- Clips with labels ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledClip:
-    """A clip to train on or to validate with.
-
-    Attributes:
-        item: What it is.
-        labels: Indices of its labels, each once.
-        offset: Its first sample in the cache's flat file.
-        num_samples: How many samples it has.
-    """
-
-    item: Item
-    labels: tuple[int, ...]
-    offset: int
-    num_samples: int
-
-
 @dataclass(frozen=True)
 class ClipSet:
-    """Clips with labels; reading one decodes nothing. Pickled, it carries no samples.
+    """Clips with labels. Reading one decodes nothing; pickling the set leaves samples out.
 
     Attributes:
-        file: Where the samples are.
+        files: The samples.
         sample_rate_hz: Their rate.
         clips: The clips, in the cache's order.
-        label_names: What the labels' indices mean.
+        label_names: The names that the labels' indices stand for.
     """
 
-    file: SampleFile
+    files: SampleFiles
     sample_rate_hz: int
-    clips: tuple[LabelledClip, ...]
+    clips: tuple[CachedClip, ...]
     label_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def samples(self, index: int, start: int = 0, stop: int | None = None) -> FloatArray:
-        """Samples [start, stop) of a clip, float32; all of them by default.
+        """Read samples [start, stop) of a clip, float32; all of them by default.
 
         Raises:
-            ValueError: The clip has not so many.
+            ValueError: The clip has fewer.
         """
-        return self.file.read_clip(self.clips[index], start, stop)
+        return self.files.read_clip(self.clips[index], start, stop)
 
     def targets(self) -> FloatArray:
-        """1 where a clip has a label, else 0; shape (clips, labels), float32, made once."""
+        """Return 1 where a clip has a label, else 0; shape (clips, labels), float32, read-only."""
         return self._targets
 
     @functools.cached_property
@@ -435,16 +422,16 @@ class ClipSet:
         return targets
 
     def counts(self) -> dict[str, int]:
-        """How many clips have each label."""
+        """Count the clips of each label."""
         numbers = Counter(index for clip in self.clips for index in clip.labels)
         return {name: numbers[index] for index, name in enumerate(self.label_names)}
 
 
 def pack_clips(clips: ClipSet) -> PackedClips:
-    """The same clips without what only people need to know of them."""
+    """Return the same clips as arrays, without what only people need to know."""
     counts = [len(clip.labels) for clip in clips.clips]
     return PackedClips(
-        file=clips.file,
+        files=clips.files,
         offsets=np.array([clip.offset for clip in clips.clips], np.int64),
         num_samples=np.array([clip.num_samples for clip in clips.clips], np.int64),
         labels=np.array([index for clip in clips.clips for index in clip.labels], np.int32),
@@ -456,25 +443,23 @@ def pack_clips(clips: ClipSet) -> PackedClips:
 def label_clips(
     cached: CachedClips, clips: Sequence[CachedClip], label_names: Sequence[str]
 ) -> ClipSet:
-    """Clips of a cache with their labels, which ``resolve_labels`` has checked."""
+    """Make a set of a cache's clips with their labels, which ``resolve_labels`` has checked."""
     find = _finder(label_names)
     return ClipSet(
-        file=cached.file,
+        files=cached.files,
         sample_rate_hz=cached.sample_rate_hz,
-        clips=tuple(
-            LabelledClip(clip.item, find(clip), clip.offset, clip.num_samples) for clip in clips
-        ),
+        clips=tuple(dataclasses.replace(clip, labels=find(clip)) for clip in clips),
         label_names=tuple(label_names),
     )
 
 
 class ClipSets(NamedTuple):
-    """What a model is trained on and validated with.
+    """The clips that a model is trained and validated on.
 
     Attributes:
         train: Clips to train on.
         validation: Clips to validate with, or None.
-        warnings: What the user should be told.
+        warnings: Warnings for the user.
     """
 
     train: ClipSet
@@ -491,18 +476,18 @@ def make_clip_sets(
     loss: Loss = "cross_entropy",
     max_failed: float = 0.0,
 ) -> ClipSets:
-    """Divide the clips, settle the labels, and put both together.
+    """Divide the clips, settle the labels, and join both.
 
     Args:
-        cached: Clips to train on, and those to hold out.
-        cached_validation: Clips to validate with, where they are an input of their own.
+        cached: Clips to train on, including those to hold out.
+        cached_validation: Clips to validate with, if they are an input of their own.
         hold_out: Which clips are for validation (see ``split_clips``); not with the former.
         label_names: The labels to learn (see ``resolve_labels``).
-        loss: What the model is trained with.
-        max_failed: Share of the items of either that may have failed (see ``check_failures``).
+        loss: The loss that the model is trained with.
+        max_failed: Share of the items of either that may fail (see ``check_failures``).
 
     Raises:
-        ConfigError: ``hold_out`` has not its form.
+        ConfigError: ``hold_out`` is not of its form.
         InputError: See ``check_failures``, ``split_clips`` and ``resolve_labels``.
         ValueError: Both ``cached_validation`` and ``hold_out`` are given.
     """
@@ -528,13 +513,13 @@ def make_clip_sets(
 
 
 def _shared_warnings(train: Sequence[CachedClip], checked: Sequence[CachedClip]) -> Iterator[str]:
-    """Validation clips that are training clips too, to the last byte."""
+    """Warn of validation clips that are identical to training clips."""
     known = {_content_of(clip) for clip in train}
     shared = [clip.item.clip_id for clip in checked if _content_of(clip) in known]
     if shared:
         yield (
             f"{len(shared):,} of {counted(len(checked), 'validation clip')} have the same content "
-            f"as a training clip, so that the figures promise too much: {_some(shared)}."
+            f"as a training clip, so the figures are too good: {_some(shared)}."
         )
 
 
@@ -543,10 +528,10 @@ def _content_of(clip: CachedClip) -> tuple[str, float | None, float | None]:
 
 
 def _odd_warnings(clips: Sequence[CachedClip]) -> Iterator[str]:
-    """Clips that were decoded in part, or with something wrong."""
+    """Warn of clips that were decoded only in part, or with something wrong."""
     odd = [clip for clip in clips if clip.warning is not None]
     if odd:
         yield (
-            f"{counted(len(odd), 'clip')} could be decoded with a warning; one of them: "
+            f"{counted(len(odd), 'clip')} decoded with a warning; one of them: "
             f"{odd[0].item.clip_id}: {odd[0].warning}."
         )

@@ -1,16 +1,17 @@
-"""Clips as a process that makes batches needs them: where their samples lie, and their labels.
+"""Clips as the processes that make batches need them: where their samples lie, and their labels.
 
-    cache ─clip_cache─▶ SampleFile ─dataset─▶ PackedClips ─▶ batches, in processes of their own
+    cache ─clip_cache─▶ SampleFiles ─dataset─▶ PackedClips ─▶ batches, in processes of their own
 
-Everything that such a process unpickles of clips is here, and this module imports next to nothing:
-there may be many of these processes, and each has to start.
+There may be many such processes, and each has to start. So everything of clips that is pickled for
+them is defined here, and this module imports next to nothing.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,51 +28,53 @@ STORED_DTYPES: dict[CacheDtype, np.dtype[Any]] = {
 INT16_SCALE = 32_768.0  # steps of int16 samples from 0 to 1
 
 
-class Located(Protocol):
-    """A clip that knows where it lies in a flat file of samples."""
+@dataclass(frozen=True, slots=True)
+class CachedClip:
+    """A decoded clip and where it lies in its cache.
 
-    @property
-    def item(self) -> Item:
-        """What it is."""
-
-    @property
-    def offset(self) -> int:
-        """Its first sample in the file."""
-
-    @property
-    def num_samples(self) -> int:
-        """How many samples it has."""
-
-
-class SampleFile:
-    """The flat file of a cache, mapped when it is first read; what is pickled is its name alone.
-
-    Args:
-        path: The file.
-        dtype: What its samples are stored as.
+    Attributes:
+        item: What it is, with its labels and metadata.
+        offset: Its first sample, counted through all files of the cache.
+        num_samples: Number of samples.
+        content_sha256: Hex digest of the encoded bytes (the whole file, for a segment).
+        warning: What is wrong with a clip that was decoded all the same, or None.
+        labels: Indices of its labels, each once. Empty until the labels to learn are known.
     """
 
-    def __init__(self, path: Path, dtype: CacheDtype) -> None:
-        self.path = path
-        self.dtype: CacheDtype = dtype
-        self._samples: npt.NDArray[Any] | None = None
+    item: Item
+    offset: int
+    num_samples: int
+    content_sha256: str
+    warning: str | None = None
+    labels: tuple[int, ...] = ()
 
-    def __reduce__(self) -> tuple[type[SampleFile], tuple[Path, CacheDtype]]:
-        return SampleFile, (self.path, self.dtype)
 
-    def __repr__(self) -> str:
-        return f"SampleFile({str(self.path)!r}, {self.dtype!r})"
+@dataclass(frozen=True)
+class SampleFiles:
+    """The samples of a cache, in a file per unit, addressed as if the files were one.
 
-    def read_clip(self, clip: Located, start: int, stop: int | None) -> FloatArray:
-        """A copy of the samples [start, stop) of a clip, float32, nominally in [-1, 1].
+    Attributes:
+        folder: Where the files lie.
+        names: Their names, in the order of the units.
+        starts: Number of samples before each file.
+        dtype: How samples are stored.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    starts: tuple[int, ...]
+    dtype: CacheDtype
+
+    def read_clip(self, clip: CachedClip, start: int, stop: int | None) -> FloatArray:
+        """Read samples [start, stop) of a clip, float32, nominally in [-1, 1].
 
         Args:
-            clip: Where it lies.
+            clip: The clip.
             start: First sample, counted from the start of the clip.
             stop: One past the last; None for the clip's end.
 
         Raises:
-            ValueError: The clip has not so many.
+            ValueError: The clip has fewer samples.
         """
         stop = clip.num_samples if stop is None else stop
         if not 0 <= start <= stop <= clip.num_samples:
@@ -82,10 +85,21 @@ class SampleFile:
         return self.read(clip.offset + start, clip.offset + stop)
 
     def read(self, start: int, stop: int) -> FloatArray:
-        """A copy of the samples [start, stop) of the file, whatever clip they are of."""
-        if self._samples is None:
-            self._samples = np.memmap(self.path, STORED_DTYPES[self.dtype], mode="r")
-        samples = np.array(self._samples[start:stop], np.float32)
+        """Read samples [start, stop), which lie in one file.
+
+        Raises:
+            OSError: The file is gone, or shorter than it was.
+        """
+        number = bisect_right(self.starts, start) - 1
+        path, stored = self.folder / self.names[number], STORED_DTYPES[self.dtype]
+        offset = (start - self.starts[number]) * stored.itemsize
+        raw = np.fromfile(path, stored, stop - start, offset=offset)
+        if raw.size < stop - start:
+            raise OSError(
+                f"{path} has become shorter: {raw.size} of {stop - start} samples could be read. "
+                "Run the same command again to decode its clips again."
+            )
+        samples = raw.astype(np.float32, copy=False)
         if self.dtype == "int16":
             samples /= np.float32(INT16_SCALE)
         return samples
@@ -93,21 +107,22 @@ class SampleFile:
 
 @dataclass(frozen=True)
 class PackedClips:
-    """What making batches needs of clips, in arrays.
+    """The facts of clips from which batches are made, in arrays.
 
-    Of millions of clips it takes tens of bytes each where a ``ClipSet`` takes a kilobyte, and
-    every process that makes batches has its own.
+    A clip takes tens of bytes here and a kilobyte in a ``ClipSet``. With millions of clips that
+    matters, because every process that makes batches holds its own.
 
     Attributes:
-        file: Where the samples are.
-        offsets: Each clip's first sample in the file, shape (clips,), int64.
-        num_samples: How many it has, shape (clips,), int64.
-        labels: Indices of the labels of all clips, one clip's behind the other's, int32.
-        bounds: Where a clip's labels begin, shape (clips + 1,), int64; the last is where they end.
-        num_labels: How many labels there are to have.
+        files: The samples.
+        offsets: Each clip's first sample in the files, shape (clips,), int64.
+        num_samples: Its number of samples, shape (clips,), int64.
+        labels: Indices of the labels of all clips, one clip after the other, int32.
+        bounds: Where each clip's labels begin, shape (clips + 1,), int64; the last is where they
+            end.
+        num_labels: Number of labels that there are.
     """
 
-    file: SampleFile
+    files: SampleFiles
     offsets: npt.NDArray[np.int64]
     num_samples: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int32]
@@ -118,12 +133,12 @@ class PackedClips:
         return self.offsets.size
 
     def samples(self, index: int, start: int, stop: int) -> FloatArray:
-        """Samples [start, stop) of a clip, float32; it must have so many."""
+        """Read samples [start, stop) of a clip, which must have them, float32."""
         offset = int(self.offsets[index])
-        return self.file.read(offset + start, offset + stop)
+        return self.files.read(offset + start, offset + stop)
 
     def targets(self, indices: npt.NDArray[np.int64]) -> FloatArray:
-        """1 where a clip has a label, else 0; shape (indices, labels), float32."""
+        """Return 1 where a clip has a label, else 0; shape (indices, labels), float32."""
         targets = np.zeros((indices.size, self.num_labels), np.float32)
         for row, index in zip(targets, indices, strict=True):
             row[self.labels[self.bounds[index] : self.bounds[index + 1]]] = 1.0

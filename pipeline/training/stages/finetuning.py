@@ -2,8 +2,8 @@
 
     batch ─▶ features ─mask, noise, shift─▶ model ─▶ loss ─▶ step ─▶ weights ─▶ averages of them
 
-Optimizer, schedule and averaging are torch's own. Per epoch the model is validated, and with
-averaging its average too.
+Optimizer, schedule and averaging are torch's own. Each epoch validates the model, and its average
+if there is one.
 """
 
 from __future__ import annotations
@@ -42,26 +42,27 @@ from pipeline.training.stages.steps import (
 from pipeline.training.stages.validation import Scorer, Validation, parameters_are_finite, validate
 from transforms.errors import TrainingError
 from transforms.features.fbank import KaldiFbank
-from transforms.models.ast.model import NUM_PREFIX_TOKENS, ASTForAudioClassification
+from transforms.models.ast.model import ASTForAudioClassification
+from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
 
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 
 
 @dataclass(frozen=True)
 class FinetuningSettings:
-    """How labels are taught.
+    """Settings of the stage.
 
     Attributes:
-        epochs: How many.
-        loss: Of logits against targets.
-        optimizer: Which, and how it averages.
-        learning_rate: At its highest.
+        epochs: Number of epochs.
+        loss: Loss of logits against targets.
+        optimizer: The optimizer and its settings.
+        learning_rate: Highest learning rate.
         schedule: How the learning rate changes.
-        averaging: What average of the weights is kept, if any.
-        trained_layers: Blocks at the top that learn; None for everything.
-        precision: Of the forward pass; weights and loss are float32.
-        validate_every: Epochs from one validation to the next; the last epoch always has one.
-        metric: What decides which epoch is the best.
+        averaging: Average of the weights that is kept, if any.
+        trained_layers: Number of blocks at the top that learn; None for the whole model.
+        precision: Precision of the forward pass; weights and loss are float32.
+        validate_every: Epochs between validations; the last epoch is always validated.
+        metric: Metric by which the best epoch is chosen.
     """
 
     epochs: int
@@ -77,10 +78,10 @@ class FinetuningSettings:
 
 
 class Best(NamedTuple):
-    """The epoch that validation says is the best.
+    """The best epoch by validation.
 
     Attributes:
-        epoch: Which, from 1.
+        epoch: Its number, from 1.
         figure: Its metric.
         loss: Its validation loss.
     """
@@ -91,21 +92,21 @@ class Best(NamedTuple):
 
 
 def is_better(now: Best, before: Best | None) -> bool:
-    """Whether an epoch is the best so far: by the metric, and if it ties by the lower loss.
+    """Return whether an epoch is the best so far: by the metric, then by the lower loss.
 
-    On few clips the metric has few values, and ties are common; the loss still tells them apart.
+    With few clips the metric has few values and ties are common; the loss breaks them.
     """
     return before is None or (now.figure, -now.loss) > (before.figure, -before.loss)
 
 
 def classification_loss(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
-    """The loss of a batch, in float32.
+    """Compute the loss of a batch in float32.
 
     Args:
         logits: Shape (B, labels).
         targets: Share of each label, shape (B, labels), in [0, 1]; for cross-entropy each row
             adds up to 1.
-        loss: Which.
+        loss: The kind of loss.
     """
     if loss == "cross_entropy":
         return F.cross_entropy(logits.float(), targets)
@@ -113,12 +114,12 @@ def classification_loss(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
 
 
 def freeze_all_but(model: ASTForAudioClassification, trained_layers: int | None) -> None:
-    """Leave as they are the embeddings and all blocks but the top ones.
+    """Freeze the embeddings and all blocks but the top ones.
 
     Args:
-        model: Its head always learns.
-        trained_layers: How many blocks at the top learn, with the final norm; None for all, and
-            the embeddings too; 0 for the head alone.
+        model: The model; its head always learns.
+        trained_layers: Number of blocks at the top that learn, with the final norm. None for all
+            and the embeddings; 0 for the head alone.
     """
     if trained_layers is None:
         return
@@ -134,8 +135,8 @@ class Averages:
     """The average of a model's weights that a recipe asks for, if any.
 
     Args:
-        model: Whose weights are averaged.
-        section: Which average.
+        model: The model whose weights are averaged.
+        section: The kind of average.
     """
 
     def __init__(self, model: ASTForAudioClassification, section: AveragingSection) -> None:
@@ -149,18 +150,18 @@ class Averages:
 
     @property
     def model(self) -> ASTForAudioClassification | None:
-        """A model with the average, once there is one."""
+        """Model with the averaged weights; None before there are any."""
         if self._averaged is None or not int(self._averaged.n_averaged):
             return None
         return cast(ASTForAudioClassification, self._averaged.module)
 
     def after_step(self, model: nn.Module) -> None:
-        """Take the weights into a moving average."""
+        """Add the weights to a moving average."""
         if self._averaged is not None and self._section.moving_decay is not None:
             self._averaged.update_parameters(model)
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
-        """Take the weights into a mean over epochs; ``epoch`` counts from 0."""
+        """Add the weights to a mean over epochs; ``epoch`` counts from 0."""
         first, last = self._section.first_epoch, self._section.last_epoch
         if self._averaged is None or first is None or last is None:
             return
@@ -168,11 +169,11 @@ class Averages:
             self._averaged.update_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average; empty without one."""
+        """Return the state of the average; empty without one."""
         return {} if self._averaged is None else self._averaged.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         if self._averaged is not None:
             self._averaged.load_state_dict(state)
 
@@ -181,14 +182,14 @@ class FinetuningStage:
     """Teaches the labels of clips; see the module.
 
     Args:
-        model: On its device; it is changed.
-        train: What to learn from.
-        validation: What to measure on; None for nothing.
-        augment: What is done to clips.
+        model: The model, on its device; it is changed.
+        train: Clips to learn from.
+        validation: Clips to validate with, or None.
+        augment: Changes to clips.
         log_mel: Makes log-mel features that are not normalised, on the model's device.
         scorer: How to validate.
         batches: How batches are made.
-        settings: How to teach.
+        settings: Settings of the stage.
         num_loaders: Processes that make batches.
     """
 
@@ -226,8 +227,8 @@ class FinetuningStage:
         )
 
     def run_epoch(self, epoch: int, on_step: Callable[[int, int, float], None]) -> Row:
-        """As ``Stage.run_epoch``."""
-        # Dropout is all that still draws from torch's own state.
+        """Run an epoch; see ``Stage.run_epoch``."""
+        # Only dropout still draws from torch's own state.
         torch.manual_seed(int(self._batches.rng("weights", epoch).integers(2**63)))
         self.model.train()
         losses = [
@@ -262,7 +263,7 @@ class FinetuningStage:
         return value
 
     def _check_weights(self, epoch: int) -> None:
-        """A step may ruin them though its loss was a number; nothing of it is to be saved."""
+        """Refuse to save weights that a step has ruined even though its loss was finite."""
         if not parameters_are_finite(self.model):
             raise TrainingError(
                 f"{self.name} has made weights NaN or infinite by the end of epoch {epoch + 1}, at "
@@ -292,7 +293,7 @@ class FinetuningStage:
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``Stage.state_dict``."""
+        """Return the state; see ``Stage.state_dict``."""
         return {
             "model": self.model.state_dict(),
             "stepper": self._stepper.state_dict(),
@@ -301,7 +302,7 @@ class FinetuningStage:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As ``Stage.load_state_dict``."""
+        """Restore the state; see ``Stage.load_state_dict``."""
         self.model.load_state_dict(state["model"])
         self._stepper.load_state_dict(state["stepper"])
         self.averages.load_state_dict(state["averages"])
@@ -317,5 +318,5 @@ def _figures(validation: Validation, whose: str) -> Row:
 
 
 def copy_for_saving(model: ASTForAudioClassification) -> ASTForAudioClassification:
-    """The model as it is now, on the CPU and out of training."""
+    """Return a copy of the model on the CPU, in evaluation mode."""
     return copy.deepcopy(model).cpu().eval()

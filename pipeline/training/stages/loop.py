@@ -1,10 +1,9 @@
-"""Run the stages of a training epoch by epoch, and go on where an earlier run was killed.
+"""Run the stages of a training epoch by epoch, and resume a run that was killed.
 
-After every epoch the whole state is written, in one file that is replaced whole: weights,
-optimizer, averages, history. All that is drawn follows from the seed and the epoch's number, so an
-epoch that was cut short is done again from the state before it. On a CPU it has the same result. A
-GPU adds numbers up in another order each time, so weights are kept only of epochs that the state
-knows to be done.
+After every epoch the whole state (weights, optimizer, averages, history) replaces the one before in
+one step. All random numbers follow from the seed and the epoch's number, so an epoch that was cut
+short is repeated from the state before it. On a CPU the result is the same. A GPU sums in another
+order each time, so weights are kept only of epochs that the saved state contains.
 """
 
 from __future__ import annotations
@@ -35,20 +34,20 @@ class Stage(Protocol):
     epochs: int
 
     def run_epoch(self, epoch: int, on_step: Callable[[int, int, float], None]) -> Row:
-        """Do one epoch, counted from 0; gives its figures.
+        """Run an epoch and return its figures.
 
         Args:
-            epoch: Which.
-            on_step: Told the step (from 1), the number of steps and the step's loss.
+            epoch: Its number, from 0.
+            on_step: Called with the step (from 1), the number of steps and the step's loss.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next epoch depends on: tensors and plain values."""
+        """Return everything that the next epoch depends on: tensors and plain values."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         ...
 
 
@@ -57,8 +56,8 @@ class Progress:
     """How far a training is.
 
     Attributes:
-        stage: Which stage is at work, from 0; the number of stages when all are done.
-        epoch: Epochs of that stage that are done.
+        stage: Number of the current stage, from 0; the number of stages when all are done.
+        epoch: Number of epochs of that stage that are done.
         history: The figures of every epoch so far.
     """
 
@@ -77,20 +76,20 @@ def run_stages(
     on_epoch: Callable[[Stage, Row, list[Row]], None],
     on_saved: Callable[[Stage, int], None],
 ) -> Progress:
-    """Run every epoch that is not done yet.
+    """Run the remaining epochs.
 
     Args:
-        stages: In order.
+        stages: The stages in order.
         folder: Where the state is kept.
-        fingerprint: Of what is trained; a state of another training is not taken over.
-        on_resume: Told the stage that an earlier run was at, and its epochs that are done.
-        on_step: Told the stage, the epoch (from 0), the step (from 1), the number of steps and
-            the loss.
-        on_epoch: Told the stage, the epoch's figures and all figures so far, before the state is
-            written: what it writes is written again if the epoch is done again.
-        on_saved: Told the stage and its epochs that are done, which the state has by now: this
-            epoch is never done again. It is told again of the last one when an earlier run is gone
-            on with, which may have been killed before.
+        fingerprint: Digest of what is trained; the state of another training is refused.
+        on_resume: Called with the stage that an earlier run was in, and its epochs done.
+        on_step: Called with the stage, the epoch (from 0), the step (from 1), the number of steps
+            and the loss.
+        on_epoch: Called with the stage, the epoch's figures and all figures so far, before the
+            state is saved. If the epoch is repeated, so is this call.
+        on_saved: Called with the stage and its epochs done, once the state is saved: this epoch is
+            never repeated. Called again for the last one when a run is resumed, because the
+            earlier run may have been killed before the call.
     """
     progress = load_progress(stages, folder, fingerprint)
     if progress.history:
@@ -116,10 +115,10 @@ def run_stages(
 
 
 def save_progress(progress: Progress, stage: Stage, folder: str, fingerprint: str) -> None:
-    """Write the state, whole or not at all.
+    """Save the state, whole or not at all.
 
     Raises:
-        WriteError: It cannot be written; the one before it stays.
+        WriteError: It cannot be written; the state before it stays.
     """
     content = io.BytesIO()
     state = {
@@ -137,7 +136,7 @@ def save_progress(progress: Progress, stage: Stage, folder: str, fingerprint: st
 
 
 def load_progress(stages: Sequence[Stage], folder: str, fingerprint: str) -> Progress:
-    """How far an earlier run came, with its stage's state loaded; the beginning if there is none.
+    """Return how far an earlier run came, with its stage's state loaded; or the start.
 
     Raises:
         OutputError: The state is damaged, or of another training.
@@ -146,18 +145,18 @@ def load_progress(stages: Sequence[Stage], folder: str, fingerprint: str) -> Pro
     if not filesystem.exists(url):
         return Progress()
     try:
-        # To the CPU: what loads it has a device of its own, and room there for one copy.
+        # To the CPU: the stages copy it to their device, which may not have room for two copies.
         content = io.BytesIO(reading.read_bytes(url))
         state = torch.load(content, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise OutputError(
-            f"{url} cannot be read as the state of a training ({type(error).__name__}). Start anew "
-            "with --overwrite."
+            f"{url} cannot be read as the state of a training ({type(error).__name__}). Start "
+            "again with --overwrite."
         ) from error
     if state.get("version") != _STATE_VERSION or state.get("fingerprint") != fingerprint:
         raise OutputError(
-            f"{url} is the state of another training; start anew with --overwrite, or give another "
-            "--output."
+            f"{url} is the state of another training; start again with --overwrite, or give "
+            "another --output."
         )
     progress = Progress(state["stage"], state["epoch"], list(state["history"]))
     stages[progress.stage].load_state_dict(state["state"])

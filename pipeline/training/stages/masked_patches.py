@@ -1,10 +1,10 @@
-"""Teach an AST to fill in what is hidden of a spectrogram, before it learns any label.
+"""Teach an AST to fill in the hidden parts of a spectrogram, before it learns any label.
 
     features ─most patches hidden─▶ AST on the rest ─▶ decoder ─▶ every patch ─▶ error of the hidden
 
-A masked autoencoder: the encoder is the AST itself, and sees the class and distillation tokens and
-the patches that are kept; the decoder is small and is thrown away afterwards. What the encoder has
-learned of sounds is where training with labels then starts.
+A masked autoencoder. The encoder is the AST itself, which sees the class and distillation tokens
+and the kept patches. The decoder is small and is discarded afterwards. Training with labels then
+starts from the encoder's weights.
 
 Sources: He et al. 2021, arXiv:2111.06377; for spectrograms Huang et al. 2022, arXiv:2207.06405, and
 Baade et al. 2022, arXiv:2203.16691.
@@ -21,28 +21,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transforms.models.ast.model import (
-    NUM_PREFIX_TOKENS,
-    ASTConfig,
-    ASTLayer,
-    ASTModel,
-    initialise_from_scratch,
-)
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTLayer, ASTModel, initialise_from_scratch
+from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
 
-# Attention heads of the decoder are about so wide.
+# Approximate width of the decoder's attention heads.
 _DECODER_HEAD_WIDTH = 32
 # Added to a patch's variance, so that silence does not become loud noise.
 _VARIANCE_OFFSET = 1e-2
 
 
 class MaskedPatchDecoder(nn.Module):
-    """Guesses the values of every patch from the tokens of those that were kept.
+    """Predicts the values of every patch from the tokens of the kept ones.
 
     Args:
-        config: The encoder's.
-        width: Width W of a token in here.
-        num_layers: Transformer blocks.
-        generator: Where fresh weights are drawn from; None for torch's own.
+        config: The encoder's configuration.
+        width: Width W of a token in the decoder.
+        num_layers: Number of transformer blocks.
+        generator: Source of the initial weights; None for torch's own.
     """
 
     def __init__(
@@ -71,10 +67,10 @@ class MaskedPatchDecoder(nn.Module):
         initialise_from_scratch(self, generator=generator)
 
     def forward(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """Guess patches.
+        """Predict all patches.
 
         Args:
-            tokens: What the encoder made of the prefix tokens and the kept patches, shape
+            tokens: The encoder's output for the prefix tokens and the kept patches, shape
                 (B, 2 + K, D).
             kept: Indices of these patches, shape (B, K), int64.
 
@@ -93,17 +89,17 @@ class MaskedPatchDecoder(nn.Module):
 
 
 def _num_heads(width: int) -> int:
-    """The most heads of at least ``_DECODER_HEAD_WIDTH`` that divide the width; one at least."""
+    """Return the largest number of heads that divides the width and leaves each wide enough."""
     most = max(1, width // _DECODER_HEAD_WIDTH)
     return next(number for number in range(most, 0, -1) if width % number == 0)
 
 
 def patches_of(features: Tensor, config: ASTConfig) -> Tensor:
-    """Cut features into the patches that the model's tokens stand for.
+    """Cut features into the patches that the model's tokens represent.
 
     Args:
         features: Shape (B, T, F).
-        config: Its patch size and strides; patches overlap where these are smaller.
+        config: Gives the patch size and the strides; patches overlap if the strides are smaller.
 
     Returns:
         Shape (B, N, patch_size²): patches frequency-major, and so are the values in each.
@@ -115,16 +111,16 @@ def patches_of(features: Tensor, config: ASTConfig) -> Tensor:
 
 
 def draw_kept(num_clips: int, num_patches: int, ratio: float, rng: np.random.Generator) -> Tensor:
-    """Draw which patches each clip keeps when a share of them is hidden or dropped.
+    """Draw the patches that each clip keeps when a share of them is hidden or dropped.
 
     Args:
-        num_clips: Clips B.
-        num_patches: Patches of each.
-        ratio: Share to do without, in [0, 1), rounded to whole patches; one always stays.
-        rng: Draws them, for each clip anew.
+        num_clips: Number of clips B.
+        num_patches: Number of patches of each clip.
+        ratio: Share to drop, in [0, 1), rounded to whole patches; at least one is kept.
+        rng: Source of the patches, which differ from clip to clip.
 
     Returns:
-        Indices in ascending order, shape (B, patches kept), int64, on the CPU.
+        Indices in ascending order, shape (B, kept patches), int64, on the CPU.
     """
     num_kept = max(1, num_patches - round(ratio * num_patches))
     order = rng.random((num_clips, num_patches)).argsort(axis=1)
@@ -134,38 +130,38 @@ def draw_kept(num_clips: int, num_patches: int, ratio: float, rng: np.random.Gen
 def masked_patch_loss(
     model: ASTModel, decoder: MaskedPatchDecoder, features: Tensor, kept: Tensor
 ) -> Tensor:
-    """How far the guesses of the hidden patches are off: the mean squared error.
+    """Compute the mean squared error of the predicted hidden patches.
 
-    Each patch is normalised by its own mean and variance first, so that the model must guess what
-    is in it rather than how loud it is; guessing 0 everywhere has a loss of just under 1.
+    Each patch is normalised by its own mean and variance first, so that the model must predict its
+    content rather than its loudness. Predicting 0 everywhere has a loss of just under 1.
 
     Args:
         model: The encoder.
-        decoder: Made for it.
+        decoder: The decoder for it.
         features: Normalised features, shape (B, T, F).
-        kept: The patches that the encoder sees, shape (B, K), int64, on the same device.
+        kept: Indices of the patches that the encoder sees, shape (B, K), int64, same device.
 
     Returns:
-        A scalar, float32 whatever autocast does.
+        A scalar, always float32.
 
     Raises:
-        ValueError: no patch is hidden, or a shape does not fit.
+        ValueError: No patch is hidden, or a shape does not fit.
     """
     if kept.shape[1] >= decoder.num_patches:
         raise ValueError(
-            f"kept has {kept.shape[1]} of {decoder.num_patches} patches, so that none is hidden; "
-            "keep fewer: pretraining.masked_ratio says how many are hidden"
+            f"kept has {kept.shape[1]} of {decoder.num_patches} patches, so none is hidden; "
+            "expected fewer. Raise pretraining.masked_ratio."
         )
     guessed = decoder(model.forward_tokens(features, kept), kept).float()
     errors = (guessed - _normalised(patches_of(features.float(), model.config))).square()
     is_hidden = torch.ones(errors.shape[:2], device=errors.device).scatter(1, kept, 0.0)  # (B, N)
-    # Not indexed by it, which would wait for the device.
+    # Multiplied rather than indexed: indexing would wait for the device.
     loss: Tensor = (errors.mean(dim=2) * is_hidden).sum() / is_hidden.sum()
     return loss
 
 
 def _normalised(patches: Tensor) -> Tensor:
-    """Each patch less its mean, by its standard deviation; (B, N, values)."""
+    """Normalise each patch by its own mean and standard deviation; (B, N, values)."""
     centred = patches - patches.mean(dim=2, keepdim=True)
     variance = patches.var(dim=2, keepdim=True)
     return centred / (variance + _VARIANCE_OFFSET).sqrt()

@@ -1,4 +1,4 @@
-"""The stage that comes before labels: guess hidden patches of the clips to learn from."""
+"""The stage before labels: predict hidden patches of the training clips."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _MAX_GRADIENT_NORM = 1.0
 
 
 class PretrainingStage:
-    """Teaches a model to guess hidden patches; the decoder goes when it is over.
+    """Teaches a model to predict hidden patches; the decoder is discarded afterwards.
 
     Args:
-        model: On its device; its encoder is changed.
-        train: What to learn from; labels do not matter.
-        augment: What is done to clips, except for masks, noise and dropped patches.
+        model: The model, on its device; its encoder is changed.
+        train: Clips to learn from; labels do not matter.
+        augment: Changes to clips; masks, noise and dropped patches are left out.
         log_mel: Makes log-mel features that are not normalised, on the model's device.
         batches: How batches are made.
-        section: How to teach.
-        precision: Of the forward pass.
+        section: Settings of the stage.
+        precision: Precision of the forward pass.
         num_loaders: Processes that make batches.
     """
 
@@ -62,7 +62,7 @@ class PretrainingStage:
         num_loaders: int,
     ) -> None:
         self.epochs = section.epochs
-        # A mask would be a second way to hide, and noise is not to be guessed.
+        # Masks would hide twice, and noise cannot be predicted.
         clean = {"masked_mels": 0, "masked_frames": 0, "feature_noise": 0.0}
         section_of_clips = augment.section.model_copy(update=clean)
         self._augment = dataclasses.replace(augment, section=section_of_clips)
@@ -93,11 +93,11 @@ class PretrainingStage:
         )
 
     def run_epoch(self, epoch: int, on_step: Callable[[int, int, float], None]) -> Row:
-        """As ``Stage.run_epoch``."""
+        """Run an epoch; see ``Stage.run_epoch``."""
         self._both.train()
         learning_rate = self._stepper.learning_rate
         losses = []
-        # Hiding patches is change enough; dropout would only make the guesses worse.
+        # Hiding patches is enough of a regulariser; dropout would only make predictions worse.
         with without_dropout(self._encoder):
             for step, batch in enumerate(self._loader.epoch(epoch)):
                 value = self._run_step(batch, epoch, step)
@@ -124,18 +124,18 @@ class PretrainingStage:
         return value
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``Stage.state_dict``."""
+        """Return the state; see ``Stage.state_dict``."""
         return {"modules": self._both.state_dict(), "stepper": self._stepper.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As ``Stage.load_state_dict``."""
+        """Restore the state; see ``Stage.load_state_dict``."""
         self._both.load_state_dict(state["modules"])
         self._stepper.load_state_dict(state["stepper"])
 
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """No dropout anywhere in a model, though it is in training."""
+    """Switch off all dropout of a model that is in training mode."""
     dropouts = [part for part in model.modules() if isinstance(part, nn.Dropout)]
     attentions = [part for part in model.modules() if isinstance(part, ASTAttention)]
     before = [part.p for part in dropouts], [part.dropout for part in attentions]

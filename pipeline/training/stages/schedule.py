@@ -1,10 +1,9 @@
-"""The learning rate of every step, as a factor of the one that is configured.
+"""The learning rate of every step, as a factor of the configured one.
 
-Two things shape it, and their factors are multiplied: a warm-up over the first steps, and a decay
-from epoch to epoch. With ``kind: multistep`` both are those of the original code (YuanGongND/ast
-``src/traintest.py``), down to its habit of raising the rate every 50 steps only, which lets the
-first 50 pass at a rate of 0. A step's factor follows from its number alone, so training that goes
-on after an interruption goes on at the same rate.
+It is the product of a warm-up over the first steps and a decay from epoch to epoch. With
+``kind: multistep`` both are those of the original code (YuanGongND/ast ``src/traintest.py``), which
+raises the rate only every 50 steps, so the first 50 have a rate of 0. The factor follows from the
+step's number alone, so a resumed training continues at the same rate.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from pipeline.config.train import ScheduleSection
 def schedule_factor(
     schedule: ScheduleSection, step: int, steps_per_epoch: int, epochs: int
 ) -> float:
-    """What the learning rate is multiplied by at one step.
+    """Return the factor of the learning rate at one step.
 
     Args:
-        schedule: How the rate goes.
+        schedule: The shape of the schedule.
         step: Number of the optimizer's step, from 0 over all epochs. Schedulers also ask for the
-            one after the last, which nobody takes: all epochs are completed there.
+            step after the last, where all epochs are completed.
         steps_per_epoch: Steps in each epoch.
-        epochs: All of them.
+        epochs: Number of epochs.
 
     Returns:
         A factor in [0, 1].
 
     Raises:
-        ValueError: there is no such step.
+        ValueError: There is no such step.
     """
     if not 0 <= step <= steps_per_epoch * epochs:
         raise ValueError(
@@ -41,9 +40,9 @@ def schedule_factor(
 
 
 def warmup_factor(schedule: ScheduleSection, step: int) -> float:
-    """The warm-up's part, from 0 up to 1: proportional to the step, updated every few steps.
+    """Return the warm-up's factor, from 0 to 1: proportional to the step, updated every few steps.
 
-    Past ``warmup_steps`` it is 1, also where the last update before did not reach that.
+    After ``warmup_steps`` it is 1, even if the last update before did not reach 1.
     """
     if schedule.warmup_steps == 0 or step > schedule.warmup_steps:
         return 1.0
@@ -52,14 +51,14 @@ def warmup_factor(schedule: ScheduleSection, step: int) -> float:
 
 
 def decay_factor(schedule: ScheduleSection, completed_epochs: int, epochs: int) -> float:
-    """The decay's part, which changes between epochs alone.
+    """Return the decay's factor, which changes only between epochs.
 
     Args:
         schedule: ``multistep`` multiplies the rate by ``decay_factor`` after the epoch
             ``decay_start_epoch`` and after every ``decay_every_epochs`` from there. ``cosine``
             is the half wave ½ (1 + cos(π · completed / epochs)), above 0 in the last epoch.
-        completed_epochs: Epochs that are over, from 0.
-        epochs: All of them.
+        completed_epochs: Number of epochs that are completed.
+        epochs: Number of epochs.
 
     Source: torch's ``MultiStepLR`` and ``CosineAnnealingLR``; Loshchilov and Hutter 2017,
         arXiv:1608.03983, for the cosine.

@@ -1,4 +1,4 @@
-"""One optimizer step after another, whatever is learnt: precision, gradients, learning rate."""
+"""Optimizer steps, whatever is learnt: precision, gradients, learning rate."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from transforms.errors import TrainingError
 Precision = Literal["fp32", "bf16", "fp16"]
 IF_DIVERGED = (
     "Lower optimizer.learning_rate, set optimizer.max_gradient_norm to 1, or use --precision fp32; "
-    "then start anew with --overwrite. What was saved of the epochs before stays."
+    "then start again with --overwrite. What was saved of earlier epochs stays."
 )
 _AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Matrix products in half precision, where that is asked for."""
+    """Return a context in which matrix products use half precision, if it is asked for."""
     dtype = _AUTOCAST_TYPES.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -29,15 +29,15 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def make_optimizer(
     model: nn.Module, section: OptimizerSection, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """torch's Adam, or AdamW.
+    """Make torch's Adam or AdamW.
 
-    Adam's weight decay is an L2 penalty on every weight, as in the original. AdamW's goes to
-    matrices alone: biases, norms, tokens and positions are left out, as is usual for transformers.
+    Adam's weight decay is an L2 penalty on every weight, as in the original. AdamW's applies only
+    to matrices, and not to biases, norms, tokens and positions, as is usual for transformers.
 
     Args:
-        model: What is not frozen of it is changed.
-        section: Which optimizer, and how.
-        learning_rate: At its highest; the section's own may be null.
+        model: The model; its frozen weights are left out.
+        section: The optimizer and its settings.
+        learning_rate: Highest learning rate; the section's own may be null.
     """
     betas = section.betas[0], section.betas[1]
     if section.name == "adam":
@@ -59,15 +59,15 @@ def make_optimizer(
 
 
 class Stepper:
-    """One optimizer step after another: gradients, their bound, the learning rate.
+    """Takes optimizer steps: gradients, their bound, the learning rate.
 
     Args:
-        modules: Whose weights change.
-        optimizer: Over those weights.
-        factor: What the learning rate is multiplied by, by step from 0.
-        num_steps: How many steps there will be.
-        max_gradient_norm: Bound of the gradients' norm; None for none.
-        scaled: Scale the loss, as float16's gradients need.
+        modules: The modules whose weights change.
+        optimizer: The optimizer of those weights.
+        factor: Returns the factor of the learning rate at a step, from 0.
+        num_steps: Number of steps in all.
+        max_gradient_norm: Bound of the gradients' norm, or None.
+        scaled: Whether to scale the loss, as float16 gradients need.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Stepper:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     def step(self, loss: Tensor) -> None:
-        """Change the weights against the loss."""
+        """Take a step against the gradient of the loss."""
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
         if self._max_norm is not None:
@@ -106,7 +106,7 @@ class Stepper:
         self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer, schedule and scale."""
+        """Return the state of optimizer, schedule and scale."""
         return {
             "optimizer": self._optimizer.state_dict(),
             "steps": self._scheduler.last_epoch,
@@ -114,14 +114,14 @@ class Stepper:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         self._optimizer.load_state_dict(state["optimizer"])  # the learning rate with it
         self._scheduler.last_epoch = state["steps"]
         self._scaler.load_state_dict(state["scaler"])
 
 
 def checked_loss(loss: Tensor, stage: str, epoch: int, step: int, learning_rate: float) -> float:
-    """The loss as a number.
+    """Return the loss as a number.
 
     Raises:
         TrainingError: It is NaN or infinite.
@@ -136,6 +136,6 @@ def checked_loss(loss: Tensor, stage: str, epoch: int, step: int, learning_rate:
 
 
 def weighted_mean(losses: Iterable[tuple[float, int]]) -> float:
-    """The mean loss of clips, from batches' mean losses and numbers of clips."""
+    """Return the mean loss per clip from the mean losses and sizes of batches."""
     pairs = list(losses)
     return math.fsum(loss * count for loss, count in pairs) / sum(count for _, count in pairs)

@@ -1,8 +1,8 @@
 """Score clips with a model in training, as ``earmark label`` would with the finished one.
 
-The same windows, features, precision and aggregate: a clip's scores are the maximum over its
-windows where labels are independent, the mean where they exclude each other. What it prints in an
-epoch is what ``earmark evaluate`` finds afterwards.
+Windows, features, precision and aggregate are the same: a clip's scores are the maximum over its
+windows if labels are independent, and the mean if they exclude each other. So ``earmark evaluate``
+finds the figures that an epoch printed.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from transforms.features.windows import WindowSettings, cut_windows
 from transforms.inference.backbones import TORCH_DTYPES
 from transforms.models.ast.model import ASTForAudioClassification, ASTModel
 
-# Windows whose samples are held at once; 10 s of float32 are 0.64 MB.
+# Windows in memory at once; 10 s of float32 are 0.64 MB.
 _WINDOWS_AT_ONCE = 256
-# Scores are taken no nearer to 0 and 1 than this, where their logarithm would be infinite.
+# Scores are kept this far from 0 and 1, where the logarithm would be infinite.
 _SCORE_MARGIN = 1e-7
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """What is needed to score clips, beside the model.
+    """Everything that scoring clips needs besides the model.
 
     Attributes:
         fbank: Makes normalised features, on the model's device.
         windows: How clips are cut.
         batch_size: Windows per call of the model.
-        activation: From logits to scores, which also decides the aggregate.
-        precision: Of the backbone.
+        activation: Turns logits into scores; it also decides the aggregate.
+        precision: Precision of the backbone.
     """
 
     fbank: KaldiFbank
@@ -53,10 +53,10 @@ class Scorer:
 
 
 class Validation(NamedTuple):
-    """How a model does on clips whose labels are known.
+    """The figures of a model on clips whose labels are known.
 
     Attributes:
-        metrics: Accuracy and the like.
+        metrics: Accuracy and other metrics.
         loss: See ``loss_of_scores``.
     """
 
@@ -65,7 +65,7 @@ class Validation(NamedTuple):
 
 
 def validate(model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer) -> Validation:
-    """The figures of a model on clips whose labels are known.
+    """Measure a model on clips whose labels are known.
 
     Raises:
         TrainingError: A score is NaN.
@@ -90,7 +90,7 @@ def loss_of_scores(
     targets: npt.NDArray[np.float32],
     activation: Literal["sigmoid", "softmax"],
 ) -> float:
-    """The loss that clips' scores have, which are those of all their windows together.
+    """Compute the loss of clips from their scores.
 
     Args:
         scores: Shape (clips, labels), in [0, 1].
@@ -100,7 +100,7 @@ def loss_of_scores(
             binary cross-entropy, the mean over the labels.
 
     Returns:
-        The mean over the clips; at most about 16.1, as scores count as 1e-7 away from 0 and 1.
+        The mean over the clips; at most about 16.1, because scores are kept 1e-7 from 0 and 1.
     """
     likely = np.clip(scores.astype(np.float64), _SCORE_MARGIN, 1.0 - _SCORE_MARGIN)
     has_label = targets > 0
@@ -112,13 +112,13 @@ def loss_of_scores(
 def score_clips(
     model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer
 ) -> npt.NDArray[np.float32]:
-    """Every clip's score of every label, shape (clips, labels)."""
+    """Score every clip for every label; shape (clips, labels)."""
     scores = np.empty((len(clips), len(clips.label_names)), np.float32)
     was_training = model.training
     model.eval()
     backbone = _in_precision(model, scorer.precision)
-    for first, stretches, counts in _groups(clips, scorer.windows):
-        rows = _score_windows(model, backbone, stretches, scorer)
+    for first, samples, counts in _groups(clips, scorer.windows):
+        rows = _score_windows(model, backbone, samples, scorer)
         start = 0
         for clip, count in enumerate(counts, start=first):
             rows_of_clip = rows[start : start + count]
@@ -132,21 +132,21 @@ def score_clips(
 def _groups(
     clips: ClipSet, windows: WindowSettings
 ) -> Iterator[tuple[int, list[npt.NDArray[np.float32]], list[int]]]:
-    """Windows of whole clips, about ``_WINDOWS_AT_ONCE`` together: first clip, windows, counts."""
-    first, stretches, counts = 0, list[npt.NDArray[np.float32]](), list[int]()
+    """Group whole clips to about ``_WINDOWS_AT_ONCE``: first clip, windows, windows of each."""
+    first, samples, counts = 0, list[npt.NDArray[np.float32]](), list[int]()
     for index, clip in enumerate(clips.clips):
         cuts = cut_windows(clips.samples(index, 0, clip.num_samples), windows)
-        stretches += [cut.samples for cut in cuts]
+        samples += [cut.samples for cut in cuts]
         counts.append(len(cuts))
-        if len(stretches) >= _WINDOWS_AT_ONCE:
-            yield first, stretches, counts
-            first, stretches, counts = index + 1, [], []
+        if len(samples) >= _WINDOWS_AT_ONCE:
+            yield first, samples, counts
+            first, samples, counts = index + 1, [], []
     if counts:
-        yield first, stretches, counts
+        yield first, samples, counts
 
 
 def _in_precision(model: ASTForAudioClassification, precision: Precision) -> ASTModel:
-    """The backbone as ``earmark label`` runs it: its very weights in half precision."""
+    """Return the backbone as ``earmark label`` runs it: the weights too in half precision."""
     backbone = model.audio_spectrogram_transformer
     if precision == "fp32":
         return backbone
@@ -157,13 +157,13 @@ def _in_precision(model: ASTForAudioClassification, precision: Precision) -> AST
 def _score_windows(
     model: ASTForAudioClassification,
     backbone: ASTModel,
-    stretches: list[npt.NDArray[np.float32]],
+    samples: list[npt.NDArray[np.float32]],
     scorer: Scorer,
 ) -> npt.NDArray[np.float32]:
     weight = next(backbone.parameters())
     rows = []
     for waveforms, lengths in window_batches(
-        stretches, scorer.batch_size, scorer.windows.window_samples
+        samples, scorer.batch_size, scorer.windows.window_samples
     ):
         features = scorer.fbank(waveforms.to(weight.device), lengths.to(weight.device))
         logits = model.classifier(backbone.embed(features.to(weight.dtype)).float())
@@ -173,5 +173,5 @@ def _score_windows(
 
 
 def parameters_are_finite(model: nn.Module) -> bool:
-    """Whether every weight is a number; one that is not never becomes one again."""
+    """Return whether every weight is finite; one that is not never becomes so again."""
     return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())

@@ -92,7 +92,7 @@ def test_one_label_per_clip_has_accuracy_and_confusion() -> None:
     assert metrics.classes[4].recall is None
 
 
-def test_a_clip_with_two_labels_or_none_leaves_no_accuracy() -> None:
+def test_with_a_clip_of_two_labels_or_none_there_is_no_accuracy() -> None:
     truth = np.eye(5, dtype=np.bool_)
     scores = np.eye(5, dtype=np.float32)
     assert compute_metrics(truth, scores, NAMES).accuracy == 1.0
@@ -109,7 +109,7 @@ def test_a_perfect_model_is_infinitely_far() -> None:
     assert metrics.d_prime == math.inf
 
 
-def test_nothing_but_empty_truth_has_no_means() -> None:
+def test_an_empty_truth_has_no_means() -> None:
     metrics = compute_metrics(np.zeros((3, 5), np.bool_), np.ones((3, 5), np.float32), NAMES)
     assert (metrics.mean_average_precision, metrics.mean_auc, metrics.d_prime) == (None,) * 3
 
@@ -123,7 +123,7 @@ def test_nothing_but_empty_truth_has_no_means() -> None:
         (np.zeros((2, 5), bool), np.full((2, 5), np.nan), "NaN"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_arrays_that_do_not_fit_are_refused(
     truth: npt.NDArray[np.bool_], scores: npt.NDArray[np.float64], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):

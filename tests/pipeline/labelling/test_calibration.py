@@ -67,7 +67,7 @@ def test_few_clips_give_further_windows(tiny_model: Path, tmp_path: Path) -> Non
     assert len(sampled(plan, 100)) == 6  # all there are
 
 
-def test_what_cannot_be_decoded_is_passed_over(tiny_model: Path, tmp_path: Path) -> None:
+def test_clips_that_cannot_be_decoded_are_skipped(tiny_model: Path, tmp_path: Path) -> None:
     folder = write_clips(tmp_path / "clips", 2)
     (folder / "01.wav").write_bytes(b"no audio")
     plan = plan_of(tiny_model, folder)
@@ -142,5 +142,5 @@ def test_with_nothing_to_calibrate_on_int8_is_an_error(label: Label, tmp_path: P
     folder.mkdir()
     (folder / "a.wav").write_bytes(b"no audio")
     assert label(folder) == 2
-    assert "int8, and not one clip that it could be calibrated on can be decoded" in label.said
+    assert "int8, and no clip to calibrate it on can be decoded" in label.said
     assert not (label.out / "_commits").exists()

@@ -13,6 +13,7 @@ import soundfile
 from pipeline.config.label import RunConfig
 from pipeline.labelling.estimate import estimate_work, run_plan, windows_of_first
 from pipeline.labelling.plan import make_plan
+from tests.support.labelling import small_config
 from tests.support.unit_factory import make_item
 from transforms.records import Failure, WorkUnit
 
@@ -20,16 +21,9 @@ RATE_HZ = 16_000
 
 
 def config_of(model: Path, *inputs: Path, **changes: object) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "inputs": [str(path) for path in inputs],
-            "model": {"name": str(model)},
-            "inference": {"precision": "fp32", "device": "cpu", "batch_size": 1},
-            "decode": {"processes": 1},
-            "units": {"windows": 8},
-            **changes,
-        }
-    )
+    inference = {"precision": "fp32", "device": "cpu", "batch_size": 1}
+    values = {"inference": inference, "units": {"windows": 8}, "output": None, **changes}
+    return small_config(model, Path(), *inputs, **values)
 
 
 def write_noise(path: Path, duration_s: float) -> Path:

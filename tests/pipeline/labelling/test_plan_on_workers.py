@@ -23,6 +23,7 @@ from pipeline.labelling.run import fits_job, plan_on_workers, run_label
 from pipeline.result.verify import run_verify
 from pipeline.terminal.time_report import UNTIMED
 from tests.pipeline.labelling.test_run import write_clip
+from tests.support.labelling import small_config
 from tests.support.unit_factory import file_unit
 from tests.transforms.sources.test_tar_headers import tar_of
 from transforms.errors import ConfigError, InputError
@@ -94,16 +95,9 @@ class Label:
         self.model = model
 
     def config(self, inputs: list[str], output: Path, **changes: Any) -> RunConfig:
-        values: dict[str, Any] = {
-            "inputs": inputs,
-            "output": str(output),
-            "quiet": True,
-            "model": {"name": str(self.model)},
-            "inference": {"device": "cpu", "precision": "fp32", "check_windows": 0},
-            "decode": {"processes": 1},
-            "max_failed": 1.0,
-        }
-        return RunConfig.model_validate(values | changes)
+        inference = {"device": "cpu", "precision": "fp32", "check_windows": 0}
+        values = {"inference": inference, "max_failed": 1.0, **changes}
+        return small_config(self.model, output, *inputs, **values)
 
     def here(self, inputs: list[str], output: Path, **changes: Any) -> int:
         return run_label(self.config(inputs, output, units={"windows": 2}, **changes), [])

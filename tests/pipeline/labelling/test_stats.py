@@ -16,9 +16,10 @@ from pipeline.config.label import RunConfig
 from pipeline.labelling.plan import make_plan
 from tests.support import audio_factory
 from transforms.decoding.decode import decode_whole
-from transforms.features.fbank import ASTFeatureExtractor, FbankSettings, extract_fbank
-from transforms.features.statistics import without_normalising
+from transforms.features.fbank import FbankSettings, extract_fbank
+from transforms.features.fbank_settings import without_normalising
 from transforms.features.windows import WindowSettings, cut_windows
+from transforms.models.ast.feature_extractor import ASTFeatureExtractor
 
 RATE_HZ = 16_000
 
@@ -123,7 +124,7 @@ def test_as_original_differs_and_repeats(stats: Stats, clips: Path) -> None:
     assert first.figures[0] > plain[0] + 0.5
 
 
-def test_what_is_written_is_what_transformers_and_label_take(
+def test_transformers_and_label_take_the_written_file(
     stats: Stats, clips: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     import transformers
@@ -148,17 +149,19 @@ def test_what_is_written_is_what_transformers_and_label_take(
         assert plan.run["results"]["mean"] == said.figures[0]
 
 
-def test_figures_that_are_there_are_not_replaced(stats: Stats, clips: Path, tmp_path: Path) -> None:
+def test_existing_figures_are_not_replaced(stats: Stats, clips: Path, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("mine")
     said = stats(clips, "-o", tmp_path)
     assert said.code == 2
-    assert "is there already, and would be replaced; give another --output" in said.err
+    assert "exists, and would be replaced; give another --output" in said.err
     assert (tmp_path / "preprocessor_config.json").read_text() == "mine"
     assert stats(clips, "-o", tmp_path, "--overwrite").code == 0
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["mean"] < 0
 
 
-def test_what_cannot_be_measured_is_said(stats: Stats, clips: Path, tmp_path: Path) -> None:
+def test_items_that_cannot_be_measured_are_reported(
+    stats: Stats, clips: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "mix"
     folder.mkdir()
     (folder / "bad.wav").write_bytes(b"no audio" * 100)

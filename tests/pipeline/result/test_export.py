@@ -215,7 +215,7 @@ def test_an_export_leaves_no_staging_behind(result: str, tmp_path: Path) -> None
 def test_batches_make_no_difference(result: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exports = []
     for batch_rows in (4096, 1):
-        monkeypatch.setattr("pipeline.result.export.BATCH_ROWS", batch_rows)
+        monkeypatch.setattr("transforms.results.read.BATCH_ROWS", batch_rows)
         for name in ("csv", "raven"):
             run_export(result, name)
         exports.append(files_of(f"{result}/export"))
@@ -240,7 +240,7 @@ def test_an_unfinished_result_is_exported_with_a_warning(
     assert "the 2 units committed so far" in caplog.text
 
 
-def test_what_was_written_is_said_unless_quiet(
+def test_the_written_files_are_reported_unless_quiet(
     result: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_export(result, "raven", quiet=True)
@@ -394,7 +394,7 @@ def test_every_source_has_a_safe_file_of_its_own(names: list[str]) -> None:
         ("dog~2", "/t.tar", "x.wav", None, Source("/t.tar", "x.wav")),
     ],
 )
-def test_a_clip_is_of_what_its_columns_say(
+def test_the_source_of_a_clip_follows_from_its_columns(
     clip_id: str, uri: str, member: str | None, row: int | None, source: Source
 ) -> None:
     assert source_of(clip_id, uri, member, row) == source

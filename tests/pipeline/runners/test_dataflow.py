@@ -8,20 +8,14 @@ process.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import re
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import fsspec
 import pytest
-import typer
-import yaml
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow.internal import apiclient
@@ -29,7 +23,8 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.runner import PipelineState
 
 from pipeline.cli import main as cli
-from pipeline.config.label import RunConfig, load_config
+from pipeline.config.label import RunConfig
+from pipeline.config.load import load_config
 from pipeline.graph import build_graph
 from pipeline.labelling.estimate import run_plan
 from pipeline.labelling.plan import ResolvedRun
@@ -38,19 +33,18 @@ from pipeline.labelling.run import run_label
 from pipeline.labelling.stats import run_stats
 from pipeline.result.state import ResultState
 from pipeline.runners.dataflow import JOB_FILE, DataflowJob, check_no_job, recorded_job
-from pipeline.runners.options import check_runner, pipeline_options
+from pipeline.runners.options import pipeline_options
 from pipeline.terminal.time_report import UNTIMED
 from tests.support import audio_factory
-from tests.support.paths import ROOT
+from tests.support.flex_template import IMAGE, launcher
 from tests.support.unit_factory import file_unit
 from transforms.errors import ConfigError, ModelError, OutputError
-from transforms.inference.engine import InferenceSettings
+from transforms.inference.backbones import InferenceSettings
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.models.ast.checkpoints import resolve_model
 from transforms.results.write_units import CommitSettings
 from transforms.storage import filesystem, reading, writing
 
-IMAGE = "us-central1-docker.pkg.dev/proj-1/earmark/earmark:gpu"
 REQUIRED = {
     "project": "proj-1",
     "region": "us-central1",
@@ -62,18 +56,6 @@ T4 = "worker_accelerator=type:nvidia-tesla-t4;count:1;install-nvidia-driver"
 JOB = DataflowJob("proj-1", "us-central1", "2026-01-01_00_00_00-1")
 STEPS = ("Skip committed", "Decode", "Cut into windows", "Extract fbank", "Run AST",
          "Assemble rows", "Commit")  # fmt: skip
-
-
-def load_launcher() -> ModuleType:
-    """The flex template's script, which lies in no package."""
-    spec = importlib.util.spec_from_file_location("launcher", ROOT / "deploy/flex_template/main.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-launcher = load_launcher()
 
 
 def flags(**changes: str | None) -> list[str]:
@@ -161,7 +143,7 @@ def jobs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("jobs")
     found = {}
     for device, name in (("cuda", "dataflow_gpu"), ("cpu", "dataflow_cpu")):
-        config = load_config(name)
+        config = load_config(RunConfig, name)
         assert config.inference.device == device
         found[device] = build(folder, pipeline_options(config, flags()), tiny_model, device)
     return found
@@ -221,7 +203,7 @@ def test_reading_to_commit_is_one_stage_of_the_job(jobs: dict[str, Built], devic
 def test_a_job_that_plans_for_itself_is_small_and_keeps_the_stage(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    options = pipeline_options(load_config("dataflow_gpu"), flags())
+    options = pipeline_options(load_config(RunConfig, "dataflow_gpu"), flags())
     built = build(tmp_path, options, tiny_model, "cuda", draw_deferred)
     assert stages_with_steps(built.proto) == [set(STEPS)]
     assert len(json.dumps(built.job)) < 1 << 20
@@ -265,6 +247,9 @@ def test_the_main_session_stays_here_unless_it_is_asked_for() -> None:
 # --- What is refused before there is a job ----------------------------------------------------
 
 
+REFUSED = ["inputs=memory://in", "output=memory://refused/out"]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -297,25 +282,25 @@ def test_the_main_session_stays_here_unless_it_is_asked_for() -> None:
 def test_a_job_that_could_not_be_done_is_refused_before_anything_is_written(
     name: str, options: list[str], message: str
 ) -> None:
-    config = load_config(name, (), {"INPUT": ["memory://in"], "--output": "memory://refused/out"})
+    config = load_config(RunConfig, name, REFUSED)
     with pytest.raises(ConfigError, match=message):
         run_label(config, options)
     assert not filesystem.exists("memory://refused/out")
 
 
 def test_a_gpu_that_the_workers_have_not_is_refused() -> None:
-    options = {"INPUT": ["memory://in"], "--output": "memory://refused/out", "--device": "cuda"}
+    sets = [*REFUSED, "inference.device=cuda"]
     with pytest.raises(ConfigError, match="the workers have no such device"):
-        run_label(load_config("dataflow_cpu", (), options), flags())
+        run_label(load_config(RunConfig, "dataflow_cpu", sets), flags())
 
 
 def test_local_paths_are_refused(tmp_path: Path) -> None:
-    options = {"INPUT": [str(tmp_path)], "--output": "memory://refused/out", "--model": "x/y"}
+    sets = [f"inputs={tmp_path}", "output=memory://refused/out", "model.name=x/y"]
     with pytest.raises(ConfigError, match="is the local path"):
-        run_label(load_config("dataflow_cpu", (), options), flags())
-    options = {"INPUT": ["memory://in"], "--output": str(tmp_path / "out"), "--model": "x/y"}
+        run_label(load_config(RunConfig, "dataflow_cpu", sets), flags())
+    sets = ["inputs=memory://in", f"output={tmp_path}/out", "model.name=x/y"]
     with pytest.raises(ConfigError, match="--output is the local path"):
-        run_label(load_config("dataflow_cpu", (), options), flags())
+        run_label(load_config(RunConfig, "dataflow_cpu", sets), flags())
     assert not (tmp_path / "out").exists()
 
 
@@ -326,15 +311,13 @@ def test_without_the_client_of_the_service_the_command_says_what_to_install(
         raise ImportError(f"No module named {name}")
 
     monkeypatch.setattr("pipeline.runners.dataflow.importlib.import_module", fail)
-    config = load_config(
-        "dataflow_cpu", (), {"INPUT": ["memory://in"], "--output": "memory://refused/out"}
-    )
+    config = load_config(RunConfig, "dataflow_cpu", REFUSED)
     with pytest.raises(ConfigError, match=r"pip install 'earmark\[gcp\]'"):
         run_label(config, flags())
 
 
 def test_options_behind_the_dashes_take_the_place_of_the_config_s() -> None:
-    config = load_config("dataflow_gpu")
+    config = load_config(RunConfig, "dataflow_gpu")
     options = pipeline_options(config, flags(dataflow_service_options=T4, num_workers="9"))
     cloud = options.view_as(GoogleCloudOptions)
     assert cloud.dataflow_service_options == [T4]
@@ -345,7 +328,7 @@ def test_options_behind_the_dashes_take_the_place_of_the_config_s() -> None:
 
 
 def test_stats_waits_for_its_job() -> None:
-    config = load_config("dataflow_cpu", (), {"INPUT": ["memory://in"]})
+    config = load_config(RunConfig, "dataflow_cpu", ["inputs=memory://in"])
     with pytest.raises(ConfigError, match="leave out no_wait_until_finish"):
         run_stats(config, [*flags(), "--no_wait_until_finish"])
 
@@ -409,13 +392,12 @@ def config(tiny_model: Path, tmp_path: Path) -> Iterator[RunConfig]:
     for path in tiny_model.iterdir():
         store.put_file(str(path), f"/df/model/{path.name}")
     yield load_config(
+        RunConfig,
         "dataflow_cpu",
-        ["decode.processes=1"],
-        {
-            "INPUT": ["memory://df/in"],
-            "--output": "memory://df/out",
-            "--model": "memory://df/model",
-        },
+        [
+            *("decode.processes=1", "inputs=memory://df/in", "output=memory://df/out"),
+            "model.name=memory://df/model",
+        ],
     )
     store.rm("/df", recursive=True)
 
@@ -504,7 +486,7 @@ def test_the_launcher_writes_a_template_and_ends(
 
     monkeypatch.setattr(apiclient.DataflowApplicationClient, "stage_file", keep)
     # The store of these tests ends with the process, and the command would not have it.
-    monkeypatch.setattr("pipeline.cli.main._check_output_lasts", lambda output: None)
+    monkeypatch.setattr("pipeline.cli.commands.check_output_lasts", lambda output: None)
     given = [
         f"--input={config.inputs[0]}",
         f"--output={config.output}",
@@ -534,7 +516,7 @@ def test_a_model_on_this_machine_is_refused(config: RunConfig, tiny_model: Path)
 def test_plan_needs_neither_the_gpu_nor_the_cloud(
     config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    beam_section = load_config("dataflow_gpu").beam
+    beam_section = load_config(RunConfig, "dataflow_gpu").beam
     inference = config.inference.model_copy(update={"device": "cuda"})
     changes = {"inference": inference, "beam": beam_section}
     assert run_plan(config.model_copy(update=changes), []) == 0
@@ -542,143 +524,3 @@ def test_plan_needs_neither_the_gpu_nor_the_cloud(
     assert "Estimate from 2 clips: 2 s of audio, 2 windows." in out
     assert "docs/dataflow.md has a formula for the cost" in out
     assert "Time on this machine" not in out
-
-
-# --- The image and the template ---------------------------------------------------------------
-
-DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
-PARAMETERS = {
-    parameter["name"]: parameter
-    for parameter in json.loads(
-        (ROOT / "deploy" / "flex_template" / "metadata.json").read_text(encoding="utf-8")
-    )["parameters"]
-}
-
-
-def test_the_image_has_one_python_and_the_beam_that_is_installed_here() -> None:
-    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
-    pythons = {text for base in bases for text in re.findall(r"python:?(3\.?\d\d)", base)}
-    assert {text.replace(".", "") for text in pythons} == {"311"}
-    assert f"apache/beam_python3.11_sdk:{beam.version.__version__}" in bases
-    assert DOCKERFILE.rstrip().endswith('ENTRYPOINT ["/opt/apache/beam/boot"]')
-
-
-def test_the_image_copies_what_is_there_and_all_that_setup_needs() -> None:
-    copied = {
-        name
-        for line in re.findall(r"^COPY (?!--)(.*)$", DOCKERFILE, re.MULTILINE)
-        for name in line.split()[:-1]
-    }
-    assert all((ROOT / name).exists() for name in copied)
-    assert {"setup.py", "pyproject.toml", "LICENSE", "pipeline", "transforms", "configs"} <= copied
-
-
-def test_the_build_gives_the_arguments_that_the_image_takes() -> None:
-    build = yaml.safe_load((ROOT / "deploy" / "cloudbuild.yaml").read_text(encoding="utf-8"))
-    (step,) = build["steps"]
-    given = {text for word in step["args"] for text in re.findall(r"--build-arg=(\w+)=", word)}
-    assert given == set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE)) == {"TORCH", "MODEL"}
-    used = {text for word in step["args"] for text in re.findall(r"\$\{(\w+)\}", word)}
-    assert used == set(build["substitutions"])
-
-
-def test_the_template_s_parameters_are_those_of_the_launcher() -> None:
-    own = {"input", "set", *launcher.OPTIONS}
-    known = PipelineOptions([]).get_all_options()
-    assert set(PARAMETERS) - own == {"sdk_container_image"} <= set(known)
-    assert own <= set(PARAMETERS)
-    required = {name for name, found in PARAMETERS.items() if not found.get("isOptional")}
-    assert required == {"input", "output", "model", "sdk_container_image"}
-
-
-@pytest.mark.parametrize(
-    ("name", "good", "bad"),
-    [
-        ("input", ["gs://b/x", "https://h/a.csv", "gs://b/a b/*.wav"], ["/data", "x", "gs://"]),
-        ("output", ["gs://b/out"], ["out", "s3://b/out", "gs://"]),
-        ("model", ["esc10", "MIT/ast@main", "gs://b/m", "a/b@c0ffee"], ["/m", "a/b/c", ""]),
-        ("sdk_container_image", [IMAGE, "gcr.io/p/i@sha256:0f"], ["", "-x", "a b"]),
-        ("config", ["dataflow_gpu", "dataflow_cpu"], ["local", "dataflow_tpu"]),
-        ("set", ["", "labels.top_k=5", "limit=3;labels.scores=true"], ["labels", "a=1;b"]),
-    ],
-)
-def test_a_parameter_s_pattern_tells_good_from_bad(
-    name: str, good: list[str], bad: list[str]
-) -> None:
-    (pattern,) = PARAMETERS[name]["regexes"]
-    assert [text for text in good if not re.fullmatch(pattern, text)] == []
-    assert [text for text in bad if re.fullmatch(pattern, text)] == []
-
-
-def test_the_launcher_passes_beam_s_options_on_and_leaves_out_what_beam_does_not_know(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    given = ["--input", "gs://b/in", "--output=gs://b/out", "--model=esc10", "--set=",
-             "--num_workers=2", "--no_use_public_ips", "--launched_by=service"]  # fmt: skip
-    assert launcher.make_command(given) == [
-        *("label", "gs://b/in", "--config", "dataflow_gpu", "--output", "gs://b/out"),
-        *("--model", "esc10", "--", "--num_workers=2", "--no_use_public_ips"),
-    ]
-    assert "left out --launched_by" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="stray stands behind no option"):
-        launcher.make_command(["--num_workers=2", "stray"])
-
-
-# --- The document ----------------------------------------------------------------------------
-
-DOCUMENT = (ROOT / "docs" / "dataflow.md").read_text(encoding="utf-8")
-
-
-def commands_of(program: str) -> list[list[str]]:
-    """Every command of a program in the document's blocks, in words."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith(f"{program} ")]
-
-
-def test_the_document_s_commands_have_options_that_there_are() -> None:
-    commands: Any = typer.main.get_command(cli.app)
-    found = commands_of("earmark")
-    assert [words[0] for words in found] == ["plan", "label", "verify"]
-    for words in found:
-        (name, *own), beam_options = cli.split_beam_options(words)
-        known = {text for parameter in commands.commands[name].params for text in parameter.opts}
-        assert {word for word in own if word.startswith("--")} <= known
-        pipeline_options(RunConfig(), beam_options)  # refuses what Beam does not know
-
-
-def test_the_document_s_command_for_label_would_be_submitted(config: RunConfig) -> None:
-    (words,) = [words for words in commands_of("earmark") if words[0] == "label"]
-    names = {"PROJECT": "proj-1", "REGION": "us-central1", "BUCKET": "mybucket", "IMAGE": IMAGE,
-             "WORKER": "w@proj-1.iam.gserviceaccount.com", "MODEL": "a/b"}  # fmt: skip
-    words = [re.sub(r"\$(\w+)", lambda found: names[found[1]], word) for word in words]
-    own, beam_options = cli.split_beam_options(words)
-    named = own[own.index("--config") + 1]
-    run_config = load_config(named)
-    check_runner(pipeline_options(run_config, beam_options), run_config.inference.device)
-
-
-def test_the_document_names_files_and_parameters_that_there_are() -> None:
-    for path in re.findall(r"(?<![\w/])((?:deploy|configs|tests|docs)/[\w./]+\w)", DOCUMENT):
-        assert (ROOT / path).exists(), path
-    (run,) = [
-        words
-        for words in commands_of("gcloud")
-        if words[:3] == ["dataflow", "flex-template", "run"]
-    ]
-    given = [word.removeprefix("--parameters=") for word in run if word.startswith("--parameters=")]
-    names = {pair.partition("=")[0] for text in given for pair in text.split(",")}
-    assert names == {name for name, found in PARAMETERS.items() if not found.get("isOptional")}
-    assert set(re.findall(r"_([A-Z]+)=", DOCUMENT)) == {"IMAGE", "MODEL", "TORCH"}
-
-
-def test_the_document_s_costs_follow_from_its_prices() -> None:
-    rows = re.findall(r"^\| ([a-z]\d-[\w-]+), \w+ \| (.*) \|$", DOCUMENT, re.MULTILINE)
-    assert len(rows) == 3
-    for _, text in rows:
-        cpus, memory, disk, gpu, price, speed, cost = map(float, text.split(" | "))
-        hourly = cpus * 0.056 + memory * 0.003557 + disk * 0.000298 + gpu
-        assert price == round(hourly, 2)
-        assert cost == round(1000 * hourly / speed, 2)
-    assert round(10_000 / (4 * 2370), 2) == 1.05
-    assert round(4 * 1.26 * 1.30, 1) == 6.6

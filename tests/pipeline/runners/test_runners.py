@@ -28,11 +28,11 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.prism_runner import PrismRunner
 
 from benchmarks.reliability.kill_runs import check_same_names, check_same_rows, files_below
-from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
 from tests.support import provision_runners
 from tests.support.audio_factory import noise
+from tests.support.labelling import small_config, wait_until
 from tests.support.model_factory import write_tiny_model
 from tests.support.paths import ROOT
 
@@ -108,16 +108,8 @@ class Labeller:
         self._model, self._clips = model, clips
 
     def __call__(self, output: Path, options: Sequence[str]) -> int:
-        config = RunConfig(
-            inputs=(str(self._clips),),
-            output=str(output),
-            quiet=True,
-            max_failed=0.5,
-            model={"name": str(self._model)},
-            inference={"precision": "fp32", "device": "cpu", "batch_size": 2},
-            units={"windows": WINDOWS_PER_UNIT},
-            decode={"processes": 1},
-        )
+        units = {"windows": WINDOWS_PER_UNIT}
+        config = small_config(self._model, output, self._clips, units=units, max_failed=0.5)
         return run_label(config, list(options))
 
 
@@ -377,15 +369,6 @@ def is_served(port: int) -> bool:
     return True
 
 
-def wait_until(condition: object, what: str) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {PATIENCE_S:g} s in vain for {what}")
-        time.sleep(0.05)
-
-
 # --- The test --------------------------------------------------------------------------------
 
 
@@ -523,7 +506,7 @@ def test_an_interrupt_ends_the_job_too(
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, told
-    assert told.endswith("earmark: interrupted; the same command goes on from here\n")
+    assert told.endswith("earmark: interrupted; run the same command again to resume\n")
     with grpc.insecure_channel(f"localhost:{prism_server}") as channel:
         service = beam_job_api_pb2_grpc.JobServiceStub(channel)
         jobs = service.GetJobs(beam_job_api_pb2.GetJobsRequest(), timeout=PATIENCE_S)

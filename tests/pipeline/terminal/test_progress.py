@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import threading
+import time
 
 import pytest
 from rich.console import Console
 
+from pipeline.terminal.logs import StderrHandler
 from pipeline.terminal.progress import (
     Expected,
     Moment,
     ProgressCounts,
     ProgressDisplay,
     format_bar_text,
+    format_counts,
     format_line,
     seconds_left,
     share_done,
@@ -209,3 +213,124 @@ def test_where_clips_are_not_cut_into_windows_clips_alone_are_counted(
     assert last.startswith("100% · 320/320 clips · 26.7 min of audio · ")
     half = Moment(ProgressCounts(160), elapsed_s=11.0, working_s=10.0)
     assert seconds_left(half, Expected(None, 320, has_windows=False)) == 10.0
+
+
+def at(
+    clips: int = 0, windows: int = 0, audio_s: float = 0.0, failures: int = 0, s: float = 0.0
+) -> Moment:
+    return Moment(ProgressCounts(clips, windows, audio_s, failures), elapsed_s=s + 3, working_s=s)
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected", "share"),
+    [
+        (at(windows=50), Expected(100, None), 0.5),
+        (at(windows=100), Expected(100, None), 0.99),  # an estimate: not said to be the end
+        (at(windows=130), Expected(100, None), 0.99),
+        (at(clips=8, failures=2, windows=50), Expected(100, 10), 1.0),
+        (at(clips=4, failures=1), Expected(None, 10), 0.5),
+        (at(windows=5), Expected(None, None), None),
+        (at(windows=5), Expected(0, 0), None),
+    ],
+)
+def test_the_share_done_is_never_claimed_too_high(
+    moment: Moment, expected: Expected, share: float | None
+) -> None:
+    assert share_done(moment, expected) == share
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected", "left"),
+    [
+        (at(windows=25, s=10), Expected(100, None), 30.0),
+        (at(windows=25, s=1), Expected(100, None), None),  # too early to tell
+        (at(windows=0, s=10), Expected(100, None), None),
+        (at(windows=120, s=10), Expected(100, None), None),  # more than estimated
+        (at(clips=10, windows=90, s=10), Expected(100, 10), 0.0),
+        (at(windows=25, s=10), Expected(), None),
+    ],
+)
+def test_the_time_left_comes_from_the_share(
+    moment: Moment, expected: Expected, left: float | None
+) -> None:
+    assert seconds_left(moment, expected) == left
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected", "text"),
+    [
+        (at(), Expected(), "0 clips · 0 windows · 0 s of audio"),
+        (
+            at(1200, 2400, 12_240, 2, s=102),
+            Expected(19_200, 9600),
+            "1,200/9,600 clips · 2,400/~19,200 windows · 3.4 h of audio · 120× real time"
+            " · 2 failed",
+        ),
+        (
+            at(1, 3, 30, s=20),
+            Expected(2, None),
+            "1 clips · 3 windows · 30 s of audio · 1.5× real time",
+        ),
+    ],
+)
+def test_counts_in_words(moment: Moment, expected: Expected, text: str) -> None:
+    assert format_counts(moment, expected) == text
+
+
+def test_a_line_tells_share_and_times() -> None:
+    assert format_line(at(2, 25, 250, s=10), Expected(100, 8)) == (
+        " 25% · 2/8 clips · 25/~100 windows · 4.2 min of audio · 25× real time"
+        " · 13 s elapsed · about 30 s left"
+    )
+
+
+def test_without_a_terminal_there_are_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.terminal.progress.POLL_INTERVAL_S", 0.001)
+    monkeypatch.setattr("pipeline.terminal.progress.LINE_INTERVAL_S", 0.01)
+    reads = iter(range(1_000_000))
+
+    def read() -> ProgressCounts:
+        return ProgressCounts(clips=next(reads))
+
+    with ProgressDisplay(read=read, total_windows=1000):
+        time.sleep(0.2)
+    out, err = capsys.readouterr()
+    first, *lines, last = err.splitlines()
+    assert out == ""
+    assert first == "labelling about 1,000 windows"
+    assert 1 < len(lines) <= 20  # of the two hundred readings
+    assert all(re.match(r"  0% · \d+ clips · 0/~1,000 windows", line) for line in lines)
+    assert re.match(r"100% · \d+ clips · 0 windows", last)
+
+
+def test_on_a_terminal_there_is_a_bar_below_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    logger = logging.getLogger("tests.progress")
+    logger.addHandler(StderrHandler())
+    with ProgressDisplay(
+        read=lambda: ProgressCounts(clips=3, windows=6, failures=1),
+        total_windows=12,
+        console=console,
+    ):
+        logger.warning("a clip is damaged")
+    logger.handlers.clear()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "a clip is damaged\n" in text
+    assert "3 clips · 6 windows" in text.rpartition("a clip is damaged")[2]
+    assert "1 failed" in text
+
+
+def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay(read=ProgressCounts, total_windows=5, quiet=True):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_display_ends_with_the_work_also_when_that_fails() -> None:
+    display = ProgressDisplay(read=ProgressCounts, quiet=True)
+    with pytest.raises(ValueError, match="broken"), display:
+        raise ValueError("broken")
+    assert not display._thread.is_alive()

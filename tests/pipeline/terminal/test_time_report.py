@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.terminal import time_report
 from pipeline.terminal.time_report import Circumstances, Startup, advise, describe_time, record_time
+from tests.support.labelling import small_config
+from tests.support.paths import ROOT
 from transforms.decoding import pool
 from transforms.features import fbank
 from transforms.models.ast.model import ASTModel
@@ -42,6 +44,14 @@ READ_BOUND = dataclasses.replace(
     BASE, model_s=35.0, fbank_s=3.0, write_s=1.0, wait_read_s=50.0, wait_decode_s=10.0,
     read_s=97.0, decode_s=20.0,
 )  # fmt: skip
+
+
+def test_workers_that_need_the_report_import_no_terminal_library() -> None:
+    code = "import sys, pipeline.terminal.time_report; print('rich' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 def made_of(**seconds: float) -> StageSeconds:
@@ -97,26 +107,27 @@ def made_of(**seconds: float) -> StageSeconds:
             READ_BOUND,
             Circumstances(num_cores=8),
             "The model waits 60 % of the time for reading: the store or disk is slow; larger "
-            "shards, or work nearer to it, would help.",
+            "shards, or running nearer to it, would help.",
         ),
         (
             # Local files are read by the decoders.
             dataclasses.replace(DECODE_BOUND, open_s=120.0, decode_s=30.0),
             Circumstances(num_cores=2),
             "The model waits 60 % of the time for reading: the store or disk is slow; larger "
-            "shards, or work nearer to it, would help.",
+            "shards, or running nearer to it, would help.",
         ),
         (
             made_of(model_s=20.0, write_s=60.0, fbank_s=19.0),
             Circumstances(num_cores=2),
             "Writing takes 60 % of the time: the output's store or disk is slow; larger units "
-            "(units.windows), or an output nearer to the work, would help.",
+            "(units.windows), or an output nearer to the workers, would help.",
         ),
         (
             made_of(model_s=30.0, check_s=60.0, fbank_s=9.0),
             Circumstances(num_cores=2),
-            "Checking the precision takes 60 % of the time: a larger run hardly feels it, the same "
-            "one again does without, and fewer --set inference.check_windows would shorten it.",
+            "Checking the precision takes 60 % of the time: it hardly matters in a larger run, is "
+            "skipped when the same run is repeated, and is shorter with fewer --set "
+            "inference.check_windows.",
         ),
         (
             made_of(model_s=30.0, fbank_s=69.0),
@@ -261,16 +272,9 @@ def label(tiny_model: Path, clips: Path, tmp_path: Path) -> Run:
     """Labels the clips in units of two; gives ``time`` of run.json."""
 
     def run(source: str = str(clips), options: tuple[str, ...] = (), **changes: Any) -> Any:
-        config: dict[str, Any] = {
-            "inputs": (source,),
-            "output": str(tmp_path / "out"),
-            "model": {"name": str(tiny_model)},
-            "inference": {"precision": "fp32", "device": "cpu", "batch_size": 2},
-            "units": {"windows": 2},
-            "decode": {"processes": 1},
-            **changes,
-        }
-        assert run_label(RunConfig(**config), list(options), imports_s=1.5) == 0
+        values = {"quiet": False, **changes}
+        config = small_config(tiny_model, tmp_path / "out", source, **values)
+        assert run_label(config, list(options), imports_s=1.5) == 0
         return json.loads((tmp_path / "out" / "run.json").read_text())["time"]
 
     return run
@@ -301,11 +305,11 @@ def slow_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "slow_worker.py"
     script.write_text(
         "import sys, time\n"
-        "from transforms.decoding import decode as decode_worker\n"
+        "from transforms.decoding import child\n"
         "def decode(source, **options):\n"
         "    time.sleep(0.75)\n"
-        "    yield from decode_worker.decode(source, **options)\n"
-        "decode_worker.serve(sys.argv[1:], decode)\n"
+        "    yield from child.decode(source, **options)\n"
+        "child.serve(sys.argv[1:], decode)\n"
     )
     command = (sys.executable, str(script))
     monkeypatch.setitem(pool.DecodePool.__init__.__kwdefaults__, "worker_command", command)

@@ -15,9 +15,11 @@ import pytest
 import typer
 
 from pipeline.cli import main as cli
-from pipeline.config.label import config_folder, flatten, load_config
-from pipeline.config.train import TRAIN_SCHEMA, TrainConfig
-from pipeline.training.run import VALIDATION_NAME
+from pipeline.cli.options import TRAIN
+from pipeline.config.load import config_folder, load_config
+from pipeline.config.schema import flatten
+from pipeline.config.train import TrainConfig
+from pipeline.training.output import VALIDATION_NAME
 from pipeline.training.stages.schedule import schedule_factor
 from transforms.models.ast.public import AUDIOSET_STATS, PUBLIC_CHECKPOINTS, SPEECH_COMMANDS_STATS
 from transforms.models.labels import read_labels
@@ -143,7 +145,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def load(name: str) -> TrainConfig:
-    return load_config(name, schema=TRAIN_SCHEMA)
+    return load_config(TrainConfig, name)
 
 
 def head_of(path: Path) -> str:
@@ -215,14 +217,14 @@ def check_training(path: Path, words: list[str]) -> None:
     names = [value for word, value in pairs if word == "--config"]
     assert names in ([], ["mine.yaml"]) if path.stem == "default" else names == [path.stem]
     as_given = {"--learning-rate": float, "--seed": int, "--train": lambda text: (text,)}
-    options = {
-        word: as_given.get(word, str)(value)
-        for word, value in pairs
-        if word in TRAIN_SCHEMA.option_keys
-    }
-    assert {"--train", "--output"} <= options.keys()
-    options["--validation"] = tuple(value for word, value in pairs if word == "--validation")
-    load_config(str(path), sets, options, schema=TRAIN_SCHEMA)
+    keys = {option.origin: option.key for option in TRAIN if option.key is not None}
+    options = [
+        (keys[word], as_given.get(word, str)(value), word) for word, value in pairs if word in keys
+    ]
+    assert {"--train", "--output"} <= {flag for _, _, flag in options}
+    validation = tuple(value for word, value in pairs if word == "--validation")
+    options.append(("validation", validation, "--validation"))
+    load_config(TrainConfig, str(path), sets, options)
 
 
 @pytest.mark.parametrize(

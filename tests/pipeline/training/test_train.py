@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import re
@@ -24,11 +25,14 @@ import safetensors.torch
 import torch
 
 from pipeline.cli import main as cli
+from pipeline.training import display, output
 from pipeline.training import run as train_module
+from pipeline.training.data import clip_cache
 from pipeline.training.stages import finetuning, loop
 from pipeline.training.stages.validation import Validation
 from tests.support import audio_factory
 from tests.support.model_factory import TINY_LABELS, write_tiny_model
+from transforms.sources.read_unit import SourceSettings
 from transforms.storage import filesystem, writing
 
 RATE_HZ = 16_000
@@ -223,7 +227,7 @@ def test_transformers_gives_the_same_scores(train: Train, tmp_path: Path, loss: 
 
 
 @pytest.mark.parametrize("stops_after", [1, 3])
-def test_a_training_that_was_interrupted_ends_where_an_uninterrupted_one_does(
+def test_an_interrupted_training_ends_like_an_uninterrupted_one(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops_after: int
 ) -> None:
     settings: dict[str, Any] = {
@@ -258,28 +262,28 @@ def test_a_training_that_was_interrupted_ends_where_an_uninterrupted_one_does(
 
 
 @pytest.mark.parametrize("dies", ["before the state is written", "before best/ is written"])
-def test_the_best_weights_are_those_of_an_epoch_that_the_state_knows(
+def test_the_best_weights_are_of_an_epoch_in_the_saved_state(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
 ) -> None:
     """An epoch done again may have another result (on a GPU), and not be the best any more."""
     assert train(tmp_path / "whole", training__epochs=3).code == 0
     best = json.loads((tmp_path / "whole" / "train.json").read_text())["best"]["epoch"]
     killed = tmp_path / "killed"
-    save, write_model = loop.save_progress, train_module.Recorder.write_model
+    save, write_model = loop.save_progress, output.Recorder.write_model
 
     def save_or_die(progress: loop.Progress, *others: Any) -> None:
         if dies == "before the state is written" and progress.epoch == best:
             raise KeyboardInterrupt
         save(progress, *others)
 
-    def write_or_die(self: Any, model: Any, folder: str = "") -> None:
+    def write_or_die(self: Any, model: Any, folder: str) -> None:
         done = len(history(killed))
         if dies == "before best/ is written" and (folder, done) == ("best", best):
             raise KeyboardInterrupt
         write_model(self, model, folder)
 
     monkeypatch.setattr(loop, "save_progress", save_or_die)
-    monkeypatch.setattr(train_module.Recorder, "write_model", write_or_die)
+    monkeypatch.setattr(output.Recorder, "write_model", write_or_die)
     assert train(killed, training__epochs=3).code == 130
     whole = weights(tmp_path / "whole" / "best")
     name = "classifier.dense.weight"
@@ -302,7 +306,7 @@ def test_the_best_weights_are_those_of_an_epoch_that_the_state_knows(
 
 
 @pytest.mark.slow
-def test_a_training_that_was_killed_ends_where_an_uninterrupted_one_does(
+def test_a_killed_training_ends_like_an_uninterrupted_one(
     train: Train, manifest: Path, tmp_path: Path
 ) -> None:
     settings = {**SMALL, **AUGMENTED, "training.epochs": 60}
@@ -384,7 +388,7 @@ def changed_tensors(before: Path, after: Path) -> set[str]:
     (0, ("classifier.",)),
     (1, ("classifier.", "layer.1.", "transformer.layernorm.")),
 ])  # fmt: skip
-def test_what_is_frozen_stays_and_the_rest_learns(
+def test_frozen_weights_stay_and_the_others_learn(
     train: Train, tmp_path: Path, trained_layers: int, learning: tuple[str, ...]
 ) -> None:
     checkpoint = write_tiny_model(tmp_path / "tiny")
@@ -424,7 +428,7 @@ def test_other_strides_and_lengths_start_from_resized_position_embeddings(
     assert (config["max_length"], config["time_stride"]) == (128, 8)
 
 
-def test_a_head_that_is_kept_starts_as_the_checkpoint_has_it(
+def test_a_kept_head_starts_with_the_weights_of_the_checkpoint(
     train: Train, tmp_path: Path, manifest: Path
 ) -> None:
     names = ("noise", "other", "clicks", "tone", "last")
@@ -443,7 +447,7 @@ def test_a_head_that_is_kept_starts_as_the_checkpoint_has_it(
     torch.testing.assert_close(weights(tmp_path / "out")[name], weights(checkpoint)[name])
 
 
-def test_statistics_are_measured_where_none_are_given(
+def test_statistics_are_measured_if_none_are_given(
     train: Train, tmp_path: Path, manifest: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert train(tmp_path / "model", training__epochs=1).code == 0
@@ -507,10 +511,10 @@ def test_the_learning_rate_follows_what_training_starts_from(
     assert record["config"]["optimizer"]["learning_rate"] is None
     assert float(history(out)[0]["learning_rate"]) <= rate
     said = train(out, *model, training__epochs=1, optimizer__learning_rate=rate)
-    assert (said.code, "is trained already" in said.out) == (0, True)
+    assert (said.code, "is already trained" in said.out) == (0, True)
 
 
-def test_clips_that_were_decoded_for_another_training_are_said_to_be(
+def test_clips_decoded_for_another_training_are_reused_and_announced(
     train: Train, tmp_path: Path
 ) -> None:
     cache = ("--cache", tmp_path / "cache")
@@ -519,30 +523,61 @@ def test_clips_that_were_decoded_for_another_training_are_said_to_be(
     assert (first.code, second.code) == (0, 0)
     assert "decoding 24 clips\n" in first.err
     assert "24/24 clips · 12 s of audio" in first.err
-    assert "Decoded already" not in first.err
-    assert "Decoded already: 24 clips.\n" in second.err
+    assert "Already decoded" not in first.err
+    assert "Already decoded: 24 clips.\n" in second.err
     assert "decoding" not in second.err
     assert "/24" not in second.err
 
 
-def test_decoding_that_was_interrupted_is_gone_on_with(
-    train: Train, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_decoding_is_resumed(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_module._DecodingDisplay.on_clip
+    # Windows so short that the clips make three units.
+    monkeypatch.setattr(clip_cache, "_CUT", SourceSettings(window_s=0.003, hop_s=0.003))
+    real, calls = display.DecodingDisplay.on_clip, itertools.count(1)
 
     def stop(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
-        raise KeyboardInterrupt
+        if next(calls) == 15:  # in the second unit
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module._DecodingDisplay, "on_clip", stop)
+    monkeypatch.setattr(display.DecodingDisplay, "on_clip", stop)
     assert train(tmp_path / "out", training__epochs=1).code == 130
-    monkeypatch.undo()
+    monkeypatch.setattr(display.DecodingDisplay, "on_clip", real)
     said = train(tmp_path / "out", training__epochs=1)
     assert said.code == 0, said.err
-    assert re.search(r"24/24 clips|Going on with decoding: 1 item done before", said.err), said.err
+    kept = re.search(r"Resuming decoding: (\d+) items already decoded\.\n", said.err)
+    decoded = re.search(r"(\d+)/(\d+) clips", said.err)
+    assert kept and decoded, said.err
+    assert 0 < int(kept[1]) < 15
+    assert int(decoded[1]) == int(decoded[2]) == 24 - int(kept[1])
 
 
-def test_half_precision_takes_half_the_room_and_scores_alike(train: Train, tmp_path: Path) -> None:
+def test_a_resumed_training_keeps_the_time_when_it_was_started(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, times = loop.save_progress, itertools.count(1)
+
+    def save_and_stop(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "utc_now", lambda: f"{next(times)} o'clock")
+    monkeypatch.setattr(loop, "save_progress", save_and_stop)
+    for _ in range(2):
+        assert train(tmp_path / "out", training__epochs=3).code == 130
+    monkeypatch.setattr(loop, "save_progress", real)
+    assert train(tmp_path / "out", training__epochs=3).code == 0
+    record = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert (record["status"], record["started"]) == ("done", "1 o'clock")
+    assert train(tmp_path / "out", "--overwrite", training__epochs=1).code == 0
+    record = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert record["started"] == "2 o'clock"
+
+
+def test_half_precision_halves_the_file_and_rounds_the_weights(
+    train: Train, tmp_path: Path
+) -> None:
     for name, dtype in (("full", "float32"), ("half", "float16")):
         assert train(tmp_path / name, training__epochs=1, training__saved_dtype=dtype).code == 0
     full, half = (tmp_path / name / "model.safetensors" for name in ("full", "half"))
@@ -557,13 +592,13 @@ def test_a_finished_training_is_not_done_again(
     assert train(tmp_path / "model", training__epochs=1).code == 0
     before = everything_in(tmp_path / "model")
     said = train(tmp_path / "model", training__epochs=1)
-    assert (said.code, "is trained already" in said.out) == (0, True)
+    assert (said.code, "is already trained" in said.out) == (0, True)
     assert everything_in(tmp_path / "model") == before
     assert not (tmp_path / "model" / "cache").exists()
     for path in manifest.parent.glob("*.wav"):
         path.touch()  # the same clips, as far as anyone can hear
     said = train(tmp_path / "model", training__epochs=1)
-    assert (said.code, "is trained already" in said.out) == (0, True)
+    assert (said.code, "is already trained" in said.out) == (0, True)
     assert everything_in(tmp_path / "model") == before
     assert train(tmp_path / "model", "--overwrite", training__epochs=2).code == 0
     assert len(history(tmp_path / "model")) == 2
@@ -609,7 +644,7 @@ def test_an_original_checkpoint_is_described_by_the_config(
     )
 
 
-def test_what_is_gone_on_with_is_said(
+def test_resuming_is_announced(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = loop.save_progress
@@ -622,7 +657,7 @@ def test_what_is_gone_on_with_is_said(
     assert train(tmp_path / "out", training__epochs=3).code == 130
     monkeypatch.undo()
     said = train(tmp_path / "out", training__epochs=3)
-    assert (said.code, "Going on with training: 1 of 3 epochs done before." in said.err) == (
+    assert (said.code, "Resuming training: 1 of 3 epochs already done." in said.err) == (
         0,
         True,
     )
@@ -654,7 +689,7 @@ def test_overwriting_does_not_remove_what_training_starts_from(
     assert everything_in(tmp_path / "model") == before
 
 
-def test_a_metric_that_cannot_be_had_is_said_before_training(
+def test_a_metric_that_cannot_be_computed_is_refused_before_training(
     train: Train, manifest: Path, tmp_path: Path
 ) -> None:
     several = manifest.with_name("several.csv")
@@ -667,7 +702,10 @@ def test_a_metric_that_cannot_be_had_is_said_before_training(
     settings = {"training__loss": "binary_cross_entropy", "training__epochs": 1}
     said = train(tmp_path / "out", "--train", several, **settings)
     assert said.code == 2
-    assert "2 of 6 validation clips have not exactly one label, such as" in said.err
+    assert (
+        "which needs exactly one label per clip; 2 of 6 validation clips have more or none"
+        in said.err
+    )
     assert "training.metric=mean_average_precision" in said.err
     assert not (tmp_path / "out" / "train.json").exists()
     said = train(
@@ -696,9 +734,7 @@ def test_weights_that_the_last_step_ruins_are_not_saved(train: Train, tmp_path: 
     assert not (tmp_path / "out" / "last").exists()
 
 
-def test_a_device_that_is_not_there_is_named_by_the_training_s_key(
-    train: Train, tmp_path: Path
-) -> None:
+def test_a_missing_device_is_named_by_the_key_of_the_training(train: Train, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     said = train(tmp_path / "out", "--device", "cuda", training__epochs=1)
@@ -718,20 +754,20 @@ def test_a_folder_without_labels_is_refused_before_it_is_decoded(
     assert said.code == 2
     name = {"--train": "training", "--validation": "validation"}[which]
     assert f"none of 1 {name} clip has a label; expected a manifest" in said.err
-    assert "Of the files in the folder 1 .csv were left aside" in said.err
+    assert "Files in the folder that were skipped: 1 .csv. Manifests count only when" in said.err
     assert "give that file instead of the folder" in said.err
-    assert ".txt" not in said.err.partition("left aside, as")[2]
+    assert ".txt" not in said.err.partition("were skipped:")[2]
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("hold_out", "said_of_it"),
     [
-        ("Fold=1", "no clip has a column Fold; the columns there are: fold"),
-        ("fold=7", "no clip has this value; of the 4 values of fold: 0, 1, 2, 3"),
+        ("Fold=1", "no clip has a column Fold; the existing columns are: fold"),
+        ("fold=7", "no clip has this value; fold has 4 values: 0, 1, 2, 3"),
     ],
 )
-def test_what_cannot_be_held_out_is_said_before_anything_is_decoded(
+def test_an_impossible_hold_out_is_refused_before_decoding(
     train: Train, tmp_path: Path, hold_out: str, said_of_it: str
 ) -> None:
     said = train(tmp_path / "out", "--hold-out", hold_out, training__epochs=1)
@@ -744,7 +780,7 @@ def test_what_cannot_be_held_out_is_said_before_anything_is_decoded(
     ({"training__precision": "fp16"}, "training.precision is fp16, and the device is the CPU"),
     ({"training__trained_layers": 9}, "training.trained_layers is 9; the model has 2 layers"),
 ])  # fmt: skip
-def test_what_the_device_or_the_model_has_not_is_said(
+def test_settings_beyond_the_device_or_the_model_are_refused(
     train: Train, tmp_path: Path, changes: dict[str, Any], said_of_it: str
 ) -> None:
     checkpoint = write_tiny_model(tmp_path / "tiny")
@@ -789,7 +825,7 @@ def test_a_folder_of_something_else_is_left_alone(train: Train, tmp_path: Path) 
             assert everything_in(tmp_path) == {"thesis.txt": b"all my work"}
 
 
-def test_a_loss_that_is_no_number_ends_the_training_and_keeps_what_was_saved(
+def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_what_was_saved(
     train: Train, tmp_path: Path
 ) -> None:
     said = train(tmp_path / "model", optimizer__learning_rate=1e30, training__epochs=3)
@@ -799,7 +835,7 @@ def test_a_loss_that_is_no_number_ends_the_training_and_keeps_what_was_saved(
     assert not (tmp_path / "model" / "config.json").exists()
 
 
-def test_a_full_disk_is_said_and_training_goes_on_once_there_is_room(
+def test_a_full_disk_is_reported_and_training_resumes_once_there_is_room(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, full = writing.write_bytes, [True]
@@ -828,13 +864,13 @@ def test_a_full_disk_is_said_and_training_goes_on_once_there_is_room(
         (
             "uri,label,fold\ntone0.wav,tone,0\ntone1.wav,tone,1\nclicks0.wav,clicks,0\n"
             "noise0.wav,noise,0\nnoise1.wav,noise,1\n",
-            "1 label of 3 have one clip, which cannot be both learnt from and checked with: clicks",
+            "which cannot be used for both training and validation: clicks",
         ),
         ("uri,label,fold\ntone0.wav,tone,0\nempty.wav,tone,1\nclicks0.wav,clicks,0\n", "empty.wav"),
     ],
     ids=["no labels", "a class with one clip", "empty audio"],
 )
-def test_clips_that_cannot_be_learnt_are_named(
+def test_clips_that_cannot_be_learnt_from_are_named(
     train: Train, manifest: Path, tmp_path: Path, rows: str, said_of_it: str
 ) -> None:
     bad = manifest.with_name(f"bad{len(rows)}.csv")

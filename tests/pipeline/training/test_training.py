@@ -25,8 +25,8 @@ from pipeline.training.data.batches import (
     make_batch,
     order_of_epoch,
 )
-from pipeline.training.data.dataset import ClipSet, LabelledClip, pack_clips
-from pipeline.training.data.packed_clips import PackedClips, SampleFile
+from pipeline.training.data.dataset import ClipSet, pack_clips
+from pipeline.training.data.packed_clips import CachedClip, PackedClips, SampleFiles
 from pipeline.training.display import EpochDisplay
 from pipeline.training.history import draw_curves, history_table
 from pipeline.training.stages.finetuning import Best, is_better
@@ -49,16 +49,17 @@ def clip_set(folder: Path, labels: list[tuple[int, ...]], num_samples: int = 8) 
     """Clips of noise, one behind the other in a file."""
     rng = np.random.default_rng(0)
     samples = (0.1 * rng.standard_normal(len(labels) * num_samples)).astype("<f4")
-    (folder / "samples.bin").write_bytes(samples.tobytes())
+    (folder / "all.samples").write_bytes(samples.tobytes())
     return ClipSet(
-        file=SampleFile(folder / "samples.bin", "float32"),
+        files=SampleFiles(folder, ("all.samples",), (0,), "float32"),
         sample_rate_hz=16_000,
         clips=tuple(
-            LabelledClip(
+            CachedClip(
                 Item(clip_id=f"c{index}", uri=f"c{index}.wav", url=f"c{index}.wav"),
-                of,
                 index * num_samples,
                 num_samples,
+                content_sha256=f"c{index}",
+                labels=of,
             )
             for index, of in enumerate(labels)
         ),
@@ -127,7 +128,7 @@ def test_validation_scores_are_those_that_label_gives(tmp_path: Path, precision:
         length_s=None, hop_s=None, min_tail_ratio=0.1, num_frames=64, sample_rate_hz=16_000
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    clips = ClipSet(clips.file, 16_000, clips.clips, tuple(config.id2label.values()))
+    clips = ClipSet(clips.files, 16_000, clips.clips, tuple(config.id2label.values()))
     ours = score_clips(model, clips, Scorer(fbank, windows, 3, "sigmoid", precision))
     for name, tensor in model.state_dict().items():  # its own weights are as they were
         assert torch.equal(tensor, before[name]), name
@@ -169,14 +170,11 @@ def test_a_process_that_makes_batches_imports_little(tmp_path: Path) -> None:
     assert heavy & {module.split(".")[0] for module in modules} == set()
     own = {module for module in modules if module.startswith(("pipeline.", "transforms."))}
     assert own == {
-        *("pipeline.config.label", "pipeline.config.train", "pipeline.training"),
+        *("pipeline.config.label", "pipeline.config.schema", "pipeline.config.train"),
+        *("pipeline.training", "pipeline.training.data"),
         *("pipeline.training.data.augmentation", "pipeline.training.data.batches"),
-        *(
-            "pipeline.training.data.packed_clips",
-            "transforms.errors",
-            "transforms.features.fbank_settings",
-        ),
-        "transforms.records",
+        *("pipeline.training.data.packed_clips", "transforms.errors", "transforms.records"),
+        *("transforms.features", "transforms.features.fbank_settings"),
     }
 
 
@@ -244,7 +242,7 @@ def shown(clock: Any) -> tuple[EpochDisplay, io.StringIO, Any]:
     return EpochDisplay([stage], "accuracy", console=console, clock=clock), text, stage
 
 
-def test_an_epoch_is_said_in_a_line() -> None:
+def test_an_epoch_is_printed_in_one_line() -> None:
     display, text, stage = shown(lambda: 0.0)
     with display:
         display.on_epoch(stage, HISTORY[1], Best(1, 0.9333, 0.6))
@@ -254,7 +252,7 @@ def test_an_epoch_is_said_in_a_line() -> None:
     )
 
 
-def test_without_a_terminal_a_long_epoch_says_a_line_a_minute() -> None:
+def test_without_a_terminal_a_long_epoch_prints_a_line_a_minute() -> None:
     now_s = [0.0]
     display, text, stage = shown(lambda: now_s[0])
     with display:
@@ -268,7 +266,7 @@ def test_without_a_terminal_a_long_epoch_says_a_line_a_minute() -> None:
     ]
 
 
-def test_an_epoch_that_is_said_puts_off_the_next_line() -> None:
+def test_the_line_of_an_epoch_postpones_the_next_one() -> None:
     now_s = [0.0]
     display, text, stage = shown(lambda: now_s[0])
     with display:

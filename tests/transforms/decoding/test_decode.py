@@ -1,40 +1,29 @@
-"""Decoding: every format, damaged input, and decoders that crash, hang or are left alone."""
+"""Decoding: every format, segments, levels, and damaged input."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import hashlib
 import os
 import re
-import signal
 import struct
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import apache_beam as beam
 import numpy as np
 import pytest
 import soundfile
 import soxr
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.testing.util import assert_that, equal_to
 
 from tests.support import audio_factory
+from tests.support.clips import wav
 from tests.support.paths import ROOT
-from transforms.decoding import pool as decode_module
-from transforms.decoding import readers
+from transforms.decoding import encoded, ffmpeg_reader, soundfile_reader
 from transforms.decoding.decode import decode, decode_whole
-from transforms.decoding.pool import DecodeAudio, DecodePool, DecodeSettings
-from transforms.errors import DecodeError, EarmarkError
-from transforms.process.stage_times import stage_clocks
-from transforms.records import EncodedClip, Failure, Item, ItemFailure, UnitEnd, Waveform, WorkUnit
+from transforms.errors import DecodeError
 
 RATE = 16_000
 LOSSLESS = [name for name, f in audio_factory.FORMATS.items() if f.lossless_bits is not None]
@@ -112,8 +101,8 @@ def test_large_files_are_read_where_they_lie(
         path = audio_factory.write(tmp_path / name, sound(name, 2.0), rate_for(name), name)
         in_memory, facts = decode_whole(path)
         with monkeypatch.context() as patch:
-            patch.setattr(readers, "MAX_IN_MEMORY_BYTES", 1000)
-            patch.setattr(readers, "HASH_CHUNK_BYTES", 777)
+            patch.setattr(encoded, "MAX_IN_MEMORY_BYTES", 1000)
+            patch.setattr(encoded, "HASH_CHUNK_BYTES", 777)
             mapped, mapped_facts = decode_whole(path)
         assert np.array_equal(in_memory, mapped)
         assert facts == mapped_facts
@@ -125,14 +114,14 @@ def test_a_large_file_is_hashed_once_for_its_segments(
     path = audio_factory.write(tmp_path / "a.wav", audio_factory.noise(3.0, seed=1), RATE)
     small = decode_whole(path)[1].content_sha256
     hashed: list[Any] = []
-    hash_bytes = readers._hash_bytes
+    hash_bytes = encoded._hash_bytes
 
-    def count(encoded: Any, on_progress: Any) -> str:
-        hashed.append(encoded.path)
-        return hash_bytes(encoded, on_progress)
+    def count(file: encoded.Encoded, on_progress: Any) -> str:
+        hashed.append(file.path)
+        return hash_bytes(file, on_progress)
 
-    monkeypatch.setattr(readers, "MAX_IN_MEMORY_BYTES", 1000)
-    monkeypatch.setattr(readers, "_hash_bytes", count)
+    monkeypatch.setattr(encoded, "MAX_IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr(encoded, "_hash_bytes", count)
     for start_s in (0.0, 1.0, 2.0):
         facts = decode_whole(path, start_s=start_s, end_s=start_s + 1)[1]
         assert facts.content_sha256 == small
@@ -180,11 +169,10 @@ def test_block_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         samples, facts = decode_whole(data)
         for seed in range(3):
             sizes = np.random.default_rng(seed)
-            monkeypatch.setattr(
-                readers,
-                "_block_frames",
-                lambda rate, channels, r=sizes: int(r.integers(1, 9999)),
-            )
+            for module in (soundfile_reader, ffmpeg_reader):
+                monkeypatch.setattr(
+                    module, "block_frames", lambda rate, channels, r=sizes: int(r.integers(1, 9999))
+                )
             other, other_facts = decode_whole(data)
             np.testing.assert_allclose(other, samples, atol=1e-6)
             assert other_facts.duration_s == facts.duration_s
@@ -282,7 +270,7 @@ def test_content_hash_is_that_of_the_encoded_bytes() -> None:
     "name", ["wav", "wav24", "flac", "aiff", "ogg", "mp3", "mp3_no_header", "m4a", "opus", "mkv"]
 )
 def test_a_segment_is_what_slicing_the_whole_gives(name: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(readers, "PREROLL_FRAMES", 60_000)  # so that short files seek, too
+    monkeypatch.setattr(soundfile_reader, "PREROLL_FRAMES", 60_000)  # so that short files seek, too
     rate = rate_for(name)
     data = audio_factory.encode(sound(name, 6.0, 2), rate, name)
     whole = native(data, rate)
@@ -520,505 +508,15 @@ def test_odd_rates_stay_in_bounds(rate: int) -> None:
             decode_whole(data)
 
 
-# The pool
+# Recordings
 
-MISBEHAVING_WORKER = """
-import os, sys, time
-from transforms.decoding import decode as decode_worker
 
-def decode(source, **options):
-    marks = bytes(source[-40:]) if isinstance(source, bytes) else b""
-    if b"ABORT" in marks:
-        print("assertion failed: marked clip", file=sys.stderr, flush=True)
-        os.abort()
-    if b"EXIT" in marks:
-        os._exit(7)
-    if b"HANG" in marks:
-        time.sleep(1000)
-    for index, piece in enumerate(decode_worker.decode(source, **options)):
-        print("noise on stdout")
-        yield piece
-        if index == 2 and b"LATE" in marks:
-            os.abort()
-        if index == 2 and b"STUCK" in marks:
-            time.sleep(1000)
-        if index == 2 and b"RAISE" in marks:
-            raise RuntimeError("the library stumbled")
-
-decode_worker.serve(sys.argv[1:], decode)
-"""
-
-
-@pytest.fixture
-def misbehaving(tmp_path: Path) -> list[str]:
-    """A command that starts decoders which misbehave on marked clips."""
-    path = tmp_path / "misbehaving_worker.py"
-    path.write_text(MISBEHAVING_WORKER)
-    return [sys.executable, str(path)]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecodePool]:
-    with DecodePool(DecodeSettings(num_processes=2)) as pool:
-        yield pool
-
-
-def clip(name: str, data: bytes, **segment: float) -> EncodedClip:
-    return EncodedClip(Item(name, name, **segment), data=data)
-
-
-def wav(duration_s: float, mark: bytes = b"", frequency_hz: float = 440.0) -> bytes:
-    samples = audio_factory.tone(duration_s, frequency_hz=frequency_hz)
-    return audio_factory.encode(samples, RATE, "wav_float") + mark
-
-
-def joined(results: list[Any], item_index: int = 0) -> audio_factory.Samples:
-    """All samples of one item."""
-    mine = [r.samples for r in results if isinstance(r, Waveform) and r.item_index == item_index]
-    return np.concatenate(mine)
-
-
-def children() -> set[int]:
-    """Processes that this one has started and not yet waited for."""
-    pids = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the thread has ended meanwhile
-            pids |= {int(pid) for pid in (task / "children").read_text().split()}
-    return pids
-
-
-def is_gone(pid: int) -> bool:
-    """The process has ended, be it waited for or not."""
-    try:
-        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()
-
-
-def test_results_come_in_order_with_failures_in_their_place(pool: DecodePool) -> None:
-    missing = Failure(Item("b", "b"), "read", "ReadError", "gone")
-    inputs = [clip("a", wav(2.0)), missing, clip("c", b"no audio at all"), clip("d", wav(0.1))]
-    first, second, third, fourth = pool.stream("unit", inputs)
-    assert isinstance(first, Waveform) and first.item.clip_id == "a" and first.facts is not None
-    assert second == ItemFailure("unit", 1, missing)
-    assert isinstance(third, ItemFailure)
-    assert (third.failure.stage, third.failure.error_type) == ("decode", "NotAudio")
-    assert isinstance(fourth, Waveform) and (fourth.unit_id, fourth.item_index) == ("unit", 3)
-    assert np.array_equal(fourth.samples, audio_factory.tone(0.1)[:, 0])
-
-
-def test_decoders_say_how_long_they_worked_on_good_clips_and_bad(pool: DecodePool) -> None:
-    stage_clocks.reset()
-    samples = audio_factory.tone(2.0, 44_100)
-    list(pool.stream("u", [clip("a", audio_factory.encode(samples, 44_100))]))
-    good = stage_clocks.lap()
-    assert good.read_s > 0.0 and good.open_s > 0.0
-    assert good.decode_s > 0.0 and good.resample_s > 0.0
-    list(pool.stream("u", [clip("b", b"no audio at all" * 100)]))
-    bad = stage_clocks.lap()
-    assert bad.open_s > 0.0 and bad.decode_s > 0.0 and bad.resample_s == 0.0
-
-
-def test_many_clips_stay_in_order(pool: DecodePool) -> None:
-    durations = np.random.default_rng(0).uniform(0.03, 1.0, 60)
-    results = list(pool.stream("u", (clip(str(d), wav(d)) for d in durations)))
-    assert [result.item_index for result in results] == list(range(60))
-    assert [len(r.samples) for r in results] == [round(d * RATE) for d in durations]
-
-
-def test_segments_and_paths_reach_the_decoder(pool: DecodePool, tmp_path: Path) -> None:
-    path = audio_factory.write(tmp_path / "a.wav", audio_factory.tone(2.0), RATE, "wav_float")
-    item = Item("a", "a", start_s=0.5, end_s=1.5)
-    (result,) = pool.stream("u", [EncodedClip(item, path=str(path))])
-    assert np.array_equal(result.samples, audio_factory.tone(2.0)[8_000:24_000, 0])
-    assert path.exists()
-
-
-def test_temporary_clips_are_removed_in_every_case(tmp_path: Path) -> None:
-    paths = [tmp_path / str(index) for index in range(6)]
-    for index, path in enumerate(paths):
-        path.write_bytes(b"broken" if index == 1 else wav(0.1))
-    clips = [EncodedClip(Item(p.name, p.name), path=str(p), delete_path=True) for p in paths]
-    with DecodePool(DecodeSettings(num_processes=1, clips_ahead=4)) as pool:
-        stream = pool.stream("u", iter(clips))
-        next(stream), next(stream)
-        stream.close()
-        assert not paths[0].exists() and not paths[1].exists()
-    left = [path for path in paths if path.exists()]
-    assert all(path in paths[4:] for path in left)  # never read: still the reader's
-
-
-def test_a_crash_costs_its_own_clip_only(misbehaving: list[str]) -> None:
-    data = [wav(0.5), wav(0.5, b"ABORT"), wav(0.6), wav(0.5, b"EXIT"), wav(0.7)]
-    settings = DecodeSettings(num_processes=2)
-    with DecodePool(settings, worker_command=misbehaving) as pool:
-        results = list(pool.stream("u", [clip(str(i), d) for i, d in enumerate(data)]))
-    assert [isinstance(r, Waveform) for r in results] == [True, False, True, False, True]
-    aborted, exited = results[1].failure, results[3].failure
-    assert (aborted.stage, aborted.error_type) == ("decode", "DecoderCrashed")
-    assert aborted.message == "the decoder was killed by SIGABRT (assertion failed: marked clip)"
-    assert exited.message == "the decoder ended with exit code 7"
-
-
-@pytest.mark.parametrize(
-    ("mark", "words"),
-    [
-        (b"LATE", "the decoder was killed by SIGABRT"),
-        (b"STUCK", "the decoder gave no sign of life for 1 s and was killed"),
-        (b"RAISE", "the decoder failed: RuntimeError: the library stumbled"),
-    ],
-)
-def test_what_was_decoded_before_the_trouble_is_kept(
-    mark: bytes, words: str, misbehaving: list[str]
-) -> None:
-    settings = DecodeSettings(num_processes=1, piece_samples=RATE, stall_timeout_s=1.0)
-    with DecodePool(settings, worker_command=misbehaving) as pool:
-        results = list(pool.stream("u", [clip("a", wav(9.5, mark)), clip("b", wav(0.5))]))
-    assert np.array_equal(joined(results), audio_factory.tone(3.0)[:, 0])
-    last = results[2]
-    assert last.facts is not None and last.facts.duration_s == 3.0 and len(last.samples) == RATE
-    assert str(last.facts.warning).startswith(f"decoded 3.0 s, then stopped: {words}")
-    assert last.facts.peak_dbfs == pytest.approx(-6.02, abs=0.01)
-    assert len(joined(results, 1)) == RATE // 2
-
-
-def test_a_hang_is_ended(misbehaving: list[str]) -> None:
-    settings = DecodeSettings(num_processes=1, stall_timeout_s=0.5)
-    with DecodePool(settings, worker_command=misbehaving) as pool:
-        hung, fine = pool.stream("u", [clip("a", wav(0.5, b"HANG")), clip("b", wav(0.5))])
-    assert hung.failure.error_type == "DecoderHung"
-    assert hung.failure.message == "the decoder gave no sign of life for 0.5 s and was killed"
-    assert isinstance(fine, Waveform)
-
-
-def test_signs_of_life_keep_a_slow_clip_alive(tmp_path: Path) -> None:
-    path = tmp_path / "slow_worker.py"
-    path.write_text(
-        "import sys, time\n"
-        "from transforms.decoding import decode as decode_worker\n"
-        "decode_worker.ALIVE_EVERY_S = 0.05\n"
-        "def decode(source, on_progress, **options):\n"
-        "    for _ in range(20):\n"
-        "        time.sleep(0.1)\n"
-        "        on_progress()\n"
-        "    yield from decode_worker.decode(source, **options)\n"
-        "decode_worker.serve(sys.argv[1:], decode)\n"
-    )
-    settings = DecodeSettings(num_processes=1, stall_timeout_s=1.0)
-    with DecodePool(settings, worker_command=[sys.executable, str(path)]) as pool:
-        (result,) = pool.stream("u", [clip("a", wav(0.5))])
-    assert isinstance(result, Waveform)
-
-
-def test_ctrl_c_and_death_between_clips_are_survived() -> None:
-    others = children()
-    with DecodePool(DecodeSettings(num_processes=1)) as pool:
-        list(pool.stream("u", [clip("a", wav(0.5))]))
-        (child,) = children() - others
-        os.kill(child, signal.SIGINT)
-        list(pool.stream("u", [clip("a", wav(0.5))]))
-        assert children() - others == {child}
-        os.kill(child, signal.SIGKILL)
-        assert eventually(lambda: is_gone(child))
-        (result,) = pool.stream("u", [clip("a", wav(0.5))])
-        assert isinstance(result, Waveform)
-
-
-def test_a_decoder_that_cannot_start_is_an_error_of_the_run(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    command = [sys.executable, "-c", "raise SystemExit('no libsndfile here')"]
-    with (
-        DecodePool(DecodeSettings(num_processes=1), worker_command=command) as pool,
-        pytest.raises(EarmarkError, match=r"exit code 1 \(no libsndfile here"),
-    ):
-        list(pool.stream("u", [clip("a", wav(0.5))]))
-    assert len(caplog.records) == 3
-
-
-def test_an_error_of_the_reader_is_raised_in_its_place(pool: DecodePool) -> None:
-    def clips() -> Iterator[EncodedClip]:
-        yield clip("a", wav(0.5))
-        raise OSError("the disk is gone")
-
-    stream = pool.stream("u", clips())
-    assert isinstance(next(stream), Waveform)
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(stream)
-    assert list(stream) == []
-
-
-def test_reading_ahead_is_bounded_in_clips_and_bytes() -> None:
-    num_read = 0
-
-    def clips() -> Iterator[EncodedClip]:
-        nonlocal num_read
-        for index in range(100):
-            num_read += 1
-            yield clip(str(index), wav(0.1))
-
-    with DecodePool(DecodeSettings(num_processes=1, clips_ahead=5)) as pool:
-        stream = pool.stream("u", clips())
-        assert eventually(lambda: num_read == 5)
-        time.sleep(0.2)
-        assert num_read == 5
-        next(stream)
-        assert eventually(lambda: num_read == 6)
-        assert len(list(stream)) == 99
-    num_read = 0
-    with DecodePool(DecodeSettings(num_processes=1, bytes_ahead=1)) as pool:
-        stream = pool.stream("u", clips())
-        assert isinstance(next(stream), Waveform)
-        assert len(list(stream)) == 99
-
-
-def test_hours_flow_in_bounded_memory() -> None:
-    ten_minutes = audio_factory.encode(audio_factory.tone(600.0, 8_000), 8_000, "flac")
-    settings = DecodeSettings(num_processes=1, piece_samples=RATE)
-    others = children()
-    with DecodePool(settings) as pool:
-        stream = pool.stream("u", [clip("a", ten_minutes)])
-        first = next(stream)
-        job = stream._stream.jobs[0]
-        assert eventually(lambda: len(job.results) == decode_module.PIECES_AHEAD)
-        time.sleep(0.3)
-        assert len(job.results) == decode_module.PIECES_AHEAD
-        (child,) = children() - others
-        rest = list(stream)
-        status = Path(f"/proc/{child}/status").read_text()
-    peak_kb = int(next(line.split()[1] for line in status.splitlines() if "VmHWM" in line))
-    assert peak_kb < 200_000
-    assert len(first.samples) + sum(len(r.samples) for r in rest) == 600 * RATE
-    assert [r.facts is not None for r in rest] == [False] * (len(rest) - 1) + [True]
-
-
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_streams_of_long_clips_can_be_taken_in_any_order(num_processes: int) -> None:
-    """No decoder is free and no room is left when the last stream is asked for first."""
-    settings = DecodeSettings(num_processes=num_processes, clips_ahead=2, piece_samples=400)
-    others = children()
-    with DecodePool(settings) as pool:
-        streams = [
-            pool.stream(name, [clip(f"{name}{i}", wav(1.0)) for i in range(3)]) for name in "xyz"
-        ]
-        assert eventually(lambda: pool._num_stalled == num_processes)
-        done = []
-        for stream in reversed(streams):
-            results = list(stream)
-            done.append([len(joined(results, index)) for index in range(3)])
-        assert done == [[RATE] * 3] * 3
-        assert eventually(lambda: len(children() - others) <= num_processes)
-
-
-def test_several_threads_share_a_pool() -> None:
-    settings = DecodeSettings(num_processes=2, clips_ahead=3, piece_samples=4_000)
-    totals: dict[str, int] = {}
-    with DecodePool(settings) as pool:
-
-        def consume(name: str) -> None:
-            previous = None
-            for round_index in range(4):
-                stream = pool.stream(name, [clip(f"{i}", wav(0.9)) for i in range(5)])
-                for taken in (previous, stream if round_index == 3 else None):
-                    if taken is not None:
-                        totals[name] = totals.get(name, 0) + sum(len(r.samples) for r in taken)
-                previous = stream
-
-        threads = [threading.Thread(target=consume, args=(name,)) for name in "abcd"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-    assert totals == dict.fromkeys("abcd", 4 * 5 * round(0.9 * RATE))
-
-
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def test_closing_leaves_nothing_behind() -> None:
-    threads, files, processes = threading.active_count(), open_files(), children()
-    pool = DecodePool(DecodeSettings(num_processes=2, piece_samples=400, clips_ahead=4))
-    streams = [pool.stream("u", [clip(f"{i}", wav(3.0)) for i in range(9)]) for _ in range(2)]
-    next(streams[0])
-    assert len(children() - processes) >= 1
-    pool.close()
-    assert children() == processes
-    assert threading.active_count() == threads
-    assert open_files() == files
-    with pytest.raises(EarmarkError, match="was closed"):
-        list(streams[0])
-    with pytest.raises(EarmarkError, match="is closed"):
-        pool.stream("u", [])
-
-
-@pytest.mark.parametrize("how", ["close", "drop"])
-def test_an_abandoned_stream_stops_and_frees_the_pool(how: str) -> None:
-    closed = threading.Event()
-
-    def clips() -> Iterator[EncodedClip]:
-        try:
-            for index in range(1000):
-                yield clip(str(index), wav(3.0))
-        finally:
-            closed.set()
-
-    with DecodePool(DecodeSettings(num_processes=1, piece_samples=400, clips_ahead=3)) as pool:
-        stream = pool.stream("u", clips())
-        next(stream)
-        if how == "close":
-            stream.close()
-            assert list(stream) == []
-        del stream
-        gc.collect()
-        assert closed.wait(20)
-        assert len(list(pool.stream("v", [clip("a", wav(0.02 * 5))]))) == 4
-        assert (pool._clips_under_way, pool._bytes_under_way) == (0, 0)
-
-
-def test_children_end_when_their_parent_is_killed() -> None:
-    code = (
-        "import os, signal\n"
-        "from tests.transforms.decoding.test_decode import children, clip, wav\n"
-        "from transforms.decoding.pool import DecodePool, DecodeSettings\n"
-        "pool = DecodePool(DecodeSettings(num_processes=1, piece_samples=400))\n"
-        "stream = pool.stream('u', [clip('a', wav(5.0))])\n"
-        "next(stream)\n"
-        "print(*children(), flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == -signal.SIGKILL
-    assert eventually(lambda: is_gone(int(result.stdout)))
-
-
-def test_real_clips_equal_soundfile_and_soxr(pool: DecodePool, esc10: list[Path]) -> None:
-    paths = esc10[::32]
-    results = list(
-        pool.stream("u", [EncodedClip(Item(p.name, p.name), path=str(p)) for p in paths])
-    )
-    for path, result in zip(paths, results, strict=True):
+def test_real_clips_equal_soundfile_and_soxr(esc10: list[Path]) -> None:
+    for path in esc10[::32]:
+        decoded, facts = decode_whole(path)
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
         expected = soxr.resample(samples.mean(axis=1), rate, RATE)
-        assert isinstance(result, Waveform) and result.facts is not None
-        np.testing.assert_allclose(result.samples, expected, atol=1e-6)
-        assert result.facts.warning is None
-        levels = (result.facts.peak_dbfs, result.facts.rms_dbfs)
+        np.testing.assert_allclose(decoded, expected, atol=1e-6)
+        assert facts.warning is None
+        levels = (facts.peak_dbfs, facts.rms_dbfs)
         assert levels == pytest.approx(expected_levels(samples + 0.0, rate)[:2], rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("num_processes", -1), ("piece_samples", 399), ("bytes_ahead", 0), ("stall_timeout_s", 0.0)],
-)
-def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
-        DecodeSettings(**{name: value})  # type: ignore[arg-type]
-
-
-# The Beam step
-
-
-def read_unit(unit: WorkUnit) -> Iterator[EncodedClip | Failure]:
-    for item in unit.items:
-        if item.uri == "broken":
-            yield Failure(item, "read", "ReadError", "cannot be read")
-        else:
-            yield EncodedClip(item, data=wav(float(item.uri)))
-
-
-def make_units(num_units: int) -> list[WorkUnit]:
-    uris = ["0.5", "broken", "0.75"]
-    return [
-        WorkUnit(f"u{n}", "files", tuple(Item(f"u{n}/{uri}", uri) for uri in uris[: n % 4]))
-        for n in range(num_units)
-    ]
-
-
-def summary(result: Any) -> tuple[Any, ...]:
-    if isinstance(result, UnitEnd):
-        return (result.unit.unit_id, "end", result.num_items)
-    if isinstance(result, ItemFailure):
-        return (result.unit_id, result.item_index, result.failure.message)
-    return (result.unit_id, result.item_index, len(result.samples))
-
-
-def expected_summary(num_units: int) -> list[tuple[Any, ...]]:
-    rows: list[tuple[Any, ...]] = []
-    contents = [8_000, "cannot be read", 12_000]
-    for n in range(num_units):
-        rows += [(f"u{n}", index, contents[index]) for index in range(n % 4)]
-        rows.append((f"u{n}", "end", n % 4))
-    return rows
-
-
-def test_units_are_decoded_one_behind_and_in_order() -> None:
-    step = decode_module._DecodeFn(DecodeSettings(num_processes=1), read_unit)
-    step.setup()
-    try:
-        for _ in range(2):  # a second bundle finds a clean step
-            step.start_bundle()
-            out = [
-                [summary(r.value) for r in step.process(unit, "window", 17)]
-                for unit in make_units(5)
-            ]
-            out.append([summary(r.value) for r in step.finish_bundle()])
-            assert out[0] == []
-            assert [row for rows in out for row in rows] == expected_summary(5)
-            assert [rows[-1] for rows in out[1:]] == [(f"u{n}", "end", n % 4) for n in range(5)]
-        results = [*step.process(make_units(1)[0], "window", 17), *step.finish_bundle()]
-        assert [(r.timestamp, r.windows) for r in results] == [(17, ("window",))]
-    finally:
-        step.teardown()
-    assert decode_module._shared_pools == {}
-
-
-def test_a_failed_bundle_leaves_no_work_behind() -> None:
-    step = decode_module._DecodeFn(DecodeSettings(num_processes=1), read_unit)
-    step.setup()
-    try:
-        step.start_bundle()
-        list(step.process(make_units(4)[3], "window", 17))
-        step.start_bundle()
-        assert list(step.finish_bundle()) == []
-    finally:
-        step.teardown()
-
-
-def test_steps_of_one_process_share_a_pool() -> None:
-    settings = DecodeSettings(num_processes=1)
-    steps = [decode_module._DecodeFn(settings, read_unit) for _ in range(3)]
-    for step in steps:
-        step.setup()
-    assert len({id(step._pool) for step in steps}) == 1
-    pool = steps[0]._pool
-    for step in steps[:2]:
-        step.teardown()
-    assert pool is not None and len(list(pool.stream("u", [clip("a", wav(0.5))]))) == 1
-    steps[2].teardown()
-    assert decode_module._shared_pools == {}
-
-
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_decode_audio_in_a_pipeline(num_workers: int) -> None:
-    options = beam.options.pipeline_options.PipelineOptions(
-        direct_num_workers=num_workers, direct_running_mode="multi_threading"
-    )
-    with beam.Pipeline(FnApiRunner(), options=options) as pipeline:
-        rows = (
-            pipeline
-            | beam.Create(make_units(9), reshuffle=False)
-            | DecodeAudio(DecodeSettings(num_processes=2), read_unit)
-            | beam.Map(summary)
-        )
-        assert_that(rows, equal_to(expected_summary(9)))
-    assert decode_module._shared_pools == {}

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.reliability.fuzz_audio import (
@@ -31,8 +30,10 @@ from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
 from tests.support import audio_factory
+from tests.support.labelling import read_rows, small_config
 from transforms.decoding import pool as decode_module
-from transforms.decoding.decode import DecodeLimits, data_bytes, decode, decode_whole
+from transforms.decoding.child import data_bytes
+from transforms.decoding.decode import DecodeLimits, decode, decode_whole
 from transforms.decoding.pool import DecodePool, DecodeSettings
 from transforms.errors import DecodeError
 from transforms.records import EncodedClip, Item, ItemFailure, Waveform
@@ -167,11 +168,11 @@ def test_channels_that_are_not_there_are_an_error(num_channels: int) -> None:
 @pytest.mark.parametrize(
     ("size", "duration_s", "warning"),
     [
-        (0, 1.0, "the header says that there is no audio; read to the end"),
+        (0, 1.0, "the header declares no audio; read to the end"),
         (
             16_000,
             0.5,
-            "16000 bytes follow the 16000 bytes of audio that the header tells of",
+            "16000 bytes follow the 16000 bytes of audio that the header declares",
         ),
         (0x70000000, 1.0, "decoded 1.0 of 58720.3 s"),
         (0xFFFFFFFF, 1.0, None),
@@ -305,13 +306,13 @@ def test_the_whole_day_of_a_slow_consumer_is_not_the_items_time() -> None:
 
 HOSTILE_WORKER = """
 import ctypes, os, signal, sys
-from transforms.decoding import decode as decode_worker
+from transforms.decoding import child
 
 held = []
 
 def decode(source, **options):
     mark = bytes(source[-8:]) if isinstance(source, bytes) else b""
-    for index, piece in enumerate(decode_worker.decode(source, **options)):
+    for index, piece in enumerate(child.decode(source, **options)):
         if mark == b"SEGFAULT":
             ctypes.string_at(0)
         if mark == b"NATIVE_S":
@@ -324,7 +325,7 @@ def decode(source, **options):
             held.append(bytes(1 << 30))
         yield piece
 
-decode_worker.serve(sys.argv[1:], decode)
+child.serve(sys.argv[1:], decode)
 """
 
 
@@ -422,22 +423,18 @@ def rows(tmp_path: Path, tiny_model: Path) -> dict[str, list[dict[str, Any]]]:
     audio_factory.write(tmp_path / "in" / "good.wav", audio_factory.noise(12.0), RATE)
     audio_factory.write(tmp_path / "in" / "long.wav", audio_factory.noise(65.0), RATE)
     out = tmp_path / "out"
-    config = RunConfig(
-        inputs=(str(tmp_path / "in"),),
-        output=str(out),
-        quiet=True,
+    config = small_config(
+        tiny_model,
+        out,
+        tmp_path / "in",
         max_failed=1.0,
-        model={"name": str(tiny_model)},
-        inference={"precision": "fp32", "device": "cpu", "batch_size": 2},
         decode={"processes": 1, "max_item_s": 60.0},
+        units={},
     )
     assert run_label(config, []) == 0
     assert json.loads((out / "run.json").read_text())["totals"]["failures"] == 1
     assert run_verify(str(out), quiet=True) == 0
-    return {
-        part: [r for p in (out / part).glob("*.parquet") for r in pq.read_table(p).to_pylist()]
-        for part in ("windows", "clips", "errors")
-    }
+    return {part: read_rows(out, part) for part in ("windows", "clips", "errors")}
 
 
 def test_an_item_that_fails_after_some_windows_leaves_only_its_error(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import soundfile
 import soxr
@@ -27,6 +26,7 @@ from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
 from tests.support import audio_factory
 from tests.support.audio_factory import Samples
+from tests.support.labelling import read_rows
 from tests.support.model_factory import write_transformers_model
 
 RATE_HZ = 16_000
@@ -230,21 +230,17 @@ def results(
     assert run_label(config, []) == 0
     assert run_verify(str(output), quiet=True) == 0
     windows: dict[str, list[dict[str, Any]]] = {}
-    for row in read_part(output, "windows"):
+    for row in read_rows(output, "windows"):
         windows.setdefault(row["clip_id"], []).append(row)
     rows = {
         Source(Path(row["uri"]), row["start_s"], row["end_s"]): (
             row,
             sorted(windows.pop(row["clip_id"]), key=lambda row: row["window_index"]),
         )
-        for row in read_part(output, "clips")
+        for row in read_rows(output, "clips")
     }
     assert windows == {}
     return Results(cutting, rows)
-
-
-def read_part(output: Path, part: str) -> list[dict[str, Any]]:
-    return [row for path in (output / part).iterdir() for row in pq.read_table(path).to_pylist()]
 
 
 @functools.cache

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +16,6 @@ import apache_beam as beam
 import kaldi_native_fbank as knf
 import numpy as np
 import pytest
-import soundfile
-import soxr
 import torch
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.transforms.window import FixedWindows, IntervalWindow, TimestampedValue
@@ -31,16 +28,12 @@ from transformers.models.audio_spectrogram_transformer import (
     feature_extraction_audio_spectrogram_transformer as hf_module,
 )
 
-from tests.support.fake_hub import COMMIT, FakeHub, serve_hub, use_hub
-from transforms.errors import ConfigError, FeatureError, ModelError
+from tests.support.signals import RATE_HZ, SIGNALS, noise, read_recordings, tone, voice
+from transforms.errors import ConfigError, FeatureError
 from transforms.features import fbank
-from transforms.features.fbank import (
-    ASTFeatureExtractor,
-    ExtractFbank,
-    FbankSettings,
-    KaldiFbank,
-    extract_fbank,
-)
+from transforms.features import threads as threads_module
+from transforms.features.fbank import ExtractFbank, FbankSettings, KaldiFbank, extract_fbank
+from transforms.features.threads import feature_threads
 from transforms.records import (
     ClipFacts,
     Failure,
@@ -51,66 +44,23 @@ from transforms.records import (
     Window,
     WorkUnit,
 )
-from transforms.storage import writing
 
 SETTINGS = FbankSettings()
 RAW = FbankSettings(mean=0.0, std=0.5)  # (x - 0) / (2 · 0.5): log-mel values as they are
-RATE_HZ = 16_000
 LOG_FLOOR = math.log(np.finfo(np.float32).eps)
 PAD = 4.2677393 / (2 * 4.5689974)  # (0 - mean) / (2 · std)
 SILENCE = (LOG_FLOOR + 4.2677393) / (2 * 4.5689974)
 EMPTY_BIN = 3
 
 
-def noise(num_samples: int, seed: int = 0, level: float = 0.1) -> FloatArray:
-    generator = np.random.default_rng(seed)
-    return (level * generator.standard_normal(num_samples)).astype(np.float32)
-
-
-def tone(num_samples: int, frequency_hz: float = 440.0) -> FloatArray:
-    time_s = np.arange(num_samples) / RATE_HZ
-    return (0.5 * np.sin(2 * np.pi * frequency_hz * time_s)).astype(np.float32)
-
-
-def chirp(num_samples: int) -> FloatArray:
-    time_s = np.arange(num_samples) / RATE_HZ
-    rise = (7000.0 - 50.0) / time_s[-1]
-    phase = 2 * np.pi * (50.0 * time_s + 0.5 * rise * time_s**2)
-    return (0.5 * np.sin(phase)).astype(np.float32)
-
-
-def voice(num_samples: int) -> FloatArray:
-    """Harmonics of a gliding pitch, in syllables, over a little noise."""
-    time_s = np.arange(num_samples) / RATE_HZ
-    phase = 2 * np.pi * np.cumsum(140.0 + 30.0 * np.sin(2 * np.pi * 0.7 * time_s)) / RATE_HZ
-    harmonics = sum(np.sin(k * phase) / k for k in range(1, 20))
-    syllables = np.clip(np.sin(2 * np.pi * 3.0 * time_s), 0.0, 1.0)
-    return (0.2 * harmonics * syllables + noise(num_samples, 1, 1e-3)).astype(np.float32)
-
-
-SIGNALS: dict[str, Callable[[int], FloatArray]] = {
-    "noise": noise,
-    "tone": tone,
-    "chirp": chirp,
-    "voice": voice,
-    "silence": lambda n: np.zeros(n, np.float32),
-    "impulse": lambda n: np.eye(1, n, n // 2, dtype=np.float32)[0],
-}
-
-
 @pytest.fixture(scope="session")
 def recordings(esc10: list[Path]) -> list[FloatArray]:
-    """One in twenty of the real clips: mono, 16 kHz."""
-    clips = []
-    for path in esc10[::20]:
-        samples, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
-        clips.append(soxr.resample(samples.mean(axis=1), rate_hz, RATE_HZ).astype(np.float32))
-    return clips
+    return read_recordings(esc10[::20])
 
 
 @pytest.fixture(scope="session")
 def cuda() -> torch.device:
-    """The CUDA device; without one the test skips, or fails where REQUIRE_GPU=1 asks for it."""
+    """The CUDA device. Without one the test is skipped, or fails if REQUIRE_GPU=1."""
     if not torch.cuda.is_available():
         if os.environ.get("REQUIRE_GPU") == "1":
             pytest.fail("REQUIRE_GPU=1 is set and there is no CUDA device")
@@ -208,14 +158,6 @@ def test_against_kaldi_native_fbank_on_recordings(recordings: list[FloatArray]) 
         assert_close_to_native(samples)
 
 
-def test_extractor_equals_transformers_bit_for_bit(recordings: list[FloatArray]) -> None:
-    batch = [*recordings, voice(1000), noise(164_080)]
-    expected = hf_module.ASTFeatureExtractor()(batch, sampling_rate=RATE_HZ, return_tensors="np")
-    found = ASTFeatureExtractor()(batch, sampling_rate=RATE_HZ, return_tensors="np")
-    np.testing.assert_array_equal(found.input_values, expected.input_values)
-    np.testing.assert_array_equal(extract_fbank(batch[0], SETTINGS), expected.input_values[0])
-
-
 def assert_close_to_numpy_fallback(
     samples: FloatArray, module: ModuleType, largest: float = 2e-3
 ) -> None:
@@ -247,14 +189,6 @@ def test_against_the_numpy_fallback_on_recordings(
 ) -> None:
     for samples in recordings[::4]:
         assert_close_to_numpy_fallback(samples, hf_without_torchaudio)
-
-
-def test_other_checkpoint_against_transformers() -> None:
-    arguments = {"max_length": 128, "mean": -6.845978, "std": 5.5654526}
-    expected = hf_module.ASTFeatureExtractor(**arguments)(tone(16_000), sampling_rate=RATE_HZ)
-    found = ASTFeatureExtractor(**arguments)(tone(16_000), sampling_rate=RATE_HZ)
-    assert found.input_values[0].shape == (128, 128)
-    np.testing.assert_array_equal(found["input_values"][0], expected["input_values"][0])
 
 
 # --- properties
@@ -317,7 +251,7 @@ def test_a_shift_by_one_hop_is_a_shift_by_one_frame() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(length=st.integers(400, 8000))
-def test_what_follows_changes_no_earlier_frame(length: int) -> None:
+def test_later_samples_change_no_earlier_frame(length: int) -> None:
     samples = noise(8000)
     whole, prefix = extract_fbank(samples, RAW), extract_fbank(samples[:length], RAW)
     num_frames = SETTINGS.count_frames(length)
@@ -409,7 +343,7 @@ RAGGED = [164_080, 400, 399, 16_000, 559, 560, 100_000, 0]
 
 
 def ragged_batch(device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Clips of all lengths; what lies behind a clip is noise and NaN that must not matter."""
+    """Clips of all lengths, followed by noise and NaN that must not matter."""
     samples = np.stack([noise(164_080, seed) for seed in range(len(RAGGED))])
     for row, length in enumerate(RAGGED):
         samples[row, length + 7 :] = np.nan
@@ -449,7 +383,7 @@ def test_forward_reads_no_values_so_it_never_waits_for_the_device() -> None:
     assert features.shape == (3, 1024, 128)
 
 
-def test_autocast_does_not_reach_the_features() -> None:
+def test_autocast_does_not_affect_the_features() -> None:
     samples = noise(16_000)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = batched_fbank(samples)
@@ -481,7 +415,7 @@ def test_a_batch_that_does_not_fit_is_refused(
 
 
 def test_a_module_cast_with_the_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"turned into torch.bfloat16; features need float32"):
+    with pytest.raises(ValueError, match=r"converted to torch.bfloat16; features need float32"):
         KaldiFbank(SETTINGS).to(torch.bfloat16)(torch.zeros(1, 500))
 
 
@@ -515,281 +449,6 @@ def test_the_device_gives_the_numbers_of_torchaudio(name: str, cuda: torch.devic
     assert (np.abs(energy - expected_energy) / loudest).max() <= 5e-6
 
 
-# --- ASTFeatureExtractor
-
-
-SINGLE_FORMS: dict[str, Callable[[FloatArray], object]] = {
-    "float32 array": lambda x: x,
-    "float64 array": lambda x: x.astype(np.float64),
-    "list of floats": lambda x: x.tolist(),
-    "tuple of floats": lambda x: tuple(x.tolist()),
-    "list of numpy scalars": list,
-    "float32 tensor": torch.from_numpy,
-    "float64 tensor": lambda x: torch.from_numpy(x).double(),
-    "tensor with gradient": lambda x: torch.from_numpy(x).requires_grad_(),
-    "batch of one": lambda x: [x],
-    "batch of one list": lambda x: [x.tolist()],
-    "batch of one tensor": lambda x: [torch.from_numpy(x)],
-}
-
-
-@pytest.mark.parametrize("form", SINGLE_FORMS)
-def test_every_form_of_a_clip_gives_the_same(form: str) -> None:
-    samples = voice(2000)
-    features = ASTFeatureExtractor()(SINGLE_FORMS[form](samples), sampling_rate=RATE_HZ)
-    assert len(features["input_values"]) == 1
-    np.testing.assert_array_equal(features.input_values[0], extract_fbank(samples, SETTINGS))
-
-
-INTEGER_FORMS: dict[str, Callable[[np.ndarray], object]] = {
-    "int16 array": lambda x: x,
-    "int32 array": lambda x: x.astype(np.int32),
-    "int64 array": lambda x: x.astype(np.int64),
-    "list of integers": lambda x: x.tolist(),
-    "int16 tensor": torch.from_numpy,
-    "batch of one int16 array": lambda x: [x],
-}
-
-
-@pytest.mark.parametrize("form", INTEGER_FORMS)
-def test_integers_are_scaled_from_16_bit(form: str) -> None:
-    integers = np.concatenate(([-32768, 32767], voice(2000) * 32767)).astype(np.int16)
-    features = ASTFeatureExtractor()(INTEGER_FORMS[form](integers), sampling_rate=RATE_HZ)
-    expected = extract_fbank((integers / 32768.0).astype(np.float32), SETTINGS)
-    np.testing.assert_array_equal(features.input_values[0], expected)
-
-
-@pytest.mark.parametrize(
-    "halve", [lambda x: x.astype(np.float16), lambda x: torch.from_numpy(x).bfloat16()]
-)
-def test_half_precision_is_widened(halve: Callable[[FloatArray], object]) -> None:
-    samples = np.round(voice(2000) * 64).astype(np.float32) / 64  # exact in both half types
-    features = ASTFeatureExtractor()(halve(samples), sampling_rate=RATE_HZ)
-    np.testing.assert_array_equal(features.input_values[0], extract_fbank(samples, SETTINGS))
-
-
-def test_a_ragged_list_is_a_batch_in_order() -> None:
-    clips = [voice(2000), torch.from_numpy(noise(400)), tone(16_000).tolist()]
-    found = ASTFeatureExtractor()(clips, sampling_rate=RATE_HZ, return_tensors="pt")
-    assert isinstance(found["input_values"], torch.Tensor)
-    assert found.input_values.shape == (3, 1024, 128)
-    for clip, features in zip(clips, found.input_values, strict=True):
-        expected = extract_fbank(np.asarray(clip, np.float32), SETTINGS)
-        np.testing.assert_array_equal(features.numpy(), expected)
-
-
-def test_forms_of_the_result() -> None:
-    extractor = ASTFeatureExtractor()
-    as_list = extractor(voice(2000), sampling_rate=RATE_HZ)["input_values"]
-    as_array = extractor(voice(2000), sampling_rate=RATE_HZ, return_tensors="np")["input_values"]
-    as_tensor = extractor(voice(2000), sampling_rate=RATE_HZ, return_tensors="pt")
-    assert isinstance(as_list, list)
-    assert as_array.shape == (1, 1024, 128)
-    assert {**as_tensor}.keys() == {"input_values"}  # model(**features) works
-    assert as_tensor.to(torch.float64)["input_values"].dtype == torch.float64
-    np.testing.assert_array_equal(as_list[0], as_array[0])
-
-
-def test_without_normalising() -> None:
-    extractor = ASTFeatureExtractor(do_normalize=False)
-    features = extractor(voice(2000), sampling_rate=RATE_HZ).input_values[0]
-    np.testing.assert_array_equal(features, extract_fbank(voice(2000), RAW))
-
-
-STEREO = np.zeros((2, 1000), np.float32)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"sampling_rate": 44_100}, "sampling_rate is 44100; the model was trained at 16000 Hz"),
-        ({"raw_speech": STEREO}, r"raw_speech has the shape \(2, 1000\)"),
-        ({"raw_speech": STEREO.T}, r"raw_speech has the shape \(1000, 2\)"),
-        ({"raw_speech": STEREO[:1]}, r"raw_speech has the shape \(1, 1000\)"),
-        ({"raw_speech": STEREO[None]}, r"raw_speech has the shape \(1, 2, 1000\)"),
-        ({"raw_speech": torch.zeros(2, 1000)}, r"raw_speech has the shape \(2, 1000\)"),
-        ({"raw_speech": [voice(500), STEREO]}, r"raw_speech\[1\] has the shape \(2, 1000\)"),
-        ({"raw_speech": (voice(500), RATE_HZ)}, r"raw_speech\[1\] has the shape \(\)"),
-        ({"raw_speech": np.float32(0.5)}, r"raw_speech has the shape \(\)"),
-        ({"raw_speech": [0.1, [0.2, 0.3]]}, "raw_speech is no vector of numbers"),
-        ({"raw_speech": ["dog.wav"] * 500}, "must be floats"),
-        ({"raw_speech": np.zeros(500, np.uint8)}, "uint8; must be floats .* or 16-bit integers"),
-        ({"raw_speech": np.zeros(500, np.int8)}, "int8; must be floats .* or 16-bit integers"),
-        ({"raw_speech": np.zeros(500, bool)}, "bool; must be floats"),
-        ({"raw_speech": np.zeros(500, complex)}, "complex128; must be floats"),
-        ({"return_tensors": "tf"}, "return_tensors is 'tf'; must be None, 'np' or 'pt'"),
-        ({"max_length": 512, "padding": True}, r"unknown arguments \['max_length', 'padding'\]"),
-    ],
-)
-def test_a_wrong_call_is_refused(arguments: dict, message: str) -> None:
-    call = {"raw_speech": voice(500), "sampling_rate": RATE_HZ, **arguments}
-    with pytest.raises(ValueError, match=message):
-        ASTFeatureExtractor()(**call)
-
-
-@pytest.mark.parametrize(
-    ("raw_speech", "message"),
-    [
-        ([], "raw_speech: no samples"),
-        (np.zeros(0), "raw_speech: no samples"),
-        ([voice(500), np.zeros(0)], r"raw_speech\[1\]: no samples"),
-        (np.zeros(399), "raw_speech: 399 samples; at least 400"),
-        (np.full(500, np.nan), "raw_speech: 500 of 500 samples are NaN"),
-        (np.full(500, 1e300), "raw_speech: 500 of 500 samples are NaN or infinite"),
-        (np.full(500, np.inf, np.float16), "raw_speech: 500 of 500"),
-        (np.full(500, 40_000), "integer samples reach from 40000 to 40000; 16-bit audio ends"),
-        (np.full(500, 32_768), "integer samples reach from 32768 to 32768"),
-        (np.full(500, -32_769), "integer samples reach from -32769 to -32769"),
-        ([voice(500), [10**6] * 500], r"raw_speech\[1\]: integer samples reach"),
-    ],
-)
-def test_samples_without_features_are_refused(raw_speech: object, message: str) -> None:
-    with pytest.raises(FeatureError, match=message):
-        ASTFeatureExtractor()(raw_speech, sampling_rate=RATE_HZ)
-
-
-def test_a_missing_rate_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    ASTFeatureExtractor()(voice(500))
-    assert "sampling_rate was not given" in caplog.text
-
-
-def test_long_audio_is_cut_as_in_transformers_but_said(caplog: pytest.LogCaptureFixture) -> None:
-    samples = noise(164_080 + 160)
-    found = ASTFeatureExtractor()(samples, sampling_rate=RATE_HZ).input_values[0]
-    assert "raw_speech has 1025 frames; only the first 1024 are used" in caplog.text
-    expected = hf_module.ASTFeatureExtractor()(samples, sampling_rate=RATE_HZ)["input_values"][0]
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_samples_that_make_no_further_frame_are_not_worth_a_word(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    ASTFeatureExtractor()(noise(164_080 + 159), sampling_rate=RATE_HZ)
-    assert caplog.text == ""
-
-
-def test_floats_of_16_bit_size_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    ASTFeatureExtractor()(voice(500) * np.float32(32768), sampling_rate=RATE_HZ)
-    assert "floats are taken to be in [-1, 1]" in caplog.text
-
-
-def test_attributes_and_dict_are_those_of_transformers() -> None:
-    ours, theirs = ASTFeatureExtractor(), hf_module.ASTFeatureExtractor()
-    assert ours.to_dict() == theirs.to_dict()
-    assert ours.settings == SETTINGS
-    assert repr(ours).startswith("ASTFeatureExtractor {")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{"padding_value": 1.0}, {"return_attention_mask": True}, {"padding_side": "left"}],
-)
-def test_arguments_without_effect_are_said(
-    arguments: dict, caplog: pytest.LogCaptureFixture
-) -> None:
-    ASTFeatureExtractor(**arguments)
-    assert "have no effect" in caplog.text
-
-
-def test_out_of_range_arguments_are_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match="std of the features is 0"):
-        ASTFeatureExtractor(std=0)
-
-
-CHANGED = {"max_length": 128, "mean": -6.8, "std": 5.5, "do_normalize": False, "num_mel_bins": 64}
-
-
-def test_what_is_saved_loads_here_and_in_transformers(tmp_path: Path) -> None:
-    saved = ASTFeatureExtractor(**CHANGED)
-    paths = saved.save_pretrained(tmp_path / "model")
-    assert paths == [str(tmp_path / "model" / "preprocessor_config.json")]
-    loaded = ASTFeatureExtractor.from_pretrained(tmp_path / "model")
-    assert loaded.to_dict() == saved.to_dict()
-    theirs = hf_module.ASTFeatureExtractor.from_pretrained(tmp_path / "model")
-    assert theirs.to_dict() == saved.to_dict()
-
-
-def test_what_transformers_saves_loads_here(tmp_path: Path) -> None:
-    theirs = hf_module.ASTFeatureExtractor(**CHANGED)
-    theirs.save_pretrained(tmp_path)
-    loaded = ASTFeatureExtractor.from_pretrained(str(tmp_path), max_length=256)
-    assert loaded.to_dict() == {**theirs.to_dict(), "max_length": 256}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "there is no preprocessor_config.json"),
-        ("{", "preprocessor_config.json cannot be read as JSON"),
-        ("[]", "preprocessor_config.json holds a list; expected a JSON object"),
-        (
-            json.dumps({"feature_extractor_type": "WhisperFeatureExtractor"}),
-            "is 'WhisperFeatureExtractor'; expected ASTFeatureExtractor",
-        ),
-    ],
-)
-def test_a_folder_without_an_ast_extractor_is_refused(
-    text: str | None, message: str, tmp_path: Path
-) -> None:
-    if text is not None:
-        (tmp_path / "preprocessor_config.json").write_text(text)
-    with pytest.raises(ModelError, match=message):
-        ASTFeatureExtractor.from_pretrained(tmp_path)
-
-
-def test_a_mistyped_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="missing: there is no such folder"):
-        ASTFeatureExtractor.from_pretrained(tmp_path / "missing")
-
-
-def test_a_remote_folder_is_read() -> None:
-    saved = ASTFeatureExtractor(**CHANGED)
-    content = json.dumps({**saved.to_dict(), "unknown_to_us": 1}).encode()
-    writing.write_bytes("memory://fbank/model/preprocessor_config.json", content)
-    loaded = ASTFeatureExtractor.from_pretrained("memory://fbank/model", max_length=256)
-    assert loaded.to_dict() == {**saved.to_dict(), "max_length": 256}
-
-
-def test_a_remote_folder_without_the_file_is_refused() -> None:
-    with pytest.raises(ModelError, match="model memory://fbank/none: there is no preprocessor"):
-        ASTFeatureExtractor.from_pretrained("memory://fbank/none")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
-    """A hub on this machine whose model has a feature extractor and nothing else."""
-    ASTFeatureExtractor(**CHANGED).save_pretrained(tmp_path / "hub")
-    with serve_hub(tmp_path / "hub") as hub:
-        use_hub(hub, tmp_path / "cache", monkeypatch)
-        yield hub
-
-
-@pytest.mark.parametrize(
-    ("source", "revision", "asked_for"),
-    [
-        ("org/tiny", None, "/api/models/org/tiny"),
-        ("org/tiny@v1", None, "/api/models/org/tiny/revision/v1"),
-        ("org/tiny", "v1", "/api/models/org/tiny/revision/v1"),
-        ("org/tiny@v9", "v1", "/api/models/org/tiny/revision/v1"),
-    ],
-)
-def test_a_hub_id_may_carry_a_revision(
-    source: str, revision: str | None, asked_for: str, hub: type[FakeHub]
-) -> None:
-    loaded = ASTFeatureExtractor.from_pretrained(source, revision=revision)
-    # The client's first request in a process may be about the process, not about a model.
-    asked = [request.split()[1].partition("?")[0] for request in hub.requests]
-    assert next(path for path in asked if path.startswith("/api/models/")) == asked_for
-    assert loaded.to_dict() == ASTFeatureExtractor(**CHANGED).to_dict()
-
-
-def test_an_extractor_fetched_before_is_found_without_a_network(hub: type[FakeHub]) -> None:
-    before = ASTFeatureExtractor.from_pretrained("org/tiny")
-    hub.status = 503
-    after = ASTFeatureExtractor.from_pretrained(f"org/tiny@{COMMIT}")
-    assert after.to_dict() == before.to_dict()
-
-
 # --- ExtractFbank
 
 
@@ -818,14 +477,22 @@ def run_step(elements: list, on_device: bool = False) -> list:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As features are made in a run; on some processors several round sums otherwise."""
+    """A single torch thread, as in a run: on some processors several threads round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def test_windows_come_out_with_features_and_all_else_unchanged(one_thread: None) -> None:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_windows_get_features_and_are_otherwise_unchanged(one_thread: None) -> None:
     found = run_step([window(0, voice(2000)), window(1, noise(164_080))])
     assert [each.window_index for each in found] == [0, 1]
     np.testing.assert_array_equal(found[0].data, extract_fbank(voice(2000), SETTINGS))
@@ -842,7 +509,7 @@ def test_windows_come_out_with_features_and_all_else_unchanged(one_thread: None)
         (np.zeros(200_000, np.float32), "longer than the 164080"),
     ],
 )
-def test_a_window_without_features_travels_on_with_the_reason(
+def test_a_window_without_features_passes_with_the_reason(
     samples: FloatArray, message: str
 ) -> None:
     for on_device in (False, True):
@@ -857,7 +524,7 @@ def test_windows_keep_their_samples_for_a_device_that_makes_features() -> None:
     assert found.error is None
 
 
-def test_features_made_ahead_come_in_order_with_all_between_them(one_thread: None) -> None:
+def test_features_made_ahead_keep_the_order_of_all_elements(one_thread: None) -> None:
     clips = [
         [*(window(index, noise(2000 + 100 * index, seed)) for index in range(4)), end]
         for seed, end in enumerate(UnitEnd(WorkUnit(f"{n}", "files", (ITEM,)), 4) for n in range(9))
@@ -872,7 +539,7 @@ def test_features_made_ahead_come_in_order_with_all_between_them(one_thread: Non
             np.testing.assert_array_equal(actual.data, extract_fbank(element.data, SETTINGS))
 
 
-def test_features_made_ahead_keep_their_place_in_beam_s_time() -> None:
+def test_features_made_ahead_keep_their_beam_window_and_timestamp() -> None:
     windows = [window(index, noise(2000, index)) for index in range(12)]
 
     def place(
@@ -894,17 +561,16 @@ def test_features_made_ahead_keep_their_place_in_beam_s_time() -> None:
         assert_that(places, equal_to([(n, 10.0 * n, 10.0 * n // 60 * 60) for n in range(12)]))
 
 
-def test_threads_for_features_leave_torch_s_own_alone() -> None:
-    before = torch.get_num_threads()
-    ahead = {fbank.feature_threads().submit(torch.get_num_threads).result() for _ in range(9)}
+def test_feature_threads_leave_torch_s_own_threads_alone(two_threads: None) -> None:
+    ahead = {feature_threads().submit(torch.get_num_threads).result() for _ in range(9)}
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert (ahead, torch.get_num_threads(), later) == ({1}, before, [before])
+    assert (ahead, torch.get_num_threads(), later) == ({1}, 2, [2])
 
 
-def test_threads_that_ask_at_once_get_the_same_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_ask_at_once_get_the_same_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
     another_starts_too = threading.Barrier(2)
 
@@ -914,16 +580,16 @@ def test_threads_that_ask_at_once_get_the_same_threads(monkeypatch: pytest.Monke
             another_starts_too.wait(0.2)
         return object()
 
-    monkeypatch.setattr(fbank, "_start_threads", functools.cache(start))
-    monkeypatch.setattr(fbank, "threads_of", lambda num_processes: 12 // num_processes)
+    monkeypatch.setattr(threads_module, "_start_threads", functools.cache(start))
+    monkeypatch.setattr(threads_module, "threads_of", lambda num_processes: 12 // num_processes)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: fbank.feature_threads(3), range(4)))
+        found = list(pool.map(lambda _: feature_threads(3), range(4)))
     assert (len(set(found)), started) == (1, [4])
 
 
 def test_processes_share_the_cores_that_make_features(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    threads = fbank.feature_threads()
+    threads = feature_threads()
 
     def counting(num_processes: int) -> ThreadPoolExecutor:
         asked.append(num_processes)
@@ -936,7 +602,7 @@ def test_processes_share_the_cores_that_make_features(monkeypatch: pytest.Monkey
     assert asked == [3]
 
 
-def test_a_window_that_already_failed_is_left_as_it_is() -> None:
+def test_a_window_that_already_failed_passes_unchanged() -> None:
     (found,) = run_step([window(0, voice(2000), error="from an earlier step")])
     np.testing.assert_array_equal(found.data, voice(2000))
     assert found.error == "from an earlier step"

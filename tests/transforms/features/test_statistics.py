@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.support.unit_factory import FACTS, file_unit, make_item, make_window
 from transforms.errors import FeatureError
 from transforms.features.fbank import FbankSettings, extract_fbank
+from transforms.features.fbank_settings import without_normalising
 from transforms.features.statistics import (
     ORIGINAL_BATCH_WINDOWS,
     FeatureStatistics,
@@ -22,7 +23,6 @@ from transforms.features.statistics import (
     measure_as_original,
     measure_window,
     sum_statistics,
-    without_normalising,
 )
 from transforms.records import Failure, FloatArray, ItemFailure, UnitEnd, Window
 
@@ -57,7 +57,7 @@ def test_any_split_and_order_gives_the_moments_of_the_whole(
             assert found.std == pytest.approx(whole.std(), rel=1e-9)
 
 
-def test_nothing_has_no_spread() -> None:
+def test_an_empty_array_has_no_spread() -> None:
     assert Moments.of(np.empty(0)) == Moments()
     assert math.isnan(Moments().std)
     with pytest.raises(FeatureError, match="no window has features"):
@@ -75,7 +75,7 @@ def test_padding_does_not_count() -> None:
     assert found.std == pytest.approx(filled.std(), rel=1e-12)
 
 
-def test_the_settings_own_mean_and_std_do_not_matter() -> None:
+def test_the_settings_own_mean_and_std_are_ignored() -> None:
     other = FbankSettings(num_frames=128, mean=3.0, std=7.0)
     assert measure_window(noise(9000), other) == measure_window(noise(9000), SETTINGS)
 
@@ -159,7 +159,7 @@ def window_of(name: str, samples: FloatArray | None, **changes: object) -> Windo
     return make_window(make_item(name), num_windows=1, data=samples, **changes)
 
 
-def test_clips_windows_and_failures_are_counted_apart() -> None:
+def test_clips_windows_and_failures_are_counted_separately() -> None:
     unit = file_unit("u", 3)
     failure = Failure(make_item("/b.wav"), "decode", "NotAudio", "no audio in it")
     cut_short = Failure(make_item("/c.tar"), "read", "TarError", "cut short", is_container=True)
@@ -190,7 +190,7 @@ def test_a_clip_with_several_bad_windows_is_one_failure_and_no_clip() -> None:
     assert (found.windows, found.clips, found.failures) == (0, 0, 1)
 
 
-def test_as_original_does_not_depend_on_what_other_units_do() -> None:
+def test_as_original_does_not_depend_on_other_units() -> None:
     one = [window_of(f"/{i}.wav", noise(16_000, i), item_index=i, unit_id="1") for i in range(6)]
     two = [window_of(f"/x{i}.wav", noise(9_000, i), item_index=i, unit_id="2") for i in range(6)]
     apart = sum_statistics([measure(list(unit), as_original=True) for unit in (one, two)])

@@ -129,7 +129,9 @@ window_settings = st.integers(400, 1200).flatmap(
 
 @hypothesis_settings(max_examples=200, deadline=None)
 @given(num_samples=clips, settings=window_settings)
-def test_what_windows_guarantee(num_samples: int, settings: WindowSettings) -> None:
+def test_every_sample_is_covered_by_windows_of_legal_length(
+    num_samples: int, settings: WindowSettings
+) -> None:
     samples = ramp(num_samples)
     cuts = cut_windows(samples, settings)
     window = settings.window_samples
@@ -164,7 +166,7 @@ def test_what_windows_guarantee(num_samples: int, settings: WindowSettings) -> N
         st.one_of(st.integers(0, 30), st.integers(0, 1500), st.integers(2000, 5000)), max_size=12
     ),
 )
-def test_pieces_of_any_size_give_the_windows_of_the_whole(
+def test_the_windows_do_not_depend_on_the_size_of_pieces(
     num_samples: int, settings: WindowSettings, piece_sizes: list[int]
 ) -> None:
     samples = ramp(num_samples)
@@ -202,14 +204,14 @@ def test_pieces_of_every_even_size(num_samples: int, hop: int) -> None:
             assert np.array_equal(ours.samples, theirs.samples)
 
 
-def test_a_window_comes_as_soon_as_it_cannot_be_the_last() -> None:
+def test_a_window_is_emitted_as_soon_as_it_cannot_be_the_last() -> None:
     cutter = WindowCutter(lengths(1000))
     assert cutter.push(ramp(1000)) == []
     assert spans(cutter.push(ramp(1))) == [(0, 1000)]
     assert cutter.num_cuts == 1
 
 
-def test_windows_are_not_overwritten_by_what_follows() -> None:
+def test_windows_are_not_overwritten_by_later_pieces() -> None:
     cutter = WindowCutter(lengths(1000))
     (first,) = cutter.push(ramp(1500))
     for _ in range(5):
@@ -217,7 +219,7 @@ def test_windows_are_not_overwritten_by_what_follows() -> None:
     np.testing.assert_array_equal(first.samples, ramp(1000))
 
 
-def test_a_window_that_lies_in_one_piece_is_no_copy() -> None:
+def test_a_window_within_one_piece_is_not_copied() -> None:
     cutter, piece = WindowCutter(lengths(1000)), ramp(2500)
     first, second = cutter.push(piece)
     assert first.samples.base is piece
@@ -225,7 +227,7 @@ def test_a_window_that_lies_in_one_piece_is_no_copy() -> None:
     assert cutter.finish().samples.base is piece
 
 
-def test_an_hour_is_held_two_windows_at_a_time() -> None:
+def test_an_hour_needs_the_memory_of_two_windows() -> None:
     cutter = WindowCutter(lengths(1000))
     for _ in range(1_000):
         cutter.push(np.zeros(700, np.float32))
@@ -244,7 +246,7 @@ def held_bytes(cutter: WindowCutter) -> int:
     [np.zeros((2, 500), np.float32), np.zeros(500, np.int16), np.zeros(500)],
     ids=["stereo", "int16", "float64"],
 )
-def test_a_piece_of_another_kind_is_refused(piece: np.ndarray) -> None:
+def test_a_piece_of_another_shape_or_type_is_refused(piece: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"must be one-dimensional \(mono\) and float32"):
         WindowCutter(lengths(1000)).push(piece)
 
@@ -255,7 +257,7 @@ def test_a_piece_of_another_kind_is_refused(piece: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("num_frames", "window_samples", "seconds"), [(1024, 164_080, 10.255), (128, 20_720, 1.295)]
 )
-def test_default_window_is_what_the_checkpoint_holds(
+def test_the_default_window_is_the_checkpoint_s(
     num_frames: int, window_samples: int, seconds: float
 ) -> None:
     settings = WindowSettings.from_seconds(None, None, 0.1, num_frames, RATE_HZ)
@@ -265,7 +267,7 @@ def test_default_window_is_what_the_checkpoint_holds(
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 11_025, 16_000, 22_050, 22_150, 32_000, 44_100, 48_000])
-def test_longest_window_is_what_the_features_hold(rate_hz: int) -> None:
+def test_the_longest_window_fills_the_features(rate_hz: int) -> None:
     settings = WindowSettings.from_seconds(None, None, 0.1, 1024, rate_hz)
     features = FbankSettings(sample_rate_hz=rate_hz)
     assert settings.window_samples == features.max_samples
@@ -459,7 +461,7 @@ def test_a_clip_left_open_fails_the_bundle() -> None:
     assert AccountingError.__name__ in repr(caught.value)
 
 
-def test_what_a_failed_bundle_left_open_does_not_reach_the_next() -> None:
+def test_an_open_clip_of_a_failed_bundle_does_not_affect_the_next() -> None:
     step = _CutWindowsFn(lengths(1600))
     step.start_bundle()
     assert list(step.process(piece(0, WHOLE, ramp(900)))) == []

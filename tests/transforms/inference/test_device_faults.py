@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -20,10 +19,12 @@ import torch
 from pipeline.cli import main as cli
 from pipeline.result.verify import run_verify
 from tests.support.audio_factory import noise, write
+from tests.support.labelling import Row, assert_same_rows, rows_by_name
 from tests.support.model_factory import write_tiny_model
 from transforms.errors import DeviceError
-from transforms.inference import engine
-from transforms.inference.engine import NOT_FINITE, Engine, SafePredictor
+from transforms.inference import safe_predictor
+from transforms.inference.engine import NOT_FINITE, Engine
+from transforms.inference.safe_predictor import SafePredictor
 from transforms.records import FloatArray, Prediction
 
 RATE = 16_000
@@ -33,7 +34,6 @@ SETTINGS = (
     *("--set", "decode.processes=1"),
 )
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs")
-Rows = dict[tuple[str, int], dict[str, Any]]
 Embed = Callable[[Engine, FloatArray], Any]
 
 
@@ -63,12 +63,8 @@ class Label:
         self.said = self.capsys.readouterr().err
         return code
 
-    def rows(self, part: str) -> Rows:
-        return {
-            (Path(row["clip_id"]).name, row.get("window_index", 0)): row
-            for path in (self.out / part).glob("*.parquet")
-            for row in pq.read_table(path).to_pylist()
-        }
+    def rows(self, part: str) -> dict[tuple[str, int], Row]:
+        return rows_by_name(self.out, part)
 
 
 @pytest.fixture
@@ -78,7 +74,7 @@ def label(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Label:
-    monkeypatch.setattr(engine, "MEMORY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(safe_predictor, "MEMORY_WAITS_S", (0.0, 0.0))
     monkeypatch.delenv("EARMARK_DEBUG", raising=False)
     return Label(tiny_model, tmp_path / "out", capsys)
 
@@ -118,22 +114,6 @@ def out_of_memory_above(most: int, sizes: list[int]) -> Callable[[Embed], Embed]
     return fault
 
 
-def assert_same_rows(mine: Rows, others: Rows, *, atol: float) -> None:
-    assert mine.keys() == others.keys()
-    for key, row in mine.items():
-        other = others[key]
-        for name in row:
-            if name == "embedding":
-                np.testing.assert_allclose(row[name], other[name], rtol=0, atol=atol)
-            elif name == "labels":
-                scores = [[entry["score"] for entry in one[name]] for one in (row, other)]
-                np.testing.assert_allclose(*scores, rtol=0, atol=atol)
-                indices = [[entry["index"] for entry in one[name]] for one in (row, other)]
-                assert indices[0] == indices[1]
-            elif name != "unit_id":
-                assert row[name] == other[name] or row[name] is other[name], name
-
-
 # --- Memory --------------------------------------------------------------------------------
 
 
@@ -149,17 +129,16 @@ def test_out_of_memory_halves_the_batch_and_the_rows_are_the_same(
     assert [size for size in sizes if size > most] == [8, 4, 2][: {7: 1, 3: 2, 1: 3}[most]]
     assert set(sizes[-3:]) <= {fits, fits - 1}
     for part in ("clips", "windows"):
-        assert_same_rows(label.rows(part), undisturbed.rows(part), atol=1e-5)
+        assert_same_rows(label.rows(part).values(), undisturbed.rows(part).values())
     told = [line for line in label.said.splitlines() if "Out of memory" in line]
     assert told == [
-        "WARNING transforms.inference.engine: Out of memory on torch cpu fp32 with 8 windows a "
-        "batch; "
-        f"going on with {fits}. To begin so: --batch-size {fits}"
+        "WARNING transforms.inference.safe_predictor: Out of memory on torch cpu fp32 with 8 "
+        f"windows a batch; continuing with {fits}. To start with that: --batch-size {fits}"
     ]
     assert run_verify(str(label.out), quiet=True) == 0
 
 
-def test_memory_that_comes_back_for_a_single_window_is_waited_for(
+def test_a_single_window_waits_until_memory_is_free(
     label: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = iter([True] * 5)  # at 8, 4, 2 and 1, and once more at 1
@@ -175,10 +154,10 @@ def test_memory_that_comes_back_for_a_single_window_is_waited_for(
     break_engine(monkeypatch, fault)
     assert label(clips) == 0
     assert not label.rows("errors")
-    assert "going on with 1." in label.said
+    assert "continuing with 1." in label.said
 
 
-def test_no_memory_for_a_single_window_ends_the_run_and_the_next_goes_on(
+def test_no_memory_for_a_single_window_ends_the_run_and_the_next_resumes(
     label: Label, undisturbed: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It is no window's fault: a row of errors for each would have to be tried again one by one.
@@ -198,14 +177,14 @@ def test_no_memory_for_a_single_window_ends_the_run_and_the_next_goes_on(
         assert label(clips, "--set", "units.windows=2", "--batch-size", "2") == 1
     assert "torch cpu fp32: out of memory with a single window (CUDA out of memory" in label.said
     assert "nvidia-smi" in label.said
-    assert "the same command goes on from there" in label.said
+    assert "run the same command again to resume" in label.said
     assert not label.rows("errors")
     committed = set(label.rows("clips"))
     assert committed
     assert label(clips, "--set", "units.windows=2", "--batch-size", "2") == 0
     assert committed < set(label.rows("clips"))
     for part in ("clips", "windows"):
-        assert_same_rows(label.rows(part), undisturbed.rows(part), atol=1e-5)
+        assert_same_rows(label.rows(part).values(), undisturbed.rows(part).values())
     assert run_verify(str(label.out), quiet=True) == 0
 
 
@@ -238,7 +217,7 @@ def give_nan_for_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "_read", unstable)
 
 
-def test_a_window_that_makes_the_model_give_nan_costs_its_clip_alone(
+def test_a_window_with_a_nan_result_costs_only_its_clip(
     label: Label, undisturbed: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_nan_for_silence(monkeypatch)
@@ -249,8 +228,8 @@ def test_a_window_that_makes_the_model_give_nan_costs_its_clip_alone(
     assert error["message"] == f"window 1 (10.255 to 20.510 s): {NOT_FINITE}"
     # Bit for bit: the same batches were computed.
     for part in ("clips", "windows"):
-        others = {key: row for key, row in undisturbed.rows(part).items() if key[0] != "silent.wav"}
-        assert_same_rows(label.rows(part), others, atol=0)
+        others = [row for (name, _), row in undisturbed.rows(part).items() if name != "silent.wav"]
+        assert_same_rows(label.rows(part).values(), others, tolerance=0)
     assert run_verify(str(label.out), quiet=True) == 0
 
 
@@ -287,7 +266,7 @@ def with_value(value: float, at_s: float = 1.0, duration_s: float = 2.0) -> Floa
     return samples
 
 
-def test_samples_that_are_no_sound_cost_their_clip_alone(label: Label, tmp_path: Path) -> None:
+def test_samples_that_are_not_numbers_cost_only_their_clip(label: Label, tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     folder.mkdir()
     for index in range(3):
@@ -316,8 +295,8 @@ def test_samples_that_are_no_sound_cost_their_clip_alone(label: Label, tmp_path:
         assert np.isfinite(row["embedding"]).all()
         for index in range(num_windows):
             assert np.isfinite(windows.pop((name, index))["embedding"]).all()
-    assert_same_rows(clips, before["clips"], atol=1e-5)
-    assert_same_rows(windows, before["windows"], atol=1e-5)
+    assert_same_rows(clips.values(), before["clips"].values())
+    assert_same_rows(windows.values(), before["windows"].values())
     assert run_verify(str(other.out), quiet=True) == 0
 
 
@@ -350,7 +329,7 @@ def raise_for_silence(embed: Embed) -> Embed:
     return choosy
 
 
-def test_a_window_for_which_the_model_raises_costs_its_clip_alone(
+def test_a_window_that_makes_the_model_raise_costs_only_its_clip(
     label: Label, undisturbed: Label, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_engine(monkeypatch, raise_for_silence)
@@ -361,8 +340,8 @@ def test_a_window_for_which_the_model_raises_costs_its_clip_alone(
         "window 1 (10.255 to 20.510 s): IndexError: index 7 is out of bounds"
     )
     for part in ("clips", "windows"):
-        others = {key: row for key, row in undisturbed.rows(part).items() if key[0] != "silent.wav"}
-        assert_same_rows(label.rows(part), others, atol=1e-5)
+        others = [row for (name, _), row in undisturbed.rows(part).items() if name != "silent.wav"]
+        assert_same_rows(label.rows(part).values(), others)
 
 
 def raise_always(embed: Embed) -> Embed:
@@ -402,16 +381,14 @@ def test_a_model_that_never_works_ends_the_run_at_its_first_batch(
         break_engine(patched, fault)
         assert label(clips) == 1
     assert f"torch cpu fp32: the model cannot be run: {words}" in label.said
-    assert "the same command goes on from there" in label.said
+    assert "run the same command again to resume" in label.said
     assert not label.rows("errors")
     assert not (label.out / "_SUCCESS").exists()
     assert label(clips) == 0
     assert len(label.rows("clips")) == 9
 
 
-def test_a_first_window_for_which_the_model_raises_is_not_taken_for_a_model_that_never_works() -> (
-    None
-):
+def test_a_failing_first_window_does_not_mean_that_the_model_never_works() -> None:
     calls: list[int] = []
 
     def predict(features: FloatArray) -> list[Prediction]:
@@ -428,7 +405,7 @@ def test_a_first_window_for_which_the_model_raises_is_not_taken_for_a_model_that
     assert calls == [1, 1, 1, 1]  # the second is a silent window, asked for once
 
 
-def test_a_bad_first_clip_costs_itself_alone_with_batches_of_one(
+def test_with_batches_of_one_a_bad_first_clip_costs_only_itself(
     label: Label, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = tmp_path / "clips"
@@ -460,10 +437,10 @@ def test_a_bad_first_clip_costs_itself_alone_with_batches_of_one(
         (KeyError("mask"), "KeyError: 'mask'"),
     ],
 )
-def test_what_comes_after_waiting_for_memory_is_judged_like_anything_else(
+def test_a_failure_after_waiting_for_memory_is_handled_like_any_other(
     monkeypatch: pytest.MonkeyPatch, second: Exception, outcome: str | None
 ) -> None:
-    monkeypatch.setattr(engine, "MEMORY_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(safe_predictor, "MEMORY_WAITS_S", (0.0, 0.0))
     errors = iter([OUT_OF_MEMORY, second])
 
     def predict(features: FloatArray) -> list[Prediction]:
@@ -524,13 +501,13 @@ def test_a_gpu_that_is_nearly_full_gives_the_same_rows(
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "Out of memory on torch cuda fp32 with 51 windows" in label.said, label.said
-    assert_same_rows(label.rows("windows"), wanted, atol=1e-4)
+    assert_same_rows(label.rows("windows").values(), wanted.values(), tolerance=1e-4)
     assert run_verify(str(out), quiet=True) == 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_nan_on_a_gpu_costs_its_clip_alone(
+def test_nan_on_a_gpu_costs_only_its_clip(
     needs_gpu: None, label: Label, clips: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     give_nan_for_silence(monkeypatch)

@@ -1,4 +1,4 @@
-"""The engine and the handler: right scores, and no window that takes its batch along."""
+"""The engine and the handler: scores, embeddings, and what passes through."""
 
 from __future__ import annotations
 
@@ -15,22 +15,17 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 
 from tests.support.model_factory import write_tiny_model
-from transforms.errors import ConfigError, DeviceError
-from transforms.inference import engine as engine_module
+from tests.transforms.inference.conftest import features
+from transforms.errors import ConfigError
 from transforms.inference.backbones import (
     InferenceSettings,
     resolve_batch_size,
     resolve_device,
     resolve_precision,
 )
-from transforms.inference.engine import (
-    ASTModelHandler,
-    Engine,
-    SafePredictor,
-    join_features,
-    score_embeddings,
-)
+from transforms.inference.engine import Engine, join_features, score_embeddings
 from transforms.inference.engines import choose_engine
+from transforms.inference.handler import ASTModelHandler
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.records import FloatArray, Prediction
 
@@ -38,17 +33,8 @@ FP32 = InferenceSettings(precision="fp32", device="cpu", batch_size=4)
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_model: Path) -> ModelSpec:
-    return resolve_model(str(tiny_model))
-
-
-@pytest.fixture(scope="module")
 def engine(spec: ModelSpec) -> Engine:
     return ASTModelHandler(spec, FP32).load_model()
-
-
-def features(num: int, seed: int = 0) -> FloatArray:
-    return np.random.default_rng(seed).normal(0, 0.5, (num, 1024, 128)).astype(np.float32)
 
 
 def test_scores_and_embeddings_are_the_models_own(spec: ModelSpec, engine: Engine) -> None:
@@ -62,7 +48,7 @@ def test_scores_and_embeddings_are_the_models_own(spec: ModelSpec, engine: Engin
     assert {p.engine for p in predictions} == {"torch cpu fp32"}
 
 
-def test_neighbours_in_memory_are_joined_without_a_copy() -> None:
+def test_consecutive_rows_are_stacked_without_a_copy() -> None:
     whole = features(4)
     for start, stop in ((0, 4), (1, 3), (3, 4)):
         joined = join_features(list(whole)[start:stop])
@@ -82,7 +68,7 @@ def test_neighbours_in_memory_are_joined_without_a_copy() -> None:
         lambda whole: [whole[0, ::-1], whole[1, ::-1]],
     ],
 )
-def test_windows_from_anywhere_are_joined_by_a_copy(
+def test_windows_from_different_arrays_are_stacked_by_a_copy(
     pick: Callable[[FloatArray], list[FloatArray]],
 ) -> None:
     windows = pick(features(4))
@@ -97,7 +83,7 @@ def test_softmax_models_score_with_a_softmax(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_scores_can_be_had_back_exactly_from_what_is_stored(
+def test_stored_embeddings_reproduce_the_scores_exactly(
     spec: ModelSpec, dtype: str, precision: str
 ) -> None:
     settings = InferenceSettings(precision=precision, device="cpu", embedding_dtype=dtype)  # type: ignore[arg-type]
@@ -109,7 +95,7 @@ def test_scores_can_be_had_back_exactly_from_what_is_stored(
     np.testing.assert_array_equal(again, np.stack([p.scores for p in predictions]))
 
 
-def test_patch_mean_changes_what_is_stored_and_not_the_scores(
+def test_patch_mean_changes_the_stored_embedding_but_not_the_scores(
     spec: ModelSpec, engine: Engine
 ) -> None:
     settings = InferenceSettings(precision="fp32", device="cpu", pooling="patch_mean")
@@ -138,91 +124,6 @@ def test_a_window_with_nan_fails_alone(engine: Engine) -> None:
     assert errors == [None, "the model gave NaN or infinite values", None]
 
 
-class MemoryLimit:
-    """Predicts batches up to a size, and runs out of memory beyond it."""
-
-    def __init__(self, limit: int, error: Exception) -> None:
-        self.limit, self.error, self.sizes = limit, error, list[int]()
-
-    def __call__(self, batch: FloatArray) -> list[Prediction]:
-        self.sizes.append(len(batch))
-        if len(batch) > self.limit:
-            raise self.error
-        return [Prediction(row[0, :2], row[0, :1], "e") for row in batch]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-        MemoryError(),
-    ],
-)
-def test_out_of_memory_halves_the_batch_keeps_the_order_and_is_remembered(
-    error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    batch, predict = features(8), MemoryLimit(2, error)
-    safe = SafePredictor(predict, "torch cuda bf16")
-    predictions = safe(batch)
-    assert predict.sizes == [8, 4, 2, 2, 2, 2]
-    np.testing.assert_array_equal([p.embedding for p in predictions], batch[:, 0, :2])
-    predict.sizes = []
-    assert len(safe(batch[:5])) == 5
-    assert predict.sizes == [2, 2, 1]
-    assert [record.getMessage() for record in caplog.records] == [
-        "Out of memory on torch cuda bf16 with 8 windows a batch; going on with 2. To begin so: "
-        "--batch-size 2"
-    ]
-
-
-def test_memory_that_gets_scarcer_is_said_again(caplog: pytest.LogCaptureFixture) -> None:
-    predict = MemoryLimit(4, MemoryError())
-    safe = SafePredictor(predict, "e")
-    assert len(safe(features(8))) == 8
-    predict.limit = 1
-    assert len(safe(features(3))) == 3
-    told = [record.getMessage().partition(";")[2] for record in caplog.records]
-    assert told == [
-        " going on with 4. To begin so: --batch-size 4",
-        " going on with 1. To begin so: --batch-size 1",
-    ]
-
-
-def test_a_single_window_waits_for_memory_and_then_gives_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(engine_module.time, "sleep", waited.append)
-    safe = SafePredictor(MemoryLimit(0, torch.OutOfMemoryError("CUDA out of memory")), "e")
-    with pytest.raises(DeviceError, match=r"e: out of memory with a single window \(CUDA out of"):
-        safe(features(2))
-    assert waited == [1.0, 5.0, 20.0]
-
-
-def test_a_poisoned_window_is_isolated_and_the_rest_is_kept() -> None:
-    def predict(batch: FloatArray) -> list[Prediction]:
-        if (batch == 99).any():
-            raise ValueError("bad window\nwith a long story")
-        return [Prediction(row[0, :2], row[0, :1], "e") for row in batch]
-
-    batch = features(5)
-    batch[3] = 99
-    safe = SafePredictor(predict, "e")
-    errors = [p.error for p in safe(batch)]
-    assert errors == [None, None, None, "ValueError: bad window", None]
-    # After that, a batch of such windows alone is still theirs, not the device's.
-    assert [p.error for p in safe(batch[3:4])] == ["ValueError: bad window"]
-
-
-def test_what_has_never_worked_is_not_the_windows_fault() -> None:
-    def predict(batch: FloatArray) -> list[Prediction]:
-        raise ValueError("no kernel")
-
-    with pytest.raises(DeviceError, match="e: the model cannot be run: ValueError: no kernel"):
-        SafePredictor(predict, "e")(features(3))
-
-
 def test_an_output_of_another_shape_is_an_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +137,7 @@ def test_an_output_of_another_shape_is_an_error(
         engine.predict(features(2))
 
 
-def test_a_device_that_is_not_there_is_an_error() -> None:
+def test_a_missing_device_is_an_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ConfigError, match=r"inference\.device is cuda; this machine has"):
@@ -250,7 +151,7 @@ def test_automatic_settings() -> None:
     assert (resolve_batch_size(3, "cpu"), resolve_batch_size(None, "cuda")) == (3, 64)
 
 
-def test_run_inference_passes_what_has_no_features(spec: ModelSpec) -> None:
+def test_run_inference_passes_records_without_features(spec: ModelSpec) -> None:
     batch = features(6)
     elements = [(str(i), None if i % 3 == 1 else batch[i]) for i in range(6)]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ import torch
 from pipeline.cli import main as cli
 from tests.support.audio_factory import noise, write
 from tests.support.model_factory import write_tiny_model
-from transforms.errors import ConfigError, DeviceError
-from transforms.inference import backbones, engines, openvino
+from tests.transforms.inference.conftest import break_conversion, features
+from transforms.errors import DeviceError
+from transforms.inference import backbones, openvino
 from transforms.inference.backbones import (
     Embeddings,
     Features,
@@ -29,14 +28,9 @@ from transforms.inference.backbones import (
     TorchBackbone,
     embed_windows,
 )
-from transforms.inference.engine import (
-    NOT_FINITE,
-    ASTModelHandler,
-    Engine,
-    load_engine,
-    score_embeddings,
-)
-from transforms.inference.engines import ENGINES, choose_engine
+from transforms.inference.engine import NOT_FINITE, Engine, load_engine, score_embeddings
+from transforms.inference.engines import ENGINES
+from transforms.inference.handler import ASTModelHandler
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
 from transforms.process import devices
 from transforms.records import FloatArray, PendingPrediction, Prediction
@@ -62,32 +56,6 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_model: Path) -> ModelSpec:
-    return resolve_model(str(tiny_model))
-
-
-@pytest.fixture(scope="module")
-def quantised(spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> QuantisedModel:
-    transformer = load_model(spec).audio_spectrogram_transformer
-    folder = tmp_path_factory.mktemp("int8")
-    return openvino.quantise(transformer, spec, "pooler_output", features(8, 1), folder)
-
-
-@pytest.fixture
-def load(spec: ModelSpec, request: pytest.FixtureRequest) -> Callable[..., Engine]:
-    """Loads an engine on the CPU, in batches of four unless told otherwise."""
-
-    def load_one(engine: str, precision: str, **changes: Any) -> Engine:
-        if precision == "int8":
-            changes["quantised"] = request.getfixturevalue("quantised")
-        values = {"device": "cpu", "batch_size": 4, **changes}
-        settings = InferenceSettings(precision=precision, engine=engine, **values)  # type: ignore[arg-type]
-        return load_engine(load_model(spec), spec, settings)
-
-    return load_one
-
-
-@pytest.fixture(scope="module")
 def expected(spec: ModelSpec) -> FloatArray:
     """What torch gives in float32 for ``features(5)``, without any of our engines."""
     with torch.inference_mode():
@@ -95,10 +63,6 @@ def expected(spec: ModelSpec) -> FloatArray:
             load_model(spec)(torch.from_numpy(features(5))).logits.sigmoid().numpy()
         )
     return scores
-
-
-def features(num: int, seed: int = 0) -> FloatArray:
-    return np.random.default_rng(seed).normal(0, 0.5, (num, 1024, 128)).astype(np.float32)
 
 
 def scores_of(engine: Engine, batch: FloatArray) -> FloatArray:
@@ -135,7 +99,7 @@ def test_patch_means_are_the_models_own(
 
 
 @pytest.mark.parametrize(("engine", "precision"), KINDS)
-def test_scores_can_be_had_back_exactly_from_what_any_engine_stores(
+def test_stored_embeddings_of_any_engine_reproduce_the_scores_exactly(
     load: Callable[..., Engine], spec: ModelSpec, engine: str, precision: str
 ) -> None:
     predictions = load(engine, precision, embedding_dtype="float16").label(features(3))
@@ -185,7 +149,7 @@ def test_torchs_compiler_gives_the_same_scores(
         ({}, "enable"),
     ],
 )
-def test_int8_leaves_room_where_sums_are_cut_to_16_bits(
+def test_int8_leaves_room_where_sums_saturate_at_16_bits(
     spec: ModelSpec,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -267,7 +231,7 @@ def test_out_of_memory_halves_the_batch_of_every_engine(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_that_never_works_is_no_windows_fault(
+def test_an_engine_that_never_works_ends_the_run(
     load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     def refuse(features: FloatArray) -> Embeddings:
@@ -354,7 +318,7 @@ def begun_scores(waits: Callable[[], list[Prediction]] | None) -> FloatArray:
     return np.stack([prediction.scores for prediction in waits()])
 
 
-def test_a_batch_that_was_begun_is_waited_for_later(ahead: Engine, expected: FloatArray) -> None:
+def test_a_started_batch_is_waited_for_later(ahead: Engine, expected: FloatArray) -> None:
     first, second = ahead.begin(features(5)[:3]), ahead.begin(features(5)[3:])
     assert ahead.backbone.steps == ["start", "start"]  # type: ignore[attr-defined]
     np.testing.assert_allclose(begun_scores(first), expected[:3], rtol=0, atol=1e-5)
@@ -362,19 +326,19 @@ def test_a_batch_that_was_begun_is_waited_for_later(ahead: Engine, expected: Flo
     assert ahead.backbone.steps == ["start", "start", "wait", "wait"]  # type: ignore[attr-defined]
 
 
-def test_an_engine_on_a_cpu_begins_nothing(load: Callable[..., Engine]) -> None:
+def test_an_engine_on_a_cpu_starts_nothing_ahead(load: Callable[..., Engine]) -> None:
     for engine in ENGINES:
         assert load(engine, "fp32").begin(features(5)) is None
 
 
-def test_what_goes_wrong_ahead_is_done_again_at_once(ahead: Engine, expected: FloatArray) -> None:
+def test_a_batch_that_fails_ahead_is_computed_again(ahead: Engine, expected: FloatArray) -> None:
     ahead.backbone.fault = RuntimeError("no such kernel")  # type: ignore[attr-defined]
     waits = ahead.begin(features(3))
     np.testing.assert_allclose(begun_scores(waits), expected[:3], rtol=0, atol=1e-5)
     assert ahead.backbone.steps == ["start", "wait", "embed"]  # type: ignore[attr-defined]
 
 
-def test_the_handler_gives_what_is_still_to_come_only_where_that_is_asked_for(
+def test_the_handler_returns_pending_predictions_only_on_request(
     ahead: Engine, spec: ModelSpec, expected: FloatArray
 ) -> None:
     batch = [None, *features(3)]
@@ -401,7 +365,7 @@ def test_a_device_that_has_failed_ends_the_run_ahead_too(ahead: Engine) -> None:
         waits()
 
 
-def test_batches_too_large_for_the_memory_are_not_begun(ahead: Engine, spec: ModelSpec) -> None:
+def test_batches_too_large_for_the_memory_are_not_started(ahead: Engine, spec: ModelSpec) -> None:
     class Small(Ahead):
         def embed(self, batch: Features) -> Embeddings:
             if len(batch) > 1:
@@ -421,7 +385,9 @@ def test_batches_too_large_for_the_memory_are_not_begun(ahead: Engine, spec: Mod
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same_ahead(spec: ModelSpec, expected: FloatArray, needs_gpu: None) -> None:
+def test_a_gpu_gives_the_same_scores_ahead(
+    spec: ModelSpec, expected: FloatArray, needs_gpu: None
+) -> None:
     settings = InferenceSettings(device="cuda", precision="fp32", compile=False, batch_size=4)
     engine = load_engine(load_model(spec), spec, settings)
     begun = [engine.begin(features(5)) for _ in range(3)]
@@ -479,7 +445,7 @@ def test_compiled_code_sees_batches_of_one_size(
     assert sizes == [4, 4, 4, 2, 2, 2]
 
 
-def test_without_a_compiler_the_model_runs_uncompiled_and_says_so(
+def test_without_a_compiler_the_model_runs_uncompiled_with_a_warning(
     spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def compile_late(module: torch.nn.Module, *, dynamic: bool) -> Callable[..., Any]:
@@ -492,175 +458,16 @@ def test_without_a_compiler_the_model_runs_uncompiled_and_says_so(
     backbone = torch_backbone(spec, compile=True)
     assert len(backbone.embed(features(3)).pooled) == 3
     assert [record.getMessage() for record in caplog.records] == [
-        "torch cannot compile the model here (Failed to find C compiler.); it runs uncompiled. "
-        "To say so: --set inference.compile=false"
+        "torch cannot compile the model here (Failed to find C compiler.), so it runs "
+        "uncompiled. To skip the attempt: --set inference.compile=false"
     ]
 
 
-def test_the_cpu_is_not_compiled_for_unless_asked(
+def test_the_model_is_compiled_for_the_cpu_only_on_request(
     spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda module, dynamic: pytest.fail("compiled"))
     assert torch_backbone(spec).batch_size is None
-
-
-# --- Which engine ----------------------------------------------------------------------------
-
-
-def choose(**values: Any) -> str:
-    return choose_engine(InferenceSettings(**{"device": "cpu", **values})).name
-
-
-def with_packages(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
-    monkeypatch.setattr(openvino, "is_installed", lambda name: name in there)
-
-
-def test_auto_takes_openvino_on_a_cpu_where_it_is_installed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert choose(precision="fp32") == "openvino cpu fp32"
-    assert choose(precision="fp32", engine="torch") == "torch cpu fp32"
-    with_packages(monkeypatch)
-    assert choose(precision="fp32") == "torch cpu fp32"
-
-
-def test_on_a_gpu_auto_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "resolve_device", lambda device: "cuda")
-    assert choose(precision="fp32", device="cuda") == "torch cuda fp32"
-
-
-def test_where_bfloat16_is_only_emulated_auto_leaves_it_to_torch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class PlainCore:
-        def get_property(self, device: str, name: str) -> list[str]:
-            return ["FP32", "INT8"]
-
-    monkeypatch.setattr(openvino, "load_core", PlainCore)
-    assert choose(precision="bf16") == "torch cpu bf16"
-    assert choose(precision="fp32") == "openvino cpu fp32"
-    with pytest.raises(ConfigError, match="does not compute in bf16 by itself; use --precision"):
-        choose(precision="bf16", engine="openvino")
-
-
-@pytest.mark.parametrize(
-    ("settings", "packages", "words"),
-    [
-        (
-            {"engine": "onnx"},
-            ("openvino",),
-            r"inference\.engine is onnx; must be auto or one of openvino, torch\.",
-        ),
-        (
-            {"engine": "openvino"},
-            (),
-            r"openvino: not installed: openvino; pip install 'earmark\[openvino\]'\.",
-        ),
-        (
-            {"precision": "int8"},
-            (),
-            r"precision is int8.*openvino: not installed: openvino, nncf; pip install 'earmark",
-        ),
-        ({"precision": "int8"}, ("openvino",), r"not installed: nncf; pip install"),
-        (
-            {"precision": "int8", "engine": "torch"},
-            ("openvino", "nncf"),
-            r"torch: it has no int8; use --precision auto",
-        ),
-    ],
-)
-def test_settings_that_cannot_be_met_are_errors_with_a_next_step(
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    packages: tuple[str, ...],
-    words: str,
-) -> None:
-    with_packages(monkeypatch, *packages)
-    with pytest.raises(ConfigError, match=words):
-        choose(**{"precision": "fp32", **settings})
-
-
-def test_int8_on_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "resolve_device", lambda device: "cuda")
-    with pytest.raises(ConfigError, match=r"int8.*the device is cuda.*use --device cpu"):
-        choose(precision="int8", device="cuda")
-
-
-def test_int8_without_a_calibrated_model_is_an_error(load: Callable[..., Engine]) -> None:
-    settings = {"quantised": QuantisedModel("/nowhere/model.xml", "0", 1)}
-    with pytest.raises(ConfigError, match="no model that was calibrated for it on this machine"):
-        openvino.load_backbone(
-            None,  # type: ignore[arg-type]
-            None,  # type: ignore[arg-type]
-            InferenceSettings(precision="int8", **settings),  # type: ignore[arg-type]
-            "int8",
-        )
-
-
-def break_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(pooled: Any) -> Any:
-        raise RuntimeError("no conversion rule for aten::new_thing\nand a page more")
-
-    monkeypatch.setattr(openvino, "convert", refuse)
-
-
-def test_a_model_that_openvino_cannot_convert_runs_in_torch_with_a_warning(
-    load: Callable[..., Engine],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path))
-    break_conversion(monkeypatch)
-    assert load("auto", "fp32").name == "torch cpu fp32"
-    assert [record.getMessage() for record in caplog.records] == [
-        "openvino cpu fp32 cannot run this model (no conversion rule for aten::new_thing); torch "
-        "does. To say so: --engine torch"
-    ]
-
-
-def test_openvino_by_name_that_cannot_convert_a_model_is_an_error(
-    load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("EARMARK_CACHE", str(tmp_path))
-    break_conversion(monkeypatch)
-    with pytest.raises(DeviceError, match="openvino cpu fp32: the model cannot be run: no conver"):
-        load("openvino", "fp32")
-
-
-def test_openvino_tells_nobody_that_it_is_used() -> None:
-    openvino.import_library("openvino")
-    telemetry = sys.modules["openvino.tools.ovc.telemetry_utils"].tm
-    assert telemetry.__name__ == "openvino.tools.ovc.telemetry_stub"
-
-
-LET_GO_OF_IN_A_THREAD = """
-import signal, threading, time
-import torch
-from transforms.inference import openvino as openvino_engine
-from transforms.inference.backbones import InferenceSettings
-
-openvino = openvino_engine.import_library("openvino")
-model = openvino.convert_model(torch.nn.ReLU(), example_input=torch.zeros(2, 3, 4))
-model.reshape([-1, 3, 4])
-held = [openvino_engine.OpenVinoBackbone(model, InferenceSettings(batch_size=1), "fp32")]
-drop = threading.Thread(target=held.clear)
-drop.start()
-drop.join()
-try:
-    signal.raise_signal(signal.SIGINT)
-    time.sleep(30)
-except KeyboardInterrupt:
-    print("interrupted")
-"""
-
-
-def test_ctrl_c_is_heard_whichever_threads_openvino_was_used_in() -> None:
-    # With AMX, a core that goes takes a stack for signals along; see load_core.
-    done = subprocess.run(
-        [sys.executable, "-c", LET_GO_OF_IN_A_THREAD], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 # --- Kept from run to run --------------------------------------------------------------------
@@ -676,7 +483,7 @@ def models_in(cache: Path) -> list[Path]:
     return sorted(cache.glob("converted/*/model.xml"))
 
 
-def test_the_second_start_does_not_convert(
+def test_a_second_start_does_not_convert_again(
     load: Callable[..., Engine], cache: Path, expected: FloatArray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load("openvino", "fp32")
@@ -687,7 +494,7 @@ def test_the_second_start_does_not_convert(
     np.testing.assert_allclose(scores_of(again, features(5)), expected, rtol=0, atol=1e-5)
 
 
-def test_another_model_or_pooling_has_a_place_of_its_own(
+def test_another_model_or_pooling_is_cached_separately(
     load: Callable[..., Engine], cache: Path, spec: ModelSpec, tmp_path: Path
 ) -> None:
     load("openvino", "fp32")
@@ -712,7 +519,7 @@ def test_a_damaged_model_is_converted_again(
     assert bytearray(damaged.read_bytes()) != content
 
 
-def test_where_nothing_can_be_kept_the_engine_runs_all_the_same(
+def test_an_engine_runs_without_a_cache(
     load: Callable[..., Engine], cache: Path, expected: FloatArray
 ) -> None:
     cache.write_text("a file where the folder belongs")
@@ -720,7 +527,7 @@ def test_where_nothing_can_be_kept_the_engine_runs_all_the_same(
     np.testing.assert_allclose(scores_of(loaded, features(5)), expected, rtol=0, atol=1e-5)
 
 
-def test_a_disk_that_fills_up_while_the_model_is_kept_does_no_harm(
+def test_a_disk_that_fills_up_while_the_model_is_cached_does_no_harm(
     load: Callable[..., Engine],
     cache: Path,
     expected: FloatArray,
@@ -760,7 +567,7 @@ def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.threads_of(4) == 2
 
 
-def test_every_engine_of_the_dict_is_one_that_the_config_knows() -> None:
+def test_the_config_knows_every_engine() -> None:
     from typing import get_args
 
     fields = {field.name: field for field in dataclasses.fields(InferenceSettings)}

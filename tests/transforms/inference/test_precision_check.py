@@ -21,7 +21,7 @@ from transforms.inference import engine as engine_module
 from transforms.inference.backbones import InferenceSettings
 from transforms.inference.engine import Engine, load_engine
 from transforms.inference.precision_check import PrecisionCheck, compare
-from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model
+from transforms.models.ast.checkpoints import ModelSpec, load_model
 from transforms.records import FloatArray, Prediction, WindowCheck
 from transforms.results.commits import (
     CheckFigures,
@@ -47,14 +47,10 @@ def prediction(scores: list[float], embedding: list[float], **values: Any) -> Pr
     return Prediction(*arrays, "e", **values)
 
 
-def features(num: int, seed: int = 0) -> FloatArray:
-    return np.random.default_rng(seed).normal(0, 0.5, (num, 4, 3)).astype(np.float32)
-
-
 # --- One window ------------------------------------------------------------------------------
 
 
-def test_what_lies_between_two_answers() -> None:
+def test_two_predictions_are_compared() -> None:
     check = compare(prediction([0.5, 0.25], [3, 4]), prediction([0.125, 0.5], [4, 3]))
     assert check.score_difference == 0.375
     assert check.cosine == pytest.approx(24 / 25)
@@ -74,7 +70,7 @@ def test_figures_add_up_in_any_order() -> None:
     assert add_checks({"a": one}, {}, {"a": other, "b": one}) == {"a": one + other, "b": one}
 
 
-def test_figures_come_back_from_a_commit_and_earlier_commits_have_none() -> None:
+def test_figures_are_read_from_a_commit_and_older_commits_have_none() -> None:
     figures = {"torch cpu bf16": CheckFigures.of(WindowCheck(0.25, 0.5, False, LATE))}
     commit = Commit("u", "f", (), Ledger("files"), {}, UnitTotals(), ("torch cpu bf16",), figures)
     assert Commit.from_json(commit.to_json()) == commit
@@ -115,7 +111,7 @@ def test_a_warning_names_the_figures_and_the_next_step() -> None:
     )
 
 
-def test_what_was_measured_before_says_when() -> None:
+def test_an_earlier_measurement_has_its_date() -> None:
     (text,) = describe_checks(record(reused=10))
     assert text.endswith(f" (10 of them measured before, from {EARLY}).")
 
@@ -138,6 +134,10 @@ class Reference:
         return [prediction([0.6, 0.2], list(window[0])) for window in batch]
 
 
+def features(num: int, seed: int = 0) -> FloatArray:
+    return np.random.default_rng(seed).normal(0, 0.5, (num, 4, 3)).astype(np.float32)
+
+
 def found(batch: FloatArray) -> list[Prediction]:
     return [prediction([0.5, 0.2], list(window[0])) for window in batch]
 
@@ -151,7 +151,7 @@ def test_the_first_windows_are_checked_and_no_others() -> None:
     assert (reference.loads, reference.windows) == (1, 5)
 
 
-def test_windows_without_an_answer_are_passed_over() -> None:
+def test_failed_windows_are_not_checked() -> None:
     predictions = found(features(3))
     predictions[1] = dataclasses.replace(predictions[1], error="NaN")
     checked = PrecisionCheck(Reference().load, 2, {})(features(3), predictions)
@@ -185,14 +185,14 @@ def test_kept_figures_that_are_damaged_are_measured_again(cache: Path, content: 
     assert again.check is not None and not again.check.reused
 
 
-def test_where_figures_cannot_be_kept_windows_are_checked_all_the_same(cache: Path) -> None:
+def test_windows_are_checked_even_if_figures_cannot_be_kept(cache: Path) -> None:
     cache.write_text("a file where the folder belongs")
     batch = features(2)
     checked = PrecisionCheck(Reference().load, 9, {})(batch, found(batch))
     assert all(each.check is not None and each.check.error is None for each in checked)
 
 
-def test_a_reference_that_does_not_fit_is_said_and_ends_nothing(
+def test_a_reference_that_does_not_fit_is_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def load() -> Callable[[FloatArray], list[Prediction]]:
@@ -208,11 +208,6 @@ def test_a_reference_that_does_not_fit_is_said_and_ends_nothing(
 
 
 # --- The engine's own check ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def spec(tiny_model: Path) -> ModelSpec:
-    return resolve_model(str(tiny_model))
 
 
 def engine_of(spec: ModelSpec, **values: Any) -> Engine:
@@ -259,7 +254,7 @@ def test_no_second_model_stays_in_memory(spec: ModelSpec, monkeypatch: pytest.Mo
     assert len(models) == 0
 
 
-def test_a_check_that_fails_leaves_the_answers_as_they_are(
+def test_a_failed_check_leaves_the_predictions_unchanged(
     spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = engine_of(spec, precision="bf16", check_windows=0).label(windows(2))
@@ -300,7 +295,7 @@ def label(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     return Label(tiny_model, tmp_path / "clips", capsys)
 
 
-def test_a_runs_figures_stand_in_run_json_and_are_said(label: Label, tmp_path: Path) -> None:
+def test_a_runs_figures_are_in_run_json_and_printed(label: Label, tmp_path: Path) -> None:
     checks, said = label(tmp_path / "out")
     figures = checks["torch cpu bf16"]
     assert (figures["windows"], figures["reused_windows"], figures["error"]) == (4, 0, None)
@@ -314,7 +309,7 @@ def test_a_runs_figures_stand_in_run_json_and_are_said(label: Label, tmp_path: P
     assert "(4 of them measured before, from 20" in said
 
 
-def test_figures_go_on_over_reruns(label: Label, tmp_path: Path) -> None:
+def test_figures_add_up_over_reruns(label: Label, tmp_path: Path) -> None:
     label(tmp_path / "out", "--limit", "2")
     checks, _ = label(tmp_path / "out")
     assert checks["torch cpu bf16"]["windows"] == 4
@@ -322,13 +317,13 @@ def test_figures_go_on_over_reruns(label: Label, tmp_path: Path) -> None:
     assert checks["torch cpu bf16"]["windows"] == 4
 
 
-def test_no_windows_no_check(label: Label, tmp_path: Path) -> None:
+def test_zero_check_windows_disable_the_check(label: Label, tmp_path: Path) -> None:
     checks, said = label(tmp_path / "out", "--set", "inference.check_windows=0")
     assert checks == {}
     assert "float32" not in said
 
 
-def test_what_is_beyond_a_gate_is_said_however_quiet_the_run(
+def test_a_difference_beyond_a_gate_is_printed_even_with_quiet(
     label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def far_off(mine: Prediction, theirs: Prediction) -> WindowCheck:
@@ -341,7 +336,7 @@ def test_what_is_beyond_a_gate_is_said_however_quiet_the_run(
     assert "--precision fp32" in line
 
 
-def test_a_check_that_cannot_be_made_is_said_however_quiet_the_run(
+def test_a_failed_check_is_printed_even_with_quiet(
     label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Killed between any two steps of bringing a result in order, committing a unit, finishing a run.
+"""Kills between any two steps of repairing a result, committing a unit, finishing a run.
 
 Each job is done once to the end, in a process of its own that looks at the disk before every line
 of the code under test and so finds every state that a kill can leave there. Then it is done again
@@ -30,6 +30,7 @@ from pipeline.labelling.plan import RunPlan, make_plan
 from pipeline.labelling.run import prepare_output, run_label
 from pipeline.result.state import FinishRun, heal, read_result
 from pipeline.result.verify import run_verify
+from tests.support.labelling import small_config
 from tests.support.unit_factory import (
     clip_events,
     failure_event,
@@ -59,7 +60,7 @@ State = list[tuple[str, int]]
 
 
 def state_of(folder: Path) -> State:
-    """Names and sizes of what is there; random parts of names are left out."""
+    """Return names and sizes of the files; random parts of names are left out."""
     return sorted(
         (re.sub(r"\.[0-9a-f]{32}\.tmp$", ".tmp", str(path.relative_to(folder))), size_of(path))
         for path in folder.rglob("*")
@@ -71,7 +72,7 @@ def size_of(path: Path) -> int:
 
 
 def marks_of(folder: Path) -> list[tuple[str, int, int, int]]:
-    """What tells every state of the disk from the one before."""
+    """Return what tells a state of the disk from the one before."""
     found = []
     for path in folder.rglob("*"):
         status = path.stat()
@@ -81,7 +82,7 @@ def marks_of(folder: Path) -> list[tuple[str, int, int, int]]:
 
 
 def on_each_line(call: Callable[[int], None]) -> None:
-    """Have ``call`` called with a number, from 1, before each line of the code under test."""
+    """Call ``call`` with a number, from 1, before each line of the code under test."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -97,7 +98,7 @@ def on_each_line(call: Callable[[int], None]) -> None:
 
 
 def record_states(job: Job, folder: Path, report: Path) -> None:
-    """Do the job; write down before which lines the disk had changed, and how it was then."""
+    """Do the job; record before which lines the disk had changed, and its state then."""
     last = marks_of(folder)
     states: list[tuple[int, State]] = []
 
@@ -176,7 +177,7 @@ def rows_of(out: Path, unit_id: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def assert_vouched_for(out: Path) -> None:
-    """Every commit's parts are as it says, to the byte, of replaced units too."""
+    """Check that every commit's parts are as it says, to the byte, also of replaced units."""
     commits, damaged = read_commits(str(out))
     assert damaged == {}
     for unit_id, commit in commits.items():
@@ -220,7 +221,7 @@ def new_unit(out: Path) -> CommitJob:
 
 
 def unit_of_several_row_groups_with_a_late_failure(out: Path) -> CommitJob:
-    """A clip fails when some of its windows are in the staged file already."""
+    """A clip fails after some of its windows have been staged."""
     unit = file_unit(NEW, 3)
     events = [
         *clip_events(NEW, 0, unit.items[0], 3),
@@ -289,7 +290,7 @@ def test_a_unit_whose_commit_is_killed_is_there_whole_or_not_at_all(
         assert rows_of(out, NEW) == rows_of(whole, NEW)
         assert facts_of(out, OTHER) == others
     assert state_of(out) == state_of(whole)
-    # At first it is not there, and once it is, it stays.
+    # At first it is absent; once present, it stays.
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {False, True}
     assert len(outcomes) >= 15
@@ -300,7 +301,7 @@ def test_a_unit_whose_commit_is_killed_is_there_whole_or_not_at_all(
 
 @dataclasses.dataclass(frozen=True)
 class HealJob:
-    """Brings a result in order."""
+    """Repair a result."""
 
     out: Path
 
@@ -311,8 +312,8 @@ class HealJob:
 def test_healing_that_is_killed_is_done_by_the_next_run(before: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     retry_that_carries_rows_over(before)()
-    # What kills and accidents leave: a replaced unit, one without a part, parts without a commit,
-    # files that were being written and staged ones.
+    # Left by kills and accidents: a replaced unit, a unit without a part, parts without a commit,
+    # files that were being written, staged files.
     CommitJob(before, tuple(unit_events(old_unit(), failed=[1])))()
     damaged, orphan = "c" * 20, "d" * 20
     for unit_id in (damaged, orphan):
@@ -347,15 +348,7 @@ def config(tiny_model: Path, tmp_path: Path) -> RunConfig:
     clips.mkdir()
     for index in range(4):
         soundfile.write(clips / f"{index}.wav", [0.1 * (index + 1)] * 16_000, 16_000)
-    return RunConfig(
-        inputs=(str(clips),),
-        output=str(tmp_path / "out"),
-        quiet=True,
-        model={"name": str(tiny_model)},
-        inference={"precision": "fp32", "device": "cpu"},
-        units={"windows": 2},
-        decode={"processes": 1},
-    )
+    return small_config(tiny_model, tmp_path / "out", clips)
 
 
 @pytest.fixture
@@ -369,7 +362,7 @@ def finished(config: RunConfig, tmp_path: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareJob:
-    """What a run does before its first unit."""
+    """Do what a run does before its first unit."""
 
     plan: RunPlan
     config: RunConfig
@@ -380,7 +373,7 @@ class PrepareJob:
 
 @dataclasses.dataclass(frozen=True)
 class FinishJob:
-    """What a run does after its last unit."""
+    """Do what a run does after its last unit."""
 
     finish: FinishRun
     new: RunTotals

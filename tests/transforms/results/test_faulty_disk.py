@@ -1,4 +1,4 @@
-"""Faulty disks, and inputs that change: a run says why it ends, and the next one goes on.
+"""Faulty disks, and inputs that change: a run says why it ends, and the next one resumes.
 
 The disks are real: file systems of a few hundred kilobytes, mounted in a namespace of its own, that
 fill up, turn read-only, or belong to somebody else while the real command is running.
@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main as cli
 from pipeline.result.verify import run_verify
 from tests.support.audio_factory import noise, write
+from tests.support.labelling import assert_same_rows, read_rows, rows_by_name
 from tests.support.paths import ROOT
-from tests.transforms.inference.test_device_faults import Rows, assert_same_rows
 from transforms.results import write_units as commit_module
 from transforms.results.commits import PARTS
 
@@ -47,20 +46,12 @@ def write_clips(folder: Path, num: int = NUM_CLIPS) -> Path:
     return folder
 
 
-def rows_of(out: Path, part: str) -> Rows:
-    return {
-        (Path(row["clip_id"]).name, row.get("window_index", 0)): row
-        for path in (out / part).glob("*.parquet")
-        for row in pq.read_table(path).to_pylist()
-    }
-
-
 def files_of(out: Path) -> set[str]:
     return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
 
 
 def check_commits(out: Path) -> int:
-    """Every commit's parts are there, whole to the last bit; how many commits there are."""
+    """Check every commit's parts to the last bit; return the number of commits."""
     commits = list((out / "_commits").glob("*.json"))
     for path in commits:
         for part, info in json.loads(path.read_bytes())["parts"].items():
@@ -72,7 +63,7 @@ def check_commits(out: Path) -> int:
 
 def assert_same_result(out: Path, other: Path) -> None:
     for part in PARTS:
-        assert_same_rows(rows_of(out, part), rows_of(other, part), atol=1e-5)
+        assert_same_rows(read_rows(out, part), read_rows(other, part))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +73,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result of the same command where nothing goes wrong."""
+    """The result of the same command without faults."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     arguments = ["label", str(clips), "-o", str(out), "-m", str(tiny_model), "-q", *SETTINGS]
     assert cli.main(arguments) == 0
@@ -132,7 +123,7 @@ class Namespace:
         raise AssertionError(f"cannot remount with {options}")
 
     def outside(self, path: Path) -> Path:
-        """How a path inside is reached from here."""
+        """Return the path from outside to a path inside."""
         return Path(f"/proc/{self._holder.pid}/root{path}")
 
     def start(self, *command: str | Path, **environment: str) -> subprocess.Popen[str]:
@@ -174,7 +165,7 @@ def last_words(said: str) -> str:
 def assert_goes_on(
     space: Namespace, command: list[str | Path], out: Path, undisturbed: Path
 ) -> None:
-    """The same command completes the result, and leaves nothing behind."""
+    """Check that the same command completes the result and leaves nothing behind."""
     code, said = finish(space.start(*command))
     assert code == 0, said
     code, said = finish(space.start(sys.executable, "-m", "pipeline", "verify", out))
@@ -218,7 +209,7 @@ def test_a_disk_that_is_read_only_is_found_before_any_work(
 
 
 def stop_at_first_commit(process: subprocess.Popen[str], out: Path) -> None:
-    """Hold the process still as soon as it has committed something."""
+    """Stop the process as soon as it has committed something."""
     deadline = time.monotonic() + 120
     while not list((out / "_commits").glob("*.json")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -230,7 +221,7 @@ def stop_at_first_commit(process: subprocess.Popen[str], out: Path) -> None:
 def test_a_disk_that_turns_read_only_in_the_middle_ends_the_run(
     namespace: Namespace, tiny_model: Path, clips: Path, undisturbed: Path
 ) -> None:
-    # As Linux does by itself when a disk fails.
+    # As Linux does when a disk fails.
     namespace.mount("size=64m")
     out = namespace.disk / "out"
     command = label_command(clips, out, tiny_model)
@@ -288,7 +279,7 @@ def test_a_limit_for_the_size_of_files_ends_the_run(
 def test_a_full_folder_for_temporary_files_ends_the_run(
     namespace: Namespace, tiny_model: Path, tmp_path: Path
 ) -> None:
-    # What is larger than 64 MiB in a tar goes there. It is the machine's fault, and no item's.
+    # Members of a tar larger than 64 MiB go there. The fault is the machine's, not an item's.
     folder = tmp_path / "tar"
     folder.mkdir()
     write(folder / "small.wav", noise(0.5), RATE)
@@ -304,11 +295,11 @@ def test_a_full_folder_for_temporary_files_ends_the_run(
     code, said = finish(namespace.start(*command, TMPDIR=str(namespace.disk)))
     assert code == 1, said
     assert "No space left on device" in last_words(said)
-    assert not rows_of(out, "errors")
+    assert not rows_by_name(out, "errors")
     namespace.remount("size=200m")
     code, said = finish(namespace.start(*command, TMPDIR=str(namespace.disk)))
     assert code == 0, said
-    assert len(rows_of(out, "clips")) == 2
+    assert len(rows_by_name(out, "clips")) == 2
     assert not list(namespace.outside(namespace.disk).iterdir())
 
 
@@ -323,8 +314,8 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def run_without_privileges(*commands: list[str]) -> list[tuple[int, str]]:
-    """Run commands for which permissions hold, as they do not for root: codes and words."""
-    # As root, without the two capabilities that overrule permissions.
+    """Run commands that are bound by permissions, unlike root's; return codes and output."""
+    # Root, without the two capabilities that override permissions.
     drop = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
     prefix = drop if os.geteuid() == 0 else []
     done = subprocess.run(
@@ -347,7 +338,7 @@ def run_without_privileges(*commands: list[str]) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def open_folder(tmp_path: Path) -> Iterator[Path]:
-    """Where permissions may be taken away; they come back at the end, so that it can be removed."""
+    """A folder whose permissions may be removed; they are restored at the end, for its removal."""
     if os.geteuid() == 0 and not shutil.which("setpriv"):
         pytest.skip("root may do everything, and there is no setpriv here (util-linux)")
     yield tmp_path
@@ -392,16 +383,16 @@ def test_what_may_not_be_read_or_written_is_named(open_folder: Path, tiny_model:
     for out in ("a", "b"):
         assert not (mine / out).exists()
     assert not list(locked.iterdir())
-    (error,) = rows_of(mine / "d", "errors").values()
+    (error,) = rows_by_name(mine / "d", "errors").values()
     assert error["message"] == f"Permission denied: {clips}/01.wav"
-    assert len(rows_of(mine / "d", "clips")) == 2
-    (error,) = rows_of(mine / "e", "errors").values()
+    assert len(rows_by_name(mine / "d", "clips")) == 2
+    (error,) = rows_by_name(mine / "e", "errors").values()
     assert error["message"] == f"Permission denied: {closed}/closed"
-    # Mended, the same command with --retry-failed does what it could not.
+    # Once corrected, the same command with --retry-failed does the rest.
     (clips / "01.wav").chmod(0o644)
     ((code, said),) = run_without_privileges([*label(clips, mine / "d"), "--retry-failed"])
     assert code == 0, said
-    assert len(rows_of(mine / "d", "clips")) == 3
+    assert len(rows_by_name(mine / "d", "clips")) == 3
 
 
 # --- Inputs that change in the middle of the run ---------------------------------------------
@@ -446,7 +437,7 @@ def label(tiny_model: Path, own_clips: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def rewrite(path: Path, duration_s: float, seed: int) -> None:
-    """Other content under the same name, as an editor or a download writes it: in place."""
+    """Write other content under the same name in place, as an editor or a download does."""
     write(path, noise(duration_s, seed=seed), RATE)
 
 
@@ -459,7 +450,7 @@ def test_files_removed_in_the_middle_are_errors_and_then_vanished(
 
     out = tmp_path / "out"
     assert label.disturbed(out, remove) == 3
-    errors, clips = rows_of(out, "errors"), rows_of(out, "clips")
+    errors, clips = rows_by_name(out, "errors"), rows_by_name(out, "clips")
     assert len(errors) + len(clips) == NUM_CLIPS
     assert errors
     for (name, _), row in errors.items():
@@ -482,12 +473,12 @@ def test_an_input_folder_that_vanishes_and_comes_back_is_completed(
     # As when a network disk is lost: times and sizes are the same afterwards.
     away, out = tmp_path / "away", tmp_path / "out"
     assert label.disturbed(out, lambda: own_clips.rename(away)) == 3
-    errors = rows_of(out, "errors")
-    assert len(errors) + len(rows_of(out, "clips")) == NUM_CLIPS
+    errors = rows_by_name(out, "errors")
+    assert len(errors) + len(rows_by_name(out, "clips")) == NUM_CLIPS
     assert run_verify(str(out), quiet=True) == 0
     away.rename(own_clips)
     assert label(out, "--retry-failed") == 0
-    assert not rows_of(out, "errors")
+    assert not rows_by_name(out, "errors")
     fresh = tmp_path / "fresh"
     assert label(fresh) == 0
     assert_same_result(out, fresh)
@@ -509,16 +500,16 @@ def test_files_that_change_in_the_middle_are_done_again_by_the_next_run(
 
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     assert label.disturbed(out, change) == 0
-    # A row is always of one version of its file, whichever that was.
+    # A row is always of one version of its file, whichever.
     hashes = {hashlib.sha256(path.read_bytes()).hexdigest() for path in own_clips.iterdir()}
-    read_new = [row["content_sha256"] in hashes for row in rows_of(out, "clips").values()]
+    read_new = [row["content_sha256"] in hashes for row in rows_by_name(out, "clips").values()]
     assert True in read_new
     assert False in read_new
     assert check_commits(out) == NUM_CLIPS / 2
     assert label(out) == 0
     assert label(fresh) == 0
     assert_same_result(out, fresh)
-    now = {row["content_sha256"] for row in rows_of(out, "clips").values()}
+    now = {row["content_sha256"] for row in rows_by_name(out, "clips").values()}
     assert now == hashes
     assert run_verify(str(out), quiet=True) == 0
     before = {path: path.stat().st_mtime_ns for path in (out / "clips").iterdir()}
@@ -539,7 +530,7 @@ def test_a_tar_cut_in_the_middle_of_the_run_is_said_and_then_redone(
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     code = label.disturbed(out, lambda: os.truncate(shard, int(len(whole) * kept_ratio)))
     assert code == 3
-    assert rows_of(out, "errors")
+    assert rows_by_name(out, "errors")
     check_commits(out)
     assert run_verify(str(out), quiet=True) == 0
     # Written again, with the time it had: only a retry knows; with another time, any run does.
@@ -548,5 +539,5 @@ def test_a_tar_cut_in_the_middle_of_the_run_is_said_and_then_redone(
     assert label(out, "--retry-failed") == 0
     assert label(fresh) == 0
     assert_same_result(out, fresh)
-    assert len(rows_of(out, "clips")) == NUM_CLIPS
-    assert np.isfinite([row["embedding"] for row in rows_of(out, "windows").values()]).all()
+    assert len(rows_by_name(out, "clips")) == NUM_CLIPS
+    assert np.isfinite([row["embedding"] for row in rows_by_name(out, "windows").values()]).all()

@@ -48,6 +48,23 @@ def test_what_is_not_committed_is_not_read(result: str, tmp_path: Path) -> None:
         leftover.unlink()
 
 
+def test_a_replaced_unit_that_a_killed_run_left_behind_is_not_read_twice(
+    result: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(result, tmp_path / "out")
+    old = sorted((folder / "_commits").iterdir())[0]
+    new = "f" * 20
+    commit = json.loads(old.read_text()) | {"unit_id": new, "replaces": [old.stem]}
+    (folder / "_commits" / f"{new}.json").write_text(json.dumps(commit))
+    for table in commit["parts"]:
+        part = folder / table / f"{old.stem}.parquet"
+        shutil.copy(part, part.with_stem(new))
+    clips = earmark.read_result(str(folder))
+    assert sorted(clips["uri"].to_pylist()) == sorted(
+        earmark.read_result(result)["uri"].to_pylist()
+    )
+
+
 def test_a_folder_without_commits_and_an_unknown_table_are_errors(
     result: str, tmp_path: Path
 ) -> None:

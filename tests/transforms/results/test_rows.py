@@ -196,7 +196,7 @@ def test_the_transform_gives_windows_then_the_clip_and_passes_the_rest() -> None
 
 
 def pending_elements(num_clips: int) -> Iterator[tuple[object, object]]:
-    """Clips of a window each, every one a batch of its own; a failure; the unit's end."""
+    """Yield clips of one window, each its own batch, then a failure and the unit's end."""
     for index in range(num_clips):
         batch = PendingBatch(lambda: [make_prediction([0, 1, 0])])
         yield make_window(ITEM, 0, num_windows=1, item_index=index), PendingPrediction(batch, 0)
@@ -238,7 +238,7 @@ def test_two_batches_are_left_to_the_device() -> None:
 
 def test_a_clip_that_misses_windows_at_the_bundles_end_is_an_error() -> None:
     with (
-        pytest.raises(RuntimeError, match="still miss windows"),
+        pytest.raises(RuntimeError, match="lack windows"),
         TestPipeline(runner="FnApiRunner") as pipeline,
     ):
         _ = (

@@ -1,4 +1,4 @@
-"""Parts and commits: whole or not there, whatever the order and whatever happens in between."""
+"""Parts and commits are whole or absent, whatever the order and whatever happens in between."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def settings(tmp_path: Path) -> CommitSettings:
 
 
 def commit_events(settings: CommitSettings, events: list[UnitEvent]) -> Commit:
-    """What the sink does with a unit's events; it must not commit before the last of them."""
+    """Do what the sink does with a unit's events; check that it is complete only at the last."""
     end = next(event for event in events if isinstance(event, UnitEnd))
-    staging = Path(writing.staging_path(settings.output, "run"))
+    staging = Path(writing.staging_path(settings.output, settings.run_id))
     unit = OpenUnit(settings, staging, end.unit.unit_id)
     for event in events:
         assert not unit.is_complete
@@ -262,6 +262,54 @@ def test_units_committed_already_are_skipped_with_their_summary(settings: Commit
         assert_that(skipped, equal_to([UnitSummary.of(commit)]), "done")
 
 
+def test_an_attempt_that_comes_second_keeps_the_parts_of_the_first(
+    settings: CommitSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner presumes a worker dead and starts its unit again, but the worker is alive."""
+    replaced, unit = file_unit("u0", 2), file_unit("u1", 2, replaces=("u0",))
+    commit_events(settings, unit_events(replaced))
+    write_parts, firsts = OpenUnit._write_parts, []
+
+    def overtaken(second: OpenUnit, of: WorkUnit) -> dict[str, Path]:
+        staged = write_parts(second, of)
+        with monkeypatch.context() as patched:
+            patched.setattr(OpenUnit, "_write_parts", write_parts)
+            firsts.append(commit_events(settings, unit_events(unit)))
+        return staged
+
+    monkeypatch.setattr(OpenUnit, "_write_parts", overtaken)
+    second = dataclasses.replace(settings, run_id="zombie")
+    # The later attempt labelled less: its parts would not be those that the commit vouches for.
+    assert commit_events(second, unit_events(unit, failed=[1])) == firsts[0]
+    assert files_below(settings.output) == {
+        "windows/u1.parquet", "clips/u1.parquet", "_commits/u1.json"
+    }  # fmt: skip
+    assert read_commit(settings.output, "u1") == firsts[0]
+    assert [len(read_part(settings, part, "u1")) for part in ("clips", "windows")] == [2, 4]
+
+
+@pytest.mark.parametrize("damage", ["fingerprint", "commit", "part", "size"])
+def test_a_commit_that_is_not_valid_is_written_anew(settings: CommitSettings, damage: str) -> None:
+    unit, output = file_unit("u1", 2), Path(settings.output)
+    if damage == "fingerprint":
+        commit_events(dataclasses.replace(settings, fingerprint="0" * 64), unit_events(unit))
+    else:
+        commit_events(settings, unit_events(unit))
+    if damage == "commit":
+        (output / "_commits" / "u1.json").write_text("{")
+    elif damage == "part":
+        (output / "clips" / "u1.parquet").unlink()
+    elif damage == "size":
+        (output / "clips" / "u1.parquet").write_bytes(b"PAR1")
+    with TestPipeline(runner="FnApiRunner") as pipeline:
+        to_do, _ = pipeline | beam.Create([unit]) | SkipCommitted(settings)
+        assert_that(to_do | beam.Map(lambda unit: unit.unit_id), equal_to(["u1"]), "to do")
+    again = commit_events(settings, unit_events(unit, failed=[1]))
+    assert read_commit(settings.output, "u1") == again
+    assert (again.fingerprint, again.totals.failures) == (settings.fingerprint, 1)
+    assert len(read_part(settings, "clips", "u1")) == 1
+
+
 def test_an_items_version_changes_with_where_it_lies_and_what_is_said_of_it() -> None:
     item = make_item("/a.wav")
     versions = {
@@ -281,7 +329,7 @@ def test_an_items_version_changes_with_where_it_lies_and_what_is_said_of_it() ->
 
 
 def audio_counted(events: list[UnitEvent]) -> list[float]:
-    """Seconds of audio counted after each of a unit's events."""
+    """Return the seconds of audio counted after each of a unit's events."""
     audio = commit_step.AudioProgress()
     return list(itertools.accumulate(audio.add(event) for event in events))
 

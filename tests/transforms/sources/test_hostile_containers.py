@@ -875,7 +875,7 @@ def test_bad_lines_cost_themselves(label: Label) -> None:
         *("good.wav%E9", "absent.wav", "reference://x"),
     }
     assert all(len(message) < 1000 for _, message in errors.values())
-    assert "is longer than 16777216 bytes" in errors["list.jsonl#line=14"][1]
+    assert "is longer than 16777216 characters" in errors["list.jsonl#line=14"][1]
     assert "of 40004 characters; at most 32768 are read" in errors["list.jsonl#line=11"][1]
     metadata = label.rows("errors")["absent.wav"]["metadata"]
     assert json.loads(metadata) == {"score": None, "most": None}
@@ -893,7 +893,7 @@ def test_csv_that_lies_costs_its_lines(label: Label) -> None:
     assert label.labelled() == {"a.wav", "c.wav", 'qu"ote.wav', "new\nline.wav", "b.wav"}
     told = {name: message.partition(" of ")[2] for name, (_, message) in label.errors().items()}
     expected = {
-        7: "is not CSV: longer than 16777216 characters",
+        7: "is longer than 16777216 characters",
         9: "has 3 fields, the header 2; quote the commas",
         10: "is not CSV: a quote is not closed, or not within 1000 lines",
     }
@@ -915,7 +915,7 @@ def test_a_record_of_many_long_lines_is_bounded(
     label: Label, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of its fields and lines is below the bound, all of them together are not."""
-    monkeypatch.setattr(manifests, "_MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr(manifests, "_MAX_LINE_CHARS", 1 << 16)
     for name in ("a.wav", "b.wav"):
         (label.inside / name).write_bytes(GOOD)
     lines = ["uri,x,y", "a.wav,x,y", f'a.wav,"{"x" * 40_000}', f'","{"y" * 40_000}', '"', "b.wav,,"]

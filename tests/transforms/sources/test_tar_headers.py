@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.listing_store import ListingFileSystem, SparseTar
+from tests.support.stores.listing_store import ListingFileSystem, SparseTar
 from transforms.errors import ContainerError
 from transforms.sources import tar_headers
-from transforms.sources.clip_ids import WindowEstimate
+from transforms.sources.file_kinds import WindowEstimate
 from transforms.sources.tar import index_tar
 from transforms.sources.tar_headers import TarMember, open_archive, walk_members, walk_wide
 

@@ -29,8 +29,8 @@ import pytest
 import soundfile
 
 from pipeline.cli.main import main
-from tests.support.fault_proxy import CUTS, KINDS, FaultProxy, Faults
-from tests.support.object_store import (
+from tests.support.stores.fault_proxy import CUTS, KINDS, FaultProxy, Faults
+from tests.support.stores.object_store import (
     ObjectStore,
     damaged_commits,
     missing,

@@ -35,8 +35,14 @@ def test_stat_many_gives_errors_in_place(folder: str) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("s3://b/x", r"s3:// needs the s3 extra: pip install 'earmark\[s3\]'"),
-        ("az://b/x", r"az:// needs the azure extra: pip install 'earmark\[azure\]'"),
+        (
+            "s3://b/x",
+            r"s3:// needs the extra \[s3\]: run pip install '.\[s3\]' in Earmark's checkout",
+        ),
+        (
+            "az://b/x",
+            r"az:// needs the extra \[azure\]: run pip install '.\[azure\]' in Earmark's checkout",
+        ),
         ("nope://b/x", "Protocol not known: nope"),
     ],
 )

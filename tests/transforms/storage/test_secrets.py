@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main as cli
-from pipeline.config.label import NOT_WRITTEN, load_config
+from pipeline.config.label import NOT_WRITTEN, RunConfig
+from pipeline.config.load import load_config
 from tests.support.audio_factory import encode, noise
 from tests.support.fake_hub import TOKEN, serve_hub, use_hub
 from tests.support.paths import ROOT
@@ -416,7 +417,7 @@ def test_beams_keys_and_passwords_are_not_written(command: Command, tmp_path: Pa
             assert secret not in content, place
     # What was written is a configuration still.
     config.write_text(json.dumps(run["config"]))
-    assert load_config(str(config)).resolved() == run["config"]
+    assert load_config(RunConfig, str(config)).resolved() == run["config"]
 
 
 # --- Something fails -----------------------------------------------------------------------

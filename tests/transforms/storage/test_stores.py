@@ -1,8 +1,8 @@
 """One body over every store: the same command, the same rows, and how much is asked of the store.
 
-``s3`` is moto's server, ``gs`` is fake-gcs-server (``tests/support/provision_stores.sh``) or else
-gcp-storage-emulator, ``http`` a web server with index pages and ranges, ``memory`` fsspec's own.
-The head of pytest's report says which emulators there are.
+``s3`` is moto's server, ``gs`` is fake-gcs-server or else gcp-storage-emulator (see
+``tests/support/stores``), ``http`` a web server with index pages and ranges, ``memory`` fsspec's
+own. The head of pytest's report says which emulators there are.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.cli.main import main
 from tests.support.audio_factory import encode, noise
-from tests.support.fault_proxy import FaultProxy, Faults
 from tests.support.model_factory import TINY_LABELS
-from tests.support.object_store import ObjectStore, missing, open_store
+from tests.support.stores.fault_proxy import FaultProxy, Faults
+from tests.support.stores.object_store import ObjectStore, missing, open_store
 from transforms.records import ContainerSlice, Item, WorkUnit
 from transforms.results.write_units import OpenUnit
 from transforms.sources.read_unit import read_unit
@@ -191,7 +191,7 @@ def place(
     """An empty store that can be written."""
     if request.param == "memory":
         # The command refuses it, because it ends with the process; this process goes on.
-        monkeypatch.setattr("pipeline.cli.main._check_output_lasts", lambda output: None)
+        monkeypatch.setattr("pipeline.cli.commands.check_output_lasts", lambda output: None)
         yield Memory("memory://stores")
         MemoryFileSystem.store.clear()
         MemoryFileSystem.pseudo_dirs[:] = [""]

@@ -1,9 +1,9 @@
-"""The models that ship with Earmark, so that it labels without a network.
+"""The models that ship with Earmark, which label without a network.
 
 Each is a folder in ``bundled_models/``, inside the package: ``config.json``, ``model.safetensors``,
-``preprocessor_config.json`` and a model card, ``README.md``. What is known of a model is read from
-that folder, so that nothing is said twice: labels and window from its config, and licence, dataset
-and figure from the front matter of its card, as model hubs read it:
+``preprocessor_config.json`` and a model card, ``README.md``. Everything about a model is read from
+its folder: labels and window from the config; licence, dataset and figure from the front matter of
+the card, in the format of model hubs:
 
     ---
     license: cc-by-nc-4.0
@@ -14,7 +14,7 @@ and figure from the front matter of its card, as model hubs read it:
         metrics: [{type: accuracy, value: 0.9}]
     ---
 
-Its place: ``model_files`` finds a model by its name here, ``earmark models`` lists them.
+``files`` finds a model by its name here; ``earmark models`` lists them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transforms.errors import ModelError
 from transforms.models.ast.public import window_length_s
 
 BUNDLED_FOLDER = Path(__file__).resolve().parent / "bundled_models"
-# What is labelled with where no model is named.
+# The model used when none is given.
 DEFAULT_MODEL = "esc10"
 
 _CONFIG_NAME = "config.json"
@@ -44,14 +44,14 @@ class BundledModel:
     """A model that ships with Earmark.
 
     Attributes:
-        name: What to give as ``--model``.
-        folder: Where its files are, in this installation.
-        labels: Names of what it tells apart, in the order of its outputs.
+        name: Value for ``--model``.
+        folder: Its files in this installation.
+        labels: Names of its classes, in the order of its outputs.
         max_length: Frames of a window.
-        dataset: What it was trained on and measured with.
-        metric: What was measured.
-        value: What it came to, in [0, 1].
-        license: Of the weights.
+        dataset: Dataset of training and evaluation.
+        metric: Metric of the evaluation.
+        value: Its value, in [0, 1].
+        license: License of the weights.
     """
 
     name: str
@@ -65,37 +65,37 @@ class BundledModel:
 
     @property
     def num_labels(self) -> int:
-        """How many sounds it tells apart."""
+        """Number of classes."""
         return len(self.labels)
 
     @property
     def window_s(self) -> float:
-        """Length of a window in seconds: 25 ms frames every 10 ms."""
+        """Length of a window in seconds."""
         return window_length_s(self.max_length)
 
 
 def bundled_names() -> tuple[str, ...]:
-    """Names of the models that this installation holds, sorted."""
+    """Return the names of the models in this installation, sorted."""
     return tuple(sorted(path.parent.name for path in BUNDLED_FOLDER.glob(f"*/{_CONFIG_NAME}")))
 
 
 def bundled_folder(name: str) -> Path | None:
-    """The folder of a bundled model, or None where none has this very name."""
+    """Return the folder of a bundled model, or None if there is no model of this name."""
     return BUNDLED_FOLDER / name if name in bundled_names() else None
 
 
 def bundled_model(name: str) -> BundledModel:
-    """What is known of a bundled model.
+    """Describe a bundled model.
 
     Raises:
-        ModelError: there is none of this name, or its files are damaged.
+        ModelError: There is no model of this name, or its files are damaged.
     """
     folder = bundled_folder(name)
     if folder is None:
-        known = ", ".join(bundled_names()) or "none at all"
+        known = ", ".join(bundled_names()) or "none"
         raise ModelError(
-            f"model {name}: this installation of Earmark does not hold it; it holds {known}. "
-            "Install the same version of Earmark everywhere, or give another --model"
+            f"model {name}: not in this installation of Earmark, which has {known}. Install the "
+            "same version of Earmark everywhere, or give another --model"
         )
     config, card = _read_config(folder), _read_front_matter(folder)
     dataset, metric, value = _read_result(folder, card)
@@ -115,43 +115,43 @@ def bundled_model(name: str) -> BundledModel:
 
 
 def bundled_models() -> tuple[BundledModel, ...]:
-    """Every model that ships with Earmark.
+    """Describe every bundled model.
 
     Raises:
-        ModelError: the files of one are damaged.
+        ModelError: The files of one are damaged.
     """
     return tuple(bundled_model(name) for name in bundled_names())
 
 
 def describe_default() -> str:
-    """One line for whoever named no model: what the default one knows, and how to get more.
+    """Say in one line what the default model knows, and how to get another.
 
     Raises:
-        ModelError: this installation does not hold it.
+        ModelError: This installation does not have it.
     """
     model = bundled_model(DEFAULT_MODEL)
     return (
-        f"No model is given: taking {model.name}, which ships with Earmark and knows "
+        f"No model is given: using {model.name}, which ships with Earmark and knows "
         f"{model.num_labels} sounds ({', '.join(model.labels)}). For AudioSet's 527: --config "
         "audioset, which needs the network once, or --model with a downloaded copy"
     )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The values of ``config.json``; only what is read here is checked."""
+    """Read ``config.json``, checking only the values used here."""
     try:
         values = json.loads((folder / _CONFIG_NAME).read_bytes())
         names = values["id2label"]
         has_names = names.keys() == {str(n) for n in range(len(names))}
         if not has_names or type(values["max_length"]) is not int:
-            raise ValueError("id2label or max_length is not what it should be")
+            raise ValueError("id2label or max_length is not valid")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         _fail(folder, f"{_CONFIG_NAME} cannot be read as an AST's: {error!r}", error)
     return dict(values)
 
 
 def _read_front_matter(folder: Path) -> Mapping[str, Any]:
-    """The YAML between the first two lines ``---`` of the model card."""
+    """Read the YAML between the first two ``---`` lines of the model card."""
     try:
         lines = (folder / _CARD_NAME).read_text(encoding="utf-8").splitlines()
         if lines[:1] != [_FENCE] or _FENCE not in lines[1:]:
@@ -165,7 +165,7 @@ def _read_front_matter(folder: Path) -> Mapping[str, Any]:
 
 
 def _read_result(folder: Path, card: Mapping[str, Any]) -> tuple[str, str, float]:
-    """Dataset, metric and value of the card's first result."""
+    """Return dataset, metric and value of the card's first result."""
     try:
         result = card["model-index"][0]["results"][0]
         dataset, metric = result["dataset"]["name"], result["metrics"][0]

@@ -1,12 +1,12 @@
-"""Where a model lies, and its files on this machine.
+"""The location of a model, and its files on this machine.
 
 A model is one that ships with Earmark, an id on the hub, a local or remote folder, or an original
-``.pth`` file: ``locate_model`` tells which. ``ModelFiles`` then finds what is asked for, and
-downloads it where it must. Tensors are read in ``model_weights``.
+``.pth`` file: ``locate_model`` tells which. ``ModelFiles`` finds the files, and downloads them if
+it must. ``weights`` reads the tensors.
 
-Guarantees: a hub revision is pinned to its commit. What was fetched from a remote folder is gone
-after use; what came from the hub stays in the hub's own cache. No token and no signature stands in
-a name or a message.
+Guarantees: a hub revision is pinned to its commit. Files from a remote folder are deleted after
+use; files from the hub stay in the hub's own cache. Names and messages never hold a token or a
+signature.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from transforms.errors import ModelError
+from transforms.errors import ModelError, first_line
 from transforms.models.ast.bundled import bundled_model, bundled_names
 from transforms.process.temp_folders import scratch_folder
 from transforms.storage import filesystem, reading, urls
@@ -40,10 +40,10 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 
-# Configs have a few kB, an index of weights some hundred: far above them, far below the memory.
+# Configs have a few kB, an index of weights a few hundred: far above both, far below the memory.
 MAX_JSON_BYTES = 64 << 20
 _HUB_TIMEOUT_S = 30.0
-# Everything a request to the hub can raise: with the base class of whichever HTTP library it uses.
+# Everything a request to the hub can raise, whichever HTTP library the hub's client uses.
 _HUB_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     hub_errors.HfHubHTTPError,
@@ -54,17 +54,17 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """Where a model is, found but not read yet.
+    """The place of a model that was found but not read yet.
 
     Attributes:
         name: What the user gave, without secrets.
         source: ``bundled``, ``hub``, ``folder`` or ``original``.
         url: Bundled model's name, hub id, folder or ``.pth`` file; may carry a signature.
-        revision: The hub's commit, or None.
-        license: Of the weights, as the hub or the bundled model's card says.
-        listing: Names of a hub model's files; None where only the local cache could be looked at,
-            and for what is not on the hub.
-        notes: What a user should know of how it was found.
+        revision: Commit on the hub, or None.
+        license: License of the weights, from the hub or the bundled model's card.
+        listing: Names of a hub model's files; None if only the local cache could be searched, and
+            for models that are not on the hub.
+        notes: What the user should know of how it was found.
     """
 
     name: str
@@ -77,9 +77,9 @@ class ModelLocation:
 
     @property
     def folder(self) -> str:
-        """Where its files are; of a ``.pth`` file, what it lies in."""
+        """Folder of its files, or the folder that a ``.pth`` file is in."""
         if self.source == "bundled":
-            # By name: a worker has its own Earmark, which may be installed elsewhere.
+            # By name: Earmark may be installed elsewhere on a worker.
             return urls.normalise(str(bundled_model(self.url).folder))
         return urls.parent(self.url) if self.source == "original" else self.url
 
@@ -91,19 +91,19 @@ class ModelLocation:
 def locate_model(
     name: str, revision: str | None = None, wanted: str = CONFIG_NAME
 ) -> ModelLocation:
-    """Tell what kind of name it is; what exists locally comes before the hub.
+    """Find out what kind of model a name is; local files take precedence over the hub.
 
-    The name of a model that ships with Earmark means that model in every folder, so that a command
-    does not mean something else where a folder happens to bear the name; ``./name`` is the folder.
+    The name of a bundled model always means that model, even in a directory with a folder of the
+    same name, so that a command means the same everywhere; ``./name`` is the folder.
 
     Args:
-        name: Of a bundled model (``esc10``), a hub id (``org/name`` or ``org/name@revision``),
+        name: Name of a bundled model (``esc10``), hub id (``org/name`` or ``org/name@revision``),
             local or remote folder, or original ``.pth`` file.
-        revision: Of a hub id, instead of the one in the name; nothing else has any.
-        wanted: The file that must be in the hub's local cache to go on without a network.
+        revision: Revision on the hub, instead of the one in the name; ignored for other sources.
+        wanted: The file that must be in the hub's local cache to work without a network.
 
     Raises:
-        ModelError: there is no such model, or the hub cannot be asked.
+        ModelError: There is no such model, or the hub cannot be reached.
     """
     public = public_uri(name)
     if not name:
@@ -161,23 +161,23 @@ def _locate_on_hub(name: str, hub_id: str, revision: str | None, wanted: str) ->
 def _locate_in_cache(
     name: str, hub_id: str, revision: str | None, wanted: str, error: Exception
 ) -> ModelLocation:
-    """Fall back on what an earlier run downloaded: the same revision, pinned then."""
+    """Fall back on a revision that an earlier run downloaded and pinned."""
     cached = huggingface_hub.try_to_load_from_cache(hub_id, wanted, revision=revision)
     if cached is None and revision is None:
         cached = _newest_in_cache(hub_id, wanted)
     if not isinstance(cached, str):
-        # The library's text may hold the request with its headers: no cause, and the token cut.
+        # The library's text may hold the request's headers: so no cause, and the token removed.
         raise ModelError(
             f"model {name}: cannot reach the hub for {hub_id}: {_without_token(error)}; pass a "
             "local folder, or try again where there is a network"
         ) from None
     commit = Path(cached).parent.name
-    note = f"the hub cannot be reached; took commit {commit[:12]} from its local cache"
+    note = f"the hub cannot be reached; using commit {commit[:12]} from its local cache"
     return ModelLocation(name, "hub", hub_id, commit, notes=(note,))
 
 
 def _newest_in_cache(hub_id: str, wanted: str) -> str | None:
-    """What was downloaded last: a pinned commit leaves no trace of the branch it was taken from."""
+    """Find the latest download, since a pinned commit does not record the branch it is from."""
     try:
         repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
     except huggingface_hub.errors.CacheNotFound:
@@ -193,11 +193,6 @@ def _newest_in_cache(hub_id: str, wanted: str) -> str | None:
     return max(snapshots)[1] if snapshots else None
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text: libraries like to add a page."""
-    return (str(error).strip().splitlines() or ["nothing more is known"])[0]
-
-
 def _without_token(error: Exception) -> str:
     text = f"{type(error).__name__}: {first_line(error)}"
     token = huggingface_hub.get_token()
@@ -205,7 +200,7 @@ def _without_token(error: Exception) -> str:
 
 
 class ModelFiles(AbstractContextManager["ModelFiles"]):
-    """A model's files on this machine; what was fetched from a remote folder goes at exit."""
+    """A model's files on this machine; files from a remote folder are deleted at exit."""
 
     def __init__(self, location: ModelLocation) -> None:
         self.location = location
@@ -221,8 +216,8 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
         self._stack.close()
 
     def find(self, file_name: str) -> Path | None:
-        """The local path of a file, or None where the checkpoint has none of that name."""
-        if file_name not in self._found:  # a remote file is fetched once
+        """Return the local path of a file, or None if the checkpoint has no such file."""
+        if file_name not in self._found:  # a remote file is downloaded once
             is_on_hub = self.location.source == "hub"
             look = self._find_on_hub if is_on_hub else self._find_in_folder
             self._found[file_name] = look(file_name)
@@ -235,24 +230,24 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
                 return None
             if not urls.is_local(url):
                 return self._fetch(url)
-            with reading.open_read(url):  # a file that can be read: a pipe would wait forever
+            with reading.open_read(url):  # raises for a pipe, which would block forever
                 return Path(urls.local_path(url))
         except OSError as error:
             self.location.fail(
-                f"{file_name} cannot be read: {error.strerror or error}. Mend that (permissions, "
-                "the network, the disk), or give another --model",
+                f"{file_name} cannot be read: {error.strerror or error}. Check permissions, "
+                "network and disk, or give another --model",
                 error,
             )
 
     def need(self, file_name: str) -> Path:
-        """The local path of a file without which there is no model."""
+        """Return the local path of a file that the model cannot do without."""
         path = self.find(file_name)
         if path is None:
-            self.location.fail(f"{file_name} is not there (any more)")
+            self.location.fail(f"{file_name} does not exist (any more)")
         return path
 
     def read_json(self, file_name: str) -> dict[str, Any] | None:
-        """The object in a JSON file, or None where there is no such file."""
+        """Read the object in a JSON file; None if there is no such file."""
         path = self.find(file_name)
         if path is None:
             return None
@@ -298,11 +293,11 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, which would otherwise hold the last of two values without a word."""
+    """Refuse duplicate keys, of which JSON would silently keep the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return values
 
 
@@ -325,7 +320,7 @@ def _download(location: ModelLocation, file_name: str) -> Path:
 
 
 def find_weight_files(files: ModelFiles) -> tuple[str, ...]:
-    """Names of the files that hold a model's weights; safetensors come before a pickle."""
+    """Return the names of the files with a model's weights; safetensors before a pickle."""
     location = files.location
     if location.source == "original":
         name = urls.file_name(location.url)
@@ -358,7 +353,7 @@ def _shard_names(location: ModelLocation, index: Mapping[str, Any]) -> tuple[str
 
 
 def hash_files(files: ModelFiles, names: Sequence[str]) -> str:
-    """Hex SHA-256 of a file; of several, that of the sorted lines ``name digest``."""
+    """Return the hex SHA-256 of a file, or of the sorted lines ``name digest`` of several."""
     digests = {}
     for name in names:
         with files.need(name).open("rb") as file:

@@ -1,19 +1,19 @@
 """An AST that starts from a transformer for images, as the published ones did.
 
-AST is a vision transformer that is shown a spectrogram. What one learned from photographs
-(ImageNet) is a better start than random weights, so the authors took a DeiT. A checkpoint is one
-that transformers saved, of ``model_type`` ``deit`` or ``vit``; it becomes the state of an AST so:
+AST is a vision transformer applied to a spectrogram. Weights trained on photographs (ImageNet) are
+a better start than random ones, so the authors used a DeiT. A checkpoint written by transformers,
+of ``model_type`` ``deit`` or ``vit``, becomes the state of an AST as follows:
 
     patch kernels (D, 3, P, P) ──sum over the colours──▶ (D, 1, P, P): a spectrogram has one
     positions of 24×24 patches ──cut or interpolated───▶ those of the AST's own grid
-    class, distillation token, blocks, final norm ─────▶ as they are
-    classifiers of images ─────────────────────────────▶ left out; the AST has a new head
+    class, distillation token, blocks, final norm ─────▶ unchanged
+    classifiers of images ─────────────────────────────▶ omitted; the AST has a new head
 
-A plain ViT has no distillation token: AST's starts as a copy of the class token, position and all.
-The two then see the same and stay alike as long as nothing random (dropout) tells them apart, and
-their mean, AST's embedding, is what the class token alone would give; only attention sees it twice.
+A plain ViT has no distillation token: AST's starts as a copy of the class token, position included.
+The two stay equal until something random (dropout) separates them, and their mean, AST's embedding,
+is what the class token alone would give; only attention sees the token twice.
 
-Its place: ``earmark train`` asks here where the model to start from is not an AST.
+``earmark train`` uses this if the model to start from is not an AST.
 
 Source: Gong et al. 2021, arXiv:2104.01778, section 2.2; YuanGongND/ast src/models/ast_models.py.
 """
@@ -28,14 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transforms.models.ast.checkpoints import (
-    FIXED_FIELDS,
-    IMAGE_MODEL_TYPES,
-    ModelOverrides,
-    check_blocks,
-    make_config,
-    start_model,
-)
+from transforms.models.ast.checkpoints import FIXED_FIELDS, check_blocks, start_model
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.config_files import IMAGE_MODEL_TYPES, parse_config
 from transforms.models.ast.files import (
     CONFIG_NAME,
     ModelFiles,
@@ -45,22 +40,23 @@ from transforms.models.ast.files import (
     hash_files,
     locate_model,
 )
-from transforms.models.ast.model import (
+from transforms.models.ast.model import ASTForAudioClassification, ASTModel
+from transforms.models.ast.tensor_names import (
+    BASE,
     NUM_PREFIX_TOKENS,
-    ASTConfig,
-    ASTForAudioClassification,
-    ASTModel,
+    StoredTensor,
+    layout_of,
+    tensor_names,
 )
-from transforms.models.ast.tensor_names import BASE, StoredTensor, layout_of, tensor_names
-from transforms.models.ast.weights import Weights, check_values, read_tensor
+from transforms.models.ast.weights import Weights, check_values
 
-# What a model that starts from an image model takes over from it.
+# The fields that an AST takes over from an image model.
 _TAKEN_FIELDS = (*FIXED_FIELDS, "layer_norm_eps")
-# What transformers takes where a config does not say (DeiTConfig, ViTConfig).
+# Defaults of transformers' DeiTConfig and ViTConfig.
 _DEFAULT_SIZES = {"image_size": 224, "patch_size": 16, "num_channels": 3}
-# With and without a head. The last is what ``Weights`` puts before names that have no prefix.
+# With and without a head. ``Weights`` puts the last before names without a prefix.
 _PREFIXES = ("deit.", "vit.", BASE)
-# What is of no use for sounds: classifiers, transformers' pooler, masked image modelling.
+# Useless for sounds: classifiers, transformers' pooler, masked image modelling.
 _UNUSED = re.compile(
     r"(classifier|cls_classifier|distillation_classifier|decoder\.0|(\w+\.)?pooler\.dense)"
     r"\.(weight|bias)|(\w+\.)?embeddings\.mask_token"
@@ -81,13 +77,13 @@ class ImageModel:
     Attributes:
         name: What the user gave, without secrets.
         source: ``hub`` or ``folder``.
-        location: Hub id or folder to load from; may carry a signature, so it is never written or
-            printed. With ``revision`` it names these very weights.
-        revision: The hub's commit, or None.
+        location: Hub id or folder to load from. It may carry a signature, so it is never written
+            or printed. With ``revision`` it identifies the weights.
+        revision: Commit on the hub, or None.
         sha256: Hex digest of the weights, as in ``ModelSpec``.
-        config: Of an AST with this model's blocks and its own grid of patches.
-        license: Of the weights, where known.
-        notes: What a user should know of how it was found and of what it lacks.
+        config: Config of an AST with this model's blocks and grid of patches.
+        license: License of the weights, if known.
+        notes: What the user should know of how it was found and of what it lacks.
     """
 
     name: str
@@ -101,14 +97,14 @@ class ImageModel:
 
 
 def is_image_model(name: str, revision: str | None = None) -> bool:
-    """Whether a name is that of an image model; goes by its ``config.json`` alone.
+    """Return whether a name is that of an image model, according to its ``config.json``.
 
     Args:
         name: As for ``resolve_model``.
         revision: Branch, tag or commit on the hub, instead of the one in the name.
 
     Raises:
-        ModelError: there is nothing of that name, or its config is no JSON.
+        ModelError: There is no such model, or its config is not JSON.
     """
     location = locate_model(name, revision)
     if location.source == "original":
@@ -119,14 +115,14 @@ def is_image_model(name: str, revision: str | None = None) -> bool:
 
 
 def image_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
-    """The fields of ``ASTConfig`` that an AST takes over from an image model; reads no weights.
+    """Read the fields of ``ASTConfig`` that an AST takes over from an image model.
 
     Returns:
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act,
         patch_size, qkv_bias and layer_norm_eps.
 
     Raises:
-        ModelError: it cannot be had, or is no image model that an AST can start from.
+        ModelError: The model does not exist, or an AST cannot start from it.
     """
     with ModelFiles(locate_model(name, revision)) as files:
         config, _ = _read_config(files)
@@ -137,8 +133,8 @@ def resolve_image_model(name: str, revision: str | None = None) -> ImageModel:
     """Find an image model, check everything about it that can be wrong, and describe it.
 
     Raises:
-        ModelError: it cannot be had, is damaged, or does not fit its config; the message names the
-            tensor or field, what was found, what was expected, and the next step.
+        ModelError: The model does not exist, is damaged, or does not fit its config; the message
+            names the tensor or field, what was found, what was expected, and what to do.
     """
     with ModelFiles(locate_model(name, revision)) as files:
         config, num_channels = _read_config(files)
@@ -165,12 +161,12 @@ def load_image_model(
 
     Args:
         name: Hub id (``org/name`` or ``org/name@revision``), or a local or remote folder.
-        config: Of the AST wanted; its blocks are the image model's (``image_model_config``), and
-            strides, window, mel bins and labels whatever they should be.
+        config: Config of the new AST: the image model's blocks (``image_model_config``), with any
+            strides, window, mel bins and labels.
         revision: Branch, tag or commit on the hub, instead of the one in the name.
 
     Raises:
-        ModelError: as ``resolve_image_model``; or the blocks of ``config`` are others.
+        ModelError: As ``resolve_image_model``; or the blocks of ``config`` differ.
     """
     with ModelFiles(locate_model(name, revision)) as files:
         source, num_channels = _read_config(files)
@@ -181,7 +177,7 @@ def load_image_model(
 
 
 def _read_config(files: ModelFiles) -> tuple[ASTConfig, int]:
-    """The image model as an AST whose input is the image, and how many colours that has."""
+    """Describe the image model as an AST whose input is the image; also the number of colours."""
     location = files.location
     values = files.read_json(CONFIG_NAME) or {}
     if values.get("model_type") not in IMAGE_MODEL_TYPES:
@@ -206,11 +202,11 @@ def _read_config(files: ModelFiles) -> tuple[ASTConfig, int]:
         "num_mel_bins": height,
         "max_length": width,
     }
-    return make_config(location, fields, ModelOverrides()), num_channels
+    return parse_config(location, fields, ASTConfig.from_dict), num_channels
 
 
 def _size(location: ModelLocation, values: Mapping[str, Any], name: str) -> tuple[int, int]:
-    """Height and width; a single number is both, as in transformers."""
+    """Return height and width; a single number is both, as in transformers."""
     value = values.get(name, _DEFAULT_SIZES[name])
     both = value if isinstance(value, list) else [value, value]
     if len(both) != 2 or not all(type(size) is int and size >= 1 for size in both):
@@ -219,7 +215,7 @@ def _size(location: ModelLocation, values: Mapping[str, Any], name: str) -> tupl
 
 
 def _stored_names(weights: Weights, config: ASTConfig) -> dict[str, StoredTensor]:
-    """Where each tensor of ``ASTModel`` is in the file; without one, no distillation token."""
+    """Return where the file holds each tensor of ``ASTModel``; a ViT has no distillation token."""
     prefix = next(
         (prefix for prefix in _PREFIXES if f"{prefix}embeddings.cls_token" in weights.shapes), None
     )
@@ -251,7 +247,7 @@ def _lacking(names: Mapping[str, StoredTensor]) -> tuple[str, ...]:
 def _read_state(
     weights: Weights, names: Mapping[str, StoredTensor], config: ASTConfig, num_channels: int
 ) -> dict[str, Tensor]:
-    """The state of an AST without a head, on the image's own grid of patches."""
+    """Read the state of an AST without a head, on the image's own grid of patches."""
     _check_names(weights, names, config)
     for ours, shape in _expected_shapes(names, config, num_channels).items():
         found = weights.shapes[names[ours].name]
@@ -262,7 +258,7 @@ def _read_state(
             )
     state = {}
     for ours, stored in names.items():
-        state[ours] = read_tensor(weights, stored)
+        state[ours] = weights.read(stored)
         check_values(weights, stored, state[ours])
     state[_KERNEL] = state[_KERNEL].sum(dim=1, keepdim=True)  # (D, 1, P, P)
     if _DISTILLATION not in state:
@@ -277,14 +273,14 @@ def _check_names(weights: Weights, names: Mapping[str, StoredTensor], config: AS
     missing = [_shown(stored) for stored in names.values() if stored.name not in weights.shapes]
     if missing:
         weights.location.fail(
-            f"there is no tensor {missing[0]!r}, one of {len(missing)} that it lacks; expected it "
+            f"there is no tensor {missing[0]!r}, one of {len(missing)} missing; expected it "
             f"for num_hidden_layers={config.num_hidden_layers}, qkv_bias={config.qkv_bias}. Is the "
             "file whole?"
         )
     unknown = [name for name in weights.shapes if name not in known and not _UNUSED.fullmatch(name)]
     if unknown:
         weights.location.fail(
-            f"the tensor {unknown[0]!r}, one of {len(unknown)} that are new here, is not part of a "
+            f"the tensor {unknown[0]!r}, one of {len(unknown)} unknown, is not part of a "
             f"DeiT or ViT with num_hidden_layers={config.num_hidden_layers}, "
             f"qkv_bias={config.qkv_bias}; check {CONFIG_NAME}, or use another model"
         )
@@ -304,5 +300,5 @@ def _expected_shapes(
 
 
 def _shown(stored: StoredTensor) -> str:
-    """The name as the file has it: ``Weights`` puts a prefix where there is none."""
+    """Return the name as in the file: ``Weights`` adds a prefix if there is none."""
     return stored.name.removeprefix(BASE)

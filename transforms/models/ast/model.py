@@ -25,265 +25,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
-MODEL_TYPE = "audio-spectrogram-transformer"
-NUM_PREFIX_TOKENS = 2  # the class and the distillation token stand before the patches
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,  # the exact one, by erf: what every published AST uses
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-}
+from transforms.models.ast.config import ACTIVATIONS, ASTConfig
+from transforms.models.ast.pretrained import PretrainedModel
+from transforms.models.ast.tensor_names import BASE, NUM_PREFIX_TOKENS
 
 # Up to how many tokens training in half precision on a CPU attends step by step. The fused
 # kernel's backward pass is slow there: for one block of 32 clips with 3 heads it takes 38 ms where
 # the steps take 12 at 79 tokens, and 61 ms where they take 34 at 130 (one core, bfloat16, forward
 # and backward). Beyond, the scores that the steps keep, N² per head, cost more than they save.
 _MAX_STEPWISE_TOKENS = 320
-
-_POSITIVE_INTEGERS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size",
-    "frequency_stride", "time_stride", "max_length", "num_mel_bins",
-)  # fmt: skip
-_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-_SWITCHES = ("qkv_bias", "output_attentions", "output_hidden_states", "return_dict")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ASTConfig:
-    """The shape of an AST; fields and defaults as in transformers, types as strict.
-
-    Attributes:
-        hidden_size: Width D of a token, and of the embedding.
-        num_hidden_layers: Transformer blocks.
-        num_attention_heads: Heads per block; divides ``hidden_size``.
-        intermediate_size: Width of the blocks' hidden MLP layer.
-        hidden_act: The MLP's activation: gelu, gelu_new, gelu_pytorch_tanh, relu, silu or swish.
-        hidden_dropout_prob: Dropout of embeddings and block outputs in training, in [0, 1].
-        attention_probs_dropout_prob: Dropout of attention weights in training, in [0, 1].
-        initializer_range: Standard deviation of fresh weights.
-        layer_norm_eps: Epsilon of every LayerNorm; 1e-12 in transformers, 1e-6 in the original.
-        head_layer_norm_eps: Epsilon of the head's LayerNorm, 1e-5 in the original code; None
-            means ``layer_norm_eps``, as in transformers, which does not know this field.
-        patch_size: Side of a square patch, in bins and frames.
-        qkv_bias: Whether the query, key and value projections have a bias.
-        frequency_stride: Step between patches, in mel bins.
-        time_stride: Step between patches, in frames.
-        max_length: Frames of an input.
-        num_mel_bins: Mel bins of an input.
-        id2label: Name per index, from 0 without gaps; LABEL_0, LABEL_1, … where left out.
-        label2id: Index per name; follows from ``id2label`` where left out.
-        num_labels: Outputs of the head; -1 means as many as ``id2label`` names, or two.
-        problem_type: regression, single_label_classification, multi_label_classification, or
-            None: then the loss goes by the labels' count and type.
-        output_attentions: What ``forward`` does where its own argument is None.
-        output_hidden_states: The same, for hidden states.
-        return_dict: The same, for an output object (True) or a plain tuple (False).
-
-    Raises:
-        TypeError: a value is of another type (``hidden_size="768"``).
-        ValueError: a value is out of its range, or two do not fit each other.
-    """
-
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    head_layer_norm_eps: float | None = None
-    patch_size: int = 16
-    qkv_bias: bool = True
-    frequency_stride: int = 10
-    time_stride: int = 10
-    max_length: int = 1024
-    num_mel_bins: int = 128
-    id2label: dict[int, str] = field(default_factory=dict, hash=False, repr=False)
-    label2id: dict[str, int] = field(default_factory=dict, hash=False, repr=False)
-    num_labels: int = -1
-    problem_type: str | None = None
-    output_attentions: bool = False
-    output_hidden_states: bool = False
-    return_dict: bool = True
-
-    def __post_init__(self) -> None:
-        for name in _POSITIVE_INTEGERS:
-            _check(self, name, (int,), "a whole number from 1", lambda value: value >= 1)
-        for name in _RATES:
-            _check(self, name, (float, int), "a number in [0, 1]", lambda value: 0 <= value <= 1)
-        for name in _SWITCHES:
-            _check(self, name, (bool,), "True or False")
-        for name in ("layer_norm_eps", "initializer_range"):
-            _check(self, name, (float,), "a float in [0, 1)", lambda value: 0 <= value < 1)
-        if self.head_layer_norm_eps is not None:
-            _check(self, "head_layer_norm_eps", (float,), "a float in [0, 1)", lambda v: 0 <= v < 1)
-        _check(self, "hidden_act", (str,), f"one of {sorted(_ACTIVATIONS)}", _ACTIVATIONS.get)
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise ValueError(
-                f"problem_type is {self.problem_type!r}; expected None or one of {PROBLEM_TYPES}"
-            )
-        self._check_fit()
-        self._complete_labels()
-
-    def _check_fit(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads}; expected a divisor of "
-                f"hidden_size, which is {self.hidden_size}"
-            )
-        for name in ("max_length", "num_mel_bins"):
-            if getattr(self, name) < self.patch_size:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; expected at least patch_size, which is "
-                    f"{self.patch_size}"
-                )
-
-    def _complete_labels(self) -> None:
-        if self.num_labels != -1:
-            _check(self, "num_labels", (int,), "a whole number from 1", lambda value: value >= 1)
-        id2label = _ordered_labels(self.id2label)
-        if not id2label:
-            count = 2 if self.num_labels == -1 else self.num_labels
-            id2label = {index: f"LABEL_{index}" for index in range(count)}
-        if self.num_labels not in (-1, len(id2label)):
-            raise ValueError(
-                f"num_labels is {self.num_labels}; expected {len(id2label)}, as id2label names "
-                "them, or no num_labels at all"
-            )
-        derived = {name: index for index, name in id2label.items()}
-        if self.label2id and dict(self.label2id) != derived:
-            raise ValueError(
-                f"label2id is {_short(self.label2id)}; expected the reverse of id2label, which "
-                f"is {_short(derived)}. Leave it out, or use with_labels()"
-            )
-        for name, value in (
-            ("id2label", id2label),
-            ("label2id", derived),
-            ("num_labels", len(id2label)),
-        ):
-            object.__setattr__(self, name, value)  # frozen: completed once, here
-
-    @property
-    def patch_grid(self) -> tuple[int, int]:
-        """Patches along frequency and time: (12, 101) for the published AudioSet models."""
-        return (
-            (self.num_mel_bins - self.patch_size) // self.frequency_stride + 1,
-            (self.max_length - self.patch_size) // self.time_stride + 1,
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Length N of the sequence: the two prefix tokens and every patch."""
-        rows, columns = self.patch_grid
-        return NUM_PREFIX_TOKENS + rows * columns
-
-    @property
-    def effective_head_layer_norm_eps(self) -> float:
-        """Epsilon of the head's LayerNorm: its own, else ``layer_norm_eps``."""
-        if self.head_layer_norm_eps is None:
-            return self.layer_norm_eps
-        return self.head_layer_norm_eps
-
-    def with_labels(self, names: tuple[str, ...] | list[str]) -> ASTConfig:
-        """The same shape with another head: one output per name, in this order."""
-        return dataclasses.replace(
-            self, id2label=dict(enumerate(names)), label2id={}, num_labels=len(names)
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds, as transformers reads it; ``from_dict`` takes it back."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["num_labels"]  # follows from id2label, there as here
-        values["id2label"] = dict(self.id2label)
-        values["label2id"] = dict(self.label2id)
-        kept = {name: value for name, value in values.items() if value is not None}
-        return {"model_type": MODEL_TYPE, **kept}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ASTConfig:
-        """Read what ``to_dict`` or transformers wrote.
-
-        Fields that are not AST's (``dtype``, ``transformers_version``, …) are passed over.
-        ``label2id`` follows from ``id2label``, because configs on the hub often hold a stale one.
-
-        Raises:
-            TypeError, ValueError: as the class; also for another ``model_type``.
-        """
-        if values.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-            raise ValueError(f"model_type is {values['model_type']!r}; expected {MODEL_TYPE!r}")
-        names = {f.name for f in dataclasses.fields(cls)} - {"label2id"}
-        known = {name: values[name] for name in names & values.keys()}
-        if known.get("id2label") is None:
-            known.pop("id2label", None)
-        return cls(**known)
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> ASTConfig:
-        """The config of a checkpoint; names as for ``ASTForAudioClassification``."""
-        from transforms.models.ast import (
-            checkpoints,  # lazy: the model needs no checkpoint to exist
-        )
-
-        return checkpoints.load_config(str(name_or_path), revision)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` into a local folder, made if it is not there."""
-        from transforms.models.ast import checkpoints
-
-        checkpoints.save_config(self, folder)
-
-
-def _check(
-    config: ASTConfig,
-    name: str,
-    types: tuple[type, ...],
-    expected: str,
-    is_legal: Callable[[Any], Any] = lambda value: True,
-) -> None:
-    value = getattr(config, name)
-    if type(value) not in types:  # exact: True is no whole number, 12.0 neither
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
-    if not is_legal(value):
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
-
-
-def _ordered_labels(id2label: Mapping[Any, Any]) -> dict[int, str]:
-    """Labels in index order; JSON has made the keys text, and some configs hold numbers."""
-    if not isinstance(id2label, Mapping):
-        raise TypeError(f"id2label is {id2label!r}; expected a mapping from index to name")
-    labels: dict[int, str] = {}
-    for key, name in id2label.items():
-        is_index = type(key) is int or (isinstance(key, str) and key.isdecimal())
-        if not is_index or type(name) not in (str, int):
-            raise TypeError(f"id2label holds {key!r}: {name!r}; expected an index and a name")
-        labels[int(key)] = str(name)
-    if sorted(labels) != list(range(len(id2label))):
-        raise ValueError(
-            f"id2label has the indices {_short(sorted(labels))}; expected 0 to "
-            f"{len(id2label) - 1}, each once"
-        )
-    return {index: labels[index] for index in range(len(labels))}
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class ModelOutput:
@@ -492,7 +251,7 @@ class ASTMLP(nn.Module):
 
     def __init__(self, config: ASTConfig) -> None:
         super().__init__()
-        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
@@ -530,12 +289,13 @@ class ASTLayer(nn.Module):
         return x, weights
 
 
-class ASTModel(nn.Module):
+class ASTModel(PretrainedModel):
     """The transformer without a head: features in, tokens and their pooled embedding out."""
 
+    name_prefix = BASE
+
     def __init__(self, config: ASTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embeddings = ASTEmbeddings(config)
         self.layers = nn.ModuleList(ASTLayer(config) for _ in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -631,22 +391,6 @@ class ASTModel(nn.Module):
             )
         return attention_mask.to(torch.bool)[:, None, None, :]  # (B, 1, 1, N)
 
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> ASTModel:
-        """Load a checkpoint's transformer, in float32 and evaluation mode; its head, if any, stays.
-
-        Args and errors: as ``ASTForAudioClassification.from_pretrained``.
-        """
-        from transforms.models.ast import checkpoints
-
-        return checkpoints.load_base_model(str(name_or_path), revision)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights into a local folder, as transformers reads them."""
-        from transforms.models.ast import checkpoints
-
-        checkpoints.save_model(self, folder)
-
 
 class ASTMLPHead(nn.Module):
     """Turns an embedding into logits; runs in its own weights' type, float32 in Earmark."""
@@ -662,12 +406,11 @@ class ASTMLPHead(nn.Module):
         return logits
 
 
-class ASTForAudioClassification(nn.Module):
+class ASTForAudioClassification(PretrainedModel):
     """AST with its head; ``embed`` and ``classifier`` are its two halves, to run apart."""
 
     def __init__(self, config: ASTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.audio_spectrogram_transformer = ASTModel(config)
         self.classifier = ASTMLPHead(config)
         self.classifier.apply(partial(_initialise, std=config.initializer_range))
@@ -720,33 +463,6 @@ class ASTForAudioClassification(nn.Module):
         """
         logits: Tensor = self.classifier(self.embed(input_values, kept))
         return logits
-
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | Path, revision: str | None = None
-    ) -> ASTForAudioClassification:
-        """Load a checkpoint, in float32 and evaluation mode.
-
-        Args:
-            name_or_path: A hub id (``org/name``, ``org/name@revision``), a local or remote
-                folder, or an original ``.pth`` file.
-            revision: Branch, tag or commit on the hub; None for the default branch.
-
-        Raises:
-            ModelError: it is not there, is damaged, or its tensors do not fit its config.
-        """
-        from transforms.models.ast import checkpoints
-
-        return checkpoints.load_pretrained(str(name_or_path), revision)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights into a local folder, as transformers reads them.
-
-        ``checkpoints.save_pretrained`` also writes the feature extractor's settings.
-        """
-        from transforms.models.ast import checkpoints
-
-        checkpoints.save_model(self, folder)
 
 
 def pool_tokens(tokens: Tensor) -> Tensor:

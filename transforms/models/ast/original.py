@@ -1,10 +1,10 @@
-"""Original checkpoints: what a ``.pth`` file of the authors' own code says of its model.
+"""Original checkpoints: the config of a ``.pth`` file of the authors' own code.
 
-Such a file holds tensors and nothing else. The model's config follows from their shapes, from the
-file's name where it is a published one, and from files beside it; what then is still open must be
-given. Nothing is guessed in silence.
+Such a file holds tensors and nothing else. The config is derived from their shapes, from the
+file's name if it is a published one, and from files beside it. The user must give whatever is
+still missing; nothing is guessed silently.
 
-Its place: ``checkpoints`` asks here instead of reading ``config.json``.
+``config_files`` uses this instead of ``config.json``.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from transforms.models.ast.files import CONFIG_NAME, FEATURES_NAME, ModelFiles, ModelLocation
-from transforms.models.ast.model import NUM_PREFIX_TOKENS
 from transforms.models.ast.public import PUBLISHED_FILES
-from transforms.models.ast.tensor_names import ORIGINAL_CLASSIFIER
+from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS, ORIGINAL_CLASSIFIER
 from transforms.models.ast.weights import Weights
 from transforms.models.labels import audioset_labels, speech_commands_labels
 from transforms.storage import urls
 
-# Of the original code: timm's LayerNorm, and torch's default in the head (ast_models.py:132).
+# In the original code: timm's LayerNorm, and torch's default in the head (ast_models.py:132).
 ORIGINAL_LAYER_NORM_EPS = 1e-6
 ORIGINAL_HEAD_LAYER_NORM_EPS = 1e-5
-# DeiT tiny, small and base, from which AST starts, all have heads 64 wide (3, 6 and 12 of them).
+# DeiT tiny, small and base, from which AST starts, have 3, 6 and 12 heads, all 64 wide.
 ORIGINAL_HEAD_WIDTH = 64
-# The windows that the original recipes train with: AudioSet, ESC-50, Speech Commands.
+# Frames of a window in the original recipes: AudioSet, ESC-50, Speech Commands.
 ORIGINAL_WINDOWS = (1024, 512, 128)
 
 
 def original_values(files: ModelFiles, weights: Weights) -> dict[str, Any]:
-    """What is known of an original checkpoint: from its tensors, its name, files beside it.
+    """Return what tensors, file name and files beside it say; the later wins.
 
-    Later ones win. ``mean`` and ``std`` are among the values where somebody gave them.
+    ``mean`` and ``std`` are among the values if the files beside it give them.
     """
     features = files.read_json(FEATURES_NAME) or {}
     names = ("max_length", "num_mel_bins", "mean", "std")
@@ -95,11 +94,11 @@ def _values_from_name(file_name: str) -> dict[str, Any]:
 def complete_original(
     weights: Weights, values: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Add the window that the position embeddings imply, and list what nobody gave.
+    """Add the window that the position embeddings imply, and list what is missing.
 
     Args:
         weights: The checkpoint's.
-        values: Of the config, as far as ``original_values`` and the user give them.
+        values: Values of the config, as far as ``original_values`` and the user give them.
 
     Returns:
         The values, the missing fields of the config with a hint each, and notes.
@@ -128,7 +127,7 @@ def complete_original(
 
 
 def _window_range(weights: Weights, given: Mapping[str, Any]) -> tuple[int, int]:
-    """The shortest and longest window that gives as many patches as there are positions."""
+    """Return the shortest and longest window with as many patches as there are positions."""
     patch_size, stride = given["patch_size"], given["time_stride"]
     rows = (given["num_mel_bins"] - patch_size) // given["frequency_stride"] + 1
     patches = weights.shapes["module.v.pos_embed"][1] - NUM_PREFIX_TOKENS
@@ -144,7 +143,7 @@ def _window_range(weights: Weights, given: Mapping[str, Any]) -> tuple[int, int]
 
 
 def fail_missing(location: ModelLocation, missing: Sequence[str]) -> NoReturn:
-    """Refuse a checkpoint that leaves something open; each entry is ``model.field (hint)``."""
+    """Refuse a checkpoint with missing fields; each entry is ``model.field (hint)``."""
     location.fail(
         "an original checkpoint carries no labels, statistics or strides. Missing: "
         f"{'; '.join(missing)}. Give each with --set (--set "

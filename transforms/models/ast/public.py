@@ -1,8 +1,7 @@
-"""The checkpoints that the authors of AST published, and what is known of each.
+"""The checkpoints published by the authors of AST, with the facts about each.
 
-Their place: ``earmark models`` lists them; ``original_checkpoints`` takes from here what a ``.pth``
-file does not say of itself, and ``checkpoints`` the licence. Any other checkpoint of AST's shape
-works too: being listed here is no condition.
+``earmark models`` lists them. ``original`` finds here what a ``.pth`` file omits, and
+``checkpoints`` the licence. Other checkpoints of AST's shape work too.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ SPEECH_COMMANDS_STATS = (-6.845978, 5.5654526)
 
 @dataclass(frozen=True)
 class PublicCheckpoint:
-    """A checkpoint that the authors of AST published.
+    """A checkpoint published by the authors of AST.
 
     Attributes:
-        hub_id: What to give as ``--model``; None for one that is only a file.
-        file_name: Its name as an original ``.pth`` file.
+        hub_id: Value for ``--model``; None if it was published as a file only.
+        file_name: Name of the original ``.pth`` file.
         frequency_stride: Step between patches, in mel bins.
         time_stride: Step between patches, in frames.
         max_length: Frames of a window.
         labels: ``audioset`` or ``speech_commands``.
-        num_labels: How many that are.
-        mean: Of the training features.
-        std: Of the training features.
-        metric: What the authors measured on the evaluation set.
-        published: What it came to, in [0, 1].
-        license: Of the weights, as their page on the hub says.
+        num_labels: Number of labels.
+        mean: Mean of the training features.
+        std: Standard deviation of the training features.
+        metric: Metric that the authors measured on the evaluation set.
+        published: Its published value, in [0, 1].
+        license: License of the weights, according to their page on the hub.
     """
 
     hub_id: str | None
@@ -49,7 +48,7 @@ class PublicCheckpoint:
 
     @property
     def window_s(self) -> float:
-        """Length of a window: 25 ms frames every 10 ms."""
+        """Length of a window in seconds."""
         return window_length_s(self.max_length)
 
 
@@ -81,7 +80,7 @@ PUBLIC_CHECKPOINTS: tuple[PublicCheckpoint, ...] = (
         *("accuracy", 0.9812),
     ),
 )
-# By the name of the ``.pth`` file. The last is published only so (balanced training).
+# By the name of the ``.pth`` file. The last (balanced training) is not on the hub.
 PUBLISHED_FILES = {
     entry.file_name: entry
     for entry in (
@@ -92,5 +91,5 @@ PUBLISHED_FILES = {
 
 
 def window_length_s(num_frames: int) -> float:
-    """Seconds of audio that a window of AST covers: frames of 25 ms, one every 10 ms."""
+    """Return the seconds of audio that frames of 25 ms, one every 10 ms, cover."""
     return ((num_frames - 1) * 160 + 400) / SAMPLING_RATE_HZ

@@ -1,11 +1,11 @@
-"""What the tensors of AST are called: the one table of their names.
+"""The names of AST's tensors, in one table.
 
-The same tensors go by three sets of names, each a ``Layout``: ``original``, those of the code that
-AST was published with (``.pth``); ``disk``, those in files by transformers (4.x, the hub, and what
-5.x saves too); ``memory``, those in a running model (transformers 5.x, and ours). The original code
-keeps query, key and value as one tensor.
+The same tensors have three sets of names, each a ``Layout``: ``original``, in the ``.pth`` files of
+the published code; ``disk``, in files written by transformers (4.x and 5.x) and on the hub;
+``memory``, in a running model (transformers 5.x, and ours). The original code keeps query, key and
+value in one tensor.
 
-Its place: ``model_weights`` reads any layout by this table, ``checkpoints`` writes ``disk``.
+``weights`` reads every layout with this table; ``pretrained`` writes ``disk``.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from transforms.models.ast.model import ASTConfig
-
 Layout = Literal["original", "disk", "memory"]
+
+NUM_PREFIX_TOKENS = 2  # the class and the distillation token precede the patches
 
 CLASSIFIER = "classifier.dense.weight"
 ORIGINAL_CLASSIFIER = "module.mlp_head.1.weight"
 BASE = "audio_spectrogram_transformer."
 
-# What stands before the names below: of the base, of block {}, of the head.
+# Prefixes of the names below: base, block {}, head.
 _PREFIXES: dict[Layout, tuple[str, str, str]] = {
     "memory": (BASE, BASE + "layers.{}.", ""),
     "disk": (BASE, BASE + "encoder.layer.{}.", ""),
     "original": ("module.", "module.v.blocks.{}.", "module."),
 }
-# (in memory, on disk, original). A number after # says which third of the fused qkv it is.
+# (memory, disk, original). A number after # is the third of the fused qkv.
 _STEM = (
     ("embeddings.cls_token", "embeddings.cls_token", "v.cls_token"),
     ("embeddings.distillation_token", "embeddings.distillation_token", "v.dist_token"),
@@ -66,19 +66,31 @@ UNUSED = re.compile(r"module\.v\.(head|head_dist)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is in a checkpoint.
+    """Where a checkpoint holds a tensor.
 
     Attributes:
-        name: Its name there.
-        third: Which third of its rows, for query, key and value that are stored as one; or None.
+        name: Name in the checkpoint.
+        third: Third of the rows, where query, key and value are stored as one; else None.
     """
 
     name: str
     third: int | None = None
 
 
-def tensor_names(config: ASTConfig, layout: Layout) -> dict[str, StoredTensor]:
-    """Where each of our tensors is in a checkpoint of this layout; explicit, nothing guessed.
+class BlockShape(Protocol):
+    """The fields of ``ASTConfig`` that decide which tensors there are."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Transformer blocks."""
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the query, key and value projections have a bias."""
+
+
+def tensor_names(config: BlockShape, layout: Layout) -> dict[str, StoredTensor]:
+    """Return where a checkpoint of this layout holds each of our tensors.
 
     Returns:
         One entry per name in the state dict of ``ASTForAudioClassification(config)``.
@@ -104,22 +116,8 @@ def tensor_names(config: ASTConfig, layout: Layout) -> dict[str, StoredTensor]:
     return names
 
 
-def from_layout(
-    tensors: Mapping[str, Tensor], config: ASTConfig, layout: Layout
-) -> dict[str, Tensor]:
-    """Rename (and split) the tensors of a layout into our state dict; values bit for bit.
-
-    Raises:
-        KeyError: a tensor is not there.
-    """
-    return {
-        ours: take_third(tensors[stored.name], stored.third)
-        for ours, stored in tensor_names(config, layout).items()
-    }
-
-
-def to_layout(state: Mapping[str, Tensor], config: ASTConfig, layout: Layout) -> dict[str, Tensor]:
-    """Rename (and join) our state dict into the tensors of a layout; values bit for bit."""
+def to_layout(state: Mapping[str, Tensor], config: BlockShape, layout: Layout) -> dict[str, Tensor]:
+    """Rename (and join) our state dict into the tensors of a layout, bit for bit."""
     parts: dict[str, list[Tensor]] = {}
     for ours, stored in tensor_names(config, layout).items():
         if ours in state:
@@ -128,7 +126,7 @@ def to_layout(state: Mapping[str, Tensor], config: ASTConfig, layout: Layout) ->
 
 
 def take_third(tensor: Tensor, third: int | None) -> Tensor:
-    """The part of a stored tensor that is meant: all of it, or a third of its rows.
+    """Return a third of a tensor's rows, or all of it.
 
     A third is a copy, so that three parameters do not share (and keep alive) one storage.
     """
@@ -136,7 +134,7 @@ def take_third(tensor: Tensor, third: int | None) -> Tensor:
 
 
 def layout_of(names: Iterable[str]) -> Layout:
-    """Which layout these names are of, told from the first that only one layout has."""
+    """Return the layout of these names, from the first name that only one layout has."""
     for name in names:
         if name.removeprefix("module.").startswith(("v.", "mlp_head.")):
             return "original"
@@ -146,7 +144,7 @@ def layout_of(names: Iterable[str]) -> Layout:
 
 
 def full_name(name: str, layout: Layout) -> str:
-    """The name with the prefix that DataParallel adds, or that ``ASTModel`` alone leaves out."""
+    """Add the prefix that DataParallel adds, or that a model without a head omits."""
     if layout == "original":
         return name if name.startswith("module.") else f"module.{name}"
     stem = ("embeddings.", "encoder.", "layers.", "layernorm.")

@@ -27,7 +27,7 @@ from pipeline.training.data.augmentation import (
     shift_circularly,
 )
 from transforms.features.fbank import FbankSettings, KaldiFbank
-from transforms.features.statistics import without_normalising
+from transforms.features.fbank_settings import without_normalising
 
 FBANK = FbankSettings(num_frames=64, mean=-5.0, std=4.0)
 NUM_SAMPLES = FBANK.max_samples
@@ -379,7 +379,7 @@ def test_an_equalizer_makes_nothing_quieter_than_silence() -> None:
 # All of it
 
 
-def test_with_nothing_asked_for_every_bit_stays() -> None:
+def test_without_augmentation_every_bit_stays() -> None:
     augment = Augment(AugmentationSection(), FBANK)
     waveforms, lengths = make_clips([NUM_SAMPLES, 4000, 100])
     changed, changed_lengths = augment.waveforms(waveforms, lengths, rng())
@@ -419,7 +419,7 @@ def test_the_same_seed_gives_the_same_batch_and_another_seed_another() -> None:
     assert not any(torch.equal(*pair) for pair in zip(run(5), run(6), strict=True))
 
 
-def test_shapes_types_and_padding_outlive_everything() -> None:
+def test_shapes_types_and_padding_are_preserved() -> None:
     augment = Augment(ALL, FBANK)
     waveforms, lengths = make_clips([NUM_SAMPLES, 4000, 400, 0])
     for seed in range(10):

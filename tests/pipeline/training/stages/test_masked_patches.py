@@ -14,7 +14,8 @@ from pipeline.training.stages.masked_patches import (
     masked_patch_loss,
     patches_of,
 )
-from transforms.models.ast.model import ASTConfig, ASTModel, initialise_from_scratch
+from transforms.models.ast.config import ASTConfig
+from transforms.models.ast.model import ASTModel, initialise_from_scratch
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -132,7 +133,7 @@ def test_only_hidden_patches_count_each_normalised_by_itself() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_guessing_nothing_has_a_loss_of_just_under_one() -> None:
+def test_predicting_zero_has_a_loss_of_just_under_one() -> None:
     model, _ = make_pair()
     kept = draw_kept(3, 8, 0.7, np.random.default_rng(0))
     zeros = Guesses(torch.zeros(3, 8, 256))
@@ -140,7 +141,7 @@ def test_guessing_nothing_has_a_loss_of_just_under_one() -> None:
     assert 0.97 < loss.item() < 1.0
 
 
-def test_silence_and_padding_are_nothing_to_guess() -> None:
+def test_silence_and_padding_have_no_loss() -> None:
     model, _ = make_pair()
     kept = draw_kept(2, 8, 0.7, np.random.default_rng(0))
     zeros = Guesses(torch.zeros(2, 8, 256))
@@ -149,7 +150,7 @@ def test_silence_and_padding_are_nothing_to_guess() -> None:
     assert loss.item() == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_hidden_patch_has_no_influence_on_the_guesses() -> None:
+def test_a_hidden_patch_has_no_influence_on_the_predictions() -> None:
     model, decoder = make_pair()
     features = make_features(model.config, batch_size=1)
     kept = torch.tensor([[0, 2, 5]])
@@ -219,7 +220,7 @@ def train(seed: int, steps: int) -> list[float]:
     return losses
 
 
-def test_a_tiny_model_learns_to_fill_in_what_is_hidden() -> None:
+def test_a_tiny_model_learns_to_fill_in_hidden_patches() -> None:
     losses = train(seed=0, steps=30)
     assert losses[0] == pytest.approx(1.0, abs=0.1)  # as good as guessing 0
     # Without looking at what is kept, guessing the mean of hum and tick leaves 0.5.

@@ -156,6 +156,6 @@ def test_torch_s_lambda_scheduler_takes_the_factor_through_all_steps() -> None:
 
 
 @pytest.mark.parametrize("step", [-1, 16])
-def test_a_step_that_there_is_not_is_refused(step: int) -> None:
+def test_a_step_out_of_range_is_refused(step: int) -> None:
     with pytest.raises(ValueError, match=rf"step is {step}; must be in \[0, 15\]: 5 epochs of 3"):
         schedule_factor(ScheduleSection(), step, 3, 5)

@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 
 from pipeline.cli import main as cli
-from pipeline.config.label import RunConfig, load_config
-from pipeline.config.train import TRAIN_SCHEMA
+from pipeline.config.label import RunConfig
+from pipeline.config.load import load_config
+from pipeline.config.train import TrainConfig
 from pipeline.labelling.plan import RunPlan, describe_plan, make_plan
 from tests.support.audio_factory import write
 from tests.support.model_factory import MEAN, STD, TINY_LABELS, write_tiny_model
@@ -31,12 +32,8 @@ from transforms.models.ast.bundled import (
     bundled_names,
     describe_default,
 )
-from transforms.models.ast.checkpoints import (
-    ModelOverrides,
-    load_features,
-    load_model,
-    resolve_model,
-)
+from transforms.models.ast.checkpoints import ModelOverrides, load_model, resolve_model
+from transforms.models.ast.config_files import load_features
 from transforms.models.ast.model import ASTForAudioClassification
 
 CARD = """\
@@ -100,7 +97,7 @@ def test_a_bundled_model_is_resolved_and_loaded_by_its_name(shelf: Path) -> None
     assert load_features("esc10")["mean"] == MEAN
 
 
-def test_a_worker_takes_the_model_of_its_own_installation(
+def test_a_worker_uses_the_model_of_its_own_installation(
     shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = pickle.loads(pickle.dumps(resolve_model("esc10")))
@@ -114,12 +111,13 @@ def test_a_worker_takes_the_model_of_its_own_installation(
         load_model(spec)
     (elsewhere / "esc10").rename(elsewhere / "speech")
     with pytest.raises(
-        ModelError, match=r"model esc10: this inst.* does not hold it; it holds speech\. Install"
+        ModelError,
+        match=r"model esc10: not in this installation of Earmark, which has speech\. Inst",
     ):
         load_model(spec)
 
 
-def test_the_bundled_one_wins_over_a_folder_of_its_name_and_says_so(
+def test_a_bundled_model_takes_precedence_over_a_folder_of_its_name(
     shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny_model(tmp_path / "here" / "esc10", seed=1)
@@ -146,7 +144,7 @@ def test_overrides_apply_to_a_bundled_model(shelf: Path) -> None:
     assert (spec.activation, spec.mean, spec.std) == ("softmax", 0.0, STD)
 
 
-def test_what_is_known_of_a_bundled_model_is_what_its_files_say(shelf: Path) -> None:
+def test_a_bundled_model_is_described_by_its_files(shelf: Path) -> None:
     write_bundled(shelf, "a_second", max_length=128)
     assert bundled_names() == ("a_second", "esc10")
     second, model = bundled_models()
@@ -184,7 +182,7 @@ def test_bundled_models_are_listed_first(shelf: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("width", ["40", "160"])
-def test_a_bundled_model_is_named_whole_on_a_terminal_of_any_width(
+def test_a_bundled_model_s_name_is_never_cut_by_a_narrow_terminal(
     shelf: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -199,13 +197,13 @@ def test_a_bundled_model_is_named_whole_on_a_terminal_of_any_width(
 
 def test_the_default_is_described_in_a_line(shelf: Path) -> None:
     assert describe_default() == (
-        "No model is given: taking esc10, which ships with Earmark and knows 5 sounds (dog, rain, "
+        "No model is given: using esc10, which ships with Earmark and knows 5 sounds (dog, rain, "
         "rooster, helicopter, clock tick). For AudioSet's 527: --config audioset, which needs the "
         "network once, or --model with a downloaded copy"
     )
 
 
-def test_who_names_no_model_gets_the_default_and_is_told(
+def test_without_a_model_the_default_is_used_and_printed(
     shelf: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     write(tmp_path / "a.wav", np.zeros(16_000, np.float32), 16_000)
@@ -224,7 +222,7 @@ def test_who_names_no_model_gets_the_default_and_is_told(
 
 
 @pytest.mark.parametrize("command", ["label", "plan"])
-def test_no_model_at_all_is_found_before_any_work(
+def test_a_missing_bundled_model_is_found_before_any_work(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -232,7 +230,7 @@ def test_no_model_at_all_is_found_before_any_work(
 ) -> None:
     monkeypatch.setattr(bundled, "BUNDLED_FOLDER", tmp_path / "none")
     assert cli.main([command, str(tmp_path), "--output", str(tmp_path / "out")]) == 2
-    assert "model esc10: this installation of Earmark does not hold it" in capsys.readouterr().err
+    assert "model esc10: not in this installation of Earmark" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -241,7 +239,9 @@ def test_an_installation_without_models_says_so(
 ) -> None:
     monkeypatch.setattr(bundled, "BUNDLED_FOLDER", tmp_path / "none")
     assert bundled_models() == ()
-    with pytest.raises(ModelError, match=r"model esc10: .* not hold it; it holds none at all\. In"):
+    with pytest.raises(
+        ModelError, match=r"model esc10: not in .* Earmark, which has none\. Install"
+    ):
         describe_default()
 
 
@@ -285,7 +285,7 @@ def test_a_damaged_installation_is_named(
 
 
 @pytest.mark.parametrize("name", bundled_names())
-def test_what_ships_is_whole_and_tells_what_it_is(name: str) -> None:
+def test_every_bundled_model_is_complete_and_described(name: str) -> None:
     (model,) = (model for model in bundled_models() if model.name == name)
     spec = resolve_model(name)
     assert spec.source == "bundled"
@@ -305,8 +305,8 @@ def test_esc10_is_small_and_in_half_precision() -> None:
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
 
 
-def test_esc10_has_the_shape_and_the_labels_that_its_recipe_says() -> None:
-    recipe = load_config("esc10", schema=TRAIN_SCHEMA)
+def test_esc10_has_the_shape_and_labels_of_its_recipe() -> None:
+    recipe = load_config(TrainConfig, "esc10")
     spec = resolve_model("esc10")
     shape = recipe.model.model_dump() | recipe.architecture.model_dump()
     for name in (
@@ -318,7 +318,7 @@ def test_esc10_has_the_shape_and_the_labels_that_its_recipe_says() -> None:
     assert [label.name for label in spec.labels] == sorted(label.name for label in spec.labels)
 
 
-def test_the_card_of_esc10_says_what_came_out() -> None:
+def test_the_card_of_esc10_has_the_measured_figures() -> None:
     found = json.loads((ESC10_LOG / "evaluation.json").read_text())
     card = (bundled.BUNDLED_FOLDER / "esc10" / "README.md").read_text()
     assert bundled_models()[0].value == round(found["accuracy"], 4)
@@ -342,13 +342,13 @@ def test_the_log_of_esc10_adds_up() -> None:
     for fold in range(1, 5):
         with (ESC10_LOG / f"history_fold{fold}.csv").open(newline="") as lines:
             *_, last = csv.DictReader(lines)
-        assert int(last["epoch"]) == load_config("esc10", schema=TRAIN_SCHEMA).training.epochs
+        assert int(last["epoch"]) == load_config(TrainConfig, "esc10").training.epochs
         figures.append(float(last["averaged_accuracy"]))
     assert found["counts"]["clips"] == 320
     assert sum(figures) / 4 == pytest.approx(found["accuracy"], abs=1e-9)
 
 
-def test_every_clip_that_esc10_has_learnt_from_is_credited(shared_data: Path) -> None:
+def test_every_training_clip_of_esc10_is_credited(shared_data: Path) -> None:
     def facts(path: Path) -> set[tuple[str, ...]]:
         columns = ("filename", "licence", "author", "source_title")
         with path.open(newline="", encoding="utf-8") as lines:

@@ -15,17 +15,23 @@ import torch
 import transformers
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
+from tests.support.ast_factory import (
+    assert_close,
+    edit_json,
+    edit_weights,
+    make_input,
+    randomise,
+)
 from tests.support.fake_hub import COMMIT, serve_hub, use_hub
-from tests.transforms.models.ast.test_model import assert_close, make_input, randomise
 from transforms.errors import ModelError
 from transforms.models.ast.checkpoints import ModelSpec, load_model, resolve_model, save_pretrained
+from transforms.models.ast.config import ASTConfig
 from transforms.models.ast.image_models import (
     image_model_config,
     is_image_model,
     load_image_model,
     resolve_image_model,
 )
-from transforms.models.ast.model import ASTConfig
 
 # Images of 32 by 32 pixels, in 4 by 4 patches.
 IMAGE: dict[str, Any] = {
@@ -73,18 +79,6 @@ def folder(tmp_path: Path) -> Path:
     """A distilled DeiT, whole and valid."""
     save_image_model(tmp_path / "deit")
     return tmp_path / "deit"
-
-
-def edit_json(folder: Path, **changes: Any) -> None:
-    values = {**json.loads((folder / "config.json").read_text()), **changes}
-    kept = {key: value for key, value in values.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(kept))
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    edit(tensors)
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
 
 
 # --- Against transformers ------------------------------------------------------------------
@@ -135,7 +129,7 @@ def test_a_vit_gives_its_class_token_twice(tmp_path: Path, kind: str, inner: str
     assert note.startswith("It has no distillation token: AST's starts as a copy of the class tok")
 
 
-def test_one_colour_is_as_good_as_three(tmp_path: Path) -> None:
+def test_an_image_model_of_one_colour_is_accepted(tmp_path: Path) -> None:
     theirs = save_image_model(tmp_path, num_channels=1)
     config = make_config(tmp_path)
     ours = load_image_model(str(tmp_path), config).eval().audio_spectrogram_transformer
@@ -146,7 +140,7 @@ def test_one_colour_is_as_good_as_three(tmp_path: Path) -> None:
     assert_close(tokens, expected, atol=1e-5)
 
 
-def test_an_image_that_is_no_square_keeps_its_rows_and_columns(tmp_path: Path) -> None:
+def test_a_rectangular_image_keeps_its_rows_and_columns(tmp_path: Path) -> None:
     theirs = save_image_model(tmp_path, image_size=[16, 40])
     config = make_config(tmp_path, num_mel_bins=16, max_length=40)
     ours = load_image_model(str(tmp_path), config).eval().audio_spectrogram_transformer
@@ -158,7 +152,7 @@ def test_an_image_that_is_no_square_keeps_its_rows_and_columns(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kept_as", ["pickle", "float16", "names in memory"])
-def test_however_it_is_stored_it_is_the_same_model(
+def test_every_way_of_storing_gives_the_same_model(
     folder: Path, tmp_path: Path, kept_as: str
 ) -> None:
     config = make_config(folder)
@@ -210,7 +204,7 @@ def test_patch_kernels_are_summed_over_the_colours(folder: Path) -> None:
     assert_close(ours[:, 0], kernel[:, 0] + kernel[:, 1] + kernel[:, 2], atol=1e-6)
 
 
-def test_the_head_is_new_and_has_the_labels_wanted(tmp_path: Path) -> None:
+def test_the_head_is_new_and_has_the_requested_labels(tmp_path: Path) -> None:
     """Also where the image model's own labels have the same names."""
     save_image_model(tmp_path / "deit", "DeiTForImageClassification", num_labels=3)
     config = make_config(tmp_path / "deit")
@@ -224,7 +218,7 @@ def test_the_head_is_new_and_has_the_labels_wanted(tmp_path: Path) -> None:
     assert 0.01 < model.classifier.dense.weight.std() < 0.03  # initializer_range is 0.02
 
 
-def test_what_starts_from_an_image_model_is_saved_and_labels_as_any_ast(
+def test_an_ast_started_from_an_image_model_is_saved_and_labels_like_any_other(
     folder: Path, tmp_path: Path
 ) -> None:
     model = load_image_model(str(folder), make_config(folder, max_length=60)).eval()
@@ -255,7 +249,7 @@ def test_the_published_geometry_follows_from_the_published_config(tmp_path: Path
 # --- What it is, and what can be wrong -----------------------------------------------------
 
 
-def test_an_image_model_is_told_from_an_ast(folder: Path, tmp_path: Path) -> None:
+def test_an_image_model_is_distinguished_from_an_ast(folder: Path, tmp_path: Path) -> None:
     assert is_image_model(str(folder))
     save_image_model(tmp_path / "vit", "ViTModel")
     assert is_image_model(str(tmp_path / "vit"))
@@ -300,7 +294,7 @@ KEY = "encoder.layer.1.attention.attention.key.weight"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop(KEY), rf"no tensor '{KEY}', one of 1 that it lacks; .*layers=2, qkv_bias"),
+        (lambda t: t.pop(KEY), rf"no tensor '{KEY}', one of 1 missing; .*layers=2, qkv_bias"),
         (lambda t: t.pop("embeddings.cls_token"), r"no tensor 'embeddings\.cls_token', nor one wi"),
         (lambda t: t.update(extra=torch.ones(1)), r"the tensor 'extra', one of 1 .* not part of a"),
         (
@@ -353,12 +347,12 @@ def test_a_tensor_that_does_not_fit_is_named(
 def test_a_setting_that_does_not_fit_is_named(
     folder: Path, changes: dict[str, Any], message: str
 ) -> None:
-    edit_json(folder, **changes)
+    edit_json(folder / "config.json", **changes)
     with pytest.raises(ModelError, match=rf"model {re.escape(str(folder))}: .*{message}"):
         image_model_config(str(folder))
 
 
-def test_an_ast_of_other_blocks_cannot_start_from_it(folder: Path) -> None:
+def test_an_ast_with_other_blocks_cannot_start_from_an_image_model(folder: Path) -> None:
     config = make_config(folder, num_hidden_layers=3)
     with pytest.raises(
         ModelError, match="num_hidden_layers is 2, and the model to fine-tune has 3"

@@ -11,22 +11,15 @@ import pytest
 import torch
 import transformers
 
+from tests.support.ast_factory import TINY, assert_close, make_input, make_pair, randomise
+from transforms.models.ast.config import ASTConfig
 from transforms.models.ast.model import (
-    ASTConfig,
     ASTForAudioClassification,
     ASTModel,
     initialise_from_scratch,
     resize_position_embeddings,
 )
 
-TINY: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "max_length": 128,
-    "num_labels": 5,
-}
 SHAPES: dict[str, dict[str, Any]] = {
     "stride 10": {},
     "stride 16": {"frequency_stride": 16, "time_stride": 16},
@@ -41,45 +34,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "relu": {"hidden_act": "relu", "max_length": 64},
     "silu": {"hidden_act": "silu", "max_length": 64},
 }
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random values in every parameter: transformers starts tokens and positions at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "layernorm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * noise)
-            else:
-                fan_in = math.prod(parameter.shape[1:]) if parameter.ndim > 1 else 1
-                parameter.copy_(noise / math.sqrt(fan_in) if fan_in > 1 else 0.2 * noise)
-        for name, parameter in model.named_parameters():
-            if name.endswith(("_token", "position_embeddings")):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-
-
-def make_pair(
-    attention: str = "sdpa", **fields: Any
-) -> tuple[ASTForAudioClassification, transformers.ASTForAudioClassification]:
-    """Ours and transformers' model with the same weights, loaded by name, strictly."""
-    settings = {**TINY, **fields}
-    theirs = transformers.ASTForAudioClassification(
-        transformers.ASTConfig(**settings, attn_implementation=attention)
-    ).eval()
-    randomise(theirs)
-    ours = ASTForAudioClassification(ASTConfig(**settings)).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours, theirs
-
-
-def make_input(config: ASTConfig, batch_size: int = 3, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch_size, config.max_length, config.num_mel_bins, generator=generator)
-
-
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, atol: float) -> None:
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +161,7 @@ def test_transformers_reads_our_config_and_we_read_theirs() -> None:
 # --- What ours adds ------------------------------------------------------------------------
 
 
-def test_attentions_come_without_choosing_an_implementation() -> None:
+def test_attentions_are_returned_without_choosing_an_implementation() -> None:
     ours, _ = make_pair()
     features = make_input(ours.config)
     output = ours(features, output_attentions=True)
@@ -237,7 +191,7 @@ def test_the_base_runs_in_bfloat16_beside_a_float32_head() -> None:
     assert_close(logits, theirs(features).logits, atol=0.1)
 
 
-def test_the_head_has_an_epsilon_of_its_own() -> None:
+def test_the_head_has_its_own_epsilon() -> None:
     fields = {**TINY, "layer_norm_eps": 1e-6, "head_layer_norm_eps": 0.5}
     model = ASTForAudioClassification(ASTConfig(**fields))
     assert model.classifier.layernorm.eps == 0.5
@@ -277,7 +231,7 @@ def draw_patches(config: ASTConfig, batch_size: int, count: int) -> torch.Tensor
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_keeping_some_patches_is_what_a_mask_over_the_others_does(layers: int) -> None:
+def test_keeping_some_patches_equals_a_mask_over_the_others(layers: int) -> None:
     ours, theirs = make_pair("eager", num_hidden_layers=layers)
     features = make_input(ours.config)
     kept = draw_patches(ours.config, 3, 40)
@@ -294,7 +248,7 @@ def test_keeping_some_patches_is_what_a_mask_over_the_others_does(layers: int) -
     assert (expected - ours(features).logits).abs().max() > 1e-3
 
 
-def test_all_patches_are_kept_where_nothing_is_said() -> None:
+def test_all_patches_are_kept_by_default() -> None:
     ours, _ = make_pair()
     features = make_input(ours.config)
     base = ours.audio_spectrogram_transformer
@@ -345,7 +299,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     return float((one - other).norm() / other.norm())
 
 
-def test_half_precision_trains_on_the_cpu_without_the_fused_attention(
+def test_half_precision_trains_on_the_cpu_without_fused_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ours, _ = make_pair()
@@ -392,7 +346,7 @@ def make_fresh(seed: int = 0, **fields: Any) -> ASTForAudioClassification:
     return model
 
 
-def test_fresh_weights_have_the_spread_that_is_asked_for() -> None:
+def test_fresh_weights_have_the_requested_spread() -> None:
     model = make_fresh(hidden_size=192, intermediate_size=768)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -408,7 +362,7 @@ def test_fresh_weights_have_the_spread_that_is_asked_for() -> None:
             assert parameter.std().item() == pytest.approx(0.02 * 0.8796, rel=0.15), name
 
 
-def test_fresh_weights_follow_from_the_generator_alone() -> None:
+def test_fresh_weights_depend_on_the_generator_alone() -> None:
     torch.manual_seed(0)
     first = make_fresh(seed=3).state_dict()
     torch.manual_seed(1)
@@ -417,7 +371,7 @@ def test_fresh_weights_follow_from_the_generator_alone() -> None:
     assert not torch.equal(first["classifier.dense.weight"], other["classifier.dense.weight"])
 
 
-def test_nothing_of_the_weights_before_is_left() -> None:
+def test_no_earlier_weight_remains() -> None:
     model = ASTForAudioClassification(ASTConfig(**TINY))
     randomise(model)
     initialise_from_scratch(model, generator=torch.Generator().manual_seed(0))
@@ -425,7 +379,7 @@ def test_nothing_of_the_weights_before_is_left() -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_two_prefix_tokens_learn_apart_only_from_fresh_weights() -> None:
+def test_the_two_prefix_tokens_differ_only_if_they_start_from_fresh_weights() -> None:
     def prefix_gradients(model: ASTForAudioClassification) -> tuple[torch.Tensor, torch.Tensor]:
         found = gradients(model.eval(), precise=True)
         prefix = "audio_spectrogram_transformer.embeddings."
@@ -616,7 +570,7 @@ def test_a_config_of_another_model_is_refused() -> None:
         ASTConfig.from_dict({"model_type": "vit"})
 
 
-def test_labels_from_json_come_in_the_order_of_their_index() -> None:
+def test_labels_from_json_are_ordered_by_index() -> None:
     config = ASTConfig.from_dict({"id2label": {"1": "b", "0": "a", "2": 7}, "label2id": {"x": "9"}})
     assert config.id2label == {0: "a", 1: "b", 2: "7"}
     assert config.label2id == {"a": 0, "b": 1, "7": 2}

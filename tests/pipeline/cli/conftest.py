@@ -1,0 +1,39 @@
+"""Fixtures of the command line's tests."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.support.fake_commands import Calls
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Stands in for the work of every command."""
+    calls = Calls()
+    for module, name in (
+        ("pipeline.labelling.run", "run_label"),
+        ("pipeline.labelling.estimate", "run_plan"),
+        ("pipeline.result.verify", "run_verify"),
+        ("pipeline.result.export", "run_export"),
+        ("pipeline.training.run", "run_train"),
+    ):
+        fake = ModuleType(module)
+        setattr(fake, name, calls.take)
+        monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.delenv("EARMARK_DEBUG", raising=False)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Any:
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:], logging.root.level = handlers, level
+    for package in ("pipeline", "transforms"):
+        logging.getLogger(package).setLevel(logging.NOTSET)

@@ -1,0 +1,165 @@
+"""The Beam step that reads and decodes work units.
+
+    WorkUnit ─read_unit─▶ EncodedClip ─▶ DecodePool ─▶ Waveform pieces, ItemFailure ─▶ UnitEnd
+
+All DoFns of a process share one pool, so that the threads of a runner share the decoders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import apache_beam as beam
+from apache_beam.metrics.metric import Metrics
+from apache_beam.utils.windowed_value import WindowedValue
+
+from transforms.decoding.pool import Decoded, DecodePool, DecodeSettings, DecodeStream
+from transforms.errors import EarmarkError
+from transforms.process.stage_times import stage_clocks
+from transforms.records import EncodedClip, Failure, ItemFailure, UnitEnd, Waveform, WorkUnit
+
+ReadUnit: TypeAlias = Callable[[WorkUnit], Iterator[EncodedClip | Failure]]
+
+
+@dataclass
+class _SharedPool:
+    pool: DecodePool
+    num_users: int = 0
+
+
+_shared_pools: dict[DecodeSettings, _SharedPool] = {}
+_shared_pools_lock = threading.Lock()
+
+
+def _borrow_pool(settings: DecodeSettings) -> DecodePool:
+    with _shared_pools_lock:
+        shared = _shared_pools.get(settings)
+        if shared is None:
+            shared = _shared_pools[settings] = _SharedPool(DecodePool(settings))
+        shared.num_users += 1
+        return shared.pool
+
+
+def _return_pool(settings: DecodeSettings) -> None:
+    with _shared_pools_lock:
+        shared = _shared_pools[settings]
+        shared.num_users -= 1
+        if shared.num_users:
+            return
+        del _shared_pools[settings]
+    shared.pool.close()
+
+
+@beam.typehints.with_input_types(WorkUnit)
+@beam.typehints.with_output_types(Waveform | ItemFailure | UnitEnd)
+class DecodeAudio(beam.PTransform[Any, Any]):
+    """Reads and decodes work units: ``WorkUnit`` to ``Waveform``, ``ItemFailure`` and ``UnitEnd``.
+
+    A unit's results come in the order of its items, ``UnitEnd`` last. While they are emitted, the
+    next unit is already being decoded. The step must be fused with the one that takes the samples.
+
+    Args:
+        settings: How to decode.
+        read_unit: Yields a unit's clips, and a failure for each that cannot be read. Must be
+            picklable; it is called on a thread of its own.
+    """
+
+    def __init__(self, settings: DecodeSettings, read_unit: ReadUnit) -> None:
+        super().__init__()
+        self._settings = settings
+        self._read_unit = read_unit
+
+    def expand(self, units: Any) -> Any:
+        """Apply the step to a PCollection of ``WorkUnit``."""
+        decode_fn = _DecodeFn(self._settings, self._read_unit)
+        decode: Any = beam.ParDo(decode_fn)
+        return units | "Decode the unit's clips" >> decode
+
+
+@dataclass
+class _Pending:
+    """A unit whose clips are being decoded, with its Beam window and timestamp."""
+
+    unit: WorkUnit
+    stream: DecodeStream
+    window: Any
+    timestamp: Any
+
+
+class _DecodeFn(beam.DoFn):
+    """Starts the decoding of a unit, then emits the results of the unit before it."""
+
+    def __init__(self, settings: DecodeSettings, read_unit: ReadUnit) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._settings = settings
+        self._read_unit = read_unit
+        self._pool: DecodePool | None = None
+        self._pending: _Pending | None = None
+        self._num_clips: Any = Metrics.counter("earmark.decode", "clips")
+        self._num_failures: Any = Metrics.counter("earmark.decode", "failures")
+        self._decoded_ms: Any = Metrics.counter("earmark.decode", "decoded_ms")
+
+    def setup(self) -> None:
+        self._pool = _borrow_pool(self._settings)
+
+    def start_bundle(self) -> None:
+        self._abandon()  # the previous bundle may have failed halfway
+        stage_clocks.begin(self._settings.resolve_num_processes())
+
+    def process(
+        self,
+        unit: WorkUnit,
+        window: Any = beam.DoFn.WindowParam,
+        timestamp: Any = beam.DoFn.TimestampParam,
+    ) -> Iterator[WindowedValue]:
+        if self._pool is None:
+            raise EarmarkError("setup was not called before process; a runner must call it")
+        stream = self._pool.stream(unit.unit_id, _read_lazily(self._read_unit, unit))
+        previous, self._pending = self._pending, _Pending(unit, stream, window, timestamp)
+        if previous is not None:
+            yield from self._emit(previous)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        previous, self._pending = self._pending, None
+        if previous is not None:
+            yield from self._emit(previous)
+
+    def teardown(self) -> None:
+        self._abandon()
+        if self._pool is not None:
+            self._pool = None
+            _return_pool(self._settings)
+
+    def _abandon(self) -> None:
+        if self._pending is not None:
+            self._pending.stream.close()
+            self._pending = None
+
+    def _emit(self, pending: _Pending) -> Iterator[WindowedValue]:
+        num_items = 0
+        with contextlib.closing(pending.stream):
+            for result in pending.stream:
+                num_items += self._count(result)
+                yield WindowedValue(result, pending.timestamp, (pending.window,))
+        end = UnitEnd(pending.unit, num_items)
+        yield WindowedValue(end, pending.timestamp, (pending.window,))
+
+    def _count(self, result: Decoded) -> int:
+        """Update the metrics; return 1 if the result is its item's last, else 0."""
+        if isinstance(result, ItemFailure):
+            self._num_failures.inc()
+            return 1
+        if result.facts is None:
+            return 0
+        self._num_clips.inc()
+        self._decoded_ms.inc(round(result.facts.duration_s * 1000))
+        return 1
+
+
+def _read_lazily(read_unit: ReadUnit, unit: WorkUnit) -> Iterator[EncodedClip | Failure]:
+    """Call ``read_unit`` on the pool's thread, so that its errors come in the unit's place."""
+    yield from read_unit(unit)
