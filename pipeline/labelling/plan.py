@@ -334,10 +334,10 @@ def read_features(place: str) -> Mapping[str, Any]:
 
 
 def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
-    """The settings of every step from the config and the checkpoint.
+    """Make the settings of every step from the config and the checkpoint.
 
     Raises:
-        ConfigError: They cannot be met, or not by this machine.
+        ConfigError: The window or hop does not fit the checkpoint.
     """
     inference = InferenceSettings(
         precision=config.inference.precision,

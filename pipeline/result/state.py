@@ -39,8 +39,7 @@ from transforms.results.commits import (
     read_commits,
     remove_unit,
 )
-from transforms.storage import filesystem, listing, reading, writing
-from transforms.storage import urls as storage_urls
+from transforms.storage import filesystem, listing, reading, urls, writing
 from transforms.storage.secrets import public_uri
 from transforms.storage.writing import writing_to
 
@@ -174,7 +173,7 @@ def _read_result(output: str) -> ResultState:
         unfinished=tuple(_list_unfinished(output)),
         foreign=tuple(foreign),
         old_parts=tuple(_list_old_parts(output)),
-        succeeded=filesystem.exists(storage_urls.join(output, SUCCESS_FILE)),
+        succeeded=filesystem.exists(urls.join(output, SUCCESS_FILE)),
     )
 
 
@@ -184,7 +183,7 @@ def read_run(output: str) -> Mapping[str, Any] | None:
     Raises:
         OutputError: It exists and is not Earmark's.
     """
-    url = storage_urls.join(output, RUN_FILE)
+    url = urls.join(output, RUN_FILE)
     if not filesystem.exists(url):
         return None
     try:
@@ -204,13 +203,13 @@ def _list_parts(output: str) -> tuple[dict[tuple[str, str], int], list[str]]:
     sizes: dict[tuple[str, str], int] = {}
     foreign = []
     for part in PARTS:
-        folder = storage_urls.join(output, part)
+        folder = urls.join(output, part)
         if not filesystem.exists(folder):
             continue
         for file in listing.list_files(folder):
-            name = storage_urls.file_name(file.url)
+            name = urls.file_name(file.url)
             match = _UNIT_FILE.match(name)
-            if match and storage_urls.parent(file.url) == folder:
+            if match and urls.parent(file.url) == folder:
                 sizes[part, match["unit_id"]] = file.size or 0
             elif not writing.is_temporary_name(name):
                 foreign.append(file.url)
@@ -219,20 +218,20 @@ def _list_parts(output: str) -> tuple[dict[tuple[str, str], int], list[str]]:
 
 def _list_unfinished(output: str) -> Iterator[str]:
     """Yield the files that were being written when a run was killed, wherever runs write."""
-    for folder in (output, *(storage_urls.join(output, name) for name in (*PARTS, COMMITS))):
+    for folder in (output, *(urls.join(output, name) for name in (*PARTS, COMMITS))):
         for name in listing.list_names(folder):
             if writing.is_temporary_name(name):
-                yield storage_urls.join(folder, name)
+                yield urls.join(folder, name)
 
 
 def _list_old_parts(output: str) -> Iterator[str]:
     """Yield the files below ``_parts`` whose names are Earmark's, commits first."""
-    root = storage_urls.join(output, OLD_PARTS)
+    root = urls.join(output, OLD_PARTS)
     if not filesystem.exists(root):
         return
-    urls = [file.url for file in listing.list_files(root)]
-    names = {url: url.removeprefix(f"{root}/") for url in urls}
-    ours = [url for url in urls if _OLD_PART.fullmatch(names[url])]
+    files = [file.url for file in listing.list_files(root)]
+    names = {url: url.removeprefix(f"{root}/") for url in files}
+    ours = [url for url in files if _OLD_PART.fullmatch(names[url])]
     yield from sorted(ours, key=lambda url: (f"/{COMMITS}/" not in names[url], url))
 
 
@@ -241,11 +240,11 @@ def _remove_old_parts(state: ResultState) -> None:
     folders = set()
     for url in state.old_parts:
         writing.remove(url)
-        folder = storage_urls.parent(url)
+        folder = urls.parent(url)
         folders |= {
             folder,
-            storage_urls.parent(folder),
-            storage_urls.parent(storage_urls.parent(folder)),
+            urls.parent(folder),
+            urls.parent(urls.parent(folder)),
         }
     for folder in sorted(folders, key=len, reverse=True):
         writing.remove_empty_folder(folder)
@@ -303,9 +302,9 @@ def _remove_units_and_leftovers(state: ResultState, unit_ids: Iterable[str]) -> 
 
 def remove_staging(output: str) -> None:
     """Remove files on their way to a local output; only for the holder of its lock."""
-    if storage_urls.is_local(output):
-        folder = storage_urls.join(output, writing.STAGING_FOLDER)
-        shutil.rmtree(storage_urls.local_path(folder), ignore_errors=True)
+    if urls.is_local(output):
+        folder = urls.join(output, writing.STAGING_FOLDER)
+        shutil.rmtree(urls.local_path(folder), ignore_errors=True)
 
 
 def check_removable(state: ResultState) -> None:
@@ -325,12 +324,12 @@ def check_removable(state: ResultState) -> None:
 def remove_result(state: ResultState) -> None:
     """Remove what Earmark wrote (``--overwrite``), and nothing else."""
     check_removable(state)
-    writing.remove(storage_urls.join(state.output, SUCCESS_FILE))
+    writing.remove(urls.join(state.output, SUCCESS_FILE))
     unit_ids = (*state.commits, *state.damaged, *state.unreadable, *sorted(state.superseded))
     _remove_units_and_leftovers(state, unit_ids)
-    writing.remove(storage_urls.join(state.output, RUN_FILE))
+    writing.remove(urls.join(state.output, RUN_FILE))
     for folder in (*PARTS, COMMITS):
-        writing.remove_empty_folder(storage_urls.join(state.output, folder))
+        writing.remove_empty_folder(urls.join(state.output, folder))
 
 
 def make_fingerprint(results: Mapping[str, Any]) -> str:
@@ -420,7 +419,7 @@ def utc_now() -> str:
 def write_run(output: str, run: Mapping[str, Any]) -> None:
     """Write ``run.json`` whole."""
     text = json.dumps(run, indent=2, ensure_ascii=False)
-    writing.write_bytes(storage_urls.join(output, RUN_FILE), text.encode() + b"\n")
+    writing.write_bytes(urls.join(output, RUN_FILE), text.encode() + b"\n")
 
 
 @dataclass(frozen=True)
@@ -495,7 +494,7 @@ class FinishRun:
         }
         with writing_to(self.output):
             write_run(self.output, run)
-            writing.write_bytes(storage_urls.join(self.output, SUCCESS_FILE), b"")
+            writing.write_bytes(urls.join(self.output, SUCCESS_FILE), b"")
 
     def _check(self, new: RunTotals) -> None:
         place = public_uri(self.output)
