@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "pipeline/result": ". terminal",
     "pipeline/labelling": ". config terminal runners result",
     "pipeline/evaluation": "config terminal result labelling",
-    "pipeline/training/data": "config labelling",
+    "pipeline/training/data": "config terminal labelling",
     "pipeline/training/stages": "config evaluation training/data",
     "pipeline/training": "config terminal result labelling training/data training/stages",
     "pipeline/cli": ". config terminal runners result labelling evaluation training",
