@@ -5,23 +5,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import errno
 import itertools
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-import safetensors.torch
 import torch
 
 from pipeline.cli import main as cli
@@ -30,143 +25,21 @@ from pipeline.training import run as train_module
 from pipeline.training.data import clip_cache
 from pipeline.training.stages import finetuning, loop
 from pipeline.training.stages.validation import Validation
-from tests.support import audio_factory
-from tests.support.model_factory import TINY_LABELS, write_tiny_model
+from tests.pipeline.training.small_trainings import (
+    AUGMENTED,
+    KINDS,
+    RATE_HZ,
+    SMALL,
+    Train,
+    as_keywords,
+    assert_same_weights,
+    everything_in,
+    history,
+    sets_of,
+    weights,
+)
+from tests.support.model_factory import write_tiny_model
 from transforms.sources.read_unit import SourceSettings
-from transforms.storage import filesystem, writing
-
-RATE_HZ = 16_000
-KINDS = ("tone", "clicks", "noise")
-NUM_PER_KIND = 8
-
-# Small enough for a second per training, and able to learn these sounds by heart.
-SMALL = {
-    "architecture.hidden_size": 32,
-    "architecture.num_hidden_layers": 2,
-    "architecture.num_attention_heads": 2,
-    "model.max_length": 64,
-    "model.num_mel_bins": 64,
-    "training.epochs": 6,
-    "training.batch_size": 6,
-    "training.precision": "fp32",
-    "optimizer.name": "adamw",
-    "optimizer.learning_rate": 0.003,
-    "schedule.kind": "cosine",
-}
-AUGMENTED = {
-    "augmentation.mixup_ratio": 0.5,
-    "augmentation.masked_mels": 8,
-    "augmentation.masked_frames": 8,
-    "augmentation.circular_shift": "true",
-    "augmentation.gain_db": 3.0,
-    "augmentation.speed": 0.1,
-    "augmentation.equalizer_db": 1.0,
-    "augmentation.invert": "true",
-    "augmentation.patch_drop": 0.25,
-    "augmentation.feature_noise": 0.1,
-    "augmentation.shift_frames": 2,
-    "architecture.hidden_dropout_prob": 0.1,
-}
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Train = Callable[..., Said]
-
-
-def sound(kind: str, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Half a second of one kind, each time another."""
-    noise = rng.standard_normal(RATE_HZ // 2)
-    if kind == "noise":
-        return 0.3 * noise
-    if kind == "tone":
-        frequency_hz = 1000 * rng.uniform(0.9, 1.1)
-        time_s = np.arange(noise.size) / RATE_HZ
-        return 0.4 * np.sin(2 * np.pi * frequency_hz * time_s) + 0.02 * noise
-    return 0.5 * noise * (np.arange(noise.size) % 2000 < 100) * rng.uniform(0.8, 1.2)
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sounds with labels; every fourth clip is of fold 1."""
-    folder = tmp_path_factory.mktemp("clips")
-    rng = np.random.default_rng(0)
-    with (folder / "clips.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["uri", "label", "fold"])
-        for kind in KINDS:
-            for index in range(NUM_PER_KIND):
-                samples = sound(kind, rng)
-                name = f"{kind}{index}.wav"
-                audio_factory.write(folder / name, samples.astype(np.float32), RATE_HZ)
-                writer.writerow([name, kind, index % 4])
-    return folder / "clips.csv"
-
-
-@pytest.fixture
-def train(capfd: pytest.CaptureFixture[str], manifest: Path) -> Train:
-    """Runs ``earmark train`` on the manifest with the small model; settings may be changed."""
-
-    def run(output: Path, *options: object, **changes: object) -> Said:
-        """Options win over the usual ones; changes are keys with __ for the dot."""
-        settings = with_changes(SMALL, changes)
-        if "--model" in options:  # the shape is the checkpoint's
-            given = {key.replace("__", ".") for key in changes}
-            fixed = ("architecture", "model")
-            settings = {
-                key: value
-                for key, value in settings.items()
-                if key in given or not key.startswith(fixed)
-            }
-        arguments = ["train", "-o", str(output), *sets_of(settings), *map(str, options)]
-        if "--train" not in options:
-            arguments += ["--train", str(manifest)]
-        if not {"--validation", "--hold-out"} & set(options):
-            arguments += ["--hold-out", "fold=1"]
-        code = cli.main(arguments)
-        return Said(code, *capfd.readouterr())
-
-    return run
-
-
-def with_changes(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, **{key.replace("__", "."): value for key, value in changes.items()}}
-
-
-def sets_of(settings: dict[str, Any]) -> list[str]:
-    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-
-
-def as_keywords(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key.replace(".", "__"): value for key, value in settings.items()}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "model.safetensors")
-
-
-def history(folder: Path) -> list[dict[str, str]]:
-    """The table without the times, which differ from run to run."""
-    with (folder / "history.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-
-
-def everything_in(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_model_learns_and_label_and_evaluate_find_what_training_said(
@@ -661,244 +534,3 @@ def test_resuming_is_announced(
         0,
         True,
     )
-
-
-# --- What is wrong is said, and nothing is overwritten -------------------------------------
-
-
-def test_overwriting_removes_no_model_that_no_training_wrote(train: Train, tmp_path: Path) -> None:
-    foreign = write_tiny_model(tmp_path / "mine")
-    before = everything_in(foreign)
-    said = train(foreign, "--overwrite", training__epochs=1)
-    assert said.code == 2
-    assert "no train.json" in said.err
-    assert everything_in(foreign) == before
-
-
-@pytest.mark.parametrize("part", ["", "best"])
-def test_overwriting_does_not_remove_what_training_starts_from(
-    train: Train, tmp_path: Path, part: str
-) -> None:
-    assert train(tmp_path / "model", training__epochs=1).code == 0
-    before = everything_in(tmp_path / "model")
-    said = train(
-        tmp_path / "model", "--overwrite", "--model", tmp_path / "model" / part, training__epochs=1
-    )
-    assert said.code == 2
-    assert "which --overwrite removes" in said.err
-    assert everything_in(tmp_path / "model") == before
-
-
-def test_a_metric_that_cannot_be_computed_is_refused_before_training(
-    train: Train, manifest: Path, tmp_path: Path
-) -> None:
-    several = manifest.with_name("several.csv")
-    rows = list(csv.DictReader(manifest.open(newline="")))
-    lines = [
-        f"{row['uri']},{row['label']}{';noise' if row['label'] == 'tone' else ''},{row['fold']}\n"
-        for row in rows
-    ]
-    several.write_text("uri,labels,fold\n" + "".join(lines))
-    settings = {"training__loss": "binary_cross_entropy", "training__epochs": 1}
-    said = train(tmp_path / "out", "--train", several, **settings)
-    assert said.code == 2
-    assert (
-        "which needs exactly one label per clip; 2 of 6 validation clips have more or none"
-        in said.err
-    )
-    assert "training.metric=mean_average_precision" in said.err
-    assert not (tmp_path / "out" / "train.json").exists()
-    said = train(
-        tmp_path / "out",
-        *("--train", several),
-        training__metric="mean_average_precision",
-        training__sampler="balanced",
-        **settings,
-    )
-    assert said.code == 0, said.err
-    assert [row["validation_accuracy"] for row in history(tmp_path / "out")] == [""]
-
-
-def test_weights_that_the_last_step_ruins_are_not_saved(train: Train, tmp_path: Path) -> None:
-    said = train(
-        tmp_path / "out",
-        optimizer__learning_rate=1e37,
-        optimizer__weight_decay=1e6,
-        training__epochs=1,
-        training__batch_size=100,
-        training__keep="last",
-    )
-    assert said.code == 1
-    assert "NaN or infinite by the end of epoch 1" in said.err
-    assert not (tmp_path / "out" / loop.STATE_NAME).exists()
-    assert not (tmp_path / "out" / "last").exists()
-
-
-def test_a_missing_device_is_named_by_the_key_of_the_training(train: Train, tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    said = train(tmp_path / "out", "--device", "cuda", training__epochs=1)
-    assert (said.code, "training.device is cuda; this machine has" in said.err) == (2, True)
-
-
-@pytest.mark.parametrize("which", ["--train", "--validation"])
-def test_a_folder_without_labels_is_refused_before_it_is_decoded(
-    train: Train, tmp_path: Path, which: str
-) -> None:
-    folder = tmp_path / "birds"
-    folder.mkdir()
-    (folder / "broken.wav").write_bytes(b"what no decoder takes")
-    (folder / "birds.csv").write_text("uri,label\nbroken.wav,wren\n")
-    (folder / "notes.txt").write_text("heard at dawn")
-    said = train(tmp_path / "out", which, folder, training__epochs=1)
-    assert said.code == 2
-    name = {"--train": "training", "--validation": "validation"}[which]
-    assert f"none of 1 {name} clip has a label; expected a manifest" in said.err
-    assert "Files in the folder that were skipped: 1 .csv. Manifests count only when" in said.err
-    assert "give that file instead of the folder" in said.err
-    assert ".txt" not in said.err.partition("were skipped:")[2]
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("hold_out", "said_of_it"),
-    [
-        ("Fold=1", "no clip has a column Fold; the existing columns are: fold"),
-        ("fold=7", "no clip has this value; fold has 4 values: 0, 1, 2, 3"),
-    ],
-)
-def test_an_impossible_hold_out_is_refused_before_decoding(
-    train: Train, tmp_path: Path, hold_out: str, said_of_it: str
-) -> None:
-    said = train(tmp_path / "out", "--hold-out", hold_out, training__epochs=1)
-    assert (said.code, said_of_it in said.err) == (2, True), said.err
-    assert "decoding" not in said.err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("changes", "said_of_it"), [
-    ({"training__precision": "fp16"}, "training.precision is fp16, and the device is the CPU"),
-    ({"training__trained_layers": 9}, "training.trained_layers is 9; the model has 2 layers"),
-])  # fmt: skip
-def test_settings_beyond_the_device_or_the_model_are_refused(
-    train: Train, tmp_path: Path, changes: dict[str, Any], said_of_it: str
-) -> None:
-    checkpoint = write_tiny_model(tmp_path / "tiny")
-    said = train(tmp_path / "out", "--model", checkpoint, training__epochs=1, **changes)
-    assert (said.code, said_of_it in said.err) == (2, True), said.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_samples_of_another_type_are_another_training(train: Train, tmp_path: Path) -> None:
-    assert train(tmp_path / "model", training__epochs=1).code == 0
-    said = train(tmp_path / "model", training__epochs=1, cache__dtype="int16")
-    assert (said.code, 'cache.dtype: "float32" there, "int16" now' in said.err) == (2, True), (
-        said.err
-    )
-
-
-def test_another_training_is_left_alone(train: Train, tmp_path: Path, manifest: Path) -> None:
-    assert train(tmp_path / "model", training__epochs=1).code == 0
-    before = everything_in(tmp_path / "model")
-    said = train(tmp_path / "model", training__epochs=1, optimizer__learning_rate=0.5)
-    assert said.code == 2
-    assert "holds another training:\n  optimizer.learning_rate: 0.003 there, 0.5 now" in said.err
-    said = train(tmp_path / "model", "--hold-out", "fold=2", training__epochs=1)
-    assert (said.code, "fold=1" in said.err and "fold=2" in said.err) == (2, True)
-    rows = manifest.read_text().splitlines()
-    fewer = manifest.with_name("fewer.csv")
-    fewer.write_text("\n".join(rows[:-1]) + "\n")
-    said = train(tmp_path / "model", "--train", fewer, training__epochs=1)
-    assert (said.code, "data.train" in said.err) == (2, True)
-    kept = everything_in(tmp_path / "model")
-    assert {name: kept[name] for name in before} == before
-
-
-def test_a_folder_of_something_else_is_left_alone(train: Train, tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("all my work")
-    for options in ((), ("--overwrite",)):
-        said = train(tmp_path, *options, training__epochs=1)
-        assert (tmp_path / "thesis.txt").read_text() == "all my work"
-        if not options:
-            assert said.code == 2
-            assert "thesis.txt" in said.err
-            assert everything_in(tmp_path) == {"thesis.txt": b"all my work"}
-
-
-def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_what_was_saved(
-    train: Train, tmp_path: Path
-) -> None:
-    said = train(tmp_path / "model", optimizer__learning_rate=1e30, training__epochs=3)
-    assert said.code == 1
-    assert "the loss of training is nan in epoch" in said.err.lower()
-    assert "optimizer.learning_rate" in said.err
-    assert not (tmp_path / "model" / "config.json").exists()
-
-
-def test_a_full_disk_is_reported_and_training_resumes_once_there_is_room(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, full = writing.write_bytes, [True]
-
-    def write(url: str, data: bytes) -> None:
-        if full and url.endswith(loop.STATE_NAME) and filesystem.exists(url):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as writing itself says it
-        real(url, data)
-
-    monkeypatch.setattr(writing, "write_bytes", write)
-    said = train(tmp_path / "model", training__epochs=3)
-    assert said.code == 1
-    assert "No space left on device" in said.err
-    assert f"{tmp_path / 'model' / loop.STATE_NAME} cannot be written" in said.err
-    full.clear()
-    assert train(tmp_path / "model", training__epochs=3).code == 0
-    monkeypatch.undo()
-    assert train(tmp_path / "whole", training__epochs=3).code == 0
-    assert_same_weights(tmp_path / "model", tmp_path / "whole")
-
-
-@pytest.mark.parametrize(
-    ("rows", "said_of_it"),
-    [
-        ("uri,fold\ntone0.wav,0\nclicks0.wav,1\n", "none of 2 training clips has a label"),
-        (
-            "uri,label,fold\ntone0.wav,tone,0\ntone1.wav,tone,1\nclicks0.wav,clicks,0\n"
-            "noise0.wav,noise,0\nnoise1.wav,noise,1\n",
-            "which cannot be used for both training and validation: clicks",
-        ),
-        ("uri,label,fold\ntone0.wav,tone,0\nempty.wav,tone,1\nclicks0.wav,clicks,0\n", "empty.wav"),
-    ],
-    ids=["no labels", "a class with one clip", "empty audio"],
-)
-def test_clips_that_cannot_be_learnt_from_are_named(
-    train: Train, manifest: Path, tmp_path: Path, rows: str, said_of_it: str
-) -> None:
-    bad = manifest.with_name(f"bad{len(rows)}.csv")
-    bad.write_text(rows)
-    audio_factory.write(manifest.with_name("empty.wav"), np.zeros(0, np.float32), RATE_HZ)
-    said = train(tmp_path / "out", "--train", bad, "--hold-out", "fold=1", training__epochs=1)
-    assert said.code == 2
-    assert said_of_it in said.err
-    assert not (tmp_path / "out" / "train.json").exists()
-
-
-def test_a_label_that_the_model_does_not_know_is_named(
-    train: Train, manifest: Path, tmp_path: Path
-) -> None:
-    checkpoint = write_tiny_model(tmp_path / "tiny")
-    said = train(tmp_path / "out", "--model", checkpoint, training__head="keep")
-    assert said.code == 2
-    assert "'tone'" in said.err
-    assert f"{len(TINY_LABELS)} label" in said.err
-    assert not (tmp_path / "out" / "train.json").exists()
-
-
-def test_an_item_that_cannot_be_read_is_a_row(train: Train, manifest: Path, tmp_path: Path) -> None:
-    broken = manifest.with_name("broken.csv")
-    broken.write_text(manifest.read_text() + "gone.wav,tone,0\n")
-    # However quiet it is to be.
-    said = train(tmp_path / "out", "--train", broken, "-q", training__epochs=1)
-    assert said.code == 0, said.err
-    assert "1 item could not be decoded" in said.err
-    rows = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
-    assert [Path(row["uri"]).name for row in rows] == ["gone.wav"]

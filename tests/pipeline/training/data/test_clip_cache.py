@@ -19,8 +19,7 @@ import soundfile
 from pipeline.training.data import clip_cache
 from pipeline.training.data.clip_cache import CachedClips
 from pipeline.training.data.failures import check_failures, write_errors
-from tests.support import audio_factory
-from tests.support.clip_caches import (
+from tests.pipeline.training.data.clip_caches import (
     DECODE,
     RATE,
     SOURCES,
@@ -35,6 +34,7 @@ from tests.support.clip_caches import (
     write_manifest,
     write_mixed,
 )
+from tests.support import audio_factory
 from transforms.decoding.decode import decode_whole
 from transforms.errors import InputError
 from transforms.sources.read_unit import find_inputs, limit_items

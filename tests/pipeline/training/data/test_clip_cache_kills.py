@@ -21,7 +21,7 @@ import pytest
 from pipeline.training.data import clip_cache
 from pipeline.training.data.clip_cache import CachedClips, cache_clips, remove_cache
 from pipeline.training.data.packed_clips import CacheDtype
-from tests.support.clip_caches import (
+from tests.pipeline.training.data.clip_caches import (
     DECODE,
     SOURCES,
     be_killed,
