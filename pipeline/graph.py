@@ -33,12 +33,8 @@ from transforms.results.write_units import CommitSettings, CommitUnits, SkipComm
 class RunTotals:
     """The sum of unit summaries.
 
-    Attributes:
-        units: How many units.
-        totals: What they held.
-        engines: Everything that computed them; more than one is a mixture, which is reported.
-        checks: How far each engine was from float32, where that was measured.
-        seconds: Where this run's time for them went.
+    Several ``engines`` are a mixture, which is reported. ``checks`` holds how far each was from
+    float32, where that was measured.
     """
 
     units: int = 0
@@ -76,13 +72,8 @@ def build_graph(
 ) -> None:
     """Build the graph of a run.
 
-    Args:
-        pipeline: Where to add it.
-        units: What to label.
-        label: The settings of every step.
-        commit: Where and how to write.
-        finish: Called once with the totals of all units, after the last commit. Must be
-            picklable, since it runs where the pipeline runs.
+    ``finish`` is called once with the totals of all units, after the last commit. It must be
+    picklable, since it runs where the pipeline runs.
     """
     listed = pipeline | "List units" >> beam.Create(units)
     totals = label_units(listed, label, commit)
@@ -90,20 +81,9 @@ def build_graph(
 
 
 def label_units(
-    units: PCollection[WorkUnit],
-    label: LabelSettings,
-    commit: CommitSettings,
+    units: PCollection[WorkUnit], label: LabelSettings, commit: CommitSettings
 ) -> PCollection[RunTotals]:
-    """Build the graph from units to totals, however the units were planned.
-
-    Args:
-        units: What to label.
-        label: The settings of every step.
-        commit: Where and how to write.
-
-    Returns:
-        The totals of all units, once the last is committed.
-    """
+    """Build the graph from units to totals, which come once the last unit is committed."""
     to_do, done = units | "Skip committed" >> SkipCommitted(commit)
     labelled = to_do | "Label" >> LabelUnits(label) | "Commit" >> CommitUnits(commit)
     totals: PCollection[RunTotals] = (

@@ -132,7 +132,6 @@ def row_type(schema: pa.Schema) -> RowTypeConstraint:
 
 
 def _type_of(field: pa.Field) -> Any:
-    """Return Beam's type of a column, optional if the table allows null."""
     kind = _plain_type(field.type)
     return Optional[kind] if field.nullable else kind
 
@@ -146,12 +145,7 @@ def _plain_type(kind: pa.DataType) -> Any:
 
 
 def row_of(values: Mapping[str, Any], schema: pa.Schema) -> Row:
-    """Convert a row, with the structs in it, to Beam's ``Row``.
-
-    Args:
-        values: The columns, as in the output of ``LabelAudio``.
-        schema: The table's.
-    """
+    """Convert a row of ``LabelAudio``, with the structs in it, to Beam's ``Row``."""
     return Row(**{field.name: _value_of(values[field.name], field.type) for field in schema})
 
 

@@ -1,24 +1,7 @@
-"""All errors that Earmark raises on purpose, and what each one ends.
+"""All errors that Earmark raises on purpose.
 
-    EarmarkError
-    ├── UsageError            found before any work starts: exit code 2
-    │   ├── ConfigError         an option or a key of the YAML
-    │   ├── InputError          an input that does not exist or holds nothing to label
-    │   ├── ModelError          a checkpoint that is missing, damaged or does not fit
-    │   └── OutputError         an output that belongs to another run or cannot be written
-    ├── TooManyListedError    more files than this machine may list: workers list them, or code 1
-    ├── ItemError             one item cannot be labelled: a row in ``errors``, never the run's end
-    │   ├── ReadError           its bytes cannot be read
-    │   ├── DecodeError         its bytes are not audio, or not enough of it
-    │   ├── FeatureError        its samples cannot be turned into features
-    │   └── InferenceError      the model gives no usable answer for it
-    ├── ContainerError        a tar, Parquet file or manifest ends early: a row, and exit code 3
-    ├── DeviceError           the model cannot be run on the device at all: exit code 1
-    ├── TrainingError         a training cannot continue: exit code 1
-    ├── WriteError            the output cannot be written any more: exit code 1
-    ├── AnswerError           standard output cannot be written: exit code 1
-    ├── OutputLostError       another run has taken the output over: exit code 1
-    └── AccountingError       rows and items do not add up: exit code 1
+A ``UsageError`` ends a command with exit code 2. An ``ItemError`` is a row in ``errors`` and never
+the run's end, a ``ContainerError`` is a row and exit code 3. All others are exit code 1.
 
 A message names the thing, the value found, what was expected, and the next step. Subclasses of
 ``ItemError`` have the ``stage`` of the error row. ``error_type`` is the class's name, unless a
@@ -53,15 +36,13 @@ class OutputError(UsageError):
 
 
 class TooManyListedError(EarmarkError):
-    """The inputs hold more files than this machine may list."""
+    """The inputs hold more files than this machine may list; ``label`` lets workers list them."""
 
 
 class ItemError(EarmarkError):
     """One item cannot be labelled; becomes a row in ``errors``.
 
-    Attributes:
-        stage: The step that failed: ``read``, ``decode``, ``fbank`` or ``inference``.
-        error_type: The name in the error row; by default that of the class.
+    ``stage`` is the step that failed. ``error_type`` is by default the class's name.
     """
 
     stage = "unknown"
@@ -138,12 +119,7 @@ def first_line(error: BaseException) -> str:
 
 
 def item_too_large(max_item_bytes: int, num_bytes: int | None = None) -> str:
-    """Describe an item beyond the bound (``ItemTooLarge``).
-
-    Args:
-        max_item_bytes: The bound.
-        num_bytes: The item's size; None if reading stopped at the bound.
-    """
+    """Describe an item beyond the bound (``ItemTooLarge``); no size if reading stopped there."""
     has = f"more than {max_item_bytes} bytes" if num_bytes is None else f"{num_bytes} bytes"
     allowed = "" if num_bytes is None else f"; at most {max_item_bytes} are allowed"
     return f"the item has {has}{allowed}; to allow more, raise decode.max_item_bytes"

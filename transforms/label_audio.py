@@ -65,17 +65,7 @@ ROW = Dict[str, Any]
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """The settings of every step, resolved against one checkpoint.
-
-    Attributes:
-        model: The checkpoint.
-        decode: Decoding.
-        windows: Lengths of windows.
-        fbank: Features.
-        inference: Running the model.
-        rows: Content of rows.
-        sources: Dividing the input into units, and reading them.
-    """
+    """The settings of every step, resolved against one checkpoint."""
 
     model: ModelSpec
     decode: DecodeSettings
@@ -88,13 +78,7 @@ class LabelSettings:
 
 @dataclass(frozen=True)
 class InputSettings:
-    """The settings of the steps from inputs to windows, resolved against the features' shape.
-
-    Attributes:
-        decode: How to decode.
-        windows: How to cut.
-        sources: How the input is cut into units and read.
-    """
+    """The settings of the steps from inputs to windows, resolved against the features' shape."""
 
     decode: DecodeSettings
     windows: WindowSettings
@@ -110,15 +94,9 @@ def make_input_settings(
     min_tail_ratio: float = 0.1,
     sources: SourceSettings | None = None,
 ) -> InputSettings:
-    """Make the settings of the steps from inputs to windows.
+    """Make the settings of the steps from inputs to windows; arguments as for ``make_settings``.
 
-    Args:
-        fbank: Gives the rate, and the longest window.
-        decode: As for ``make_settings``, like all that follow.
-        window_s: Length of a window in seconds.
-        hop_s: From one window's start to the next's.
-        min_tail_ratio: Share of the window.
-        sources: How the input is cut into units and read.
+    The features give the rate and the longest window.
 
     Raises:
         ConfigError: The window or hop does not fit the features.
@@ -164,7 +142,7 @@ def make_settings(
     Args:
         model: The checkpoint.
         decode: Decoding; the rate is always the model's.
-        inference: Running the model.
+        inference: How to run the model.
         window_s: Length of a window in seconds; None for the checkpoint's.
         hop_s: Seconds between the starts of two windows; None for the window's length.
         min_tail_ratio: Share of the window below which a tail gets no padded window of its own.
@@ -218,11 +196,7 @@ def _whole_windows(piece_samples: int, window_samples: int) -> int:
 @beam.typehints.with_input_types(WorkUnit)
 @beam.typehints.with_output_types(UnitEvent)
 class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]]):
-    """Label work units: ``WorkUnit`` to ``WindowRow | ClipRow | ItemFailure | UnitEnd``.
-
-    Args:
-        settings: The settings of every step.
-    """
+    """Label work units: ``WorkUnit`` to ``WindowRow | ClipRow | ItemFailure | UnitEnd``."""
 
     def __init__(self, settings: LabelSettings) -> None:
         super().__init__()
@@ -281,12 +255,9 @@ class _KeyedFeatures(KeyedModelHandler[Any, Any, Any, Any]):
 
 
 class LabelledAudio(NamedTuple):
-    """The output of ``LabelAudio``; a row is a dictionary with the columns of Earmark's tables.
+    """The output of ``LabelAudio``: dictionaries with the columns of Earmark's tables.
 
-    Attributes:
-        windows: A row per window (columns of ``windows``).
-        clips: A row per clip (columns of ``clips``).
-        failures: A row per item that could not be labelled (columns of ``errors``).
+    ``failures`` are rows of ``errors``.
     """
 
     windows: PCollection[dict[str, Any]]
@@ -297,10 +268,8 @@ class LabelledAudio(NamedTuple):
 class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
     """Label audio files in your own pipeline: URIs in, rows and failures out.
 
-    In: the URI or path of an audio file per element. Out: ``LabelledAudio``.
-
-    Args:
-        settings: The settings of every step; see ``make_settings``.
+    In: the URI or path of an audio file per element. Out: ``LabelledAudio``. ``make_settings``
+    makes the settings.
     """
 
     def __init__(self, settings: LabelSettings) -> None:
@@ -337,12 +306,11 @@ def unit_of_files(uris: Sequence[str]) -> WorkUnit:
 
 def _row_of(event: UnitEvent, settings: RowSettings) -> Iterator[TaggedOutput[str, dict[str, Any]]]:
     if isinstance(event, WindowRow):
-        yield _tagged("windows", windows_table([event], settings))
+        tag, table = "windows", windows_table([event], settings)
     elif isinstance(event, ClipRow):
-        yield _tagged("clips", clips_table([event], settings))
+        tag, table = "clips", clips_table([event], settings)
     elif isinstance(event, ItemFailure):
-        yield _tagged("failures", errors_table([event.failure], event.unit_id))
-
-
-def _tagged(tag: str, table: Any) -> TaggedOutput[str, dict[str, Any]]:
-    return TaggedOutput(tag, table.to_pylist()[0])
+        tag, table = "failures", errors_table([event.failure], event.unit_id)
+    else:
+        return
+    yield TaggedOutput(tag, table.to_pylist()[0])

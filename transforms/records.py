@@ -12,8 +12,10 @@ container (a byte range of a tar, a row range of a Parquet file). Everything rea
 ``Waveform`` pieces, so that hours of audio fit into bounded memory. The last piece carries the
 clip's ``ClipFacts``. Pieces become ``Window``s. The last window of a clip carries the facts and the
 number of its windows. ``UnitEnd`` closes the unit and tells how many items it held, so the sink
-can count and needs no order. All records are frozen, and nobody writes to an array that has been
-passed on.
+can count and needs no order.
+
+``item_index`` is the item's position in its unit, and ``window_index`` the window's in its clip;
+both count from 0. All records are frozen, and nobody writes to an array that has been passed on.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Item:
         end_s: End of the segment in seconds, exclusive, or None for the end of the file.
         truth: Labels that the input gives, or None if it gives none.
         metadata: JSON text of an object with everything else the input gives, or None.
-        size: Bytes of the file (or of the container that holds it); None if unknown.
+        size: Bytes of the file (or of the container that holds it), or None.
         version: Etag or modification time: tells a changed file from an unchanged one.
     """
 
@@ -92,11 +94,9 @@ class ContainerSlice:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """Rows of a replaced unit that the new unit carries over unchanged.
+    """Rows of the replaced unit ``unit_id`` that the new unit carries over unchanged.
 
-    Attributes:
-        unit_id: The committed unit whose parts hold the rows.
-        clip_ids: The clips to copy; None means every row in its ``clips`` part.
+    ``clip_ids`` are the clips to copy; None means every row in its ``clips`` part.
     """
 
     unit_id: str
@@ -141,11 +141,7 @@ class WorkUnit:
 class EncodedClip:
     """An item's encoded bytes, in memory or in a local file; exactly one of the two.
 
-    Attributes:
-        item: The item.
-        data: The encoded bytes, or None.
-        path: A local file with the encoded bytes, or None.
-        delete_path: Whether the file at ``path`` is this clip's own, to be removed after decoding.
+    With ``delete_path`` the file is this clip's own, to be removed after decoding.
     """
 
     item: Item
@@ -166,7 +162,6 @@ class Failure:
         item: The item; the container itself if that could not be read to its end.
         stage: ``read``, ``decode``, ``fbank`` or ``inference``.
         error_type: Name of the error, for grouping.
-        message: What happened, and its cause.
         is_container: Whether the item is a container not read to its end (exit code 3).
     """
 
@@ -211,9 +206,6 @@ class Waveform:
     """A piece of a decoded clip: mono, at the model's rate. Pieces of a clip come in order.
 
     Attributes:
-        unit_id: The unit it belongs to.
-        item_index: Position of the item in its unit, from 0.
-        item: The clip it is a piece of.
         samples: Shape (num_samples,), float32, nominally in [-1, 1].
         facts: The clip's facts on its last piece, else None.
     """
@@ -236,10 +228,6 @@ class Window:
     """One input of the model, and where it lies in its clip.
 
     Attributes:
-        unit_id: The unit it belongs to.
-        item_index: Position of the item in its unit, from 0.
-        item: The clip it is cut from.
-        window_index: Position in the clip, from 0.
         start_s: Start in seconds from the start of the file.
         end_s: True end in seconds: padding does not count.
         data: Samples of shape (num_samples,) until ``fbank``, then features of shape
@@ -269,19 +257,13 @@ class Window:
         )
 
     def with_data(self, data: FloatArray | None) -> Window:
-        """Return the window with other data (features for samples, or none)."""
+        """Return the window with features for samples, or without data."""
         return dataclasses.replace(self, data=data)
 
 
 @dataclass(frozen=True, slots=True)
 class ItemFailure:
-    """A failure on its way through a unit.
-
-    Attributes:
-        unit_id: The unit it belongs to.
-        item_index: Position of the item in its unit, from 0.
-        failure: The item that failed, and why.
-    """
+    """A failure on its way through a unit."""
 
     unit_id: str
     item_index: int
@@ -292,9 +274,7 @@ class ItemFailure:
 class UnitEnd:
     """The end of a unit: all of its items have been passed on.
 
-    Attributes:
-        unit: The unit itself.
-        num_items: How many items it held, including failed ones and a broken container's row.
+    ``num_items`` includes failed items and a broken container's row.
     """
 
     unit: WorkUnit
@@ -367,12 +347,7 @@ class PendingBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingPrediction:
-    """A window's prediction that is still being computed; pickling waits for it.
-
-    Attributes:
-        batch: The window's batch.
-        index: The window's position in the batch.
-    """
+    """A window's prediction that is still being computed; pickling waits for it."""
 
     batch: PendingBatch
     index: int
@@ -388,17 +363,7 @@ class PendingPrediction:
 
 @dataclass(frozen=True, slots=True)
 class WindowRow:
-    """A labelled window on its way to the ``windows`` part.
-
-    Attributes:
-        unit_id: The unit it belongs to.
-        item_index: Position of the item in its unit, from 0.
-        clip_id: The clip it is cut from.
-        window_index: Position in the clip, from 0.
-        start_s: Start in seconds from the start of the file.
-        end_s: True end in seconds.
-        prediction: Its embedding and every class's score.
-    """
+    """A labelled window on its way to the ``windows`` part; its times are those of ``Window``."""
 
     unit_id: str
     item_index: int
@@ -414,11 +379,6 @@ class ClipRow:
     """A labelled clip on its way to the ``clips`` part; it comes after its windows.
 
     Attributes:
-        unit_id: The unit it belongs to.
-        item_index: Position of the item in its unit, from 0.
-        item: The item.
-        facts: What decoding found.
-        num_windows: How many windows it has.
         embedding: The windows' mean weighted by real duration, shape (hidden_size,).
         scores: Maximum (sigmoid) or mean (softmax) over the windows, shape (num_labels,).
     """

@@ -70,11 +70,7 @@ def command(
     """Return a decorator that makes a function a command with these options.
 
     The function is called with the values of the rows without a key, by name. If the table has
-    rows with a key, a ``Given`` comes first.
-
-    Args:
-        table: The options, in the order of the help.
-        runs_pipeline: Whether options for Beam are taken.
+    rows with a key, a ``Given`` comes first. Options for Beam are taken if it ``runs_pipeline``.
     """
 
     def register(run: Command) -> Command:
@@ -237,11 +233,7 @@ def _labelling_config(given: Given, *, needs_output: bool) -> RunConfig:
 
 
 def check_output_lasts(output: str | None) -> None:
-    """Refuse an output that would be gone when the command ends.
-
-    Raises:
-        OutputError: The output is this process's own memory.
-    """
+    """Refuse an output that would be gone when the command ends."""
     if output is not None and output.lower().startswith("memory:"):
         raise OutputError(
             f"--output is {output}, and memory:// is gone when the command ends; give a folder."

@@ -19,9 +19,6 @@ class Interrupts:
     Both leave a result that the same command resumes. An interrupt inside a step of the pipeline
     comes out as Beam's ``RuntimeError``, so the exception alone does not tell. One that falls into
     a callback of Python's own, of which imports have many, is lost there and is sent once more.
-
-    Attributes:
-        came: Whether an interrupt came.
     """
 
     def __init__(self) -> None:

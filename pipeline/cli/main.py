@@ -1,8 +1,6 @@
 """The command line's entry: parses, runs a command, turns errors into exit codes and words.
 
-    argv ─split at a bare "--"─▶ typer ─▶ a job (nothing has run yet) ─▶ run, errors to exit codes
-
-``options`` lists the options, ``commands`` the commands.
+argv ─split at a bare "--"─▶ typer ─▶ a job (nothing has run yet) ─▶ run, errors to exit codes
 """
 
 from __future__ import annotations
@@ -37,13 +35,7 @@ RUNNING_STEP = re.compile(r" \[while running '[^\n]*'\]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name; ``sys.argv`` by default.
-    Returns:
-        The exit code; see ``pipeline.exit_codes``.
-    """
+    """Run the command line, by default ``sys.argv``'s, and return the exit code."""
     with usable_streams():
         return _main(*split_beam_options(sys.argv[1:] if argv is None else argv))
 
@@ -102,11 +94,7 @@ def _run(arguments: list[str], beam_options: list[str]) -> int:
 
 
 def _check_current_folder() -> None:
-    """Check that there is a current folder: some libraries abort the process without one.
-
-    Raises:
-        UsageError: It has been removed.
-    """
+    """Check that there is a current folder: some libraries abort the process without one."""
     try:
         os.getcwd()  # noqa: PTH109
     except FileNotFoundError as error:
@@ -128,13 +116,9 @@ def _fail(code: int, message: str) -> int:
 
 
 def _describe(error: Exception, next_step: str) -> str:
-    """Return what went wrong, and the next step.
+    """Return what went wrong, and ``next_step`` where the system, a disk or a store is to blame.
 
     Beam adds where in its graph an error arose, and gives a worker's as a whole traceback.
-
-    Args:
-        error: The error that nothing else has handled.
-        next_step: What to do where the system, a disk or a store is to blame.
     """
     if isinstance(error, EarmarkError):
         return RUNNING_STEP.sub("", f"{error}\n{SEE_DEBUG}")

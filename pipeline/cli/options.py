@@ -29,8 +29,7 @@ class Option:
         flags: As typed, like ``--output -o`` or ``--scores/--no-scores``; a bare name for an
             argument.
         help: One sentence, with the default.
-        kind: Type of the value.
-        metavar: What stands for the value in the help; N for whole numbers.
+        metavar: What stands for the value in the help; N for whole numbers by default.
         panel: Heading in the help.
         default: Of a row without a key.
     """

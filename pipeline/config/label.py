@@ -151,9 +151,7 @@ class RunConfig(Config):
     """Everything that can be set for a run."""
 
     command: ClassVar[str] = "label"
-    places: ClassVar[tuple[str, ...]] = (
-        *("inputs", "output", "model.name", "model.labels", "model.preprocessor"),
-    )
+    places: ClassVar = ("inputs", "output", "model.name", "model.labels", "model.preprocessor")
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(("inputs",), empty_input),
         Rule(("output",), empty_output),
@@ -193,7 +191,6 @@ class RunConfig(Config):
 
 
 def _public_option(name: str, value: BeamValue) -> BeamValue:
-    """Return the value of a Beam option as it may be written."""
     from transforms.storage.secrets import public_text
 
     if _SECRET_OPTION.search(name) and not isinstance(value, bool | None):
@@ -209,11 +206,7 @@ class _HasOutput(Protocol):
 
 
 def given_inputs(config: RunConfig) -> tuple[str, ...]:
-    """Return the inputs, which have no default.
-
-    Raises:
-        InputError: There are none.
-    """
+    """Return the inputs, which have no default."""
     if not config.inputs:
         raise InputError(
             "no input is given; name files, folders, globs or manifests: "
@@ -223,11 +216,7 @@ def given_inputs(config: RunConfig) -> tuple[str, ...]:
 
 
 def given_output(config: _HasOutput) -> str:
-    """Return the folder to write to, which has no default.
-
-    Raises:
-        OutputError: There is none.
-    """
+    """Return the folder to write to, which has no default."""
     if config.output is None:
         raise OutputError("no output is given; name a folder: --output DIR")
     return config.output

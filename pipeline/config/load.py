@@ -35,7 +35,7 @@ def load_config(
     """Join the defaults, a YAML file, ``--set`` assignments and options, and check the result.
 
     Args:
-        schema: The configuration to make: ``RunConfig`` or ``TrainConfig``.
+        schema: The configuration to make.
         path: A YAML file, or the name of one that ships with Earmark (``audioset``).
         sets: ``key=value`` texts with dotted keys; values are read as YAML.
         options: Key, value and flag of each option that was given.
@@ -146,11 +146,7 @@ class _YamlReader:
 
 
 def _read_assignment(assignment: str, schema: type[Config]) -> Setting:
-    """Read the ``key=value`` of a ``--set``.
-
-    Raises:
-        ConfigError: It is not one, or there is no such key.
-    """
+    """Read the ``key=value`` of a ``--set``."""
     key, equals, text = assignment.partition("=")
     key, origin = key.strip(), f"--set {assignment}"
     if not equals:

@@ -50,13 +50,7 @@ class Rule:
 
 
 class Setting(NamedTuple):
-    """One value, and where it came from.
-
-    Attributes:
-        key: Dotted key.
-        value: As YAML or the command line gives it.
-        origin: ``run.yaml:7``, ``--set limit=3`` or ``--limit``.
-    """
+    """The value of a dotted key, and its origin: ``run.yaml:7``, ``--set limit=3``, ``--limit``."""
 
     key: str
     value: Any
@@ -66,10 +60,7 @@ class Setting(NamedTuple):
 class Config(Section):
     """The whole configuration of a command, valid with nothing given.
 
-    Attributes:
-        command: The command that reads it.
-        rules: What must hold between keys.
-        places: Keys that hold a path or URL, or a list of them.
+    ``places`` are the keys that hold a path or URL, or a list of them.
     """
 
     command: ClassVar[str]

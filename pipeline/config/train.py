@@ -34,6 +34,13 @@ SCRATCH_STRIDE = 16
 SCRATCH_NUM_FRAMES = 1024
 SCRATCH_NUM_MEL_BINS = 128
 
+# Keys of ``model`` that are for checkpoints only, and keys of ``architecture`` that are not.
+FACTS_OF_A_CHECKPOINT = ("num_attention_heads", "layer_norm_eps", "head_layer_norm_eps")
+SHAPE_FROM_SCRATCH = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    "patch_size",
+)
+
 
 def _as_betas(value: object) -> object:
     """Return two numbers in [0, 1) as a tuple; YAML has lists."""
@@ -355,14 +362,8 @@ class TrainConfig(Config):
             ("training.trained_layers", "model.name", "pretraining.epochs"), _layers_never_trained
         ),
         Rule(("training.precision", "training.device"), _half_on_the_cpu),
-        _fact_of_a_checkpoint("num_attention_heads"),
-        _fact_of_a_checkpoint("layer_norm_eps"),
-        _fact_of_a_checkpoint("head_layer_norm_eps"),
-        _unused_architecture("hidden_size"),
-        _unused_architecture("num_hidden_layers"),
-        _unused_architecture("num_attention_heads"),
-        _unused_architecture("intermediate_size"),
-        _unused_architecture("patch_size"),
+        *map(_fact_of_a_checkpoint, FACTS_OF_A_CHECKPOINT),
+        *map(_unused_architecture, SHAPE_FROM_SCRATCH),
         Rule(
             ("architecture.num_attention_heads", "architecture.hidden_size", "model.name"),
             _heads_do_not_divide,
@@ -389,9 +390,7 @@ class TrainConfig(Config):
         Rule(("averaging.last_epoch", "training.epochs"), _ends_after_the_training),
         Rule(("averaging.moving_decay", "averaging.first_epoch"), _two_averages),
         Rule(("schedule.warmup_interval", "schedule.warmup_steps"), _warms_up_in_one_go),
-        _unused_decay("decay_start_epoch"),
-        _unused_decay("decay_every_epochs"),
-        _unused_decay("decay_factor"),
+        *map(_unused_decay, ("decay_start_epoch", "decay_every_epochs", "decay_factor")),
         Rule(("pretraining.warmup_epochs", "pretraining.epochs"), _never_warm),
         Rule(("window.hop_s", "window.length_s"), hop_leaves_gaps),
     )
@@ -419,11 +418,7 @@ class TrainConfig(Config):
 
 
 def given_train(config: TrainConfig) -> tuple[str, ...]:
-    """Return the inputs to learn from, which have no default.
-
-    Raises:
-        InputError: There are none.
-    """
+    """Return the inputs to learn from, which have no default."""
     if not config.train:
         raise InputError(
             "nothing to learn from is given; name folders, tars, Parquet files or manifests with "

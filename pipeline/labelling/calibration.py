@@ -40,9 +40,7 @@ MAX_UNITS = 32
 def calibrate(plan: RunPlan, num_windows: int) -> RunPlan:
     """Return the plan with a model in int8, if that is asked for and there is work to do.
 
-    Args:
-        plan: The plan from ``make_plan``.
-        num_windows: Largest number of windows to calibrate on.
+    The model is calibrated on at most ``num_windows`` windows.
 
     Raises:
         InputError: The inputs give no window.

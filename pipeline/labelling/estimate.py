@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config.label import RunConfig
+from pipeline.exit_codes import EXIT_DONE
 from pipeline.labelling.calibration import calibrate, thinned
 from pipeline.labelling.plan import RunPlan, describe_plan, make_plan
 from pipeline.runners.options import is_remote, pipeline_options
@@ -44,14 +45,7 @@ ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Sample:
-    """Totals of the decoded clips of one kind of file.
-
-    Attributes:
-        clips: Number of clips.
-        num_bytes: Their encoded bytes.
-        audio_s: Their seconds of audio.
-        windows: Their windows.
-    """
+    """Totals of the decoded clips of one kind of file; ``num_bytes`` are encoded bytes."""
 
     clips: int = 0
     num_bytes: int = 0
@@ -69,14 +63,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of the remaining work.
-
-    Attributes:
-        sampled_clips: Clips decoded for the sample.
-        failed_clips: Clips of the sample that could not be decoded.
-        audio_s: Seconds of audio to label.
-        windows: Windows to label.
-    """
+    """An estimate of the audio and windows to label, and the clips decoded for it."""
 
     sampled_clips: int
     failed_clips: int
@@ -85,14 +72,7 @@ class Estimate:
 
 
 def run_plan(config: RunConfig, beam_options: list[str]) -> int:
-    """Print what ``earmark label`` would do and how long it would take; write nothing.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        UsageError: The command is not valid.
-    """
+    """Print what ``earmark label`` would do and how long it would take; write nothing."""
     is_elsewhere = is_remote(pipeline_options(config, beam_options))
     plan = make_plan(config, is_remote=is_elsewhere, needs_output=False)
     for line in describe_plan(plan):
@@ -103,7 +83,7 @@ def run_plan(config: RunConfig, beam_options: list[str]) -> int:
         for line in describe_estimate(estimate):
             answer(line)
         answer(ELSEWHERE if is_elsewhere else describe_time(estimate, plan.label))
-    return 0
+    return EXIT_DONE
 
 
 def describe_time(estimate: Estimate, label: LabelSettings) -> str:

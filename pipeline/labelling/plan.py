@@ -64,19 +64,9 @@ from transforms.storage.secrets import public_uri
 # The fields of a model's config that change the forward pass. Others (dropout, output flags) may
 # differ between two folders of the same model.
 SHAPE_OF_A_MODEL = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "qkv_bias",
-    "layer_norm_eps",
-    "head_layer_norm_eps",
-    "patch_size",
-    "frequency_stride",
-    "time_stride",
-    "max_length",
-    "num_mel_bins",
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "qkv_bias", "layer_norm_eps", "head_layer_norm_eps"),
+    *("patch_size", "frequency_stride", "time_stride", "max_length", "num_mel_bins"),
 )
 
 # Longer files are named, with the command that divides them into segments of this length.
@@ -92,13 +82,9 @@ class ResolvedRun:
     Attributes:
         urls: The inputs as absolute paths or URLs; may carry signatures.
         output: The result's folder; empty if there is none.
-        state: The existing result.
-        label: The settings of every step.
-        commit: Where and how to write.
         run: ``run.json`` without the inputs' content and the totals.
         limit: Maximum number of items; None for all.
         keeps: Whether committed units stay; False with ``--overwrite``.
-        retry_failed: Whether to retry failed items.
     """
 
     urls: tuple[str, ...] = field(repr=False)
@@ -118,12 +104,7 @@ class RunPlan:
 
     Attributes:
         output: The result's folder; empty if there is none.
-        state: The existing result.
-        label: The settings of every step.
-        commit: Where and how to write.
         run: ``run.json`` without the totals.
-        found: The items and containers in the inputs.
-        remaining: The units to do, and the committed ones that stay.
         vanished_failures: Failed items of the existing result that are not in the input.
     """
 
@@ -229,12 +210,8 @@ def find_plan(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
 def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     """List the inputs and divide what remains into units, except for new containers.
 
-    Args:
-        resolved: The run.
-        max_listed: Maximum number of files to list; None for any number.
-
     Raises:
-        TooManyListedError: There are more files.
+        TooManyListedError: There are more than ``max_listed`` files.
         InputError: An input is not valid.
     """
     sources = resolved.label.sources
@@ -300,11 +277,7 @@ def choose_model(config: RunConfig) -> ModelSpec:
 
 
 def make_overrides(config: RunConfig) -> ModelOverrides:
-    """Return the config's values that replace the checkpoint's.
-
-    Raises:
-        ModelError: ``model.preprocessor`` cannot be read.
-    """
+    """Return the config's values that replace the checkpoint's."""
     values = config.model.model_dump(exclude={"name", "preprocessor"})
     if config.model.preprocessor is not None:
         features = read_features(config.model.preprocessor)
@@ -314,10 +287,7 @@ def make_overrides(config: RunConfig) -> ModelOverrides:
 
 
 def read_features(place: str) -> Mapping[str, Any]:
-    """Read a ``preprocessor_config.json``.
-
-    Args:
-        place: The file or its folder.
+    """Read a ``preprocessor_config.json``, given the file or its folder.
 
     Raises:
         ModelError: The file does not exist, or holds no mean and std.
@@ -340,16 +310,10 @@ def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
         ConfigError: The window or hop does not fit the checkpoint.
     """
     inference = InferenceSettings(
-        precision=config.inference.precision,
-        device=config.inference.device,
-        engine=config.inference.engine,
-        batch_size=config.inference.batch_size,
         pooling=config.embedding.pooling,
         embedding_dtype=config.embedding.dtype,
-        compile=config.inference.compile,
-        check_windows=config.inference.check_windows,
-        features_on=config.inference.features_on,
         num_processes=config.inference.workers,
+        **config.inference.model_dump(exclude={"workers", "calibration_windows"}),
     )
     return make_settings(
         model,
@@ -372,19 +336,15 @@ class InputOptions(TypedDict):
 
 def input_options(config: RunConfig | TrainConfig) -> InputOptions:
     """Return what a config says of reading, decoding and cutting."""
-    section = config.decode
+    decode = config.decode
     sources = SourceSettings(limits=ReadLimits(**config.read.model_dump()))
     if isinstance(config, RunConfig):
         sources = dataclasses.replace(sources, windows_per_unit=config.units.windows)
     return InputOptions(
         decode=DecodeSettings(
-            num_processes=section.processes or 0,
-            clips_ahead=section.clips_ahead or 0,
-            stall_timeout_s=section.stall_timeout_s,
-            max_item_bytes=section.max_item_bytes,
-            max_item_s=section.max_item_s,
-            max_decode_ratio=section.max_decode_ratio,
-            max_decoder_bytes=section.max_decoder_bytes,
+            num_processes=decode.processes or 0,
+            clips_ahead=decode.clips_ahead or 0,
+            **decode.model_dump(exclude={"processes", "clips_ahead"}),
         ),
         window_s=config.window.length_s,
         hop_s=config.window.hop_s,

@@ -27,17 +27,12 @@ from pipeline.labelling.plan import ResolvedRun, find_work, make_finish
 from pipeline.result.state import FinishRun, ResultState, read_result
 from pipeline.terminal.time_report import Startup
 from transforms.records import WorkUnit
-from transforms.sources.read_unit import RestOfContainer, cut_container
+from transforms.sources.read_unit import RestOfContainer, SourceSettings, cut_container
 
 
 @dataclass(frozen=True)
 class DeferredPlan:
-    """What a worker needs to plan a run.
-
-    Attributes:
-        resolved: The run, without the state of the output, which the worker reads itself.
-        startup: What starting took.
-    """
+    """What a worker needs to plan a run; it reads the state of the output itself."""
 
     resolved: ResolvedRun
     startup: Startup
@@ -52,15 +47,11 @@ class DeferredPlan:
 class PlanUnits(
     beam.PTransform[PCollection[DeferredPlan], tuple[PCollection[WorkUnit], PCollection[FinishRun]]]
 ):
-    """Plan a run: ``DeferredPlan`` to ``WorkUnit``s and their ``FinishRun``.
+    """Plan a run: ``DeferredPlan`` to ``WorkUnit``s and their ``FinishRun``."""
 
-    Args:
-        resolved: The run.
-    """
-
-    def __init__(self, resolved: ResolvedRun) -> None:
+    def __init__(self, sources: SourceSettings) -> None:
         super().__init__()
-        self._sources = resolved.label.sources
+        self._sources = sources
 
     def default_type_hints(self) -> IOTypeHints:
         """Return the types that Beam checks elements against."""
@@ -102,14 +93,9 @@ def list_and_compare(
 
 
 def build_deferred_graph(pipeline: beam.Pipeline, plan: DeferredPlan) -> None:
-    """Build the graph of a run that begins with its own planning.
-
-    Args:
-        pipeline: The pipeline to add it to.
-        plan: The plan to make.
-    """
-    resolved = plan.resolved
-    units, finish = pipeline | "Create plan" >> beam.Create([plan]) | "Plan" >> PlanUnits(resolved)
+    """Build the graph of a run that begins with its own planning."""
+    resolved, sources = plan.resolved, plan.resolved.label.sources
+    units, finish = pipeline | "Create plan" >> beam.Create([plan]) | "Plan" >> PlanUnits(sources)
     num_units = units | "Count planned units" >> Count.Globally()
     # Without it, the worker that planned the units would label them all.
     spread = units | "Spread units" >> beam.Reshuffle()

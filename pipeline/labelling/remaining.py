@@ -47,9 +47,7 @@ class RemainingWork:
     """The units to do, and the committed ones that stay.
 
     Attributes:
-        units: Units to do, in plan order.
         rests: Containers to do that are not cut into units yet.
-        kept_units: Committed units that stay.
         found_kept_items: Items of the kept units that are in the input.
         vanished_kept_items: Items of the kept units that are not in the input.
         vanished_carried_items: Items not in the input whose rows units to do take over from the
@@ -95,13 +93,9 @@ def find_remaining(
     *,
     retry_from: str | None = None,
 ) -> RemainingWork:
-    """Compare the items found with the commits; new containers are not cut yet.
+    """Compare the items found with the valid commits; new containers are not cut yet.
 
-    Args:
-        found: The content of the input.
-        commits: The valid commits, by unit.
-        settings: The size of units.
-        retry_from: The result whose failed items to retry; None for none.
+    ``retry_from`` is the result whose failed items to retry, or None.
 
     Raises:
         InputError: Items would be in the result twice.
@@ -204,7 +198,9 @@ class _Inventory:
         part = _whole_slice(commit)
         if part is not None:
             whole = self.wholes.get(part.uri)
-            return whole is not None and _version_of(whole) != part.version
+            return (
+                whole is not None and container_version(whole.size, whole.version) != part.version
+            )
         return any(
             item_version(self.items[entry.clip_id]) != entry.version
             or self.has_moved(entry.clip_id, commit)
@@ -220,7 +216,7 @@ class _Inventory:
         item = self.items.get(clip_id)
         if item is None:
             return False
-        before = commit.ledger.container.uri if commit.ledger.container is not None else None
+        before = commit.ledger.container.uri if commit.ledger.container else None
         now = None if item.member is None and item.row is None else item.uri
         return before != now
 
@@ -233,11 +229,7 @@ class _Inventory:
 
 
 def _check_once(inventory: _Inventory, commits: Iterable[Commit]) -> None:
-    """Refuse a whole container beside single items of it in one result.
-
-    Raises:
-        InputError: One of them is committed, and the other is in the input.
-    """
+    """Refuse a whole container beside single items of it in one result."""
     for commit in commits:
         part = commit.ledger.container
         if part is None:
@@ -267,10 +259,6 @@ def _is_named_by(uri: str, clip_id: str) -> bool:
     return clip_id.startswith(prefix) and "@" not in clip_id.removeprefix(prefix)
 
 
-def _version_of(container: Container) -> str:
-    return container_version(container.size, container.version)
-
-
 def _redo(
     changed: Sequence[Commit],
     inventory: _Inventory,
@@ -290,7 +278,9 @@ def _redo(
     for uri, replaced in slices.items():
         covered = _covered(kept)
         first, *rest = plan_units([], [inventory.wholes[uri]], settings, covered=covered)
-        units += [_replacing(first, tuple(replaced)), *rest]
+        unit_id = make_unit_id(first.kind, first.items, first.container, replaces=replaced)
+        first = dataclasses.replace(first, unit_id=unit_id, replaces=tuple(replaced))
+        units += [first, *rest]
     return units
 
 
@@ -388,19 +378,9 @@ def _rebuilt(
     )
 
 
-def _replacing(unit: WorkUnit, replaced: tuple[str, ...]) -> WorkUnit:
-    unit_id = make_unit_id(unit.kind, unit.items, unit.container, replaces=replaced)
-    return dataclasses.replace(unit, unit_id=unit_id, replaces=replaced)
-
-
 def _slice_of(container: Container, start: int, stop: int | None) -> ContainerSlice:
     return ContainerSlice(
-        uri=container.uri,
-        url=container.url,
-        size=container.size,
-        version=container.version,
-        start=start,
-        stop=stop,
+        container.uri, container.url, container.size, container.version, start, stop
     )
 
 

@@ -49,13 +49,7 @@ from pipeline.result.state import (
     wait_for_writers,
     write_run,
 )
-from pipeline.runners.dataflow import (
-    check_no_job,
-    follow,
-    is_dataflow,
-    is_left_running,
-    submit,
-)
+from pipeline.runners.dataflow import check_no_job, follow, is_dataflow, is_left_running, submit
 from pipeline.runners.options import (
     check_model_reachable,
     check_reachable,
@@ -66,7 +60,7 @@ from pipeline.runners.options import (
     temporary_files_in_scratch,
 )
 from pipeline.terminal.precision_report import describe_checks, precision_warnings
-from pipeline.terminal.progress import LiveReader, ProgressCounts, ProgressDisplay
+from pipeline.terminal.progress import Expected, LiveReader, ProgressCounts, ProgressDisplay
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
 from pipeline.terminal.wording import counted, format_audio, format_duration
@@ -74,12 +68,7 @@ from transforms.errors import ConfigError, OutputError, TooManyListedError
 from transforms.process.stage_times import stage_clocks
 from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
-from transforms.results.commits import (
-    UnitTotals,
-    list_unit_ids,
-    read_commit,
-    read_failures,
-)
+from transforms.results.commits import UnitTotals, list_unit_ids, read_commit, read_failures
 from transforms.sources.clip_ids import for_terminal
 from transforms.sources.read_unit import check_there
 from transforms.storage import listing, urls, writing
@@ -142,20 +131,13 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
 class PlannedRun:
     """A run that is ready to start.
 
-    Attributes:
-        output: The result's folder.
-        prepare: Repairs the output and returns the function that builds the graph; None if there
-            was nothing to do and the run is finished.
-        windows: Estimated number of windows to label; None if not known.
-        items: Number of items to label; None if not known.
-        windows_of_first: Gives the estimated windows of the first so many items; None if not known.
+    ``prepare`` repairs the output and returns the function that builds the graph; None if there
+    was nothing to do and the run is finished.
     """
 
     output: str
     prepare: Callable[[Startup], Callable[[beam.Pipeline], None] | None]
-    windows: int | None = None
-    items: int | None = None
-    windows_of_first: Callable[[int], float] | None = None
+    expected: Expected
 
 
 def plan_locally(
@@ -180,23 +162,18 @@ def plan_locally(
         finish = prepare_output(plan, config, startup)
         if plan.units:
             return functools.partial(
-                build_graph,
-                units=plan.units,
-                label=plan.label,
-                commit=plan.commit,
-                finish=finish,
+                build_graph, units=plan.units, label=plan.label, commit=plan.commit, finish=finish
             )
         finish(RunTotals())
         return None
 
     items = plan.remaining.num_items
-    return PlannedRun(
-        plan.output,
-        prepare,
+    expected = Expected(
         windows=sum(unit.estimated_windows for unit in plan.units),
         items=items,
         windows_of_first=None if items is None else windows_of_first(plan.units),
     )
+    return PlannedRun(plan.output, prepare, expected)
 
 
 def fits_job(units: Sequence[WorkUnit]) -> bool:
@@ -232,7 +209,7 @@ def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
         plan = DeferredPlan.of(dataclasses.replace(resolved, run=run), startup)
         return functools.partial(build_deferred_graph, plan=plan)
 
-    return PlannedRun(resolved.output, prepare)
+    return PlannedRun(resolved.output, prepare, Expected())
 
 
 def _interrupt_main_thread() -> None:
@@ -241,30 +218,19 @@ def _interrupt_main_thread() -> None:
 
 
 def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED) -> FinishRun:
-    """Repair the output and mark the run as running; return the run's last step.
-
-    Raises:
-        OutputError: The output cannot be written.
-    """
+    """Repair the output and mark the run as running; return the run's last step."""
     is_new = bool(plan.units) or not plan.state.succeeded
     run = begin_output(plan.state, plan.run, config, is_new=is_new)
     return make_finish(dataclasses.replace(plan, run=run), startup)
 
 
 def begin_output(
-    state: ResultState,
-    run: Mapping[str, Any],
-    config: RunConfig,
-    *,
-    is_new: bool,
+    state: ResultState, run: Mapping[str, Any], config: RunConfig, *, is_new: bool
 ) -> dict[str, Any]:
     """Repair the output, and return ``run.json`` as of the start of the run.
 
-    Args:
-        state: The existing result.
-        run: ``run.json`` as planned.
-        config: The config; with ``overwrite`` the existing result is removed.
-        is_new: Whether there may be units to do; then ``run.json`` is written.
+    With ``overwrite`` the existing result is removed. ``run.json`` is written if the run
+    ``is_new``: if there may be units to do.
 
     Raises:
         OutputError: The output cannot be written.
@@ -291,10 +257,9 @@ def begin_output(
 def run_graph(
     draw: Callable[[beam.Pipeline], None], run: PlannedRun, options: PipelineOptions, quiet: bool
 ) -> bool:
-    """Run the graph and show its progress; wait for its end unless the options say not to.
+    """Run the graph and show its progress; return whether it has run to its end.
 
-    Returns:
-        Whether the graph has run to its end.
+    The options may say not to wait for it.
     """
     with temporary_files_in_scratch():  # else its folder would remain when the run is killed
         pipeline = beam.Pipeline(options=options)
@@ -308,13 +273,8 @@ def run_graph(
             pipeline.run()
             say("The job is submitted; this command does not wait for it.", quiet=quiet)
         return False
-    progress = ProgressDisplay(
-        total_windows=run.windows,
-        total_items=run.items,
-        windows_of_first=run.windows_of_first,
-        quiet=quiet,
-        read=LiveReader() if is_in_process(options) else _CommitReader(run.output),
-    )
+    read = LiveReader() if is_in_process(options) else _CommitReader(run.output)
+    progress = ProgressDisplay(read, run.expected, quiet=quiet)
     with progress, temporary_files_in_scratch():  # a job server stages files in a folder
         follow(result or pipeline.run(), run.output, options)
     return True
@@ -326,13 +286,14 @@ class _CommitReader:
     def __init__(self, output: str) -> None:
         self._output = output
         self._seen = set(list_unit_ids(output))
-        self._counts = ProgressCounts()
+        self._totals = UnitTotals()
         self._next_s = 0.0
 
     def __call__(self) -> ProgressCounts:
         if time.monotonic() >= self._next_s:
             self.refresh()
-        return self._counts
+        done = self._totals
+        return ProgressCounts(done.clips, done.windows, done.audio_s, done.failures)
 
     def refresh(self) -> None:
         """List the commits now; ``ProgressDisplay`` calls this at the end."""
@@ -341,18 +302,8 @@ class _CommitReader:
         with contextlib.suppress(OSError, OutputError):
             for unit_id in list_unit_ids(self._output):
                 if unit_id not in self._seen:
-                    self._add(read_commit(self._output, unit_id).totals)
+                    self._totals += read_commit(self._output, unit_id).totals
                     self._seen.add(unit_id)
-
-    def _add(self, totals: UnitTotals) -> None:
-        counts = self._counts
-        self._counts = ProgressCounts(
-            clips=counts.clips + totals.clips,
-            windows=counts.windows + totals.windows,
-            audio_s=counts.audio_s + totals.audio_s,
-            failures=counts.failures + totals.failures,
-            units=counts.units + 1,
-        )
 
 
 def report(output: str, config: RunConfig, elapsed_s: float) -> int:

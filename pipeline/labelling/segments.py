@@ -20,12 +20,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.label import RunConfig, given_inputs
+from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.labelling.plan import describe_inputs, input_options
 from pipeline.terminal.std_streams import answer
 from pipeline.terminal.wording import counted
@@ -66,9 +67,6 @@ COLUMNS = ("uri", "clip_id", "member", "row", "start_s", "end_s", "labels")
 # Names that a manifest's reader takes for something else than metadata.
 RESERVED = frozenset({*COLUMNS, "label", "offset"})
 
-EXIT_DONE = 0
-EXIT_NOT_READ = 3
-
 
 @dataclass(frozen=True)
 class Division:
@@ -76,8 +74,6 @@ class Division:
 
     Attributes:
         items: Segments, and items that stay whole, in the order of the inputs.
-        num_found: How many items the inputs hold.
-        num_divided: How many of them are divided.
         unknown: Items whose length is not known, and which therefore stay whole.
         failures: Lines of manifests, and containers, that could not be read.
     """
@@ -91,11 +87,6 @@ class Division:
 
 def run_segments(config: RunConfig, segment_s: float | None, manifest: str | None) -> int:
     """Write a manifest of segments, and say what is in it.
-
-    Args:
-        config: What to read; the options of ``plan``.
-        segment_s: Length of a segment in seconds.
-        manifest: The file to write.
 
     Returns:
         The exit code: 0, or 3 if something of the inputs could not be read.
@@ -123,17 +114,13 @@ def run_segments(config: RunConfig, segment_s: float | None, manifest: str | Non
         ) from error
     for line in (*describe_inputs(found), *describe_division(division, length_s, url)):
         answer(line)
-    return EXIT_NOT_READ if division.failures else EXIT_DONE
+    return EXIT_INCOMPLETE if division.failures else EXIT_DONE
 
 
 def _check_options(
     segment_s: float | None, manifest: str | None, overwrite: bool
 ) -> tuple[float, str]:
-    """Return the length of a segment and the URL of the manifest.
-
-    Raises:
-        UsageError: One is missing or out of range, or the file exists.
-    """
+    """Return the length of a segment and the URL of the manifest."""
     if segment_s is None or manifest is None:
         given, missing = (
             ("--manifest", "--segment-s SECONDS")
@@ -177,10 +164,7 @@ def divide_found(
 def divide(item: Item, length_s: float, segment_s: float) -> list[Item]:
     """Divide an item into consecutive segments; the last has the end of the item, known or not.
 
-    Args:
-        item: A file, a tar member, a Parquet row, or a segment of one.
-        length_s: Its seconds of audio.
-        segment_s: Length of a segment; only the last may differ.
+    Only the last may be shorter or longer than ``segment_s``.
     """
     num_segments = max(1, math.floor(length_s / segment_s + 1 - MIN_LAST_RATIO))
     if num_segments == 1:
@@ -267,11 +251,7 @@ class HeaderReader:
     """Reads lengths from headers, in a decoder process that starts with the first.
 
     A header that crashes the process, hangs it or needs too much memory costs that process; the
-    length is then not known.
-
-    Args:
-        settings: Bounds of the process.
-        worker_command: Starts the process; tests pass one that crashes.
+    length is then not known. Tests pass a ``worker_command`` that crashes.
     """
 
     def __init__(
@@ -281,7 +261,7 @@ class HeaderReader:
         self._worker_command = worker_command
         self._process: DecoderProcess | None = None
 
-    def __enter__(self) -> HeaderReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -24,10 +24,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pipeline.config.label import RunConfig, given_inputs
 from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.labelling.estimate import windows_of_first
-from pipeline.labelling.plan import (
-    describe_inputs,
-    input_options,
-)
+from pipeline.labelling.plan import describe_inputs, input_options
 from pipeline.labelling.remaining import count_found_items, find_units
 from pipeline.runners.dataflow import follow, is_left_running
 from pipeline.runners.options import (
@@ -38,7 +35,7 @@ from pipeline.runners.options import (
     pipeline_options,
     temporary_files_in_scratch,
 )
-from pipeline.terminal.progress import LiveReader, ProgressDisplay
+from pipeline.terminal.progress import Expected, LiveReader, ProgressDisplay
 from pipeline.terminal.std_streams import answer, say
 from pipeline.terminal.wording import counted, format_audio, format_duration
 from transforms.decoding.decode_audio import DecodeAudio
@@ -70,10 +67,6 @@ class StatsPlan:
     Attributes:
         inputs: The inputs as absolute paths or URLs without signatures.
         output: The folder for ``preprocessor_config.json``, or None.
-        found: What the inputs hold.
-        units: The work units.
-        settings: How to read, decode and cut.
-        fbank: The features to make.
         as_original: Whether to measure like the script behind the published figures.
         num_processes: Processes that share this machine's cores.
     """
@@ -92,15 +85,7 @@ class StatsPlan:
 class DatasetStatistics:
     """The measured figures: ``FeatureStatistics`` without its running sums.
 
-    Attributes:
-        mean: Mean of the log-mel values.
-        std: Their standard deviation.
-        windows: Number of windows measured.
-        clips: Number of clips read to their end.
-        audio_s: Their length in seconds.
-        failures: Number of items that could not be measured.
-        broken_containers: Number of failures that are containers not readable to their end.
-        example: One of the failures in words, or None.
+    ``mean`` and ``std`` are None if nothing was measured.
     """
 
     mean: float | None
@@ -114,27 +99,17 @@ class DatasetStatistics:
 
     @staticmethod
     def of(statistics: FeatureStatistics) -> DatasetStatistics:
-        """Compute the figures; no mean if nothing was measured."""
+        """Compute the figures."""
         names = [name.name for name in dataclasses.fields(DatasetStatistics)]
         counts = {name: getattr(statistics, name) for name in names[2:]}
         figures = mean_and_std(statistics) if statistics.windows else (None, None)
         return DatasetStatistics(*figures, **counts)
 
 
-@dataclass(frozen=True)
-class WriteStatistics:
-    """The graph's last step: writes the figures to a file for the command.
-
-    Attributes:
-        url: The file.
-    """
-
-    url: str
-
-    def __call__(self, statistics: FeatureStatistics) -> None:
-        """Write the figures as JSON."""
-        figures = dataclasses.asdict(DatasetStatistics.of(statistics))
-        writing.write_bytes(self.url, json.dumps(figures).encode())
+def write_figures(statistics: FeatureStatistics, url: str) -> None:
+    """Write the figures to a file for the command, as the graph's last step."""
+    figures = dataclasses.asdict(DatasetStatistics.of(statistics))
+    writing.write_bytes(url, json.dumps(figures).encode())
 
 
 def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool = False) -> int:
@@ -158,14 +133,14 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
     for line in describe_inputs(plan.found):
         say(line, quiet=config.quiet)
     began_s = time.monotonic()
-    with ProgressDisplay(
-        read=LiveReader(),
-        total_windows=sum(unit.estimated_windows for unit in plan.units),
-        total_items=count_found_items(plan.found),
+    expected = Expected(
+        windows=sum(unit.estimated_windows for unit in plan.units),
+        items=count_found_items(plan.found),
         windows_of_first=windows_of_first(plan.units),
         doing="measuring",
-        quiet=config.quiet or not is_in_process(options),
-    ):
+    )
+    is_quiet = config.quiet or not is_in_process(options)
+    with ProgressDisplay(LiveReader(), expected, quiet=is_quiet):
         statistics = measure(plan, options)
     elapsed_s = time.monotonic() - began_s
     if statistics.mean is None or statistics.std is None:
@@ -183,11 +158,7 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
 
 
 def check_waited_for(options: PipelineOptions) -> None:
-    """Refuse options that leave the job running.
-
-    Raises:
-        ConfigError: The options say not to wait for the job.
-    """
+    """Refuse options that leave the job running."""
     if is_left_running(options):
         raise ConfigError(
             "earmark stats prints what its job measures, so it has to wait for it; leave out "
@@ -196,11 +167,7 @@ def check_waited_for(options: PipelineOptions) -> None:
 
 
 def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
-    """Find the inputs and resolve the settings.
-
-    Raises:
-        UsageError: The config, an input or the output is not right.
-    """
+    """Find the inputs and resolve the settings."""
     inputs = [urls.normalise(text) for text in given_inputs(config)]
     output = None if config.output is None else urls.normalise(config.output)
     fbank = FbankSettings(
@@ -226,11 +193,7 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
 
 
 def check_writable(output: str) -> None:
-    """Refuse to replace existing figures.
-
-    Raises:
-        OutputError: There are some.
-    """
+    """Refuse to replace existing figures."""
     url = urls.join(output, FEATURES_NAME)
     if filesystem.exists(url):
         raise OutputError(
@@ -253,7 +216,7 @@ def build_stats_graph(pipeline: beam.Pipeline, plan: StatsPlan, url: str) -> Non
             plan.fbank, as_original=plan.as_original, num_processes=plan.num_processes
         )
         | "Sum up" >> beam.CombineGlobally(sum_statistics)
-        | "Write figures" >> beam.Map(WriteStatistics(url))
+        | "Write figures" >> beam.Map(write_figures, url)
     )
 
 
@@ -273,7 +236,7 @@ def measure(plan: StatsPlan, options: PipelineOptions) -> DatasetStatistics:
 
 
 def describe_statistics(statistics: DatasetStatistics, *, as_original: bool) -> list[str]:
-    """Say the figures in words."""
+    """Describe the figures in a few lines."""
     mean, std = statistics.mean or 0.0, statistics.std or 0.0
     how = "as the original script computes them" if as_original else "padding left out"
     lines = [
@@ -295,11 +258,7 @@ def describe_statistics(statistics: DatasetStatistics, *, as_original: bool) -> 
 def write_features(
     output: str, fbank: FbankSettings, statistics: DatasetStatistics, *, overwrite: bool
 ) -> str:
-    """Write ``preprocessor_config.json`` as transformers has it; returns its URL.
-
-    Raises:
-        OutputError: It exists.
-    """
+    """Write ``preprocessor_config.json`` as transformers has it, and return its URL."""
     if not overwrite:
         check_writable(output)
     extractor = ASTFeatureExtractor(

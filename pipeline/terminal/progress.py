@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -44,21 +43,12 @@ DROPPED_FIRST = ("windows", "audio", "speed", "failed", "left")
 
 @dataclass(frozen=True, slots=True)
 class ProgressCounts:
-    """What a run has done so far.
-
-    Attributes:
-        clips: Clips labelled.
-        windows: Windows labelled.
-        audio_s: Seconds of audio labelled.
-        failures: Items that could not be labelled.
-        units: Work units committed.
-    """
+    """What a run has labelled so far, and the items that it could not label."""
 
     clips: int = 0
     windows: int = 0
     audio_s: float = 0.0
     failures: int = 0
-    units: int = 0
 
 
 class LiveReader:
@@ -75,7 +65,6 @@ class LiveReader:
             windows=now.windows - start.windows,
             audio_s=now.audio_s - start.audio_s,
             failures=now.failures - start.failures,
-            units=now.units - start.units,
         )
 
 
@@ -84,7 +73,6 @@ class Moment:
     """Counts, and the time they took.
 
     Attributes:
-        counts: What has been done.
         elapsed_s: Seconds since the display began.
         working_s: Seconds since the first window (without windows: clip) was done. Loading the
             model comes before, and says nothing about the speed.
@@ -106,7 +94,7 @@ class Expected:
 
     Attributes:
         windows: Estimated from the plan; None if not known.
-        items: Items found; None where containers have not been read yet.
+        items: Number of items; None if containers must be read to know.
         doing: What is being done, for the line at the start.
         has_windows: Whether clips are cut into windows; if not, only clips are counted.
         windows_of_first: Gives the estimated windows of the first so many items; None if not known.
@@ -164,13 +152,6 @@ def seconds_left(moment: Moment, expected: Expected) -> float | None:
     return moment.working_s * (1 - share) / share
 
 
-def speed(moment: Moment) -> float | None:
-    """Return the seconds of audio labelled per second; None while there is nothing to go by."""
-    if moment.working_s < MIN_RATED_S:
-        return None
-    return moment.counts.audio_s / moment.working_s
-
-
 def format_counts(moment: Moment, expected: Expected) -> str:
     """Return ``1,200/9,600 clips · 2,400/~19,200 windows · 3.4 h of audio · 2 failed``."""
     return " · ".join(_count_parts(moment, expected).values())
@@ -190,10 +171,7 @@ def format_line(moment: Moment, expected: Expected) -> str:
 def format_bar_text(moment: Moment, expected: Expected, width: int) -> str:
     """Return the text beside the bar: as many of the counts and the time left as fit.
 
-    Args:
-        moment: What has been done.
-        expected: What there is to do.
-        width: Columns available; the clips are shown even if they take more.
+    The clips are shown even if they take more than ``width`` columns.
     """
     parts = _count_parts(moment, expected)
     left = seconds_left(moment, expected)
@@ -216,8 +194,8 @@ def _count_parts(moment: Moment, expected: Expected) -> dict[str, str]:
     }
     if not expected.has_windows:
         del parts["windows"]
-    times = speed(moment)
-    if times is not None:
+    if moment.working_s >= MIN_RATED_S:
+        times = counts.audio_s / moment.working_s
         parts["speed"] = f"{times:,.0f}× real time" if times >= 10 else f"{times:.1f}× real time"
     if counts.failures:
         parts["failed"] = f"{counts.failures:,} failed"
@@ -245,17 +223,20 @@ def _windows(moment: Moment, expected: Expected) -> str:
     return f"{done:,}/~{about:,}"
 
 
-class _Display(Protocol):
-    """Shows the counts in one form or another."""
+class _Silence:
+    """No display, for ``--quiet``."""
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        pass
 
-    def update(self, moment: Moment) -> None: ...
+    def update(self, moment: Moment) -> None:
+        pass
 
-    def finish(self, moment: Moment) -> None: ...
+    def finish(self, moment: Moment) -> None:
+        pass
 
 
-class _Bar:
+class _Bar(_Silence):
     """A live bar on a terminal."""
 
     def __init__(self, expected: Expected, console: Console) -> None:
@@ -296,7 +277,7 @@ class _Bar:
         self._progress.stop()
 
 
-class _Lines:
+class _Lines(_Silence):
     """A plain line every ten seconds: for files, pipes and job logs."""
 
     def __init__(self, expected: Expected) -> None:
@@ -318,19 +299,6 @@ class _Lines:
         print(text, file=sys.stderr, flush=True)
 
 
-class _Silence:
-    """No display, for ``--quiet``."""
-
-    def start(self) -> None:
-        pass
-
-    def update(self, moment: Moment) -> None:
-        pass
-
-    def finish(self, moment: Moment) -> None:
-        pass
-
-
 class ProgressDisplay:
     """Shows progress while its ``with`` block runs.
 
@@ -341,29 +309,20 @@ class ProgressDisplay:
         read: Called from the display's thread for the counts so far; must be quick and safe to
             call beside the work. One that caches its counts has a method ``refresh()``, which is
             called before the last reading.
-        total_windows: Windows to label, estimated; None if not known.
-        total_items: Items to label; None if not known.
-        doing: What is being done, for the line at the start.
-        has_windows: Whether clips are cut into windows; if not, only clips are counted.
-        windows_of_first: Gives the estimated windows of the first so many items; None if not known.
+        expected: What there is to do.
         quiet: Show nothing.
         console: Where to show it; stderr by default.
     """
 
     def __init__(
         self,
-        *,
         read: Callable[[], ProgressCounts],
-        total_windows: int | None = None,
-        total_items: int | None = None,
-        doing: str = "labelling",
-        has_windows: bool = True,
-        windows_of_first: Callable[[int], float] | None = None,
+        expected: Expected,
+        *,
         quiet: bool = False,
         console: Console | None = None,
     ) -> None:
         self._read = read
-        expected = Expected(total_windows, total_items, doing, has_windows, windows_of_first)
         self._display = _make_display(expected, quiet, console)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="earmark-progress", daemon=True)
@@ -377,12 +336,7 @@ class ProgressDisplay:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
         if exc_type is not None:
@@ -408,7 +362,7 @@ class ProgressDisplay:
         return Moment(counts, now - self._began_s, working_s, item_windows=self._item_windows)
 
 
-def _make_display(expected: Expected, quiet: bool, console: Console | None) -> _Display:
+def _make_display(expected: Expected, quiet: bool, console: Console | None) -> _Silence:
     if quiet:
         return _Silence()
     console = console or Console(stderr=True)

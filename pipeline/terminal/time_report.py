@@ -96,11 +96,6 @@ def device_idle_share(seconds: StageSeconds) -> float | None:
     return None if busy is None else 1.0 - busy
 
 
-def reader_share(seconds: StageSeconds) -> float | None:
-    """Return how busy the reading threads were, in [0, 1]."""
-    return _share(seconds.read_s, seconds.process_s)
-
-
 def decoder_share(seconds: StageSeconds) -> float | None:
     """Return how busy the decoder processes were, in [0, 1]."""
     return _share(seconds.open_s + seconds.decode_s + seconds.resample_s, seconds.decoder_s)
@@ -210,16 +205,7 @@ def record_time(
     num_cores: int,
     num_processes: int = 1,
 ) -> dict[str, Any]:
-    """Return what ``run.json`` holds in ``time``; see the module.
-
-    Args:
-        startup: Seconds before the graph ran.
-        seconds: Of this run's units.
-        engines: What ran the model on them.
-        asked_precision: The precision as asked for.
-        num_cores: Cores that a worker may use.
-        num_processes: Processes that share them.
-    """
+    """Return what ``run.json`` holds in ``time``; see the module, and ``Circumstances``."""
     waits = ("wait_read", "wait_decode")
     labelling = ("model", "copy", "queue", "check", "fbank", *waits, "write", "other")
     background = ("read", "open", "decode", "resample", "device_ahead")
@@ -238,7 +224,7 @@ def record_time(
         "labelling_shares": labelling_shares(seconds),
         "background": {
             **{f"{name}_s": values[f"{name}_s"] for name in background},
-            "reader_share": reader_share(seconds),
+            "reader_share": _share(seconds.read_s, seconds.process_s),
             "decoders": decoders_per_process(seconds),
             "decoder_share": decoder_share(seconds),
         },

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.labelling.remaining import count_found_items
-from pipeline.terminal.progress import LiveReader, ProgressDisplay
+from pipeline.terminal.progress import Expected, LiveReader, ProgressDisplay
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.wording import counted
 from pipeline.training.stages.finetuning import Best
@@ -64,10 +64,12 @@ class DecodingDisplay:
             self._shown = True
             self._stack.enter_context(
                 ProgressDisplay(
-                    read=LiveReader(),
-                    total_items=None if self._total is None else self._total - self._num_kept,
-                    doing=f"decoding{self._purpose}",
-                    has_windows=False,
+                    LiveReader(),
+                    Expected(
+                        items=None if self._total is None else self._total - self._num_kept,
+                        doing=f"decoding{self._purpose}",
+                        has_windows=False,
+                    ),
                     quiet=self._quiet,
                 )
             )

@@ -79,9 +79,7 @@ def test_the_bar_keeps_its_width_and_leaves_room_for_an_echoed_ctrl_c(width: int
     counts = ProgressCounts(1_021, 2_042, 10_000.0, 2)
     with (
         pytest.raises(KeyboardInterrupt),
-        ProgressDisplay(
-            read=lambda: counts, total_windows=4_000, total_items=2_000, console=console
-        ),
+        ProgressDisplay(lambda: counts, Expected(4_000, 2_000), console=console),
     ):
         raise KeyboardInterrupt
     line = drawn(screen)
@@ -92,7 +90,8 @@ def test_the_bar_keeps_its_width_and_leaves_room_for_an_echoed_ctrl_c(width: int
 def test_a_narrow_terminal_still_has_the_bar_and_the_share() -> None:
     screen = io.StringIO()
     with ProgressDisplay(
-        read=lambda: ProgressCounts(1_000_000),
+        lambda: ProgressCounts(1_000_000),
+        Expected(),
         console=Console(file=screen, force_terminal=True, width=28),
     ):
         pass
@@ -113,15 +112,15 @@ def test_a_run_that_is_done_ends_with_all_counts_and_100_percent(
     line: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    reader = LazyReader(ProgressCounts(), ProgressCounts(20, 43, 420.0, 1, 1))
-    with ProgressDisplay(read=reader, total_windows=total_windows, total_items=total_items):
+    reader = LazyReader(ProgressCounts(), ProgressCounts(20, 43, 420.0, 1))
+    with ProgressDisplay(reader, Expected(total_windows, total_items)):
         assert reader() == ProgressCounts()
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"{line} · 0 s elapsed"
 
 
 def test_a_run_that_only_failed_is_done_too(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressDisplay(read=lambda: ProgressCounts(failures=1), total_windows=12):
+    with ProgressDisplay(lambda: ProgressCounts(failures=1), Expected(12)):
         pass
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("100% · 0 clips · 0 windows · 0 s of audio · 1 failed")
@@ -132,7 +131,7 @@ def test_a_run_that_broke_off_does_not_end_with_100_percent(
 ) -> None:
     with (
         pytest.raises(ValueError, match="broken"),
-        ProgressDisplay(read=lambda: ProgressCounts(5, 10, 100.0), total_windows=20),
+        ProgressDisplay(lambda: ProgressCounts(5, 10, 100.0), Expected(20)),
     ):
         raise ValueError("broken")
     assert capsys.readouterr().err.splitlines()[-1].startswith(" 50% · 5 clips · 10/~20 windows")
@@ -188,10 +187,7 @@ def test_windows_of_a_clip_under_way_do_not_correct_the_estimate(
     with (
         pytest.raises(ValueError, match="broken"),
         ProgressDisplay(
-            read=read,
-            total_windows=1000,
-            total_items=100,
-            windows_of_first=lambda num_items: 10 * num_items,
+            read, Expected(1000, 100, windows_of_first=lambda num_items: 10 * num_items)
         ),
     ):
         assert all_read.wait(timeout=60)
@@ -204,15 +200,14 @@ def test_where_clips_are_not_cut_into_windows_clips_alone_are_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     reader = iter([ProgressCounts(320, 0, 1600.0)] * 1000)
-    with ProgressDisplay(
-        read=lambda: next(reader), total_items=320, doing="decoding", has_windows=False
-    ):
+    expected = Expected(None, 320, doing="decoding", has_windows=False)
+    with ProgressDisplay(lambda: next(reader), expected):
         pass
     first, last = capsys.readouterr().err.splitlines()
     assert first == "decoding 320 clips"
     assert last.startswith("100% · 320/320 clips · 26.7 min of audio · ")
     half = Moment(ProgressCounts(160), elapsed_s=11.0, working_s=10.0)
-    assert seconds_left(half, Expected(None, 320, has_windows=False)) == 10.0
+    assert seconds_left(half, expected) == 10.0
 
 
 def at(
@@ -294,7 +289,7 @@ def test_without_a_terminal_there_are_lines(
     def read() -> ProgressCounts:
         return ProgressCounts(clips=next(reads))
 
-    with ProgressDisplay(read=read, total_windows=1000):
+    with ProgressDisplay(read, Expected(1000)):
         time.sleep(0.2)
     out, err = capsys.readouterr()
     first, *lines, last = err.splitlines()
@@ -310,11 +305,8 @@ def test_on_a_terminal_there_is_a_bar_below_the_log(monkeypatch: pytest.MonkeyPa
     console = Console(file=screen, force_terminal=True, width=100)
     logger = logging.getLogger("tests.progress")
     logger.addHandler(StderrHandler())
-    with ProgressDisplay(
-        read=lambda: ProgressCounts(clips=3, windows=6, failures=1),
-        total_windows=12,
-        console=console,
-    ):
+    counts = ProgressCounts(clips=3, windows=6, failures=1)
+    with ProgressDisplay(lambda: counts, Expected(12), console=console):
         logger.warning("a clip is damaged")
     logger.handlers.clear()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
@@ -324,13 +316,13 @@ def test_on_a_terminal_there_is_a_bar_below_the_log(monkeypatch: pytest.MonkeyPa
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressDisplay(read=ProgressCounts, total_windows=5, quiet=True):
+    with ProgressDisplay(ProgressCounts, Expected(5), quiet=True):
         pass
     assert capsys.readouterr() == ("", "")
 
 
 def test_the_display_ends_with_the_work_also_when_that_fails() -> None:
-    display = ProgressDisplay(read=ProgressCounts, quiet=True)
+    display = ProgressDisplay(ProgressCounts, Expected(), quiet=True)
     with pytest.raises(ValueError, match="broken"), display:
         raise ValueError("broken")
     assert not display._thread.is_alive()
