@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 RUNNER = "DataflowRunner"
 JOB_FILE = "_job.json"
 ACCELERATOR = "worker_accelerator="
-INSTALL = "pip install 'earmark[gcp]'"
+INSTALL = "run pip install '.[gcp]' in Earmark's checkout"
 SEE_DOCS = "docs/dataflow.md has the commands."
 
 # A job in one of these states has no worker that writes.

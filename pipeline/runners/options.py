@@ -92,7 +92,7 @@ def runner_name(options: PipelineOptions) -> str:
     except ImportError as error:
         raise ConfigError(
             f"runner {name} needs a package that is not installed ({error}); for DataflowRunner: "
-            "pip install 'earmark[gcp]'"
+            "run pip install '.[gcp]' in Earmark's checkout"
         ) from error
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(

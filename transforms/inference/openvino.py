@@ -45,7 +45,7 @@ from transforms.records import FloatArray
 
 logger = logging.getLogger(__name__)
 
-INSTALL = "pip install 'earmark[openvino]'"
+INSTALL = "run pip install '.[openvino]' in Earmark's checkout"
 
 # Part of every cache key; increased whenever conversion or quantisation changes.
 CONVERSION_VERSION = 2

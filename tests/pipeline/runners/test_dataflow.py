@@ -312,7 +312,7 @@ def test_without_the_client_of_the_service_the_command_says_what_to_install(
 
     monkeypatch.setattr("pipeline.runners.dataflow.importlib.import_module", fail)
     config = load_config(RunConfig, "dataflow_cpu", REFUSED)
-    with pytest.raises(ConfigError, match=r"pip install 'earmark\[gcp\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '.\[gcp\]'"):
         run_label(config, flags())
 
 

@@ -91,14 +91,14 @@ def test_bfloat16_on_a_cpu_depends_on_the_processor_s_flags(
         (
             {"engine": "openvino"},
             (),
-            r"openvino: not installed: openvino; pip install 'earmark\[openvino\]'\.",
+            r"openvino: not installed: openvino; run pip install '.\[openvino\]' in ",
         ),
         (
             {"precision": "int8"},
             (),
-            r"precision is int8.*openvino: not installed: openvino, nncf; pip install 'earmark",
+            r"precision is int8.*openvino: not installed: openvino, nncf; run pip install '",
         ),
-        ({"precision": "int8"}, ("openvino",), r"not installed: nncf; pip install"),
+        ({"precision": "int8"}, ("openvino",), r"not installed: nncf; run pip install"),
         (
             {"precision": "int8", "engine": "torch"},
             ("openvino", "nncf"),
