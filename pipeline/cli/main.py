@@ -35,7 +35,7 @@ RUNNING_STEP = re.compile(r" \[while running '[^\n]*'\]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, by default ``sys.argv``'s, and return the exit code."""
+    """Run a command line, by default that of the process, and return the exit code."""
     with usable_streams():
         return _main(*split_beam_options(sys.argv[1:] if argv is None else argv))
 
@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def split_beam_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Divide arguments at the first bare ``--``: Earmark's before it, Beam's after it."""
     arguments = list(arguments)
-    if "--" not in arguments:
-        return arguments, []
-    at = arguments.index("--")
+    at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]
 
 

@@ -79,11 +79,7 @@ class PlanUnits(
 def list_and_compare(
     plan: DeferredPlan,
 ) -> Iterator[WorkUnit | TaggedOutput[str, RestOfContainer] | TaggedOutput[str, FinishRun]]:
-    """List the inputs, and compare them with the commits.
-
-    Raises:
-        InputError: An input is not valid.
-    """
+    """List the inputs, and compare them with the commits."""
     state = read_result(plan.resolved.output)
     work = find_work(dataclasses.replace(plan.resolved, state=state))
     yield from work.units
@@ -104,10 +100,6 @@ def build_deferred_graph(pipeline: beam.Pipeline, plan: DeferredPlan) -> None:
 
 
 def finish_run(new: RunTotals, finish: FinishRun, num_units: int) -> None:
-    """Finish the run, with the number of units after all containers are cut.
-
-    Raises:
-        AccountingError: Units, items and rows do not add up.
-    """
+    """Finish the run, with the number of units after all containers are cut."""
     num_commits = finish.kept.units + num_units
     dataclasses.replace(finish, num_units=num_units, num_commits=num_commits)(new)

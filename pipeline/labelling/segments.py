@@ -89,10 +89,10 @@ def run_segments(config: RunConfig, segment_s: float | None, manifest: str | Non
     """Write a manifest of segments, and say what is in it.
 
     Returns:
-        The exit code: 0, or 3 if something of the inputs could not be read.
+        The exit code: 0, or 3 if a part of the inputs could not be read.
 
     Raises:
-        UsageError: Something is wrong with the command.
+        UsageError: The command is not valid.
     """
     length_s, url = _check_options(segment_s, manifest, config.overwrite)
     options = input_options(config)

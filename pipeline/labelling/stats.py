@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import tempfile
 import time
 import uuid
@@ -85,11 +86,11 @@ class StatsPlan:
 class DatasetStatistics:
     """The measured figures: ``FeatureStatistics`` without its running sums.
 
-    ``mean`` and ``std`` are None if nothing was measured.
+    ``mean`` and ``std`` are NaN if no window was measured.
     """
 
-    mean: float | None
-    std: float | None
+    mean: float
+    std: float
     windows: int
     clips: int
     audio_s: float
@@ -102,7 +103,7 @@ class DatasetStatistics:
         """Compute the figures."""
         names = [name.name for name in dataclasses.fields(DatasetStatistics)]
         counts = {name: getattr(statistics, name) for name in names[2:]}
-        figures = mean_and_std(statistics) if statistics.windows else (None, None)
+        figures = mean_and_std(statistics) if statistics.windows else (math.nan, math.nan)
         return DatasetStatistics(*figures, **counts)
 
 
@@ -119,7 +120,7 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
         The exit code: 0 done, 3 done but with more failures than allowed or a broken container.
 
     Raises:
-        UsageError: The command is not right; nothing was written.
+        UsageError: The command is not valid; nothing was written.
         InputError: Nothing in the input could be measured.
     """
     options = pipeline_options(config, beam_options)
@@ -143,7 +144,7 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
     with ProgressDisplay(LiveReader(), expected, quiet=is_quiet):
         statistics = measure(plan, options)
     elapsed_s = time.monotonic() - began_s
-    if statistics.mean is None or statistics.std is None:
+    if not statistics.windows:
         raise InputError(
             f"none of {counted(statistics.failures, 'item')} could be measured; one of them: "
             f"{statistics.example}"
@@ -237,7 +238,7 @@ def measure(plan: StatsPlan, options: PipelineOptions) -> DatasetStatistics:
 
 def describe_statistics(statistics: DatasetStatistics, *, as_original: bool) -> list[str]:
     """Describe the figures in a few lines."""
-    mean, std = statistics.mean or 0.0, statistics.std or 0.0
+    mean, std = statistics.mean, statistics.std
     how = "as the original script computes them" if as_original else "padding left out"
     lines = [
         f"mean {mean!r}",
@@ -265,8 +266,8 @@ def write_features(
         sampling_rate=fbank.sample_rate_hz,
         num_mel_bins=fbank.num_mel_bins,
         max_length=fbank.num_frames,
-        mean=statistics.mean or 0.0,
-        std=statistics.std or 1.0,
+        mean=statistics.mean,
+        std=statistics.std,
     )
     url = urls.join(output, FEATURES_NAME)
     text = json.dumps(extractor.to_dict(), indent=2, sort_keys=True)

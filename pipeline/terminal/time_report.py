@@ -45,9 +45,8 @@ SIDE_BY_SIDE_SHARE = 0.5
 class Startup:
     """Seconds before the graph runs.
 
-    Attributes:
-        imports_s: Importing the libraries; 0 if the caller had already done so.
-        planning_s: Reading the model's header, listing the inputs, repairing the output.
+    ``imports_s`` is 0 if the caller had already imported the libraries. Planning is reading the
+    model's header, listing the inputs and repairing the output.
     """
 
     imports_s: float = 0.0

@@ -33,6 +33,22 @@ def label_config(calls: Calls, *arguments: str) -> RunConfig:
     return calls[-1][0]
 
 
+def words_of(given: dict[str, str | None]) -> list[str]:
+    return [word for pair in given.items() for word in pair if word is not None]
+
+
+def check_values(config: Config, given: dict[str, str | None], lists: dict[str, list[str]]) -> None:
+    """Check that each flag has set its key, the lists theirs, and nothing else is changed."""
+    schema = type(config)
+    values = flatten(config.resolved())
+    expected = {
+        key: True if given[flag] is None else type(values[key])(given[flag])
+        for flag, key in KEYS[schema].items()
+        if flag in given
+    }
+    assert values == flatten(schema().resolved()) | expected | lists
+
+
 def test_every_option_reaches_its_key(calls: Calls) -> None:
     given = {
         "--output": "out",
@@ -51,15 +67,8 @@ def test_every_option_reaches_its_key(calls: Calls) -> None:
         "--max-failed": "0.5",
         "--quiet": None,
     }
-    words = [word for pair in given.items() for word in pair if word is not None]
-    config = label_config(calls, "a.wav", "b/", *words)
-    values = flatten(config.resolved())
-    expected = {
-        key: True if given[flag] is None else type(values[key])(given[flag])
-        for flag, key in KEYS[RunConfig].items()
-        if flag in given
-    }
-    assert values == flatten(RunConfig().resolved()) | expected | {"inputs": ["a.wav", "b/"]}
+    config = label_config(calls, "a.wav", "b/", *words_of(given))
+    check_values(config, given, {"inputs": ["a.wav", "b/"]})
 
 
 def test_every_option_of_train_reaches_its_key(calls: Calls) -> None:
@@ -80,17 +89,8 @@ def test_every_option_of_train_reaches_its_key(calls: Calls) -> None:
         "--max-failed": "0.5",
         "--quiet": None,
     }
-    words = [word for pair in given.items() for word in pair if word is not None]
-    assert cli.main(["train", "-t", "a.csv", "--train", "b.tar", *words]) == 0
-    (config,) = calls[-1]
-    values = flatten(config.resolved())
-    expected = {
-        key: True if given[flag] is None else type(values[key])(given[flag])
-        for flag, key in KEYS[TrainConfig].items()
-        if flag in given
-    }
-    defaults = flatten(TrainConfig().resolved())
-    assert values == defaults | expected | {"train": ["a.csv", "b.tar"]}
+    assert cli.main(["train", "-t", "a.csv", "--train", "b.tar", *words_of(given)]) == 0
+    check_values(calls[-1][0], given, {"train": ["a.csv", "b.tar"]})
     assert set(given) == set(KEYS[TrainConfig]) - {"--train", "--validation"}
 
 
