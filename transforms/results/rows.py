@@ -49,7 +49,6 @@ class RowSettings:
         hidden_size: Length of the embedding.
         top_k: How many labels a row lists, best first; all of them if the model has fewer.
         store_scores: Whether rows also store every class's score.
-        embedding_dtype: The type in which the embedding is stored.
     """
 
     labels: tuple[Label, ...]
@@ -61,9 +60,7 @@ class RowSettings:
 
 
 LABELS_TYPE = pa.list_(
-    pa.struct(
-        {"index": pa.int32(), "id": pa.string(), "name": pa.string(), "score": pa.float32()}
-    )
+    pa.struct({"index": pa.int32(), "id": pa.string(), "name": pa.string(), "score": pa.float32()})
 )
 
 
@@ -210,10 +207,7 @@ def labels_array(
 ) -> pa.ListArray:
     """Return the best labels of each row, best first; equal scores in the model's own order.
 
-    Args:
-        scores: Shape (num_rows, num_labels).
-        labels: The model's labels, in its order.
-        top_k: How many to list.
+    ``scores`` has shape (num_rows, num_labels), with ``labels`` in the model's order.
     """
     k = min(top_k, len(labels))
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)  # (num_rows, k)

@@ -265,7 +265,7 @@ REFUSED = ["inputs=memory://in", "output=memory://refused/out"]
         ("dataflow_gpu", flags(sdk_container_image=None), "build one from deploy/Dockerfile"),
         ("dataflow_gpu", flags(max_num_workers="2"), "num_workers is 4; must be at most"),
         ("dataflow_gpu", flags(flexrs_goal="COST_OPTIMIZED"), "FlexRS has no GPUs"),
-        ("dataflow_gpu", flags(dry_run="True"), "earmark plan says what there is to do"),
+        ("dataflow_gpu", flags(dry_run="True"), "to see what a run would do, use earmark plan"),
         (
             "dataflow_gpu",
             flags(dataflow_service_options="worker_accelerator=type:nvidia-l4;count:1"),
