@@ -248,7 +248,9 @@ class DecoderProcess:
     def _return_slot(self) -> None:
         """Return the slot of the last piece while its clip continues."""
         self._slots_to_return -= 1
-        self._send(protocol.CREDIT)
+        # A process that has just died may have sent more pieces. Those are still to be read.
+        with contextlib.suppress(OSError):
+            protocol.send_frame(self._connection, protocol.CREDIT, b"")
 
     def _receive_reply(self) -> Reply:
         """Receive the next piece, copied out of shared memory.
