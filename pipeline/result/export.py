@@ -1,8 +1,5 @@
 """Write the labels of a result with their times, for the tools in which people review audio.
 
-    windows/<unit>.parquet ┐
-    clips/<unit>.parquet   ┴─clip_id─▶ one row per window and label ─▶ csv | audacity | raven
-
 Only committed units are read, batch by batch and without their embeddings. ``csv`` is one file that
 grows with the batches. ``audacity`` and ``raven`` are one file per source, so memory holds the
 labels of one unit and those of sources that continue in other units. The files go to a folder of
@@ -22,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -47,28 +44,13 @@ UPLOAD_THREADS = 16
 LOW_FREQUENCY_HZ = 20.0
 HIGH_FREQUENCY_HZ = 8000.0
 
-CSV_COLUMNS = (
-    "clip_id",
-    "uri",
-    "member",
-    "row",
-    "start_s",
-    "end_s",
-    "label_index",
-    "label_id",
-    "label",
-    "score",
-)
-RAVEN_COLUMNS = (
-    "Selection",
-    "View",
-    "Channel",
-    "Begin Time (s)",
-    "End Time (s)",
-    "Low Freq (Hz)",
-    "High Freq (Hz)",
-    "Annotation",
-    "Score",
+CLIP_COLUMNS = ("clip_id", "uri", "member", "row")
+WINDOW_COLUMNS = ("start_s", "end_s")
+LABEL_COLUMNS = ("label_index", "label_id", "label", "score")
+CSV_COLUMNS = (*CLIP_COLUMNS, *WINDOW_COLUMNS, *LABEL_COLUMNS)
+RAVEN_HEADER = (
+    "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)"
+    "\tAnnotation\tScore"
 )
 
 # Characters that are reserved in file names on a common system, and control characters.
@@ -99,8 +81,8 @@ def label_rows(windows: pa.Table, clips: pa.Table, settings: ExportSettings) -> 
     """Make a row per window and label, in the windows' order, best label first.
 
     Args:
-        windows: ``clip_id, start_s, end_s, labels`` of some windows.
-        clips: ``clip_id, uri, member, row, sample_rate_hz`` of every clip of their unit.
+        windows: ``clip_id``, ``WINDOW_COLUMNS`` and ``labels`` of some windows.
+        clips: ``CLIP_COLUMNS`` and ``sample_rate_hz`` of every clip of their unit.
         settings: Which labels to take.
 
     Returns:
@@ -125,12 +107,9 @@ def label_rows(windows: pa.Table, clips: pa.Table, settings: ExportSettings) -> 
     clip = position.combine_chunks().take(window)
     return pa.table(
         {
-            **{name: clips[name].take(clip) for name in ("clip_id", "uri", "member", "row")},
-            **{name: windows[name].take(window) for name in ("start_s", "end_s")},
-            "label_index": pc.struct_field(labels, "index"),
-            "label_id": pc.struct_field(labels, "id"),
-            "label": pc.struct_field(labels, "name"),
-            "score": pc.struct_field(labels, "score"),
+            **{name: clips[name].take(clip) for name in CLIP_COLUMNS},
+            **{name: windows[name].take(window) for name in WINDOW_COLUMNS},
+            **dict(zip(LABEL_COLUMNS, labels.flatten(), strict=True)),
             "sample_rate_hz": clips["sample_rate_hz"].take(clip),
         }
     )
@@ -155,7 +134,7 @@ def raven_text(rows: Sequence[Mapping[str, Any]]) -> str:
     mixed down, so the selection is on the first channel. Its frequencies are the part of the
     source's range that the model covers.
     """
-    lines = ["\t".join(RAVEN_COLUMNS)]
+    lines = [RAVEN_HEADER]
     for number, row in enumerate(rows, start=1):
         high = min(HIGH_FREQUENCY_HZ, row["sample_rate_hz"] / 2)
         lines.append(
@@ -170,17 +149,10 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-@dataclass(frozen=True)
-class _TextFormat:
-    """A format of one text file per source."""
-
-    suffix: str
-    render: Callable[[Sequence[Mapping[str, Any]]], str]
-
-
+# The formats of one text file per source: the suffix of their files, and how they are made.
 _TEXT_FORMATS = {
-    "audacity": _TextFormat(".txt", audacity_text),
-    "raven": _TextFormat(".selections.txt", raven_text),
+    "audacity": (".txt", audacity_text),
+    "raven": (".selections.txt", raven_text),
 }
 
 
@@ -234,13 +206,6 @@ def name_files(sources: Iterable[Source], suffix: str) -> dict[Source, str]:
     A tar member or Parquet row lies in a folder with its container's name. Reserved characters are
     percent-encoded. Long names are cut and end in a hash, and so do names that would collide, also
     where upper and lower case are the same.
-
-    Args:
-        sources: The recordings.
-        suffix: End of the file names.
-
-    Returns:
-        Source to relative path.
     """
     ordered = sorted(set(sources))
     depth = _shared_depth({source.folder() for source in ordered})
@@ -297,11 +262,6 @@ class _Result:
         if not self.unit_ids:
             raise InputError(f"{name} {_why_empty(self.folder)}")
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last run has finished."""
-        return filesystem.exists(storage_urls.join(self.folder, "_SUCCESS"))
-
     def clips(self, unit_id: str, columns: Sequence[str]) -> pa.Table:
         """Read some columns of a unit's clips."""
         with self._reading("clips", unit_id):
@@ -309,13 +269,13 @@ class _Result:
 
     def sources(self, unit_id: str) -> dict[str, Source]:
         """Read the source of each of a unit's clips, by ``clip_id``."""
-        rows = self.clips(unit_id, ["clip_id", "uri", "member", "row"]).to_pylist()
+        rows = self.clips(unit_id, CLIP_COLUMNS).to_pylist()
         return {row["clip_id"]: source_of(**row) for row in rows}
 
     def label_rows(self, unit_id: str, settings: ExportSettings) -> Iterator[pa.Table]:
         """Read a unit's labels, batch by batch; see ``label_rows``."""
-        clips = self.clips(unit_id, ["clip_id", "uri", "member", "row", "sample_rate_hz"])
-        columns = ["clip_id", "start_s", "end_s", "labels"]
+        clips = self.clips(unit_id, [*CLIP_COLUMNS, "sample_rate_hz"])
+        columns = ["clip_id", *WINDOW_COLUMNS, "labels"]
         with self._reading("windows", unit_id):
             for windows in read_batches(self.folder, "windows", unit_id, columns):
                 yield label_rows(windows, clips, settings)
@@ -351,9 +311,8 @@ class _Result:
 
 def _why_empty(folder: str) -> str:
     """Say why a folder has no commits, and what to do."""
-    from pipeline.result.state import (
-        read_run,  # imports Beam, which an export does not need otherwise
-    )
+    # Imports Beam, which an export does not need otherwise.
+    from pipeline.result.state import read_run
 
     if not filesystem.exists(folder):
         return "does not exist; give the --output folder of earmark label"
@@ -391,13 +350,17 @@ def _write_csv(result: _Result, folder: str, settings: ExportSettings) -> tuple[
 
 
 def _write_text(
-    result: _Result, folder: str, settings: ExportSettings, text_format: _TextFormat
+    result: _Result,
+    folder: str,
+    settings: ExportSettings,
+    suffix: str,
+    render: Callable[[Sequence[Mapping[str, Any]]], str],
 ) -> tuple[int, int]:
     """Write one file per source, even without labels; returns numbers as ``_write_csv`` does."""
     units_left: Counter[Source] = Counter()
     for unit_id in result.unit_ids:
         units_left.update(set(result.sources(unit_id).values()))
-    names = name_files(units_left, text_format.suffix)
+    names = name_files(units_left, suffix)
     waiting: dict[Source, list[dict[str, Any]]] = {}
     num_labels = 0
     with ThreadPoolExecutor(UPLOAD_THREADS, "earmark-export") as threads:
@@ -408,10 +371,8 @@ def _write_text(
                 for row in rows.to_pylist():
                     waiting.setdefault(sources[row["clip_id"]], []).append(row)
             units_left.subtract(set(sources.values()))
-            complete = [
-                source for source in sorted(set(sources.values())) if not units_left[source]
-            ]
-            texts = (text_format.render(_in_order(waiting.pop(s, []))) for s in complete)
+            complete = [s for s in sorted(set(sources.values())) if not units_left[s]]
+            texts = (render(_in_order(waiting.pop(s, []))) for s in complete)
             urls = (storage_urls.join(folder, names[source]) for source in complete)
             # Collecting the results raises the errors of the threads.
             list(threads.map(_put_text, urls, texts))
@@ -427,7 +388,7 @@ def _put_text(url: str, text: str) -> None:
     writing.write_bytes(url, text.encode("utf-8", "surrogatepass"))
 
 
-def _export_folder(result: _Result, format: ExportFormat, output: str | None) -> str:
+def _export_folder(result: _Result, format: str, output: str | None) -> str:
     """Return the folder to export to.
 
     Raises:
@@ -454,18 +415,15 @@ def run_export(
     top_k: int | None = None,
     quiet: bool = False,
 ) -> int:
-    """Export a result's labels (``earmark export``).
+    """Export a result's labels (``earmark export``), and return the exit code.
 
     Args:
         folder: The result's folder.
-        format: ``csv``, ``audacity`` or ``raven``.
+        format: An ``ExportFormat``.
         output: Folder to write to; None for ``export/<format>`` in the result's folder.
-        threshold: Smallest score to export, in [0, 1].
-        top_k: Largest number of labels per window.
+        threshold: As in ``ExportSettings``.
+        top_k: As in ``ExportSettings``.
         quiet: Print nothing.
-
-    Returns:
-        The exit code.
 
     Raises:
         UsageError: ``folder`` is no result, or an argument does not fit it.
@@ -476,9 +434,9 @@ def run_export(
     result = _Result(folder)
     if top_k is not None:
         result.check_top_k(top_k)
-    target = _export_folder(result, cast(ExportFormat, format), output)
+    target = _export_folder(result, format, output)
     writing.make_folder(target)
-    if not result.is_finished:
+    if not filesystem.exists(storage_urls.join(result.folder, "_SUCCESS")):
         logger.warning(
             "%s: the last run has not finished; exporting the %d units committed so far",
             public_uri(result.folder),
@@ -487,7 +445,7 @@ def run_export(
     if format == "csv":
         num_files, num_labels = _write_csv(result, target, settings)
     else:
-        num_files, num_labels = _write_text(result, target, settings, _TEXT_FORMATS[format])
+        num_files, num_labels = _write_text(result, target, settings, *_TEXT_FORMATS[format])
     if not quiet:
         files = "1 file" if num_files == 1 else f"{num_files:,} files"
         place = public_uri(target)

@@ -153,8 +153,8 @@ class _Holder:
 
     Attributes:
         token: Unique to the run.
-        machine: The name of its machine, for messages.
-        process: Its process id there, for messages.
+        machine: The name of its machine.
+        process: Its process id there.
         heartbeat: How often the file has been written.
     """
 

@@ -59,18 +59,9 @@ _OLD_PART = re.compile(
 _UNIT_FILE = re.compile(r"^(?P<unit_id>[0-9a-f]{16,64})\.(parquet|json)$")
 
 _VERSIONED = (
-    "apache-beam",
-    "torch",
-    "torchaudio",
-    "soundfile",
-    "av",
-    "soxr",
-    "numpy",
-    "pyarrow",
-    "fsspec",
-    "safetensors",
+    *("apache-beam", "torch", "torchaudio", "soundfile", "av", "soxr"),
+    *("numpy", "pyarrow", "fsspec", "safetensors", "openvino", "nncf"),
 )
-_VERSIONED_IF_INSTALLED = ("openvino", "nncf")
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,6 @@ class ResultState:
     """The content of an output folder.
 
     Attributes:
-        output: The folder.
         run: ``run.json``, or None if there is none.
         commits: Commits whose parts exist in the committed size, by unit.
         damaged: Units whose commit cannot be read or whose parts are missing or of another
@@ -90,7 +80,6 @@ class ResultState:
         unfinished: Files that were being written when a run was killed, as URLs.
         foreign: Files in the result's folders that Earmark did not write, as URLs.
         old_parts: Files below ``_parts`` that an earlier version wrote, as URLs.
-        succeeded: ``_SUCCESS`` exists.
     """
 
     output: str
@@ -154,13 +143,12 @@ def _read_result(output: str) -> ResultState:
         if reason:
             damaged[unit_id] = reason
     known = commits.keys() | without.keys()
-    orphans = [part_url(output, part, unit_id) for part, unit_id in sizes if unit_id not in known]
     # A part that its commit does not name (an ``errors`` part, after a change by hand) is an
     # orphan too.
-    orphans += [
+    orphans = [
         part_url(output, part, unit_id)
         for part, unit_id in sizes
-        if unit_id in commits and part not in commits[unit_id].parts
+        if unit_id not in known or (unit_id in commits and part not in commits[unit_id].parts)
     ]
     return ResultState(
         output=output,
@@ -240,12 +228,18 @@ def _remove_old_parts(state: ResultState) -> None:
     folders = set()
     for url in state.old_parts:
         writing.remove(url)
+<<<<<<< HEAD
         folder = urls.parent(url)
         folders |= {
             folder,
             urls.parent(folder),
             urls.parent(urls.parent(folder)),
         }
+=======
+        for _ in range(3):
+            url = storage_urls.parent(url)
+            folders.add(url)
+>>>>>>> lessC
     for folder in sorted(folders, key=len, reverse=True):
         writing.remove_empty_folder(folder)
 
@@ -404,9 +398,7 @@ def software_versions() -> dict[str, str]:
     """Return the versions of Earmark, Python and the libraries that results depend on."""
     versions = {"earmark": __version__, "python": platform.python_version()}
     for name in _VERSIONED:
-        versions[name] = importlib.metadata.version(name)
-    for name in _VERSIONED_IF_INSTALLED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra
             versions[name] = importlib.metadata.version(name)
     return versions
 
@@ -427,9 +419,7 @@ class FinishRun:
     """The graph's last step: check the accounting, write ``run.json`` and ``_SUCCESS``.
 
     Attributes:
-        output: The result's folder.
         run: ``run.json`` as it was written at the start.
-        startup: What starting took.
         kept: Totals of the units that were committed before and stay.
         num_units: Units that this run has to do.
         found_kept_items: Items of the kept units that are in the input.

@@ -274,12 +274,13 @@ def check_unit(output: str, commit: Commit) -> tuple[list[Finding], list[str]]:
             findings.append(Finding(url, problem, kind, unit_id))
     if not findings:
         findings += _check_rows(commit, tables)
-    return findings, [
-        clip_id
-        for part in ("clips", "errors")
-        if part in tables
-        for clip_id in tables[part]["clip_id"].to_pylist()
-    ]
+    return findings, _item_ids(tables)
+
+
+def _item_ids(tables: dict[str, pa.Table]) -> list[str]:
+    """Return the ids of a unit's clips and failures."""
+    parts = (tables[part] for part in ("clips", "errors") if part in tables)
+    return [clip_id for table in parts for clip_id in table["clip_id"].to_pylist()]
 
 
 _COLUMNS = {
@@ -324,12 +325,7 @@ def _miscounted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
 
 def _unlisted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
     """Return which item has no row, or no entry in the ledger: a run would skip it or redo it."""
-    there = {
-        clip_id
-        for part in ("clips", "errors")
-        if part in tables
-        for clip_id in tables[part]["clip_id"].to_pylist()
-    }
+    there = set(_item_ids(tables))
     listed = {entry.clip_id for entry in commit.ledger.items}
     if listed - there:
         return f"its commit lists {min(listed - there)}, which has no row"
@@ -342,23 +338,14 @@ def _unlisted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
 def _check_rows(commit: Commit, tables: dict[str, pa.Table]) -> Iterator[Finding]:
     if problem := _miscounted(commit, tables) or _unlisted(commit, tables):
         yield Finding(commit.unit_id, problem, Kind.CHANGED, commit.unit_id)
-    expected = dict(
-        zip(
-            tables["clips"]["clip_id"].to_pylist(),
-            tables["clips"]["num_windows"].to_pylist(),
-            strict=True,
-        )
-    )
-    counted = {
-        row["values"]: row["counts"]
-        for row in pc.value_counts(tables["windows"]["clip_id"]).to_pylist()
-    }
+    expected = Counter({row["clip_id"]: row["num_windows"] for row in tables["clips"].to_pylist()})
+    counted = Counter(tables["windows"]["clip_id"].to_pylist())
     for clip_id in sorted({*expected, *counted}):
-        if expected.get(clip_id, 0) != counted.get(clip_id, 0):
+        if expected[clip_id] != counted[clip_id]:
             yield Finding(
                 clip_id,
-                f"it has {counted.get(clip_id, 0)} windows in {commit.unit_id}, and its clip says "
-                f"{expected.get(clip_id, 0)}",
+                f"it has {counted[clip_id]} windows in {commit.unit_id}, and its clip says "
+                f"{expected[clip_id]}",
                 Kind.CHANGED,
                 commit.unit_id,
             )

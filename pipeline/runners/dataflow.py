@@ -108,11 +108,8 @@ def _check_installed() -> None:
 def _check_places(options: PipelineOptions) -> None:
     """Refuse temporary locations that are no folders of a bucket; Beam would make a bucket."""
     cloud = options.view_as(GoogleCloudOptions)
-    places = {
-        "temp_location": cloud.temp_location,
-        "staging_location": cloud.staging_location,
-    }
-    given = {name: place for name, place in places.items() if place is not None}
+    names = ("temp_location", "staging_location")
+    given = {name: place for name in names if (place := getattr(cloud, name)) is not None}
     if not given:
         raise ConfigError(
             "no temp_location is given for the job's own files; give a folder of a bucket: "
@@ -161,11 +158,7 @@ def accelerator_of(options: PipelineOptions) -> str | None:
 
 
 def check_device(options: PipelineOptions, device: str) -> None:
-    """Refuse a device that does not fit the workers.
-
-    Args:
-        options: Beam's options.
-        device: ``inference.device``.
+    """Refuse an ``inference.device`` that does not fit the workers.
 
     Raises:
         ConfigError: Workers have a GPU that the device does not require, or lack the device.
@@ -203,13 +196,7 @@ def is_left_running(options: PipelineOptions) -> bool:
 
 @dataclass(frozen=True)
 class DataflowJob:
-    """A job of the service.
-
-    Attributes:
-        project: The project that pays for it.
-        region: The region it runs in.
-        job_id: The service's id of the job.
-    """
+    """A job of the service, in the region of the project that pays for it."""
 
     project: str
     region: str
@@ -275,9 +262,7 @@ def ask_state(job: DataflowJob) -> str:
 def check_no_job(output: str, ask: Callable[[DataflowJob], str] | None = None) -> None:
     """Refuse an output that a job still writes to.
 
-    Args:
-        output: The result's folder.
-        ask: Returns a job's state; None asks the service.
+    ``ask`` returns a job's state; None asks the service.
 
     Raises:
         OutputError: A job writes to the output, or its state is not known.
@@ -306,14 +291,7 @@ def check_no_job(output: str, ask: Callable[[DataflowJob], str] | None = None) -
 def submit(pipeline: beam.Pipeline, output: str, options: PipelineOptions, *, quiet: bool) -> Any:
     """Submit a pipeline, print the job's id and page, and record the job in the output.
 
-    Args:
-        pipeline: The pipeline.
-        output: The result's folder.
-        options: Beam's options.
-        quiet: Print nothing but the job's id and page.
-
-    Returns:
-        The runner's result, for ``follow``.
+    Returns the runner's result, for ``follow``. ``quiet`` prints nothing but the id and page.
     """
     result = pipeline.run()
     job = job_of(result, options)
@@ -337,10 +315,7 @@ def submit(pipeline: beam.Pipeline, output: str, options: PipelineOptions, *, qu
 def follow(result: Any, output: str | None, options: PipelineOptions) -> None:
     """Wait for the end of a job; an interrupt cancels it.
 
-    Args:
-        result: The runner's result.
-        output: The result's folder, which records the job until it has ended; None for none.
-        options: Beam's options.
+    ``output`` is the result's folder, which records the job until it has ended; None for none.
     """
     job = job_of(result, options)
     if job is None:

@@ -76,12 +76,7 @@ def is_on_this_machine(address: str | None) -> bool:
 
 
 def has_all_machines_here(runner: str, options: PipelineOptions) -> bool:
-    """Return whether a runner's service and workers are on this machine.
-
-    Args:
-        runner: The name of its class in lower case.
-        options: Beam's options.
-    """
+    """Return whether a runner's (its class in lower case) service and workers are here."""
     values = options.get_all_options()
     return all(is_on_this_machine(values.get(name)) for name in MASTERS.get(runner, ()))
 
@@ -123,11 +118,7 @@ def _is_loopback(runner: str, options: PipelineOptions) -> bool:
 
 
 def wait_for(result: Any) -> None:
-    """Wait for the end of a pipeline; an interrupt cancels the job of a job service.
-
-    Args:
-        result: The runner's result.
-    """
+    """Wait for the end of a pipeline; an interrupt cancels the job of a job service."""
     try:
         result.wait_until_finish()
     except KeyboardInterrupt:

@@ -31,10 +31,6 @@ def pipeline_options(config: RunConfig, beam_options: Sequence[str]) -> Pipeline
     (``dataflow_service_options``); only experiments are combined. ``__main__`` is not pickled for
     workers, because all of Earmark's code is in packages.
 
-    Args:
-        config: The config.
-        beam_options: Options after ``--``.
-
     Raises:
         ConfigError: Beam does not know an option.
     """
@@ -114,11 +110,7 @@ def is_in_process(options: PipelineOptions) -> bool:
 
 
 def check_runner(options: PipelineOptions, device: str | None = None) -> None:
-    """Refuse options that the runner cannot work with.
-
-    Args:
-        options: Beam's options.
-        device: The model's device; None if there is no model.
+    """Refuse options that the runner cannot work with; ``device`` is None without a model.
 
     Raises:
         ConfigError: An option is missing or conflicts with another.
@@ -131,11 +123,7 @@ def check_runner(options: PipelineOptions, device: str | None = None) -> None:
 
 
 def check_reachable(inputs: Sequence[str], output: str | None) -> None:
-    """Refuse local paths where other machines do the work.
-
-    Args:
-        inputs: Normalised inputs.
-        output: The normalised output; None if it was not given.
+    """Refuse local paths, all normalised, where other machines do the work.
 
     Raises:
         ConfigError: A path is local, or there is no output.

@@ -51,11 +51,7 @@ def processor_facts() -> dict[str, str]:
 
 @functools.cache
 def torch_device(name: str) -> torch.device:
-    """Return the device of this process; with several GPUs, each process has its own.
-
-    Args:
-        name: ``cpu``, ``cuda`` or ``mps``.
-    """
+    """Return the device ``cpu``, ``cuda`` or ``mps``; of several GPUs, each process has its own."""
     if name != "cuda" or torch.cuda.device_count() < 2:
         return torch.device(name)
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -65,16 +61,13 @@ def torch_device(name: str) -> torch.device:
 
 
 def claim(names: Sequence[str], folder: Path | None) -> int:
-    """Claim the resource that the fewest processes of this machine have claimed.
+    """Claim the resource that the fewest processes of this machine have claimed; return its index.
 
     The claim ends with the process, however that ends.
 
     Args:
         names: The resources, by names that are the same in every process.
         folder: The folder of the claims; None if there is none.
-
-    Returns:
-        The index of the resource.
     """
     with contextlib.suppress(OSError):  # a file system without locks, or a read-only one
         if folder is not None:
@@ -92,11 +85,7 @@ _held: list[int] = []  # descriptors that hold this process's locks
 
 
 class Sender:
-    """Copies tensors from the host to a device; to a GPU, while it computes.
-
-    Args:
-        device: The device.
-    """
+    """Copies tensors from the host to a device; to a GPU, while it computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -105,8 +94,7 @@ class Sender:
     def __call__(self, values: Tensor) -> Tensor:
         """Copy values to the device; computations on them wait until they have arrived.
 
-        Args:
-            values: On the host; values in pinned memory are not copied twice.
+        Values in pinned memory are not copied twice.
         """
         if self._stream is None:
             return values.to(self._device)

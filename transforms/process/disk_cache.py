@@ -70,12 +70,7 @@ def find_folder(kind: str, key: str) -> Path | None:
 
 
 def keep_folder(kind: str, key: str, write: Callable[[Path], None]) -> Path | None:
-    """Cache a folder of files.
-
-    Args:
-        kind: The kind of entry.
-        key: Its key, from ``make_key``.
-        write: Writes the files into the given folder.
+    """Cache a folder of files, which ``write`` writes into the folder that it is given.
 
     Returns:
         The cached folder; None if it cannot be written, whatever ``write`` or the disk raises.

@@ -10,10 +10,7 @@ _NEW_OR_EXISTING_FILE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 
 def try_lock(descriptor: int) -> bool:
-    """Take an exclusive lock on an open file or folder, without waiting.
-
-    Args:
-        descriptor: Holds the lock until it is closed.
+    """Take an exclusive lock on an open file or folder, without waiting, until it is closed.
 
     Returns:
         Whether the lock was taken; False if another descriptor has one.

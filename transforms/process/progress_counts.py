@@ -7,15 +7,10 @@ from dataclasses import dataclass
 
 @dataclass
 class LiveCounts:
-    """What the last step of this process has received so far.
+    """What the last step of this process has labelled and committed so far.
 
-    Attributes:
-        clips: Clips labelled.
-        windows: Windows labelled.
-        failures: Items that could not be labelled.
-        units: Units committed.
-        audio_s: Seconds of audio labelled; where windows overlap, each second counts once. At the
-            end, it is the sum of the clips' durations.
+    ``failures`` are items that could not be labelled. ``audio_s`` counts each second once where
+    windows overlap; at the end, it is the sum of the clips' durations.
     """
 
     clips: int = 0

@@ -20,7 +20,6 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +32,8 @@ def _prefix() -> str:
 
 @dataclass(frozen=True)
 class _Held:
-    """A folder and the descriptor that holds its lock."""
-
     path: Path
-    descriptor: int
+    descriptor: int  # holds the lock
 
 
 class _Scratch:
@@ -88,9 +85,13 @@ def scratch_folder() -> Path:
 def sweep() -> None:
     """Remove the folders of this user's killed processes."""
     for path in _siblings():
-        with contextlib.suppress(OSError), _opened(path) as descriptor:
-            if os.fstat(descriptor).st_uid == os.geteuid() and try_lock(descriptor):
-                shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            descriptor = _open(path)
+            try:
+                if os.fstat(descriptor).st_uid == os.geteuid() and try_lock(descriptor):
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _root() -> Path:
@@ -118,20 +119,15 @@ def _make() -> _Held:
         except FileNotFoundError:
             continue  # removed before it was locked
         try:
-            if _lock_if_supported(descriptor) and is_still(path, descriptor):
+            is_locked = True  # also on a file system without locks
+            with contextlib.suppress(OSError):
+                is_locked = try_lock(descriptor)
+            if is_locked and is_still(path, descriptor):
                 return _Held(path, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)  # another process is removing it
-
-
-def _lock_if_supported(descriptor: int) -> bool:
-    """Take the lock, and return whether that worked; True on a file system without locks."""
-    try:
-        return try_lock(descriptor)
-    except OSError:
-        return True
 
 
 def is_still(path: Path, descriptor: int, *, follow_symlinks: bool = False) -> bool:
@@ -144,15 +140,6 @@ def is_still(path: Path, descriptor: int, *, follow_symlinks: bool = False) -> b
 
 def _open(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = _open(path)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _start_anew() -> None:

@@ -42,13 +42,7 @@ COMMITS = "_commits"
 
 @dataclass(frozen=True)
 class PartInfo:
-    """A part as its commit describes it.
-
-    Attributes:
-        num_bytes: Size of the file.
-        sha256: Hex digest of the file.
-        num_rows: Rows in it.
-    """
+    """A part's file as its commit describes it."""
 
     num_bytes: int
     sha256: str
@@ -61,10 +55,8 @@ class UnitTotals:
 
     Attributes:
         items: Items found in it: clips plus failures.
-        clips: Items labelled.
         failures: Items that could not be labelled, including a broken container's own row.
         broken_containers: Those failures that are containers not read to their end.
-        windows: Windows labelled.
         audio_s: Seconds of audio labelled.
     """
 
@@ -156,12 +148,7 @@ class LedgerSlice:
 
 @dataclass(frozen=True)
 class LedgerItem:
-    """An item that a commit covers.
-
-    Attributes:
-        clip_id: Its name.
-        version: ``item_version`` at the time.
-    """
+    """An item that a commit covers, with its ``item_version`` at the time."""
 
     clip_id: str
     version: str
@@ -181,12 +168,9 @@ class Commit:
     """A committed unit: proof that its parts are whole.
 
     Attributes:
-        unit_id: The unit.
-        fingerprint: Of the run that wrote it.
+        fingerprint: That of the run that wrote it.
         replaces: Units whose content this one redid.
-        ledger: What it covers.
         parts: By name; ``errors`` only if there is one.
-        totals: Counts of what it held.
         engines: What computed it: engine, device and precision.
         checks: How far they were from float32, where that was measured.
     """
@@ -253,12 +237,12 @@ def container_version(size: int | None, version: str | None) -> str:
 
 
 def part_url(output: str, part: str, unit_id: str) -> str:
-    """Return where a unit's part lies."""
+    """Return the URL of a unit's part."""
     return urls.join(output, part, f"{unit_id}.parquet")
 
 
 def commit_url(output: str, unit_id: str) -> str:
-    """Return where a unit's commit lies."""
+    """Return the URL of a unit's commit."""
     return urls.join(output, COMMITS, f"{unit_id}.json")
 
 
@@ -446,12 +430,7 @@ def file_sha256(file: BinaryIO) -> str:
 class UnitSummary:
     """The summary of a committed unit; small enough to cross stages.
 
-    Attributes:
-        unit_id: The unit.
-        totals: Counts of what it held.
-        engines: What computed it.
-        checks: How far they were from float32.
-        seconds: Where the time for it went; zero if it was committed before.
+    ``seconds`` says where the time for it went, and is zero if it was committed before.
     """
 
     unit_id: str

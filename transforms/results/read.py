@@ -38,9 +38,8 @@ def read_result(
         raise OutputError(
             f"{public_uri(output)} has no commits; expected the --output of earmark label"
         )
-    wanted = None if columns is None else list(columns)
     parts = [
-        read_part(output, table, unit_id, wanted).replace_schema_metadata(None)
+        read_part(output, table, unit_id, columns).replace_schema_metadata(None)
         for unit_id, commit in commits.items()
         if table in commit.parts
     ]

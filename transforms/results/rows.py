@@ -9,9 +9,9 @@ place of its row, and the sink drops its other windows.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import apache_beam as beam
 import numpy as np
@@ -49,7 +49,6 @@ class RowSettings:
         hidden_size: Length of the embedding.
         top_k: How many labels a row lists, best first; all of them if the model has fewer.
         store_scores: Whether rows also store every class's score.
-        embedding_dtype: The type in which the embedding is stored.
     """
 
     labels: tuple[Label, ...]
@@ -61,15 +60,68 @@ class RowSettings:
 
 
 LABELS_TYPE = pa.list_(
-    pa.struct(
-        [
-            pa.field("index", pa.int32()),
-            pa.field("id", pa.string()),
-            pa.field("name", pa.string()),
-            pa.field("score", pa.float32()),
-        ]
-    )
+    pa.struct({"index": pa.int32(), "id": pa.string(), "name": pa.string(), "score": pa.float32()})
 )
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+# Each column of a table, and how it is made of a row.
+_Columns = Sequence[tuple[pa.Field, Callable[[Any], object]]]
+
+_WINDOW_COLUMNS: _Columns = (
+    (_required("clip_id", pa.string()), lambda row: row.clip_id),
+    (_required("window_index", pa.int32()), lambda row: row.window_index),
+    (_required("start_s", pa.float64()), lambda row: row.start_s),
+    (_required("end_s", pa.float64()), lambda row: row.end_s),
+)
+
+# Of rows with an ``item``. A whole file has null times.
+_ITEM_COLUMNS: _Columns = (
+    (_required("clip_id", pa.string()), lambda row: row.item.clip_id),
+    (_required("uri", pa.string()), lambda row: row.item.uri),
+    (pa.field("member", pa.string()), lambda row: row.item.member),
+    (pa.field("row", pa.int64()), lambda row: row.item.row),
+    (pa.field("start_s", pa.float64()), lambda row: row.item.start_s),
+    (pa.field("end_s", pa.float64()), lambda row: row.item.end_s),
+)
+_TRUTH = (pa.field("truth", pa.list_(pa.string())), lambda row: row.item.truth)
+_METADATA = (pa.field("metadata", pa.string()), lambda row: row.item.metadata)
+
+_CLIP_COLUMNS: _Columns = (
+    *_ITEM_COLUMNS,
+    (_required("duration_s", pa.float64()), lambda row: row.facts.duration_s),
+    (_required("sample_rate_hz", pa.int32()), lambda row: row.facts.sample_rate_hz),
+    (_required("channels", pa.int32()), lambda row: row.facts.channels),
+    (_required("num_windows", pa.int32()), lambda row: row.num_windows),
+    (_required("peak_dbfs", pa.float64()), lambda row: row.facts.peak_dbfs),
+    (_required("rms_dbfs", pa.float64()), lambda row: row.facts.rms_dbfs),
+    (_required("clipped_ratio", pa.float64()), lambda row: row.facts.clipped_ratio),
+    (_required("silent_ratio", pa.float64()), lambda row: row.facts.silent_ratio),
+    (_required("content_sha256", pa.string()), lambda row: row.facts.content_sha256),
+    (pa.field("warning", pa.string()), lambda row: row.facts.warning),
+    _TRUTH,
+)
+
+_ERROR_COLUMNS: _Columns = (
+    *_ITEM_COLUMNS,
+    (_required("stage", pa.string()), lambda failure: failure.stage),
+    (_required("error_type", pa.string()), lambda failure: failure.error_type),
+    (_required("message", pa.string()), lambda failure: failure.message),
+    _TRUTH,
+    _METADATA,
+)
+_UNIT_ID = _required("unit_id", pa.string())
+
+
+def _fields(columns: _Columns) -> list[pa.Field]:
+    return [field for field, _ in columns]
+
+
+def _arrays(rows: Sequence[object], columns: _Columns) -> list[pa.Array]:
+    return [pa.array([make(row) for row in rows], field.type) for field, make in columns]
 
 
 def _vector_fields(settings: RowSettings) -> list[pa.Field]:
@@ -86,79 +138,27 @@ def _vector_fields(settings: RowSettings) -> list[pa.Field]:
 
 def windows_schema(settings: RowSettings) -> pa.Schema:
     """Return the schema of ``windows/<unit_id>.parquet``."""
-    return pa.schema(
-        [
-            pa.field("clip_id", pa.string(), nullable=False),
-            pa.field("window_index", pa.int32(), nullable=False),
-            pa.field("start_s", pa.float64(), nullable=False),
-            pa.field("end_s", pa.float64(), nullable=False),
-            *_vector_fields(settings),
-        ]
-    )
-
-
-_ITEM_FIELDS = [
-    pa.field("clip_id", pa.string(), nullable=False),
-    pa.field("uri", pa.string(), nullable=False),
-    pa.field("member", pa.string()),
-    pa.field("row", pa.int64()),
-    pa.field("start_s", pa.float64()),
-    pa.field("end_s", pa.float64()),
-]
+    return pa.schema([*_fields(_WINDOW_COLUMNS), *_vector_fields(settings)])
 
 
 def clips_schema(settings: RowSettings) -> pa.Schema:
-    """Return the schema of ``clips/<unit_id>.parquet``; a whole file has null times."""
+    """Return the schema of ``clips/<unit_id>.parquet``."""
     labels, embedding, *scores = _vector_fields(settings)
-    return pa.schema(
-        [
-            *_ITEM_FIELDS,
-            pa.field("duration_s", pa.float64(), nullable=False),
-            pa.field("sample_rate_hz", pa.int32(), nullable=False),
-            pa.field("channels", pa.int32(), nullable=False),
-            pa.field("num_windows", pa.int32(), nullable=False),
-            pa.field("peak_dbfs", pa.float64(), nullable=False),
-            pa.field("rms_dbfs", pa.float64(), nullable=False),
-            pa.field("clipped_ratio", pa.float64(), nullable=False),
-            pa.field("silent_ratio", pa.float64(), nullable=False),
-            pa.field("content_sha256", pa.string(), nullable=False),
-            pa.field("warning", pa.string()),
-            pa.field("truth", pa.list_(pa.string())),
-            labels,
-            embedding,
-            pa.field("metadata", pa.string()),
-            *scores,
-        ]
-    )
+    return pa.schema([*_fields(_CLIP_COLUMNS), labels, embedding, _METADATA[0], *scores])
 
 
 def errors_schema() -> pa.Schema:
     """Return the schema of ``errors/<unit_id>.parquet``: a manifest that tries the items again."""
-    return pa.schema(
-        [
-            *_ITEM_FIELDS,
-            pa.field("stage", pa.string(), nullable=False),
-            pa.field("error_type", pa.string(), nullable=False),
-            pa.field("message", pa.string(), nullable=False),
-            pa.field("truth", pa.list_(pa.string())),
-            pa.field("metadata", pa.string()),
-            pa.field("unit_id", pa.string(), nullable=False),
-        ]
-    )
+    return pa.schema([*_fields(_ERROR_COLUMNS), _UNIT_ID])
 
 
 def windows_table(rows: Sequence[WindowRow], settings: RowSettings) -> pa.Table:
     """Convert window rows to a table of ``windows_schema``."""
     predictions = [row.prediction for row in rows]
-    columns = [
-        pa.array([row.clip_id for row in rows], pa.string()),
-        pa.array([row.window_index for row in rows], pa.int32()),
-        pa.array([row.start_s for row in rows], pa.float64()),
-        pa.array([row.end_s for row in rows], pa.float64()),
-        *_vector_columns(
-            [p.embedding for p in predictions], [p.scores for p in predictions], settings
-        ),
-    ]
+    vectors = _vector_columns(
+        [p.embedding for p in predictions], [p.scores for p in predictions], settings
+    )
+    columns = [*_arrays(rows, _WINDOW_COLUMNS), *vectors]
     return pa.Table.from_arrays(columns, schema=windows_schema(settings))
 
 
@@ -167,51 +167,16 @@ def clips_table(rows: Sequence[ClipRow], settings: RowSettings) -> pa.Table:
     labels, embedding, *scores = _vector_columns(
         [row.embedding for row in rows], [row.scores for row in rows], settings
     )
-    facts = [row.facts for row in rows]
-    columns = [
-        *_item_columns([row.item for row in rows]),
-        pa.array([f.duration_s for f in facts], pa.float64()),
-        pa.array([f.sample_rate_hz for f in facts], pa.int32()),
-        pa.array([f.channels for f in facts], pa.int32()),
-        pa.array([row.num_windows for row in rows], pa.int32()),
-        pa.array([f.peak_dbfs for f in facts], pa.float64()),
-        pa.array([f.rms_dbfs for f in facts], pa.float64()),
-        pa.array([f.clipped_ratio for f in facts], pa.float64()),
-        pa.array([f.silent_ratio for f in facts], pa.float64()),
-        pa.array([f.content_sha256 for f in facts], pa.string()),
-        pa.array([f.warning for f in facts], pa.string()),
-        pa.array([row.item.truth for row in rows], pa.list_(pa.string())),
-        labels,
-        embedding,
-        pa.array([row.item.metadata for row in rows], pa.string()),
-        *scores,
-    ]
+    metadata = _arrays(rows, [_METADATA])
+    columns = [*_arrays(rows, _CLIP_COLUMNS), labels, embedding, *metadata, *scores]
     return pa.Table.from_arrays(columns, schema=clips_schema(settings))
 
 
 def errors_table(failures: Sequence[Failure], unit_id: str) -> pa.Table:
     """Convert failures to a table of ``errors_schema``."""
-    columns = [
-        *_item_columns([failure.item for failure in failures]),
-        pa.array([failure.stage for failure in failures], pa.string()),
-        pa.array([failure.error_type for failure in failures], pa.string()),
-        pa.array([failure.message for failure in failures], pa.string()),
-        pa.array([failure.item.truth for failure in failures], pa.list_(pa.string())),
-        pa.array([failure.item.metadata for failure in failures], pa.string()),
-        pa.array([unit_id] * len(failures), pa.string()),
-    ]
+    unit_ids = pa.array([unit_id] * len(failures), pa.string())
+    columns = [*_arrays(failures, _ERROR_COLUMNS), unit_ids]
     return pa.Table.from_arrays(columns, schema=errors_schema())
-
-
-def _item_columns(items: Sequence[Item]) -> list[pa.Array]:
-    return [
-        pa.array([item.clip_id for item in items], pa.string()),
-        pa.array([item.uri for item in items], pa.string()),
-        pa.array([item.member for item in items], pa.string()),
-        pa.array([item.row for item in items], pa.int64()),
-        pa.array([item.start_s for item in items], pa.float64()),
-        pa.array([item.end_s for item in items], pa.float64()),
-    ]
 
 
 def _vector_columns(
@@ -220,20 +185,15 @@ def _vector_columns(
     settings: RowSettings,
 ) -> list[pa.Array]:
     score_matrix = _stack(scores, len(settings.labels), np.dtype(np.float32))
-    embedding_matrix = _stack(embeddings, settings.hidden_size, np.dtype(settings.embedding_dtype))
     columns = [
         labels_array(score_matrix, settings.labels, settings.top_k),
-        pa.FixedSizeListArray.from_arrays(
-            pa.array(embedding_matrix.reshape(-1)), settings.hidden_size
-        ),
+        _lists(_stack(embeddings, settings.hidden_size, np.dtype(settings.embedding_dtype))),
     ]
-    if settings.store_scores:
-        columns.append(
-            pa.FixedSizeListArray.from_arrays(
-                pa.array(score_matrix.reshape(-1)), len(settings.labels)
-            )
-        )
-    return columns
+    return [*columns, _lists(score_matrix)] if settings.store_scores else columns
+
+
+def _lists(matrix: npt.NDArray[np.floating]) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
 
 
 def _stack(
@@ -247,10 +207,7 @@ def labels_array(
 ) -> pa.ListArray:
     """Return the best labels of each row, best first; equal scores in the model's own order.
 
-    Args:
-        scores: Shape (num_rows, num_labels).
-        labels: The model's labels, in its order.
-        top_k: How many to list.
+    ``scores`` has shape (num_rows, num_labels), with ``labels`` in the model's order.
     """
     k = min(top_k, len(labels))
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)  # (num_rows, k)
@@ -345,9 +302,6 @@ class AssembleRows(beam.PTransform[PCollection[KeyedPrediction], PCollection[Uni
     In: ``(Window | ItemFailure | UnitEnd, Prediction | PendingPrediction | None)``. Out:
     ``WindowRow``, ``ClipRow`` after the last of its windows, ``ItemFailure`` and ``UnitEnd``, in
     the order of the input. What waits for a device comes later, but within its bundle.
-
-    Args:
-        settings: What rows hold.
     """
 
     def __init__(self, settings: RowSettings) -> None:

@@ -92,7 +92,6 @@ class CommitSettings:
         run_id: Name of this run's staging folder.
         fingerprint: Digest of everything that changes results.
         model_sha256: The checkpoint's hash, for the footers.
-        rows: What rows hold.
     """
 
     output: str
@@ -113,16 +112,7 @@ class CommitSettings:
 
 
 class OpenUnit:
-    """A unit that is not complete yet.
-
-    Args:
-        settings: Where and how to write.
-        staging: A local folder for files that are not in place yet.
-        unit_id: The unit.
-
-    Attributes:
-        audio: Counts the unit's audio for the progress display.
-    """
+    """A unit that is not complete yet; ``staging`` is for files that are not in place yet."""
 
     def __init__(self, settings: CommitSettings, staging: Path, unit_id: str) -> None:
         self._settings = settings
@@ -159,13 +149,10 @@ class OpenUnit:
     @property
     def is_complete(self) -> bool:
         """Whether all of the unit has been added."""
-        if self._end is None or self._num_items < self._end.num_items:
+        num_items = len(self._clips) + len(self._failures)
+        if self._end is None or num_items < self._end.num_items:
             return False
         return all(self._windows_of[clip.item_index] == clip.num_windows for clip in self._clips)
-
-    @property
-    def _num_items(self) -> int:
-        return len(self._clips) + len(self._failures)
 
     def describe(self) -> str:
         """Describe what has been added so far, for errors."""
@@ -416,9 +403,6 @@ class SkipCommitted(
     """Separate the units to do from those that another attempt has committed.
 
     In: ``WorkUnit``. Out: a tuple of ``WorkUnit``s to do and ``UnitSummary``s of those done.
-
-    Args:
-        settings: Where units are committed.
     """
 
     def __init__(self, settings: CommitSettings) -> None:
@@ -454,11 +438,7 @@ class _SkipCommittedFn(beam.DoFn):
 
 
 class CommitWorkspace:
-    """The staging folder of a step that commits, and its hold on the result.
-
-    Args:
-        settings: Where and how to write.
-    """
+    """The staging folder of a step that commits, and its hold on the result."""
 
     def __init__(self, settings: CommitSettings) -> None:
         self._settings = settings
@@ -497,9 +477,6 @@ class CommitUnits(beam.PTransform[PCollection[UnitEvent], PCollection[UnitSummar
     In: ``WindowRow | ClipRow | ItemFailure | UnitEnd``. Out: ``UnitSummary`` per unit. All of a
     unit must come in one bundle, which holds as long as reading and committing are one stage. A
     unit that is still open at the bundle's end raises.
-
-    Args:
-        settings: Where and how to write.
     """
 
     def __init__(self, settings: CommitSettings) -> None:

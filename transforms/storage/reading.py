@@ -185,7 +185,10 @@ class _WebContent:
         """
         if response.method == "HEAD" or response.status not in (200, 206, 416):
             return
-        self._check_size(_whole_size(response))
+        size = _whole_size(response)
+        self.size = size if self.size is None else self.size
+        if size not in (None, self.size):
+            raise ChangedError(f"it had {self.size} bytes, and has {size}")
         if response.status == 416:
             return
         for name in ("ETag", "Last-Modified"):
@@ -194,14 +197,6 @@ class _WebContent:
             if found != known:
                 raise ChangedError(f"its {name} was {known}, and is {found}")
 
-    def _check_size(self, size: int | None) -> None:
-        if size is None:
-            return
-        if self.size is None:
-            self.size = size
-        if size != self.size:
-            raise ChangedError(f"it had {self.size} bytes, and has {size}")
-
     def check_version(self, details: dict[str, Any]) -> None:
         """Check the facts of a file that is not on the web, when it is opened again.
 
@@ -209,7 +204,7 @@ class _WebContent:
             ChangedError: The version is another.
         """
         found = version_of(details)
-        if None not in (found, self.version) and found != self.version:
+        if found not in (None, self.version):
             raise ChangedError(f"its version was {self.version}, and is {found}")
 
 
@@ -276,18 +271,14 @@ class _Ahead:
     def __init__(self, start: int, end: int, fetch: Callable[[int, int], bytes | None]) -> None:
         self.start, self.end = start, end
         self._fetch = fetch
-        self._piece: Future[bytes | None] = Future()
+        self.piece: Future[bytes | None] = Future()
         threading.Thread(target=self._run, name="earmark-read-ahead", daemon=True).start()
 
     def _run(self) -> None:
         try:
-            self._piece.set_result(self._fetch(self.start, self.end))
-        except BaseException as error:  # raised by result()
-            self._piece.set_exception(error)
-
-    def result(self) -> bytes | None:
-        """Wait for what ``fetch`` returns or raises."""
-        return self._piece.result()
+            self.piece.set_result(self._fetch(self.start, self.end))
+        except BaseException as error:  # raised by ``piece.result()``
+            self.piece.set_exception(error)
 
 
 class _RangedFile(io.RawIOBase):
@@ -369,7 +360,7 @@ class _RangedFile(io.RawIOBase):
 
     def _read_piece(self, start: int, end: int, ahead: _Ahead | None = None) -> bytes:
         if self._stream is None:
-            piece = ahead.result() if ahead is not None else self._ask_for(start, end)
+            piece = ahead.piece.result() if ahead is not None else self._ask_for(start, end)
             if piece is not None:
                 return piece
             if self._only_ranges:

@@ -60,11 +60,7 @@ _PASSING_NAMES = {
     *("ServiceResponseError", "ChecksumError", "FlexibleChecksumError", "FSTimeoutError"),
 }
 _LASTING_NAMES = {
-    "FileExpired",
-    "ClientSSLError",
-    "SSLError",
-    "InvalidURL",
-    "ClientConnectorDNSError",
+    *("FileExpired", "ClientSSLError", "SSLError", "InvalidURL", "ClientConnectorDNSError")
 }
 
 # Errors after an answer has begun.
@@ -124,7 +120,7 @@ def ask(
     passed: a run with many items must not wait for each of them.
 
     Args:
-        store: The store.
+        store: Whose patience and answers count.
         act: One request or several; must be safe to repeat.
         may_pass: Tells transient errors; ``may_pass`` below, or a wider one.
         file: The file that ``act`` reads, if it reads one; None for the full patience.
@@ -161,14 +157,12 @@ class _Call:
     ) -> None:
         self._store, self._file, self._other, self._describe = store, file, other, describe
         self._began_s = time.monotonic()
-        self._num_tries = 0
-        self._error: BaseException | None = None
         self._is_the_files = False
 
     def is_enough(self, state: tenacity.RetryCallState) -> bool:
         """Return whether to stop after this error."""
-        self._error, self._num_tries = _error_of(state), state.attempt_number
-        if is_answer(self._error):
+        error = _error_of(state)
+        if is_answer(error):
             _have_answered.add(self._store)
         elapsed_s = (state.seconds_since_start or 0.0) + state.upcoming_sleep
         own_s = _patience_of_caller_s.get()
@@ -177,18 +171,18 @@ class _Call:
         if _was_given_up_on(self._store) or _was_given_up_on(self._file):
             return True
         if elapsed_s > self._patience_s():
-            return self._num_tries >= MIN_TRIES or self._store not in _have_answered
-        self._is_the_files = elapsed_s > FILE_S and self._fails_alone()
+            return state.attempt_number >= MIN_TRIES or self._store not in _have_answered
+        has_tried = elapsed_s > FILE_S and state.attempt_number >= FILE_TRIES
+        self._is_the_files = has_tried and self._fails_alone(error)
         return self._is_the_files
 
     def _patience_s(self) -> float:
         return RETRY_S if self._store in _have_answered else min(RETRY_S, FIRST_CONTACT_S)
 
-    def _fails_alone(self) -> bool:
+    def _fails_alone(self, error: BaseException) -> bool:
         """Return whether the store answers for other files; ask it for one if no other call did."""
-        if self._file is None or self._num_tries < FILE_TRIES or self._error is None:
-            return False
-        if status_of(self._error) == 429:  # the store is overloaded, not the file broken
+        # After 429, the store is overloaded, not the file broken.
+        if self._file is None or status_of(error) == 429:
             return False
         if _answered_at.get(self._store, self._began_s) > self._began_s:
             return True
@@ -196,8 +190,8 @@ class _Call:
             return False
         try:
             self._other()
-        except Exception as error:
-            return is_answer(error) and not may_pass(error)
+        except Exception as others:
+            return is_answer(others) and not may_pass(others)
         return True
 
     def give_up(self, state: tenacity.RetryCallState) -> Any:
@@ -208,17 +202,15 @@ class _Call:
         if is_new and _patience_of_caller_s.get() is None:
             _gave_up_at[key] = time.monotonic()
         tries = f"tried {state.attempt_number} times in {elapsed_s:.0f} s; "
-        error.add_note((tries if state.attempt_number > 1 else "") + self._next_step())
+        error.add_note((tries if state.attempt_number > 1 else "") + self._next_step(error))
         raise error
 
-    def _next_step(self) -> str:
+    def _next_step(self, error: BaseException) -> str:
         if self._is_the_files:
             return "its store answers for other files; check this one, and try again later"
         if self._store not in _have_answered:
             return "check the address and the network"
-        if self._error is not None and is_answer(self._error):
-            return "try again later"
-        return "check the network, and try again later"
+        return "try again later" if is_answer(error) else "check the network, and try again later"
 
     def remember_answer(self) -> None:
         """Record that the store and the file are available."""
@@ -242,7 +234,7 @@ class _Call:
             "%s: %s (tried %d times in %.0f s); trying again for up to %.0f s",
             self._file or self._store,
             self._describe(_error_of(state)),
-            self._num_tries,
+            state.attempt_number,
             elapsed_s,
             self._patience_s(),
         )

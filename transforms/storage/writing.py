@@ -28,7 +28,6 @@ from transforms.storage.urls import OBJECT_STORES, is_local, local_path, parent,
 
 # Stores that refuse to replace an existing object with ``pipe_file(mode="create")``.
 _EXCLUSIVE = frozenset({"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "memory"})
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 STAGING_FOLDER = "_staging"
 _TEMPORARY = re.compile(r"\..{1,100}\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _temporary_name gives it
 # Errors of ``link`` on file systems without hard links (FAT, some network mounts).
@@ -47,7 +46,7 @@ def write_bytes(url: str, data: bytes) -> None:
         make_folder(parent(path))
         temporary = _temporary_name(path)
         try:
-            _write_synced(os.open(temporary, _NEW_FILE, 0o666), data)
+            _write_synced(temporary, data)
             os.replace(temporary, path)  # noqa: PTH105
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -66,10 +65,8 @@ def create_bytes(url: str, data: bytes) -> bool:
     (an imitation of S3 without ``If-None-Match`` refuses only objects that existed before the
     call). On other stores, the file is first looked for and then written.
 
-    Args:
-        url: The file.
-        data: Its content. It must be unique to this call: if the answer to a request is lost, the
-            content tells whose file it is.
+    ``data`` must be unique to this call: if the answer to a request is lost, it tells whose file it
+    is.
 
     Raises:
         OutputError: The protocol is read-only.
@@ -107,7 +104,7 @@ def _create_local(path: str, data: bytes) -> bool:
     make_folder(parent(path))
     temporary = _temporary_name(path)
     try:
-        _write_synced(os.open(temporary, _NEW_FILE, 0o666), data)
+        _write_synced(temporary, data)
         try:
             os.link(temporary, path)  # fails if the file exists, and shows it whole
         except FileExistsError:
@@ -124,11 +121,9 @@ def _create_local(path: str, data: bytes) -> bool:
 
 def _create_without_link(path: str, data: bytes) -> bool:
     try:
-        descriptor = os.open(path, _NEW_FILE, 0o666)
+        _write_synced(path, data)
     except FileExistsError:
         return False
-    try:
-        _write_synced(descriptor, data)
     except BaseException:
         Path(path).unlink(missing_ok=True)
         raise
@@ -136,9 +131,9 @@ def _create_without_link(path: str, data: bytes) -> bool:
     return True
 
 
-def _write_synced(descriptor: int, data: bytes) -> None:
-    """Write a new file, sync it to the disk, and close it."""
-    with open(descriptor, "wb") as file:
+def _write_synced(path: str, data: bytes) -> None:
+    """Write a new file, and sync it to the disk."""
+    with open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
