@@ -228,18 +228,9 @@ def _remove_old_parts(state: ResultState) -> None:
     folders = set()
     for url in state.old_parts:
         writing.remove(url)
-<<<<<<< HEAD
-        folder = urls.parent(url)
-        folders |= {
-            folder,
-            urls.parent(folder),
-            urls.parent(urls.parent(folder)),
-        }
-=======
         for _ in range(3):
-            url = storage_urls.parent(url)
+            url = urls.parent(url)
             folders.add(url)
->>>>>>> lessC
     for folder in sorted(folders, key=len, reverse=True):
         writing.remove_empty_folder(folder)
 
