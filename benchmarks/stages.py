@@ -50,7 +50,8 @@ from benchmarks.common import (
 )
 from tests.support import audio_factory
 from transforms.decoding import decode
-from transforms.decoding.pool import DecodePool, DecodeSettings
+from transforms.decoding.pool import DecodePool
+from transforms.decoding.settings import DecodeSettings
 from transforms.features.fbank import FbankSettings, KaldiFbank, extract_fbank
 from transforms.inference.backbones import (
     CPU_BATCH_SIZE,

@@ -21,7 +21,7 @@ from apache_beam.typehints import Dict
 from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms.decoding.decode_audio import DecodeAudio
-from transforms.decoding.pool import DecodeSettings
+from transforms.decoding.settings import DecodeSettings
 from transforms.features.fbank import DeviceFbank, ExtractFbank, FbankSettings
 from transforms.features.windows import CutWindows, WindowSettings
 from transforms.inference.backbones import InferenceSettings, makes_features_on_device

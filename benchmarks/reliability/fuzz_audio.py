@@ -38,7 +38,8 @@ import soundfile
 import soxr
 
 from tests.support.audio_factory import FORMATS, Samples, encode
-from transforms.decoding.pool import Decoded, DecodePool, DecodeSettings
+from transforms.decoding.pool import Decoded, DecodePool
+from transforms.decoding.settings import DecodeSettings
 from transforms.records import EncodedClip, Item, ItemFailure, Waveform
 
 BATCH_FILES = 200

@@ -47,8 +47,7 @@ from transforms.models.labels import Label
 from transforms.results.commits import open_part, read_part
 from transforms.results.read import read_batches
 from transforms.sources.clip_ids import for_terminal
-from transforms.storage import urls as storage_urls
-from transforms.storage import writing
+from transforms.storage import urls, writing
 from transforms.storage.secrets import public_uri
 
 JSON_FILE = "evaluation.json"
@@ -140,11 +139,7 @@ def run_evaluate(
         console.print(for_terminal(line), markup=False)
     if not quiet:
         Console(highlight=False).print(class_table(evaluation.metrics))
-    place = (
-        storage_urls.normalise(output)
-        if output
-        else storage_urls.join(results[0].folder, "evaluation")
-    )
+    place = urls.normalise(output) if output else urls.join(results[0].folder, "evaluation")
     for url in write_evaluation(place, evaluation, scored, results, truth):
         console.print(for_terminal(f"Written: {public_uri(url)}"), markup=False)
     return 0
@@ -161,7 +156,7 @@ def read_scores(folder: str, model: str | None = None) -> ScoredClips:
         OutputError: It is damaged.
         ModelError: The scores were not stored, and their model is not available.
     """
-    state = read_result(storage_urls.normalise(folder))
+    state = read_result(urls.normalise(folder))
     if state.run is None or not (state.commits or state.unreadable):
         raise InputError(
             f"{public_uri(folder)} holds no result of Earmark; give the --output of earmark label"
@@ -510,16 +505,16 @@ def write_evaluation(
         ).encode(),
         PICTURE_FILE: draw_evaluation(evaluation.metrics, evaluation.truth, evaluation.scores),
     }
-    urls = []
+    written = []
     for name, data in contents.items():
-        urls.append(storage_urls.join(place, name))
+        written.append(urls.join(place, name))
         try:
-            writing.write_bytes(urls[-1], data)
+            writing.write_bytes(written[-1], data)
         except OSError as error:
             raise OutputError(
                 f"{public_uri(place)} cannot be written: {error}. Give another --output."
             ) from error
-    return urls
+    return written
 
 
 def as_json(
@@ -533,7 +528,7 @@ def as_json(
     return {
         "results": [public_uri(result.folder) for result in results],
         "models": [result.model for result in results],
-        "truth": None if truth is None else public_uri(storage_urls.normalise(truth)),
+        "truth": None if truth is None else public_uri(urls.normalise(truth)),
         "combined": scored.combined or None,
         "counts": dict(evaluation.counts),
         "accuracy": metrics.accuracy,

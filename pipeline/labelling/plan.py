@@ -37,7 +37,7 @@ from pipeline.result.state import (
 )
 from pipeline.terminal.time_report import Startup
 from pipeline.terminal.wording import counted
-from transforms.decoding.pool import DecodeSettings
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import ConfigError, ModelError
 from transforms.features.fbank import FEATURES_VERSION
 from transforms.inference.backbones import InferenceSettings

@@ -30,13 +30,13 @@ from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.labelling.plan import describe_inputs, input_options
 from pipeline.terminal.std_streams import answer
 from pipeline.terminal.wording import counted
-from transforms.decoding.pool import DecodeSettings
 from transforms.decoding.process import (
     WORKER_COMMAND,
     DecoderLostError,
     DecoderProcess,
     start_decoder,
 )
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import ConfigError, DecodeError, OutputError
 from transforms.label_audio import read_items
 from transforms.records import EncodedClip, Failure, Item
@@ -288,7 +288,7 @@ class HeaderReader:
         if self._process is not None and not self._process.is_usable():
             self._close()
         if self._process is None:
-            self._process = start_decoder(self._settings.decoder_options, self._worker_command)
+            self._process = start_decoder(self._settings, self._worker_command)
         return self._process
 
     def _close(self) -> None:

@@ -30,8 +30,7 @@ from transforms.errors import InputError, OutputError, UsageError, in_words
 from transforms.results.commits import COMMITS, PARTS, part_url, read_part
 from transforms.results.read import read_batches, read_current_commits
 from transforms.sources.clip_ids import make_clip_id
-from transforms.storage import filesystem, writing
-from transforms.storage import urls as storage_urls
+from transforms.storage import filesystem, urls, writing
 from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
@@ -251,7 +250,7 @@ class _Result:
     """The committed part of a result, for reading."""
 
     def __init__(self, folder: str) -> None:
-        self.folder = storage_urls.normalise(folder)
+        self.folder = urls.normalise(folder)
         name = public_uri(self.folder)
         try:
             self.unit_ids = list(read_current_commits(self.folder))
@@ -332,7 +331,7 @@ def _write_csv(result: _Result, folder: str, settings: ExportSettings) -> tuple[
     """Write ``labels.csv``; returns the numbers of files and labels."""
     num_labels = 0
     # Beside a local target, so that moving it into place is a rename.
-    beside = storage_urls.local_path(folder) if storage_urls.is_local(folder) else None
+    beside = urls.local_path(folder) if urls.is_local(folder) else None
     with tempfile.TemporaryDirectory(prefix=".earmark-", dir=beside) as staging:
         path = Path(staging) / "labels.csv"
         with path.open("wb") as file:
@@ -345,7 +344,7 @@ def _write_csv(result: _Result, folder: str, settings: ExportSettings) -> tuple[
                         pyarrow.csv.WriteOptions(include_header=False),
                     )
                     num_labels += rows.num_rows
-        writing.put_file(str(path), storage_urls.join(folder, "labels.csv"))
+        writing.put_file(str(path), urls.join(folder, "labels.csv"))
     return 1, num_labels
 
 
@@ -373,9 +372,9 @@ def _write_text(
             units_left.subtract(set(sources.values()))
             complete = [s for s in sorted(set(sources.values())) if not units_left[s]]
             texts = (render(_in_order(waiting.pop(s, []))) for s in complete)
-            urls = (storage_urls.join(folder, names[source]) for source in complete)
+            targets = (urls.join(folder, names[source]) for source in complete)
             # Collecting the results raises the errors of the threads.
-            list(threads.map(_put_text, urls, texts))
+            list(threads.map(_put_text, targets, texts))
     return len(names), num_labels
 
 
@@ -395,9 +394,9 @@ def _export_folder(result: _Result, format: str, output: str | None) -> str:
         OutputError: It lies among the result's own files.
     """
     if output is None:
-        return storage_urls.join(result.folder, "export", format)
-    folder = storage_urls.normalise(output)
-    own = [storage_urls.join(result.folder, name) for name in (*PARTS, COMMITS)]
+        return urls.join(result.folder, "export", format)
+    folder = urls.normalise(output)
+    own = [urls.join(result.folder, name) for name in (*PARTS, COMMITS)]
     if folder == result.folder or any(f"{folder}/".startswith(f"{path}/") for path in own):
         raise OutputError(
             f"--output is {public_uri(folder)}, which holds the result itself; "
@@ -436,7 +435,7 @@ def run_export(
         result.check_top_k(top_k)
     target = _export_folder(result, format, output)
     writing.make_folder(target)
-    if not filesystem.exists(storage_urls.join(result.folder, "_SUCCESS")):
+    if not filesystem.exists(urls.join(result.folder, "_SUCCESS")):
         logger.warning(
             "%s: the last run has not finished; exporting the %d units committed so far",
             public_uri(result.folder),

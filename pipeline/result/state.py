@@ -25,7 +25,7 @@ from pipeline import __version__
 from pipeline.graph import RunTotals
 from pipeline.terminal.precision_report import checks_record
 from pipeline.terminal.time_report import Startup, record_time
-from transforms.decoding.pool import usable_cores
+from transforms.decoding.settings import usable_cores
 from transforms.errors import AccountingError, OutputError, in_words
 from transforms.results.commits import (
     COMMITS,

@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from transforms.decoding.decode import DecodedPiece, DecodeLimits, decode, read_length_s
+from transforms.decoding.decode import DecodedPiece, decode, read_length_s
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import DecodeError
 from transforms.process.stage_times import stage_clocks, timed
 from transforms.records import FloatArray
@@ -77,9 +78,7 @@ class _Child:
     """
 
     connection: socket.socket
-    sample_rate_hz: int
-    piece_samples: int
-    limits: DecodeLimits
+    settings: DecodeSettings
     slots: FloatArray  # (NUM_SLOTS, piece_samples)
     jobs: queue.SimpleQueue[_Job] = field(default_factory=queue.SimpleQueue)
     credits: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(NUM_SLOTS))
@@ -121,7 +120,7 @@ class _Child:
             words = str(error) or "out of memory"
             message = (
                 f"the decoder needs too much memory ({words}); at most "
-                f"{self.limits.max_decoder_bytes:.0f} bytes are allowed; to allow more, raise "
+                f"{self.settings.max_decoder_bytes:.0f} bytes are allowed; to allow more, raise "
                 "decode.max_decoder_bytes"
             )
             self.send_error("DecoderOutOfMemory", message)
@@ -134,11 +133,9 @@ class _Child:
         """Decode one clip and send its pieces."""
         for piece in decode_function(
             job.source,
-            sample_rate_hz=self.sample_rate_hz,
-            piece_samples=self.piece_samples,
+            settings=self.settings,
             start_s=job.start_s,
             end_s=job.end_s,
-            limits=self.limits,
             on_progress=self.show_life,
         ):
             with timed("other"):  # waiting for room is not decoding
@@ -146,7 +143,7 @@ class _Child:
 
     def limit_memory(self, num_bytes: int) -> None:
         """Bound what the process may allocate, beyond a clip of so many encoded bytes."""
-        allowed = self.limits.max_decoder_bytes
+        allowed = self.settings.max_decoder_bytes
         if math.isfinite(allowed) and self.base_bytes:
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             soft = self.base_bytes + int(allowed) + num_bytes + self.num_bytes_before
@@ -188,19 +185,19 @@ def serve(arguments: list[str], decode_function: DecodeFunction = decode) -> Non
     """Do the parent's jobs until it goes away; never returns.
 
     Args:
-        arguments: File descriptors of the socket and of the shared memory, the rate in Hz, the
-            samples per piece, and ``DecodeLimits`` as JSON.
+        arguments: File descriptors of the socket and of the shared memory, and
+            ``DecodeSettings`` as JSON.
         decode_function: What decodes; tests pass one that crashes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # hostile files would fill the disk with cores
-    socket_fd, memory_fd, sample_rate_hz, piece_samples = map(int, arguments[:4])
-    limits = DecodeLimits(**json.loads(arguments[4]))
-    memory = mmap.mmap(memory_fd, NUM_SLOTS * piece_samples * 4)
+    socket_fd, memory_fd = map(int, arguments[:2])
+    settings = DecodeSettings(**json.loads(arguments[2]))
+    memory = mmap.mmap(memory_fd, NUM_SLOTS * settings.piece_samples * 4)
     os.close(memory_fd)
-    slots = np.frombuffer(memory, np.float32).reshape(NUM_SLOTS, piece_samples)
+    slots = np.frombuffer(memory, np.float32).reshape(NUM_SLOTS, settings.piece_samples)
     connection = socket.socket(fileno=socket_fd)
-    child = _Child(connection, sample_rate_hz, piece_samples, limits, slots)
+    child = _Child(connection, settings, slots)
     threading.Thread(target=child.read_frames, daemon=True).start()
     send_frame(child.connection, READY)
     while True:

@@ -21,10 +21,10 @@ Guarantees:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,34 +35,13 @@ from transforms.decoding.encoded import hash_encoded, open_encoded
 from transforms.decoding.levels import LevelMeter, finite_part
 from transforms.decoding.reader import ROUNDING_S, Block
 from transforms.decoding.reader_chain import ReaderChain
+from transforms.decoding.settings import MIN_CLIP_S, UNLIMITED, DecodeSettings
 from transforms.errors import DecodeError
 from transforms.process.stage_times import timed
 from transforms.records import ClipFacts, FloatArray
 
-MIN_CLIP_S = 0.025  # one fbank frame: less than this gives no features
 # Errors that report a bound: the item fails, however much of it has been decoded.
 BOUND_ERRORS = frozenset({"ItemTooLarge", "ItemTooLong", "DecodingTooSlow", "DecoderOutOfMemory"})
-
-
-@dataclass(frozen=True)
-class DecodeLimits:
-    """What one item may cost. Exceeding it is an error that names the config key; default: none.
-
-    Attributes:
-        max_item_s: Seconds of audio.
-        max_decode_ratio: Seconds of computing per second of audio.
-        min_decode_s: Seconds of computing that any item may take, however little audio it gives.
-        max_decoder_bytes: Memory of the child process, beyond what it holds when it starts and
-            the encoded bytes that it is sent. Linux only.
-    """
-
-    max_item_s: float = math.inf
-    max_decode_ratio: float = math.inf
-    min_decode_s: float = math.inf
-    max_decoder_bytes: float = math.inf
-
-
-NO_LIMITS = DecodeLimits()
 
 
 class DecodedPiece(NamedTuple):
@@ -85,23 +64,19 @@ def _ignore_progress() -> None:
 
 def decode(
     source: bytes | str | Path,
+    settings: DecodeSettings = UNLIMITED,
     *,
-    sample_rate_hz: int = 16_000,
-    piece_samples: int = 160_000,
     start_s: float | None = None,
     end_s: float | None = None,
-    limits: DecodeLimits = NO_LIMITS,
     on_progress: Callable[[], None] = _ignore_progress,
 ) -> Iterator[DecodedPiece]:
     """Decode a file, or a segment of it, to mono at one rate, piece by piece.
 
     Args:
         source: The encoded bytes, or the path of a local file.
-        sample_rate_hz: The rate to resample to.
-        piece_samples: Samples per piece; the last has between 1 and this many.
+        settings: The rate to resample to, the samples of a piece, and what the item may cost.
         start_s: Start of the segment in seconds, or None for the file's start.
         end_s: End of the segment, exclusive, or None for the file's end.
-        limits: What the item may cost.
         on_progress: Called whenever work has been done, for a caller that watches for a hang.
 
     Yields:
@@ -120,10 +95,10 @@ def decode(
             encoded = opened.enter_context(open_encoded(source))
             sha256 = hash_encoded(encoded, on_progress)
         span = DecodeSpan(start_s or 0.0, end_s)
-        budget = _Budget(limits, on_progress)
+        budget = _Budget(settings, on_progress)
         chain = ReaderChain(encoded, span.start_s, budget.on_progress)
         try:
-            yield from _decode_blocks(chain, span, sha256, sample_rate_hz, piece_samples, budget)
+            yield from _decode_blocks(chain, span, sha256, settings, budget)
         finally:
             chain.close()
 
@@ -140,7 +115,8 @@ def decode_whole(
     Raises:
         DecodeError: As ``decode``.
     """
-    pieces = list(decode(source, sample_rate_hz=sample_rate_hz, start_s=start_s, end_s=end_s))
+    settings = dataclasses.replace(UNLIMITED, sample_rate_hz=sample_rate_hz)
+    pieces = list(decode(source, settings, start_s=start_s, end_s=end_s))
     return np.concatenate([piece.samples for piece in pieces]), pieces[-1].facts
 
 
@@ -162,13 +138,12 @@ def _decode_blocks(
     chain: ReaderChain,
     span: DecodeSpan,
     sha256: str,
-    sample_rate_hz: int,
-    piece_samples: int,
+    settings: DecodeSettings,
     budget: _Budget,
 ) -> Iterator[DecodedPiece]:
     levels = LevelMeter()
-    resampler = _Resampler(sample_rate_hz)
-    pieces = _Pieces(piece_samples)
+    resampler = _Resampler(settings.sample_rate_hz)
+    pieces = _Pieces(settings.piece_samples)
     notes: list[str] = []
     error: DecodeError | None = None
     for block in span.cut(budget.count(chain.blocks()), chain.first_frame):
@@ -197,7 +172,7 @@ def _decode_blocks(
     last = pieces.rest()
     notes.extend(levels.notes)
     notes.extend(chain.notes())
-    if not pieces.num_out and len(last) < round(MIN_CLIP_S * sample_rate_hz):
+    if not pieces.num_out and len(last) < settings.min_clip_samples:
         raise error or _too_short(levels.duration_s, span, notes)
     yield DecodedPiece(last, levels.facts(sha256, "; ".join(notes) or None), True)
 
@@ -236,8 +211,8 @@ class _Budget:
     A process that hangs without computing is killed by the parent.
     """
 
-    def __init__(self, limits: DecodeLimits, on_progress: Callable[[], None]) -> None:
-        self._limits = limits
+    def __init__(self, settings: DecodeSettings, on_progress: Callable[[], None]) -> None:
+        self._settings = settings
         self._on_progress = on_progress
         self._began_s = time.process_time()
         self._audio_s = 0.0
@@ -252,24 +227,26 @@ class _Budget:
         """Report progress, and check the time used."""
         self._on_progress()
         used_s = time.process_time() - self._began_s
-        if math.isinf(self._limits.max_decode_ratio):
+        if math.isinf(self._settings.max_decode_ratio):
             return
-        allowed_s = max(self._limits.min_decode_s, self._limits.max_decode_ratio * self._audio_s)
+        allowed_s = max(
+            self._settings.stall_timeout_s, self._settings.max_decode_ratio * self._audio_s
+        )
         if used_s > allowed_s:
             raise DecodeError(
                 f"decoding took {used_s:.1f} s for {self._audio_s:.1f} s of audio; at most "
-                f"{self._limits.max_decode_ratio:g} s per second are allowed (and "
-                f"{self._limits.min_decode_s:g} s for any item); to allow more, raise "
+                f"{self._settings.max_decode_ratio:g} s per second are allowed (and "
+                f"{self._settings.stall_timeout_s:g} s for any item); to allow more, raise "
                 "decode.max_decode_ratio",
                 error_type="DecodingTooSlow",
             )
 
     def check_duration(self, duration_s: float) -> None:
         """Raise for an item that is longer than allowed: it is not cut."""
-        if duration_s > self._limits.max_item_s:
+        if duration_s > self._settings.max_item_s:
             raise DecodeError(
                 f"the item goes on after {duration_s:.1f} s of audio; at most "
-                f"{self._limits.max_item_s:g} s are allowed; to allow more, raise "
+                f"{self._settings.max_item_s:g} s are allowed; to allow more, raise "
                 "decode.max_item_s, or label it in segments",
                 error_type="ItemTooLong",
             )

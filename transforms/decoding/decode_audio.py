@@ -17,7 +17,8 @@ import apache_beam as beam
 from apache_beam.metrics.metric import Metrics
 from apache_beam.utils.windowed_value import WindowedValue
 
-from transforms.decoding.pool import Decoded, DecodePool, DecodeSettings, DecodeStream
+from transforms.decoding.pool import Decoded, DecodePool, DecodeStream
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import EarmarkError
 from transforms.process.stage_times import stage_clocks
 from transforms.records import EncodedClip, Failure, ItemFailure, UnitEnd, Waveform, WorkUnit

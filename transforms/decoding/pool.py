@@ -28,7 +28,6 @@ import atexit
 import collections
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,13 +35,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from transforms.decoding import decode
 from transforms.decoding.process import (
     WORKER_COMMAND,
-    DecoderOptions,
     DecoderProcess,
     start_decoder,
 )
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import DecodeError, EarmarkError
 from transforms.process.stage_times import LabellingStage, StageSeconds, stage_clocks, timed
 from transforms.records import EncodedClip, Failure, Item, ItemFailure, Waveform
@@ -52,92 +50,7 @@ logger = logging.getLogger(__name__)
 Decoded: TypeAlias = Waveform | ItemFailure
 
 PIECES_AHEAD = 3  # decoded pieces of one clip in its queue
-MIN_DECODER_BYTES = 256 << 20  # the libraries themselves need most of it
 CLOSE_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class DecodeSettings:
-    """How clips are decoded.
-
-    Attributes:
-        sample_rate_hz: The model's rate.
-        num_processes: Decoder processes; 0 means one for each core this process may use.
-        clips_ahead: Clips read but not consumed yet; 0 means 4, plus 2 for each process.
-        bytes_ahead: Encoded bytes read but not decoded yet; one clip may exceed it.
-        stall_timeout_s: A decoder that shows no sign of life for this long is killed.
-        piece_samples: Samples per piece of a decoded clip.
-        max_item_bytes: Encoded bytes of an item.
-        max_item_s: Seconds of audio of an item.
-        max_decode_ratio: Seconds of computing per second of audio, once an item has taken
-            ``stall_timeout_s`` of computing.
-        max_decoder_bytes: Memory of a decoder process, beyond what it holds when it starts and
-            the encoded bytes of its clip. Linux only.
-    """
-
-    sample_rate_hz: int = 16_000
-    num_processes: int = 0
-    clips_ahead: int = 0
-    bytes_ahead: int = 512 << 20
-    stall_timeout_s: float = 60.0
-    piece_samples: int = 160_000
-    max_item_bytes: int = 64 << 30
-    max_item_s: float = 604_800.0
-    max_decode_ratio: float = 10.0
-    max_decoder_bytes: int = 2 << 30
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("sample_rate_hz", 1),
-            ("num_processes", 0),
-            ("clips_ahead", 0),
-            ("bytes_ahead", 1),
-            ("piece_samples", self.min_clip_samples),
-            ("max_item_bytes", 1),
-            ("max_decoder_bytes", MIN_DECODER_BYTES),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; must be at least {least}")
-        for name in ("stall_timeout_s", "max_item_s", "max_decode_ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; must be greater than 0")
-
-    @property
-    def min_clip_samples(self) -> int:
-        """The shortest clip that can be labelled: 25 ms, in samples."""
-        return round(decode.MIN_CLIP_S * self.sample_rate_hz)
-
-    @property
-    def limits(self) -> decode.DecodeLimits:
-        """The bounds that a decoder process enforces."""
-        return decode.DecodeLimits(
-            max_item_s=self.max_item_s,
-            max_decode_ratio=self.max_decode_ratio,
-            min_decode_s=self.stall_timeout_s,
-            max_decoder_bytes=self.max_decoder_bytes,
-        )
-
-    @property
-    def decoder_options(self) -> DecoderOptions:
-        """The options that a decoder process is started with."""
-        return DecoderOptions(
-            self.sample_rate_hz, self.piece_samples, self.limits, self.stall_timeout_s
-        )
-
-    def resolve_num_processes(self) -> int:
-        """Return ``num_processes``, or the number of usable cores."""
-        return self.num_processes or usable_cores()
-
-    def resolve_clips_ahead(self) -> int:
-        """Return ``clips_ahead``, or its default."""
-        return self.clips_ahead or 4 + 2 * self.resolve_num_processes()
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class DecodePool:
@@ -598,6 +511,6 @@ class _Worker:
         if self._child is not None:
             self._child.close()
             self._child = None
-        self._child = start_decoder(self._pool.settings.decoder_options, self._pool.worker_command)
+        self._child = start_decoder(self._pool.settings, self._pool.worker_command)
         self._pool.note_start()
         return self._child

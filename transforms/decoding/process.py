@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from transforms.decoding import child as protocol
-from transforms.decoding.decode import BOUND_ERRORS, DecodeLimits
+from transforms.decoding.decode import BOUND_ERRORS
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import DecodeError, EarmarkError, item_too_large
 from transforms.process.stage_times import StageSeconds, stage_clocks
 from transforms.records import ClipFacts, EncodedClip, FloatArray
@@ -70,25 +71,8 @@ class Reply:
     is_last: bool
 
 
-@dataclass(frozen=True)
-class DecoderOptions:
-    """The options that a decoder process is started with.
-
-    Attributes:
-        sample_rate_hz: The rate to resample to.
-        piece_samples: Samples per piece.
-        limits: The bounds that it enforces.
-        stall_timeout_s: The process is killed when it shows no sign of life for this long.
-    """
-
-    sample_rate_hz: int
-    piece_samples: int
-    limits: DecodeLimits
-    stall_timeout_s: float
-
-
 def start_decoder(
-    options: DecoderOptions, command: Sequence[str] = WORKER_COMMAND
+    settings: DecodeSettings, command: Sequence[str] = WORKER_COMMAND
 ) -> DecoderProcess:
     """Start a process and wait until it is ready; retry a start that fails.
 
@@ -97,7 +81,7 @@ def start_decoder(
     """
     for attempt in range(1, MAX_FAILED_STARTS + 1):
         try:
-            return _start_once(options, command)
+            return _start_once(settings, command)
         except (DecoderLostError, OSError) as error:
             problem = error
             logger.warning("decoder process: start %d of %d: %s", attempt, MAX_FAILED_STARTS, error)
@@ -107,7 +91,7 @@ def start_decoder(
     )
 
 
-def _start_once(options: DecoderOptions, command: Sequence[str]) -> DecoderProcess:
+def _start_once(settings: DecodeSettings, command: Sequence[str]) -> DecoderProcess:
     """Try once to start a process.
 
     Raises:
@@ -124,14 +108,12 @@ def _start_once(options: DecoderOptions, command: Sequence[str]) -> DecoderProce
         undo.enter_context(theirs)
         memory_fd = _nameless_file()
         try:
-            os.ftruncate(memory_fd, protocol.NUM_SLOTS * options.piece_samples * 4)
+            os.ftruncate(memory_fd, protocol.NUM_SLOTS * settings.piece_samples * 4)
             memory = mmap.mmap(memory_fd, 0)
             undo.callback(memory.close)
             fds = (theirs.fileno(), memory_fd)
-            numbers = (*fds, options.sample_rate_hz, options.piece_samples)
-            limits = json.dumps(dataclasses.asdict(options.limits))
             process = subprocess.Popen(
-                [*command, *map(str, numbers), limits],
+                [*command, *map(str, fds), json.dumps(dataclasses.asdict(settings))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -143,7 +125,7 @@ def _start_once(options: DecoderOptions, command: Sequence[str]) -> DecoderProce
             os.close(memory_fd)
             theirs.close()
         undo.pop_all()
-    child = DecoderProcess(process, ours, memory, stderr, options)
+    child = DecoderProcess(process, ours, memory, stderr, settings)
     try:
         child.wait_until_ready()
     except BaseException:
@@ -180,10 +162,10 @@ class DecoderProcess:
         connection: socket.socket,
         memory: mmap.mmap,
         stderr: int,
-        options: DecoderOptions,
+        settings: DecodeSettings,
     ) -> None:
         self._process = process
-        self._options = options
+        self._settings = settings
         self._base_bytes = 0
         self._connection = connection
         self._stream = connection.makefile("rb")
@@ -201,13 +183,13 @@ class DecoderProcess:
         if not self._base_bytes:  # unknown on this system
             return True
         held_bytes = protocol.data_bytes(self._process.pid)  # 0 once the process is exiting
-        return 0 < held_bytes <= self._base_bytes + self._options.limits.max_decoder_bytes / 2
+        return 0 < held_bytes <= self._base_bytes + self._settings.max_decoder_bytes / 2
 
     def wait_until_ready(self) -> None:
         """Wait for the first sign of life."""
         self._connection.settimeout(START_TIMEOUT_S)
         self._receive()
-        self._connection.settimeout(self._options.stall_timeout_s)
+        self._connection.settimeout(self._settings.stall_timeout_s)
         self._base_bytes = protocol.data_bytes(self._process.pid)
 
     def decode(
@@ -244,7 +226,7 @@ class DecoderProcess:
                 self.kill()  # libraries leak here: the next clip gets a new process
             if held is None or error.error_type in BOUND_ERRORS:
                 raise DecodeError(str(error), error_type=error.error_type) from error
-            duration_s = num_samples / self._options.sample_rate_hz
+            duration_s = num_samples / self._settings.sample_rate_hz
             warning = f"decoded {duration_s:.1f} s, then stopped: {error}"
             facts = dataclasses.replace(held.facts, duration_s=duration_s, warning=warning)
         yield held.samples, facts

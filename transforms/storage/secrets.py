@@ -10,21 +10,27 @@ from transforms.storage.urls import is_local
 # A URL without one of these cannot hold a secret.
 _SIGNING_MARK = re.compile("[?#;@]")
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s'\"<>]+")
-# Parameters that sign a request, in lower case, without "-" and "_". Names with another meaning
-# elsewhere (``expires``, ``st``) count only beside the parameter that makes the URL a signed one.
-_SECRET_PREFIXES = ("xamz", "xgoog")
+# Parameters that sign a request, in lower case. Names with another meaning elsewhere (``expires``,
+# ``st``) count only beside the parameter that makes the URL a signed one.
+_SECRET_PREFIXES = ("x-amz-", "x-goog-")
 _SECRET_NAMES = {
-    *("awsaccesskeyid", "googleaccessid", "keypairid", "signature", "sig"),
-    *("token", "accesstoken", "authtoken", "idtoken", "refreshtoken", "oauthtoken", "sastoken"),
-    *("securitytoken", "sessiontoken", "apitoken", "privatetoken", "apikey", "password"),
-    *("passwd", "pwd", "secret", "clientsecret", "jwt", "authorization", "jsessionid"),
+    *("awsaccesskeyid", "googleaccessid", "key-pair-id", "signature", "sig", "token"),
+    *("access_token", "access-token", "accesstoken", "auth_token", "auth-token", "authtoken"),
+    *("id_token", "refresh_token", "oauth_token", "sas_token", "security_token", "session_token"),
+    *("api_token", "private_token", "api_key", "api-key", "apikey", "password", "passwd", "pwd"),
+    *("secret", "client_secret", "jwt", "authorization", "jsessionid"),
 }
-_BESIDE_SIGNATURE = {"expires", "policy", "hashalgorithm"}
+_BESIDE_SIGNATURE = {
+    "expires",
+    "policy",
+    "hash-algorithm",
+    "security-token",
+}
 # Azure service, account and user-delegation SAS.
 _BESIDE_SIG = {
-    *("se", "sp", "sv", "sr", "st", "spr", "sip", "ss", "srt", "si", "ses"),
-    *("skoid", "sktid", "skt", "ske", "sks", "skv", "saoid", "suoid", "scid", "sdd"),
-    *("sduoid", "skdutid", "rscc", "rscd", "rsce", "rscl", "rsct"),
+    *("se", "sp", "sv", "sr", "st", "spr", "sip", "ss", "srt", "si", "ses", "skoid", "sktid"),
+    *("skt", "ske", "sks", "skv", "saoid", "suoid", "scid", "sdd", "sduoid", "skdutid", "rscc"),
+    *("rscd", "rsce", "rscl", "rsct"),
 }
 
 
@@ -62,7 +68,7 @@ def _secret_names(pairs: list[str]) -> set[str]:
     """Return the names that are secret beside these parameters."""
     names = {_parameter_name(pair) for pair in pairs}
     secret = _SECRET_NAMES.copy()
-    if names & {"signature", "keypairid"}:
+    if names & {"signature", "key-pair-id"}:
         secret |= _BESIDE_SIGNATURE
     if "sig" in names:
         secret |= _BESIDE_SIG
@@ -82,7 +88,7 @@ def _is_secret(pair: str, secret: set[str]) -> bool:
 
 
 def _parameter_name(pair: str) -> str:
-    return re.sub("[-_]", "", unquote(pair.partition("=")[0])).lower()
+    return unquote(pair.partition("=")[0]).lower()
 
 
 def public_text(text: str) -> str:

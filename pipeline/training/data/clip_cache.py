@@ -51,7 +51,8 @@ from pipeline.training.data.packed_clips import (
     CacheDtype,
     SampleFiles,
 )
-from transforms.decoding.pool import DecodePool, DecodeSettings
+from transforms.decoding.pool import DecodePool
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import AccountingError, ConfigError, OutputError, WriteError
 from transforms.label_audio import read_items
 from transforms.process.locks import try_lock

@@ -32,7 +32,7 @@ from pipeline.labelling.segments import (
 from pipeline.result.verify import run_verify
 from tests.support.audio_factory import encode, noise
 from tests.support.unit_factory import make_item
-from transforms.decoding.pool import DecodeSettings
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import UsageError
 from transforms.process.progress_counts import live_counts
 from transforms.process.temp_folders import scratch_folder

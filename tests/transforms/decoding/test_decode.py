@@ -23,6 +23,7 @@ from tests.support.audio_factory import wav
 from tests.support.paths import ROOT
 from transforms.decoding import encoded, ffmpeg_reader, soundfile_reader
 from transforms.decoding.decode import decode, decode_whole
+from transforms.decoding.settings import UNLIMITED
 from transforms.errors import DecodeError
 
 RATE = 16_000
@@ -151,7 +152,7 @@ def test_streaming_equals_resampling_in_one_go(rate: int, piece_samples: int) ->
     duration_s = 6.1 if rate < 192_000 else 2.6  # several blocks
     samples = audio_factory.noise(duration_s, rate)
     data = audio_factory.encode(samples, rate, "wav_float")
-    pieces = list(decode(data, piece_samples=piece_samples))
+    pieces = list(decode(data, dataclasses.replace(UNLIMITED, piece_samples=piece_samples)))
     decoded = np.concatenate([piece.samples for piece in pieces])
     expected = soxr.resample(samples[:, 0], rate, RATE)
     assert decoded.shape == expected.shape
@@ -387,7 +388,7 @@ def test_a_long_clip_ends_where_the_numbers_end() -> None:
     samples = audio_factory.tone(8.0)
     samples[7 * RATE] = np.nan
     data = audio_factory.encode(samples, RATE, "wav_float")
-    pieces = list(decode(data, piece_samples=RATE))
+    pieces = list(decode(data, dataclasses.replace(UNLIMITED, piece_samples=RATE)))
     assert sum(len(piece.samples) for piece in pieces) == 7 * RATE
     assert pieces[-1].facts.duration_s == 7.0
     assert str(pieces[-1].facts.warning).startswith(

@@ -13,7 +13,7 @@ from apache_beam.testing.util import assert_that, equal_to
 from tests.support.audio_factory import clip, wav
 from transforms.decoding import decode_audio
 from transforms.decoding.decode_audio import DecodeAudio
-from transforms.decoding.pool import DecodeSettings
+from transforms.decoding.settings import DecodeSettings
 from transforms.records import EncodedClip, Failure, Item, ItemFailure, UnitEnd, WorkUnit
 
 

@@ -6,6 +6,7 @@ those of ``benchmarks/reliability/fuzz_audio.py``, which runs them by the ten th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import struct
@@ -32,10 +33,11 @@ from pipeline.result.verify import run_verify
 from tests.support import audio_factory
 from tests.support.audio_factory import clip
 from tests.support.labelling import read_rows, small_config
-from transforms.decoding import pool as decode_module
+from transforms.decoding import settings as settings_module
 from transforms.decoding.child import data_bytes
-from transforms.decoding.decode import DecodeLimits, decode, decode_whole
-from transforms.decoding.pool import DecodePool, DecodeSettings
+from transforms.decoding.decode import decode, decode_whole
+from transforms.decoding.pool import DecodePool
+from transforms.decoding.settings import UNLIMITED, DecodeSettings
 from transforms.errors import DecodeError
 from transforms.records import EncodedClip, Item, ItemFailure, Waveform
 
@@ -263,17 +265,17 @@ def test_an_item_that_is_too_long_is_an_error_and_not_cut() -> None:
 
 
 def test_a_segment_of_a_long_file_is_as_long_as_the_segment() -> None:
-    limits = DecodeLimits(max_item_s=2.0)
-    pieces = list(decode(sound(duration_s=9.0), start_s=4.0, end_s=5.5, limits=limits))
+    limits = dataclasses.replace(UNLIMITED, max_item_s=2.0)
+    pieces = list(decode(sound(duration_s=9.0), start_s=4.0, end_s=5.5, settings=limits))
     assert pieces[-1].facts.duration_s == 1.5
 
 
 def test_an_item_that_takes_too_much_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     clock_s = iter(np.arange(0.0, 1e4, 0.5))
     monkeypatch.setattr(time, "process_time", lambda: float(next(clock_s)))
-    limits = DecodeLimits(max_decode_ratio=0.25, min_decode_s=2.0)
+    limits = dataclasses.replace(UNLIMITED, max_decode_ratio=0.25, stall_timeout_s=2.0)
     with pytest.raises(DecodeError) as error:
-        list(decode(sound(duration_s=60.0), limits=limits))
+        list(decode(sound(duration_s=60.0), settings=limits))
     assert error.value.error_type == "DecodingTooSlow"
     assert str(error.value) == (
         "decoding took 2.5 s for 4.0 s of audio; at most 0.25 s per second are allowed (and 2 s "
@@ -287,7 +289,12 @@ def test_time_is_checked_even_if_every_packet_is_damaged(monkeypatch: pytest.Mon
     monkeypatch.setattr(time, "process_time", lambda: float(next(clock_s)))
     hostile = put(sound("wav", duration_s=4.0), 22, "<H", 0)  # no channels
     with pytest.raises(DecodeError, match=r"decoding took 10\.5 s for 0\.0 s of audio"):
-        list(decode(hostile, limits=DecodeLimits(max_decode_ratio=1.0, min_decode_s=10.0)))
+        list(
+            decode(
+                hostile,
+                settings=dataclasses.replace(UNLIMITED, max_decode_ratio=1.0, stall_timeout_s=10.0),
+            )
+        )
 
 
 def test_waiting_for_a_slow_consumer_does_not_count_as_decoding() -> None:
@@ -407,7 +414,7 @@ def test_the_config_and_the_step_agree_on_the_bounds() -> None:
     bounds = [name for name in section if name.startswith("max_")]
     assert bounds == ["max_item_bytes", "max_item_s", "max_decode_ratio", "max_decoder_bytes"]
     assert {name: section[name] for name in bounds} == {n: getattr(settings, n) for n in bounds}
-    assert config_module.MIN_DECODER_BYTES == decode_module.MIN_DECODER_BYTES
+    assert config_module.MIN_DECODER_BYTES == settings_module.MIN_DECODER_BYTES
 
 
 # Through the whole pipeline

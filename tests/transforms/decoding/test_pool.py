@@ -21,7 +21,8 @@ from tests.support import audio_factory
 from tests.support.audio_factory import clip, wav
 from tests.support.paths import ROOT
 from transforms.decoding import pool as pool_module
-from transforms.decoding.pool import DecodePool, DecodeSettings
+from transforms.decoding.pool import DecodePool
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import EarmarkError
 from transforms.process.stage_times import stage_clocks
 from transforms.records import EncodedClip, Failure, Item, ItemFailure, Waveform
@@ -387,7 +388,8 @@ def test_children_end_when_their_parent_is_killed() -> None:
         "import os, signal\n"
         "from tests.support.audio_factory import clip, wav\n"
         "from tests.transforms.decoding.test_pool import children\n"
-        "from transforms.decoding.pool import DecodePool, DecodeSettings\n"
+        "from transforms.decoding.pool import DecodePool\n"
+        "from transforms.decoding.settings import DecodeSettings\n"
         "pool = DecodePool(DecodeSettings(num_processes=1, piece_samples=400))\n"
         "stream = pool.stream('u', [clip('a', wav(5.0))])\n"
         "next(stream)\n"

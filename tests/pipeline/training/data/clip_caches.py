@@ -18,7 +18,7 @@ import pytest
 from pipeline.training.data.clip_cache import CachedClips, cache_clips
 from pipeline.training.data.packed_clips import CachedClip, CacheDtype
 from tests.support import audio_factory
-from transforms.decoding.pool import DecodeSettings
+from transforms.decoding.settings import DecodeSettings
 from transforms.sources.read_unit import Found, SourceSettings, find_inputs
 
 RATE = 16_000

@@ -124,7 +124,7 @@ def test_samples_are_on_the_disk_before_the_index_says_so(
 KILLED = """
 import os, signal, sys
 from pipeline.training.data import clip_cache
-from transforms.decoding.pool import DecodeSettings
+from transforms.decoding.settings import DecodeSettings
 from transforms.sources.read_unit import SourceSettings, find_inputs
 left = int(sys.argv[3])
 def on_clip(num_samples, failed):
@@ -279,7 +279,7 @@ def test_a_limit_for_the_size_of_files_is_explained(
 CACHE = """
 import sys
 from pipeline.training.data.clip_cache import cache_clips
-from transforms.decoding.pool import DecodeSettings
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import EarmarkError
 from transforms.sources.read_unit import SourceSettings, find_inputs
 try:

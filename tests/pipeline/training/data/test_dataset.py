@@ -25,7 +25,7 @@ from pipeline.training.data.dataset import (
 from pipeline.training.data.failures import check_failures
 from pipeline.training.data.packed_clips import CachedClip, SampleFiles
 from transforms.decoding.decode import decode_whole
-from transforms.decoding.pool import DecodeSettings
+from transforms.decoding.settings import DecodeSettings
 from transforms.errors import ConfigError, InputError
 from transforms.records import Failure, Item, ItemFailure
 from transforms.sources.read_unit import SourceSettings, find_inputs

@@ -1,0 +1,81 @@
+"""The settings of decoding, which reach every decoder process whole."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+MIN_CLIP_S = 0.025  # one fbank frame: less than this gives no features
+MIN_DECODER_BYTES = 256 << 20  # the libraries themselves need most of it
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How clips are decoded.
+
+    Attributes:
+        sample_rate_hz: The model's rate.
+        num_processes: Decoder processes; 0 means one for each core this process may use.
+        clips_ahead: Clips read but not consumed yet; 0 means 4, plus 2 for each process.
+        bytes_ahead: Encoded bytes read but not decoded yet; one clip may exceed it.
+        stall_timeout_s: A decoder that shows no sign of life for this long is killed.
+        piece_samples: Samples per piece of a decoded clip.
+        max_item_bytes: Encoded bytes of an item.
+        max_item_s: Seconds of audio of an item.
+        max_decode_ratio: Seconds of computing per second of audio, once an item has taken
+            ``stall_timeout_s`` of computing.
+        max_decoder_bytes: Memory of a decoder process, beyond what it holds when it starts and
+            the encoded bytes of its clip. Linux only.
+    """
+
+    sample_rate_hz: int = 16_000
+    num_processes: int = 0
+    clips_ahead: int = 0
+    bytes_ahead: int = 512 << 20
+    stall_timeout_s: float = 60.0
+    piece_samples: int = 160_000
+    max_item_bytes: int = 64 << 30
+    max_item_s: float = 604_800.0
+    max_decode_ratio: float = 10.0
+    max_decoder_bytes: int = 2 << 30
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("sample_rate_hz", 1),
+            ("num_processes", 0),
+            ("clips_ahead", 0),
+            ("bytes_ahead", 1),
+            ("piece_samples", self.min_clip_samples),
+            ("max_item_bytes", 1),
+            ("max_decoder_bytes", MIN_DECODER_BYTES),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; must be at least {least}")
+        for name in ("stall_timeout_s", "max_item_s", "max_decode_ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; must be greater than 0")
+
+    @property
+    def min_clip_samples(self) -> int:
+        """The shortest clip that can be labelled: 25 ms, in samples."""
+        return round(MIN_CLIP_S * self.sample_rate_hz)
+
+    def resolve_num_processes(self) -> int:
+        """Return ``num_processes``, or the number of usable cores."""
+        return self.num_processes or usable_cores()
+
+    def resolve_clips_ahead(self) -> int:
+        """Return ``clips_ahead``, or its default."""
+        return self.clips_ahead or 4 + 2 * self.resolve_num_processes()
+
+
+# For a file of one's own, decoded in this process.
+UNLIMITED = DecodeSettings(max_item_s=math.inf, max_decode_ratio=math.inf)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
