@@ -106,7 +106,7 @@ def test_a_warning_names_the_figures_and_the_next_step() -> None:
     assert text == (
         "Warning: torch cpu bf16 against torch in float32, 200 windows: scores within 0.12, the "
         "same best class in 100.0%, cosine of embeddings at least 0.750000. Expected: no score "
-        "further than 0.02, and the same best class in 99%. For float32's own numbers, label anew "
+        "further than 0.02, and the same best class in 99%. For float32's own numbers, label again "
         "with --precision fp32 --overwrite."
     )
 

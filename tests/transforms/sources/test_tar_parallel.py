@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.support.listing_store import ListingFileSystem, SparseTar
 
 from tests.support.containers import tar_bytes
+from tests.support.stores.listing_store import ListingFileSystem, SparseTar
 from transforms.errors import ContainerError
 from transforms.sources import tar_parallel
 from transforms.sources.file_kinds import WindowEstimate
