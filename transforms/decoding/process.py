@@ -248,9 +248,12 @@ class DecoderProcess:
     def _return_slot(self) -> None:
         """Return the slot of the last piece while its clip continues."""
         self._slots_to_return -= 1
-        # A process that has just died may have sent more pieces. Those are still to be read.
-        with contextlib.suppress(OSError):
-            protocol.send_frame(self._connection, protocol.CREDIT, b"")
+        try:
+            protocol.send_frame(self._connection, protocol.CREDIT)
+        except TimeoutError as error:
+            raise self._hung() from error
+        except OSError:
+            pass  # the child is dead, but pieces that it sent before may still be received
 
     def _receive_reply(self) -> Reply:
         """Receive the next piece, copied out of shared memory.

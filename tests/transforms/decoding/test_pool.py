@@ -22,6 +22,7 @@ from tests.support.audio_factory import clip, wav
 from tests.support.paths import ROOT
 from transforms.decoding import pool as pool_module
 from transforms.decoding.pool import DecodePool
+from transforms.decoding.process import DecoderProcess
 from transforms.decoding.settings import DecodeSettings
 from transforms.errors import EarmarkError
 from transforms.process.stage_times import stage_clocks
@@ -187,6 +188,22 @@ def test_samples_before_a_crash_or_a_hang_are_kept(
     assert str(last.facts.warning).startswith(f"decoded 3.0 s, then stopped: {words}")
     assert last.facts.peak_dbfs == pytest.approx(-6.02, abs=0.01)
     assert len(joined(results, 1)) == RATE // 2
+
+
+def test_pieces_sent_before_a_crash_are_received_after_it(
+    misbehaving: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    return_slot = DecoderProcess._return_slot
+
+    def return_slot_late(decoder: DecoderProcess) -> None:
+        assert eventually(lambda: not decoder.is_usable())
+        return_slot(decoder)
+
+    monkeypatch.setattr(DecoderProcess, "_return_slot", return_slot_late)
+    settings = DecodeSettings(num_processes=1, piece_samples=RATE)
+    with DecodePool(settings, worker_command=misbehaving) as pool:
+        results = list(pool.stream("u", [clip("a", wav(9.5, b"LATE"))]))
+    assert np.array_equal(joined(results), audio_factory.tone(3.0)[:, 0])
 
 
 def test_a_hanging_decoder_is_killed(misbehaving: list[str]) -> None:
