@@ -1,10 +1,7 @@
 """``LabelAudio`` for Beam YAML: rows with a URI in, rows of Earmark's tables out.
 
-    Row(uri=…) ─▶ LabelAudio ─▶ clips, windows, failures: Row with the tables' columns
-
 YAML passes plain values to a transform and learns types from schemas. So the settings are keyword
-arguments, and the outputs declare their columns. ``deploy/beam_yaml`` has the provider file and a
-pipeline that uses it.
+arguments, and the outputs declare their columns.
 """
 
 from __future__ import annotations
@@ -48,10 +45,9 @@ class LabelAudioRows(beam.PTransform[PCollection[Row], dict[str, PCollection[Row
         uri_field: The column with the URI or path of an audio file.
         top_k: Number of labels in a row, best first.
         scores: Also return the score of every class.
-        window_s: Length of a window in seconds; null for the checkpoint's.
+        window_s: Null for the checkpoint's.
         hop_s: Seconds between the starts of two windows; null for the window's length.
-        precision: auto, fp32, bf16 or fp16.
-        device: auto, cpu, cuda or mps; a missing device requested by name is an error.
+        device: A missing device requested by name is an error.
         batch_size: Windows per call; null for the device's default.
 
     Raises:
@@ -84,7 +80,7 @@ class LabelAudioRows(beam.PTransform[PCollection[Row], dict[str, PCollection[Row
         )
 
     def default_type_hints(self) -> IOTypeHints:
-        """Types of input and output, which Beam checks."""
+        """Return the types of input and output, which Beam checks."""
         outputs = dict.fromkeys(("windows", "clips", "failures"), Row)
         return IOTypeHints.empty().with_input_types(Row).with_output_types(**outputs)
 
@@ -112,11 +108,7 @@ def schemas_of(settings: LabelSettings) -> dict[str, pa.Schema]:
 
 
 def uri_of(row: Any, field: str) -> str:
-    """Return the URI in a row.
-
-    Raises:
-        InputError: The row has no such column, or it holds no text.
-    """
+    """Return the URI in a row, or raise ``InputError`` if the column is missing or not text."""
     value = getattr(row, field, None)
     if not isinstance(value, str):
         raise InputError(

@@ -2,8 +2,7 @@
 
 ``LabelUnits`` is the single fused stage of a run: read, decode, cut, fbank, RunInference, rows.
 Features never cross a stage: no step in between may shuffle, take a side input, keep state or
-request other resources than its neighbours. ``LabelAudio`` wraps it for other people's pipelines,
-with rows as plain dictionaries and no output folder.
+request other resources than its neighbours.
 """
 
 from __future__ import annotations
@@ -96,10 +95,8 @@ def make_input_settings(
 ) -> InputSettings:
     """Make the settings of the steps from inputs to windows; arguments as for ``make_settings``.
 
-    The features give the rate and the longest window.
-
-    Raises:
-        ConfigError: The window or hop does not fit the features.
+    The features give the rate and the longest window. Raises ``ConfigError`` if the window or hop
+    does not fit them.
     """
     decode, sources = decode or DecodeSettings(), sources or SourceSettings()
     windows = WindowSettings.from_seconds(
@@ -140,16 +137,13 @@ def make_settings(
     """Make the settings of every step for a checkpoint, with the defaults of ``earmark label``.
 
     Args:
-        model: The checkpoint.
-        decode: Decoding; the rate is always the model's.
-        inference: How to run the model.
-        window_s: Length of a window in seconds; None for the checkpoint's.
+        decode: The rate is always the model's.
+        window_s: None for the checkpoint's.
         hop_s: Seconds between the starts of two windows; None for the window's length.
         min_tail_ratio: Share of the window below which a tail gets no padded window of its own.
         top_k: Number of labels in a row.
         store_scores: Also store the score of every class.
-        sources: Dividing the input into units, and reading them; windows and the size limit of an
-            item always come from the other settings.
+        sources: Windows and the size limit of an item always come from the other settings.
 
     Raises:
         ConfigError: The window or hop does not fit the checkpoint.
@@ -250,15 +244,11 @@ class _KeyedFeatures(KeyedModelHandler[Any, Any, Any, Any]):
     """Measures keyed features by the features alone, where Beam would pickle every key."""
 
     def get_num_bytes(self, batch: Sequence[tuple[Any, FloatArray | None]]) -> int:
-        """Bytes of features in the batch."""
         return sum(features.nbytes for _, features in batch if features is not None)
 
 
 class LabelledAudio(NamedTuple):
-    """The output of ``LabelAudio``: dictionaries with the columns of Earmark's tables.
-
-    ``failures`` are rows of ``errors``.
-    """
+    """The output of ``LabelAudio``: rows of Earmark's tables; ``failures`` are of ``errors``."""
 
     windows: PCollection[dict[str, Any]]
     clips: PCollection[dict[str, Any]]
@@ -266,10 +256,9 @@ class LabelledAudio(NamedTuple):
 
 
 class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
-    """Label audio files in your own pipeline: URIs in, rows and failures out.
+    """Label audio files in your own pipeline: URIs or paths in, rows and failures out.
 
-    In: the URI or path of an audio file per element. Out: ``LabelledAudio``. ``make_settings``
-    makes the settings.
+    ``make_settings`` makes the settings.
     """
 
     def __init__(self, settings: LabelSettings) -> None:
@@ -277,7 +266,7 @@ class LabelAudio(beam.PTransform[PCollection[str], LabelledAudio]):
         self._settings = settings
 
     def default_type_hints(self) -> IOTypeHints:
-        """Types of input and output, which Beam checks."""
+        """Return the types of input and output, which Beam checks."""
         return IOTypeHints.empty().with_input_types(str).with_output_types(ROW, ROW, ROW)
 
     def expand(self, uris: PCollection[str]) -> LabelledAudio:

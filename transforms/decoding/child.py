@@ -4,8 +4,8 @@ It runs one job after another, so that a decoder that crashes or hangs takes thi
 nothing else. It is started with ``python -m transforms.decoding.child`` rather than with
 multiprocessing, so that it never imports the user's main module. It imports neither torch nor Beam.
 
-The parent's side is ``process``. Both ends of the socket carry frames: one byte of kind, eight of
-length, and the payload. Samples go through shared memory, in slots that the parent gives back.
+Both ends of the socket carry frames: one byte of kind, eight of length, and the payload. Samples go
+through shared memory, in slots that the parent gives back.
 """
 
 from __future__ import annotations
@@ -62,8 +62,6 @@ def send_frame(connection: socket.socket, kind: bytes, payload: bytes = b"") -> 
 
 @dataclass
 class _Job:
-    """A clip as the parent sends it."""
-
     source: bytes | str
     start_s: float | None
     end_s: float | None
@@ -72,10 +70,7 @@ class _Job:
 
 @dataclass
 class _Child:
-    """The child's side of the connection.
-
-    The reader thread receives jobs and credits, and ends the process when the parent is gone.
-    """
+    """The connection. Its reader thread ends the process when the parent is gone."""
 
     connection: socket.socket
     settings: DecodeSettings
@@ -88,7 +83,6 @@ class _Child:
     base_bytes: int = field(default_factory=lambda: data_bytes("self"))
 
     def read_frames(self) -> None:
-        """Body of the reader thread."""
         stream = self.connection.makefile("rb")
         try:
             while header := stream.read(FRAME_HEADER.size):
@@ -107,7 +101,6 @@ class _Child:
             os._exit(0)
 
     def run_job(self, decode_function: DecodeFunction) -> None:
-        """Do one job and send the result."""
         job = self.jobs.get()
         try:
             if job.reads_header:
@@ -130,7 +123,6 @@ class _Child:
 
     @timed("decode")
     def send_pieces(self, job: _Job, decode_function: DecodeFunction) -> None:
-        """Decode one clip and send its pieces."""
         for piece in decode_function(
             job.source,
             settings=self.settings,
@@ -184,10 +176,8 @@ def seconds_of_decoder() -> dict[str, float]:
 def serve(arguments: list[str], decode_function: DecodeFunction = decode) -> None:
     """Do the parent's jobs until it goes away; never returns.
 
-    Args:
-        arguments: File descriptors of the socket and of the shared memory, and
-            ``DecodeSettings`` as JSON.
-        decode_function: What decodes; tests pass one that crashes.
+    ``arguments`` are the file descriptors of the socket and of the shared memory, and
+    ``DecodeSettings`` as JSON. Tests pass a ``decode_function`` that crashes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # hostile files would fill the disk with cores

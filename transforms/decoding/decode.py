@@ -1,10 +1,7 @@
 """The decoding of one file, in memory that does not grow with it.
 
-    encoded bytes ─▶ libsndfile or FFmpeg ─▶ blocks ─▶ span ─▶ levels ─▶ mono ─▶ soxr ─▶ pieces
-
 ``decode`` turns any audio or video file into pieces of mono float32 at the model's rate. It imports
-neither torch nor Beam, and FFmpeg only for a file that needs it: ``child`` runs it in a process of
-its own.
+neither torch nor Beam, and FFmpeg only for a file that needs it.
 
 Guarantees:
 
@@ -45,12 +42,9 @@ BOUND_ERRORS = frozenset({"ItemTooLarge", "ItemTooLong", "DecodingTooSlow", "Dec
 
 
 class DecodedPiece(NamedTuple):
-    """A piece of a decoded clip.
+    """A piece of a decoded clip: mono float32 of shape (num_samples,) at the model's rate.
 
-    Attributes:
-        samples: Shape (num_samples,), mono float32 at the model's rate.
-        facts: The clip's facts as far as decoded; complete where ``is_last``.
-        is_last: Nothing follows.
+    ``facts`` are the clip's as far as decoded; they are complete where ``is_last``.
     """
 
     samples: FloatArray
@@ -75,8 +69,8 @@ def decode(
     Args:
         source: The encoded bytes, or the path of a local file.
         settings: The rate to resample to, the samples of a piece, and what the item may cost.
-        start_s: Start of the segment in seconds, or None for the file's start.
-        end_s: End of the segment, exclusive, or None for the file's end.
+        start_s: None for the file's start.
+        end_s: Exclusive; None for the file's end.
         on_progress: Called whenever work has been done, for a caller that watches for a hang.
 
     Yields:
@@ -112,8 +106,7 @@ def decode_whole(
 ) -> tuple[FloatArray, ClipFacts]:
     """Decode a short clip in one go: samples of shape (num_samples,), and its facts.
 
-    Raises:
-        DecodeError: As ``decode``.
+    Raises ``DecodeError`` like ``decode``.
     """
     settings = dataclasses.replace(UNLIMITED, sample_rate_hz=sample_rate_hz)
     pieces = list(decode(source, settings, start_s=start_s, end_s=end_s))
@@ -123,8 +116,7 @@ def decode_whole(
 def read_length_s(source: bytes | str | Path, on_progress: Callable[[], None]) -> float | None:
     """Return the seconds of audio that a file's header promises; None where it promises nothing.
 
-    Raises:
-        DecodeError: The file cannot be opened as audio.
+    Raises ``DecodeError`` if the file cannot be opened as audio.
     """
     with open_encoded(source) as encoded:
         chain = ReaderChain(encoded, 0.0, on_progress)
@@ -224,7 +216,6 @@ class _Budget:
             yield block
 
     def on_progress(self) -> None:
-        """Report progress, and check the time used."""
         self._on_progress()
         used_s = time.process_time() - self._began_s
         if math.isinf(self._settings.max_decode_ratio):
@@ -258,11 +249,8 @@ class _Budget:
 class DecodeSpan:
     """The span of a file to decode: ``[round(start_s * rate), round(end_s * rate))``.
 
-    Attributes:
-        start_s: Start in seconds.
-        end_s: End in seconds, or None for the end of the file.
-        reached_s: How far the file was read, in seconds from its start.
-        frames_seen: Whether anything was read at all.
+    ``end_s`` is None for the end of the file. ``reached_s`` is how far the file was read, in
+    seconds from its start.
     """
 
     def __init__(self, start_s: float, end_s: float | None) -> None:
@@ -333,7 +321,7 @@ class _Resampler:
         self._stream: soxr.ResampleStream | None = None
 
     def push(self, rate: int, mono: FloatArray) -> FloatArray:
-        """Take samples; return those that are ready at the new rate, shape (num_samples,)."""
+        """Return the samples that are ready at the new rate, shape (num_samples,)."""
         before = np.zeros(0, np.float32)
         if rate != self._rate:
             before = self.flush()
@@ -346,27 +334,22 @@ class _Resampler:
         return np.concatenate([before, after]) if len(before) else after
 
     def flush(self) -> FloatArray:
-        """Return what the filter still holds."""
         stream, self._stream, self._rate = self._stream, None, 0
         empty = np.zeros(0, np.float32)
         return empty if stream is None else stream.resample_chunk(empty, last=True)
 
 
 class _Pieces:
-    """Cuts a stream of samples into pieces of one size, and holds the last one back.
-
-    Attributes:
-        num_out: Pieces yielded so far.
-    """
+    """Cuts a stream of samples into pieces of one size, and holds the last one back."""
 
     def __init__(self, piece_samples: int) -> None:
-        self.num_out = 0
+        self.num_out = 0  # pieces yielded so far
         self._piece_samples = piece_samples
         self._parts: list[FloatArray] = []
         self._num_held = 0
 
     def push(self, samples: FloatArray) -> Iterator[FloatArray]:
-        """Take samples; yield the whole pieces that are followed by something."""
+        """Yield the whole pieces that are followed by something."""
         self._parts.append(samples)
         self._num_held += len(samples)
         if self._num_held <= self._piece_samples:
@@ -380,6 +363,5 @@ class _Pieces:
         self._parts, self._num_held = [held[start:]], len(held) - start
 
     def rest(self) -> FloatArray:
-        """Return everything that is held."""
         parts, self._parts, self._num_held = self._parts, [], 0
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.float32), *parts])

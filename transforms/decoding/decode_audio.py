@@ -1,7 +1,5 @@
 """The Beam step that reads and decodes work units.
 
-    WorkUnit ─read_unit─▶ EncodedClip ─▶ DecodePool ─▶ Waveform pieces, ItemFailure ─▶ UnitEnd
-
 All DoFns of a process share one pool, so that the threads of a runner share the decoders.
 """
 
@@ -63,10 +61,8 @@ class DecodeAudio(beam.PTransform[Any, Any]):
     A unit's results come in the order of its items, ``UnitEnd`` last. While they are emitted, the
     next unit is already being decoded. The step must be fused with the one that takes the samples.
 
-    Args:
-        settings: How to decode.
-        read_unit: Yields a unit's clips, and a failure for each that cannot be read. Must be
-            picklable; it is called on a thread of its own.
+    ``read_unit`` yields a unit's clips, and a failure for each that cannot be read. It must be
+    picklable, and is called on a thread of its own.
     """
 
     def __init__(self, settings: DecodeSettings, read_unit: ReadUnit) -> None:
@@ -75,7 +71,7 @@ class DecodeAudio(beam.PTransform[Any, Any]):
         self._read_unit = read_unit
 
     def expand(self, units: Any) -> Any:
-        """Apply the step to a PCollection of ``WorkUnit``."""
+        """Apply the transform."""
         decode_fn = _DecodeFn(self._settings, self._read_unit)
         decode: Any = beam.ParDo(decode_fn)
         return units | "Decode the unit's clips" >> decode
@@ -83,8 +79,6 @@ class DecodeAudio(beam.PTransform[Any, Any]):
 
 @dataclass
 class _Pending:
-    """A unit whose clips are being decoded, with its Beam window and timestamp."""
-
     unit: WorkUnit
     stream: DecodeStream
     window: Any

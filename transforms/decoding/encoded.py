@@ -20,12 +20,9 @@ HASH_CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Encoded:
-    """A file's bytes.
+    """A file's bytes, in memory or mapped.
 
-    Attributes:
-        view: The bytes, in memory or mapped.
-        path: The local file that they come from, or None.
-        identity: Device, inode, size and modification time of a mapped file.
+    ``identity`` is device, inode, size and modification time of a mapped file.
     """
 
     view: bytes | mmap.mmap
@@ -41,11 +38,7 @@ class Encoded:
 
 @contextlib.contextmanager
 def open_encoded(source: bytes | str | Path) -> Iterator[Encoded]:
-    """Open a file's bytes for as long as the context lasts.
-
-    Raises:
-        DecodeError: The file is empty or cannot be read.
-    """
+    """Open a file's bytes, or raise ``DecodeError`` if it is empty or cannot be read."""
     if isinstance(source, bytes):
         encoded = Encoded(source)
     else:

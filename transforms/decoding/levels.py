@@ -18,11 +18,8 @@ class LevelMeter:
     """Level statistics over all channels, at the source's rate.
 
     A silent frame is 20 ms (``round(0.02 * rate)`` samples) whose RMS over all channels is below
-    −60 dBFS. A partial frame at the end counts as a frame.
-
-    Attributes:
-        duration_s: Seconds added so far.
-        notes: Changes of rate or channels on the way.
+    −60 dBFS. A partial frame at the end counts as a frame. ``notes`` has the changes of rate or
+    channels on the way.
     """
 
     def __init__(self) -> None:
@@ -42,12 +39,9 @@ class LevelMeter:
         self._partial_samples = 0
 
     def add(self, rate: int, samples: FloatArray, energy: npt.NDArray[np.float64]) -> None:
-        """Add a block.
+        """Add finite samples of shape (num_samples, num_channels).
 
-        Args:
-            rate: Its rate in Hz.
-            samples: Shape (num_samples, num_channels), finite.
-            energy: Shape (num_samples,): the sum of squares over the channels.
+        ``energy``, of shape (num_samples,), is the sum of squares over the channels.
         """
         if (rate, samples.shape[1]) != self._format:
             self._change_format(rate, samples.shape[1])

@@ -1,10 +1,5 @@
 """A pool of decoder processes: encoded clips in, pieces of waveforms out.
 
-    EncodedClip ─▶ DecodePool ─▶ Waveform pieces, ItemFailure
-                    │      ▲
-                    ▼      │ samples in shared memory
-                 child processes, which can be killed and replaced
-
 The pool prefetches: while the model works on one clip, the next ones are read and decoded on all
 cores. It guarantees:
 
@@ -59,9 +54,7 @@ class DecodePool:
     One thread reads the clips, and one thread drives each child. Children start when there is work
     for them. One lock guards all state, and threads wait on conditions of that lock.
 
-    Args:
-        settings: Bounds and rates.
-        worker_command: Starts a child, whose arguments are appended; tests pass one that crashes.
+    ``worker_command`` starts a child, whose arguments are appended; tests pass one that crashes.
     """
 
     def __init__(
@@ -99,18 +92,12 @@ class DecodePool:
         self.close()
 
     def stream(self, unit_id: str, clips: Iterable[EncodedClip | Failure]) -> DecodeStream:
-        """Start decoding, and return at once.
+        """Start decoding, and return at once; a ``Failure`` among the clips passes through.
 
-        Args:
-            unit_id: The unit that the results belong to.
-            clips: The clips to decode, read on the pool's own thread. A ``Failure`` passes through.
+        The clips are read on the pool's own thread. The results come in their order, and an
+        exception of ``clips`` is raised in its place. Close the stream, or drop it, to stop early.
 
-        Returns:
-            An iterator of waveform pieces and failures in the order of ``clips``. Close it, or
-            drop it, to stop early. An exception of ``clips`` is raised in its place.
-
-        Raises:
-            EarmarkError: The pool is closed.
+        Raises ``EarmarkError`` if the pool is closed.
         """
         stream = _Stream(unit_id, iter(clips), threading.Condition(self.lock))
         with self.lock:
@@ -235,7 +222,6 @@ class DecodePool:
     # The feeder's side
 
     def _feed(self) -> None:
-        """Body of the feeder thread."""
         while True:
             with self.lock:
                 while (stream := self._next_to_feed()) is None:
@@ -410,8 +396,6 @@ class DecodeStream(Iterator[Decoded]):
 
 @dataclass(eq=False)
 class _Stream:
-    """A unit's clips in the pool."""
-
     unit_id: str
     clips: Iterator[EncodedClip | Failure]
     ready: threading.Condition  # the consumer waits here
@@ -425,8 +409,6 @@ class _Stream:
 
 @dataclass(eq=False)
 class _Job:
-    """A clip in the pool."""
-
     stream: _Stream
     item_index: int
     item: Item
@@ -505,7 +487,6 @@ class _Worker:
         raise EarmarkError("a decoder ended a clip without its facts")
 
     def _usable_child(self) -> DecoderProcess:
-        """Return the child, started or replaced if necessary."""
         if self._child is not None and self._child.is_usable():
             return self._child
         if self._child is not None:

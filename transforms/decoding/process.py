@@ -1,9 +1,7 @@
 """A decoder process as its parent sees it: started with limits, given jobs, replaced when lost.
 
-    parent ─ JOB, clip ─▶ child ─ pieces in shared memory, or the length by the header ─▶ parent
-
 Whatever a hostile file does to a library, it does to that process: it may die, hang, or ask for
-more memory than it is allowed. ``pool`` makes a failed clip of that.
+more memory than it is allowed.
 """
 
 from __future__ import annotations
@@ -45,11 +43,7 @@ MAX_FAILED_STARTS = 3
 
 
 class DecoderLostError(Exception):
-    """A decoder process that died or hangs.
-
-    Attributes:
-        error_type: ``DecoderCrashed`` or ``DecoderHung``.
-    """
+    """A decoder process died or hangs: ``DecoderCrashed`` or ``DecoderHung``."""
 
     def __init__(self, message: str, error_type: str) -> None:
         super().__init__(message)
@@ -58,12 +52,9 @@ class DecoderLostError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """A piece of a decoded clip.
+    """A piece of a decoded clip: mono float32 of shape (num_samples,).
 
-    Attributes:
-        samples: Shape (num_samples,), mono float32.
-        facts: The clip's facts as far as decoded.
-        is_last: Nothing follows.
+    ``facts`` are the clip's as far as decoded.
     """
 
     samples: FloatArray
@@ -76,8 +67,7 @@ def start_decoder(
 ) -> DecoderProcess:
     """Start a process and wait until it is ready; retry a start that fails.
 
-    Raises:
-        EarmarkError: No process could be started.
+    Raises ``EarmarkError`` if no process could be started.
     """
     for attempt in range(1, MAX_FAILED_STARTS + 1):
         try:
@@ -92,12 +82,7 @@ def start_decoder(
 
 
 def _start_once(settings: DecodeSettings, command: Sequence[str]) -> DecoderProcess:
-    """Try once to start a process.
-
-    Raises:
-        DecoderLostError: It died before it was ready.
-        OSError: It could not be started at all.
-    """
+    """Raise ``DecoderLostError`` if the process died before it was ready."""
     with contextlib.ExitStack() as undo:
         stderr = _nameless_file()
         undo.callback(os.close, stderr)
@@ -135,7 +120,7 @@ def _start_once(settings: DecodeSettings, command: Sequence[str]) -> DecoderProc
 
 
 def _nameless_file() -> int:
-    """Return a file without a name, in memory where the system can: nothing to clean up."""
+    """Return a file that needs no cleaning up, in memory where the system can."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("earmark-decode")
     with tempfile.TemporaryFile() as file:
@@ -177,7 +162,7 @@ class DecoderProcess:
         self._is_killed = False
 
     def is_usable(self) -> bool:
-        """Whether it is alive and has not leaked more than half of its allowed memory."""
+        """Return whether it is alive and has leaked at most half of its allowed memory."""
         if self._is_killed or self._process.poll() is not None:
             return False
         if not self._base_bytes:  # unknown on this system
@@ -198,10 +183,6 @@ class DecoderProcess:
         """Yield the samples of a clip piece by piece; the facts come with the last piece.
 
         If the process is lost midway, the clip ends there, with a warning in its facts.
-
-        Args:
-            clip: The clip.
-            max_item_bytes: Encoded bytes that it may have.
 
         Raises:
             DecodeError: Nothing could be decoded, or a bound was exceeded.
@@ -232,7 +213,6 @@ class DecoderProcess:
         yield held.samples, facts
 
     def _send_job(self, clip: EncodedClip, *, reads_header: bool = False) -> None:
-        """Send a clip, to decode or to read its header."""
         os.ftruncate(self._stderr, 0)
         job = {
             "path": None if clip.path is None else str(Path(clip.path).absolute()),
@@ -288,12 +268,7 @@ class DecoderProcess:
             return length_s
 
     def _receive_answer(self) -> tuple[bytes, dict[str, Any]]:
-        """Receive the next frame that is more than a sign of life.
-
-        Raises:
-            DecodeError: It is an error.
-            DecoderLostError: As in ``_receive_reply``.
-        """
+        """Receive the next frame that is more than a sign of life; raise its error if it is one."""
         kind, payload = self._receive()
         while kind == protocol.ALIVE:
             kind, payload = self._receive()
@@ -307,11 +282,7 @@ class DecoderProcess:
 
     @contextlib.contextmanager
     def _checked_answer(self) -> Iterator[None]:
-        """Kill the child if its answer is invalid: a library may have damaged its memory.
-
-        Raises:
-            DecoderLostError: The answer is invalid.
-        """
+        """Kill the child if its answer is invalid: a library may have damaged its memory."""
         try:
             yield
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -24,11 +24,10 @@ class Reader(Protocol):
     """One library that reads one file.
 
     Attributes:
-        library: Its name, for messages.
         promised_s: Length in seconds by the file's header, or None.
         promise_slack_s: How far off that length may be in an undamaged file, in seconds.
         notes: Oddities of a file that could be read all the same, for the clip's warning.
-        stopped: The library's error message if it gave up before the end, else None.
+        stopped: The library's error message if it gave up before the end.
     """
 
     library: str
@@ -56,11 +55,7 @@ def block_frames(rate: int, channels: int) -> int:
 
 
 def check_rate(rate: int) -> None:
-    """Refuse a sample rate below 1 Hz.
-
-    Raises:
-        DecodeError: With type ``BadSampleRate``.
-    """
+    """Raise ``DecodeError`` with type ``BadSampleRate`` for a rate below 1 Hz."""
     if rate < 1:
         raise DecodeError(
             f"the sample rate is {rate} Hz; must be at least 1", error_type="BadSampleRate"

@@ -1,12 +1,4 @@
-"""The choice of a library for a file, and FFmpeg as the successor of a libsndfile that gives up.
-
-    encoded bytes ─routes─▶ libsndfile ─▶ blocks of float32, all channels, the file's rate
-                      │          │ gives up midway
-                      └─────▶ FFmpeg
-
-libsndfile is faster where it reads a format right. FFmpeg takes the rest, and continues where
-libsndfile gives up in the middle.
-"""
+"""The choice of a library for a file, and FFmpeg as the successor of a libsndfile that gives up."""
 
 from __future__ import annotations
 

@@ -20,10 +20,8 @@ UNKNOWN_LONG_SIZE_FROM = 1 << 62  # the same where sizes have 64 bits
 class Route:
     """The library to try first, and what the file's structure tells.
 
-    Attributes:
-        soundfile_first: libsndfile goes first, else FFmpeg.
-        promised_s: Length in seconds by the file's header, or None.
-        notes: Oddities of the file, for the clip's warning.
+    ``promised_s`` is the length in seconds by the file's header, or None. ``notes`` are oddities
+    of the file, for the clip's warning.
     """
 
     soundfile_first: bool
@@ -61,7 +59,6 @@ def find_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> Rout
 
 
 def _needs_ffmpeg(head: bytes) -> bool:
-    """Whether the first 64 bytes alone decide that FFmpeg reads the file."""
     if head.startswith(_RIFF_MAGIC):
         return head[8:12] != b"WAVE"
     if head.startswith(b"FORM"):
@@ -138,9 +135,7 @@ def _matroska_length(view: bytes | mmap.mmap) -> int:
 def _ebml_size(view: bytes | mmap.mmap, position: int) -> tuple[int, int]:
     """Parse a size of 1 to 8 bytes (0: unknown), and return it with the position after it."""
     first = view[position] if position < len(view) else 0
-    num_bytes = (
-        9 - first.bit_length()
-    )  # the number of leading zeros is that of the bytes that follow
+    num_bytes = 9 - first.bit_length()  # as many bytes follow as there are leading zeros
     mask = (1 << 7 * num_bytes) - 1
     size = int.from_bytes(view[position : position + num_bytes], "big") & mask
     return (0 if size == mask else size), position + num_bytes

@@ -15,12 +15,10 @@ class DecodeSettings:
     """How clips are decoded.
 
     Attributes:
-        sample_rate_hz: The model's rate.
-        num_processes: Decoder processes; 0 means one for each core this process may use.
+        num_processes: 0 means one for each core this process may use.
         clips_ahead: Clips read but not consumed yet; 0 means 4, plus 2 for each process.
         bytes_ahead: Encoded bytes read but not decoded yet; one clip may exceed it.
         stall_timeout_s: A decoder that shows no sign of life for this long is killed.
-        piece_samples: Samples per piece of a decoded clip.
         max_item_bytes: Encoded bytes of an item.
         max_item_s: Seconds of audio of an item.
         max_decode_ratio: Seconds of computing per second of audio, once an item has taken

@@ -53,10 +53,7 @@ class SoundFileReader:
         self.promised_s = route.promised_s or self._read_promise()
 
     def _read_promise(self) -> float | None:
-        """Return the seconds that the header promises; libsndfile trusts the file's size instead.
-
-        libsndfile's log names both.
-        """
+        """Return the header's length, from the log: libsndfile trusts the file's size instead."""
         frames = int(self._file.frames)
         log = self._file.extra_info
         match = re.search(r"(?:COMM'|ds64') chunk (?:of )?\(?(-?\d+)", log)

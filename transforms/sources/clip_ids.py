@@ -29,12 +29,7 @@ _NOT_SHOWN = re.compile(
 
 
 def for_terminal(text: str, *, keep_lines: bool = False) -> str:
-    """Escape the characters that a terminal would obey instead of showing them.
-
-    Args:
-        text: Text with names from anywhere.
-        keep_lines: Keep line breaks as they are.
-    """
+    """Escape the characters that a terminal would obey instead of showing them."""
 
     def escaped(match: re.Match[str]) -> str:
         if keep_lines and match.group() == "\n":
@@ -59,8 +54,8 @@ def make_clip_id(
         member: Name inside the tar.
         occurrence: Which member of that name, from 1.
         row: Row of the Parquet file, from 0.
-        start_s: Start of the segment in seconds; None (with ``end_s`` given) is 0.
-        end_s: End of the segment in seconds; None is the end of the file.
+        start_s: None (with ``end_s`` given) is 0.
+        end_s: None is the end of the file.
     Returns:
         ``uri``, ``uri#member``, ``uri#member~2``, ``uri#row=5``; with ``@1.500-3.000`` for a
         segment. ``%``, ``#`` and ``@`` inside names are percent-encoded, and so are bytes that
@@ -109,13 +104,8 @@ def make_unit_id(
 ) -> str:
     """Return the name of a unit: a digest of its content, the same on every machine and run.
 
-    Args:
-        kind: Kind of the unit.
-        items: Its items, hashed by clip id, place, size and version.
-        container: Its slice, hashed by the container's name, size and version and the range.
-        replaces: Ids of the units that it replaces.
-    Returns:
-        20 hex digits (80 bits).
+    It has 20 hex digits (80 bits). Items are hashed by clip id, place, size and version, the
+    container by name, size, version and range.
     """
     digest = hashlib.sha256()
     parts: list[object] = [kind, 0, *sorted(replaces)]  # 0: ids of existing results have it
@@ -149,14 +139,10 @@ def read_failure(item: Item, error: Exception, *, is_container: bool = False) ->
 
 
 def make_truth(labels: object, label: object = None) -> tuple[str, ...] | None:
-    """Parse the labels that an input gives.
+    """Parse the labels that an input gives; return each name once, in order.
 
-    Args:
-        labels: A list, or text: a JSON list, or names separated by ``;``.
-        label: One name.
-    Returns:
-        The names, each once, in order; None if both are missing (an empty list is not: it says
-        that there are no labels).
+    ``labels`` is a list, a JSON list, or names separated by ``;``. ``label`` is one name. None
+    means that both are missing; an empty list says that there are no labels.
     """
     if labels is None and label is None:
         return None

@@ -52,11 +52,7 @@ class ReadLimits:
 
 
 def check_item_size(num_bytes: int | None, limits: ReadLimits) -> None:
-    """Refuse an item that is known to be too large.
-
-    Raises:
-        ReadError: The item has more than ``limits.max_item_bytes``.
-    """
+    """Raise ``ReadError`` if an item is known to have more than ``limits.max_item_bytes``."""
     if num_bytes is not None and num_bytes > limits.max_item_bytes:
         raise _too_large(limits, num_bytes)
 
@@ -87,10 +83,7 @@ def spool(name: str, write: Callable[[BinaryIO], object]) -> str:
 
 
 def second_name(path: str) -> str:
-    """Link a temporary file, or copy it without links, and return the new path.
-
-    Either path can be removed without the other.
-    """
+    """Link a temporary file, or copy it without links; either path can be removed alone."""
     name = str(scratch_folder() / f"{uuid.uuid4().hex}{Path(path).suffix}")
     try:
         os.link(path, name)
@@ -116,13 +109,7 @@ class Fetched:
 
 
 def fetch(url: str, size: int | None, limits: ReadLimits) -> Fetched:
-    """Fetch the bytes of a remote file, or return the path of a local one.
-
-    Args:
-        url: The file.
-        size: Its size, or None if it is unknown.
-        limits: Bounds for reading.
-    """
+    """Fetch a remote file, of a ``size`` if known, or return the path of a local one."""
     try:
         if urls.is_local(url):
             path = urls.local_path(url)
@@ -156,13 +143,8 @@ class RangeReader(io.RawIOBase):
     """A remote file with random access, some ranges of which can be held locally.
 
     Held ranges are fetched once, into memory or a temporary file without a name. Other bytes are
-    requested in small blocks, or in larger ones when larger pieces are read.
-
-    Args:
-        url: The file.
-
-    Raises:
-        OSError: The file cannot be opened. Errors while reading are ``OSError`` too.
+    requested in small blocks, or in larger ones when larger pieces are read. Opening and reading
+    raise ``OSError``.
     """
 
     def __init__(self, url: str) -> None:
@@ -176,11 +158,8 @@ class RangeReader(io.RawIOBase):
     def hold(self, ranges: Iterable[tuple[int, int]]) -> bool:
         """Fetch ranges of bytes [start, stop) and hold them instead of earlier ones.
 
-        Returns:
-            Whether they are held: not if they exceed 256 MiB, or if the disk is full.
-
-        Raises:
-            OSError: The file cannot be read.
+        Returns whether they are held: not if they exceed 256 MiB, or if the disk is full. Raises
+        ``OSError`` if the file cannot be read.
         """
         self.release()
         merged = _merged(ranges)

@@ -1,7 +1,4 @@
-"""Kinds of files by their names: audio with its usual bit rate, tars, manifests, other files.
-
-A new audio extension that FFmpeg already decodes is one more name in ``_AUDIO``.
-"""
+"""Kinds of files by their names: audio with its usual bit rate, tars, manifests, other files."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from dataclasses import dataclass
 
 # Audio and video extensions by their usual number of encoded bytes per second, which only
 # estimates use. ".ts" is left out because most are TypeScript, ".raw" and ".pcm" because they do
-# not tell their rate.
+# not tell their rate. FFmpeg decodes others too: a new extension is one more name here.
 _AUDIO = {
     88_200: ".wav .wave .w64 .rf64 .bwf .aif .aiff .aifc .au .snd .caf",  # 44.1 kHz mono 16 bit
     44_100: ".flac .ape .wv .tta .tak",  # lossless: half of that
@@ -48,17 +45,17 @@ def extension(name: str) -> str:
 
 
 def is_audio_name(name: str) -> bool:
-    """Whether a name has an audio or video extension and is not a shadow file's."""
+    """Return whether a name has an audio or video extension and is not a shadow file's."""
     return extension(name) in _BYTES_PER_S and not is_shadow_name(name)
 
 
 def is_shadow_name(name: str) -> bool:
-    """Whether a name is that of a file in which macOS keeps another file's attributes."""
+    """Return whether macOS keeps another file's attributes under such a name."""
     return name.rpartition("/")[2].startswith("._")
 
 
 def is_tar_name(name: str) -> bool:
-    """Whether a name is that of a tar: ``.tar``, ``.tar.gz`` or ``.tgz``."""
+    """Return whether a name ends in ``.tar``, ``.tar.gz`` or ``.tgz``."""
     return name.lower().endswith((".tar", ".tar.gz", ".tgz"))
 
 
@@ -69,12 +66,7 @@ def guess_duration_s(name: str, size: int | None) -> float:
 
 @dataclass(frozen=True)
 class WindowEstimate:
-    """Guesses the number of windows before anything is decoded.
-
-    Attributes:
-        window_s: Length of a window in seconds.
-        hop_s: Seconds from one window's start to the next's.
-    """
+    """Guesses the number of windows before anything is decoded."""
 
     window_s: float
     hop_s: float

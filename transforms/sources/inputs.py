@@ -58,7 +58,6 @@ class Container:
     Attributes:
         uri: Without signature parameters.
         url: The address to open; never written or printed.
-        kind: Kind of container.
         size: Bytes, or None if the store does not tell.
         version: Etag or modification time.
         items: The members or rows that a manifest lists; empty for all.
@@ -84,14 +83,13 @@ class Container:
 
 @dataclass(frozen=True)
 class Found:
-    """The result of ``find_inputs``.
+    """The result of ``find_inputs``; items and containers are in plan order.
 
     Attributes:
-        items: Loose files and segments of them, in plan order.
-        containers: Tars and Parquet files, in plan order.
+        items: Loose files and segments of them.
         duplicates: Number of repeated listings.
         duplicate_examples: Some of their clip ids.
-        skipped_by_extension: Number of files of other kinds in folders, by extension.
+        skipped_by_extension: Number of files of other kinds in folders.
         failures: Lines of manifests and folders that could not be read.
         notes: Messages for the user.
     """
@@ -217,7 +215,6 @@ class _Finder:
             self._failures.append(read_failure(item, error, is_container=is_container))
 
     def _kept(self, url: str, files: Iterable[FileInfo]) -> list[FileInfo]:
-        """Return the files outside the output folder."""
         found = list(self._counted(files))
         kept = [file for file in found if not self._is_excluded(file.url)]
         if len(kept) < len(found):
@@ -229,7 +226,6 @@ class _Finder:
         return kept
 
     def _counted(self, listed: Iterable[_In]) -> Iterator[_In]:
-        """Yield the same, and raise when there are too many."""
         for one in listed:
             self._num_listed += 1
             if self._max_listed is not None and self._num_listed > self._max_listed:
@@ -378,7 +374,6 @@ class _Finder:
     # -- all of them --
 
     def finish(self) -> Found:
-        """Return everything found, each thing once, in plan order."""
         items = self._resolve()
         loose = [item for item in items if item.member is None and item.row is None]
         inside = [item for item in items if item.member is not None or item.row is not None]

@@ -56,13 +56,10 @@ _MAX_SECONDS = 1e12
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """A valid row of a manifest.
+    """A valid row of a manifest; ``item`` is without size and version.
 
-    Attributes:
-        item: The item that it names, without size and version.
-        own_name: The clip id that the item has unless the manifest gives one; equal for two rows
-            that name the same thing.
-        where: The manifest and the line or row, for messages.
+    ``own_name`` is the clip id unless the manifest gives one: equal for two rows that name the same
+    thing. ``where`` is the manifest and the line or row, for messages.
     """
 
     item: Item
@@ -81,9 +78,8 @@ class ManifestRow:
 class ContainerRow:
     """A row of an errors table for a container that could not be read to its end.
 
-    Attributes:
-        url: The container; may carry a signature, so it is never written or printed.
-        failure: The row to write if the container is not one that can be read.
+    ``url`` may carry a signature, so it is never written or printed. ``failure`` is the row to
+    write if the container is not one that can be read.
     """
 
     url: str
@@ -93,14 +89,9 @@ class ContainerRow:
 def read_manifest(
     url: str, max_page_bytes: int = ReadLimits().max_page_bytes
 ) -> Iterator[ManifestRow | ContainerRow | Failure]:
-    """Yield the rows of a manifest, in order.
+    """Yield the rows of a manifest, in order; a larger decompressed page of Parquet is refused.
 
-    Args:
-        url: The manifest.
-        max_page_bytes: Bound for a decompressed page of a Parquet file.
-
-    Raises:
-        InputError: It cannot be opened, or has no column that names files.
+    Raises ``InputError`` if it cannot be opened, or has no column that names files.
     """
     ending = extension(urls.file_name(url))
     read = _READERS.get(ending)
@@ -176,17 +167,12 @@ def _lines(text: TextIO) -> Iterator[str | ReadError]:
 
 
 class _CsvLines(Iterator[str]):
-    """The lines of a CSV file for ``csv.reader``, with a bound for a record.
-
-    Attributes:
-        number: Number of the last line, from 1.
-        record: Lines of the current record so far.
-    """
+    """The lines of a CSV file for ``csv.reader``, with a bound for a record."""
 
     def __init__(self, text: TextIO) -> None:
         self._lines = _lines(text)
         self._again: deque[str | ReadError] = deque()
-        self.number = 0
+        self.number = 0  # of the last line, from 1
         self.record: list[str] = []
 
     def __next__(self) -> str:
@@ -228,11 +214,7 @@ def _large_csv_fields() -> Iterator[None]:
 
 
 def _next_record(reader: Iterator[list[str]], lines: _CsvLines, delimiter: str) -> list[str] | None:
-    """Return the fields of the next record; None at the end.
-
-    Raises:
-        ReadError: The record is not CSV.
-    """
+    """Return the fields of the next record; None at the end."""
     lines.record.clear()
     try:
         with _large_csv_fields():
@@ -338,8 +320,6 @@ def _line_failure(url: str, line: str, error: ReadError) -> Failure:
 
 
 class _WholeContainerError(ReadError):
-    """A row names a container as a whole."""
-
     def __init__(self, target: str) -> None:
         super().__init__(
             f"names the container {public_uri(target)} as a whole; name a member (tar) or "
@@ -351,7 +331,6 @@ class _WholeContainerError(ReadError):
 def _read_row(
     url: str, line: str, values: Mapping[str, Any]
 ) -> ManifestRow | ContainerRow | Failure:
-    """Return the item that a row names, or a failure if it names none."""
     given = {name: value for name, value in values.items() if value is not None}
     try:
         return _make_row(url, line, given, _is_ours(values.keys()))

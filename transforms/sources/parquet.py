@@ -52,13 +52,10 @@ _MIN_BOUND_ROWS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class AudioColumn:
-    """The audio column of a Parquet file.
+    """The audio column of a Parquet file: ``struct<bytes, path>`` or binary.
 
-    Attributes:
-        name: Name of the column.
-        is_struct: Whether it is ``struct<bytes, path>`` rather than binary.
-        path_column: For a binary column, another column that names the file, or None.
-        class_names: Class names of each ``ClassLabel`` column.
+    ``path_column`` is, for a binary column, another column that names the file. ``class_names`` has
+    the names of each ``ClassLabel`` column.
     """
 
     name: str
@@ -71,10 +68,7 @@ class AudioColumn:
 class ParquetIndex:
     """The facts of a Parquet file's footer.
 
-    Attributes:
-        audio: The audio column, or None.
-        columns: Names of all columns.
-        row_groups: Rows and decompressed bytes of each row group that has rows.
+    ``row_groups`` are rows and decompressed bytes of each row group that has rows.
     """
 
     audio: AudioColumn | None
@@ -86,8 +80,6 @@ class OpenParquet:
     """A Parquet file that is read in bounded memory.
 
     Attributes:
-        file: The file as pyarrow opened it.
-        uri: Name for messages.
         num_rows: Rows of each row group, by the footer.
         names: Names of all columns; of two with one name, only the first is read.
     """
@@ -130,18 +122,14 @@ class OpenParquet:
     def batches(
         self, number: int, max_page_bytes: int, columns: Sequence[str] | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Yield a row group in batches of about 16 MB.
+        """Yield a row group in batches of about 16 MB; ``columns`` is None for all.
 
         A remote row group is fetched once, for its headers and its values. If it is too large for
         that, the headers are requested first, in small blocks.
 
-        Args:
-            number: Number of the row group.
-            max_page_bytes: Bound for a decompressed page.
-            columns: The columns to read; None for all.
-
         Raises:
-            ContainerError: A page is larger, the row group is damaged, or rows are missing.
+            ContainerError: A decompressed page has more than ``max_page_bytes``, the row group is
+                damaged, or rows are missing.
         """
         expected_rows, num_rows = self.num_rows[number], 0
         try:
@@ -172,11 +160,7 @@ class OpenParquet:
             raise ContainerError(f"a row group of {expected_rows} rows ends after {num_rows}")
 
     def check_num_rows(self) -> None:
-        """Refuse a number of rows that the file is too small for.
-
-        Raises:
-            ContainerError: There are more than a million rows, and fewer bytes than rows.
-        """
+        """Raise ``ContainerError`` for more than a million rows, and fewer bytes than rows."""
         num_rows = sum(self.num_rows)
         num_bytes = self._stream.seek(0, io.SEEK_END)
         if num_rows > max(_MIN_BOUND_ROWS, num_bytes):
@@ -188,11 +172,7 @@ class OpenParquet:
 
 @contextmanager
 def open_parquet(url: str, uri: str) -> Iterator[OpenParquet]:
-    """Open a Parquet file.
-
-    Raises:
-        ContainerError: It cannot be opened, or is not a whole Parquet file.
-    """
+    """Open a Parquet file, or raise ``ContainerError`` if it is not a whole one."""
     reader: RangeReader | None = None
     try:
         if urls.is_local(url):
@@ -212,11 +192,7 @@ def open_parquet(url: str, uri: str) -> Iterator[OpenParquet]:
 
 
 def index_parquet(url: str, uri: str) -> ParquetIndex:
-    """Read a Parquet file's footer.
-
-    Raises:
-        ContainerError: It cannot be opened, or is not a whole Parquet file.
-    """
+    """Read a Parquet file's footer; errors as in ``open_parquet``."""
     with open_parquet(url, uri) as opened:
         audio = find_audio_column(opened.file.schema_arrow)
         if audio is not None:
@@ -306,12 +282,8 @@ def read_parquet(
     """Yield the items of a range of rows, in order, then the failures.
 
     After a row group that cannot be read, the next one is read. One failure of the container
-    reports all missing rows; a wanted item that is missing has a failure of its own.
-
-    Args:
-        part: The slice.
-        wanted: Items to read, by row; empty for all.
-        limits: Bounds for reading.
+    reports all missing rows; a wanted item that is missing has a failure of its own. ``wanted`` is
+    empty for all.
     """
     limits = limits or ReadLimits()
     rows: dict[int, list[Item]] = {}
@@ -341,7 +313,6 @@ def read_parquet(
 def _row_error(
     item: Item, part: ContainerSlice, message: str, damage: Sequence[ContainerError]
 ) -> ReadError:
-    """Explain why a wanted row was not found."""
     if not damage:
         return ReadError(f"{part.uri} has no row {item.row}")
     cause = damage[0].__cause__ or damage[0]

@@ -57,14 +57,7 @@ _HEADER: _Fields = {
 
 @dataclass(frozen=True, slots=True)
 class ColumnChunk:
-    """A column of a row group, by the footer, which may be wrong.
-
-    Attributes:
-        codec: Number of the compression.
-        num_values: Values of the leaf column.
-        start: First byte in the file.
-        stop: One past the last byte.
-    """
+    """A column of a row group, by the footer, which may be wrong; its bytes are [start, stop)."""
 
     codec: int
     num_values: int
@@ -138,13 +131,7 @@ def measure_row_group(
     num_rows: int,
     chunks: Mapping[int, ColumnChunk],
 ) -> RowGroupCost:
-    """Read the headers of all pages of a row group.
-
-    Args:
-        stream: The file.
-        schema: Schema of the file.
-        num_rows: Rows of the row group.
-        chunks: The columns to be read, by their number in the schema.
+    """Read the headers of all pages of a row group; ``chunks`` are by their number in the schema.
 
     Raises:
         ValueError: A header is damaged, or contradicts the footer.
@@ -225,12 +212,7 @@ class _CompactReader:
         self.position = 0
 
     def read_struct(self, wanted: _Fields | None, depth: int = 0) -> dict[int, Any]:
-        """Return values by field number: numbers, bytes, lists, structs.
-
-        Args:
-            wanted: The fields to keep; the others are skipped.
-            depth: Number of structs and lists around this one.
-        """
+        """Return the wanted values by field number: numbers, bytes, lists, structs."""
         if depth > _MAX_DEPTH:
             raise ValueError("the metadata of the pages is nested too deeply")
         wanted = wanted or {}

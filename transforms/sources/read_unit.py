@@ -1,8 +1,5 @@
 """The sources: the inputs as work units, and the encoded clips of a unit.
 
-    INPUT… ─find_inputs─▶ Found (items, containers) ─plan_units─▶ WorkUnit ─read_unit─▶ EncodedClip
-                                                                                     └▶ Failure
-
 Files, globs, folders, tars, Parquet files with audio and manifests all become the same two things:
 loose **items**, and **containers** (a tar, a Parquet file) whose items are found while reading.
 """

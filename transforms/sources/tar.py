@@ -68,12 +68,7 @@ _MAX_GROUP = 64
 class TarGroup:
     """Neighbours with the same key, at least one of which is an item.
 
-    Attributes:
-        start: Byte where the group begins.
-        names: Names of its items, in order.
-        starts: Byte where each item's member begins.
-        windows: Expected number of windows.
-        size: Bytes of its items.
+    ``starts`` are the bytes where each item's member begins, and ``size`` is that of the items.
     """
 
     start: int
@@ -85,12 +80,10 @@ class TarGroup:
 
 @dataclass(frozen=True, slots=True)
 class TarIndex:
-    """The groups of a tar.
+    """The groups of a tar, in order.
 
-    Attributes:
-        groups: Groups in order.
-        can_cut: Whether its slices, read separately, give the same items as the whole.
-        damage: The error that ended the walk over the headers, or None.
+    ``can_cut`` tells whether its slices, read separately, give the same items as the whole.
+    ``damage`` is the error that ended the walk over the headers.
     """
 
     groups: tuple[TarGroup, ...]
@@ -102,7 +95,7 @@ class TarIndex:
 
 
 def _key_and_rest(name: str) -> tuple[str, str]:
-    """WebDataset's key and what follows its dot: ``a/b.c/d.e.wav`` → ``a/b.c/d``, ``e.wav``."""
+    """Return WebDataset's key and the rest: ``a/b.c/d.e.wav`` → ``a/b.c/d``, ``e.wav``."""
     folder, slash, base = name.rpartition("/")
     key, _, rest = base.partition(".")
     return folder + slash + key, rest
@@ -121,7 +114,7 @@ class _Grouping:
         self._num_items = 0
 
     def starts_new(self, member: TarMember) -> bool:
-        """Whether ``member`` begins a new group; to be called with every member in order."""
+        """Return whether ``member`` begins a new group; to be called for all in order."""
         key, stem = _key_and_rest(member.name)[0], _stem(member.name)
         is_new = self._key is not None and (
             key != self._key
@@ -133,7 +126,7 @@ class _Grouping:
 
 
 def is_item(member: TarMember) -> bool:
-    """Whether a member is an item: audio by its name, whatever its kind."""
+    """Return whether a member is an item: audio by its name, whatever its kind."""
     return member.kind != "folder" and is_audio_name(member.name)
 
 
@@ -251,13 +244,7 @@ _logged_extensions: set[str] = set()
 
 
 class TarReader:
-    """Reads the items of one slice, in one pass.
-
-    Args:
-        part: The slice.
-        wanted: Items to read, by name and occurrence; empty for all.
-        limits: Bounds for reading.
-    """
+    """Reads the items of one slice, in one pass; ``wanted`` is empty for all."""
 
     def __init__(
         self, part: ContainerSlice, wanted: tuple[Item, ...], limits: ReadLimits | None = None
@@ -443,7 +430,6 @@ class TarReader:
         return torn
 
     def _read_torn(self, key: str) -> dict[str, bytes]:
-        """Read a key's siblings that are not neighbours of their audio."""
         found: dict[str, bytes] = {}
         if key not in self._torn:
             return found

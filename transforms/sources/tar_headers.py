@@ -62,7 +62,6 @@ class TarMember:
     Attributes:
         name: Name as stored; bytes that are not UTF-8 are lone surrogates. A name of more than
             4096 characters is shortened with a digest, and such a member is not read.
-        kind: ``file``, ``folder``, ``symbolic link`` and so on.
         size: Bytes of its content.
         start: Where its first header begins, extended headers included.
         stop: One past its last block.
@@ -78,11 +77,8 @@ class TarMember:
 class Archive:
     """The bytes of a (decompressed) tar from a position on; every error is a ContainerError.
 
-    Args:
-        file: The bytes.
-        uri: Name for messages.
-        compressed: The file that the bytes are decompressed from, or None.
-        max_expansion: Decompressed bytes allowed per compressed byte, beyond the first GiB.
+    ``compressed`` is the file that they are decompressed from, if any. ``max_expansion`` is the
+    decompressed bytes allowed per compressed byte, beyond the first GiB.
     """
 
     def __init__(
@@ -158,12 +154,8 @@ def open_archive(
 ) -> Iterator[Archive]:
     """Open an archive at byte 0, decompressed if its first bytes are those of gzip.
 
-    Args:
-        url: The archive.
-        uri: Name for messages.
-        max_expansion: As for ``Archive``.
-        to_walk: Only headers will be read, so small blocks are requested.
-        stop: End of the bytes that will be read, or None.
+    ``to_walk`` means that only headers will be read: small blocks are requested. No byte from
+    ``stop`` on will be read.
     """
     try:
         file = reading.open_read(url, _WALK_BLOCK_BYTES if to_walk else None, stop)

@@ -44,13 +44,7 @@ def walk_in_parallel(
 ) -> Iterator[TarMember]:
     """Yield the members of a whole archive, exactly as ``walk_members`` does.
 
-    Args:
-        archive: The archive at byte 0; must be able to seek.
-        open_another: Opens the same archive once more.
-        size: Bytes of the archive.
-
-    Raises:
-        ContainerError: As ``walk_members``.
+    ``archive`` is at byte 0 and must be able to seek. ``open_another`` opens it once more.
     """
     step = padded(max(_MIN_SPAN_BYTES, -(-size // _MAX_SPANS)))
     bounds = [(low, low + step) for low in range(0, size, step)]
@@ -81,11 +75,9 @@ def walk_in_parallel(
 
 @dataclass(frozen=True, slots=True)
 class _GuessedMembers:
-    """The members that a walk from a guessed header has found.
+    """The members from a guessed header on, without a gap between them if the guess is right.
 
-    Attributes:
-        members: Members without a gap between them, if the guess is right.
-        is_end: Whether the archive ends after the last of them.
+    ``is_end`` tells whether the archive ends after the last of them.
     """
 
     members: tuple[TarMember, ...] = ()

@@ -34,12 +34,11 @@ class SourceSettings:
     """The settings for cutting the input into units and reading it.
 
     Attributes:
-        windows_per_unit: Approximate number of windows in a unit; must be at least 1.
+        windows_per_unit: Approximate; at least 1.
         max_unit_bytes: A unit ends once it holds this many encoded bytes.
-        window_s: Length of a window in seconds, for estimates.
+        window_s: For estimates.
         hop_s: From one window's start to the next's in seconds, for estimates.
         read_ahead: Remote files fetched in parallel, ahead of their turn.
-        limits: Bounds for reading.
     """
 
     windows_per_unit: int = 256
@@ -128,7 +127,6 @@ def plan_units(
     Args:
         items: Loose items that are not committed.
         containers: Containers; their ``items``, if any, are those that are not committed.
-        settings: Size of a unit.
         covered: Committed ranges [start, stop) of containers that are read as a whole, in their
             present version, by uri; None as stop means to the end.
     """
@@ -144,9 +142,7 @@ def plan_units(
 class RestOfContainer:
     """The part of a container that is not committed.
 
-    Attributes:
-        container: The tar or Parquet file.
-        covered: The committed ranges, if it is read as a whole.
+    ``covered`` has the committed ranges if it is read as a whole.
     """
 
     container: Container
@@ -173,12 +169,9 @@ def cut_containers(rests: Sequence[RestOfContainer], settings: SourceSettings) -
 def _cut_items(
     items: Sequence[Item], settings: SourceSettings, row_bytes: int = 0
 ) -> Iterator[tuple[list[Item], int]]:
-    """Groups that are a unit each, and the windows expected of them.
+    """Yield groups that are a unit each, and the windows expected of them.
 
-    Args:
-        items: In the order to be cut in.
-        settings: Size of a unit.
-        row_bytes: Bytes of a row, where the items are rows.
+    ``row_bytes`` are the bytes of a row, where the items are rows.
     """
     group: list[Item] = []
     windows = num_bytes = 0
