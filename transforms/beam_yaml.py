@@ -23,7 +23,6 @@ from transforms.label_audio import LabelAudio, LabelSettings, make_settings
 from transforms.models.ast.checkpoints import ModelOverrides, resolve_model
 from transforms.results.rows import clips_schema, errors_schema, windows_schema
 
-# Beam's types for the columns of the tables.
 SCALARS: Mapping[pa.DataType, type] = {
     pa.string(): str,
     pa.int32(): int,

@@ -58,7 +58,6 @@ from transforms.storage.secrets import public_uri
 # Files in a unit of LabelAudio, so that decoding can prefetch across them.
 FILES_PER_UNIT = 64
 
-# Beam's type of a row of LabelAudio.
 ROW = Dict[str, Any]
 
 
@@ -136,6 +135,8 @@ def make_settings(
 ) -> LabelSettings:
     """Make the settings of every step for a checkpoint, with the defaults of ``earmark label``.
 
+    Raises ``ConfigError`` if the window or hop does not fit the checkpoint.
+
     Args:
         decode: The rate is always the model's.
         window_s: None for the checkpoint's.
@@ -144,9 +145,6 @@ def make_settings(
         top_k: Number of labels in a row.
         store_scores: Also store the score of every class.
         sources: Windows and the size limit of an item always come from the other settings.
-
-    Raises:
-        ConfigError: The window or hop does not fit the checkpoint.
     """
     inference = inference or InferenceSettings()
     fbank = FbankSettings(

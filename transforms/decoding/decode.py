@@ -66,15 +66,14 @@ def decode(
 ) -> Iterator[DecodedPiece]:
     """Decode a file, or a segment of it, to mono at one rate, piece by piece.
 
+    There is at least one piece, and exactly one ``is_last``.
+
     Args:
         source: The encoded bytes, or the path of a local file.
         settings: The rate to resample to, the samples of a piece, and what the item may cost.
         start_s: None for the file's start.
         end_s: Exclusive; None for the file's end.
         on_progress: Called whenever work has been done, for a caller that watches for a hang.
-
-    Yields:
-        Pieces in order; at least one, and exactly one ``is_last``.
 
     Raises:
         DecodeError: Nothing can be labelled. ``error_type`` is ``EmptyFile``, ``NoAudioStream``,
@@ -104,20 +103,14 @@ def decode_whole(
     start_s: float | None = None,
     end_s: float | None = None,
 ) -> tuple[FloatArray, ClipFacts]:
-    """Decode a short clip in one go: samples of shape (num_samples,), and its facts.
-
-    Raises ``DecodeError`` like ``decode``.
-    """
+    """Decode a short clip in one go: samples of shape (num_samples,); errors as ``decode``."""
     settings = dataclasses.replace(UNLIMITED, sample_rate_hz=sample_rate_hz)
     pieces = list(decode(source, settings, start_s=start_s, end_s=end_s))
     return np.concatenate([piece.samples for piece in pieces]), pieces[-1].facts
 
 
 def read_length_s(source: bytes | str | Path, on_progress: Callable[[], None]) -> float | None:
-    """Return the seconds of audio that a file's header promises; None where it promises nothing.
-
-    Raises ``DecodeError`` if the file cannot be opened as audio.
-    """
+    """Return the seconds that a header promises, or None; raise ``DecodeError`` if not audio."""
     with open_encoded(source) as encoded:
         chain = ReaderChain(encoded, 0.0, on_progress)
         try:

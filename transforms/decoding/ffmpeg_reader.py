@@ -24,7 +24,7 @@ GUESSED_DURATION_FORMATS = frozenset(
 def _import_av() -> Any:
     """Import PyAV, with FFmpeg's messages kept for errors and away from the terminal.
 
-    Most runs have no file that needs FFmpeg.
+    Not imported above, because most runs have no file that needs FFmpeg.
     """
     import av
 

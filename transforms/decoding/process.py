@@ -43,7 +43,7 @@ MAX_FAILED_STARTS = 3
 
 
 class DecoderLostError(Exception):
-    """A decoder process died or hangs: ``DecoderCrashed`` or ``DecoderHung``."""
+    """The loss of a decoder: ``error_type`` is ``DecoderCrashed`` or ``DecoderHung``."""
 
     def __init__(self, message: str, error_type: str) -> None:
         super().__init__(message)
@@ -65,10 +65,7 @@ class Reply:
 def start_decoder(
     settings: DecodeSettings, command: Sequence[str] = WORKER_COMMAND
 ) -> DecoderProcess:
-    """Start a process and wait until it is ready; retry a start that fails.
-
-    Raises ``EarmarkError`` if no process could be started.
-    """
+    """Start a process and wait until it is ready; after retries, raise ``EarmarkError``."""
     for attempt in range(1, MAX_FAILED_STARTS + 1):
         try:
             return _start_once(settings, command)
@@ -82,7 +79,7 @@ def start_decoder(
 
 
 def _start_once(settings: DecodeSettings, command: Sequence[str]) -> DecoderProcess:
-    """Raise ``DecoderLostError`` if the process died before it was ready."""
+    """Raise ``DecoderLostError`` if it dies before it is ready, ``OSError`` if it cannot start."""
     with contextlib.ExitStack() as undo:
         stderr = _nameless_file()
         undo.callback(os.close, stderr)
@@ -182,10 +179,8 @@ class DecoderProcess:
     ) -> Iterator[tuple[FloatArray, ClipFacts | None]]:
         """Yield the samples of a clip piece by piece; the facts come with the last piece.
 
-        If the process is lost midway, the clip ends there, with a warning in its facts.
-
-        Raises:
-            DecodeError: Nothing could be decoded, or a bound was exceeded.
+        If the process is lost midway, the clip ends there, with a warning in its facts. Raises
+        ``DecodeError`` if nothing could be decoded, or a bound was exceeded.
         """
         held: Reply | None = None  # held back until the next arrives, so that the last is not empty
         num_samples = 0
@@ -282,7 +277,10 @@ class DecoderProcess:
 
     @contextlib.contextmanager
     def _checked_answer(self) -> Iterator[None]:
-        """Kill the child if its answer is invalid: a library may have damaged its memory."""
+        """Kill the child and raise ``DecoderLostError`` if its answer is invalid.
+
+        A library may have damaged its memory.
+        """
         try:
             yield
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -49,6 +49,10 @@ def make_clip_id(
 ) -> str:
     """Return the unique, stable name of an item in a result.
 
+    It is ``uri``, ``uri#member``, ``uri#member~2``, ``uri#row=5``; with ``@1.500-3.000`` for a
+    segment. ``%``, ``#`` and ``@`` inside names are percent-encoded, and so are bytes that are not
+    UTF-8.
+
     Args:
         uri: Absolute local path or full URL, without signature parameters.
         member: Name inside the tar.
@@ -56,10 +60,6 @@ def make_clip_id(
         row: Row of the Parquet file, from 0.
         start_s: None (with ``end_s`` given) is 0.
         end_s: None is the end of the file.
-    Returns:
-        ``uri``, ``uri#member``, ``uri#member~2``, ``uri#row=5``; with ``@1.500-3.000`` for a
-        segment. ``%``, ``#`` and ``@`` inside names are percent-encoded, and so are bytes that
-        are not UTF-8.
     """
     name = _encoded(uri)
     if member is not None:

@@ -83,7 +83,7 @@ def spool(name: str, write: Callable[[BinaryIO], object]) -> str:
 
 
 def second_name(path: str) -> str:
-    """Link a temporary file, or copy it without links; either path can be removed alone."""
+    """Return another path to a temporary file; either can be removed without the other."""
     name = str(scratch_folder() / f"{uuid.uuid4().hex}{Path(path).suffix}")
     try:
         os.link(path, name)
@@ -109,7 +109,7 @@ class Fetched:
 
 
 def fetch(url: str, size: int | None, limits: ReadLimits) -> Fetched:
-    """Fetch a remote file, of a ``size`` if known, or return the path of a local one."""
+    """Fetch a remote file (its size may be None), or return the path of a local one."""
     try:
         if urls.is_local(url):
             path = urls.local_path(url)
@@ -158,8 +158,8 @@ class RangeReader(io.RawIOBase):
     def hold(self, ranges: Iterable[tuple[int, int]]) -> bool:
         """Fetch ranges of bytes [start, stop) and hold them instead of earlier ones.
 
-        Returns whether they are held: not if they exceed 256 MiB, or if the disk is full. Raises
-        ``OSError`` if the file cannot be read.
+        Returns False if they exceed 256 MiB, or if the disk is full. Raises ``OSError`` if the file
+        cannot be read.
         """
         self.release()
         merged = _merged(ranges)
@@ -237,7 +237,6 @@ class RangeReader(io.RawIOBase):
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sort ranges and merge those that touch or overlap."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted((max(0, start), stop) for start, stop in ranges):
         if merged and start <= merged[-1][1]:

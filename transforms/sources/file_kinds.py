@@ -50,7 +50,7 @@ def is_audio_name(name: str) -> bool:
 
 
 def is_shadow_name(name: str) -> bool:
-    """Return whether macOS keeps another file's attributes under such a name."""
+    """Return whether a file only keeps another's attributes, as macOS writes them."""
     return name.rpartition("/")[2].startswith("._")
 
 

@@ -151,8 +151,6 @@ def check_there(inputs: Sequence[str]) -> None:
 
 
 class _Finder:
-    """Collects the content of inputs, which ``finish`` sorts."""
-
     def __init__(
         self, exclude: str | None, max_page_bytes: int, max_listed: int | None = None
     ) -> None:

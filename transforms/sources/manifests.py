@@ -89,9 +89,10 @@ class ContainerRow:
 def read_manifest(
     url: str, max_page_bytes: int = ReadLimits().max_page_bytes
 ) -> Iterator[ManifestRow | ContainerRow | Failure]:
-    """Yield the rows of a manifest, in order; a larger decompressed page of Parquet is refused.
+    """Yield the rows of a manifest, in order.
 
-    Raises ``InputError`` if it cannot be opened, or has no column that names files.
+    ``max_page_bytes`` bounds a decompressed page of Parquet. Raises ``InputError`` if the manifest
+    cannot be opened, or has no column that names files.
     """
     ending = extension(urls.file_name(url))
     read = _READERS.get(ending)
@@ -214,7 +215,7 @@ def _large_csv_fields() -> Iterator[None]:
 
 
 def _next_record(reader: Iterator[list[str]], lines: _CsvLines, delimiter: str) -> list[str] | None:
-    """Return the fields of the next record; None at the end."""
+    """Return the next record, or None at the end; raise ``ReadError`` if it is not CSV."""
     lines.record.clear()
     try:
         with _large_csv_fields():
@@ -386,7 +387,6 @@ def _shown_uri(url: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """Format a value for a message: on one line, and shortened."""
     if isinstance(value, str | bytes):
         value = value[: _MAX_SHOWN_CHARS + 1]
     text = repr(value)

@@ -54,8 +54,8 @@ _MIN_BOUND_ROWS = 1_000_000
 class AudioColumn:
     """The audio column of a Parquet file: ``struct<bytes, path>`` or binary.
 
-    ``path_column`` is, for a binary column, another column that names the file. ``class_names`` has
-    the names of each ``ClassLabel`` column.
+    ``path_column`` names the file of a binary column. ``class_names`` has the names of each
+    ``ClassLabel`` column.
     """
 
     name: str
@@ -125,11 +125,8 @@ class OpenParquet:
         """Yield a row group in batches of about 16 MB; ``columns`` is None for all.
 
         A remote row group is fetched once, for its headers and its values. If it is too large for
-        that, the headers are requested first, in small blocks.
-
-        Raises:
-            ContainerError: A decompressed page has more than ``max_page_bytes``, the row group is
-                damaged, or rows are missing.
+        that, the headers are requested first, in small blocks. Raises ``ContainerError`` if a
+        decompressed page exceeds ``max_page_bytes``, the row group is damaged, or rows are missing.
         """
         expected_rows, num_rows = self.num_rows[number], 0
         try:
@@ -262,7 +259,6 @@ def _huggingface_features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _class_names(feature: Any) -> list[str]:
-    """Return the class names of a ``ClassLabel``, or of a list of them."""
     if isinstance(feature, list) and len(feature) == 1:
         return _class_names(feature[0])
     if not isinstance(feature, dict):
@@ -279,11 +275,10 @@ def _class_names(feature: Any) -> list[str]:
 def read_parquet(
     part: ContainerSlice, wanted: tuple[Item, ...], limits: ReadLimits | None = None
 ) -> Iterator[EncodedClip | Failure]:
-    """Yield the items of a range of rows, in order, then the failures.
+    """Yield the items of a range of rows, in order, then the failures; ``wanted`` is empty for all.
 
     After a row group that cannot be read, the next one is read. One failure of the container
-    reports all missing rows; a wanted item that is missing has a failure of its own. ``wanted`` is
-    empty for all.
+    reports all missing rows; a wanted item that is missing has a failure of its own.
     """
     limits = limits or ReadLimits()
     rows: dict[int, list[Item]] = {}
@@ -486,7 +481,7 @@ def _clip_at_path(item: Item, part: ContainerSlice, path: str, limits: ReadLimit
 
 
 def _lies_here(url: str) -> bool:
-    """Whether the bytes are on this machine, also in a chain (``zip://a.wav::/b.zip``)."""
+    """Return whether the bytes are on this machine, also in ``zip://a.wav::/b.zip``."""
     return urls.is_local(url) or urls.is_local(url.rpartition("::")[2])
 
 

@@ -66,12 +66,7 @@ class ColumnChunk:
 
 
 def read_chunks(stream: BinaryIO) -> tuple[tuple[ColumnChunk, ...], ...]:
-    """Read where the columns of each row group are from a Parquet file's footer.
-
-    Raises:
-        ValueError: The footer is damaged.
-        OSError: The file cannot be read.
-    """
+    """Read the columns of each row group; raise ``ValueError`` if the footer is damaged."""
     end = stream.seek(0, 2)
     stream.seek(max(0, end - _TAIL_BYTES))
     length = int.from_bytes(stream.read(4), "little")
@@ -133,9 +128,7 @@ def measure_row_group(
 ) -> RowGroupCost:
     """Read the headers of all pages of a row group; ``chunks`` are by their number in the schema.
 
-    Raises:
-        ValueError: A header is damaged, or contradicts the footer.
-        OSError: The file cannot be read.
+    Raises ``ValueError`` if a header is damaged, or contradicts the footer.
     """
     largest = row_bytes = entry_bytes = 0
     for number, chunk in chunks.items():

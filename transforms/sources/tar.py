@@ -239,12 +239,11 @@ class _Group:
                 Path(one.path).unlink(missing_ok=True)
 
 
-# Extensions of ignored members that this process has logged.
 _logged_extensions: set[str] = set()
 
 
 class TarReader:
-    """Reads the items of one slice, in one pass; ``wanted`` is empty for all."""
+    """Reads the items of one slice, in one pass; an empty ``wanted`` means all."""
 
     def __init__(
         self, part: ContainerSlice, wanted: tuple[Item, ...], limits: ReadLimits | None = None

@@ -154,8 +154,8 @@ def open_archive(
 ) -> Iterator[Archive]:
     """Open an archive at byte 0, decompressed if its first bytes are those of gzip.
 
-    ``to_walk`` means that only headers will be read: small blocks are requested. No byte from
-    ``stop`` on will be read.
+    ``to_walk`` means that only headers will be read: small blocks are requested. The caller reads
+    no byte from ``stop`` on.
     """
     try:
         file = reading.open_read(url, _WALK_BLOCK_BYTES if to_walk else None, stop)
@@ -176,8 +176,7 @@ def open_archive(
 def walk_members(archive: Archive, stop: int | None) -> Iterator[TarMember]:
     """Yield the members from the archive's position to ``stop``; the caller may read their bytes.
 
-    Raises:
-        ContainerError: A header is damaged or cut short, or no zero blocks end the archive.
+    Raises ``ContainerError`` if a header is damaged or cut short, or no zero blocks are at the end.
     """
     has_end = False  # whether zero blocks follow the last member
     while stop is None or archive.position < stop:
@@ -279,7 +278,6 @@ def _parse_pax(archive: Archive, data: bytes) -> dict[str, str]:
 
 
 def _shortened(name: str) -> str:
-    """Replace a name that is too long by its beginning, a digest, and its extension."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{name[:64]}…{digest[:16]}{extension(name)[:16]}"
 

@@ -140,10 +140,7 @@ def plan_units(
 
 @dataclass(frozen=True)
 class RestOfContainer:
-    """The part of a container that is not committed.
-
-    ``covered`` has the committed ranges if it is read as a whole.
-    """
+    """The rest of a container; ``covered`` is committed, if it is read as a whole."""
 
     container: Container
     covered: tuple[Range, ...] = ()
@@ -169,10 +166,7 @@ def cut_containers(rests: Sequence[RestOfContainer], settings: SourceSettings) -
 def _cut_items(
     items: Sequence[Item], settings: SourceSettings, row_bytes: int = 0
 ) -> Iterator[tuple[list[Item], int]]:
-    """Yield groups that are a unit each, and the windows expected of them.
-
-    ``row_bytes`` are the bytes of a row, where the items are rows.
-    """
+    """Yield the items of each unit and its windows; ``row_bytes`` is 0 where items are not rows."""
     group: list[Item] = []
     windows = num_bytes = 0
     for item in items:
