@@ -1,4 +1,4 @@
-"""Settle what is trained, from what, on which inputs: everything before audio is decoded."""
+"""The plan of a training, made before audio is decoded: model, settings and inputs."""
 
 from __future__ import annotations
 
@@ -50,19 +50,16 @@ _INDECISIVE = {
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What is settled before anything is decoded.
+    """The settings and inputs of a training, before anything is decoded.
 
     Attributes:
         output: The model's folder, as ``urls.normalise`` gives it.
-        found: What the training inputs hold.
-        found_validation: What the validation inputs hold; None without any.
-        initial: What training starts from.
+        found_validation: None without validation inputs.
         fbank: The features; their mean and standard deviation are settled later.
-        settings: How to read, decode and cut.
         cache: The folder of decoded audio.
         learning_rate: Highest learning rate of the stage that teaches labels.
-        results: What the result depends on, by name. ``data`` is added once the clips are known.
-        device: Device that the model is trained on.
+        results: Everything that the result depends on, by name; ``data`` is added once the clips
+            are known.
         precision: Precision of the forward pass.
     """
 
@@ -85,9 +82,9 @@ class TrainPlan:
 
     @property
     def inputs_digest(self) -> str:
-        """Digest of what is known of the inputs before reading them.
+        """Digest of places, sizes, versions, given labels, and the bounds for an item.
 
-        That is places, sizes, versions, labels given, and the bounds for an item.
+        All of this is known before the inputs are read.
         """
         limits = dataclasses.astuple(self.settings.sources.limits)
         parts: list[object] = [self.settings.decode.max_item_s, *limits]
@@ -110,11 +107,7 @@ class TrainPlan:
 
 
 def local_output(config: TrainConfig) -> str:
-    """Return the output folder, which must be on this machine.
-
-    Raises:
-        OutputError: It is elsewhere.
-    """
+    """Return the output folder; raise ``OutputError`` if it is not on this machine."""
     output = urls.normalise(given_output(config))
     if not urls.is_local(output):
         raise OutputError(

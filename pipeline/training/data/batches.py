@@ -28,12 +28,9 @@ _BALANCE, _BALANCE_OFFSET = 1000.0, 0.01
 
 
 class Batch(NamedTuple):
-    """One batch of clips.
+    """One batch of clips: shares of each label, shape (B, labels), beside the samples.
 
-    Attributes:
-        waveforms: Shape (B, samples), float32; 0 after a clip's end.
-        lengths: Number of samples of each clip, shape (B,), int64.
-        targets: Share of each label, shape (B, labels), float32.
+    Waveforms have shape (B, samples) and are 0 after a clip's end; lengths (B,) are int64.
     """
 
     waveforms: Tensor
@@ -43,14 +40,13 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How batches are made.
+    """Settings of batches.
 
     Attributes:
         batch_size: Clips in a batch; the last of an epoch may have fewer.
         window_samples: Longest excerpt of a clip that the model takes.
         sampler: ``shuffle`` takes each clip once. ``balanced`` draws as many clips as there are,
             with replacement, and rare labels as often as common ones.
-        seed: Seed of all random numbers.
         stage: Number of the stage, so that two stages see different batches.
     """
 
@@ -99,12 +95,8 @@ def make_batch(
 ) -> Batch:  # fmt: skip
     """Make a batch: cut the clips, change them and mix them as the augmentation says.
 
-    Args:
-        clips: All clips, because mixing draws partners from all.
-        indices: The clips of the batch.
-        augment: Changes to waveforms.
-        window_samples: Longest excerpt of a clip.
-        rng: Source of all random numbers.
+    ``clips`` are all clips, because mixing draws partners from all; ``indices`` are those of the
+    batch.
     """
     batch = _augmented(clips, indices, augment, window_samples, rng)
     section = augment.section
@@ -142,13 +134,9 @@ def _draw_excerpt(
 
 
 class BatchLoader:
-    """Gives the batches of an epoch, prefetched by processes of their own if there are any.
+    """Gives the batches of an epoch, prefetched by processes of their own.
 
-    Args:
-        clips: Clips to train on.
-        augment: Changes to waveforms.
-        settings: How batches are made.
-        num_processes: Processes that make batches; with 0 the caller makes each on demand.
+    With 0 processes the caller makes each batch on demand.
     """
 
     def __init__(
@@ -176,8 +164,6 @@ _Step = tuple[int, int, npt.NDArray[np.int64]]
 
 
 class _StepsOfEpoch(Sampler[_Step]):
-    """Yields the epoch, the step and the clips of each batch."""
-
     def __init__(self, clips: PackedClips, settings: BatchSettings) -> None:
         self.epoch = 0
         self._clips, self._settings = clips, settings
@@ -193,8 +179,6 @@ class _StepsOfEpoch(Sampler[_Step]):
 
 
 class _Batches(Dataset[Batch]):
-    """Makes a batch from its epoch, step and clips."""
-
     def __init__(self, clips: PackedClips, augment: Augment, settings: BatchSettings) -> None:
         self._clips, self._augment, self._settings = clips, augment, settings
 
