@@ -27,8 +27,6 @@ class ClassMetrics:
     """How well one class is told from the others.
 
     Attributes:
-        index: Index of the model's output.
-        name: Its label.
         positives: Number of clips that have it.
         average_precision: In [0, 1]; None without a positive.
         auc: Area under the ROC curve, in [0, 1]; None without a positive or without a negative.
@@ -61,7 +59,6 @@ class Metrics:
     """How well scores match the truth.
 
     Attributes:
-        clips: Number of clips compared.
         accuracy: Share of clips whose best label is the true one; None if a clip may have several.
         mean_average_precision: Mean over the classes that have one.
         mean_auc: Mean over the classes that have one.
@@ -88,13 +85,9 @@ class Metrics:
 
 
 def compute_metrics(truth: Truth, scores: Scores, names: Sequence[str]) -> Metrics:
-    """Compare scores with the truth.
+    """Compare scores with the truth, both of shape (clips, classes).
 
-    Args:
-        truth: Which classes each clip has, shape (clips, classes).
-        scores: Shape (clips, classes). Only their order within a class matters, and for the
-            accuracy within a clip.
-        names: The classes' names.
+    Only the order of scores within a class matters, and for the accuracy within a clip.
 
     Raises:
         ValueError: The shapes do not fit, there is no clip, or a score is not finite.

@@ -1,11 +1,6 @@
 """The plan of a run: its settings, the items found, and the units that remain to be done.
 
-    INPUT… ─find─▶ items, containers ─compare with commits─▶ units to do
-                                          ├─▶ kept: committed and unchanged
-                                          ├─▶ redone: units that hold a changed item
-                                          └─▶ vanished: committed, not in this input
-
-Planning writes nothing. ``earmark plan`` stops after it; ``earmark label`` continues with ``run``.
+Planning writes nothing. ``earmark plan`` stops after it; ``earmark label`` continues with the run.
 """
 
 from __future__ import annotations
@@ -141,10 +136,8 @@ def resolve_run(
 ) -> ResolvedRun:
     """Resolve the settings of a run against the model and the existing result.
 
-    Args:
-        config: The config.
-        is_remote: Whether other machines do the work; then this machine's devices do not matter.
-        needs_output: Whether an output is required. Without one, nothing counts as done.
+    If ``is_remote``, other machines do the work and this machine's devices do not matter. Without
+    an output, which ``needs_output`` requires, nothing counts as done.
 
     Raises:
         UsageError: The config, the model or the output is not valid.
@@ -266,8 +259,7 @@ def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
 def choose_model(config: RunConfig) -> ModelSpec:
     """Return the named checkpoint; without a name, the bundled one, with a note that says so.
 
-    Raises:
-        ModelError: The checkpoint cannot be found or is not complete.
+    Raise ``ModelError`` if the checkpoint cannot be found or is not complete.
     """
     overrides = make_overrides(config)
     if config.model.name is not None:
@@ -289,8 +281,7 @@ def make_overrides(config: RunConfig) -> ModelOverrides:
 def read_features(place: str) -> Mapping[str, Any]:
     """Read a ``preprocessor_config.json``, given the file or its folder.
 
-    Raises:
-        ModelError: The file does not exist, or holds no mean and std.
+    Raise ``ModelError`` if the file does not exist, or holds no mean and std.
     """
     folder = place.removesuffix(f"/{FEATURES_NAME}") if place != FEATURES_NAME else "."
     features = load_features(folder)
@@ -306,8 +297,7 @@ def read_features(place: str) -> Mapping[str, Any]:
 def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
     """Make the settings of every step from the config and the checkpoint.
 
-    Raises:
-        ConfigError: The window or hop does not fit the checkpoint.
+    Raise ``ConfigError`` if the window or hop does not fit the checkpoint.
     """
     inference = InferenceSettings(
         pooling=config.embedding.pooling,
@@ -335,7 +325,7 @@ class InputOptions(TypedDict):
 
 
 def input_options(config: RunConfig | TrainConfig) -> InputOptions:
-    """Return what a config says of reading, decoding and cutting."""
+    """Return a config's options of reading, decoding and cutting."""
     decode = config.decode
     sources = SourceSettings(limits=ReadLimits(**config.read.model_dump()))
     if isinstance(config, RunConfig):

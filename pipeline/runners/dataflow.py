@@ -1,12 +1,9 @@
 """Runs on Dataflow: checks before there is a job, and the job while it lasts.
 
-    options ─check─▶ (exit 2, nothing written) ─submit─▶ job ─watch─▶ done, failed, cancelled
-                                                          └─▶ _job.json in the output, meanwhile
-
 A mistake that only a worker would notice costs minutes of machines, so it is refused here if
-possible. A job outlives the command that submitted it. Its name stays in the output until it has
-ended, and no other run starts there before. Tested with the service's client library, not with the
-service.
+possible. A job outlives the command that submitted it. Its name stays in ``_job.json`` in the
+output until it has ended, and no other run starts there before. Tested with the service's client
+library, not with the service.
 """
 
 from __future__ import annotations
@@ -63,11 +60,7 @@ def is_dataflow(options: PipelineOptions) -> bool:
 
 
 def check_dataflow(options: PipelineOptions) -> None:
-    """Refuse a job that the service would refuse, or that no worker could do.
-
-    Raises:
-        ConfigError: An option is missing or conflicts with another.
-    """
+    """Raise ``ConfigError`` for a job that the service would refuse, or that no worker could do."""
     if options.view_as(TestOptions).dry_run:
         raise ConfigError(
             "Beam's dry_run builds a job and submits none; to see what a run would do, use "
@@ -160,8 +153,7 @@ def accelerator_of(options: PipelineOptions) -> str | None:
 def check_device(options: PipelineOptions, device: str) -> None:
     """Refuse an ``inference.device`` that does not fit the workers.
 
-    Raises:
-        ConfigError: Workers have a GPU that the device does not require, or lack the device.
+    Raise ``ConfigError`` if they have a GPU that the device does not require, or lack the device.
     """
     accelerator = accelerator_of(options)
     if accelerator is None and device in ("cuda", "mps"):
@@ -236,8 +228,7 @@ def record_job(output: str, job: DataflowJob) -> None:
 def recorded_job(output: str) -> DataflowJob | None:
     """Return the job recorded in an output; None if there is none.
 
-    Raises:
-        OutputError: The file is not Earmark's.
+    Raise ``OutputError`` if the file is not Earmark's.
     """
     url = urls.join(output, JOB_FILE)
     try:
@@ -260,12 +251,9 @@ def ask_state(job: DataflowJob) -> str:
 
 
 def check_no_job(output: str, ask: Callable[[DataflowJob], str] | None = None) -> None:
-    """Refuse an output that a job still writes to.
+    """Raise ``OutputError`` if a job writes to the output, or its state is not known.
 
     ``ask`` returns a job's state; None asks the service.
-
-    Raises:
-        OutputError: A job writes to the output, or its state is not known.
     """
     job = recorded_job(output)
     if job is None:

@@ -1,9 +1,5 @@
 """``earmark train``: teach a model the labels of one's own clips.
 
-    inputs ─plan─▶ items ─clips─▶ decoded once, with labels ─stages─▶ epochs ─output─▶ a folder
-                                                                ▲
-                 a checkpoint, ImageNet's weights, or nothing ──┘
-
 The output is a folder that ``--model`` and transformers take:
 
     config.json, model.safetensors, preprocessor_config.json   the weights that training.keep names
@@ -14,7 +10,7 @@ The output is a folder that ``--model`` and transformers take:
     errors.parquet             a row per clip that could not be used, if there is one
     cache/                     decoded audio, until the training is done; --cache keeps it elsewhere
 
-``loop`` saves the state of an unfinished training; the same command resumes it.
+The same command resumes an unfinished training.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Teach an AST to fill in the hidden parts of a spectrogram, before it learns any label.
 
-    features ─most patches hidden─▶ AST on the rest ─▶ decoder ─▶ every patch ─▶ error of the hidden
-
 A masked autoencoder. The encoder is the AST itself, which sees the class and distillation tokens
 and the kept patches. The decoder is small and is discarded afterwards. Training with labels then
 starts from the encoder's weights.
