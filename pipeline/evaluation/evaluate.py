@@ -64,7 +64,7 @@ class ScoredClips:
         places: Names by which each clip's truth is found.
         truth: The labels that the result itself gives each clip, or None.
         scores: Shape (clips, labels), float32.
-        failed: Names by which the truth of items is found that could not be labelled.
+        failed: As ``places``, of items that could not be labelled.
         combined: How several results were combined, in words; empty for one.
     """
 
@@ -80,13 +80,9 @@ class ScoredClips:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The outcome of an evaluation.
+    """The outcome of an evaluation; ``truth`` and ``scores`` have shape (clips, labels).
 
-    Attributes:
-        truth: Which classes each clip has, shape (clips, labels).
-        scores: Shape (clips, labels).
-        notes: Descriptions of the rows and clips that were left out.
-        counts: Numbers of rows and clips that matched or not, by name.
+    ``notes`` and ``counts`` describe the rows and clips that did not match.
     """
 
     metrics: Metrics
@@ -105,7 +101,7 @@ def run_evaluate(
     known_labels_only: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Evaluate results; print the table, write JSON and a picture, and return the exit code, 0.
+    """Evaluate results; print the figures, write JSON and a picture, and return the exit code, 0.
 
     Args:
         folders: Results. Scores of the same clips are averaged; results of different clips are
@@ -114,7 +110,7 @@ def run_evaluate(
         model: The model of the results, if it has moved since.
         output: Folder to write to; None for ``evaluation`` below the first result.
         known_labels_only: Ignore labels of the truth that the model does not know.
-        quiet: Print only the figures.
+        quiet: Print no table of classes.
 
     Raises:
         UsageError: A result, the truth or the model is not right.
@@ -326,10 +322,7 @@ def own_truth(scored: ScoredClips) -> Truth:
 
 
 def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = False) -> Evaluation:
-    """Compare scores with the truth.
-
-    Raise ``InputError`` if nothing matches, or the truth names labels that the model does not know.
-    """
+    """Compare scores with the truth; ``InputError`` if nothing matches or a label is unknown."""
     class_of = find_classes(truth.rows, scored.labels)
     unknown = sorted(name for name, index in class_of.items() if index is None)
     if unknown and not known_labels_only:

@@ -137,10 +137,8 @@ def resolve_run(
     """Resolve the settings of a run against the model and the existing result.
 
     If ``is_remote``, other machines do the work and this machine's devices do not matter. Without
-    an output, which ``needs_output`` requires, nothing counts as done.
-
-    Raises:
-        UsageError: The config, the model or the output is not valid.
+    an output, which ``needs_output`` requires, nothing counts as done. Raise ``UsageError`` if the
+    config, the model or the output is not valid.
     """
     inputs = tuple(urls.normalise(text) for text in given_inputs(config))
     wants_output = needs_output or config.output is not None

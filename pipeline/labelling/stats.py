@@ -111,8 +111,7 @@ def write_figures(statistics: FeatureStatistics, url: str) -> None:
 def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool = False) -> int:
     """Measure the inputs, print the figures, and write them where ``--output`` says.
 
-    Returns:
-        The exit code: 0 done, 3 done but with more failures than allowed or a broken container.
+    Return 0, or 3 if more items failed than allowed or a container broke off.
 
     Raises:
         UsageError: The command is not valid; nothing was written.

@@ -279,7 +279,7 @@ def check_no_job(output: str, ask: Callable[[DataflowJob], str] | None = None) -
 def submit(pipeline: beam.Pipeline, output: str, options: PipelineOptions, *, quiet: bool) -> Any:
     """Submit a pipeline, print the job's id and page, and record the job in the output.
 
-    Returns the runner's result, for ``follow``. ``quiet`` prints nothing but the id and page.
+    Return the runner's result, for ``follow``. ``quiet`` prints nothing but the id and page.
     """
     result = pipeline.run()
     job = job_of(result, options)

@@ -29,10 +29,8 @@ def pipeline_options(config: RunConfig, beam_options: Sequence[str]) -> Pipeline
 
     An option on the command line replaces the config's value even where Beam would combine the two
     (``dataflow_service_options``); only experiments are combined. ``__main__`` is not pickled for
-    workers, because all of Earmark's code is in packages.
-
-    Raises:
-        ConfigError: Beam does not know an option.
+    workers, because all of Earmark's code is in packages. Raise ``ConfigError`` if Beam does not
+    know an option.
     """
     given = {_option_name(arg) for arg in beam_options if arg.startswith("--")} - COMBINED
     args = [
@@ -75,8 +73,7 @@ def _check_known(options: PipelineOptions, args: Sequence[str]) -> None:
 def runner_name(options: PipelineOptions) -> str:
     """Return the name of the runner's class in lower case (``flinkrunner``), for any of its names.
 
-    Raises:
-        ConfigError: Beam has no such runner, or it needs a package that is not installed.
+    Raise ``ConfigError`` if Beam has no such runner, or it needs a package that is not installed.
     """
     name = options.view_as(StandardOptions).runner or DEFAULT_RUNNER
     try:

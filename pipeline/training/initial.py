@@ -104,8 +104,7 @@ def resolve_initial(
 ) -> Initial:
     """Resolve the model to start from and the shape to train; a kept head needs label names.
 
-    Raises:
-        ModelError: The checkpoint, the label list or the shape is not right.
+    Raise ``ModelError`` if the checkpoint, the label list or the shape is not right.
     """
     wanted = _wanted_labels(model.labels)
     given = {name: value for name in _CHANGEABLE if (value := getattr(model, name)) is not None}
@@ -158,10 +157,8 @@ def build_model(
     """Build the model before its first step, on the CPU.
 
     ``label_names`` are in the order of the head's outputs, and those of the checkpoint if its head
-    is kept. ``seed`` is for the weights that no checkpoint gives.
-
-    Raises:
-        ModelError: The checkpoint does not fit the shape.
+    is kept. ``seed`` is for the weights that no checkpoint gives. Raise ``ModelError`` if the
+    checkpoint does not fit the shape.
     """
     problem = {
         "cross_entropy": "single_label_classification",

@@ -50,8 +50,7 @@ _CURVES_EVERY_S = 30.0
 def find_training(plan: TrainPlan) -> Mapping[str, Any] | None:
     """Read the record of this training from an earlier run; None if there is none.
 
-    Raises:
-        OutputError: The folder holds another training, or files that no training wrote.
+    Raise ``OutputError`` if the folder holds another training, or files that no training wrote.
     """
     url = urls.join(plan.output, TRAIN_NAME)
     if not filesystem.exists(url):
@@ -97,11 +96,7 @@ def is_done(record: Mapping[str, Any]) -> bool:
 
 
 def check_removable(plan: TrainPlan) -> None:
-    """Refuse to remove files that no training wrote, or that this one starts from.
-
-    Raises:
-        OutputError: The output holds such a file.
-    """
+    """Raise ``OutputError`` for files that no training wrote, or that this one starts from."""
     written = [name for name in _WRITTEN if filesystem.exists(urls.join(plan.output, name))]
     if written and TRAIN_NAME not in written:
         raise OutputError(

@@ -54,13 +54,11 @@ class TrainPlan:
 
     Attributes:
         output: The model's folder, as ``urls.normalise`` gives it.
-        found_validation: None without validation inputs.
         fbank: The features; their mean and standard deviation are settled later.
         cache: The folder of decoded audio.
         learning_rate: Highest learning rate of the stage that teaches labels.
         results: Everything that the result depends on, by name; ``data`` is added once the clips
             are known.
-        precision: Precision of the forward pass.
     """
 
     output: str
@@ -82,10 +80,7 @@ class TrainPlan:
 
     @property
     def inputs_digest(self) -> str:
-        """Digest of places, sizes, versions, given labels, and the bounds for an item.
-
-        All of this is known before the inputs are read.
-        """
+        """Digest of places, sizes, versions, given labels and bounds, all known before reading."""
         limits = dataclasses.astuple(self.settings.sources.limits)
         parts: list[object] = [self.settings.decode.max_item_s, *limits]
         for found in (self.found, self.found_validation):
@@ -118,11 +113,7 @@ def local_output(config: TrainConfig) -> str:
 
 
 def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
-    """Find the inputs and resolve the settings; nothing is decoded.
-
-    Raises:
-        UsageError: The config, the model, an input or the output is not right.
-    """
+    """Find the inputs and resolve the settings; ``UsageError`` if one is not right."""
     device = resolve_device(config.training.device, "training.device")
     precision = resolve_precision(config.training.precision, device)
     keeps_head = config.training.head == "keep"
@@ -155,11 +146,7 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
 
 
 def check_possible(config: TrainConfig, device: str, num_layers: int) -> None:
-    """Refuse settings that the config and the model contradict only together.
-
-    Raises:
-        ConfigError: The device has no such precision, or the model has fewer layers.
-    """
+    """Raise ``ConfigError`` for a precision the device lacks, or layers the model lacks."""
     if config.training.precision == "fp16" and device == "cpu":
         raise ConfigError(
             "training.precision is fp16, and the device is the CPU, which cannot train in it; "

@@ -70,10 +70,8 @@ class Augment:
     def features(self, log_mel: Tensor, lengths: Tensor, rng: np.random.Generator) -> Tensor:
         """Equalize, mask, normalise, add noise and roll.
 
-        Args:
-            log_mel: Output of ``KaldiFbank`` with ``statistics.without_normalising``, shape
-                (B, T, F); padding is 0.
-            lengths: Samples of each clip, shape (B,), int64, on the same device.
+        ``log_mel`` is the output of ``KaldiFbank`` with ``statistics.without_normalising``, shape
+        (B, T, F), padded with 0; ``lengths`` are samples of each clip, (B,) int64, same device.
         """
         section, fbank = self.section, self.fbank
         frames = count_frames(lengths, fbank)
@@ -145,7 +143,7 @@ def mix(
     beta: float,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix clips with partners, both sounds and labels.
+    """Mix clips with partners, both sounds and labels; ``ValueError`` if their shapes differ.
 
     A clip's share λ is drawn from Beta(beta, beta), and its partner gets 1 - λ of sound and labels.
     A label that both have gets the sum. As in the original, both are centred on their means before
@@ -157,9 +155,6 @@ def mix(
         targets: Share of each label, shape (B, labels), float32.
         ratio: Share of clips that are mixed; the others are unchanged, bit for bit.
         beta: Both parameters of the distribution; with 10, as in the original, λ is mostly near ½.
-
-    Raises:
-        ValueError: The partners' shapes differ from the clips'.
 
     Source: YuanGongND/ast ``src/dataloader.py``, after Tokozume et al. 2018, arXiv:1711.10282,
         and Zhang et al. 2018, arXiv:1710.09412.
@@ -216,13 +211,10 @@ def equalize(
 ) -> Tensor:
     """Apply a smooth random gain over the mels, as if each clip had another microphone.
 
-    The gain is linear between control points about 20 mels apart, which are normal with mean 0.
-    Padding and silence (values at the logarithm's floor) are unchanged.
-
-    Args:
-        log_mel: Natural logarithms of power, not normalised, shape (B, T, F).
-        frames: Frames that each clip fills, shape (B,), on the same device.
-        equalizer_db: Standard deviation of the control points in decibels.
+    The gain is linear between control points about 20 mels apart, which are normal with mean 0 and
+    standard deviation ``equalizer_db``. Padding and silence (values at the logarithm's floor) are
+    unchanged. ``log_mel`` are natural logarithms of power, not normalised, shape (B, T, F);
+    ``frames`` are those that each clip fills, shape (B,), on the same device.
     """
     if equalizer_db == 0.0:
         return log_mel

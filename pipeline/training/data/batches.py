@@ -28,7 +28,7 @@ _BALANCE, _BALANCE_OFFSET = 1000.0, 0.01
 
 
 class Batch(NamedTuple):
-    """One batch of clips: shares of each label, shape (B, labels), beside the samples.
+    """One batch of clips, with the share of each label, shape (B, labels), as targets.
 
     Waveforms have shape (B, samples) and are 0 after a clip's end; lengths (B,) are int64.
     """

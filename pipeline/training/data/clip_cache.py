@@ -78,7 +78,7 @@ _IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class CachedClips:
-    """All clips of the inputs that could be decoded, in the order in which they were read.
+    """The clips that could be decoded, in the order in which they were read, and the failures.
 
     ``is_reused`` says that all of it had been decoded before.
     """

@@ -135,12 +135,8 @@ def check_found(found: Found, which: str, hold_out: str | None = None) -> None:
     """Refuse, before decoding, inputs that cannot be learnt from or validated with.
 
     This is certain if no item lies in a container, because only a manifest can label a file:
-    ``split_clips`` or ``resolve_labels`` would refuse the inputs however decoding ends. ``which``
-    is their purpose: ``training`` or ``validation``.
-
-    Raises:
-        ConfigError: ``hold_out`` is not of its form.
-        InputError: Nothing has a label, or ``hold_out`` cannot be applied.
+    ``split_clips`` or ``resolve_labels`` would refuse the inputs however decoding ends, with the
+    same errors. ``which`` is their purpose: ``training`` or ``validation``.
     """
     if found.containers or not found.items:
         return
@@ -447,17 +443,9 @@ def make_clip_sets(
 ) -> ClipSets:
     """Divide the clips, settle the labels, and join both.
 
-    Args:
-        cached: Clips to train on, including those to hold out.
-        cached_validation: Clips to validate with, if they are an input of their own.
-        hold_out: See ``split_clips``; not with ``cached_validation``.
-        label_names: See ``resolve_labels``.
-        max_failed: Share of the items of either input that may fail (see ``check_failures``).
-
-    Raises:
-        ConfigError: ``hold_out`` is not of its form.
-        InputError: See ``check_failures``, ``split_clips`` and ``resolve_labels``.
-        ValueError: Both ``cached_validation`` and ``hold_out`` are given.
+    The validation clips are an input of their own, or held out: ``ValueError`` for both. See
+    ``split_clips``, ``resolve_labels`` and ``check_failures`` for the arguments and the errors;
+    ``max_failed`` holds for either input.
     """
     if cached_validation is not None and hold_out is not None:
         raise ValueError(f"both validation clips and hold_out={hold_out!r} are given")

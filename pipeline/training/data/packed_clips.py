@@ -72,10 +72,7 @@ class SampleFiles:
         return self.read(clip.offset + start, clip.offset + stop)
 
     def read(self, start: int, stop: int) -> FloatArray:
-        """Read samples [start, stop), which lie in one file.
-
-        Raise ``OSError`` if the file is gone, or shorter than it was.
-        """
+        """Read samples [start, stop) of one file; ``OSError`` if it is gone or became shorter."""
         number = bisect_right(self.starts, start) - 1
         path, stored = self.folder / self.names[number], STORED_DTYPES[self.dtype]
         offset = (start - self.starts[number]) * stored.itemsize

@@ -97,7 +97,7 @@ def classification_loss(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
 
 
 def freeze_all_but(model: ASTForAudioClassification, trained_layers: int | None) -> None:
-    """Freeze the embeddings and all blocks but the top ones; the head always learns.
+    """Freeze the embeddings and all blocks but the top ``trained_layers``; the head always learns.
 
     The final norm learns with any block. None trains everything; 0 trains the head alone.
     """

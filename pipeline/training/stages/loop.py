@@ -130,8 +130,7 @@ def save_progress(progress: Progress, stage: Stage, folder: str, fingerprint: st
 def load_progress(stages: Sequence[Stage], folder: str, fingerprint: str) -> Progress:
     """Return how far an earlier run came, with its stage's state loaded; or the start.
 
-    Raises:
-        OutputError: The state is damaged, or of another training.
+    Raise ``OutputError`` if the state is damaged, or of another training.
     """
     url = urls.join(folder, STATE_NAME)
     if not filesystem.exists(url):

@@ -61,15 +61,10 @@ class MaskedPatchDecoder(nn.Module):
         initialise_from_scratch(self, generator=generator)
 
     def forward(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """Predict all patches.
+        """Predict all patches, shape (B, N, patch_size²), values normalised per patch.
 
-        Args:
-            tokens: The encoder's output for the prefix tokens and the kept patches, shape
-                (B, 2 + K, D).
-            kept: Indices of these patches, shape (B, K), int64.
-
-        Returns:
-            Shape (B, N, patch_size²), values normalised per patch.
+        ``tokens`` are the encoder's output for the prefix tokens and the kept patches, shape
+        (B, 2 + K, D); ``kept`` are the indices of these patches, shape (B, K), int64.
         """
         x = self.projection(tokens)  # (B, 2 + K, W)
         index = kept.unsqueeze(2).expand(-1, -1, x.shape[2])  # (B, K, W)
@@ -119,12 +114,8 @@ def masked_patch_loss(
     Each patch is normalised by its own mean and variance first, so that the model must predict its
     content rather than its loudness. Predicting 0 everywhere has a loss of just under 1.
 
-    Args:
-        features: Normalised features, shape (B, T, F).
-        kept: Indices of the patches that the encoder sees, shape (B, K), int64, same device.
-
-    Raises:
-        ValueError: No patch is hidden, or a shape does not fit.
+    ``features`` are normalised, shape (B, T, F). ``kept`` are indices of the patches that the
+    encoder sees, shape (B, K), int64, same device; ``ValueError`` if they leave none hidden.
     """
     if kept.shape[1] >= decoder.num_patches:
         raise ValueError(
