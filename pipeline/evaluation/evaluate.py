@@ -278,10 +278,7 @@ def pool_results(results: Sequence[ScoredClips]) -> ScoredClips:
 
 
 def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
-    """Average the scores of results over the clips that all of them have.
-
-    Raise ``InputError`` if they have no clip in common.
-    """
+    """Average the scores of the clips that all results have; ``InputError`` if there are none."""
     first = results[0]
     indices = [{place.clip_id: i for i, place in enumerate(r.places)} for r in results]
     shared = [place for place in first.places if all(place.clip_id in index for index in indices)]

@@ -277,10 +277,7 @@ def make_overrides(config: RunConfig) -> ModelOverrides:
 
 
 def read_features(place: str) -> Mapping[str, Any]:
-    """Read a ``preprocessor_config.json``, given the file or its folder.
-
-    Raise ``ModelError`` if the file does not exist, or holds no mean and std.
-    """
+    """Read a ``preprocessor_config.json`` (file or folder); ``ModelError`` without mean and std."""
     folder = place.removesuffix(f"/{FEATURES_NAME}") if place != FEATURES_NAME else "."
     features = load_features(folder)
     for name in ("mean", "std"):
@@ -293,10 +290,7 @@ def read_features(place: str) -> Mapping[str, Any]:
 
 
 def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
-    """Make the settings of every step from the config and the checkpoint.
-
-    Raise ``ConfigError`` if the window or hop does not fit the checkpoint.
-    """
+    """Make the settings of every step; ``ConfigError`` if window or hop do not fit the model."""
     inference = InferenceSettings(
         pooling=config.embedding.pooling,
         embedding_dtype=config.embedding.dtype,

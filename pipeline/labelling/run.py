@@ -84,14 +84,11 @@ MAX_JOB_BYTES = 4 << 20
 
 
 def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 0.0) -> int:
-    """Label the inputs.
+    """Label the inputs, and return the exit code.
 
-    Options in ``beam_options`` win over ``config.beam``. ``imports_s`` is the time that importing
-    this module took, for ``run.json``.
-
-    Returns:
-        The exit code: 0 for done, or for submitted without waiting; 3 for done with a broken
-        container or with more failures than allowed.
+    It is 0 for done, or for submitted without waiting; 3 for done with a broken container or with
+    more failures than allowed. Options in ``beam_options`` win over ``config.beam``. ``imports_s``
+    is the time that importing this module took, for ``run.json``.
 
     Raises:
         UsageError: The command is not valid; nothing was written.

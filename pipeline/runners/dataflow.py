@@ -151,10 +151,7 @@ def accelerator_of(options: PipelineOptions) -> str | None:
 
 
 def check_device(options: PipelineOptions, device: str) -> None:
-    """Refuse an ``inference.device`` that does not fit the workers.
-
-    Raise ``ConfigError`` if they have a GPU that the device does not require, or lack the device.
-    """
+    """Raise ``ConfigError`` if workers lack the device, or have a GPU that it does not require."""
     accelerator = accelerator_of(options)
     if accelerator is None and device in ("cuda", "mps"):
         raise ConfigError(
@@ -226,10 +223,7 @@ def record_job(output: str, job: DataflowJob) -> None:
 
 
 def recorded_job(output: str) -> DataflowJob | None:
-    """Return the job recorded in an output; None if there is none.
-
-    Raise ``OutputError`` if the file is not Earmark's.
-    """
+    """Return the job recorded in an output, or None; ``OutputError`` if the file is not valid."""
     url = urls.join(output, JOB_FILE)
     try:
         return DataflowJob(**json.loads(reading.read_bytes(url)))

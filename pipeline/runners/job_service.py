@@ -81,10 +81,7 @@ def has_all_machines_here(runner: str, options: PipelineOptions) -> bool:
 
 
 def check_workers(runner: str, options: PipelineOptions) -> None:
-    """Refuse workers that would run in Beam's own image, the default of most services.
-
-    Raise ``ConfigError`` if no option gives the workers Earmark.
-    """
+    """Raise ``ConfigError`` if workers would run in Beam's own image, which has no Earmark."""
     portable, setup = options.view_as(PortableOptions), options.view_as(SetupOptions)
     if runner not in MASTERS or portable.environment_type not in (None, "DOCKER"):
         return

@@ -93,11 +93,7 @@ def make_batch(
     clips: PackedClips, indices: npt.NDArray[np.int64], augment: Augment, window_samples: int,
     rng: np.random.Generator,
 ) -> Batch:  # fmt: skip
-    """Make a batch: cut the clips, change them and mix them as the augmentation says.
-
-    ``clips`` are all clips, because mixing draws partners from all; ``indices`` are those of the
-    batch.
-    """
+    """Make a batch of some clips, cut and changed; mixing draws partners from all ``clips``."""
     batch = _augmented(clips, indices, augment, window_samples, rng)
     section = augment.section
     if not section.mixup_ratio:
@@ -134,10 +130,7 @@ def _draw_excerpt(
 
 
 class BatchLoader:
-    """Gives the batches of an epoch, prefetched by processes of their own.
-
-    With 0 processes the caller makes each batch on demand.
-    """
+    """Gives the batches of an epoch, prefetched by processes; with 0, made on demand."""
 
     def __init__(
         self, clips: PackedClips, augment: Augment, settings: BatchSettings, num_processes: int

@@ -374,10 +374,7 @@ class ClipSet:
         return len(self.clips)
 
     def samples(self, index: int, start: int = 0, stop: int | None = None) -> FloatArray:
-        """Read samples [start, stop) of a clip, float32; all of them by default.
-
-        Raise ``ValueError`` if the clip has fewer.
-        """
+        """Read samples [start, stop), float32, all by default; ``ValueError`` beyond the end."""
         return self.files.read_clip(self.clips[index], start, stop)
 
     def targets(self) -> FloatArray:

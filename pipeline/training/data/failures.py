@@ -47,10 +47,7 @@ def check_failures(cached: CachedClips, max_failed: float) -> None:
 
 
 def write_errors(caches: Sequence[CachedClips], url: str) -> None:
-    """Write the failures as a table like that of ``earmark label``, which is a manifest too.
-
-    If nothing failed, the Parquet file at ``url`` is removed.
-    """
+    """Write the failures as a table that is a manifest too; remove the file if there are none."""
     by_unit: dict[str, list[Failure]] = defaultdict(list)
     for event in (event for cached in caches for event in cached.failures):
         by_unit[event.unit_id].append(event.failure)
