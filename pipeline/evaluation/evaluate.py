@@ -1,9 +1,5 @@
 """``earmark evaluate``: compare the labels of a result with the truth.
 
-    results ─▶ every class's score per clip ─┐
-                                             ├─ join ─▶ metrics ─▶ table, JSON, picture
-    truth ─▶ labels per clip ────────────────┘
-
 If ``--scores`` stored every class's score, they are read. Else they are computed from the windows'
 embeddings and the model's head, exactly as in the run. Several results of the same clips and labels
 are evaluated as an ensemble: their scores are averaged. Results without a clip in common, such as
@@ -65,13 +61,10 @@ class ScoredClips:
     """Every class's score of every clip of a result.
 
     Attributes:
-        folder: The result.
-        model: The model's name.
-        labels: Labels of the scores.
         places: Names by which each clip's truth is found.
         truth: The labels that the result itself gives each clip, or None.
         scores: Shape (clips, labels), float32.
-        failed: Names by which the truth of items is found that could not be labelled.
+        failed: As ``places``, of items that could not be labelled.
         combined: How several results were combined, in words; empty for one.
     """
 
@@ -87,14 +80,9 @@ class ScoredClips:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The outcome of an evaluation.
+    """The outcome of an evaluation; ``truth`` and ``scores`` have shape (clips, labels).
 
-    Attributes:
-        metrics: The figures.
-        truth: Which classes each clip has, shape (clips, labels).
-        scores: Shape (clips, labels).
-        notes: What was left out, in words.
-        counts: Numbers of rows and clips that matched or not, by name.
+    ``notes`` and ``counts`` describe the rows and clips that did not match.
     """
 
     metrics: Metrics
@@ -113,7 +101,7 @@ def run_evaluate(
     known_labels_only: bool = False,
     quiet: bool = False,
 ) -> int:
-    """Evaluate results; print the table, write JSON and a picture.
+    """Evaluate results; print the figures, write JSON and a picture, and return the exit code, 0.
 
     Args:
         folders: Results. Scores of the same clips are averaged; results of different clips are
@@ -122,10 +110,7 @@ def run_evaluate(
         model: The model of the results, if it has moved since.
         output: Folder to write to; None for ``evaluation`` below the first result.
         known_labels_only: Ignore labels of the truth that the model does not know.
-        quiet: Print only the figures.
-
-    Returns:
-        The exit code, 0.
+        quiet: Print no table of classes.
 
     Raises:
         UsageError: A result, the truth or the model is not right.
@@ -242,7 +227,6 @@ def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
 
 
 def _load_head(run: Mapping[str, Any], model: str | None) -> Any:
-    """Load the head of the model that a run was made with."""
     config = RunConfig.model_validate(run["config"])
     # The result itself holds what these files say, so they may be gone.
     kept = config.model.model_copy(update={"preprocessor": None, "labels": None})
@@ -265,8 +249,7 @@ def _load_head(run: Mapping[str, Any], model: str | None) -> Any:
 def combine_results(results: Sequence[ScoredClips]) -> ScoredClips:
     """Combine results into one: the mean of their scores, or all of their clips.
 
-    Raises:
-        InputError: Their labels differ, or some share clips and others do not.
+    Raise ``InputError`` if their labels differ, or some share clips and others do not.
     """
     first = results[0]
     for other in results[1:]:
@@ -295,11 +278,7 @@ def pool_results(results: Sequence[ScoredClips]) -> ScoredClips:
 
 
 def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
-    """Average the scores of results over the clips that all of them have.
-
-    Raises:
-        InputError: They have no clip in common.
-    """
+    """Average the scores of the clips that all results have; ``InputError`` if there are none."""
     first = results[0]
     indices = [{place.clip_id: i for i, place in enumerate(r.places)} for r in results]
     shared = [place for place in first.places if all(place.clip_id in index for index in indices)]
@@ -325,11 +304,7 @@ def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
 
 
 def own_truth(scored: ScoredClips) -> Truth:
-    """Return the truth of the result's own column.
-
-    Raises:
-        InputError: It is empty.
-    """
+    """Return the truth of the result's own column; raise ``InputError`` if it is empty."""
     rows = [
         TruthRow(place, labels, "its truth column")
         for place, labels in zip(scored.places, scored.truth, strict=True)
@@ -344,11 +319,7 @@ def own_truth(scored: ScoredClips) -> Truth:
 
 
 def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = False) -> Evaluation:
-    """Compare scores with the truth.
-
-    Raises:
-        InputError: Nothing matches, or the truth names labels that the model does not know.
-    """
+    """Compare scores with the truth; ``InputError`` if nothing matches or a label is unknown."""
     class_of = find_classes(truth.rows, scored.labels)
     unknown = sorted(name for name, index in class_of.items() if index is None)
     if unknown and not known_labels_only:
@@ -385,7 +356,6 @@ def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = Fal
 def _unmatched(
     scored: ScoredClips, truth: Truth, matches: Matches, unknown: Sequence[str]
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Describe and count rows and clips without a match."""
     clips = [
         str(place.clip_id)
         for place, index in zip(scored.places, matches.row_of_clip, strict=True)
@@ -430,7 +400,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def describe_evaluation(evaluation: Evaluation, scored: ScoredClips) -> list[str]:
-    """Say the figures in words."""
+    """Describe the figures in words."""
     metrics = evaluation.metrics
     with_figure = sum(entry.average_precision is not None for entry in metrics.classes)
     lines = [
@@ -492,11 +462,7 @@ def write_evaluation(
     results: Sequence[ScoredClips],
     truth: str | None,
 ) -> list[str]:
-    """Write the JSON and the picture; returns their URLs.
-
-    Raises:
-        OutputError: They cannot be written.
-    """
+    """Write the JSON and the picture, or raise ``OutputError``; return their URLs."""
     from pipeline.evaluation.picture import draw_evaluation  # imports matplotlib
 
     contents = {

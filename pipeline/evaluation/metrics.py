@@ -27,8 +27,6 @@ class ClassMetrics:
     """How well one class is told from the others.
 
     Attributes:
-        index: Index of the model's output.
-        name: Its label.
         positives: Number of clips that have it.
         average_precision: In [0, 1]; None without a positive.
         auc: Area under the ROC curve, in [0, 1]; None without a positive or without a negative.
@@ -58,13 +56,10 @@ class ClassMetrics:
 
 @dataclass(frozen=True, eq=False)
 class Metrics:
-    """How well scores match the truth.
+    """How well scores match the truth; means are over the classes that have a value.
 
     Attributes:
-        clips: Number of clips compared.
         accuracy: Share of clips whose best label is the true one; None if a clip may have several.
-        mean_average_precision: Mean over the classes that have one.
-        mean_auc: Mean over the classes that have one.
         d_prime: d′ of the mean AUC; infinite for 1.
         classes: Every class, in the model's order.
         confusion: Clips by true class (rows) and best label (columns), shape (classes, classes);
@@ -88,16 +83,10 @@ class Metrics:
 
 
 def compute_metrics(truth: Truth, scores: Scores, names: Sequence[str]) -> Metrics:
-    """Compare scores with the truth.
+    """Compare scores with the truth, both of shape (clips, classes) with at least one clip.
 
-    Args:
-        truth: Which classes each clip has, shape (clips, classes).
-        scores: Shape (clips, classes). Only their order within a class matters, and for the
-            accuracy within a clip.
-        names: The classes' names.
-
-    Raises:
-        ValueError: The shapes do not fit, there is no clip, or a score is not finite.
+    Only the order of scores within a class matters, and for the accuracy within a clip. Raise
+    ``ValueError`` if the shapes do not fit or a score is not finite.
     """
     if truth.shape != scores.shape or truth.shape[1:] != (len(names),) or not truth.size:
         raise ValueError(

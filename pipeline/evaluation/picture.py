@@ -22,16 +22,7 @@ DPI = 120
 def draw_evaluation(
     metrics: Metrics, truth: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating]
 ) -> bytes:
-    """Draw the picture of an evaluation.
-
-    Args:
-        metrics: The figures.
-        truth: Which classes each clip has, shape (clips, classes).
-        scores: Shape (clips, classes).
-
-    Returns:
-        The bytes of a PNG file.
-    """
+    """Draw the picture of an evaluation as a PNG file; arrays have shape (clips, classes)."""
     has_confusion = metrics.confusion is not None and len(metrics.classes) <= MAX_CONFUSED_CLASSES
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         # Not through pyplot, which keeps state and may want a window system.

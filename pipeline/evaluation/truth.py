@@ -1,8 +1,4 @@
-"""The true labels of a result's clips, from any of three sources.
-
-    a manifest ──────────────┐
-    AudioSet's segments CSV ─┼─▶ TruthRow ─join by clip_id, place or stem─▶ clips of a result
-    the result's own column ─┘
+"""The true labels of a clip: from a manifest, AudioSet's segments CSV or the result's own column.
 
 A row finds its clip by ``clip_id``; else by place (file, member, row, segment); else by stem (the
 file's name without folder and extension), if exactly one row and one clip have it. Rows and clips
@@ -31,10 +27,8 @@ _SEGMENT_COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
 class Place:
     """The names by which a clip or a row of truth is found, the most reliable first.
 
-    Attributes:
-        clip_id: Its ``clip_id``, or None.
-        name: The result of ``make_clip_id`` for its file, member, row and segment, or None.
-        stems: Names without folder and extension.
+    ``name`` is the result of ``make_clip_id`` for its file, member, row and segment. ``stems`` are
+    names without folder and extension.
     """
 
     clip_id: str | None
@@ -44,12 +38,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class TruthRow:
-    """The labels of one clip.
+    """The labels of one clip, by name or id, each once; empty if the clip has none of the classes.
 
-    Attributes:
-        place: Names by which its clip is found.
-        labels: Names or ids, each once; empty if the clip has none of the classes.
-        where: The file and line, for messages.
+    ``where`` is the file and line, for messages.
     """
 
     place: Place
@@ -74,13 +65,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Matches:
-    """Which row of truth belongs to which clip.
-
-    Attributes:
-        row_of_clip: For each clip the index of its row, or None.
-        rows_without_clip: Indices of rows without a clip.
-        ambiguous_stems: Stems of more than one row or clip.
-    """
+    """The index of each clip's row of truth, or None, and the rows and stems without a match."""
 
     row_of_clip: tuple[int | None, ...]
     rows_without_clip: tuple[int, ...]
@@ -109,11 +94,7 @@ def stem_of(path: str) -> str:
 def read_truth(source: str) -> Truth:
     """Read a manifest with labels, or AudioSet's segments.
 
-    Args:
-        source: A local path or URL.
-
-    Raises:
-        InputError: It cannot be read, or holds no labels.
+    Raise ``InputError`` if the source cannot be read, or holds no labels.
     """
     url = urls.normalise(source)
     segments = _read_segments(url) if urls.file_name(url).lower().endswith(".csv") else None
@@ -193,12 +174,7 @@ def _segment_stems(video: str, start_s: float, end_s: float) -> Iterator[str]:
 
 
 def match_rows(rows: Sequence[TruthRow], clips: Sequence[Place]) -> Matches:
-    """Find each clip's row.
-
-    Args:
-        rows: The truth.
-        clips: The names of the clips.
-    """
+    """Find each clip's row."""
     found: list[int | None] = [None] * len(clips)
     for name in ("clip_id", "name"):
         index_of = {getattr(row.place, name): index for index, row in enumerate(rows)}

@@ -1,6 +1,4 @@
-"""Calibrate the model for int8 on the audio that is to be labelled, before the work starts.
-
-    found inputs ─every n-th─▶ clips ─decode, cut, fbank─▶ windows ─quantise─▶ model in the cache
+"""Calibration of a model for int8 on the audio that is to be labelled, before the work starts.
 
 The precision of int8 depends on the audio that its scales are fitted to, so they are fitted to the
 user's own. A result keeps its calibration: ``run.json`` names it, and a resumed run uses the model
@@ -98,10 +96,8 @@ def sample_windows(
 ) -> FloatArray:
     """Sample features of windows, spread evenly over units and the items that they list.
 
-    One window of each clip; if there are few clips, further ones from their beginnings.
-
-    Returns:
-        Shape (windows, num_frames, num_mel_bins), float32; at most ``num_windows``.
+    One window of each clip; if there are few clips, further ones from their beginnings. Shape
+    (windows, num_frames, num_mel_bins), float32; at most ``num_windows``.
     """
     chosen = units[:: max(1, math.ceil(len(units) / MAX_UNITS))]
     per_unit = math.ceil(num_windows / max(1, len(chosen)))

@@ -159,8 +159,7 @@ def sample_units(
 ) -> tuple[dict[str, Sample], int]:
     """Decode a few clips of a few units, spread evenly.
 
-    Returns:
-        The samples by kind of file, and the number of clips that could not be decoded.
+    Return the samples by kind of file, and the number of clips that could not be decoded.
     """
     samples: dict[str, Sample] = defaultdict(Sample)
     failed = 0

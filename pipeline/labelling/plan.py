@@ -1,11 +1,6 @@
 """The plan of a run: its settings, the items found, and the units that remain to be done.
 
-    INPUT… ─find─▶ items, containers ─compare with commits─▶ units to do
-                                          ├─▶ kept: committed and unchanged
-                                          ├─▶ redone: units that hold a changed item
-                                          └─▶ vanished: committed, not in this input
-
-Planning writes nothing. ``earmark plan`` stops after it; ``earmark label`` continues with ``run``.
+Planning writes nothing. ``earmark plan`` stops after it; ``earmark label`` continues with the run.
 """
 
 from __future__ import annotations
@@ -141,13 +136,9 @@ def resolve_run(
 ) -> ResolvedRun:
     """Resolve the settings of a run against the model and the existing result.
 
-    Args:
-        config: The config.
-        is_remote: Whether other machines do the work; then this machine's devices do not matter.
-        needs_output: Whether an output is required. Without one, nothing counts as done.
-
-    Raises:
-        UsageError: The config, the model or the output is not valid.
+    If ``is_remote``, other machines do the work and this machine's devices do not matter. Without
+    an output, which ``needs_output`` requires, nothing counts as done. Raise ``UsageError`` if the
+    config, the model or the output is not valid.
     """
     inputs = tuple(urls.normalise(text) for text in given_inputs(config))
     wants_output = needs_output or config.output is not None
@@ -266,8 +257,7 @@ def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
 def choose_model(config: RunConfig) -> ModelSpec:
     """Return the named checkpoint; without a name, the bundled one, with a note that says so.
 
-    Raises:
-        ModelError: The checkpoint cannot be found or is not complete.
+    Raise ``ModelError`` if the checkpoint cannot be found or is not complete.
     """
     overrides = make_overrides(config)
     if config.model.name is not None:
@@ -287,11 +277,7 @@ def make_overrides(config: RunConfig) -> ModelOverrides:
 
 
 def read_features(place: str) -> Mapping[str, Any]:
-    """Read a ``preprocessor_config.json``, given the file or its folder.
-
-    Raises:
-        ModelError: The file does not exist, or holds no mean and std.
-    """
+    """Read a ``preprocessor_config.json`` (file or folder); ``ModelError`` without mean and std."""
     folder = place.removesuffix(f"/{FEATURES_NAME}") if place != FEATURES_NAME else "."
     features = load_features(folder)
     for name in ("mean", "std"):
@@ -304,11 +290,7 @@ def read_features(place: str) -> Mapping[str, Any]:
 
 
 def make_label_settings(config: RunConfig, model: ModelSpec) -> LabelSettings:
-    """Make the settings of every step from the config and the checkpoint.
-
-    Raises:
-        ConfigError: The window or hop does not fit the checkpoint.
-    """
+    """Make the settings of every step; ``ConfigError`` if window or hop do not fit the model."""
     inference = InferenceSettings(
         pooling=config.embedding.pooling,
         embedding_dtype=config.embedding.dtype,
@@ -335,7 +317,7 @@ class InputOptions(TypedDict):
 
 
 def input_options(config: RunConfig | TrainConfig) -> InputOptions:
-    """Return what a config says of reading, decoding and cutting."""
+    """Return a config's options of reading, decoding and cutting."""
     decode = config.decode
     sources = SourceSettings(limits=ReadLimits(**config.read.model_dump()))
     if isinstance(config, RunConfig):

@@ -95,10 +95,8 @@ def find_remaining(
 ) -> RemainingWork:
     """Compare the items found with the valid commits; new containers are not cut yet.
 
-    ``retry_from`` is the result whose failed items to retry, or None.
-
-    Raises:
-        InputError: Items would be in the result twice.
+    ``retry_from`` is the result whose failed items to retry, or None. Raise ``InputError`` if
+    items would be in the result twice.
     """
     inventory = _Inventory(found)
     _check_once(inventory, commits.values())
@@ -178,8 +176,6 @@ def _whole_slice(commit: Commit) -> LedgerSlice | None:
 
 
 class _Inventory:
-    """The items and containers found, by name."""
-
     def __init__(self, found: Found) -> None:
         self.failures = {failure.item.clip_id: failure for failure in found.failures}
         self.items = {item.clip_id: item for item in found.items}

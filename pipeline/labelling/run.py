@@ -1,4 +1,4 @@
-"""``earmark label``: plan a run, run its graph, and print what came of it.
+"""``earmark label``: plan a run, run its graph, and print the result.
 
 Planning finds every error in the command before anything is written. Then the output is repaired,
 ``run.json`` gets the status ``running``, and the graph does the rest. Its last step writes the
@@ -84,16 +84,11 @@ MAX_JOB_BYTES = 4 << 20
 
 
 def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 0.0) -> int:
-    """Label the inputs.
+    """Label the inputs, and return the exit code.
 
-    Args:
-        config: The config.
-        beam_options: Beam's options after ``--``; they win over ``config.beam``.
-        imports_s: Seconds that importing this module took, for ``run.json``.
-
-    Returns:
-        The exit code: 0 for done, or for submitted without waiting; 3 for done with a broken
-        container or with more failures than allowed.
+    It is 0 for done, or for submitted without waiting; 3 for done with a broken container or with
+    more failures than allowed. Options in ``beam_options`` win over ``config.beam``. ``imports_s``
+    is the time that importing this module took, for ``run.json``.
 
     Raises:
         UsageError: The command is not valid; nothing was written.
@@ -145,8 +140,7 @@ def plan_locally(
 ) -> PlannedRun | None:
     """Plan a run on this machine; None if the inputs are too many to list or to submit.
 
-    Raises:
-        UsageError: The command or an input is not valid; nothing was written.
+    Raise ``UsageError`` before anything is written if the command or an input is not valid.
     """
     try:
         plan = find_plan(resolved, config.units.max_listed_here)
@@ -189,8 +183,7 @@ def fits_job(units: Sequence[WorkUnit]) -> bool:
 def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
     """Return a run that workers plan.
 
-    Raises:
-        UsageError: An input does not exist, or the settings need a plan made on this machine.
+    Raise ``UsageError`` if an input does not exist, or the settings need a plan made here.
     """
     if config.inference.precision == "int8":
         raise ConfigError(
@@ -230,10 +223,7 @@ def begin_output(
     """Repair the output, and return ``run.json`` as of the start of the run.
 
     With ``overwrite`` the existing result is removed. ``run.json`` is written if the run
-    ``is_new``: if there may be units to do.
-
-    Raises:
-        OutputError: The output cannot be written.
+    ``is_new``: if there may be units to do. Raise ``OutputError`` if that fails.
     """
     run = {**run, "status": "running", "started_utc": utc_now()}
     try:
@@ -257,10 +247,7 @@ def begin_output(
 def run_graph(
     draw: Callable[[beam.Pipeline], None], run: PlannedRun, options: PipelineOptions, quiet: bool
 ) -> bool:
-    """Run the graph and show its progress; return whether it has run to its end.
-
-    The options may say not to wait for it.
-    """
+    """Run the graph and show its progress; return False if the options say not to wait for it."""
     with temporary_files_in_scratch():  # else its folder would remain when the run is killed
         pipeline = beam.Pipeline(options=options)
     draw(pipeline)

@@ -1,10 +1,8 @@
 """``earmark plan --segment-s``: a manifest that divides long recordings into segments.
 
-    INPUT… ─find─▶ items ─read headers─▶ lengths ─divide─▶ segments ─▶ MANIFEST
-
 ``label MANIFEST`` makes each segment a clip of its own. Lengths come from headers, which a decoder
-process reads, and a header may be wrong. So the last segment of a file has no end: whatever follows
-is in it. An item whose length is not known stays whole.
+process reads, and a header may be wrong. So the last segment of a file has no end: it holds
+everything that follows. An item whose length is not known stays whole.
 """
 
 from __future__ import annotations
@@ -86,13 +84,10 @@ class Division:
 
 
 def run_segments(config: RunConfig, segment_s: float | None, manifest: str | None) -> int:
-    """Write a manifest of segments, and say what is in it.
+    """Write a manifest of segments, and describe it.
 
-    Returns:
-        The exit code: 0, or 3 if a part of the inputs could not be read.
-
-    Raises:
-        UsageError: The command is not valid.
+    Return 0, or 3 if a part of the inputs could not be read. Raise ``UsageError`` if the command
+    is not valid.
     """
     length_s, url = _check_options(segment_s, manifest, config.overwrite)
     options = input_options(config)

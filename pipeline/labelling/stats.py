@@ -1,7 +1,5 @@
 """``earmark stats``: measure the mean and standard deviation of a dataset's features.
 
-    units ─▶ decode ─▶ cut ─▶ MeasureFeatures ─▶ sum ─▶ a file that the command reads back
-
 Reading, decoding and cutting are those of ``earmark label``. Nothing is committed on the way: a job
 that is interrupted starts again.
 """
@@ -63,7 +61,7 @@ AUDIOSET = FbankSettings()  # its defaults are AudioSet's mean and standard devi
 
 @dataclass(frozen=True)
 class StatsPlan:
-    """Everything that is settled before the job starts.
+    """The inputs, units and settings, before the job starts.
 
     Attributes:
         inputs: The inputs as absolute paths or URLs without signatures.
@@ -84,10 +82,7 @@ class StatsPlan:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """The measured figures: ``FeatureStatistics`` without its running sums.
-
-    ``mean`` and ``std`` are NaN if no window was measured.
-    """
+    """The measured figures; ``mean`` and ``std`` are NaN if no window was measured."""
 
     mean: float
     std: float
@@ -116,8 +111,7 @@ def write_figures(statistics: FeatureStatistics, url: str) -> None:
 def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool = False) -> int:
     """Measure the inputs, print the figures, and write them where ``--output`` says.
 
-    Returns:
-        The exit code: 0 done, 3 done but with more failures than allowed or a broken container.
+    Return 0, or 3 if more items failed than allowed or a container broke off.
 
     Raises:
         UsageError: The command is not valid; nothing was written.
@@ -159,7 +153,7 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
 
 
 def check_waited_for(options: PipelineOptions) -> None:
-    """Refuse options that leave the job running."""
+    """Raise ``ConfigError`` for options that leave the job running."""
     if is_left_running(options):
         raise ConfigError(
             "earmark stats prints what its job measures, so it has to wait for it; leave out "
@@ -194,7 +188,7 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
 
 
 def check_writable(output: str) -> None:
-    """Refuse to replace existing figures."""
+    """Raise ``OutputError`` if there are figures already."""
     url = urls.join(output, FEATURES_NAME)
     if filesystem.exists(url):
         raise OutputError(

@@ -1,12 +1,9 @@
 """Runs on Dataflow: checks before there is a job, and the job while it lasts.
 
-    options ─check─▶ (exit 2, nothing written) ─submit─▶ job ─watch─▶ done, failed, cancelled
-                                                          └─▶ _job.json in the output, meanwhile
-
 A mistake that only a worker would notice costs minutes of machines, so it is refused here if
-possible. A job outlives the command that submitted it. Its name stays in the output until it has
-ended, and no other run starts there before. Tested with the service's client library, not with the
-service.
+possible. A job outlives the command that submitted it. Its name stays in ``_job.json`` in the
+output until it has ended, and no other run starts there before. Tested with the service's client
+library, not with the service.
 """
 
 from __future__ import annotations
@@ -63,11 +60,7 @@ def is_dataflow(options: PipelineOptions) -> bool:
 
 
 def check_dataflow(options: PipelineOptions) -> None:
-    """Refuse a job that the service would refuse, or that no worker could do.
-
-    Raises:
-        ConfigError: An option is missing or conflicts with another.
-    """
+    """Raise ``ConfigError`` for a job that the service would refuse, or that no worker could do."""
     if options.view_as(TestOptions).dry_run:
         raise ConfigError(
             "Beam's dry_run builds a job and submits none; to see what a run would do, use "
@@ -158,11 +151,7 @@ def accelerator_of(options: PipelineOptions) -> str | None:
 
 
 def check_device(options: PipelineOptions, device: str) -> None:
-    """Refuse an ``inference.device`` that does not fit the workers.
-
-    Raises:
-        ConfigError: Workers have a GPU that the device does not require, or lack the device.
-    """
+    """Raise ``ConfigError`` if workers lack the device, or have a GPU that it does not require."""
     accelerator = accelerator_of(options)
     if accelerator is None and device in ("cuda", "mps"):
         raise ConfigError(
@@ -234,11 +223,7 @@ def record_job(output: str, job: DataflowJob) -> None:
 
 
 def recorded_job(output: str) -> DataflowJob | None:
-    """Return the job recorded in an output; None if there is none.
-
-    Raises:
-        OutputError: The file is not Earmark's.
-    """
+    """Return the job recorded in an output, or None; ``OutputError`` if the file is not valid."""
     url = urls.join(output, JOB_FILE)
     try:
         return DataflowJob(**json.loads(reading.read_bytes(url)))
@@ -260,12 +245,9 @@ def ask_state(job: DataflowJob) -> str:
 
 
 def check_no_job(output: str, ask: Callable[[DataflowJob], str] | None = None) -> None:
-    """Refuse an output that a job still writes to.
+    """Raise ``OutputError`` if a job writes to the output, or its state is not known.
 
     ``ask`` returns a job's state; None asks the service.
-
-    Raises:
-        OutputError: A job writes to the output, or its state is not known.
     """
     job = recorded_job(output)
     if job is None:
@@ -291,7 +273,7 @@ def check_no_job(output: str, ask: Callable[[DataflowJob], str] | None = None) -
 def submit(pipeline: beam.Pipeline, output: str, options: PipelineOptions, *, quiet: bool) -> Any:
     """Submit a pipeline, print the job's id and page, and record the job in the output.
 
-    Returns the runner's result, for ``follow``. ``quiet`` prints nothing but the id and page.
+    Return the runner's result, for ``follow``. ``quiet`` prints nothing but the id and page.
     """
     result = pipeline.run()
     job = job_of(result, options)

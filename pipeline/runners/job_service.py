@@ -3,8 +3,7 @@
 The command submits a job to the service, which gives bundles to workers. These are threads of the
 command itself (LOOPBACK, the default if everything is on this machine), processes of a running
 worker pool (EXTERNAL), processes that the service starts (PROCESS), or containers (DOCKER, the
-default otherwise). This module checks their options before there is a job, and cancels the job when
-the command is interrupted.
+default otherwise).
 """
 
 from __future__ import annotations
@@ -82,11 +81,7 @@ def has_all_machines_here(runner: str, options: PipelineOptions) -> bool:
 
 
 def check_workers(runner: str, options: PipelineOptions) -> None:
-    """Refuse workers that would run in Beam's own image, the default of most services.
-
-    Raises:
-        ConfigError: No option gives the workers Earmark.
-    """
+    """Raise ``ConfigError`` if workers would run in Beam's own image, which has no Earmark."""
     portable, setup = options.view_as(PortableOptions), options.view_as(SetupOptions)
     if runner not in MASTERS or portable.environment_type not in (None, "DOCKER"):
         return

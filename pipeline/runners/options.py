@@ -29,10 +29,8 @@ def pipeline_options(config: RunConfig, beam_options: Sequence[str]) -> Pipeline
 
     An option on the command line replaces the config's value even where Beam would combine the two
     (``dataflow_service_options``); only experiments are combined. ``__main__`` is not pickled for
-    workers, because all of Earmark's code is in packages.
-
-    Raises:
-        ConfigError: Beam does not know an option.
+    workers, because all of Earmark's code is in packages. Raise ``ConfigError`` if Beam does not
+    know an option.
     """
     given = {_option_name(arg) for arg in beam_options if arg.startswith("--")} - COMBINED
     args = [
@@ -61,11 +59,7 @@ def _option_name(arg: str) -> str:
 
 
 def _check_known(options: PipelineOptions, args: Sequence[str]) -> None:
-    """Refuse options that Beam would only warn about ("Discarding unparseable args").
-
-    Raises:
-        ConfigError: Beam does not know an option.
-    """
+    """Raise ``ConfigError`` for options that Beam would only warn about ("Discarding…")."""
     known = {*options.get_all_options(), *JOB_SERVER_OPTIONS.get(runner_name(options), ())}
     for name in (arg[2:].split("=")[0] for arg in args if arg.startswith("--")):
         # Beam keeps the negative spelling of an option under another name.
@@ -79,8 +73,7 @@ def _check_known(options: PipelineOptions, args: Sequence[str]) -> None:
 def runner_name(options: PipelineOptions) -> str:
     """Return the name of the runner's class in lower case (``flinkrunner``), for any of its names.
 
-    Raises:
-        ConfigError: Beam has no such runner, or it needs a package that is not installed.
+    Raise ``ConfigError`` if Beam has no such runner, or it needs a package that is not installed.
     """
     name = options.view_as(StandardOptions).runner or DEFAULT_RUNNER
     try:
@@ -110,11 +103,7 @@ def is_in_process(options: PipelineOptions) -> bool:
 
 
 def check_runner(options: PipelineOptions, device: str | None = None) -> None:
-    """Refuse options that the runner cannot work with; ``device`` is None without a model.
-
-    Raises:
-        ConfigError: An option is missing or conflicts with another.
-    """
+    """Raise ``ConfigError`` if the runner cannot work with the options; no model, no ``device``."""
     if is_dataflow(options):
         check_dataflow(options)
         if device is not None:
@@ -125,8 +114,7 @@ def check_runner(options: PipelineOptions, device: str | None = None) -> None:
 def check_reachable(inputs: Sequence[str], output: str | None) -> None:
     """Refuse local paths, all normalised, where other machines do the work.
 
-    Raises:
-        ConfigError: A path is local, or there is no output.
+    Raise ``ConfigError`` if a path is local, or there is no output.
     """
     if output is None:
         raise ConfigError(
@@ -142,11 +130,7 @@ def check_reachable(inputs: Sequence[str], output: str | None) -> None:
 
 
 def check_model_reachable(model: ModelSpec) -> None:
-    """Refuse a model in a local folder where other machines do the work.
-
-    Raises:
-        ModelError: The model is on this machine.
-    """
+    """Raise ``ModelError`` for a model in a local folder, where other machines do the work."""
     if model.source in ("folder", "original") and urls.is_local(model.location):
         raise ModelError(
             f"model {model.name} is on this machine, and the runner works on others; copy it to "

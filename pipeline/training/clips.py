@@ -1,4 +1,4 @@
-"""Decode the clips that a training is about, and settle their labels."""
+"""Decoding of a training's clips, and the choice of their labels."""
 
 from __future__ import annotations
 
@@ -23,12 +23,9 @@ from transforms.sources.read_unit import Found
 
 @dataclass(frozen=True)
 class PreparedClips:
-    """Clips that are decoded and labelled.
+    """Clips that are decoded and labelled, with a digest of the content of each set.
 
-    Attributes:
-        sets: Clips to train on, and to validate with.
-        digests: Digest of the content of each set: ``train`` and ``validation``.
-        caches: The decoded clips, and what could not be decoded.
+    The keys of ``digests`` are ``train`` and ``validation``; ``caches`` also have the failures.
     """
 
     sets: ClipSets
@@ -37,10 +34,9 @@ class PreparedClips:
 
 
 def prepare_clips(plan: TrainPlan, config: TrainConfig) -> PreparedClips:
-    """Decode what is not in the cache yet, and settle the labels.
+    """Decode the clips that are not in the cache yet, and settle the labels.
 
-    Raises:
-        InputError: The labels or the audio cannot be learnt from.
+    Raise ``InputError`` if the labels or the audio cannot be learnt from.
     """
     caches = [_cache(plan, plan.found, config)]
     if plan.found_validation is not None:
@@ -93,11 +89,7 @@ def _digest(clips: ClipSet) -> str:
 
 
 def check_metric(clips: ClipSet, metric: str) -> None:
-    """Refuse, before the first epoch, a metric that the validation clips cannot give.
-
-    Raises:
-        InputError: The metric cannot be computed.
-    """
+    """Raise ``InputError`` before the first epoch if the validation clips cannot give a metric."""
     others = [clip for clip in clips.clips if len(clip.labels) != 1]
     if metric == "accuracy" and others:
         raise InputError(
@@ -122,7 +114,7 @@ def describe_clips(sets: ClipSets) -> str:
 
 
 def describe_failures(failures: Sequence[ItemFailure]) -> list[str]:
-    """Say what could not be decoded; no line if nothing failed."""
+    """Describe the failures, in a line; no line if nothing failed."""
     if not failures:
         return []
     first = failures[0].failure

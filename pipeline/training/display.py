@@ -1,4 +1,4 @@
-"""What a training shows while it works: a bar for decoding, a line per epoch, a bar within one.
+"""The display of a training: a bar for decoding, a line per epoch, a bar within one.
 
 Without a terminal, a line about once a minute replaces the bar.
 """
@@ -28,14 +28,9 @@ _NAMES = {"accuracy": "accuracy", "mean_average_precision": "mAP"}
 
 
 class DecodingDisplay:
-    """Shows how far decoding is, from its first clip on.
+    """Shows how far decoding is, from its first clip on, until ``stack`` is closed.
 
-    Args:
-        found: What is to be decoded.
-        sample_rate_hz: Rate of the decoded samples.
-        purpose: What they are for, with a space before it; or nothing.
-        stack: Ends the display when it is closed.
-        quiet: Show nothing.
+    ``purpose`` is what the samples are for, with a space before it, or empty.
     """
 
     def __init__(
@@ -79,14 +74,9 @@ class DecodingDisplay:
 
 
 class EpochDisplay:
-    """Shows how far a training is; use it as a context.
+    """Shows how far a training is, and validation by one metric; use it as a context.
 
-    Args:
-        stages: The stages in order.
-        metric: The metric that validation is shown by.
-        quiet: Show nothing.
-        console: Where to show it; standard error by default.
-        clock: Returns a time in seconds.
+    ``console`` is standard error by default; ``clock`` returns a time in seconds.
     """
 
     def __init__(

@@ -1,9 +1,4 @@
-"""What a training starts from: an AST checkpoint, an image model's weights, or nothing.
-
---model (AST)    ─┐
---model (ViT)    ─┼─▶ Initial: the shape wanted, labels, statistics ─▶ a model to train
-no --model       ─┘
-"""
+"""The start of a training: an AST checkpoint, an image model's weights, or nothing."""
 
 from __future__ import annotations
 
@@ -65,20 +60,16 @@ _FACTS = ("num_attention_heads", "layer_norm_eps", "head_layer_norm_eps")
 
 @dataclass(frozen=True)
 class Initial:
-    """What a training starts from.
+    """The model that a training starts from.
 
     Attributes:
-        kind: Where the weights come from.
         name: The model's name without secrets, or ``scratch``.
         sha256: Digest of the weights; None without any.
-        spec: The checkpoint, if it is an AST.
-        image: The checkpoint, if it is an image model.
         config: The shape to train, with labels that are still to be replaced.
         labels: The checkpoint's own label names; ``LABEL_0`` and so on if its head is not kept and
             its outputs have no names.
         wanted_labels: The label names that ``model.labels`` gives, or None.
         statistics: Mean and standard deviation to normalise with; None if still to be measured.
-        notes: Remarks for the user.
     """
 
     kind: Literal["checkpoint", "image", "scratch"]
@@ -111,15 +102,9 @@ class Initial:
 def resolve_initial(
     model: CheckpointSection, architecture: ArchitectureSection, *, keeps_head: bool
 ) -> Initial:
-    """Resolve what to start from, and the shape to train.
+    """Resolve the model to start from and the shape to train; a kept head needs label names.
 
-    Args:
-        model: The checkpoint, and what is wanted of the model.
-        architecture: Shape of a model from scratch.
-        keeps_head: Whether to keep the checkpoint's head, whose outputs then need names.
-
-    Raises:
-        ModelError: The checkpoint, the label list or the shape is not right.
+    Raise ``ModelError`` if the checkpoint, the label list or the shape is not right.
     """
     wanted = _wanted_labels(model.labels)
     given = {name: value for name in _CHANGEABLE if (value := getattr(model, name)) is not None}
@@ -171,15 +156,9 @@ def build_model(
 ) -> ASTForAudioClassification:
     """Build the model before its first step, on the CPU.
 
-    Args:
-        initial: What to start from.
-        label_names: Labels of the head's outputs, in order.
-        loss: Loss of the training, which the saved config records.
-        seed: Seed of the weights that no checkpoint gives.
-        keeps_head: Whether to keep the checkpoint's head, which has these labels.
-
-    Raises:
-        ModelError: The checkpoint does not fit the shape.
+    ``label_names`` are in the order of the head's outputs, and those of the checkpoint if its head
+    is kept. ``seed`` is for the weights that no checkpoint gives. Raise ``ModelError`` if the
+    checkpoint does not fit the shape.
     """
     problem = {
         "cross_entropy": "single_label_classification",

@@ -50,8 +50,7 @@ _CURVES_EVERY_S = 30.0
 def find_training(plan: TrainPlan) -> Mapping[str, Any] | None:
     """Read the record of this training from an earlier run; None if there is none.
 
-    Raises:
-        OutputError: The folder holds another training, or files that no training wrote.
+    Raise ``OutputError`` if the folder holds another training, or files that no training wrote.
     """
     url = urls.join(plan.output, TRAIN_NAME)
     if not filesystem.exists(url):
@@ -77,11 +76,7 @@ def find_training(plan: TrainPlan) -> Mapping[str, Any] | None:
 
 
 def check_same_training(plan: TrainPlan, record: Mapping[str, Any]) -> None:
-    """Refuse to resume a training with other clips.
-
-    Raises:
-        OutputError: The clips are not those that the training began with.
-    """
+    """Raise ``OutputError`` if a training began with other clips than those of the plan."""
     _check_same(plan, record["results"], plan.results)
 
 
@@ -101,11 +96,7 @@ def is_done(record: Mapping[str, Any]) -> bool:
 
 
 def check_removable(plan: TrainPlan) -> None:
-    """Refuse to remove files that no training wrote, or that this one starts from.
-
-    Raises:
-        OutputError: The output holds such a file.
-    """
+    """Raise ``OutputError`` for files that no training wrote, or that this one starts from."""
     written = [name for name in _WRITTEN if filesystem.exists(urls.join(plan.output, name))]
     if written and TRAIN_NAME not in written:
         raise OutputError(
@@ -136,11 +127,7 @@ def remove_training(output: str) -> None:
 
 
 def write_file(plan: TrainPlan, name: str, content: bytes) -> None:
-    """Write a file of the output.
-
-    Raises:
-        WriteError: It cannot be written.
-    """
+    """Write a file of the output; raise ``WriteError`` if that fails."""
     url = urls.join(plan.output, name)
     with writing.writing_to(url):
         writing.write_bytes(url, content)
@@ -155,12 +142,8 @@ def make_record(
 ) -> dict[str, Any]:
     """Make ``train.json`` of a training that runs.
 
-    Args:
-        plan: What is trained.
-        clips: The clips.
-        config: The configuration as given.
-        statistics: Mean and standard deviation that features are normalised with.
-        earlier: The record of the run that this one resumes, or None.
+    ``statistics`` are the mean and standard deviation that features are normalised with;
+    ``earlier`` is the record of the run that this one resumes, or None.
     """
     validation = clips.validation
     return {
@@ -208,10 +191,7 @@ def validation_manifest(clips: ClipSet) -> bytes:
 class Recorder:
     """Keeps the record, the figures and the weights up to date.
 
-    Args:
-        plan: What is trained.
-        record: ``train.json`` as far as it is known; it has the mean and the standard deviation.
-        dtype: Type in which weights are saved.
+    ``record`` is ``train.json`` as far as it is known; it has the mean and the standard deviation.
     """
 
     def __init__(self, plan: TrainPlan, record: dict[str, Any], dtype: torch.dtype) -> None:

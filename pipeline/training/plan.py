@@ -1,4 +1,4 @@
-"""Settle what is trained, from what, on which inputs: everything before audio is decoded."""
+"""The plan of a training, made before audio is decoded: model, settings and inputs."""
 
 from __future__ import annotations
 
@@ -50,20 +50,15 @@ _INDECISIVE = {
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What is settled before anything is decoded.
+    """The settings and inputs of a training, before anything is decoded.
 
     Attributes:
         output: The model's folder, as ``urls.normalise`` gives it.
-        found: What the training inputs hold.
-        found_validation: What the validation inputs hold; None without any.
-        initial: What training starts from.
         fbank: The features; their mean and standard deviation are settled later.
-        settings: How to read, decode and cut.
         cache: The folder of decoded audio.
         learning_rate: Highest learning rate of the stage that teaches labels.
-        results: What the result depends on, by name. ``data`` is added once the clips are known.
-        device: Device that the model is trained on.
-        precision: Precision of the forward pass.
+        results: Everything that the result depends on, by name; ``data`` is added once the clips
+            are known.
     """
 
     output: str
@@ -85,10 +80,7 @@ class TrainPlan:
 
     @property
     def inputs_digest(self) -> str:
-        """Digest of what is known of the inputs before reading them.
-
-        That is places, sizes, versions, labels given, and the bounds for an item.
-        """
+        """Digest of places, sizes, versions, given labels and bounds, all known before reading."""
         limits = dataclasses.astuple(self.settings.sources.limits)
         parts: list[object] = [self.settings.decode.max_item_s, *limits]
         for found in (self.found, self.found_validation):
@@ -110,11 +102,7 @@ class TrainPlan:
 
 
 def local_output(config: TrainConfig) -> str:
-    """Return the output folder, which must be on this machine.
-
-    Raises:
-        OutputError: It is elsewhere.
-    """
+    """Return the output folder; raise ``OutputError`` if it is not on this machine."""
     output = urls.normalise(given_output(config))
     if not urls.is_local(output):
         raise OutputError(
@@ -125,11 +113,7 @@ def local_output(config: TrainConfig) -> str:
 
 
 def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
-    """Find the inputs and resolve the settings; nothing is decoded.
-
-    Raises:
-        UsageError: The config, the model, an input or the output is not right.
-    """
+    """Find the inputs and resolve the settings; ``UsageError`` if one is not right."""
     device = resolve_device(config.training.device, "training.device")
     precision = resolve_precision(config.training.precision, device)
     keeps_head = config.training.head == "keep"
@@ -162,11 +146,7 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
 
 
 def check_possible(config: TrainConfig, device: str, num_layers: int) -> None:
-    """Refuse settings that the config and the model contradict only together.
-
-    Raises:
-        ConfigError: The device has no such precision, or the model has fewer layers.
-    """
+    """Raise ``ConfigError`` for a precision the device lacks, or layers the model lacks."""
     if config.training.precision == "fp16" and device == "cpu":
         raise ConfigError(
             "training.precision is fp16, and the device is the CPU, which cannot train in it; "

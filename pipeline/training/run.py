@@ -1,9 +1,5 @@
 """``earmark train``: teach a model the labels of one's own clips.
 
-    inputs ─plan─▶ items ─clips─▶ decoded once, with labels ─stages─▶ epochs ─output─▶ a folder
-                                                                ▲
-                 a checkpoint, ImageNet's weights, or nothing ──┘
-
 The output is a folder that ``--model`` and transformers take:
 
     config.json, model.safetensors, preprocessor_config.json   the weights that training.keep names
@@ -14,7 +10,7 @@ The output is a folder that ``--model`` and transformers take:
     errors.parquet             a row per clip that could not be used, if there is one
     cache/                     decoded audio, until the training is done; --cache keeps it elsewhere
 
-``loop`` saves the state of an unfinished training; the same command resumes it.
+The same command resumes an unfinished training.
 """
 
 from __future__ import annotations
@@ -69,10 +65,7 @@ _MAX_LOADERS = 8
 
 
 def run_train(config: TrainConfig) -> int:
-    """Train a model as the configuration says.
-
-    Returns:
-        The exit code: 0.
+    """Train a model as the configuration says, and return the exit code, 0.
 
     Raises:
         UsageError: The command or the data is not right; no training was changed.
@@ -106,7 +99,6 @@ def run_train(config: TrainConfig) -> int:
 
 
 def _say_done(output: str) -> int:
-    """Say that nothing is to be done; returns the exit code."""
     answer(
         f"{output} is already trained with these settings on these clips; --overwrite starts again."
     )
@@ -119,14 +111,7 @@ def train(
     config: TrainConfig,
     earlier: Mapping[str, Any] | None,
 ) -> None:
-    """Run the stages and write the results.
-
-    Args:
-        plan: What is trained.
-        prepared: The clips.
-        config: The configuration as given.
-        earlier: The record of the run that this one resumes, or None.
-    """
+    """Run the stages and write the results; ``earlier`` is the record that this run resumes."""
     began_s = time.monotonic()
     clips = prepared.sets
     statistics = settle_statistics(plan, clips.train, earlier, quiet=config.quiet)
@@ -289,7 +274,7 @@ def finish(
 def describe_training(
     config: TrainConfig, teaching: FinetuningStage, progress: Progress
 ) -> list[str]:
-    """Say what came of a training, in a few lines."""
+    """Describe the result of a training, in a few lines."""
     metric, last = config.training.metric, progress.history[-1]
     name = "accuracy" if metric == "accuracy" else "mAP"
     best = teaching.best

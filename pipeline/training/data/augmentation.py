@@ -40,11 +40,9 @@ _RESAMPLING = "QQ"
 
 @dataclass(frozen=True)
 class Augment:
-    """All changes to clips that one section of the configuration asks for.
+    """All changes to clips that a section of the configuration asks for.
 
-    Attributes:
-        section: Which changes, and how strong.
-        fbank: The model's features, with the mean and std that normalise them.
+    ``fbank`` has the mean and the standard deviation that normalise the model's features.
     """
 
     section: AugmentationSection
@@ -55,13 +53,8 @@ class Augment:
     ) -> tuple[Tensor, Tensor]:
         """Shift, stretch, amplify and invert clips. ``mix`` comes afterwards.
 
-        Args:
-            waveforms: Shape (B, n), float32; 0 after a clip's end.
-            lengths: Samples of each clip, shape (B,), int64.
-            rng: Source of all random numbers.
-
-        Returns:
-            Waveforms and lengths of the same shapes. No clip becomes too short for features.
+        Waveforms are (B, n) float32, 0 after a clip's end; lengths are samples of each clip, (B,)
+        int64. Both keep their shapes, and no clip becomes too short for features.
         """
         section = self.section
         if section.circular_shift:
@@ -77,14 +70,8 @@ class Augment:
     def features(self, log_mel: Tensor, lengths: Tensor, rng: np.random.Generator) -> Tensor:
         """Equalize, mask, normalise, add noise and roll.
 
-        Args:
-            log_mel: Output of ``KaldiFbank`` with ``statistics.without_normalising``, shape
-                (B, T, F); padding is 0.
-            lengths: Samples of each clip, shape (B,), int64, on the same device.
-            rng: Source of all random numbers.
-
-        Returns:
-            Normalised features of the same shape.
+        ``log_mel`` is the output of ``KaldiFbank`` with ``statistics.without_normalising``, shape
+        (B, T, F), padded with 0; ``lengths`` are samples of each clip, (B,) int64, same device.
         """
         section, fbank = self.section, self.fbank
         frames = count_frames(lengths, fbank)
@@ -110,14 +97,8 @@ def change_speed(
 ) -> tuple[Tensor, Tensor]:
     """Play each clip faster or slower, pitch included, by a factor exp(U(-speed, speed)).
 
-    Args:
-        waveforms: Shape (B, n), float32.
-        lengths: Samples of each clip, shape (B,).
-        speed: The logarithm of the largest factor; 0.1 is up to 10.5 % faster.
-        rng: Source of a factor per clip.
-
-    Returns:
-        Waveforms of the same shape, cut at n or padded with 0, and the new lengths.
+    With a ``speed`` of 0.1 that is up to 10.5 % faster. Waveforms keep their shape (B, n), cut at n
+    or padded with 0; lengths (B,) are new.
     """
     if speed == 0.0:
         return waveforms, lengths
@@ -162,7 +143,7 @@ def mix(
     beta: float,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix clips with partners, both sounds and labels.
+    """Mix clips with partners, both sounds and labels; ``ValueError`` if their shapes differ.
 
     A clip's share λ is drawn from Beta(beta, beta), and its partner gets 1 - λ of sound and labels.
     A label that both have gets the sum. As in the original, both are centred on their means before
@@ -170,20 +151,10 @@ def mix(
 
     Args:
         waveforms: Shape (B, n), float32.
-        lengths: Samples of each clip, shape (B,).
+        lengths: Samples of each clip, shape (B,); they stay.
         targets: Share of each label, shape (B, labels), float32.
-        partners: A partner for each clip, as ``waveforms``.
-        partner_lengths: As ``lengths``.
-        partner_targets: As ``targets``.
         ratio: Share of clips that are mixed; the others are unchanged, bit for bit.
         beta: Both parameters of the distribution; with 10, as in the original, λ is mostly near ½.
-        rng: Decides which clips are mixed, and with which λ.
-
-    Returns:
-        Waveforms, lengths and targets; the lengths are the clips' own.
-
-    Raises:
-        ValueError: The partners' shapes differ from the clips'.
 
     Source: YuanGongND/ast ``src/dataloader.py``, after Tokozume et al. 2018, arXiv:1711.10282,
         and Zhang et al. 2018, arXiv:1710.09412.
@@ -240,14 +211,10 @@ def equalize(
 ) -> Tensor:
     """Apply a smooth random gain over the mels, as if each clip had another microphone.
 
-    The gain is linear between control points about 20 mels apart, which are normal with mean 0.
-    Padding and silence (values at the logarithm's floor) are unchanged.
-
-    Args:
-        log_mel: Natural logarithms of power, not normalised, shape (B, T, F).
-        frames: Frames that each clip fills, shape (B,), on the same device.
-        equalizer_db: Standard deviation of the control points in decibels.
-        rng: Source of the control points.
+    The gain is linear between control points about 20 mels apart, which are normal with mean 0 and
+    standard deviation ``equalizer_db``. Padding and silence (values at the logarithm's floor) are
+    unchanged. ``log_mel`` are natural logarithms of power, not normalised, shape (B, T, F);
+    ``frames`` are those that each clip fills, shape (B,), on the same device.
     """
     if equalizer_db == 0.0:
         return log_mel
@@ -324,5 +291,4 @@ def roll_frames(features: Tensor, shift_frames: int, rng: np.random.Generator) -
 
 
 def _like(tensor: Tensor, values: npt.NDArray[np.float64]) -> Tensor:
-    """Convert drawn values to a tensor of another's type, on its device."""
     return torch.from_numpy(values).to(tensor)

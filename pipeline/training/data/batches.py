@@ -28,12 +28,9 @@ _BALANCE, _BALANCE_OFFSET = 1000.0, 0.01
 
 
 class Batch(NamedTuple):
-    """One batch of clips.
+    """One batch of clips, with the share of each label, shape (B, labels), as targets.
 
-    Attributes:
-        waveforms: Shape (B, samples), float32; 0 after a clip's end.
-        lengths: Number of samples of each clip, shape (B,), int64.
-        targets: Share of each label, shape (B, labels), float32.
+    Waveforms have shape (B, samples) and are 0 after a clip's end; lengths (B,) are int64.
     """
 
     waveforms: Tensor
@@ -43,14 +40,13 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How batches are made.
+    """Settings of batches.
 
     Attributes:
         batch_size: Clips in a batch; the last of an epoch may have fewer.
         window_samples: Longest excerpt of a clip that the model takes.
         sampler: ``shuffle`` takes each clip once. ``balanced`` draws as many clips as there are,
             with replacement, and rare labels as often as common ones.
-        seed: Seed of all random numbers.
         stage: Number of the stage, so that two stages see different batches.
     """
 
@@ -97,15 +93,7 @@ def make_batch(
     clips: PackedClips, indices: npt.NDArray[np.int64], augment: Augment, window_samples: int,
     rng: np.random.Generator,
 ) -> Batch:  # fmt: skip
-    """Make a batch: cut the clips, change them and mix them as the augmentation says.
-
-    Args:
-        clips: All clips, because mixing draws partners from all.
-        indices: The clips of the batch.
-        augment: Changes to waveforms.
-        window_samples: Longest excerpt of a clip.
-        rng: Source of all random numbers.
-    """
+    """Make a batch of some clips, cut and changed; mixing draws partners from all ``clips``."""
     batch = _augmented(clips, indices, augment, window_samples, rng)
     section = augment.section
     if not section.mixup_ratio:
@@ -142,14 +130,7 @@ def _draw_excerpt(
 
 
 class BatchLoader:
-    """Gives the batches of an epoch, prefetched by processes of their own if there are any.
-
-    Args:
-        clips: Clips to train on.
-        augment: Changes to waveforms.
-        settings: How batches are made.
-        num_processes: Processes that make batches; with 0 the caller makes each on demand.
-    """
+    """Gives the batches of an epoch, prefetched by processes; with 0, made on demand."""
 
     def __init__(
         self, clips: PackedClips, augment: Augment, settings: BatchSettings, num_processes: int
@@ -176,8 +157,6 @@ _Step = tuple[int, int, npt.NDArray[np.int64]]
 
 
 class _StepsOfEpoch(Sampler[_Step]):
-    """Yields the epoch, the step and the clips of each batch."""
-
     def __init__(self, clips: PackedClips, settings: BatchSettings) -> None:
         self.epoch = 0
         self._clips, self._settings = clips, settings
@@ -193,8 +172,6 @@ class _StepsOfEpoch(Sampler[_Step]):
 
 
 class _Batches(Dataset[Batch]):
-    """Makes a batch from its epoch, step and clips."""
-
     def __init__(self, clips: PackedClips, augment: Augment, settings: BatchSettings) -> None:
         self._clips, self._augment, self._settings = clips, augment, settings
 

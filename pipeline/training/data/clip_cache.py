@@ -78,14 +78,9 @@ _IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class CachedClips:
-    """All clips of the inputs, decoded.
+    """The clips that could be decoded, in the order in which they were read, and the failures.
 
-    Attributes:
-        sample_rate_hz: Rate of the samples.
-        files: The samples.
-        clips: Every clip that could be decoded, in the order in which they were read.
-        failures: Every item that could not.
-        is_reused: All of it had been decoded before.
+    ``is_reused`` says that all of it had been decoded before.
     """
 
     sample_rate_hz: int
@@ -106,14 +101,7 @@ class CachedClips:
 
 @dataclass(frozen=True)
 class _CachedUnit:
-    """A unit in the cache.
-
-    Attributes:
-        name: Its file of samples.
-        num_samples: Samples in there.
-        clips: Its clips, with offsets from the start of this file.
-        failures: Its items that could not be decoded.
-    """
+    """A unit in the cache; its clips' offsets count from the start of its own file."""
 
     name: str
     num_samples: int
@@ -138,11 +126,9 @@ def cache_clips(
     """Decode everything that was found, except for the units that are in the cache already.
 
     Args:
-        found: What the inputs hold.
         folder: A local folder for the cache.
         decode: How to decode; its rate is the model's.
         sources: How to read, and how to cut the input into units.
-        dtype: How samples are stored.
         on_clip: Called with each decoded item's number of samples, and whether it failed. Not
             called for items in the cache.
         on_kept: Called once before decoding with the number of items in the cache, unless none or
@@ -278,14 +264,7 @@ def _fails_again(
 
 
 class _CacheWriter:
-    """Writes units into a cache.
-
-    Args:
-        root: The cache.
-        dtype: How samples are stored.
-        kept: The units that are there.
-        total_items: Number of items in the end, or None; for the message about a full disk.
-    """
+    """Writes units into a cache; ``total_items`` is for the message about a full disk."""
 
     def __init__(
         self, root: Path, dtype: CacheDtype, kept: Sequence[_CachedUnit], total_items: int | None
@@ -301,11 +280,11 @@ class _CacheWriter:
     def write(
         self, key: str, unit: WorkUnit, stream: Decoded, on_clip: OnClip | None
     ) -> _CachedUnit:
-        """Write what comes of a unit; its ``.json``, which says that it is whole, comes last.
+        """Write a unit's clips; its ``.json``, which says that it is whole, comes last.
 
         Raises:
-            WriteError: The disk is full or fails; nothing is left of what this writer wrote.
-            AccountingError: Fewer or more items came of the unit than it lists.
+            WriteError: The disk is full or fails; everything that this writer wrote is removed.
+            AccountingError: The unit lists fewer or more items than came out of it.
         """
         with self._explained():
             file, path = _create_locked(self._root, key)

@@ -1,7 +1,4 @@
-"""Labelled clips: which to train on, which to validate with, and their labels.
-
-    Found ─clip_cache─▶ CachedClips ─split_clips─▶ training clips ───┬─resolve_labels─▶ ClipSets
-                                               └─▶ validation clips ─┘
+"""Labelled clips for training and for validation, and the labels to learn.
 
 Clips and labels that do not fit each other are an error before anything is trained. It names the
 clip, the label and the next step.
@@ -49,10 +46,8 @@ def split_clips(
 ) -> tuple[tuple[CachedClip, ...], tuple[CachedClip, ...]]:
     """Divide clips into those to train on and those to validate with.
 
-    Args:
-        cached: The clips.
-        hold_out: ``COLUMN=VALUE``. Clips whose metadata has this value in this column, compared as
-            text, are for validation. None: no clip is.
+    ``hold_out`` is ``COLUMN=VALUE``: clips whose metadata has this value in this column, compared
+    as text, are for validation. With None no clip is.
 
     Raises:
         ConfigError: ``hold_out`` is not of this form.
@@ -66,12 +61,7 @@ def split_clips(
 
 
 def which_are_held_out(items: Sequence[Item], hold_out: str) -> list[bool]:
-    """Return for each item whether it is for validation; see ``split_clips``.
-
-    Raises:
-        ConfigError: ``hold_out`` is not of its form.
-        InputError: There is no such column, no item has the value, or all have it.
-    """
+    """Return for each item whether it is for validation; see ``split_clips``, also for errors."""
     column, value = split_hold_out(hold_out)
     if not column or not value:
         raise ConfigError(
@@ -145,16 +135,8 @@ def check_found(found: Found, which: str, hold_out: str | None = None) -> None:
     """Refuse, before decoding, inputs that cannot be learnt from or validated with.
 
     This is certain if no item lies in a container, because only a manifest can label a file:
-    ``split_clips`` or ``resolve_labels`` would refuse the inputs however decoding ends.
-
-    Args:
-        found: What the inputs hold.
-        which: Their purpose: ``training`` or ``validation``.
-        hold_out: Which of them are for validation (see ``split_clips``).
-
-    Raises:
-        ConfigError: ``hold_out`` is not of its form.
-        InputError: Nothing has a label, or ``hold_out`` cannot be applied.
+    ``split_clips`` or ``resolve_labels`` would refuse the inputs however decoding ends, with the
+    same errors. ``which`` is their purpose: ``training`` or ``validation``.
     """
     if found.containers or not found.items:
         return
@@ -172,7 +154,6 @@ def check_found(found: Found, which: str, hold_out: str | None = None) -> None:
 
 
 def _manifest_hint(found: Found) -> str:
-    """Say that a manifest may be among the skipped files of a folder, if that is possible."""
     skipped = found.skipped_by_extension
     kinds = [f"{skipped[kind]:,} {kind}" for kind in sorted(_MAYBE_MANIFESTS & set(skipped))]
     if not kinds:
@@ -187,12 +168,7 @@ def _manifest_hint(found: Found) -> str:
 
 
 class ResolvedLabels(NamedTuple):
-    """The labels to learn.
-
-    Attributes:
-        names: Their names, in the order of the model's outputs.
-        warnings: Warnings for the user.
-    """
+    """The labels to learn, in the order of the model's outputs, and warnings for the user."""
 
     names: tuple[str, ...]
     warnings: tuple[str, ...] = ()
@@ -209,7 +185,6 @@ def resolve_labels(
     """Settle the labels that a model is to learn, and check that clips and labels fit.
 
     Args:
-        train: Clips to train on.
         validation: Clips to validate with; their labels must be among those to learn.
         names: The labels of the model or of a list, in order; None for those of the training
             clips, sorted.
@@ -384,13 +359,10 @@ def _spelling(name: str) -> str:
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Clips with labels. Reading one decodes nothing; pickling the set leaves samples out.
+    """Clips with labels, in the cache's order.
 
-    Attributes:
-        files: The samples.
-        sample_rate_hz: Their rate.
-        clips: The clips, in the cache's order.
-        label_names: The names that the labels' indices stand for.
+    Reading one decodes nothing; pickling the set leaves samples out. A clip's labels are indices
+    into ``label_names``.
     """
 
     files: SampleFiles
@@ -402,11 +374,7 @@ class ClipSet:
         return len(self.clips)
 
     def samples(self, index: int, start: int = 0, stop: int | None = None) -> FloatArray:
-        """Read samples [start, stop) of a clip, float32; all of them by default.
-
-        Raises:
-            ValueError: The clip has fewer.
-        """
+        """Read samples [start, stop), float32, all by default; ``ValueError`` beyond the end."""
         return self.files.read_clip(self.clips[index], start, stop)
 
     def targets(self) -> FloatArray:
@@ -428,7 +396,7 @@ class ClipSet:
 
 
 def pack_clips(clips: ClipSet) -> PackedClips:
-    """Return the same clips as arrays, without what only people need to know."""
+    """Return the same clips as arrays, without the ids and texts that only people need."""
     counts = [len(clip.labels) for clip in clips.clips]
     return PackedClips(
         files=clips.files,
@@ -454,13 +422,7 @@ def label_clips(
 
 
 class ClipSets(NamedTuple):
-    """The clips that a model is trained and validated on.
-
-    Attributes:
-        train: Clips to train on.
-        validation: Clips to validate with, or None.
-        warnings: Warnings for the user.
-    """
+    """Clips to train on and to validate with, and warnings for the user."""
 
     train: ClipSet
     validation: ClipSet | None
@@ -478,18 +440,9 @@ def make_clip_sets(
 ) -> ClipSets:
     """Divide the clips, settle the labels, and join both.
 
-    Args:
-        cached: Clips to train on, including those to hold out.
-        cached_validation: Clips to validate with, if they are an input of their own.
-        hold_out: Which clips are for validation (see ``split_clips``); not with the former.
-        label_names: The labels to learn (see ``resolve_labels``).
-        loss: The loss that the model is trained with.
-        max_failed: Share of the items of either that may fail (see ``check_failures``).
-
-    Raises:
-        ConfigError: ``hold_out`` is not of its form.
-        InputError: See ``check_failures``, ``split_clips`` and ``resolve_labels``.
-        ValueError: Both ``cached_validation`` and ``hold_out`` are given.
+    The validation clips are an input of their own, or held out: ``ValueError`` for both. See
+    ``split_clips``, ``resolve_labels`` and ``check_failures`` for the arguments and the errors;
+    ``max_failed`` holds for either input.
     """
     if cached_validation is not None and hold_out is not None:
         raise ValueError(f"both validation clips and hold_out={hold_out!r} are given")

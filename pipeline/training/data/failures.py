@@ -1,4 +1,4 @@
-"""Items of a training's inputs that could not be decoded: how many may fail, and their table."""
+"""Items of a training that could not be decoded: how many may fail, and their table."""
 
 from __future__ import annotations
 
@@ -18,15 +18,10 @@ from transforms.storage import writing
 
 
 def check_failures(cached: CachedClips, max_failed: float) -> None:
-    """Refuse to train on the remaining clips if too many items could not be decoded.
+    """Raise ``InputError`` if more than ``max_failed`` of the items could not be decoded, or all.
 
-    Args:
-        cached: The clips and failures.
-        max_failed: Share of the items that may fail, in [0, 1]. Below 1, every container must have
-            been read to its end, because nobody knows how much of a broken one is missing.
-
-    Raises:
-        InputError: More have failed, or all of them.
+    ``max_failed`` is in [0, 1]. Below 1, every container must have been read to its end, because
+    nobody knows how much of a broken one is missing.
     """
     num_failed = len(cached.failures)
     if not num_failed:
@@ -52,12 +47,7 @@ def check_failures(cached: CachedClips, max_failed: float) -> None:
 
 
 def write_errors(caches: Sequence[CachedClips], url: str) -> None:
-    """Write the failures as a table like that of ``earmark label``, which is a manifest too.
-
-    Args:
-        caches: The training clips, and the validation clips where they are an input of their own.
-        url: The Parquet file. It is removed if nothing failed.
-    """
+    """Write the failures as a table that is a manifest too; remove the file if there are none."""
     by_unit: dict[str, list[Failure]] = defaultdict(list)
     for event in (event for cached in caches for event in cached.failures):
         by_unit[event.unit_id].append(event.failure)

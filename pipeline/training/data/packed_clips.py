@@ -1,6 +1,4 @@
-"""Clips as the processes that make batches need them: where their samples lie, and their labels.
-
-    cache ─clip_cache─▶ SampleFiles ─dataset─▶ PackedClips ─▶ batches, in processes of their own
+"""Clips as the processes that make batches need them: places of samples, and labels.
 
 There may be many such processes, and each has to start. So everything of clips that is pickled for
 them is defined here, and this module imports next to nothing.
@@ -33,11 +31,9 @@ class CachedClip:
     """A decoded clip and where it lies in its cache.
 
     Attributes:
-        item: What it is, with its labels and metadata.
         offset: Its first sample, counted through all files of the cache.
-        num_samples: Number of samples.
         content_sha256: Hex digest of the encoded bytes (the whole file, for a segment).
-        warning: What is wrong with a clip that was decoded all the same, or None.
+        warning: The fault of a clip that was decoded all the same, or None.
         labels: Indices of its labels, each once. Empty until the labels to learn are known.
     """
 
@@ -53,11 +49,7 @@ class CachedClip:
 class SampleFiles:
     """The samples of a cache, in a file per unit, addressed as if the files were one.
 
-    Attributes:
-        folder: Where the files lie.
-        names: Their names, in the order of the units.
-        starts: Number of samples before each file.
-        dtype: How samples are stored.
+    ``starts`` are the numbers of samples before each file.
     """
 
     folder: Path
@@ -68,13 +60,8 @@ class SampleFiles:
     def read_clip(self, clip: CachedClip, start: int, stop: int | None) -> FloatArray:
         """Read samples [start, stop) of a clip, float32, nominally in [-1, 1].
 
-        Args:
-            clip: The clip.
-            start: First sample, counted from the start of the clip.
-            stop: One past the last; None for the clip's end.
-
-        Raises:
-            ValueError: The clip has fewer samples.
+        Both count from the clip's start; a ``stop`` of None is its end. Raise ``ValueError`` if the
+        clip has fewer samples.
         """
         stop = clip.num_samples if stop is None else stop
         if not 0 <= start <= stop <= clip.num_samples:
@@ -85,11 +72,7 @@ class SampleFiles:
         return self.read(clip.offset + start, clip.offset + stop)
 
     def read(self, start: int, stop: int) -> FloatArray:
-        """Read samples [start, stop), which lie in one file.
-
-        Raises:
-            OSError: The file is gone, or shorter than it was.
-        """
+        """Read samples [start, stop) of one file; ``OSError`` if it is gone or became shorter."""
         number = bisect_right(self.starts, start) - 1
         path, stored = self.folder / self.names[number], STORED_DTYPES[self.dtype]
         offset = (start - self.starts[number]) * stored.itemsize
@@ -113,13 +96,10 @@ class PackedClips:
     matters, because every process that makes batches holds its own.
 
     Attributes:
-        files: The samples.
-        offsets: Each clip's first sample in the files, shape (clips,), int64.
-        num_samples: Its number of samples, shape (clips,), int64.
-        labels: Indices of the labels of all clips, one clip after the other, int32.
-        bounds: Where each clip's labels begin, shape (clips + 1,), int64; the last is where they
-            end.
-        num_labels: Number of labels that there are.
+        offsets: Each clip's first sample in the files, shape (clips,).
+        num_samples: Its number of samples, shape (clips,).
+        labels: Indices of the labels of all clips, one clip after the other.
+        bounds: Where each clip's labels begin, shape (clips + 1,); the last is where they end.
     """
 
     files: SampleFiles

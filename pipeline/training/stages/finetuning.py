@@ -1,7 +1,5 @@
 """The stage that teaches labels: from a checkpoint, from scratch, or from pre-trained weights.
 
-    batch ─▶ features ─mask, noise, shift─▶ model ─▶ loss ─▶ step ─▶ weights ─▶ averages of them
-
 Optimizer, schedule and averaging are torch's own. Each epoch validates the model, and its average
 if there is one.
 """
@@ -53,12 +51,7 @@ class FinetuningSettings:
     """Settings of the stage.
 
     Attributes:
-        epochs: Number of epochs.
-        loss: Loss of logits against targets.
-        optimizer: The optimizer and its settings.
         learning_rate: Highest learning rate.
-        schedule: How the learning rate changes.
-        averaging: Average of the weights that is kept, if any.
         trained_layers: Number of blocks at the top that learn; None for the whole model.
         precision: Precision of the forward pass; weights and loss are float32.
         validate_every: Epochs between validations; the last epoch is always validated.
@@ -78,13 +71,7 @@ class FinetuningSettings:
 
 
 class Best(NamedTuple):
-    """The best epoch by validation.
-
-    Attributes:
-        epoch: Its number, from 1.
-        figure: Its metric.
-        loss: Its validation loss.
-    """
+    """The best epoch by validation, counted from 1, with its metric and its validation loss."""
 
     epoch: int
     figure: float
@@ -100,13 +87,9 @@ def is_better(now: Best, before: Best | None) -> bool:
 
 
 def classification_loss(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
-    """Compute the loss of a batch in float32.
+    """Compute the loss of a batch in float32 from logits, shape (B, labels).
 
-    Args:
-        logits: Shape (B, labels).
-        targets: Share of each label, shape (B, labels), in [0, 1]; for cross-entropy each row
-            adds up to 1.
-        loss: The kind of loss.
+    ``targets`` are the share of each label, in [0, 1]; for cross-entropy each row adds up to 1.
     """
     if loss == "cross_entropy":
         return F.cross_entropy(logits.float(), targets)
@@ -114,12 +97,9 @@ def classification_loss(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
 
 
 def freeze_all_but(model: ASTForAudioClassification, trained_layers: int | None) -> None:
-    """Freeze the embeddings and all blocks but the top ones.
+    """Freeze the embeddings and all blocks but the top ``trained_layers``; the head always learns.
 
-    Args:
-        model: The model; its head always learns.
-        trained_layers: Number of blocks at the top that learn, with the final norm. None for all
-            and the embeddings; 0 for the head alone.
+    The final norm learns with any block. None trains everything; 0 trains the head alone.
     """
     if trained_layers is None:
         return
@@ -132,12 +112,7 @@ def freeze_all_but(model: ASTForAudioClassification, trained_layers: int | None)
 
 
 class Averages:
-    """The average of a model's weights that a recipe asks for, if any.
-
-    Args:
-        model: The model whose weights are averaged.
-        section: The kind of average.
-    """
+    """The average of a model's weights that a recipe asks for, if any."""
 
     def __init__(self, model: ASTForAudioClassification, section: AveragingSection) -> None:
         self._section = section
@@ -179,18 +154,9 @@ class Averages:
 
 
 class FinetuningStage:
-    """Teaches the labels of clips; see the module.
+    """Teaches a model the labels of clips; see the module.
 
-    Args:
-        model: The model, on its device; it is changed.
-        train: Clips to learn from.
-        validation: Clips to validate with, or None.
-        augment: Changes to clips.
-        log_mel: Makes log-mel features that are not normalised, on the model's device.
-        scorer: How to validate.
-        batches: How batches are made.
-        settings: Settings of the stage.
-        num_loaders: Processes that make batches.
+    ``log_mel`` makes features that are not normalised, on the model's device.
     """
 
     name = "training"

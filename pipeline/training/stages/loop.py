@@ -34,11 +34,9 @@ class Stage(Protocol):
     epochs: int
 
     def run_epoch(self, epoch: int, on_step: Callable[[int, int, float], None]) -> Row:
-        """Run an epoch and return its figures.
+        """Run an epoch, counted from 0, and return its figures.
 
-        Args:
-            epoch: Its number, from 0.
-            on_step: Called with the step (from 1), the number of steps and the step's loss.
+        ``on_step`` is called with the step (from 1), the number of steps and the step's loss.
         """
         ...
 
@@ -79,8 +77,6 @@ def run_stages(
     """Run the remaining epochs.
 
     Args:
-        stages: The stages in order.
-        folder: Where the state is kept.
         fingerprint: Digest of what is trained; the state of another training is refused.
         on_resume: Called with the stage that an earlier run was in, and its epochs done.
         on_step: Called with the stage, the epoch (from 0), the step (from 1), the number of steps
@@ -115,11 +111,7 @@ def run_stages(
 
 
 def save_progress(progress: Progress, stage: Stage, folder: str, fingerprint: str) -> None:
-    """Save the state, whole or not at all.
-
-    Raises:
-        WriteError: It cannot be written; the state before it stays.
-    """
+    """Save the state, or raise ``WriteError`` and leave the state before it."""
     content = io.BytesIO()
     state = {
         "version": _STATE_VERSION,
@@ -138,8 +130,7 @@ def save_progress(progress: Progress, stage: Stage, folder: str, fingerprint: st
 def load_progress(stages: Sequence[Stage], folder: str, fingerprint: str) -> Progress:
     """Return how far an earlier run came, with its stage's state loaded; or the start.
 
-    Raises:
-        OutputError: The state is damaged, or of another training.
+    Raise ``OutputError`` if the state is damaged, or of another training.
     """
     url = urls.join(folder, STATE_NAME)
     if not filesystem.exists(url):

@@ -1,7 +1,5 @@
 """Teach an AST to fill in the hidden parts of a spectrogram, before it learns any label.
 
-    features ─most patches hidden─▶ AST on the rest ─▶ decoder ─▶ every patch ─▶ error of the hidden
-
 A masked autoencoder. The encoder is the AST itself, which sees the class and distillation tokens
 and the kept patches. The decoder is small and is discarded afterwards. Training with labels then
 starts from the encoder's weights.
@@ -32,13 +30,9 @@ _VARIANCE_OFFSET = 1e-2
 
 
 class MaskedPatchDecoder(nn.Module):
-    """Predicts the values of every patch from the tokens of the kept ones.
+    """Predicts the values of every patch from the tokens of the kept ones, with tokens W wide.
 
-    Args:
-        config: The encoder's configuration.
-        width: Width W of a token in the decoder.
-        num_layers: Number of transformer blocks.
-        generator: Source of the initial weights; None for torch's own.
+    ``generator`` draws the initial weights; None for torch's own.
     """
 
     def __init__(
@@ -67,15 +61,10 @@ class MaskedPatchDecoder(nn.Module):
         initialise_from_scratch(self, generator=generator)
 
     def forward(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """Predict all patches.
+        """Predict all patches, shape (B, N, patch_size²), values normalised per patch.
 
-        Args:
-            tokens: The encoder's output for the prefix tokens and the kept patches, shape
-                (B, 2 + K, D).
-            kept: Indices of these patches, shape (B, K), int64.
-
-        Returns:
-            Shape (B, N, patch_size²), values normalised per patch.
+        ``tokens`` are the encoder's output for the prefix tokens and the kept patches, shape
+        (B, 2 + K, D); ``kept`` are the indices of these patches, shape (B, K), int64.
         """
         x = self.projection(tokens)  # (B, 2 + K, W)
         index = kept.unsqueeze(2).expand(-1, -1, x.shape[2])  # (B, K, W)
@@ -95,14 +84,10 @@ def _num_heads(width: int) -> int:
 
 
 def patches_of(features: Tensor, config: ASTConfig) -> Tensor:
-    """Cut features into the patches that the model's tokens represent.
+    """Cut features (B, T, F) into the patches that the model's tokens represent.
 
-    Args:
-        features: Shape (B, T, F).
-        config: Gives the patch size and the strides; patches overlap if the strides are smaller.
-
-    Returns:
-        Shape (B, N, patch_size²): patches frequency-major, and so are the values in each.
+    They overlap if the strides are smaller than the patches. Shape (B, N, patch_size²): patches
+    frequency-major, and so are the values in each.
     """
     side = config.patch_size
     image = features.transpose(1, 2)  # (B, F, T)
@@ -113,14 +98,8 @@ def patches_of(features: Tensor, config: ASTConfig) -> Tensor:
 def draw_kept(num_clips: int, num_patches: int, ratio: float, rng: np.random.Generator) -> Tensor:
     """Draw the patches that each clip keeps when a share of them is hidden or dropped.
 
-    Args:
-        num_clips: Number of clips B.
-        num_patches: Number of patches of each clip.
-        ratio: Share to drop, in [0, 1), rounded to whole patches; at least one is kept.
-        rng: Source of the patches, which differ from clip to clip.
-
-    Returns:
-        Indices in ascending order, shape (B, kept patches), int64, on the CPU.
+    ``ratio`` is the share to drop, in [0, 1), rounded to whole patches; at least one is kept.
+    Indices are in ascending order, shape (B, kept patches), int64, on the CPU.
     """
     num_kept = max(1, num_patches - round(ratio * num_patches))
     order = rng.random((num_clips, num_patches)).argsort(axis=1)
@@ -130,22 +109,13 @@ def draw_kept(num_clips: int, num_patches: int, ratio: float, rng: np.random.Gen
 def masked_patch_loss(
     model: ASTModel, decoder: MaskedPatchDecoder, features: Tensor, kept: Tensor
 ) -> Tensor:
-    """Compute the mean squared error of the predicted hidden patches.
+    """Compute the mean squared error of the predicted hidden patches: a scalar, always float32.
 
     Each patch is normalised by its own mean and variance first, so that the model must predict its
     content rather than its loudness. Predicting 0 everywhere has a loss of just under 1.
 
-    Args:
-        model: The encoder.
-        decoder: The decoder for it.
-        features: Normalised features, shape (B, T, F).
-        kept: Indices of the patches that the encoder sees, shape (B, K), int64, same device.
-
-    Returns:
-        A scalar, always float32.
-
-    Raises:
-        ValueError: No patch is hidden, or a shape does not fit.
+    ``features`` are normalised, shape (B, T, F). ``kept`` are indices of the patches that the
+    encoder sees, shape (B, K), int64, same device; ``ValueError`` if they leave none hidden.
     """
     if kept.shape[1] >= decoder.num_patches:
         raise ValueError(

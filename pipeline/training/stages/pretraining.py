@@ -34,17 +34,10 @@ _MAX_GRADIENT_NORM = 1.0
 
 
 class PretrainingStage:
-    """Teaches a model to predict hidden patches; the decoder is discarded afterwards.
+    """Teaches a model's encoder to predict hidden patches; the decoder is discarded afterwards.
 
-    Args:
-        model: The model, on its device; its encoder is changed.
-        train: Clips to learn from; labels do not matter.
-        augment: Changes to clips; masks, noise and dropped patches are left out.
-        log_mel: Makes log-mel features that are not normalised, on the model's device.
-        batches: How batches are made.
-        section: Settings of the stage.
-        precision: Precision of the forward pass.
-        num_loaders: Processes that make batches.
+    The labels of ``train`` do not matter. The masks, noise and dropped patches of ``augment`` are
+    left out. ``log_mel`` makes features that are not normalised, on the model's device.
     """
 
     name = "pretraining"

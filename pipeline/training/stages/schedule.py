@@ -16,20 +16,10 @@ from pipeline.config.train import ScheduleSection
 def schedule_factor(
     schedule: ScheduleSection, step: int, steps_per_epoch: int, epochs: int
 ) -> float:
-    """Return the factor of the learning rate at one step.
+    """Return the factor of the learning rate at one step, in [0, 1].
 
-    Args:
-        schedule: The shape of the schedule.
-        step: Number of the optimizer's step, from 0 over all epochs. Schedulers also ask for the
-            step after the last, where all epochs are completed.
-        steps_per_epoch: Steps in each epoch.
-        epochs: Number of epochs.
-
-    Returns:
-        A factor in [0, 1].
-
-    Raises:
-        ValueError: There is no such step.
+    ``step`` counts the optimizer's steps from 0 over all epochs. Schedulers also ask for the step
+    after the last, where all epochs are completed; ``ValueError`` is raised for any other.
     """
     if not 0 <= step <= steps_per_epoch * epochs:
         raise ValueError(
@@ -53,12 +43,9 @@ def warmup_factor(schedule: ScheduleSection, step: int) -> float:
 def decay_factor(schedule: ScheduleSection, completed_epochs: int, epochs: int) -> float:
     """Return the decay's factor, which changes only between epochs.
 
-    Args:
-        schedule: ``multistep`` multiplies the rate by ``decay_factor`` after the epoch
-            ``decay_start_epoch`` and after every ``decay_every_epochs`` from there. ``cosine``
-            is the half wave ½ (1 + cos(π · completed / epochs)), above 0 in the last epoch.
-        completed_epochs: Number of epochs that are completed.
-        epochs: Number of epochs.
+    ``multistep`` multiplies the rate by ``decay_factor`` after the epoch ``decay_start_epoch`` and
+    after every ``decay_every_epochs`` from there. ``cosine`` is the half wave
+    ½ (1 + cos(π · completed / epochs)), above 0 in the last epoch.
 
     Source: torch's ``MultiStepLR`` and ``CosineAnnealingLR``; Loshchilov and Hutter 2017,
         arXiv:1608.03983, for the cosine.

@@ -1,4 +1,4 @@
-"""Optimizer steps, whatever is learnt: precision, gradients, learning rate."""
+"""Optimizer steps of every stage: precision, gradients, learning rate."""
 
 from __future__ import annotations
 
@@ -29,15 +29,11 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def make_optimizer(
     model: nn.Module, section: OptimizerSection, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Make torch's Adam or AdamW.
+    """Make torch's Adam or AdamW for the weights that are not frozen.
 
     Adam's weight decay is an L2 penalty on every weight, as in the original. AdamW's applies only
     to matrices, and not to biases, norms, tokens and positions, as is usual for transformers.
-
-    Args:
-        model: The model; its frozen weights are left out.
-        section: The optimizer and its settings.
-        learning_rate: Highest learning rate; the section's own may be null.
+    ``learning_rate`` is the highest; the section's own may be null.
     """
     betas = section.betas[0], section.betas[1]
     if section.name == "adam":
@@ -62,11 +58,8 @@ class Stepper:
     """Takes optimizer steps: gradients, their bound, the learning rate.
 
     Args:
-        modules: The modules whose weights change.
-        optimizer: The optimizer of those weights.
         factor: Returns the factor of the learning rate at a step, from 0.
-        num_steps: Number of steps in all.
-        max_gradient_norm: Bound of the gradients' norm, or None.
+        max_gradient_norm: Bound of the gradients' norm; None for no bound.
         scaled: Whether to scale the loss, as float16 gradients need.
     """
 
@@ -121,11 +114,7 @@ class Stepper:
 
 
 def checked_loss(loss: Tensor, stage: str, epoch: int, step: int, learning_rate: float) -> float:
-    """Return the loss as a number.
-
-    Raises:
-        TrainingError: It is NaN or infinite.
-    """
+    """Return the loss as a number; raise ``TrainingError`` if it is NaN or infinite."""
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingError(

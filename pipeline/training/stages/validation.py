@@ -37,12 +37,8 @@ _SCORE_MARGIN = 1e-7
 class Scorer:
     """Everything that scoring clips needs besides the model.
 
-    Attributes:
-        fbank: Makes normalised features, on the model's device.
-        windows: How clips are cut.
-        batch_size: Windows per call of the model.
-        activation: Turns logits into scores; it also decides the aggregate.
-        precision: Precision of the backbone.
+    Features of ``fbank`` are normalised, on the model's device. ``batch_size`` counts windows;
+    ``activation`` also decides the aggregate; ``precision`` is that of the backbone.
     """
 
     fbank: KaldiFbank
@@ -53,23 +49,14 @@ class Scorer:
 
 
 class Validation(NamedTuple):
-    """The figures of a model on clips whose labels are known.
-
-    Attributes:
-        metrics: Accuracy and other metrics.
-        loss: See ``loss_of_scores``.
-    """
+    """The figures of a model on clips whose labels are known; see ``loss_of_scores``."""
 
     metrics: Metrics
     loss: float
 
 
 def validate(model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer) -> Validation:
-    """Measure a model on clips whose labels are known.
-
-    Raises:
-        TrainingError: A score is NaN.
-    """
+    """Measure a model on labelled clips; raise ``TrainingError`` if a score is NaN or infinite."""
     scores = score_clips(model, clips, scorer)
     is_bad = ~np.isfinite(scores).all(axis=1)
     if is_bad.any():
@@ -90,17 +77,12 @@ def loss_of_scores(
     targets: npt.NDArray[np.float32],
     activation: Literal["sigmoid", "softmax"],
 ) -> float:
-    """Compute the loss of clips from their scores.
+    """Compute the mean loss of clips from scores in [0, 1]; both arrays have shape (clips, labels).
 
-    Args:
-        scores: Shape (clips, labels), in [0, 1].
-        targets: 1 where a clip has a label, else 0, of the same shape; with ``softmax`` each row
-            has a single 1.
-        activation: With ``softmax`` cross-entropy: -ln(score of the true label). With ``sigmoid``
-            binary cross-entropy, the mean over the labels.
-
-    Returns:
-        The mean over the clips; at most about 16.1, because scores are kept 1e-7 from 0 and 1.
+    ``targets`` are 1 where a clip has a label, else 0; with ``softmax`` each row has a single 1.
+    With ``softmax`` the loss is cross-entropy: -ln(score of the true label). With ``sigmoid`` it is
+    binary cross-entropy, the mean over the labels. It is at most about 16.1, because scores are
+    kept 1e-7 from 0 and 1.
     """
     likely = np.clip(scores.astype(np.float64), _SCORE_MARGIN, 1.0 - _SCORE_MARGIN)
     has_label = targets > 0
