@@ -2,8 +2,7 @@
 
 The backbone (``backbones``, ``engines``) computes the pooled embedding on the accelerator, in the
 requested precision. The head runs separately, in float32 on the embedding exactly as it is stored,
-so that stored embeddings reproduce the score of every class. ``safe_predictor`` handles failures,
-and ``handler`` connects the engine to ``RunInference``.
+so that stored embeddings reproduce the score of every class.
 """
 
 from __future__ import annotations
@@ -82,11 +81,7 @@ class Engine:
         self._stage = stage
 
     def label(self, features: Features) -> list[Prediction]:
-        """Predict a batch, whatever happens to single windows, and check the first predictions.
-
-        Raises:
-            DeviceError: No window can be the cause; see ``SafePredictor``.
-        """
+        """Predict a batch and check the first predictions; raises what ``SafePredictor`` does."""
         return self._checked(features, self.predict_safely(features))
 
     def begin(self, features: Features) -> Callable[[], list[Prediction]] | None:
@@ -126,16 +121,9 @@ class Engine:
         return predictions if self._check is None else self._check(features, predictions)
 
     def predict(self, features: Features) -> list[Prediction]:
-        """Compute embeddings and scores of a batch.
+        """Compute a prediction per window, in order; with an error if it is not finite.
 
-        Args:
-            features: Normalised; see ``Features``.
-
-        Returns:
-            A prediction per window, in order; with an error if it is not finite.
-
-        Raises:
-            RuntimeError: The model's output has the wrong shape.
+        Raises ``RuntimeError`` if the model's output has the wrong shape.
         """
         return self._read(features, *self._embed(features))
 
@@ -206,12 +194,7 @@ def _place(array: FloatArray) -> tuple[int, tuple[int, ...]]:
 def load_engine(
     model: ASTForAudioClassification, spec: ModelSpec, settings: InferenceSettings
 ) -> Engine:
-    """Load the engine that the settings ask for.
-
-    Args:
-        model: Result of ``load_model``; the engine takes ownership.
-        spec: The checkpoint.
-        settings: How to run it.
+    """Load the engine that the settings ask for; it owns the model, a result of ``load_model``.
 
     Raises:
         ConfigError: The settings cannot be met.
@@ -266,13 +249,8 @@ def score_embeddings(
 ) -> FloatArray:
     """Compute the score of every class from stored embeddings, as the pipeline does.
 
-    Args:
-        head: The classifier: LayerNorm and Linear, float32, on the CPU.
-        embeddings: Shape (batch, hidden_size), float32 or float16.
-        activation: ``sigmoid`` for independent classes, ``softmax`` for exclusive ones.
-
-    Returns:
-        Shape (batch, num_labels), float32, in [0, 1].
+    ``head`` is the classifier, in float32 on the CPU. Embeddings (batch, hidden_size) in float32 or
+    float16 give scores (batch, num_labels) in [0, 1].
     """
     with torch.inference_mode():
         logits = head(torch.from_numpy(embeddings.astype(np.float32)))

@@ -37,12 +37,10 @@ def failed_prediction(engine: str, error: str) -> Prediction:
 class SafePredictor:
     """Predicts batches whatever happens to single windows; shared by the threads of a process.
 
-    All windows have one shape, so the memory of a batch depends on its size alone. Running out of
-    memory halves the batch, and the size that fits is the limit from then on. Any other failure is
-    narrowed down to the windows that cause it, which become predictions with an error.
+    All windows have one shape, so the memory of a batch depends on its size alone. After running
+    out of memory, the size that fits is the limit from then on.
 
     Args:
-        predict: The engine's own prediction of a batch.
         engine: Its name, for failed predictions and messages.
         shrink: Called with the new limit when a batch did not fit.
     """
