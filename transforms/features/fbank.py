@@ -331,7 +331,6 @@ class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]
     already have an error pass unchanged.
 
     Args:
-        settings: The checkpoint's.
         on_device: Returns, on the worker, whether the device makes the features later
             (``DeviceFbank``). Windows then keep their samples, which are only checked here.
         num_processes: Processes that share this machine's cores.

@@ -52,7 +52,6 @@ class WindowSettings:
     """Lengths in samples, at the model's rate. Use ``from_seconds`` for lengths in seconds.
 
     Attributes:
-        sample_rate_hz: Rate of the samples.
         window_samples: Length of a window; at least one frame of 25 ms.
         hop_samples: Distance between the starts of two windows; in [1, window_samples].
         min_tail_samples: A shorter tail is covered by a full window that ends with the clip; at
@@ -121,7 +120,7 @@ class WindowSettings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """A span of a clip, from the sample with the index ``start``; samples: shape (num_samples,)."""
+    """A span of a clip; ``start`` is the index of its first sample."""
 
     start: int
     samples: FloatArray

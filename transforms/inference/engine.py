@@ -46,7 +46,6 @@ class Engine:
     """A backbone with its head; shared by the threads of a process.
 
     Args:
-        backbone: Computes embeddings.
         head: The classifier; it runs on the CPU, in float32.
         activation: ``sigmoid`` for independent classes, ``softmax`` for exclusive ones.
         embedding_dtype: Type the embedding is stored in, ``float32`` or ``float16``.

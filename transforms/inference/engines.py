@@ -59,7 +59,7 @@ ENGINES: Mapping[str, EngineKind] = {
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """A key of ``ENGINES``, a device as torch names it, and a precision other than ``auto``."""
+    """The engine (a key of ``ENGINES``), device (torch's name) and precision that will be used."""
 
     engine: str
     device: str

@@ -239,9 +239,7 @@ def quantise(
     """Quantise a transformer to int8, or load it from the cache if the windows are the same.
 
     Args:
-        transformer: The model without its head, on the CPU, in float32.
-        spec: Its checkpoint.
-        pooling: The embedding to store.
+        transformer: On the CPU, in float32.
         windows: Normalised features to calibrate with, (windows, num_frames, num_mel_bins).
         scratch: Folder for the model if the cache cannot keep it.
 

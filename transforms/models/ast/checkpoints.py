@@ -3,12 +3,6 @@
 The launcher calls ``resolve_model`` once, before any work. Workers receive the small ``ModelSpec``
 that it returns and call ``load_model``.
 
-    --model NAME ─resolve_model─▶ ModelSpec ─(pickled, to each worker)─▶ load_model ─▶ the model
-
-This file says what a checkpoint means. Below it, ``files`` finds the files, ``weights`` and
-``tensor_names`` read the tensors, ``config_files`` and ``original`` the config, and ``pretrained``
-builds a model of them. ``public`` and ``bundled`` list the models there are.
-
 Guarantees: whatever can fail, fails in ``resolve_model``, with a ``ModelError`` that says what to
 do. Labels, their order, window and statistics come from the checkpoint or from the user.
 """
@@ -115,7 +109,6 @@ class ModelSpec:
 
     Attributes:
         name: What the user gave, without secrets.
-        source: ``bundled``, ``hub``, ``folder`` or ``original``.
         location: Bundled model's name, hub id, folder or ``.pth`` file to load from. It may carry
             a signature, so it is never written or printed.
         revision: Commit on the hub, or None.
@@ -279,7 +272,6 @@ def resolve_model(
     Args:
         name: Name of a bundled model (``esc10``), hub id (``org/name`` or ``org/name@revision``),
             local or remote folder, or original ``.pth`` file.
-        overrides: Values that replace the checkpoint's.
         needs_labels: Whether the outputs must have names. If not, unnamed outputs of an original
             checkpoint are called ``LABEL_0`` and so on, as in transformers.
 
@@ -352,8 +344,7 @@ def _published_license(location: ModelLocation) -> str | None:
 def load_model(spec: ModelSpec) -> ASTForAudioClassification:
     """Load what ``resolve_model`` described, on the CPU, in float32 and evaluation mode.
 
-    Raises:
-        ModelError: The files have gone or changed since.
+    Raises ``ModelError`` if the files have gone or changed since.
     """
     location = ModelLocation(
         spec.name,
@@ -379,11 +370,8 @@ def load_for_finetuning(spec: ModelSpec, config: ASTConfig) -> ASTForAudioClassi
     """Load a checkpoint into a model with other strides, another window or other labels.
 
     Position embeddings are resized as in the original code. The head is the checkpoint's if the
-    label names are the same in the same order, else a fresh one.
-
-    Args:
-        spec: The checkpoint to start from.
-        config: Config of the new model; all but strides, window and labels as in the checkpoint.
+    label names are the same in the same order, else a fresh one. All other fields of ``config``
+    are the checkpoint's.
 
     Raises:
         ModelError: The checkpoint's files have gone, or its blocks differ.
@@ -415,7 +403,6 @@ def start_model(
         state: Tensors under the names of ``ASTForAudioClassification``'s state dict. Without a
             head among them, the head stays random, from torch's own generator.
         source: Config of the model that the tensors are from; its blocks are those of ``config``.
-        config: Config of the new model.
     """
     model = ASTForAudioClassification(config)
     name = f"{BASE}embeddings.position_embeddings"

@@ -53,16 +53,12 @@ class ASTFeatureExtractor:
     audio longer than ``max_length`` frames is cut, but with a warning.
 
     Args:
-        feature_size: Only kept in the file; always 1.
         sampling_rate: Rate of the audio in Hz.
-        num_mel_bins: Mel filters.
         max_length: Frames of the features; shorter audio is padded, longer audio cut.
-        padding_value: Only kept in the file: frames are padded with 0 before normalising.
-        do_normalize: Apply ``(x - mean) / (2 · std)``.
-        mean: Mean of the log-mel values.
-        std: Their standard deviation.
-        return_attention_mask: Only kept in the file: AST takes no mask of frames.
-        padding_side: Only kept in the file: padding is on the right.
+        do_normalize: Apply ``(x - mean) / (2 · std)`` to the log-mel values.
+        padding_value, padding_side: Only kept in the file: padding is 0, before normalising, on
+            the right.
+        feature_size, return_attention_mask: Only kept in the file: 1; AST takes no mask of frames.
 
     Raises:
         ConfigError: A value is out of range.

@@ -2,7 +2,7 @@
 
 A model is one that ships with Earmark, an id on the hub, a local or remote folder, or an original
 ``.pth`` file: ``locate_model`` tells which. ``ModelFiles`` finds the files, and downloads them if
-it must. ``weights`` reads the tensors.
+it must.
 
 Guarantees: a hub revision is pinned to its commit. Files from a remote folder are deleted after
 use; files from the hub stay in the hub's own cache. Names and messages never hold a token or a

@@ -13,8 +13,6 @@ A plain ViT has no distillation token: AST's starts as a copy of the class token
 The two stay equal until something random (dropout) separates them, and their mean, AST's embedding,
 is what the class token alone would give; only attention sees the token twice.
 
-``earmark train`` uses this if the model to start from is not an AST.
-
 Source: Gong et al. 2021, arXiv:2104.01778, section 2.2; YuanGongND/ast src/models/ast_models.py.
 """
 
@@ -82,7 +80,6 @@ class ImageModel:
         revision: Commit on the hub, or None.
         sha256: Hex digest of the weights, as in ``ModelSpec``.
         config: Config of an AST with this model's blocks and grid of patches.
-        license: License of the weights, if known.
         notes: What the user should know of how it was found and of what it lacks.
     """
 
@@ -97,14 +94,9 @@ class ImageModel:
 
 
 def is_image_model(name: str, revision: str | None = None) -> bool:
-    """Return whether a name is that of an image model, according to its ``config.json``.
+    """Return whether a model is one for images, according to its ``config.json``.
 
-    Args:
-        name: As for ``resolve_model``.
-        revision: Branch, tag or commit on the hub, instead of the one in the name.
-
-    Raises:
-        ModelError: There is no such model, or its config is not JSON.
+    Raises ``ModelError`` if there is no such model, or its config is not JSON.
     """
     location = locate_model(name, revision)
     if location.source == "original":
@@ -163,7 +155,7 @@ def load_image_model(
         name: Hub id (``org/name`` or ``org/name@revision``), or a local or remote folder.
         config: Config of the new AST: the image model's blocks (``image_model_config``), with any
             strides, window, mel bins and labels.
-        revision: Branch, tag or commit on the hub, instead of the one in the name.
+        revision: Replaces the one in the name.
 
     Raises:
         ModelError: As ``resolve_image_model``; or the blocks of ``config`` differ.

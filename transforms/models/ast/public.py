@@ -1,8 +1,4 @@
-"""The checkpoints published by the authors of AST, with the facts about each.
-
-``earmark models`` lists them. ``original`` finds here what a ``.pth`` file omits, and
-``checkpoints`` the licence. Other checkpoints of AST's shape work too.
-"""
+"""The checkpoints published by the authors of AST; others of AST's shape work too."""
 
 from __future__ import annotations
 
@@ -25,11 +21,8 @@ class PublicCheckpoint:
         time_stride: Step between patches, in frames.
         max_length: Frames of a window.
         labels: ``audioset`` or ``speech_commands``.
-        num_labels: Number of labels.
-        mean: Mean of the training features.
-        std: Standard deviation of the training features.
-        metric: Metric that the authors measured on the evaluation set.
-        published: Its published value, in [0, 1].
+        mean: Of the training features, as ``std``.
+        published: Published value of the metric on the evaluation set, in [0, 1].
         license: License of the weights, according to their page on the hub.
     """
 
