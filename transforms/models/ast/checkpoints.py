@@ -63,14 +63,12 @@ class ModelOverrides:
     """Values of ``--set model.*``, which replace or complete the checkpoint's; None leaves them.
 
     Attributes:
-        activation: Turns logits into scores.
         labels: ``audioset``, ``speech_commands``, or a file (``labels.read_labels``).
         mean: Mean of the training features, before normalising.
         std: Their standard deviation; above 0.
         frequency_stride: Step between patches, in mel bins.
         time_stride: Step between patches, in frames.
         max_length: Frames of a window.
-        num_mel_bins: Mel bins of a frame.
         num_attention_heads: Heads per block, which the weights do not show.
         layer_norm_eps: Epsilon of every LayerNorm but the head's.
         head_layer_norm_eps: Epsilon of the head's LayerNorm.
@@ -115,13 +113,8 @@ class ModelSpec:
         sha256: Hex digest of the weights file; of several files, that of the sorted lines
             ``name digest``.
         config: Its shape, overrides applied.
-        labels: Meaning of its outputs, in order.
-        activation: Turns its logits into scores.
         mean: Features are normalised as ``(x - mean) / (2 * std)``.
-        std: As for ``mean``.
-        weight_files: Names of the files that hold the weights.
         sampling_rate: Rate of the audio it was trained on, in Hz.
-        license: License of the weights, if known.
         notes: Choices made for this model that the user should know.
     """
 

@@ -179,7 +179,7 @@ class ASTFeatureExtractor:
         Args:
             pretrained_model_name_or_path: A local or remote folder, or a hub id, optionally
                 ``id@revision``.
-            revision: Branch, tag or commit on the hub, instead of the one in the id.
+            revision: Replaces the one in the id.
             **overrides: Constructor arguments that replace what the file says.
 
         Raises:

@@ -58,10 +58,8 @@ class ModelLocation:
 
     Attributes:
         name: What the user gave, without secrets.
-        source: ``bundled``, ``hub``, ``folder`` or ``original``.
         url: Bundled model's name, hub id, folder or ``.pth`` file; may carry a signature.
         revision: Commit on the hub, or None.
-        license: License of the weights, from the hub or the bundled model's card.
         listing: Names of a hub model's files; None if only the local cache could be searched, and
             for models that are not on the hub.
         notes: What the user should know of how it was found.

@@ -74,7 +74,6 @@ class ImageModel:
 
     Attributes:
         name: What the user gave, without secrets.
-        source: ``hub`` or ``folder``.
         location: Hub id or folder to load from. It may carry a signature, so it is never written
             or printed. With ``revision`` it identifies the weights.
         revision: Commit on the hub, or None.

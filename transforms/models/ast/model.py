@@ -186,7 +186,7 @@ class ASTAttention(nn.Module):
         output_attentions: bool = False,
         num_queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from the first ``num_queries`` tokens (None: all) to every token.
+        """Attend from the first ``num_queries`` (Q) tokens (None: all) to every token.
 
         Args:
             hidden_states: Shape (B, N, D).
