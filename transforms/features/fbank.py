@@ -115,8 +115,7 @@ def extract_fbank(
         out: Array to write the features into, or None for a new one.
 
     Returns:
-        Normalised log-mel features, shape (num_frames, num_mel_bins), float32. Frames that the
-        samples do not fill have the value of padding, as in training.
+        Shape (num_frames, num_mel_bins). Frames that the samples do not fill are padding.
 
     Raises:
         FeatureError: See ``check_samples``; also if the samples are not float32.
@@ -157,16 +156,13 @@ class KaldiFbank(torch.nn.Module):
         self.register_buffer("frame_ends", frame_ends + settings.frame_samples, persistent=False)
 
     def forward(self, samples: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Compute the features of a batch of windows.
+        """Compute the normalised log-mel features of windows, (B, num_frames, num_mel_bins).
 
         Args:
             samples: Shape (B, n) with ``frame_samples`` ≤ n ≤ ``max_samples``; mono, float32 in
                 [-1, 1] or int16. Samples beyond a row's length are ignored.
             lengths: Valid samples of each row, shape (B,), int64, on the same device; None means n
                 for all. A length under one frame gives only padding.
-
-        Returns:
-            Normalised log-mel features, shape (B, num_frames, num_mel_bins).
 
         Raises:
             ValueError: Shape, type or device of an argument is wrong.

@@ -25,10 +25,8 @@ class FbankSettings:
     """The settings of a checkpoint's features. Defaults: AST on AudioSet.
 
     Features have the shape (num_frames, num_mel_bins). ``mean`` and ``std`` are those of the
-    log-mel values of the training set; features are divided by twice ``std``.
-
-    Raises:
-        ConfigError: A value is out of range.
+    log-mel values of the training set; features are divided by twice ``std``. ``ConfigError`` if a
+    value is out of range.
     """
 
     sample_rate_hz: int = 16_000

@@ -164,11 +164,7 @@ class WindowCutter:
         self._num_filled = 0
 
     def push(self, samples: FloatArray) -> list[Cut]:
-        """Take the next piece of the clip and return the windows that are now final, in order.
-
-        Raises:
-            ValueError: The piece is not one-dimensional or not float32.
-        """
+        """Take the clip's next piece, mono float32, and return the windows that are now final."""
         if samples.ndim != 1 or samples.dtype != np.float32:
             raise ValueError(
                 f"a piece has the shape {samples.shape} and type {samples.dtype}; must be "
@@ -200,7 +196,6 @@ class WindowCutter:
 
     @property
     def _num_shared(self) -> int:
-        """Samples that consecutive windows share."""
         return self._settings.window_samples - self._settings.hop_samples
 
     def _give(self) -> Cut:

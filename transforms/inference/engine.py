@@ -172,10 +172,7 @@ class Engine:
 
 
 def join_features(windows: Sequence[FloatArray]) -> FloatArray:
-    """Stack windows into a batch, without copying if they are consecutive rows of one array.
-
-    ``fbank`` writes the features of consecutive windows into one array, so most batches are.
-    """
+    """Stack windows into a batch, without copying if they are rows of one array, as most are."""
     whole = windows[0].base
     if isinstance(whole, np.ndarray) and whole.shape[1:] == windows[0].shape:
         first = (windows[0].ctypes.data - whole.ctypes.data) // windows[0].nbytes

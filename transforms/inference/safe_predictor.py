@@ -83,7 +83,6 @@ class SafePredictor:
         return predictions
 
     def _predict_parts(self, features: Features) -> list[Prediction]:
-        """Predict any number of windows, in batches within the limit."""
         predictions: list[Prediction] = []
         while len(predictions) < len(features):
             start = len(predictions)

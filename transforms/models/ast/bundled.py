@@ -150,7 +150,6 @@ def _read_front_matter(folder: Path) -> Mapping[str, Any]:
 
 
 def _read_result(folder: Path, card: Mapping[str, Any]) -> tuple[str, str, float]:
-    """Return dataset, metric and value of the card's first result."""
     try:
         result = card["model-index"][0]["results"][0]
         dataset, metric = result["dataset"]["name"], result["metrics"][0]

@@ -64,8 +64,7 @@ class ModelOverrides:
 
     Attributes:
         labels: ``audioset``, ``speech_commands``, or a file (``labels.read_labels``).
-        mean: Mean of the training features, before normalising.
-        std: Their standard deviation; above 0.
+        mean, std: Of the training features, before normalising; ``std`` above 0.
         frequency_stride: Step between patches, in mel bins.
         time_stride: Step between patches, in frames.
         max_length: Frames of a window.
@@ -364,10 +363,7 @@ def load_for_finetuning(spec: ModelSpec, config: ASTConfig) -> ASTForAudioClassi
 
     Position embeddings are resized as in the original code. The head is the checkpoint's if the
     label names are the same in the same order, else a fresh one. All other fields of ``config``
-    are the checkpoint's.
-
-    Raises:
-        ModelError: The checkpoint's files have gone, or its blocks differ.
+    are the checkpoint's. ``ModelError`` if its files have gone, or its blocks differ.
     """
     check_blocks(spec.name, spec.config, config)
     state: dict[str, Tensor] = load_model(spec).state_dict()
@@ -423,8 +419,7 @@ def save_pretrained(
     Args:
         model: On any device, in any float type.
         folder: Local folder or URL; created if it does not exist.
-        mean: Mean of the training features, before normalising.
-        std: Their standard deviation.
+        mean, std: Of the training features, before normalising.
         dtype: Float type of the weights in the file, as for ``save_model``.
 
     Raises:

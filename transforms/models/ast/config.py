@@ -67,8 +67,7 @@ class ASTConfig:
         num_labels: Outputs of the head; -1 means as many as ``id2label`` names, or two.
         problem_type: regression, single_label_classification, multi_label_classification, or
             None, which leaves the loss to the number and type of the labels.
-        return_dict: Return an output object (True) or a tuple (False), by default. It and the two
-            fields before are defaults of ``forward``'s arguments.
+        output_attentions, output_hidden_states, return_dict: Defaults of ``forward``'s arguments.
 
     Raises:
         TypeError: A value has another type (``hidden_size="768"``).

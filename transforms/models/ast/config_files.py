@@ -84,9 +84,7 @@ def parse_config(
 def load_features(name: str, revision: str | None = None) -> dict[str, Any]:
     """Read a checkpoint's ``preprocessor_config.json``, without defaults for what it omits.
 
-    Args:
-        name: As for ``locate_model``; for an original ``.pth`` file, the file beside it.
-        revision: As for ``locate_model``.
+    It is found as by ``locate_model``; for an original ``.pth`` file, beside that.
 
     Raises:
         ModelError: The file does not exist, or describes another extractor than AST's.

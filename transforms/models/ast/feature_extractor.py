@@ -49,8 +49,8 @@ class ASTFeatureExtractor:
 
     Where the original is silently wrong, this one raises: ``ValueError`` for a wrong call (rate,
     shape, type, unknown argument) and ``FeatureError`` for samples without usable features
-    (empty, shorter than a frame, NaN, infinite, integers beyond 16 bits). As in the original,
-    audio longer than ``max_length`` frames is cut, but with a warning.
+    (empty, shorter than 25 ms, NaN, infinite, integers beyond 16 bits). As in the original, audio
+    longer than ``max_length`` frames is cut, but with a warning.
 
     Args:
         sampling_rate: Rate of the audio in Hz.
@@ -131,11 +131,6 @@ class ASTFeatureExtractor:
 
         Returns:
             ``input_values``: always a batch, each of shape (max_length, num_mel_bins), float32.
-
-        Raises:
-            ValueError: The call is wrong: rate, shape, type or an unknown argument.
-            FeatureError: A clip is empty, shorter than 25 ms, or holds NaN, infinity or integers
-                beyond 16 bits.
         """
         if unknown:
             raise ValueError(

@@ -108,9 +108,7 @@ def is_image_model(name: str, revision: str | None = None) -> bool:
 def image_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """Read the fields of ``ASTConfig`` that an AST takes over from an image model.
 
-    Returns:
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act,
-        patch_size, qkv_bias and layer_norm_eps.
+    They are ``FIXED_FIELDS`` and ``layer_norm_eps``.
 
     Raises:
         ModelError: The model does not exist, or an AST cannot start from it.

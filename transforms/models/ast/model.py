@@ -429,15 +429,12 @@ class ASTForAudioClassification(PretrainedModel):
     def embed(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
         """Compute the embedding alone, shape (B, D); ``classifier`` turns it into logits.
 
-        Arguments and errors: as ``ASTModel.forward_tokens``.
+        Arguments and errors as ``ASTModel.forward_tokens``'s.
         """
         return self.audio_spectrogram_transformer.embed(input_values, kept)
 
     def compute_logits(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Compute the logits alone, shape (B, num_labels), from every patch or from some.
-
-        Arguments and errors: as ``ASTModel.forward_tokens``.
-        """
+        """Compute the logits alone, shape (B, num_labels); arguments as ``embed``'s."""
         logits: Tensor = self.classifier(self.embed(input_values, kept))
         return logits
 
@@ -448,7 +445,7 @@ def pool_tokens(tokens: Tensor) -> Tensor:
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: ASTConfig) -> Tensor:
-    """Compute the loss that transformers computes, and leave the config as it is.
+    """Compute the loss that transformers computes, without changing the config.
 
     ``config.problem_type`` decides: mean squared error for regression, cross entropy for a single
     label, binary cross entropy for several. Where it is None: one output is regression, whole
@@ -486,12 +483,10 @@ def resize_position_embeddings(
     linearly. The two prefix tokens keep theirs.
 
     Args:
-        position_embeddings: Shape (1, 2 + rows * columns, D) of the source grid.
-        source_grid: (frequency, time) patches of the source, ``ASTConfig.patch_grid``.
-        target_grid: (frequency, time) patches of the result.
-
-    Returns:
-        Shape (1, 2 + rows * columns, D) of the target grid.
+        position_embeddings: Shape (1, 2 + rows * columns, D) of the source grid; the result has
+            the same shape of the target grid.
+        source_grid: (frequency, time) patches, as ``ASTConfig.patch_grid``.
+        target_grid: The same of the result.
 
     Raises:
         ValueError: The embeddings do not fit the source grid.

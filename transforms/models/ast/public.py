@@ -21,7 +21,7 @@ class PublicCheckpoint:
         time_stride: Step between patches, in frames.
         max_length: Frames of a window.
         labels: ``audioset`` or ``speech_commands``.
-        mean: Of the training features, as ``std``.
+        mean, std: Of the training features, before normalising.
         published: Published value of the metric on the evaluation set, in [0, 1].
         license: License of the weights, according to their page on the hub.
     """
