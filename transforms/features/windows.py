@@ -49,16 +49,13 @@ _Element = Window | ItemFailure | UnitEnd
 
 @dataclass(frozen=True)
 class WindowSettings:
-    """Lengths in samples, at the model's rate. Use ``from_seconds`` for lengths in seconds.
+    """Lengths in samples, at the model's rate; ``ConfigError`` if one is out of range.
 
     Attributes:
         window_samples: Length of a window; at least one frame of 25 ms.
         hop_samples: Distance between the starts of two windows; in [1, window_samples].
         min_tail_samples: A shorter tail is covered by a full window that ends with the clip; at
             least one frame, at most window_samples.
-
-    Raises:
-        ConfigError: A value is out of range.
     """
 
     sample_rate_hz: int
@@ -97,7 +94,6 @@ class WindowSettings:
             hop_s: Distance between the starts of two windows; None for the window's length.
             min_tail_ratio: Shortest tail with a padded window of its own, as a share of the
                 window, in [0, 1]; never less than one frame of 25 ms.
-            num_frames: Frames of the checkpoint's window.
 
         Raises:
             ConfigError: A value is out of range; the message names its key.

@@ -68,7 +68,7 @@ class InferenceSettings:
             chip has it natively, fp16 on older GPUs, else fp32.
         device: ``auto`` prefers cuda, then mps, then cpu. A missing device that was requested by
             name is an error, never a silent fall-back.
-        engine: Executes the model; ``auto`` is the best one installed.
+        engine: ``auto`` is the best one installed.
         batch_size: Windows per call; None for the device's default.
         pooling: The embedding to store: AST's own (the mean of the class and distillation tokens)
             or the mean of the patch tokens. Scores always come from AST's own.
@@ -290,11 +290,7 @@ class TorchBackbone:
 
     @torch.inference_mode()
     def start(self, features: Features) -> Pending | None:
-        """Start a batch on a GPU; see ``Backbone``.
-
-        The GPU computes batches in the order in which they were started, so it always has the next
-        one. The stage ``copy`` is then all the work of starting one.
-        """
+        """Start a batch on a GPU; the stage ``copy`` is then all the work of starting one."""
         if self.device.type != "cuda":
             return None
         with timed("copy"), torch.cuda.device(self.device):

@@ -87,9 +87,8 @@ class Engine:
         """Start a batch on a device that computes asynchronously.
 
         Returns:
-            A function that waits for the predictions, equal to those of ``label``, and raises what
-            ``label`` raises. None if there is no such device, or if it did not accept the batch:
-            ``label`` finds out why.
+            A function that waits for the predictions and returns or raises what ``label`` does.
+            None if there is no such device, or if it refused the batch: ``label`` finds out why.
         """
         pending = self._start(features)
         return None if pending is None else functools.partial(self._finish, features, pending)

@@ -3,9 +3,9 @@
     torch module ─convert─▶ OpenVINO model (kept on disk) ─compile─▶ fixed batch, hinted precision
                                    └─quantise─▶ int8, calibrated on windows of the user's audio
 
-The model is converted once per checkpoint and kept (``disk_cache``). Every process compiles it,
-which takes a second or two. OpenVINO is imported on demand, and only here. Its telemetry, which
-would report each import and conversion to a web address, is prevented from loading.
+Every process compiles the model, which takes a second or two. OpenVINO is imported on demand, and
+only here. Its telemetry, which would report each import and conversion to a web address, is
+prevented from loading.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The difference between an engine and plain torch in float32, measured on the user's audio.
 
-Every reduced precision, and float32 in another engine than torch, gives numbers that differ from
-the reference. The difference depends on the weights and the audio. So the first windows of each
-process are computed a second time, and the difference is recorded with each window's prediction,
-in its unit's commit, and from there in ``run.json``.
+The difference depends on the weights and the audio. So the first windows of each process are
+computed a second time, and the difference is recorded with each window's prediction, in its unit's
+commit, and from there in ``run.json``.
 
 Guarantees: the check never ends a run; if it fails, the reason is recorded instead. The second
 model is in memory only while windows are being checked. A measurement for the same model, engine,

@@ -66,9 +66,8 @@ class SafePredictor:
     def __call__(self, features: Features) -> list[Prediction]:
         """Predict a batch; a prediction per window, in order.
 
-        Raises:
-            DeviceError: No window can be the cause: there is not enough memory for a single one,
-                the device has failed, or nothing has ever worked, not even a silent window.
+        Raises ``DeviceError`` if no window can be the cause: not even one fits into memory, the
+        device has failed, or nothing has ever worked, not even a silent window.
         """
         predictions = self._predict_parts(features)
         if not self._has_worked:

@@ -62,15 +62,13 @@ _NORMALISER_OFF = (0.0, 0.5)  # (x - 0) / (2 * 0.5) leaves x as it is
 class ModelOverrides:
     """Values of ``--set model.*``, which replace or complete the checkpoint's; None leaves them.
 
+    Most are fields of ``ASTConfig``.
+
     Attributes:
         labels: ``audioset``, ``speech_commands``, or a file (``labels.read_labels``).
         mean, std: Of the training features, before normalising; ``std`` above 0.
-        frequency_stride: Step between patches, in mel bins.
-        time_stride: Step between patches, in frames.
-        max_length: Frames of a window.
         num_attention_heads: Heads per block, which the weights do not show.
         layer_norm_eps: Epsilon of every LayerNorm but the head's.
-        head_layer_norm_eps: Epsilon of the head's LayerNorm.
 
     Raises:
         ModelError: A value is not legal.
@@ -214,7 +212,7 @@ def _settle_stats(
     config: ASTConfig,
     overrides: ModelOverrides,
 ) -> tuple[float, float]:
-    """Return mean and std, after checking that the features are those the model takes."""
+    """Return mean and std, after checking that the features have the model's shape."""
     check_extractor(location, features)
     expected = {"sampling_rate": SAMPLING_RATE_HZ}
     if overrides.max_length is None:
@@ -386,7 +384,7 @@ def check_blocks(name: str, source: ASTConfig, config: ASTConfig) -> None:
 def start_model(
     state: Mapping[str, Tensor], source: ASTConfig, config: ASTConfig
 ) -> ASTForAudioClassification:
-    """Build a model from another's tensors, with position embeddings resized to its own patches.
+    """Build a model from another's tensors, with position embeddings resized to its patches.
 
     Args:
         state: Tensors under the names of ``ASTForAudioClassification``'s state dict. Without a

@@ -110,8 +110,7 @@ def image_model_config(name: str, revision: str | None = None) -> dict[str, Any]
 
     They are ``FIXED_FIELDS`` and ``layer_norm_eps``.
 
-    Raises:
-        ModelError: The model does not exist, or an AST cannot start from it.
+    Raises ``ModelError`` if the model does not exist, or an AST cannot start from it.
     """
     with ModelFiles(locate_model(name, revision)) as files:
         config, _ = _read_config(files)

@@ -67,10 +67,7 @@ class PretrainedModel(nn.Module):
             return build_model(cls, config, weights)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights into a folder, as transformers reads them.
-
-        ``checkpoints.save_pretrained`` also writes the feature extractor's settings.
-        """
+        """Write config and weights into a folder, as transformers reads them."""
         save_model(self, folder)
 
 

@@ -12,14 +12,11 @@ SPEECH_COMMANDS_STATS = (-6.845978, 5.5654526)
 
 @dataclass(frozen=True)
 class PublicCheckpoint:
-    """A checkpoint published by the authors of AST.
+    """A checkpoint published by the authors of AST; its shape is given as in ``ASTConfig``.
 
     Attributes:
         hub_id: Value for ``--model``; None if it was published as a file only.
         file_name: Name of the original ``.pth`` file.
-        frequency_stride: Step between patches, in mel bins.
-        time_stride: Step between patches, in frames.
-        max_length: Frames of a window.
         labels: ``audioset`` or ``speech_commands``.
         mean, std: Of the training features, before normalising.
         published: Published value of the metric on the evaluation set, in [0, 1].
