@@ -212,7 +212,7 @@ def _settle_stats(
     config: ASTConfig,
     overrides: ModelOverrides,
 ) -> tuple[float, float]:
-    """Return mean and std, after checking that the features have the model's shape."""
+    """Return mean and std, after checking that the features are those the model takes."""
     check_extractor(location, features)
     expected = {"sampling_rate": SAMPLING_RATE_HZ}
     if overrides.max_length is None:
@@ -384,7 +384,7 @@ def check_blocks(name: str, source: ASTConfig, config: ASTConfig) -> None:
 def start_model(
     state: Mapping[str, Tensor], source: ASTConfig, config: ASTConfig
 ) -> ASTForAudioClassification:
-    """Build a model from another's tensors, with position embeddings resized to its patches.
+    """Build a model from another's tensors, with position embeddings resized to its own patches.
 
     Args:
         state: Tensors under the names of ``ASTForAudioClassification``'s state dict. Without a

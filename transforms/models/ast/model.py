@@ -331,9 +331,10 @@ class ASTModel(PretrainedModel):
         return output if _either(return_dict, config.return_dict) else output.to_tuple()
 
     def forward_tokens(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Compute ``last_hidden_state`` of features as ``forward``'s, of every patch or of some.
+        """Compute ``last_hidden_state`` alone, of every patch or of some.
 
         Args:
+            input_values: Normalised features, exactly (B, max_length, num_mel_bins).
             kept: Indices of the patches that each clip keeps, frequency-major from 0, shape
                 (B, K), int64; None for all. The prefix tokens stay, and each patch keeps its own
                 position embedding: the result equals that of a mask over the other patches, at
@@ -356,7 +357,7 @@ class ASTModel(PretrainedModel):
     def embed(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
         """Compute ``pooler_output`` alone, shape (B, D); arguments as ``forward_tokens``'s.
 
-        In the last block, only the two tokens that are pooled pass its queries and its MLP: 7 %
+        In the last block, only the two tokens that are pooled pass the queries and the MLP: 7 %
         fewer operations at 1214 tokens, the same numbers.
         """
         x = self.embeddings(input_values, kept)  # (B, N, D)
