@@ -1,12 +1,11 @@
 """The features that AST was trained on: normalised Kaldi log-mel filter banks.
 
-``ExtractFbank`` follows ``windows`` and precedes ``inference``: it replaces the samples of a
-``Window`` by features. The recipe is the reference's: mono samples in [-1, 1] (not ×2¹⁵), frames
-of 25 ms every 10 ms that lie wholly inside the window (``snip_edges``), per-frame mean removal,
-pre-emphasis 0.97, symmetric Hann window, 512-point power spectrum, 128 Kaldi mel triangles from
-20 Hz to half the rate, log with floor 2⁻²³, no dither, zero rows appended up to ``num_frames``,
-then ``(x - mean) / (2 · std)``. Zero rows are appended before the normalisation, so with AudioSet's
-statistics padding is +0.467 and digital silence −1.278: padding is not silence.
+The recipe is the reference's: mono samples in [-1, 1] (not ×2¹⁵), frames of 25 ms every 10 ms that
+lie wholly inside the window (``snip_edges``), per-frame mean removal, pre-emphasis 0.97, symmetric
+Hann window, 512-point power spectrum, 128 Kaldi mel triangles from 20 Hz to half the rate, log with
+floor 2⁻²³, no dither, zero rows appended up to ``num_frames``, then ``(x - mean) / (2 · std)``.
+Zero rows are appended before the normalisation, so with AudioSet's statistics padding is +0.467 and
+digital silence −1.278: padding is not silence.
 
 Two functions give the same numbers: ``extract_fbank`` (one window, with torchaudio's own function;
 ``ASTFeatureExtractor`` calls it too) and ``KaldiFbank`` (a batch, on any device; ``DeviceFbank``
@@ -62,11 +61,7 @@ _Element = Window | ItemFailure | UnitEnd
 
 
 def check_samples(samples: FloatArray, settings: FbankSettings) -> None:
-    """Refuse samples that would give no features, or wrong ones, on any device.
-
-    Args:
-        samples: One window, mono, float32.
-        settings: The checkpoint's.
+    """Refuse samples of a window that would give no features, or wrong ones, on any device.
 
     Raises:
         FeatureError: The samples are not one-dimensional, shorter than a frame, longer than the
@@ -117,12 +112,10 @@ def extract_fbank(
     Args:
         samples: Mono samples in [-1, 1], shape (num_samples,), at ``settings.sample_rate_hz``;
             between one frame and ``settings.max_samples`` of them.
-        settings: The checkpoint's.
         out: Array to write the features into, or None for a new one.
 
     Returns:
-        Normalised log-mel features, shape (num_frames, num_mel_bins), float32. Frames that the
-        samples do not fill have the value of padding, as in training.
+        Shape (num_frames, num_mel_bins). Frames that the samples do not fill are padding.
 
     Raises:
         FeatureError: See ``check_samples``; also if the samples are not float32.
@@ -142,11 +135,8 @@ class KaldiFbank(torch.nn.Module):
     float32.
 
     Matrix products in TF32 (``torch.set_float32_matmul_precision("high")``) change a feature by at
-    most 1e-4. Autocast is disabled inside, because bfloat16 would change it by more.
-
-    Args:
-        settings: The checkpoint's.
-        dtype: Type of the computation and of the features: float32, or float64 in tests.
+    most 1e-4. Autocast is disabled inside, because bfloat16 would change it by more. ``dtype`` is
+    the type of the computation and of the features: float32, or float64 in tests.
     """
 
     window: Tensor
@@ -166,16 +156,13 @@ class KaldiFbank(torch.nn.Module):
         self.register_buffer("frame_ends", frame_ends + settings.frame_samples, persistent=False)
 
     def forward(self, samples: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Compute the features of a batch of windows.
+        """Compute the normalised log-mel features of windows, (B, num_frames, num_mel_bins).
 
         Args:
             samples: Shape (B, n) with ``frame_samples`` ≤ n ≤ ``max_samples``; mono, float32 in
                 [-1, 1] or int16. Samples beyond a row's length are ignored.
             lengths: Valid samples of each row, shape (B,), int64, on the same device; None means n
                 for all. A length under one frame gives only padding.
-
-        Returns:
-            Normalised log-mel features, shape (B, num_frames, num_mel_bins).
 
         Raises:
             ValueError: Shape, type or device of an argument is wrong.
@@ -281,12 +268,7 @@ def _normalise(
 
 
 class DeviceFbank:
-    """``KaldiFbank`` for windows in host memory, of any lengths.
-
-    Args:
-        settings: The checkpoint's.
-        device: Device to compute on, the model's.
-    """
+    """``KaldiFbank`` on the model's device, for windows in host memory, of any lengths."""
 
     # Windows computed at once, each of which takes about 7 MB of working memory.
     MAX_WINDOWS = 16
@@ -300,13 +282,9 @@ class DeviceFbank:
     @timed("fbank")
     @torch.inference_mode()
     def __call__(self, windows: Sequence[FloatArray]) -> Tensor:
-        """Compute the features of a batch.
+        """Compute features (batch, num_frames, num_mel_bins) on the device.
 
-        Args:
-            windows: Samples that ``check_samples`` accepts, each of shape (num_samples,).
-
-        Returns:
-            Normalised log-mel features on the device, (batch, num_frames, num_mel_bins).
+        ``check_samples`` must have accepted each window, of shape (num_samples,).
         """
         shape = (len(windows), self._settings.max_samples)
         # KaldiFbank ignores samples beyond a window's length, so they need not be zero.
@@ -349,7 +327,6 @@ class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]
     already have an error pass unchanged.
 
     Args:
-        settings: The checkpoint's.
         on_device: Returns, on the worker, whether the device makes the features later
             (``DeviceFbank``). Windows then keep their samples, which are only checked here.
         num_processes: Processes that share this machine's cores.
@@ -382,7 +359,6 @@ class _Begun:
     timestamp: Any
 
     def finish(self) -> WindowedValue:
-        """Wait for the features of the element and return it."""
         element = self.element
         if isinstance(element, Future):
             with timed("fbank"):

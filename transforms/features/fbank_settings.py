@@ -24,15 +24,9 @@ MAX_FEATURE_THREADS = 8
 class FbankSettings:
     """The settings of a checkpoint's features. Defaults: AST on AudioSet.
 
-    Attributes:
-        sample_rate_hz: Rate of the samples.
-        num_mel_bins: Mel filters, the columns of the features.
-        num_frames: Frames of the checkpoint's window, the rows of the features.
-        mean: Mean of the log-mel values over the training set.
-        std: Their standard deviation; features are divided by twice this.
-
-    Raises:
-        ConfigError: A value is out of range.
+    Features have the shape (num_frames, num_mel_bins). ``mean`` and ``std`` are those of the
+    log-mel values of the training set; features are divided by twice ``std``. ``ConfigError`` if a
+    value is out of range.
     """
 
     sample_rate_hz: int = 16_000

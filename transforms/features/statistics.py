@@ -1,7 +1,7 @@
 """Mean and standard deviation of a dataset's features, for normalising a model's input.
 
-``MeasureFeatures`` follows ``windows`` in place of ``fbank``: it makes the features of each window
-and returns statistics that can be added up in any order and any grouping.
+``MeasureFeatures`` makes the features of each window and returns statistics that can be added up in
+any order and any grouping.
 
 The features are log-mel values before normalising. By default every frame filled by audio counts
 once, and padding does not. ``as_original`` follows the script behind the published statistics
@@ -48,10 +48,7 @@ _Doubles = npt.NDArray[np.float64]
 class Moments:
     """Count, mean and spread of values, which can be added without loss of precision.
 
-    Attributes:
-        count: Number of values.
-        mean: Their mean.
-        squares: Sum of their squared distances from the mean.
+    ``squares`` is the sum of the squared distances from the mean.
     """
 
     count: int = 0
@@ -92,9 +89,7 @@ class FeatureStatistics:
 
     Attributes:
         moments: Moments of the log-mel values of the frames that count.
-        windows: Windows measured.
-        clips: Clips read to their end.
-        audio_s: Their length in seconds.
+        clips: Clips read to their end; ``audio_s`` is their length.
         failures: Items that could not be measured.
         broken_containers: Failures that are containers which could not be read to their end.
         example: Description of one failure, or None.
@@ -137,8 +132,7 @@ def sum_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
 def mean_and_std(statistics: FeatureStatistics) -> tuple[float, float]:
     """Return mean and std to normalise with, by the script's rule if measured ``as_original``.
 
-    Raises:
-        FeatureError: Nothing was measured.
+    Raises ``FeatureError`` if nothing was measured.
     """
     if statistics.moments.count == 0:
         raise FeatureError("no window has features, so there is no mean of them.")
@@ -164,12 +158,7 @@ def mean_and_std(statistics: FeatureStatistics) -> tuple[float, float]:
 def measure_window(samples: FloatArray, settings: FbankSettings) -> Moments:
     """Compute the moments of the log-mel values of the frames that the samples fill.
 
-    Args:
-        samples: Mono, float32, between one frame and ``settings.max_samples`` of them.
-        settings: Features to make; mean and std are ignored.
-
-    Raises:
-        FeatureError: See ``extract_fbank``.
+    The settings' mean and std are ignored. Samples and errors: as for ``extract_fbank``.
     """
     log_mel = extract_fbank(samples, without_normalising(settings))
     return Moments.of(log_mel[: settings.count_frames(samples.size)])
@@ -181,16 +170,10 @@ def measure_as_original(
     rng: np.random.Generator,
     settings: FbankSettings,
 ) -> Moments:
-    """Compute the moments of a window as in the original script.
+    """Compute the moments of a window as in the original script; otherwise as ``measure_window``.
 
-    Args:
-        samples: As for ``measure_window``.
-        partner: Another window to mix with, or None.
-        rng: Draws whether and how to mix, and what to mask.
-        settings: Features to make; mean and std are ignored.
-
-    Raises:
-        FeatureError: See ``extract_fbank``.
+    ``partner`` is another window to mix with, or None. ``rng`` draws whether and how to mix, and
+    what to mask.
     """
     audio = samples - samples.mean()
     is_mixed = rng.random() < ORIGINAL_MIX_RATIO
@@ -220,12 +203,7 @@ class MeasureFeatures(beam.PTransform[PCollection[_Element], PCollection[Feature
     """Measure the features of each window.
 
     In: ``Window`` with samples, ``ItemFailure``, ``UnitEnd``, in order within a unit. Out:
-    ``FeatureStatistics``, for ``sum_statistics``.
-
-    Args:
-        settings: Features to make.
-        as_original: Measure them like the original script.
-        num_processes: Processes that share this machine's cores.
+    ``FeatureStatistics``, for ``sum_statistics``. ``num_processes`` share this machine's cores.
     """
 
     def __init__(

@@ -19,10 +19,7 @@ def feature_threads(num_processes: int = 1) -> ThreadPoolExecutor:
 
     Several torch threads for one window gain little, and lose much while decoders run on the same
     cores, because each operation waits for the slowest (15 to 100 ms a window instead of 5, on two
-    cores).
-
-    Args:
-        num_processes: Processes that share this machine's cores.
+    cores). ``num_processes`` share this machine's cores.
     """
     with _starting_threads:  # else two threads could each start a pool
         return _start_threads(min(threads_of(num_processes), MAX_FEATURE_THREADS))
@@ -45,6 +42,5 @@ def _start_threads(num_threads: int) -> ThreadPoolExecutor:
 
 
 def _compute_alone() -> None:
-    """Make torch compute in this thread alone."""
     torch.get_num_threads()  # a thread's first call copies the default
     torch.set_num_threads(1)

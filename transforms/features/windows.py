@@ -1,7 +1,7 @@
 """Clips cut into windows of the model's length.
 
-``CutWindows`` follows ``decode`` and precedes ``fbank``. It receives a decoded clip in pieces and
-emits each window as soon as it is final, so hours of audio need the memory of two windows.
+``CutWindows`` receives a decoded clip in pieces and emits each window as soon as it is final, so
+hours of audio need the memory of two windows.
 
 Windows start every ``hop`` samples until the clip is covered. The last may be shorter; ``fbank``
 pads it, and ``end_s`` keeps its true end. The samples that no full window covers are the *tail*. A
@@ -49,17 +49,13 @@ _Element = Window | ItemFailure | UnitEnd
 
 @dataclass(frozen=True)
 class WindowSettings:
-    """Lengths in samples, at the model's rate. Use ``from_seconds`` for lengths in seconds.
+    """Lengths in samples, at the model's rate; ``ConfigError`` if one is out of range.
 
     Attributes:
-        sample_rate_hz: Rate of the samples.
         window_samples: Length of a window; at least one frame of 25 ms.
         hop_samples: Distance between the starts of two windows; in [1, window_samples].
         min_tail_samples: A shorter tail is covered by a full window that ends with the clip; at
             least one frame, at most window_samples.
-
-    Raises:
-        ConfigError: A value is out of range.
     """
 
     sample_rate_hz: int
@@ -98,8 +94,6 @@ class WindowSettings:
             hop_s: Distance between the starts of two windows; None for the window's length.
             min_tail_ratio: Shortest tail with a padded window of its own, as a share of the
                 window, in [0, 1]; never less than one frame of 25 ms.
-            num_frames: Frames of the checkpoint's window.
-            sample_rate_hz: The checkpoint's rate.
 
         Raises:
             ConfigError: A value is out of range; the message names its key.
@@ -122,12 +116,7 @@ class WindowSettings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """A span of a clip.
-
-    Attributes:
-        start: Index of its first sample in the clip.
-        samples: Shape (num_samples,), float32.
-    """
+    """A span of a clip; ``start`` is the index of its first sample."""
 
     start: int
     samples: FloatArray
@@ -139,15 +128,7 @@ class Cut:
 
 
 def cut_windows(samples: FloatArray, settings: WindowSettings) -> list[Cut]:
-    """Cut a whole clip at once, into views.
-
-    Args:
-        samples: The clip, shape (num_samples,), float32.
-        settings: Lengths.
-
-    Returns:
-        The windows in order; at least one, which is empty for an empty clip.
-    """
+    """Cut a whole clip, shape (num_samples,), into views; an empty clip has one empty window."""
     window, hop = settings.window_samples, settings.hop_samples
     num_full = max(0, (samples.size - window) // hop + 1)
     starts = [index * hop for index in range(num_full)]
@@ -168,10 +149,7 @@ class WindowCutter:
     It holds two windows of samples: the one being filled, and the previous one, because the clip's
     last window may start in it. A window is returned only when a sample after its end has arrived,
     since the last window differs; ``finish`` returns that one. A window within one piece is a view
-    of it, so pieces must not be written to afterwards.
-
-    Attributes:
-        num_cuts: Windows returned so far.
+    of it, so pieces must not be written to afterwards. ``num_cuts`` windows were returned so far.
     """
 
     def __init__(self, settings: WindowSettings) -> None:
@@ -182,11 +160,7 @@ class WindowCutter:
         self._num_filled = 0
 
     def push(self, samples: FloatArray) -> list[Cut]:
-        """Take the next piece of the clip and return the windows that are now final, in order.
-
-        Raises:
-            ValueError: The piece is not one-dimensional or not float32.
-        """
+        """Take the clip's next piece, mono float32, and return the windows that are now final."""
         if samples.ndim != 1 or samples.dtype != np.float32:
             raise ValueError(
                 f"a piece has the shape {samples.shape} and type {samples.dtype}; must be "
@@ -218,7 +192,6 @@ class WindowCutter:
 
     @property
     def _num_shared(self) -> int:
-        """Samples that consecutive windows share."""
         return self._settings.window_samples - self._settings.hop_samples
 
     def _give(self) -> Cut:
@@ -287,10 +260,7 @@ class CutWindows(beam.PTransform[PCollection[_Piece], PCollection[_Element]]):
 
     The pieces of a clip come in order and within one bundle; several clips may be open at once.
     A clip's last window carries its facts and the number of its windows. Failures and unit ends
-    pass unchanged.
-
-    Raises:
-        AccountingError: At the end of a bundle a clip has not had its last piece.
+    pass unchanged. ``AccountingError`` if a clip has not had its last piece when a bundle ends.
     """
 
     def __init__(self, settings: WindowSettings) -> None:

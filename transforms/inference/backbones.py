@@ -1,9 +1,7 @@
 """The backbone of an engine: its interface, and plain torch behind it.
 
 A backbone turns features into pooled embeddings. It knows nothing of heads, scores and failing
-windows, which are the concern of ``engine`` and ``safe_predictor``. ``openvino`` is another
-backbone, and ``engines`` lists all. Requested devices and precisions are resolved here for all of
-them.
+windows. Requested devices and precisions are resolved here for all backbones.
 """
 
 from __future__ import annotations
@@ -54,7 +52,6 @@ class QuantisedModel:
     Attributes:
         path: The model's ``.xml`` on this machine.
         digest: Hex digest of the calibration windows and of the range of the weights.
-        windows: Number of calibration windows.
     """
 
     path: str
@@ -71,11 +68,10 @@ class InferenceSettings:
             chip has it natively, fp16 on older GPUs, else fp32.
         device: ``auto`` prefers cuda, then mps, then cpu. A missing device that was requested by
             name is an error, never a silent fall-back.
-        engine: Executes the model; ``auto`` is the best one installed.
+        engine: ``auto`` is the best one installed.
         batch_size: Windows per call; None for the device's default.
         pooling: The embedding to store: AST's own (the mean of the class and distillation tokens)
             or the mean of the patch tokens. Scores always come from AST's own.
-        embedding_dtype: Type of the stored embedding.
         compile: Whether torch compiles the model; None: on cuda.
         check_windows: Windows of each process that plain torch also computes in float32, if engine
             or precision differ from that; 0 for none.
@@ -101,12 +97,8 @@ class InferenceSettings:
 def resolve_device(device: DeviceName, key: str = "inference.device") -> str:
     """Return the device to run on, as torch names it.
 
-    Args:
-        device: The requested device.
-        key: Its key in the configuration, for the error.
-
-    Raises:
-        ConfigError: The device was requested by name, and this machine does not have it.
+    Raises ``ConfigError``, which names ``key``, if the device was requested by name and this
+    machine does not have it.
     """
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
@@ -154,11 +146,9 @@ def resolve_batch_size(batch_size: int | None, device: str) -> int:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The output of a backbone; all float32, of shape (batch, hidden_size).
+    """The output of a backbone, of shape (batch, hidden_size).
 
-    Attributes:
-        pooled: AST's own embedding, the input of the head.
-        patch_mean: The mean of the patch tokens, if that is stored; else None.
+    ``pooled`` is the input of the head; ``patch_mean`` is None unless it is to be stored.
     """
 
     pooled: FloatArray
@@ -173,11 +163,7 @@ Pending = Callable[[], Embeddings]
 
 
 class Backbone(Protocol):
-    """Executes the transformer below the head.
-
-    Attributes:
-        name: Engine, device and precision, as recorded in commits (``openvino cpu bf16``).
-    """
+    """Executes the transformer below the head; ``name`` is recorded (``openvino cpu bf16``)."""
 
     name: str
 
@@ -194,10 +180,9 @@ class Backbone(Protocol):
         """
 
     def start(self, features: Features) -> Pending | None:
-        """Start a batch on a device that computes asynchronously; raises what ``embed`` does.
+        """Start a batch and return a function that waits for it; raises what ``embed`` does.
 
-        Returns:
-            A function that waits for the embeddings; None if there is no such device.
+        Return None if the device does not compute asynchronously.
         """
 
     def shrink(self, batch_size: int) -> None:
@@ -211,11 +196,7 @@ def embed_windows(backbone: Backbone, features: Features) -> Embeddings:
 
 
 def start_windows(backbone: Backbone, features: Features) -> Pending | None:
-    """Start any number of windows on a device that computes asynchronously.
-
-    Returns:
-        A function that waits for the embeddings; None if there is no such device.
-    """
+    """Start any number of windows; None if the device does not compute asynchronously."""
     started: list[Pending] = []
     for part in _parts(backbone.batch_size, features):
         pending = backbone.start(part)
@@ -254,12 +235,7 @@ def _join(parts: Sequence[Embeddings], num_windows: int) -> Embeddings:
 
 
 class PooledTransformer(nn.Module):
-    """The transformer as every engine runs it: features in, one or two embeddings out.
-
-    Args:
-        transformer: The model without its head.
-        pooling: ``patch_mean`` adds the mean of the patches to AST's own embedding.
-    """
+    """The transformer as every engine runs it; ``patch_mean`` adds a second embedding."""
 
     def __init__(self, transformer: ASTModel, pooling: Pooling) -> None:
         super().__init__()
@@ -279,12 +255,8 @@ class TorchBackbone:
     """Plain torch, or torch's compiler.
 
     When compiled, every batch has the same size: each new shape would be compiled again, and after
-    eight of them torch silently returns to uncompiled code.
-
-    Args:
-        transformer: On the CPU, in float32; it is moved and converted.
-        settings: How to run it.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+    eight of them torch silently returns to uncompiled code. The transformer is given on the CPU in
+    float32; it is moved, and converted to ``fp32``, ``bf16`` or ``fp16``.
     """
 
     def __init__(self, transformer: ASTModel, settings: InferenceSettings, precision: str) -> None:
@@ -318,11 +290,7 @@ class TorchBackbone:
 
     @torch.inference_mode()
     def start(self, features: Features) -> Pending | None:
-        """Start a batch on a GPU; see ``Backbone``.
-
-        The GPU computes batches in the order in which they were started, so it always has the next
-        one. The stage ``copy`` is then all the work of starting one.
-        """
+        """Start a batch on a GPU; the stage ``copy`` is then all the work of starting one."""
         if self.device.type != "cuda":
             return None
         with timed("copy"), torch.cuda.device(self.device):
@@ -367,7 +335,6 @@ class TorchBackbone:
 def _fetch(
     outputs: Sequence[Tensor], began: torch.cuda.Event, ended: torch.cuda.Event
 ) -> Embeddings:
-    """Wait for a batch on a GPU."""
     since_s = time.perf_counter()
     ended.synchronize()
     waited_s = time.perf_counter() - since_s

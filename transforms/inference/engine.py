@@ -2,8 +2,7 @@
 
 The backbone (``backbones``, ``engines``) computes the pooled embedding on the accelerator, in the
 requested precision. The head runs separately, in float32 on the embedding exactly as it is stored,
-so that stored embeddings reproduce the score of every class. ``safe_predictor`` handles failures,
-and ``handler`` connects the engine to ``RunInference``.
+so that stored embeddings reproduce the score of every class.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ class Engine:
     """A backbone with its head; shared by the threads of a process.
 
     Args:
-        backbone: Computes embeddings.
         head: The classifier; it runs on the CPU, in float32.
         activation: ``sigmoid`` for independent classes, ``softmax`` for exclusive ones.
         embedding_dtype: Type the embedding is stored in, ``float32`` or ``float16``.
@@ -82,20 +80,15 @@ class Engine:
         self._stage = stage
 
     def label(self, features: Features) -> list[Prediction]:
-        """Predict a batch, whatever happens to single windows, and check the first predictions.
-
-        Raises:
-            DeviceError: No window can be the cause; see ``SafePredictor``.
-        """
+        """Predict a batch and check the first predictions; raises what ``SafePredictor`` does."""
         return self._checked(features, self.predict_safely(features))
 
     def begin(self, features: Features) -> Callable[[], list[Prediction]] | None:
         """Start a batch on a device that computes asynchronously.
 
         Returns:
-            A function that waits for the predictions, equal to those of ``label``, and raises what
-            ``label`` raises. None if there is no such device, or if it did not accept the batch:
-            ``label`` finds out why.
+            A function that waits for the predictions and returns or raises what ``label`` does.
+            None if there is no such device, or if it refused the batch: ``label`` finds out why.
         """
         pending = self._start(features)
         return None if pending is None else functools.partial(self._finish, features, pending)
@@ -126,16 +119,9 @@ class Engine:
         return predictions if self._check is None else self._check(features, predictions)
 
     def predict(self, features: Features) -> list[Prediction]:
-        """Compute embeddings and scores of a batch.
+        """Compute a prediction per window, in order; with an error if it is not finite.
 
-        Args:
-            features: Normalised; see ``Features``.
-
-        Returns:
-            A prediction per window, in order; with an error if it is not finite.
-
-        Raises:
-            RuntimeError: The model's output has the wrong shape.
+        Raises ``RuntimeError`` if the model's output has the wrong shape.
         """
         return self._read(features, *self._embed(features))
 
@@ -185,10 +171,7 @@ class Engine:
 
 
 def join_features(windows: Sequence[FloatArray]) -> FloatArray:
-    """Stack windows into a batch, without copying if they are consecutive rows of one array.
-
-    ``fbank`` writes the features of consecutive windows into one array, so most batches are.
-    """
+    """Stack windows into a batch, without copying if they are rows of one array, as most are."""
     whole = windows[0].base
     if isinstance(whole, np.ndarray) and whole.shape[1:] == windows[0].shape:
         first = (windows[0].ctypes.data - whole.ctypes.data) // windows[0].nbytes
@@ -206,12 +189,7 @@ def _place(array: FloatArray) -> tuple[int, tuple[int, ...]]:
 def load_engine(
     model: ASTForAudioClassification, spec: ModelSpec, settings: InferenceSettings
 ) -> Engine:
-    """Load the engine that the settings ask for.
-
-    Args:
-        model: Result of ``load_model``; the engine takes ownership.
-        spec: The checkpoint.
-        settings: How to run it.
+    """Load the engine that the settings ask for; it owns the model, a result of ``load_model``.
 
     Raises:
         ConfigError: The settings cannot be met.
@@ -266,13 +244,8 @@ def score_embeddings(
 ) -> FloatArray:
     """Compute the score of every class from stored embeddings, as the pipeline does.
 
-    Args:
-        head: The classifier: LayerNorm and Linear, float32, on the CPU.
-        embeddings: Shape (batch, hidden_size), float32 or float16.
-        activation: ``sigmoid`` for independent classes, ``softmax`` for exclusive ones.
-
-    Returns:
-        Shape (batch, num_labels), float32, in [0, 1].
+    ``head`` is the classifier, in float32 on the CPU. Embeddings (batch, hidden_size) in float32 or
+    float16 give scores (batch, num_labels) in [0, 1].
     """
     with torch.inference_mode():
         logits = head(torch.from_numpy(embeddings.astype(np.float32)))

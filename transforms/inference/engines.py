@@ -1,8 +1,7 @@
 """The table of engines, the choice between them, and the backbone of the chosen one.
 
 A new engine is an entry in ``ENGINES``: a function from a loaded transformer to a ``Backbone``, and
-one that says what the engine cannot do. Head, activation and the handling of failures are the same
-for all (``engine``, ``safe_predictor``).
+one that says what the engine cannot do. All share head, activation and the handling of failures.
 """
 
 from __future__ import annotations
@@ -60,13 +59,7 @@ ENGINES: Mapping[str, EngineKind] = {
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """The engine, device and precision that will be used.
-
-    Attributes:
-        engine: A key of ``ENGINES``.
-        device: As torch names it.
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
-    """
+    """The engine (a key of ``ENGINES``), device (torch's name) and precision that will be used."""
 
     engine: str
     device: str
@@ -81,8 +74,7 @@ class EngineChoice:
 def choose_engine(settings: InferenceSettings) -> EngineChoice:
     """Choose an engine that can do what is requested on this machine.
 
-    Raises:
-        ConfigError: None can; names the setting and what this machine has.
+    Raises ``ConfigError``, which names the setting and what this machine has, if none can.
     """
     if settings.engine not in ("auto", *ENGINES):
         raise ConfigError(
@@ -104,21 +96,14 @@ def choose_engine(settings: InferenceSettings) -> EngineChoice:
 
 
 def check_settings(settings: InferenceSettings) -> None:
-    """Find out before any work whether this machine can do what is requested.
-
-    Raises:
-        ConfigError: It cannot; names the setting and what this machine has.
-    """
+    """Raise ``ConfigError`` before any work if this machine cannot do what is requested."""
     choose_engine(settings)
 
 
 def load_backbone(transformer: ASTModel, spec: ModelSpec, settings: InferenceSettings) -> Backbone:
     """Load the backbone that the settings ask for; ``auto`` falls back to torch, with a warning.
 
-    Args:
-        transformer: The model without its head, on the CPU, in float32. The backbone owns it.
-        spec: Its checkpoint.
-        settings: How to run it.
+    The backbone owns the transformer, which is given on the CPU in float32.
 
     Raises:
         ConfigError: The settings cannot be met.

@@ -32,8 +32,6 @@ class ASTModelHandler(ModelHandler[Any, Any, Engine]):
     batch size is fixed, because Beam's own tuning enlarges batches until memory is exhausted.
 
     Args:
-        spec: The checkpoint.
-        settings: How to run it.
         make_features: If the device may make the features: returns, for a device, a function from
             a batch's samples to its features. If the device does make them
             (``makes_features_on_device``), an example is the samples of a window, of shape

@@ -3,9 +3,9 @@
     torch module ─convert─▶ OpenVINO model (kept on disk) ─compile─▶ fixed batch, hinted precision
                                    └─quantise─▶ int8, calibrated on windows of the user's audio
 
-The model is converted once per checkpoint and kept (``disk_cache``). Every process compiles it,
-which takes a second or two. OpenVINO is imported on demand, and only here. Its telemetry, which
-would report each import and conversion to a web address, is prevented from loading.
+Every process compiles the model, which takes a second or two. OpenVINO is imported on demand, and
+only here. Its telemetry, which would report each import and conversion to a web address, is
+prevented from loading.
 """
 
 from __future__ import annotations
@@ -61,11 +61,7 @@ def is_installed(name: str) -> bool:
 
 
 def import_library(name: str) -> Any:
-    """Import ``openvino`` or ``nncf``, without their telemetry.
-
-    Raises:
-        ConfigError: It is not installed, or cannot be loaded.
-    """
+    """Import ``openvino`` or ``nncf`` without telemetry; ``ConfigError`` if that is impossible."""
     try:
         with _without_telemetry():
             return importlib.import_module(name)
@@ -81,10 +77,8 @@ def load_core() -> Any:
 
     On a CPU with AMX, OpenVINO's CPU plugin gives the thread that first uses the core a new stack
     for signal handlers, and frees it when the core is destroyed. If another thread destroys the
-    core, the first thread's stack is gone, and Ctrl-C ends the process with SIGSEGV.
-
-    Raises:
-        ConfigError: OpenVINO is not installed, or cannot be loaded.
+    core, the first thread's stack is gone, and Ctrl-C ends the process with SIGSEGV. Raises what
+    ``import_library`` does.
     """
     return import_library("openvino").Core()
 
@@ -107,10 +101,6 @@ def why_not(device: str, precision: str) -> str | None:
     """Return why OpenVINO cannot do it here, with the next step; None if it can.
 
     If the hardware lacks a precision, OpenVINO would silently compute in another.
-
-    Args:
-        device: As torch names it.
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
     """
     if device != "cpu":
         return f"the device is {device}, and it runs on the CPU here; use --device cpu"
@@ -129,12 +119,9 @@ def why_not(device: str, precision: str) -> str | None:
 
 
 class OpenVinoBackbone:
-    """A compiled model, which accepts batches of one size.
+    """A compiled ``openvino.Model``, which accepts batches of one size.
 
-    Args:
-        model: An ``openvino.Model`` with one input (batch, num_frames, num_mel_bins).
-        settings: How to run it.
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+    Its one input has the shape (batch, num_frames, num_mel_bins).
     """
 
     def __init__(self, model: Any, settings: InferenceSettings, precision: str) -> None:
@@ -181,13 +168,7 @@ class OpenVinoBackbone:
 def load_backbone(
     transformer: ASTModel, spec: ModelSpec, settings: InferenceSettings, precision: str
 ) -> OpenVinoBackbone:
-    """Compile a checkpoint's transformer, converted now or by an earlier run.
-
-    Args:
-        transformer: The model without its head, on the CPU, in float32.
-        spec: Its checkpoint.
-        settings: How to run it.
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+    """Compile a transformer (on the CPU, in float32), converted now or by an earlier run.
 
     Raises:
         ConfigError: OpenVINO cannot be loaded, or the model for int8 does not exist.
@@ -239,7 +220,6 @@ def _saver(model: Any) -> Callable[[Path], None]:
 
 
 def _dependencies(spec: ModelSpec, pooling: Pooling) -> dict[str, Any]:
-    """Return everything that a converted model depends on."""
     config = spec.config.to_dict()
     for name in ("id2label", "label2id"):
         del config[name]
@@ -259,9 +239,7 @@ def quantise(
     """Quantise a transformer to int8, or load it from the cache if the windows are the same.
 
     Args:
-        transformer: The model without its head, on the CPU, in float32.
-        spec: Its checkpoint.
-        pooling: The embedding to store.
+        transformer: On the CPU, in float32.
         windows: Normalised features to calibrate with, (windows, num_frames, num_mel_bins).
         scratch: Folder for the model if the cache cannot keep it.
 
@@ -322,14 +300,7 @@ def _overflow_fix() -> str:
 def find_quantised(
     spec: ModelSpec, pooling: Pooling, digest: str, num_windows: int
 ) -> QuantisedModel | None:
-    """Find a model that was calibrated on certain windows; None if this machine has none.
-
-    Args:
-        spec: The checkpoint.
-        pooling: The embedding to store.
-        digest: The ``digest`` of the ``QuantisedModel``.
-        num_windows: Number of calibration windows.
-    """
+    """Find the ``QuantisedModel`` with this digest; None if this machine does not have it."""
     folder = disk_cache.find_folder("int8", _quantised_key(spec, pooling, digest))
     if folder is None:
         return None

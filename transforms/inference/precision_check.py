@@ -1,9 +1,8 @@
 """The difference between an engine and plain torch in float32, measured on the user's audio.
 
-Every reduced precision, and float32 in another engine than torch, gives numbers that differ from
-the reference. The difference depends on the weights and the audio. So the first windows of each
-process are computed a second time, and the difference is recorded with each window's prediction,
-in its unit's commit, and from there in ``run.json``.
+The difference depends on the weights and the audio. So the first windows of each process are
+computed a second time, and the difference is recorded with each window's prediction, in its unit's
+commit, and from there in ``run.json``.
 
 Guarantees: the check never ends a run; if it fails, the reason is recorded instead. The second
 model is in memory only while windows are being checked. A measurement for the same model, engine,
@@ -50,7 +49,6 @@ class PrecisionCheck:
 
     Args:
         load_reference: Loads the reference and returns its function from a batch to predictions.
-        num_windows: Number of windows to check.
         depends_on: Everything that the outcome depends on besides the windows.
     """
 
@@ -65,12 +63,7 @@ class PrecisionCheck:
         self._lock = threading.Lock()  # threads of a process share an engine
 
     def __call__(self, features: Features, predictions: Sequence[Prediction]) -> list[Prediction]:
-        """Return the predictions of a batch, the first of them with a check.
-
-        Args:
-            features: The batch.
-            predictions: The engine's predictions, in the same order.
-        """
+        """Return the engine's predictions of a batch, the first of them with a check."""
         with self._lock:
             return self._check_first(features, list(predictions))
 
@@ -131,11 +124,7 @@ class PrecisionCheck:
 
 
 def compare(found: Prediction, expected: Prediction) -> WindowCheck:
-    """Compare an engine's prediction for a window with the reference's.
-
-    Raises:
-        ValueError: The reference failed.
-    """
+    """Compare an engine's prediction with the reference's; ``ValueError`` if that one failed."""
     if expected.error is not None:
         raise ValueError(f"in float32 {expected.error}")
     mine, theirs = found.embedding.astype(np.float64), expected.embedding.astype(np.float64)
@@ -162,11 +151,7 @@ def _read_check(kept: Any) -> WindowCheck | None:
 
 
 def surroundings(device: str) -> dict[str, Any]:
-    """Return the versions and the chip, on which rounding depends.
-
-    Args:
-        device: The engine's device, as torch names it.
-    """
+    """Return the versions and the chip, on which rounding depends."""
     packages = [name for name in ("openvino", "nncf") if importlib.util.find_spec(name)]
     versions = {name: importlib.metadata.version(name) for name in ("torch", *packages)}
     return {**versions, "chip": torch.cuda.get_device_name() if device == "cuda" else _cpu_name()}

@@ -37,12 +37,10 @@ def failed_prediction(engine: str, error: str) -> Prediction:
 class SafePredictor:
     """Predicts batches whatever happens to single windows; shared by the threads of a process.
 
-    All windows have one shape, so the memory of a batch depends on its size alone. Running out of
-    memory halves the batch, and the size that fits is the limit from then on. Any other failure is
-    narrowed down to the windows that cause it, which become predictions with an error.
+    All windows have one shape, so the memory of a batch depends on its size alone. After running
+    out of memory, the size that fits is the limit from then on.
 
     Args:
-        predict: The engine's own prediction of a batch.
         engine: Its name, for failed predictions and messages.
         shrink: Called with the new limit when a batch did not fit.
     """
@@ -68,9 +66,8 @@ class SafePredictor:
     def __call__(self, features: Features) -> list[Prediction]:
         """Predict a batch; a prediction per window, in order.
 
-        Raises:
-            DeviceError: No window can be the cause: there is not enough memory for a single one,
-                the device has failed, or nothing has ever worked, not even a silent window.
+        Raises ``DeviceError`` if no window can be the cause: not even one fits into memory, the
+        device has failed, or nothing has ever worked, not even a silent window.
         """
         predictions = self._predict_parts(features)
         if not self._has_worked:
@@ -85,7 +82,6 @@ class SafePredictor:
         return predictions
 
     def _predict_parts(self, features: Features) -> list[Prediction]:
-        """Predict any number of windows, in batches within the limit."""
         predictions: list[Prediction] = []
         while len(predictions) < len(features):
             start = len(predictions)

@@ -1,8 +1,7 @@
 """Label lists: the meaning of a model's outputs, in order.
 
-``checkpoints`` reads the labels of a model here, ``rows`` writes them. Order and names always
-come from the checkpoint. The lists kept here are for checkpoints without labels (original ``.pth``
-files), and for AudioSet's ids, which configs on the hub omit.
+Order and names always come from the checkpoint. The lists kept here are for checkpoints without
+labels (original ``.pth`` files), and for AudioSet's ids, which configs on the hub omit.
 
 Guarantees: a label's ``id`` is AudioSet's mid if the 527 names are AudioSet's in order, else None,
 whatever the names were read from. So a list keeps its meaning when it passes through a
@@ -28,13 +27,7 @@ _NAME_COLUMNS = ("name", "display_name")
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """The meaning of one output of a model.
-
-    Attributes:
-        index: Index of the output, from 0.
-        id: AudioSet's mid (``/m/09x0r``), or None.
-        name: Name in the checkpoint.
-    """
+    """The meaning of one output of a model; ``id`` is AudioSet's mid (``/m/09x0r``), or None."""
 
     index: int
     id: str | None
@@ -68,12 +61,7 @@ def labels_from_names(names: Sequence[str]) -> tuple[Label, ...]:
 
 
 def find_label(text: str, labels: Sequence[Label]) -> int | None:
-    """Return the index of a label by its name, its id, or a name of equivalent spelling.
-
-    Args:
-        text: A name or an id.
-        labels: A model's labels.
-    """
+    """Return the index of a label by its name, its id, or a name of equivalent spelling."""
     named = [label.index for label in labels if label.name == text]
     named += [label.index for label in labels if label.id == text]
     if named:
@@ -129,7 +117,6 @@ def _spelling(name: str) -> str:
 
 
 def _has_header(text: str) -> bool:
-    """Return whether the first line is a CSV header with several columns, one of names."""
     header = next(csv.reader(io.StringIO(text, newline="")), [])
     return len(header) > 1 and any(column.strip() in _NAME_COLUMNS for column in header)
 

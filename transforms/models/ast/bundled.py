@@ -13,8 +13,6 @@ the card, in the format of model hubs:
       - dataset: {name: ESC-10, …}
         metrics: [{type: accuracy, value: 0.9}]
     ---
-
-``files`` finds a model by its name here; ``earmark models`` lists them.
 """
 
 from __future__ import annotations
@@ -45,13 +43,9 @@ class BundledModel:
 
     Attributes:
         name: Value for ``--model``.
-        folder: Its files in this installation.
         labels: Names of its classes, in the order of its outputs.
         max_length: Frames of a window.
-        dataset: Dataset of training and evaluation.
-        metric: Metric of the evaluation.
-        value: Its value, in [0, 1].
-        license: License of the weights.
+        value: Value of the metric in the evaluation, in [0, 1].
     """
 
     name: str
@@ -85,11 +79,7 @@ def bundled_folder(name: str) -> Path | None:
 
 
 def bundled_model(name: str) -> BundledModel:
-    """Describe a bundled model.
-
-    Raises:
-        ModelError: There is no model of this name, or its files are damaged.
-    """
+    """Describe a bundled model; ``ModelError`` if it does not exist or its files are damaged."""
     folder = bundled_folder(name)
     if folder is None:
         known = ", ".join(bundled_names()) or "none"
@@ -115,19 +105,14 @@ def bundled_model(name: str) -> BundledModel:
 
 
 def bundled_models() -> tuple[BundledModel, ...]:
-    """Describe every bundled model.
-
-    Raises:
-        ModelError: The files of one are damaged.
-    """
+    """Describe every bundled model; ``ModelError`` if the files of one are damaged."""
     return tuple(bundled_model(name) for name in bundled_names())
 
 
 def describe_default() -> str:
     """Say in one line what the default model knows, and how to get another.
 
-    Raises:
-        ModelError: This installation does not have it.
+    Raises ``ModelError`` if this installation does not have it.
     """
     model = bundled_model(DEFAULT_MODEL)
     return (
@@ -165,7 +150,6 @@ def _read_front_matter(folder: Path) -> Mapping[str, Any]:
 
 
 def _read_result(folder: Path, card: Mapping[str, Any]) -> tuple[str, str, float]:
-    """Return dataset, metric and value of the card's first result."""
     try:
         result = card["model-index"][0]["results"][0]
         dataset, metric = result["dataset"]["name"], result["metrics"][0]

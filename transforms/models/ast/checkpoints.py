@@ -3,12 +3,6 @@
 The launcher calls ``resolve_model`` once, before any work. Workers receive the small ``ModelSpec``
 that it returns and call ``load_model``.
 
-    --model NAME ─resolve_model─▶ ModelSpec ─(pickled, to each worker)─▶ load_model ─▶ the model
-
-This file says what a checkpoint means. Below it, ``files`` finds the files, ``weights`` and
-``tensor_names`` read the tensors, ``config_files`` and ``original`` the config, and ``pretrained``
-builds a model of them. ``public`` and ``bundled`` list the models there are.
-
 Guarantees: whatever can fail, fails in ``resolve_model``, with a ``ModelError`` that says what to
 do. Labels, their order, window and statistics come from the checkpoint or from the user.
 """
@@ -68,18 +62,13 @@ _NORMALISER_OFF = (0.0, 0.5)  # (x - 0) / (2 * 0.5) leaves x as it is
 class ModelOverrides:
     """Values of ``--set model.*``, which replace or complete the checkpoint's; None leaves them.
 
+    Most are fields of ``ASTConfig``.
+
     Attributes:
-        activation: Turns logits into scores.
         labels: ``audioset``, ``speech_commands``, or a file (``labels.read_labels``).
-        mean: Mean of the training features, before normalising.
-        std: Their standard deviation; above 0.
-        frequency_stride: Step between patches, in mel bins.
-        time_stride: Step between patches, in frames.
-        max_length: Frames of a window.
-        num_mel_bins: Mel bins of a frame.
+        mean, std: Of the training features, before normalising; ``std`` above 0.
         num_attention_heads: Heads per block, which the weights do not show.
         layer_norm_eps: Epsilon of every LayerNorm but the head's.
-        head_layer_norm_eps: Epsilon of the head's LayerNorm.
 
     Raises:
         ModelError: A value is not legal.
@@ -115,20 +104,14 @@ class ModelSpec:
 
     Attributes:
         name: What the user gave, without secrets.
-        source: ``bundled``, ``hub``, ``folder`` or ``original``.
         location: Bundled model's name, hub id, folder or ``.pth`` file to load from. It may carry
             a signature, so it is never written or printed.
         revision: Commit on the hub, or None.
         sha256: Hex digest of the weights file; of several files, that of the sorted lines
             ``name digest``.
         config: Its shape, overrides applied.
-        labels: Meaning of its outputs, in order.
-        activation: Turns its logits into scores.
         mean: Features are normalised as ``(x - mean) / (2 * std)``.
-        std: As for ``mean``.
-        weight_files: Names of the files that hold the weights.
         sampling_rate: Rate of the audio it was trained on, in Hz.
-        license: License of the weights, if known.
         notes: Choices made for this model that the user should know.
     """
 
@@ -279,7 +262,6 @@ def resolve_model(
     Args:
         name: Name of a bundled model (``esc10``), hub id (``org/name`` or ``org/name@revision``),
             local or remote folder, or original ``.pth`` file.
-        overrides: Values that replace the checkpoint's.
         needs_labels: Whether the outputs must have names. If not, unnamed outputs of an original
             checkpoint are called ``LABEL_0`` and so on, as in transformers.
 
@@ -352,8 +334,7 @@ def _published_license(location: ModelLocation) -> str | None:
 def load_model(spec: ModelSpec) -> ASTForAudioClassification:
     """Load what ``resolve_model`` described, on the CPU, in float32 and evaluation mode.
 
-    Raises:
-        ModelError: The files have gone or changed since.
+    Raises ``ModelError`` if the files have gone or changed since.
     """
     location = ModelLocation(
         spec.name,
@@ -379,14 +360,8 @@ def load_for_finetuning(spec: ModelSpec, config: ASTConfig) -> ASTForAudioClassi
     """Load a checkpoint into a model with other strides, another window or other labels.
 
     Position embeddings are resized as in the original code. The head is the checkpoint's if the
-    label names are the same in the same order, else a fresh one.
-
-    Args:
-        spec: The checkpoint to start from.
-        config: Config of the new model; all but strides, window and labels as in the checkpoint.
-
-    Raises:
-        ModelError: The checkpoint's files have gone, or its blocks differ.
+    label names are the same in the same order, else a fresh one. All other fields of ``config``
+    are the checkpoint's. ``ModelError`` if its files have gone, or its blocks differ.
     """
     check_blocks(spec.name, spec.config, config)
     state: dict[str, Tensor] = load_model(spec).state_dict()
@@ -415,7 +390,6 @@ def start_model(
         state: Tensors under the names of ``ASTForAudioClassification``'s state dict. Without a
             head among them, the head stays random, from torch's own generator.
         source: Config of the model that the tensors are from; its blocks are those of ``config``.
-        config: Config of the new model.
     """
     model = ASTForAudioClassification(config)
     name = f"{BASE}embeddings.position_embeddings"
@@ -443,8 +417,7 @@ def save_pretrained(
     Args:
         model: On any device, in any float type.
         folder: Local folder or URL; created if it does not exist.
-        mean: Mean of the training features, before normalising.
-        std: Their standard deviation.
+        mean, std: Of the training features, before normalising.
         dtype: Float type of the weights in the file, as for ``save_model``.
 
     Raises:

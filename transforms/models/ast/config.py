@@ -1,7 +1,6 @@
 """The shape of an AST: ``ASTConfig``, with the fields and defaults of transformers.
 
-It is the meaning of a checkpoint's ``config.json``, which ``config_files`` reads and writes;
-``model`` builds what it describes.
+It is the meaning of a checkpoint's ``config.json``.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ class ASTConfig:
 
     Attributes:
         hidden_size: Width D of a token, and of the embedding.
-        num_hidden_layers: Transformer blocks.
         num_attention_heads: Heads per block; divides ``hidden_size``.
         intermediate_size: Width of the blocks' hidden MLP layer.
         hidden_act: The MLP's activation: gelu, gelu_new, gelu_pytorch_tanh, relu, silu or swish.
@@ -61,19 +59,15 @@ class ASTConfig:
         head_layer_norm_eps: Epsilon of the head's LayerNorm, 1e-5 in the original code; None
             means ``layer_norm_eps``. transformers does not have this field.
         patch_size: Side of a square patch, in bins and frames.
-        qkv_bias: Whether the query, key and value projections have a bias.
         frequency_stride: Step between patches, in mel bins.
         time_stride: Step between patches, in frames.
         max_length: Frames of an input.
-        num_mel_bins: Mel bins of an input.
         id2label: Name of each index, from 0 without gaps; LABEL_0, LABEL_1, … by default.
         label2id: Index of each name; derived from ``id2label`` by default.
         num_labels: Outputs of the head; -1 means as many as ``id2label`` names, or two.
         problem_type: regression, single_label_classification, multi_label_classification, or
             None, which leaves the loss to the number and type of the labels.
-        output_attentions: Default of ``forward``'s argument of this name.
-        output_hidden_states: Default of ``forward``'s argument of this name.
-        return_dict: Default of ``forward``'s argument: an output object (True) or a tuple (False).
+        output_attentions, output_hidden_states, return_dict: Defaults of ``forward``'s arguments.
 
     Raises:
         TypeError: A value has another type (``hidden_size="768"``).

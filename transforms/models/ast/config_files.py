@@ -1,8 +1,7 @@
 """The JSON files of a checkpoint, ``config.json`` and ``preprocessor_config.json``.
 
-They are read and written here as plain values; ``config`` and ``feature_extractor`` say what the
-values mean. An original ``.pth`` file has no ``config.json``: what ``original`` finds out about it
-takes its place.
+They are read and written here as plain values. An original ``.pth`` file has no ``config.json``:
+what ``original`` finds out about it takes its place.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ def open_checkpoint(files: ModelFiles) -> tuple[dict[str, Any], Weights]:
 def open_complete_checkpoint(files: ModelFiles) -> tuple[dict[str, Any], Weights]:
     """Read all of the config's values, and the weights' headers.
 
-    Raises:
-        ModelError: An original checkpoint leaves something open.
+    Raises ``ModelError`` if an original checkpoint leaves something open.
     """
     values, weights = open_checkpoint(files)
     if files.location.source == "original":
@@ -59,15 +57,9 @@ def open_complete_checkpoint(files: ModelFiles) -> tuple[dict[str, Any], Weights
 def load_config(
     name: str, revision: str | None, parse: Callable[[Mapping[str, Any]], Config]
 ) -> Config:
-    """Read the config of a checkpoint.
+    """Read the config of a checkpoint, which is found as by ``locate_model``.
 
-    Args:
-        name: As for ``locate_model``.
-        revision: Branch, tag or commit on the hub, instead of the one in the name.
-        parse: Makes a config of the values.
-
-    Raises:
-        ModelError: The config does not exist, or is not that of an AST.
+    Raises ``ModelError`` if the config does not exist, or is not that of an AST.
     """
     with ModelFiles(locate_model(name, revision)) as files:
         if files.location.source == "original":
@@ -90,14 +82,9 @@ def parse_config(
 
 
 def load_features(name: str, revision: str | None = None) -> dict[str, Any]:
-    """Read the settings of a checkpoint's feature extractor, ``preprocessor_config.json``.
+    """Read a checkpoint's ``preprocessor_config.json``, without defaults for what it omits.
 
-    Args:
-        name: As for ``locate_model``; for an original ``.pth`` file, the file beside it.
-        revision: Branch, tag or commit on the hub, instead of the one in the name.
-
-    Returns:
-        What the file says, without defaults for what it omits.
+    It is found as by ``locate_model``; for an original ``.pth`` file, beside that.
 
     Raises:
         ModelError: The file does not exist, or describes another extractor than AST's.

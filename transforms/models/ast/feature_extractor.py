@@ -49,20 +49,16 @@ class ASTFeatureExtractor:
 
     Where the original is silently wrong, this one raises: ``ValueError`` for a wrong call (rate,
     shape, type, unknown argument) and ``FeatureError`` for samples without usable features
-    (empty, shorter than a frame, NaN, infinite, integers beyond 16 bits). As in the original,
-    audio longer than ``max_length`` frames is cut, but with a warning.
+    (empty, shorter than 25 ms, NaN, infinite, integers beyond 16 bits). As in the original, audio
+    longer than ``max_length`` frames is cut, but with a warning.
 
     Args:
-        feature_size: Only kept in the file; always 1.
         sampling_rate: Rate of the audio in Hz.
-        num_mel_bins: Mel filters.
         max_length: Frames of the features; shorter audio is padded, longer audio cut.
-        padding_value: Only kept in the file: frames are padded with 0 before normalising.
-        do_normalize: Apply ``(x - mean) / (2 · std)``.
-        mean: Mean of the log-mel values.
-        std: Their standard deviation.
-        return_attention_mask: Only kept in the file: AST takes no mask of frames.
-        padding_side: Only kept in the file: padding is on the right.
+        do_normalize: Apply ``(x - mean) / (2 · std)`` to the log-mel values.
+        padding_value, padding_side: Only kept in the file: padding is 0, before normalising, on
+            the right.
+        feature_size, return_attention_mask: Only kept in the file: 1; AST takes no mask of frames.
 
     Raises:
         ConfigError: A value is out of range.
@@ -135,11 +131,6 @@ class ASTFeatureExtractor:
 
         Returns:
             ``input_values``: always a batch, each of shape (max_length, num_mel_bins), float32.
-
-        Raises:
-            ValueError: The call is wrong: rate, shape, type or an unknown argument.
-            FeatureError: A clip is empty, shorter than 25 ms, or holds NaN, infinity or integers
-                beyond 16 bits.
         """
         if unknown:
             raise ValueError(
@@ -183,7 +174,7 @@ class ASTFeatureExtractor:
         Args:
             pretrained_model_name_or_path: A local or remote folder, or a hub id, optionally
                 ``id@revision``.
-            revision: Branch, tag or commit on the hub, instead of the one in the id.
+            revision: Replaces the one in the id.
             **overrides: Constructor arguments that replace what the file says.
 
         Raises:

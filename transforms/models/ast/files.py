@@ -2,7 +2,7 @@
 
 A model is one that ships with Earmark, an id on the hub, a local or remote folder, or an original
 ``.pth`` file: ``locate_model`` tells which. ``ModelFiles`` finds the files, and downloads them if
-it must. ``weights`` reads the tensors.
+it must.
 
 Guarantees: a hub revision is pinned to its commit. Files from a remote folder are deleted after
 use; files from the hub stay in the hub's own cache. Names and messages never hold a token or a
@@ -58,10 +58,8 @@ class ModelLocation:
 
     Attributes:
         name: What the user gave, without secrets.
-        source: ``bundled``, ``hub``, ``folder`` or ``original``.
         url: Bundled model's name, hub id, folder or ``.pth`` file; may carry a signature.
         revision: Commit on the hub, or None.
-        license: License of the weights, from the hub or the bundled model's card.
         listing: Names of a hub model's files; None if only the local cache could be searched, and
             for models that are not on the hub.
         notes: What the user should know of how it was found.

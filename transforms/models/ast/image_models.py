@@ -13,8 +13,6 @@ A plain ViT has no distillation token: AST's starts as a copy of the class token
 The two stay equal until something random (dropout) separates them, and their mean, AST's embedding,
 is what the class token alone would give; only attention sees the token twice.
 
-``earmark train`` uses this if the model to start from is not an AST.
-
 Source: Gong et al. 2021, arXiv:2104.01778, section 2.2; YuanGongND/ast src/models/ast_models.py.
 """
 
@@ -76,13 +74,11 @@ class ImageModel:
 
     Attributes:
         name: What the user gave, without secrets.
-        source: ``hub`` or ``folder``.
         location: Hub id or folder to load from. It may carry a signature, so it is never written
             or printed. With ``revision`` it identifies the weights.
         revision: Commit on the hub, or None.
         sha256: Hex digest of the weights, as in ``ModelSpec``.
         config: Config of an AST with this model's blocks and grid of patches.
-        license: License of the weights, if known.
         notes: What the user should know of how it was found and of what it lacks.
     """
 
@@ -97,14 +93,9 @@ class ImageModel:
 
 
 def is_image_model(name: str, revision: str | None = None) -> bool:
-    """Return whether a name is that of an image model, according to its ``config.json``.
+    """Return whether a model is one for images, according to its ``config.json``.
 
-    Args:
-        name: As for ``resolve_model``.
-        revision: Branch, tag or commit on the hub, instead of the one in the name.
-
-    Raises:
-        ModelError: There is no such model, or its config is not JSON.
+    Raises ``ModelError`` if there is no such model, or its config is not JSON.
     """
     location = locate_model(name, revision)
     if location.source == "original":
@@ -117,12 +108,9 @@ def is_image_model(name: str, revision: str | None = None) -> bool:
 def image_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
     """Read the fields of ``ASTConfig`` that an AST takes over from an image model.
 
-    Returns:
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act,
-        patch_size, qkv_bias and layer_norm_eps.
+    They are ``FIXED_FIELDS`` and ``layer_norm_eps``.
 
-    Raises:
-        ModelError: The model does not exist, or an AST cannot start from it.
+    Raises ``ModelError`` if the model does not exist, or an AST cannot start from it.
     """
     with ModelFiles(locate_model(name, revision)) as files:
         config, _ = _read_config(files)
@@ -163,7 +151,7 @@ def load_image_model(
         name: Hub id (``org/name`` or ``org/name@revision``), or a local or remote folder.
         config: Config of the new AST: the image model's blocks (``image_model_config``), with any
             strides, window, mel bins and labels.
-        revision: Branch, tag or commit on the hub, instead of the one in the name.
+        revision: Replaces the one in the name.
 
     Raises:
         ModelError: As ``resolve_image_model``; or the blocks of ``config`` differ.

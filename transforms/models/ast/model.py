@@ -1,8 +1,5 @@
 """The whole Audio Spectrogram Transformer in a single file.
 
-``inference`` passes it the features from ``fbank`` and keeps the embedding; the head turns the
-embedding into one logit per label. ``checkpoints`` finds and checks the weights.
-
     features (B, 1024, 128) ─16×16 patches, stride 10─▶ 12·101 tokens ─┐
                                      class, distillation token ────────┴▶ (B, 1214, 768)
         ─12 × [x += attention(norm(x)); x += mlp(norm(x))]─norm─▶ last_hidden_state
@@ -93,8 +90,6 @@ class SequenceClassifierOutput(ModelOutput):
     Attributes:
         loss: A scalar, if labels were given.
         logits: Shape (B, num_labels), before any activation.
-        hidden_states: As in ``ASTModelOutput``.
-        attentions: As in ``ASTModelOutput``.
     """
 
     loss: Tensor | None
@@ -144,12 +139,7 @@ class ASTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Turn features (B, T, F) into tokens (B, N, D), or (B, 2 + K, D) where K patches stay.
-
-        Args:
-            input_values: Normalised features.
-            kept: The patches to keep, as for ``ASTModel.forward_tokens``.
-        """
+        """Turn features (B, T, F) into tokens (B, N, D), or (B, 2 + K, D) if K patches are kept."""
         patches = self.patch_embeddings(input_values)
         batch_size = patches.shape[0]
         prefix = (
@@ -196,13 +186,12 @@ class ASTAttention(nn.Module):
         output_attentions: bool = False,
         num_queries: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from the first ``num_queries`` tokens (None: all) to every token.
+        """Attend from the first ``num_queries`` (Q) tokens (None: all) to every token.
 
         Args:
             hidden_states: Shape (B, N, D).
             attention_mask: Booleans of shape (B, 1, 1, N), False for tokens to ignore; or None.
             output_attentions: Whether to return the weights too; the fused kernel has none.
-            num_queries: Number of tokens Q that attend.
 
         Returns:
             Tokens of shape (B, Q, D), and weights of shape (B, H, Q, N) or None.
@@ -368,8 +357,8 @@ class ASTModel(PretrainedModel):
     def embed(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
         """Compute ``pooler_output`` alone, shape (B, D); arguments as ``forward_tokens``'s.
 
-        Nothing reads the other tokens of the last block, so only the two that are pooled pass its
-        queries and its MLP: 7 % fewer operations at 1214 tokens, the same numbers.
+        In the last block, only the two tokens that are pooled pass the queries and the MLP: 7 %
+        fewer operations at 1214 tokens, the same numbers.
         """
         x = self.embeddings(input_values, kept)  # (B, N, D)
         for layer in self.layers[:-1]:
@@ -421,18 +410,9 @@ class ASTForAudioClassification(PretrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        """Classify features; arguments as ``ASTModel``'s.
+        """Classify features; arguments and errors as ``ASTModel``'s.
 
-        Args:
-            input_values: Normalised features, exactly (B, max_length, num_mel_bins).
-            labels: Targets of the loss (``classification_loss``), or None.
-            attention_mask: As for ``ASTModel``.
-            output_attentions: As for ``ASTModel``.
-            output_hidden_states: As for ``ASTModel``.
-            return_dict: As for ``ASTModel``.
-
-        Raises:
-            ValueError: The input or the mask has another shape.
+        ``labels`` are the targets of the loss (``classification_loss``), or None for no loss.
         """
         hidden = self.audio_spectrogram_transformer(
             input_values, attention_mask, output_attentions, output_hidden_states, return_dict=True
@@ -449,15 +429,12 @@ class ASTForAudioClassification(PretrainedModel):
     def embed(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
         """Compute the embedding alone, shape (B, D); ``classifier`` turns it into logits.
 
-        Arguments and errors: as ``ASTModel.forward_tokens``.
+        Arguments and errors as ``ASTModel.forward_tokens``'s.
         """
         return self.audio_spectrogram_transformer.embed(input_values, kept)
 
     def compute_logits(self, input_values: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Compute the logits alone, shape (B, num_labels), from every patch or from some.
-
-        Arguments and errors: as ``ASTModel.forward_tokens``.
-        """
+        """Compute the logits alone, shape (B, num_labels); arguments as ``embed``'s."""
         logits: Tensor = self.classifier(self.embed(input_values, kept))
         return logits
 
@@ -468,7 +445,7 @@ def pool_tokens(tokens: Tensor) -> Tensor:
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: ASTConfig) -> Tensor:
-    """Compute the loss that transformers computes, and leave the config as it is.
+    """Compute the loss that transformers computes, without changing the config.
 
     ``config.problem_type`` decides: mean squared error for regression, cross entropy for a single
     label, binary cross entropy for several. Where it is None: one output is regression, whole
@@ -478,7 +455,6 @@ def classification_loss(logits: Tensor, labels: Tensor, config: ASTConfig) -> Te
         logits: Shape (B, num_labels).
         labels: Indices of shape (B,), or targets of shape (B, num_labels) in [0, 1]; targets of
             shape (B,) for a regression with one output.
-        config: Config of the model that computed the logits.
     """
     labels = labels.to(logits.device)
     problem_type = config.problem_type
@@ -507,12 +483,10 @@ def resize_position_embeddings(
     linearly. The two prefix tokens keep theirs.
 
     Args:
-        position_embeddings: Shape (1, 2 + rows * columns, D) of the source grid.
-        source_grid: (frequency, time) patches of the source, ``ASTConfig.patch_grid``.
-        target_grid: (frequency, time) patches of the result.
-
-    Returns:
-        Shape (1, 2 + rows * columns, D) of the target grid.
+        position_embeddings: Shape (1, 2 + rows * columns, D) of the source grid; the result has
+            the same shape of the target grid.
+        source_grid: (frequency, time) patches, as ``ASTConfig.patch_grid``.
+        target_grid: The same of the result.
 
     Raises:
         ValueError: The embeddings do not fit the source grid.
@@ -566,7 +540,6 @@ def initialise_from_scratch(
     fan-in, so that patches of any size give tokens of the same magnitude. Biases are zero.
 
     Args:
-        module: An AST with or without its head, or another module of the same kinds of layers.
         std: Standard deviation of linear weights, tokens and position embeddings, before they are
             truncated at two standard deviations; above 0.
         generator: Source of randomness; None for torch's own.

@@ -3,8 +3,6 @@
 Such a file holds tensors and nothing else. The config is derived from their shapes, from the
 file's name if it is a published one, and from files beside it. The user must give whatever is
 still missing; nothing is guessed silently.
-
-``config_files`` uses this instead of ``config.json``.
 """
 
 from __future__ import annotations
@@ -94,14 +92,9 @@ def _values_from_name(file_name: str) -> dict[str, Any]:
 def complete_original(
     weights: Weights, values: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Add the window that the position embeddings imply, and list what is missing.
+    """Add the window that the position embeddings imply to what is known of the config.
 
-    Args:
-        weights: The checkpoint's.
-        values: Values of the config, as far as ``original_values`` and the user give them.
-
-    Returns:
-        The values, the missing fields of the config with a hint each, and notes.
+    Return the values, the missing fields of the config with a hint each, and notes.
     """
     given = dict(values)
     notes: list[str] = []

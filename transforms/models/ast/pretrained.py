@@ -39,11 +39,7 @@ from transforms.storage import urls, writing
 
 
 class PretrainedModel(nn.Module):
-    """A module that a config describes, and that checkpoints load into.
-
-    Attributes:
-        name_prefix: What a checkpoint puts before the names of this class's tensors.
-    """
+    """A module that a config describes; checkpoints put ``name_prefix`` before its tensors."""
 
     name_prefix: ClassVar[str] = ""
 
@@ -71,10 +67,7 @@ class PretrainedModel(nn.Module):
             return build_model(cls, config, weights)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights into a folder, as transformers reads them.
-
-        ``checkpoints.save_pretrained`` also writes the feature extractor's settings.
-        """
+        """Write config and weights into a folder, as transformers reads them."""
         save_model(self, folder)
 
 
@@ -84,8 +77,7 @@ Model = TypeVar("Model", bound=PretrainedModel)
 def build_model(model_class: type[Model], config: ASTConfig, weights: Weights) -> Model:
     """Build a model from a checkpoint's tensors, in float32 and evaluation mode.
 
-    Raises:
-        ModelError: The tensors do not fit the config.
+    Raises ``ModelError`` if the tensors do not fit the config.
     """
     check_tensors(weights, config, model_class)
     state = {
@@ -132,7 +124,6 @@ def check_finite(weights: Weights, config: ASTConfig) -> None:
 def _wanted(
     weights: Weights, config: ASTConfig, model_class: type[PretrainedModel]
 ) -> dict[str, StoredTensor]:
-    """Return where the checkpoint holds the tensors of a class."""
     names = tensor_names(config, weights.layout)
     return {ours: names[ours] for ours in names if ours.startswith(model_class.name_prefix)}
 
@@ -185,7 +176,6 @@ def save_model(
         dtype: Float type of the weights in the file; None for the model's. ``dtype`` in the config
             is always the model's: transformers computes in that type, and in float16 it would
             refuse the float32 features of its own extractor.
-        features: Settings of the feature extractor, to be written too.
 
     Raises:
         ModelError: A weight is too large for ``dtype``.
@@ -201,7 +191,6 @@ def save_model(
 
 
 def _serialise(model: PretrainedModel, dtype: torch.dtype | None) -> bytes:
-    """Return the bytes of ``model.safetensors``."""
     state = {model.name_prefix + name: tensor for name, tensor in model.state_dict().items()}
     stored = to_layout(state, model.config, "disk")
     tensors = {

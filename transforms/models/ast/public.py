@@ -1,8 +1,4 @@
-"""The checkpoints published by the authors of AST, with the facts about each.
-
-``earmark models`` lists them. ``original`` finds here what a ``.pth`` file omits, and
-``checkpoints`` the licence. Other checkpoints of AST's shape work too.
-"""
+"""The checkpoints published by the authors of AST; others of AST's shape work too."""
 
 from __future__ import annotations
 
@@ -16,20 +12,14 @@ SPEECH_COMMANDS_STATS = (-6.845978, 5.5654526)
 
 @dataclass(frozen=True)
 class PublicCheckpoint:
-    """A checkpoint published by the authors of AST.
+    """A checkpoint published by the authors of AST; its shape is given as in ``ASTConfig``.
 
     Attributes:
         hub_id: Value for ``--model``; None if it was published as a file only.
         file_name: Name of the original ``.pth`` file.
-        frequency_stride: Step between patches, in mel bins.
-        time_stride: Step between patches, in frames.
-        max_length: Frames of a window.
         labels: ``audioset`` or ``speech_commands``.
-        num_labels: Number of labels.
-        mean: Mean of the training features.
-        std: Standard deviation of the training features.
-        metric: Metric that the authors measured on the evaluation set.
-        published: Its published value, in [0, 1].
+        mean, std: Of the training features, before normalising.
+        published: Published value of the metric on the evaluation set, in [0, 1].
         license: License of the weights, according to their page on the hub.
     """
 

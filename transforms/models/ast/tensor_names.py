@@ -4,8 +4,6 @@ The same tensors have three sets of names, each a ``Layout``: ``original``, in t
 the published code; ``disk``, in files written by transformers (4.x and 5.x) and on the hub;
 ``memory``, in a running model (transformers 5.x, and ours). The original code keeps query, key and
 value in one tensor.
-
-``weights`` reads every layout with this table; ``pretrained`` writes ``disk``.
 """
 
 from __future__ import annotations
@@ -68,9 +66,7 @@ UNUSED = re.compile(r"module\.v\.(head|head_dist)\.(weight|bias)")
 class StoredTensor:
     """Where a checkpoint holds a tensor.
 
-    Attributes:
-        name: Name in the checkpoint.
-        third: Third of the rows, where query, key and value are stored as one; else None.
+    ``third`` is a third of the rows, where query, key and value are stored as one; else None.
     """
 
     name: str
@@ -90,11 +86,7 @@ class BlockShape(Protocol):
 
 
 def tensor_names(config: BlockShape, layout: Layout) -> dict[str, StoredTensor]:
-    """Return where a checkpoint of this layout holds each of our tensors.
-
-    Returns:
-        One entry per name in the state dict of ``ASTForAudioClassification(config)``.
-    """
+    """Return where each name in ``ASTForAudioClassification(config)``'s state dict is stored."""
     column = ("memory", "disk", "original").index(layout)
     base, block, head = _PREFIXES[layout]
     names = {BASE + row[0]: StoredTensor(base + row[column]) for row in _STEM}

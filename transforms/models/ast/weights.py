@@ -1,8 +1,6 @@
 """The tensors of a checkpoint as its files hold them.
 
-``files`` finds the files, ``tensor_names`` translates the names, and ``pretrained`` checks the
-tensors against a config and builds a model from them. Pickles are read for their tensors only, so
-code in them never runs.
+Pickles are read for their tensors only, so code in them never runs.
 """
 
 from __future__ import annotations
@@ -153,13 +151,7 @@ def check_values(weights: Weights, stored: StoredTensor, tensor: Tensor) -> None
 
 
 def check_labels(weights: Weights, origin: str, names: Sequence[str]) -> None:
-    """Raise ``ModelError`` unless each output of the head has a name, and no two the same.
-
-    Args:
-        weights: The checkpoint's.
-        origin: Where the names come from, for the message.
-        names: In the order of the outputs.
-    """
+    """Raise ``ModelError``, with ``origin``, unless each output has a name, no two the same."""
     seen: dict[str, int] = {}
     for index, name in enumerate(names):
         if name.strip() and name not in seen:
