@@ -553,8 +553,20 @@ def wait_for(condition: Any) -> None:
     raise AssertionError("it did not come")
 
 
-def test_a_piece_that_fails_ahead_fails_where_it_is_read(web: WebServer) -> None:
+def test_a_piece_that_fails_ahead_fails_where_it_is_read(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (web.folder / "a.bin").write_bytes(bytes(20 * MIB))
+    server_is_down, ask_for = threading.Event(), reading._RangedFile._ask_for
+
+    def ask_for_the_last_piece_later(
+        file: reading._RangedFile, start: int, end: int
+    ) -> bytes | None:
+        if start >= 16 * MIB:
+            server_is_down.wait(10.0)
+        return ask_for(file, start, end)
+
+    monkeypatch.setattr(reading._RangedFile, "_ask_for", ask_for_the_last_piece_later)
     with (
         FaultProxy("127.0.0.1", web.port) as proxy,
         reading.open_read(f"{proxy.url}/a.bin") as file,
@@ -562,6 +574,7 @@ def test_a_piece_that_fails_ahead_fails_where_it_is_read(web: WebServer) -> None
         assert len(file.read(8 * MIB)) == 8 * MIB
         file.peek(1)  # type: ignore[attr-defined]
         proxy.faults = Faults(rate=1, kinds=("404",))
+        server_is_down.set()
         with pytest.raises(FileNotFoundError, match=r"a\.bin: there is no such file"):
             file.read()
         proxy.faults = Faults()
