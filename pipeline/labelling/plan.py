@@ -319,7 +319,9 @@ class InputOptions(TypedDict):
 def input_options(config: RunConfig | TrainConfig) -> InputOptions:
     """Return a config's options of reading, decoding and cutting."""
     decode = config.decode
-    sources = SourceSettings(limits=ReadLimits(**config.read.model_dump()))
+    sources = SourceSettings(
+        limits=ReadLimits(**config.read.model_dump(), max_item_bytes=decode.max_item_bytes)
+    )
     if isinstance(config, RunConfig):
         sources = dataclasses.replace(sources, windows_per_unit=config.units.windows)
     return InputOptions(

@@ -11,7 +11,6 @@ through shared memory, in slots that the parent gives back.
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import os
 import queue
@@ -113,7 +112,7 @@ class _Child:
             words = str(error) or "out of memory"
             message = (
                 f"the decoder needs too much memory ({words}); at most "
-                f"{self.settings.max_decoder_bytes:.0f} bytes are allowed; to allow more, raise "
+                f"{self.settings.max_decoder_bytes} bytes are allowed; to allow more, raise "
                 "decode.max_decoder_bytes"
             )
             self.send_error("DecoderOutOfMemory", message)
@@ -136,9 +135,9 @@ class _Child:
     def limit_memory(self, num_bytes: int) -> None:
         """Bound what the process may allocate, beyond a clip of so many encoded bytes."""
         allowed = self.settings.max_decoder_bytes
-        if math.isfinite(allowed) and self.base_bytes:
+        if self.base_bytes:
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-            soft = self.base_bytes + int(allowed) + num_bytes + self.num_bytes_before
+            soft = self.base_bytes + allowed + num_bytes + self.num_bytes_before
             if hard != resource.RLIM_INFINITY:
                 soft = min(soft, hard)
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

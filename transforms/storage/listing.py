@@ -210,9 +210,9 @@ def glob_files(
     else:
         fs, root = open_filesystem(pattern)
         matches = ask_store(pattern, lambda: fresh(fs).glob(root, detail=True))
-        start, _, end = split_url(pattern)
+        start, _, _, inner = split_url(pattern)
         for path, details in matches.items():
-            url = start + path.lstrip("/") + end
+            url = start + path.lstrip("/") + inner
             if details["type"] == "directory":
                 folders.append(url)
             else:

@@ -15,11 +15,8 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:::.*)?://", re.DOTALL)
-_CHAIN = re.compile(
-    r"(?P<wrappers>(?:[A-Za-z][A-Za-z0-9+.\-]*::)*)(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)"
-    r"(?P<path>.*?)(?P<inner>::(?:/|[A-Za-z][A-Za-z0-9+.\-]*:).*)?",
-    re.DOTALL,
-)
+# What follows, in a chained URL, the part that names the file.
+_INNER = re.compile(r"::(?=/|[A-Za-z][A-Za-z0-9+.\-]*:)")
 READ_ONLY = frozenset({"http", "https"})
 # One upload publishes the whole object, and listing a prefix is one flat request.
 OBJECT_STORES = frozenset(
@@ -73,30 +70,37 @@ def local_path(url: str) -> str:
 
 
 class SplitUrl(NamedTuple):
-    """A URL in three parts; only ``path`` names a file below another.
+    """A URL in four parts; only ``path`` names a file below another.
 
     Attributes:
         start: Wrappers and the protocol: ``simplecache::gs://``.
         path: The path, without a query.
-        end: An ``http(s)`` query or fragment, and what a chained URL reads from: ``::gs://…``.
+        query: An ``http(s)`` query or fragment, with its mark.
+        inner: What a chained URL reads from: ``::gs://…``.
     """
 
     start: str
     path: str
-    end: str
+    query: str = ""
+    inner: str = ""
 
 
 def split_url(url: str) -> SplitUrl:
-    """Split a URL or an absolute path around its path; a path has an empty start and end."""
-    match = None if is_local(url) else _CHAIN.fullmatch(url)
-    if match is None:
-        return SplitUrl("", url, "")
-    path = match["path"]
-    # Only http has queries; elsewhere "?" may be part of an object's name.
-    if match["scheme"].lower() in ("http://", "https://"):
-        path = re.split(r"[?#]", path, maxsplit=1)[0]
-    start = match["wrappers"] + match["scheme"]
-    return SplitUrl(start, path, url[len(start) + len(path) :])
+    """Split a URL or an absolute path around its path; a path has no other part."""
+    if is_local(url):
+        return SplitUrl("", url)
+    end = url.index("://") + len("://")
+    start, rest = url[:end], url[end:]
+    if start[: -len("://")].rpartition("::")[2].lower() in READ_ONLY:
+        # Only http has queries; elsewhere "?" may be part of an object's name.
+        path = re.split("[?#]", rest, maxsplit=1)[0] if "?" in rest or "#" in rest else rest
+        return SplitUrl(start, path, query=rest[len(path) :])
+    inner = _INNER.search(rest) if "::" in rest else None
+    return (
+        SplitUrl(start, rest)
+        if inner is None
+        else SplitUrl(start, rest[: inner.start()], inner=rest[inner.start() :])
+    )
 
 
 def join(base: str, *parts: str) -> str:
@@ -104,17 +108,16 @@ def join(base: str, *parts: str) -> str:
 
     The query of an ``http(s)`` folder, which may sign what lies below it, stays at the end.
     """
-    start, path, end = split_url(base)
+    start, path, query, inner = split_url(base)
     head = path.rstrip("/") + "/" if path or not start else ""
-    return start + head + "/".join(part.strip("/") for part in parts) + end
+    return start + head + "/".join(part.strip("/") for part in parts) + query + inner
 
 
 def parent(url: str) -> str:
     """Return the folder that holds ``url``, without a query; the top is its own parent."""
     if is_local(url):
         return str(Path(local_path(url)).parent)
-    start, path, end = split_url(url)
-    inner = end[end.index("::") :] if "::" in end else ""
+    start, path, _, inner = split_url(url)
     return start + (path.rpartition("/")[0] or path) + inner
 
 
@@ -125,9 +128,8 @@ def file_name(url: str) -> str:
 
 def without_query(url: str) -> str:
     """Return ``url`` without an ``http(s)`` query or fragment."""
-    if "?" not in url and "#" not in url:
-        return url
-    return re.split(r"[?#]", url, maxsplit=1)[0] if protocol(url) in READ_ONLY else url
+    start, path, _, inner = split_url(url)
+    return start + path + inner
 
 
 def is_glob(url: str) -> bool:

@@ -400,6 +400,21 @@ def test_of_a_remote_file_only_its_edges_are_fetched(
     assert set(scratch_folder().iterdir()) == before
 
 
+def test_an_item_of_a_tar_beyond_the_bound_stays_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = tmp_path / "a.tar", wav(7.0)
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("a.wav")
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    given = {"inputs": [str(path)], "decode": {"max_item_bytes": len(data) - 1}}
+    manifest = tmp_path / "segments.jsonl"
+    assert run_segments(RunConfig.model_validate(given), 3.0, str(manifest)) == 0
+    assert "start_s" not in json.loads(manifest.read_text())
+    assert "Kept whole" in capsys.readouterr().out
+
+
 def test_a_container_that_breaks_off_is_told_and_the_code_is_3(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

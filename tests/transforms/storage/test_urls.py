@@ -13,19 +13,28 @@ ZIPPED = "zip://a/b.wav::gs://bucket/x.zip"
 
 
 @pytest.mark.parametrize(
-    ("url", "start", "path", "end"),
+    ("url", "start", "path", "query", "inner"),
     [
-        ("gs://bucket/a.wav", "gs://", "bucket/a.wav", ""),
-        ("https://host/a.wav?sig=1::2", "https://", "host/a.wav", "?sig=1::2"),
-        (ZIPPED, "zip://", "a/b.wav", "::gs://bucket/x.zip"),
-        ("zip://*.wav::/data/x.zip", "zip://", "*.wav", "::/data/x.zip"),
-        ("simplecache::gs://bucket/a.wav", "simplecache::gs://", "bucket/a.wav", ""),
-        ("gs://bucket/a::b.wav", "gs://", "bucket/a::b.wav", ""),
-        ("/data/a::b.wav", "", "/data/a::b.wav", ""),
+        ("gs://bucket/a.wav", "gs://", "bucket/a.wav", "", ""),
+        ("https://host/a.wav?sig=1::2", "https://", "host/a.wav", "?sig=1::2", ""),
+        ("https://host/a.wav#t::/x", "https://", "host/a.wav", "#t::/x", ""),
+        (ZIPPED, "zip://", "a/b.wav", "", "::gs://bucket/x.zip"),
+        ("zip://*.wav::/data/x.zip", "zip://", "*.wav", "", "::/data/x.zip"),
+        ("zip://a::https://host/x?s=1", "zip://", "a", "", "::https://host/x?s=1"),
+        ("simplecache::gs://bucket/a.wav", "simplecache::gs://", "bucket/a.wav", "", ""),
+        ("gs://bucket/a::b.wav", "gs://", "bucket/a::b.wav", "", ""),
+        ("/data/a::b.wav", "", "/data/a::b.wav", "", ""),
     ],
 )
-def test_a_url_is_split_around_its_path(url: str, start: str, path: str, end: str) -> None:
-    assert urls.split_url(url) == (start, path, end)
+def test_a_url_is_split_around_its_path(
+    url: str, start: str, path: str, query: str, inner: str
+) -> None:
+    assert urls.split_url(url) == (start, path, query, inner)
+
+
+def test_the_folder_of_a_signed_url_has_nothing_of_its_query() -> None:
+    assert urls.parent("https://host/in/a.wav?sig=1::/2") == "https://host/in"
+    assert urls.join("https://host/in?sig=1::/2", "a.wav") == "https://host/in/a.wav?sig=1::/2"
 
 
 def test_a_chained_url_is_named_by_its_first_part() -> None:
