@@ -27,7 +27,8 @@ MAY_IMPORT = {
     # Every step may also import errors and records, which import no folder.
     "transforms/process": "",
     "transforms/storage": "process",
-    "transforms/decoding": "process",
+    "transforms/decoding/formats": "",
+    "transforms/decoding": "process decoding/formats",
     "transforms/features": "process",
     "transforms/sources": "process storage decoding features",
     "transforms/models": "process storage decoding features",

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import soxr
 
-from transforms.decoding.encoded import hash_encoded, open_encoded
+from transforms.decoding.formats.encoded import hash_encoded, open_encoded
 from transforms.decoding.levels import LevelMeter, finite_part
 from transforms.decoding.reader import ROUNDING_S, Block
 from transforms.decoding.reader_chain import ReaderChain
@@ -77,10 +77,10 @@ def decode(
 
     Raises:
         DecodeError: Nothing can be labelled. ``error_type`` is ``EmptyFile``, ``NoAudioStream``,
-            ``NotAudio``, ``BadSegment``, ``BadSampleRate``, ``NonFiniteSamples``, ``TooShort``, or
-            the name of the operating system's error. After the first piece, an error ends the clip
-            with a warning in its facts instead. A bound (``ItemTooLong``, ``DecodingTooSlow``)
-            raises at any time.
+            ``NotAudio``, ``Encrypted``, ``BadSegment``, ``BadSampleRate``, ``NonFiniteSamples``,
+            ``NoSamples``, ``TooShort``, or the name of the operating system's error. After the
+            first piece, an error ends the clip with a warning in its facts instead. A bound
+            (``ItemTooLong``, ``DecodingTooSlow``) raises at any time.
     """
     _check_segment(start_s, end_s)
     with contextlib.ExitStack() as opened:
@@ -170,6 +170,8 @@ def _too_short(decoded_s: float, span: DecodeSpan, notes: list[str]) -> DecodeEr
             error_type="BadSegment",
         )
     words = f" ({'; '.join(notes)})" if notes else ""
+    if decoded_s == 0.0:
+        return DecodeError(f"there is no audio in it{words}", error_type="NoSamples")
     return DecodeError(
         f"{decoded_s * 1000:.1f} ms of audio; "
         f"at least {MIN_CLIP_S * 1000:.0f} ms are needed{words}",

@@ -8,16 +8,28 @@ from typing import Any
 
 import numpy as np
 
-from transforms.decoding.encoded import Encoded
-from transforms.decoding.reader import Block, block_frames, check_rate
-from transforms.decoding.routes import Route
+from transforms.decoding.formats.routes import Route
+from transforms.decoding.reader import PACKET_SLACK_S, Block, block_frames, check_rate
 from transforms.errors import DecodeError
 from transforms.records import FloatArray
 
-DURATION_SLACK_S = 0.1  # container durations are rounded to packets
 # FFmpeg guesses the length of these from the bit rate; a guess is no promise.
 GUESSED_DURATION_FORMATS = frozenset(
-    {"aac", "ac3", "amr", "amrnb", "amrwb", "dts", "eac3", "latm", "loas", "mp3", "mpeg", "mpegts"}
+    {
+        "aac",
+        "ac3",
+        "amr",
+        "amrnb",
+        "amrwb",
+        "asf",
+        "dts",
+        "eac3",
+        "latm",
+        "loas",
+        "mp3",
+        "mpeg",
+        "mpegts",
+    }
 )
 
 
@@ -46,11 +58,11 @@ class FfmpegReader:
     """A ``Reader`` on FFmpeg, of the first audio stream."""
 
     library = "FFmpeg"
-    promise_slack_s = DURATION_SLACK_S
+    promise_slack_s = PACKET_SLACK_S
 
-    def __init__(self, encoded: Encoded, route: Route) -> None:
+    def __init__(self, route: Route) -> None:
         self._av = _import_av()
-        self._bytes = encoded.open()
+        self._bytes = route.encoded.open()
         self.notes: list[str] = []
         self.stopped: str | None = None
         self._container: Any = None
@@ -91,16 +103,28 @@ class FfmpegReader:
                 error_type="NotAudio",
             )
         stream.codec_context.thread_count = 1  # one core per decoder process
+        for other in streams:
+            if other is not stream:  # where the file is cut, its packets would end the reading
+                other.discard = self._av.stream.Discard.all
         return stream
 
     def _read_promise(self) -> float | None:
         if not GUESSED_DURATION_FORMATS.isdisjoint(self._container.format.name.split(",")):
             return None
         if self._stream.duration is not None and self._stream.time_base is not None:
-            return float(self._stream.duration * self._stream.time_base)
+            # What precedes the start is the encoder's delay, which the decoder drops.
+            num_units = self._stream.duration - max(self._stream.start_time or 0, 0)
+            return float(num_units * self._stream.time_base) - self._pre_skip_s()
         if self._container.duration is not None and len(self._container.streams) == 1:
             return float(self._container.duration) / 1e6
         return None
+
+    def _pre_skip_s(self) -> float:
+        """Return what an Opus in Ogg counts and its decoder drops (RFC 7845, section 4.2)."""
+        head = self._stream.codec_context.extradata or b""
+        if self._container.format.name != "ogg" or not head.startswith(b"OpusHead"):
+            return 0.0
+        return int.from_bytes(head[10:12], "little") / 48_000
 
     def seek(self, start_s: float) -> int:
         """Stay at the start: FFmpeg's decoders do not give the same samples after a seek."""
@@ -159,6 +183,8 @@ class FfmpegReader:
             except self._av.error.EOFError:
                 return
             except self._av.error.FFmpegError as error:
+                if not any(bytes(packet)):  # padding behind the audio
+                    continue
                 self._num_damaged += 1
                 if self._num_damaged == 1:
                     self.notes.append(f"FFmpeg: {_error_text(error)}")

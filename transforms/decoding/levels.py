@@ -63,8 +63,7 @@ class LevelMeter:
         else:
             self.notes.append(
                 f"at {self.duration_s:.1f} s the audio changes from "
-                f"{self._format[0]} Hz, {self._format[1]} channels to {rate} Hz, "
-                f"{channels} channels"
+                f"{_format_words(*self._format)} to {_format_words(rate, channels)}"
             )
         self._close_partial_frame()
         self._format = (rate, channels)
@@ -116,6 +115,10 @@ class LevelMeter:
             content_sha256=content_sha256,
             warning=warning,
         )
+
+
+def _format_words(rate: int, channels: int) -> str:
+    return f"{rate} Hz, {channels} channel{'' if channels == 1 else 's'}"
 
 
 def _decibels(amplitude: float) -> float:

@@ -10,6 +10,7 @@ from transforms.records import FloatArray
 
 BLOCK_S = 1.0
 MAX_BLOCK_VALUES = 1 << 20  # samples times channels: bounds memory whatever a header claims
+PACKET_SLACK_S = 0.1  # lengths that a codec's packets give are rounded to packets
 ROUNDING_S = 0.01  # manifests round their times; an end this little past the file's is no news
 
 

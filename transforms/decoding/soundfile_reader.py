@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import soundfile
 
-from transforms.decoding.encoded import Encoded
-from transforms.decoding.reader import ROUNDING_S, Block, block_frames, check_rate
-from transforms.decoding.routes import UNKNOWN_SIZE_FROM, Route
+from transforms.decoding.formats.chunks import UNKNOWN_SIZE_FROM
+from transforms.decoding.formats.routes import Route
+from transforms.decoding.reader import PACKET_SLACK_S, ROUNDING_S, Block, block_frames, check_rate
 from transforms.errors import DecodeError
 from transforms.records import FloatArray
 
@@ -31,12 +31,12 @@ class SoundFileReader:
     """A ``Reader`` on libsndfile."""
 
     library = "libsndfile"
-    promise_slack_s = ROUNDING_S
 
-    def __init__(self, encoded: Encoded, route: Route) -> None:
-        self._bytes = encoded.open()
+    def __init__(self, route: Route) -> None:
+        self._bytes = route.encoded.open()
+        self._options = {} if route.pcm is None else {"format": "RAW", **vars(route.pcm)}
         try:
-            self._file = _SequentialFile(self._bytes)
+            self._file = _SequentialFile(self._bytes, **self._options)
         except soundfile.LibsndfileError as error:
             self._bytes.close()
             raise DecodeError(f"libsndfile: {error.error_string}", error_type="NotAudio") from error
@@ -50,6 +50,9 @@ class SoundFileReader:
             self.close()
             raise
         self._position = 0
+        # A WAV of MPEG audio counts whole frames, and the decoder's delay.
+        is_mpeg = self._file.subtype.startswith("MPEG")
+        self.promise_slack_s = PACKET_SLACK_S if is_mpeg else ROUNDING_S
         self.promised_s = route.promised_s or self._read_promise()
 
     def _read_promise(self) -> float | None:
@@ -79,7 +82,7 @@ class SoundFileReader:
         except soundfile.LibsndfileError:
             self._file.close()
             self._bytes.seek(0)
-            self._file = _SequentialFile(self._bytes)
+            self._file = _SequentialFile(self._bytes, **self._options)
         return self._position
 
     def blocks(self, on_progress: Callable[[], None]) -> Iterator[Block]:

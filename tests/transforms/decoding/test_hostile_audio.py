@@ -160,19 +160,16 @@ def test_64_channels_are_averaged(name: str) -> None:
 
 @pytest.mark.parametrize("num_channels", [0, 64, 1024, 65_535])
 def test_missing_channels_are_an_error(num_channels: int) -> None:
-    with pytest.raises(DecodeError, match="at least 25 ms are needed"):
+    with pytest.raises(DecodeError) as error:
         decode_whole(put(sound("wav"), 22, "<H", num_channels))
+    assert error.value.error_type in {"NoSamples", "TooShort"}
 
 
 @pytest.mark.parametrize(
     ("size", "duration_s", "warning"),
     [
         (0, 1.0, "the header declares no audio; read to the end"),
-        (
-            16_000,
-            0.5,
-            "16000 bytes follow the 16000 bytes of audio that the header declares",
-        ),
+        (16_000, 1.0, "the header declares 0.5 s; there are 1.0 s of audio"),
         (0x70000000, 1.0, "decoded 1.0 of 58720.3 s"),
         (0xFFFFFFFF, 1.0, None),
     ],
