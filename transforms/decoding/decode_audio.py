@@ -61,20 +61,17 @@ class DecodeAudio(beam.PTransform[Any, Any]):
     A unit's results come in the order of its items, ``UnitEnd`` last. While they are emitted, the
     next unit is already being decoded. The step must be fused with the one that takes the samples.
 
-    ``read_unit`` yields a unit's clips, and a failure for each that cannot be read. It must be
-    picklable, and is called on a thread of its own.
+    ``read_unit`` is a generator of a unit's clips, with a failure for each that cannot be read. It
+    must be picklable, and runs on a thread of its own.
     """
 
     def __init__(self, settings: DecodeSettings, read_unit: ReadUnit) -> None:
         super().__init__()
-        self._settings = settings
-        self._read_unit = read_unit
+        self._step = _DecodeFn(settings, read_unit)
 
     def expand(self, units: Any) -> Any:
         """Apply the transform."""
-        decode_fn = _DecodeFn(self._settings, self._read_unit)
-        decode: Any = beam.ParDo(decode_fn)
-        return units | "Decode the unit's clips" >> decode
+        return units | "Decode the unit's clips" >> beam.ParDo(self._step)
 
 
 @dataclass
@@ -113,7 +110,7 @@ class _DecodeFn(beam.DoFn):
     ) -> Iterator[WindowedValue]:
         if self._pool is None:
             raise EarmarkError("setup was not called before process; a runner must call it")
-        stream = self._pool.stream(unit.unit_id, _read_lazily(self._read_unit, unit))
+        stream = self._pool.stream(unit.unit_id, self._read_unit(unit))
         previous, self._pending = self._pending, _Pending(unit, stream, window, timestamp)
         if previous is not None:
             yield from self._emit(previous)
@@ -153,8 +150,3 @@ class _DecodeFn(beam.DoFn):
         self._num_clips.inc()
         self._decoded_ms.inc(round(result.facts.duration_s * 1000))
         return 1
-
-
-def _read_lazily(read_unit: ReadUnit, unit: WorkUnit) -> Iterator[EncodedClip | Failure]:
-    """Call ``read_unit`` on the pool's thread, so that its errors come in the unit's place."""
-    yield from read_unit(unit)

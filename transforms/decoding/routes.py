@@ -38,14 +38,21 @@ _MATROSKA_SEGMENT = b"\x18S\x80g"
 def find_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> Route:
     """Choose by content; FFmpeg goes first where libsndfile would silently cut the file."""
     head = view[:64]
-    if _needs_ffmpeg(head):
-        return Route(False, notes=_cut_short(view, _declared_length(view)))
     if head.startswith(_RIFF_MAGIC):
-        return _find_wav_route(view)
+        if head[8:12] == b"WAVE":
+            return _find_wav_route(view)
+        size = int.from_bytes(head[4:8], "little")
+        return Route(False, notes=_cut_short(view, size + 8 if size < UNKNOWN_SIZE_FROM else 0))
+    if head.startswith(b"riff"):  # W64: libsndfile reads trailing bytes as audio
+        return Route(False, notes=_cut_short(view, int.from_bytes(head[16:24], "little")))
+    if head.startswith(_EBML_MAGIC):
+        return Route(False, notes=_cut_short(view, _matroska_length(view)))
+    if head.startswith(b"FORM"):
+        return Route(head[8:12] in (b"AIFF", b"AIFC"))
+    if head[4:8] == b"ftyp":
+        return Route(False, notes=_cut_short(view, _mp4_length(view)))
     if head.startswith(b"caff"):
         return Route(True, notes=_cut_short(view, _caf_length(view)))
-    if head.startswith(b"FORM"):
-        return Route(True)
     if head.startswith(b"OggS"):
         return _find_ogg_route(view, on_progress)
     if head.startswith(b".snd"):
@@ -56,28 +63,6 @@ def find_route(view: bytes | mmap.mmap, on_progress: Callable[[], None]) -> Rout
     if view[start : start + 4] == b"fLaC":
         return Route(True)
     return _find_mp3_route(view, start)
-
-
-def _needs_ffmpeg(head: bytes) -> bool:
-    if head.startswith(_RIFF_MAGIC):
-        return head[8:12] != b"WAVE"
-    if head.startswith(b"FORM"):
-        return head[8:12] not in (b"AIFF", b"AIFC")
-    # W64: libsndfile reads trailing bytes as audio.
-    return head.startswith((b"riff", _EBML_MAGIC)) or head[4:8] == b"ftyp"
-
-
-def _declared_length(view: bytes | mmap.mmap) -> int:
-    """Return the size that a file for FFmpeg declares, in bytes; 0 if it declares none."""
-    head = view[:64]
-    if head.startswith(_RIFF_MAGIC):
-        size = int.from_bytes(head[4:8], "little")
-        return size + 8 if size < UNKNOWN_SIZE_FROM else 0
-    if head.startswith(b"riff"):
-        return int.from_bytes(head[16:24], "little")
-    if head.startswith(_EBML_MAGIC):
-        return _matroska_length(view)
-    return 0 if head.startswith(b"FORM") else _mp4_length(view)
 
 
 def _cut_short(view: bytes | mmap.mmap, declared_bytes: int) -> tuple[str, ...]:

@@ -90,19 +90,16 @@ class Engine:
             A function that waits for the predictions and returns or raises what ``label`` does.
             None if there is no such device, or if it refused the batch: ``label`` finds out why.
         """
-        pending = self._start(features)
-        return None if pending is None else functools.partial(self._finish, features, pending)
-
-    def _start(self, features: Features) -> Pending | None:
         if not self.predict_safely.takes(len(features)):
             return None
         try:
             with timed("queue"), self.lock:
-                return start_windows(self.backbone, features)
+                pending = start_windows(self.backbone, features)
         except EarmarkError:
             raise
         except Exception:  # whatever a model and the libraries below it may raise
             return None
+        return None if pending is None else functools.partial(self._finish, features, pending)
 
     def _finish(self, features: Features, pending: Pending) -> list[Prediction]:
         try:
@@ -111,7 +108,7 @@ class Engine:
             predictions = self._read(features, *self._convert(embeddings))
         except EarmarkError:
             raise
-        except Exception:  # as in _start
+        except Exception:  # as in begin
             return self.label(features)
         return self._checked(features, predictions)
 
@@ -218,10 +215,6 @@ def _make_check(spec: ModelSpec, settings: InferenceSettings, name: str) -> Prec
     device = resolve_device(settings.device)
     if settings.check_windows == 0 or name == f"torch {device} fp32":
         return None
-
-    def load_predict() -> Callable[[FloatArray], list[Prediction]]:
-        return load_reference(spec, settings).predict
-
     depends_on = {
         "model_sha256": spec.sha256,
         "activation": spec.activation,
@@ -231,7 +224,9 @@ def _make_check(spec: ModelSpec, settings: InferenceSettings, name: str) -> Prec
         "calibration": settings.quantised and settings.quantised.digest,
         **surroundings(device),
     }
-    return PrecisionCheck(load_predict, settings.check_windows, depends_on)
+    return PrecisionCheck(
+        lambda: load_reference(spec, settings).predict, settings.check_windows, depends_on
+    )
 
 
 def _check_shape(name: str, values: npt.NDArray[np.floating], expected: tuple[int, ...]) -> None:
