@@ -69,7 +69,7 @@ class DecodePool:
         self._room = threading.Condition(self.lock)  # the feeder waits here
         self._work = threading.Condition(self.lock)  # idle workers wait here
         self._num_processes = self.settings.resolve_num_processes()
-        self._clips_ahead = self.settings.resolve_clips_ahead()
+        self._clips_ahead = self.settings.clips_ahead or 4 + 2 * self._num_processes
         self._to_feed: list[_Stream] = []  # open streams whose input has not ended, oldest first
         self._waiting: list[_Stream] = []  # streams whose consumer waits for a result
         self._open: set[_Stream] = set()

@@ -105,7 +105,7 @@ class Engine:
         try:
             with timed(self._stage):
                 embeddings = pending()
-            predictions = self._read(features, *self._convert(embeddings))
+            predictions = self._read(features, embeddings)
         except EarmarkError:
             raise
         except Exception:  # as in begin
@@ -120,15 +120,13 @@ class Engine:
 
         Raises ``RuntimeError`` if the model's output has the wrong shape.
         """
-        return self._read(features, *self._embed(features))
+        return self._read(features, self._embed(features))
 
-    def _read(
-        self,
-        features: Features,
-        pooled: npt.NDArray[np.floating],
-        stored: npt.NDArray[np.floating],
-    ) -> list[Prediction]:
+    def _read(self, features: Features, embeddings: Embeddings) -> list[Prediction]:
         """Make predictions of embeddings: ``pooled`` is scored, ``stored`` is kept."""
+        pooled = stored = embeddings.pooled.astype(self.embedding_dtype)
+        if embeddings.patch_mean is not None:
+            stored = embeddings.patch_mean.astype(self.embedding_dtype)
         _check_shape("embedding", pooled, (len(features), self._hidden_size))
         _check_shape("stored embedding", stored, pooled.shape)
         scores = score_embeddings(self.head, pooled, self.activation)
@@ -150,21 +148,9 @@ class Engine:
         with self.lock:
             self.backbone.shrink(batch_size)
 
-    def _embed(
-        self, features: Features
-    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
+    def _embed(self, features: Features) -> Embeddings:
         with timed("queue"), self.lock, timed(self._stage):
-            embeddings = embed_windows(self.backbone, features)
-        return self._convert(embeddings)
-
-    def _convert(
-        self, embeddings: Embeddings
-    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
-        """Return pooled embeddings and those to store (the same, unless patches are pooled)."""
-        pooled = embeddings.pooled.astype(self.embedding_dtype)
-        if embeddings.patch_mean is None:
-            return pooled, pooled
-        return pooled, embeddings.patch_mean.astype(self.embedding_dtype)
+            return embed_windows(self.backbone, features)
 
 
 def join_features(windows: Sequence[FloatArray]) -> FloatArray:

@@ -20,6 +20,7 @@ from tests.support.audio_factory import noise, write
 from tests.support.labelling import Row, assert_same_rows, rows_by_name
 from tests.support.model_factory import write_tiny_model
 from transforms.inference import safe_predictor
+from transforms.inference.backbones import Embeddings
 from transforms.inference.engine import NOT_FINITE, Engine
 from transforms.records import FloatArray
 
@@ -177,12 +178,10 @@ def give_nan_for_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that divides by the spread of its input, wherever the features lie."""
     read = Engine._read
 
-    def unstable(engine: Engine, features: Any, *embeddings: FloatArray) -> Any:
-        silent = [bool(window.std() < 1e-3) for window in features]
-        broken = [values.copy() for values in embeddings]
-        for values in broken:
-            values[silent] = np.nan
-        return read(engine, features, *broken)
+    def unstable(engine: Engine, features: Any, embeddings: Embeddings) -> Any:
+        pooled = embeddings.pooled.copy()
+        pooled[[bool(window.std() < 1e-3) for window in features]] = np.nan
+        return read(engine, features, Embeddings(pooled))
 
     monkeypatch.setattr(Engine, "_read", unstable)
 

@@ -18,6 +18,7 @@ from tests.support.model_factory import write_tiny_model
 from tests.transforms.inference.conftest import features
 from transforms.errors import ConfigError
 from transforms.inference.backbones import (
+    Embeddings,
     InferenceSettings,
     resolve_batch_size,
     resolve_device,
@@ -74,7 +75,7 @@ def test_softmax_models_score_with_a_softmax(tmp_path: Path) -> None:
 def test_an_output_of_another_shape_is_an_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(Engine, "_embed", lambda self, batch: (np.zeros(shape),) * 2)
+    monkeypatch.setattr(Engine, "_embed", lambda self, batch: Embeddings(np.zeros(shape)))
     with pytest.raises(RuntimeError, match=re.escape(f"of shape {shape}, not (2, 32)")):
         engine.predict(features(2))
 
@@ -85,7 +86,7 @@ def test_a_stored_embedding_that_is_not_finite_is_an_error_too(
     # The patches' mean is stored; the scores come from another vector, which may be finite.
     stored = np.zeros((3, 32), np.float32)
     stored[1, 0] = np.inf
-    monkeypatch.setattr(Engine, "_embed", lambda self, batch: (np.zeros_like(stored), stored))
+    monkeypatch.setattr(Engine, "_embed", lambda *_: Embeddings(np.zeros_like(stored), stored))
     assert [p.error for p in engine.predict(features(3))] == [None, NOT_FINITE, None]
 
 
