@@ -33,7 +33,8 @@ class Encoded:
         """Return a new file object over the bytes."""
         if isinstance(self.view, bytes):
             return io.BytesIO(self.view)
-        return open(str(self.path), "rb")
+        # Without its name, by which soundfile would take "a.raw" for samples without a header.
+        return open(os.open(str(self.path), os.O_RDONLY), "rb")
 
 
 @contextlib.contextmanager
