@@ -269,7 +269,7 @@ def multiplying(precision: Precision) -> Iterator[None]:
     """No gradients, and TF32 where it is wanted, and nowhere else."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision.may_use_tf32 else "highest")
-    exactly = contextlib.nullcontext() if precision.may_use_tf32 else true_float32()
+    exactly = contextlib.nullcontext() if precision.may_use_tf32 else true_float32
     try:
         with torch.inference_mode(), exactly:
             yield

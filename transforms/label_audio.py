@@ -98,13 +98,7 @@ def make_input_settings(
     does not fit them.
     """
     decode, sources = decode or DecodeSettings(), sources or SourceSettings()
-    windows = WindowSettings.from_seconds(
-        length_s=window_s,
-        hop_s=hop_s,
-        min_tail_ratio=min_tail_ratio,
-        num_frames=fbank.num_frames,
-        sample_rate_hz=fbank.sample_rate_hz,
-    )
+    windows = WindowSettings.from_seconds(fbank, window_s, hop_s, min_tail_ratio)
     return InputSettings(
         decode=dataclasses.replace(
             decode,

@@ -36,7 +36,7 @@ from transforms.decoding.settings import DecodeSettings
 from transforms.errors import ConfigError, ModelError
 from transforms.features.fbank import FEATURES_VERSION
 from transforms.inference.backbones import InferenceSettings
-from transforms.inference.engines import check_settings
+from transforms.inference.engines import choose_engine
 from transforms.label_audio import LabelSettings, make_settings
 from transforms.models.ast.bundled import DEFAULT_MODEL, describe_default
 from transforms.models.ast.checkpoints import ModelOverrides, ModelSpec, resolve_model
@@ -146,7 +146,7 @@ def resolve_run(
     model = choose_model(config)
     label = make_label_settings(config, model)
     if not is_remote:
-        check_settings(label.inference)
+        choose_engine(label.inference)  # an error now, before any work
     elif label.inference.precision == "int8":
         raise ConfigError(
             "inference.precision is int8, which is calibrated on this machine, and the runner "

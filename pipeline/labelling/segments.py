@@ -30,7 +30,6 @@ from pipeline.terminal.std_streams import answer
 from pipeline.terminal.wording import counted
 from transforms.decoding.process import (
     WORKER_COMMAND,
-    DecoderLostError,
     DecoderProcess,
     start_decoder,
 )
@@ -270,7 +269,7 @@ class HeaderReader:
         try:
             num_bytes = len(clip.data or b"") if path is None else path.stat().st_size
             length_s = self._living_process().read_length_s(clip)
-        except (DecodeError, DecoderLostError, OSError):  # labelling it will say why
+        except (DecodeError, OSError):  # labelling it will say why
             return None
         finally:
             if path is not None and clip.delete_path:

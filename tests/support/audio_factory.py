@@ -138,12 +138,9 @@ def encode(samples: Samples, sample_rate_hz: int, format: str | Format = "wav") 
     return _encode_with_av([samples], sample_rate_hz, chosen)
 
 
-def encode_video(
-    sample_rate_hz: int, tracks: list[Samples], *, container: str = "matroska"
-) -> bytes:
+def encode_video(sample_rate_hz: int, tracks: list[Samples]) -> bytes:
     """Encode a small video with these audio tracks, possibly none."""
-    chosen = Format("av", container, "pcm_s16le", 16, with_video=True)
-    return _encode_with_av(tracks, sample_rate_hz, chosen)
+    return _encode_with_av(tracks, sample_rate_hz, FORMATS["mkv_video"])
 
 
 def write(path: Path, samples: Samples, sample_rate_hz: int, format: str | Format = "wav") -> Path:
@@ -238,6 +235,5 @@ def clip(name: str, data: bytes, **segment: float) -> EncodedClip:
     return EncodedClip(Item(name, name, **segment), data=data)
 
 
-def wav(duration_s: float, mark: bytes = b"", frequency_hz: float = 440.0) -> bytes:
-    samples = tone(duration_s, frequency_hz=frequency_hz)
-    return encode(samples, 16_000, "wav_float") + mark
+def wav(duration_s: float, mark: bytes = b"") -> bytes:
+    return encode(tone(duration_s), 16_000, "wav_float") + mark

@@ -221,18 +221,15 @@ def main() -> int:
     unknown = [name for name in names if name not in FETCHERS]
     if unknown:
         parser.error(f"no runner {unknown[0]}; there are {', '.join(FETCHERS)}")
+    num_missing = 0
     with alone():
-        found = [provision_aloud(name) for name in names]
-    return int(any(one.missing for one in found))
-
-
-def provision_aloud(name: str) -> Provisioned:
-    """Fetch a runner, and say what came of it and how long it took."""
-    began_s = time.monotonic()
-    found = provision(name)
-    told = f"MISSING: {found.missing}" if found.missing else f"{found.what}, {found.path}"
-    print(f"{name}: {told} ({time.monotonic() - began_s:.0f} s)", flush=True)
-    return found
+        for name in names:
+            began_s = time.monotonic()
+            found = provision(name)
+            num_missing += found.missing is not None
+            told = f"MISSING: {found.missing}" if found.missing else f"{found.what}, {found.path}"
+            print(f"{name}: {told} ({time.monotonic() - began_s:.0f} s)", flush=True)
+    return int(num_missing > 0)
 
 
 if __name__ == "__main__":

@@ -52,17 +52,13 @@ class DecodedPiece(NamedTuple):
     is_last: bool
 
 
-def _ignore_progress() -> None:
-    """Do nothing: nobody watches for a hang."""
-
-
 def decode(
     source: bytes | str | Path,
     settings: DecodeSettings = UNLIMITED,
     *,
     start_s: float | None = None,
     end_s: float | None = None,
-    on_progress: Callable[[], None] = _ignore_progress,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Iterator[DecodedPiece]:
     """Decode a file, or a segment of it, to mono at one rate, piece by piece.
 
@@ -90,10 +86,8 @@ def decode(
         span = DecodeSpan(start_s or 0.0, end_s)
         budget = _Budget(settings, on_progress)
         chain = ReaderChain(encoded, span.start_s, budget.on_progress)
-        try:
-            yield from _decode_blocks(chain, span, sha256, settings, budget)
-        finally:
-            chain.close()
+        opened.callback(chain.close)
+        yield from _decode_blocks(chain, span, sha256, settings, budget)
 
 
 def decode_whole(
@@ -111,12 +105,11 @@ def decode_whole(
 
 def read_length_s(source: bytes | str | Path, on_progress: Callable[[], None]) -> float | None:
     """Return the seconds that a header promises, or None; raise ``DecodeError`` if not audio."""
-    with open_encoded(source) as encoded:
-        chain = ReaderChain(encoded, 0.0, on_progress)
-        try:
-            return chain.promised_s
-        finally:
-            chain.close()
+    with (
+        open_encoded(source) as encoded,
+        contextlib.closing(ReaderChain(encoded, 0.0, on_progress)) as chain,
+    ):
+        return chain.promised_s
 
 
 def _decode_blocks(

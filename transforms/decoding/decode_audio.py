@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import apache_beam as beam
-from apache_beam.metrics.metric import Metrics
 from apache_beam.utils.windowed_value import WindowedValue
 
-from transforms.decoding.pool import Decoded, DecodePool, DecodeStream
+from transforms.decoding.pool import DecodePool, DecodeStream
 from transforms.decoding.settings import DecodeSettings
 from transforms.errors import EarmarkError
 from transforms.process.stage_times import stage_clocks
@@ -61,20 +60,17 @@ class DecodeAudio(beam.PTransform[Any, Any]):
     A unit's results come in the order of its items, ``UnitEnd`` last. While they are emitted, the
     next unit is already being decoded. The step must be fused with the one that takes the samples.
 
-    ``read_unit`` yields a unit's clips, and a failure for each that cannot be read. It must be
-    picklable, and is called on a thread of its own.
+    ``read_unit`` is a generator of a unit's clips, with a failure for each that cannot be read. It
+    must be picklable, and runs on a thread of its own.
     """
 
     def __init__(self, settings: DecodeSettings, read_unit: ReadUnit) -> None:
         super().__init__()
-        self._settings = settings
-        self._read_unit = read_unit
+        self._step = _DecodeFn(settings, read_unit)
 
     def expand(self, units: Any) -> Any:
         """Apply the transform."""
-        decode_fn = _DecodeFn(self._settings, self._read_unit)
-        decode: Any = beam.ParDo(decode_fn)
-        return units | "Decode the unit's clips" >> decode
+        return units | "Decode the unit's clips" >> beam.ParDo(self._step)
 
 
 @dataclass
@@ -94,9 +90,6 @@ class _DecodeFn(beam.DoFn):
         self._read_unit = read_unit
         self._pool: DecodePool | None = None
         self._pending: _Pending | None = None
-        self._num_clips: Any = Metrics.counter("earmark.decode", "clips")
-        self._num_failures: Any = Metrics.counter("earmark.decode", "failures")
-        self._decoded_ms: Any = Metrics.counter("earmark.decode", "decoded_ms")
 
     def setup(self) -> None:
         self._pool = _borrow_pool(self._settings)
@@ -113,15 +106,11 @@ class _DecodeFn(beam.DoFn):
     ) -> Iterator[WindowedValue]:
         if self._pool is None:
             raise EarmarkError("setup was not called before process; a runner must call it")
-        stream = self._pool.stream(unit.unit_id, _read_lazily(self._read_unit, unit))
-        previous, self._pending = self._pending, _Pending(unit, stream, window, timestamp)
-        if previous is not None:
-            yield from self._emit(previous)
+        stream = self._pool.stream(unit.unit_id, self._read_unit(unit))
+        yield from self._emit_before(_Pending(unit, stream, window, timestamp))
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        previous, self._pending = self._pending, None
-        if previous is not None:
-            yield from self._emit(previous)
+        yield from self._emit_before(None)
 
     def teardown(self) -> None:
         self._abandon()
@@ -134,27 +123,16 @@ class _DecodeFn(beam.DoFn):
             self._pending.stream.close()
             self._pending = None
 
-    def _emit(self, pending: _Pending) -> Iterator[WindowedValue]:
+    def _emit_before(self, next_pending: _Pending | None) -> Iterator[WindowedValue]:
+        """Emit the results of the pending unit, whose place another takes."""
+        pending, self._pending = self._pending, next_pending
+        if pending is None:
+            return
         num_items = 0
         with contextlib.closing(pending.stream):
             for result in pending.stream:
-                num_items += self._count(result)
+                is_last = isinstance(result, ItemFailure) or result.facts is not None
+                num_items += is_last  # of an item
                 yield WindowedValue(result, pending.timestamp, (pending.window,))
         end = UnitEnd(pending.unit, num_items)
         yield WindowedValue(end, pending.timestamp, (pending.window,))
-
-    def _count(self, result: Decoded) -> int:
-        """Update the metrics; return 1 if the result is its item's last, else 0."""
-        if isinstance(result, ItemFailure):
-            self._num_failures.inc()
-            return 1
-        if result.facts is None:
-            return 0
-        self._num_clips.inc()
-        self._decoded_ms.inc(round(result.facts.duration_s * 1000))
-        return 1
-
-
-def _read_lazily(read_unit: ReadUnit, unit: WorkUnit) -> Iterator[EncodedClip | Failure]:
-    """Call ``read_unit`` on the pool's thread, so that its errors come in the unit's place."""
-    yield from read_unit(unit)

@@ -69,7 +69,7 @@ class DecodePool:
         self._room = threading.Condition(self.lock)  # the feeder waits here
         self._work = threading.Condition(self.lock)  # idle workers wait here
         self._num_processes = self.settings.resolve_num_processes()
-        self._clips_ahead = self.settings.resolve_clips_ahead()
+        self._clips_ahead = self.settings.clips_ahead or 4 + 2 * self._num_processes
         self._to_feed: list[_Stream] = []  # open streams whose input has not ended, oldest first
         self._waiting: list[_Stream] = []  # streams whose consumer waits for a result
         self._open: set[_Stream] = set()
@@ -80,9 +80,12 @@ class DecodePool:
         self._num_stalled = 0  # workers blocked on a full queue of pieces
         self._clips_in_flight = 0
         self._bytes_in_flight = 0
-        self._feeder: threading.Thread | None = None
         self._fatal: EarmarkError | None = None
         self._closed = False
+        self._feeder = threading.Thread(
+            target=self._feed, name="earmark-decode-feeder", daemon=True
+        )
+        self._feeder.start()
         atexit.register(self.close)
 
     def __enter__(self) -> DecodePool:
@@ -105,11 +108,6 @@ class DecodePool:
                 raise EarmarkError("the decode pool is closed; make a new one")
             self._open.add(stream)
             self._to_feed.append(stream)
-            if self._feeder is None:
-                self._feeder = threading.Thread(
-                    target=self._feed, name="earmark-decode-feeder", daemon=True
-                )
-                self._feeder.start()
             self._room.notify()
         return DecodeStream(self, stream)
 
@@ -121,17 +119,13 @@ class DecodePool:
             streams = list(self._open)
             self._room.notify_all()
             self._work.notify_all()
-            workers = list(self._workers)
+            threads = [self._feeder, *(worker.thread for worker in self._workers)]
         for stream in streams:
             self.close_stream(stream)
-        threads = [worker.thread for worker in workers]
-        if self._feeder is not None:
-            threads.append(self._feeder)
         for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(CLOSE_TIMEOUT_S)
-                if thread.is_alive():
-                    logger.warning("%s did not end within %g s", thread.name, CLOSE_TIMEOUT_S)
+            thread.join(CLOSE_TIMEOUT_S)
+            if thread.is_alive():
+                logger.warning("%s did not end within %g s", thread.name, CLOSE_TIMEOUT_S)
 
     # The consumer's side
 
@@ -149,7 +143,9 @@ class DecodePool:
                     job = stream.jobs[0]
                     result = job.results.popleft() if job.results else None
                     if job.done and not job.results:
-                        self._finish_head(stream)
+                        stream.jobs.popleft()
+                        self._clips_in_flight -= 1
+                        self._room.notify()
                     if result is not None:
                         job.taken.notify()
                         return result
@@ -161,25 +157,16 @@ class DecodePool:
                     return None
                 self._wait_for_result(stream)
 
-    def _finish_head(self, stream: _Stream) -> None:
-        stream.jobs.popleft()
-        self._clips_in_flight -= 1
-        self._room.notify()
-
     def _wait_for_result(self, stream: _Stream) -> None:
+        cause: LabellingStage = "wait_decode" if self._has_started else "start"
         self._waiting.append(stream)
         try:
             self._room.notify()
             self._help_waiting()
-            with timed(self._cause_of_wait(stream)):
+            with timed(cause if stream.jobs else "wait_read"):
                 stream.ready.wait()
         finally:
             self._waiting.remove(stream)
-
-    def _cause_of_wait(self, stream: _Stream) -> LabellingStage:
-        if not stream.jobs:
-            return "wait_read"
-        return "wait_decode" if self._has_started else "start"
 
     def _help_waiting(self) -> None:
         """If every decoder is blocked on a full queue, start another for a waiting consumer."""
@@ -306,11 +293,6 @@ class DecodePool:
             self._workers.discard(worker)  # under this lock, so that no other worker ends too
             return None
 
-    def note_start(self) -> None:
-        """Record that a decoder is up; from now on, waiting counts as decoding."""
-        with self.lock:
-            self._has_started = True
-
     def retire(self, worker: _Worker) -> None:
         """Forget a worker that has ended."""
         with self.lock:
@@ -319,6 +301,7 @@ class DecodePool:
     def begin(self, job: _Job, child: DecoderProcess) -> bool:
         """Record which child decodes a job; return False if the job was cancelled."""
         with self.lock:
+            self._has_started = True  # from now on, waiting counts as decoding
             job.child = child
             return not job.cancelled
 
@@ -474,7 +457,7 @@ class _Worker:
     def _run(self, job: _Job, clip: EncodedClip, child: DecoderProcess) -> Decoded | None:
         """Queue a clip's pieces, and return its last result; None if the job was cancelled."""
         try:
-            for samples, facts in child.decode(clip, self._pool.settings.max_item_bytes):
+            for samples, facts in child.decode(clip):
                 piece = Waveform(job.stream.unit_id, job.item_index, job.item, samples, facts)
                 if facts is not None:
                     return piece
@@ -487,11 +470,9 @@ class _Worker:
         raise EarmarkError("a decoder ended a clip without its facts")
 
     def _usable_child(self) -> DecoderProcess:
-        if self._child is not None and self._child.is_usable():
-            return self._child
-        if self._child is not None:
+        if self._child is not None and not self._child.is_usable():
             self._child.close()
             self._child = None
-        self._child = start_decoder(self._pool.settings, self._pool.worker_command)
-        self._pool.note_start()
+        if self._child is None:
+            self._child = start_decoder(self._pool.settings, self._pool.worker_command)
         return self._child

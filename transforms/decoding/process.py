@@ -20,14 +20,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from transforms.decoding import child as protocol
-from transforms.decoding.decode import BOUND_ERRORS
+from transforms.decoding.decode import BOUND_ERRORS, DecodedPiece
 from transforms.decoding.settings import DecodeSettings
 from transforms.errors import DecodeError, EarmarkError, item_too_large
 from transforms.process.stage_times import StageSeconds, stage_clocks
@@ -42,24 +41,8 @@ MAX_ANSWER_BYTES = 1 << 20  # facts, a length or the message of an error
 MAX_FAILED_STARTS = 3
 
 
-class DecoderLostError(Exception):
+class DecoderLostError(DecodeError):
     """The loss of a decoder: ``error_type`` is ``DecoderCrashed`` or ``DecoderHung``."""
-
-    def __init__(self, message: str, error_type: str) -> None:
-        super().__init__(message)
-        self.error_type = error_type
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A piece of a decoded clip: mono float32 of shape (num_samples,).
-
-    ``facts`` are the clip's as far as decoded.
-    """
-
-    samples: FloatArray
-    facts: ClipFacts
-    is_last: bool
 
 
 def start_decoder(
@@ -174,34 +157,33 @@ class DecoderProcess:
         self._connection.settimeout(self._settings.stall_timeout_s)
         self._base_bytes = protocol.data_bytes(self._process.pid)
 
-    def decode(
-        self, clip: EncodedClip, max_item_bytes: int
-    ) -> Iterator[tuple[FloatArray, ClipFacts | None]]:
+    def decode(self, clip: EncodedClip) -> Iterator[tuple[FloatArray, ClipFacts | None]]:
         """Yield the samples of a clip piece by piece; the facts come with the last piece.
 
         If the process is lost midway, the clip ends there, with a warning in its facts. Raises
         ``DecodeError`` if nothing could be decoded, or a bound was exceeded.
         """
-        held: Reply | None = None  # held back until the next arrives, so that the last is not empty
+        # Held back until the next arrives, so that the last is not empty.
+        held: DecodedPiece | None = None
         num_samples = 0
         try:
-            _check_size(clip, max_item_bytes)
+            _check_size(clip, self._settings.max_item_bytes)
             self._send_job(clip)
             while True:
-                reply = self._receive_reply()
+                piece = self._receive_piece()
                 if held is not None:
                     yield held.samples, None
-                if reply.is_last:
-                    yield reply.samples, reply.facts
+                if piece.is_last:
+                    yield piece.samples, piece.facts
                     return
-                held = reply
-                num_samples += len(reply.samples)
+                held = piece
+                num_samples += len(piece.samples)
                 self._return_slot()
-        except (DecodeError, DecoderLostError) as error:
+        except DecodeError as error:
             if error.error_type == "DecoderOutOfMemory":
                 self.kill()  # libraries leak here: the next clip gets a new process
             if held is None or error.error_type in BOUND_ERRORS:
-                raise DecodeError(str(error), error_type=error.error_type) from error
+                raise
             duration_s = num_samples / self._settings.sample_rate_hz
             warning = f"decoded {duration_s:.1f} s, then stopped: {error}"
             facts = dataclasses.replace(held.facts, duration_s=duration_s, warning=warning)
@@ -230,12 +212,12 @@ class DecoderProcess:
         except OSError:
             pass  # the child is dead, but pieces that it sent before may still be received
 
-    def _receive_reply(self) -> Reply:
+    def _receive_piece(self) -> DecodedPiece:
         """Receive the next piece, copied out of shared memory.
 
         Raises:
-            DecodeError: The child reported an error of the clip.
-            DecoderLostError: The child died, showed no sign of life, or sent an invalid answer.
+            DecodeError: The child reported an error of the clip; ``DecoderLostError`` if it died,
+                showed no sign of life, or sent an invalid answer.
         """
         kind, content = self._receive_answer()
         slot = self._num_received % protocol.NUM_SLOTS
@@ -243,7 +225,7 @@ class DecoderProcess:
         self._slots_to_return += 1
         with self._checked_answer():
             samples = self._slots[slot, : content["num_samples"]].copy()
-            return Reply(samples, ClipFacts(**content["facts"]), kind == protocol.LAST)
+            return DecodedPiece(samples, ClipFacts(**content["facts"]), kind == protocol.LAST)
 
     def read_length_s(self, clip: EncodedClip) -> float | None:
         """Return the seconds of audio that a clip's header promises; None if it promises nothing.
@@ -288,7 +270,7 @@ class DecoderProcess:
             raise DecoderLostError(
                 f"the decoder sent an invalid answer ({type(error).__name__}: {error}) and was "
                 "killed",
-                "DecoderCrashed",
+                error_type="DecoderCrashed",
             ) from error
 
     def _send(self, kind: bytes, payload: bytes = b"", data: bytes = b"") -> None:
@@ -322,7 +304,8 @@ class DecoderProcess:
         timeout_s = self._connection.gettimeout()
         self.kill()
         return DecoderLostError(
-            f"the decoder gave no sign of life for {timeout_s:g} s and was killed", "DecoderHung"
+            f"the decoder gave no sign of life for {timeout_s:g} s and was killed",
+            error_type="DecoderHung",
         )
 
     def _lost(self) -> DecoderLostError:
@@ -332,7 +315,8 @@ class DecoderProcess:
             self._process.kill()
             code = self._process.wait()
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        return DecoderLostError(f"the decoder {how}{self._last_stderr_line()}", "DecoderCrashed")
+        message = f"the decoder {how}{self._last_stderr_line()}"
+        return DecoderLostError(message, error_type="DecoderCrashed")
 
     def _last_stderr_line(self) -> str:
         size = os.fstat(self._stderr).st_size

@@ -63,10 +63,6 @@ class DecodeSettings:
         """Return ``num_processes``, or the number of usable cores."""
         return self.num_processes or usable_cores()
 
-    def resolve_clips_ahead(self) -> int:
-        """Return ``clips_ahead``, or its default."""
-        return self.clips_ahead or 4 + 2 * self.resolve_num_processes()
-
 
 # For a file of one's own, decoded in this process.
 UNLIMITED = DecodeSettings(max_item_s=math.inf, max_decode_ratio=math.inf)

@@ -123,7 +123,24 @@ def extract_fbank(
     if samples.dtype != np.float32:
         raise FeatureError(f"samples are {samples.dtype}; must be float32 in [-1, 1].")
     check_samples(samples, settings)
-    return _normalise(_log_mel(samples, settings), settings, out)
+    # torch warns about read-only arrays, which records may hold.
+    samples = np.require(samples, requirements=("C", "W"))
+    frames = kaldi.fbank(
+        torch.from_numpy(samples).unsqueeze(0),
+        sample_frequency=settings.sample_rate_hz,
+        frame_length=FRAME_LENGTH_MS,
+        frame_shift=FRAME_SHIFT_MS,
+        low_freq=LOW_FREQUENCY_HZ,
+        num_mel_bins=settings.num_mel_bins,
+        preemphasis_coefficient=PREEMPHASIS,
+        window_type="hanning",
+        dither=0.0,
+        use_energy=False,
+    )
+    log_mel = np.zeros((settings.num_frames, settings.num_mel_bins), np.float32)
+    log_mel[: frames.shape[0]] = frames.numpy()
+    centred = np.subtract(log_mel, settings.mean, out=out)
+    return np.divide(centred, settings.std * 2, out=centred)
 
 
 class KaldiFbank(torch.nn.Module):
@@ -239,34 +256,6 @@ def _mel_filters(settings: FbankSettings) -> Tensor:
     return torch.nn.functional.pad(filters, (0, 1)).T.contiguous()
 
 
-def _log_mel(samples: FloatArray, settings: FbankSettings) -> FloatArray:
-    """Compute log-mel frames of checked samples, with zero rows appended, not normalised."""
-    # torch warns about read-only arrays, which records may hold.
-    samples = np.require(samples, requirements=("C", "W"))
-    frames = kaldi.fbank(
-        torch.from_numpy(samples).unsqueeze(0),
-        sample_frequency=settings.sample_rate_hz,
-        frame_length=FRAME_LENGTH_MS,
-        frame_shift=FRAME_SHIFT_MS,
-        low_freq=LOW_FREQUENCY_HZ,
-        num_mel_bins=settings.num_mel_bins,
-        preemphasis_coefficient=PREEMPHASIS,
-        window_type="hanning",
-        dither=0.0,
-        use_energy=False,
-    )
-    log_mel = np.zeros((settings.num_frames, settings.num_mel_bins), np.float32)
-    log_mel[: frames.shape[0]] = frames.numpy()
-    return log_mel
-
-
-def _normalise(
-    log_mel: FloatArray, settings: FbankSettings, out: FloatArray | None = None
-) -> FloatArray:
-    centred = np.subtract(log_mel, settings.mean, out=out)
-    return np.divide(centred, settings.std * 2, out=centred)
-
-
 class DeviceFbank:
     """``KaldiFbank`` on the model's device, for windows in host memory, of any lengths."""
 
@@ -343,10 +332,7 @@ class ExtractFbank(beam.PTransform[PCollection[_Element], PCollection[_Element]]
 
     def expand(self, elements: PCollection[_Element]) -> PCollection[_Element]:
         """Apply the transform."""
-        step = beam.ParDo(self._step)
-        # Explicit, because Beam does not read annotations that are stored as text.
-        step = step.with_input_types(_Element).with_output_types(_Element)
-        features: PCollection[_Element] = elements | "Compute features" >> step
+        features: PCollection[_Element] = elements | "Compute features" >> beam.ParDo(self._step)
         return features
 
 

@@ -41,7 +41,6 @@ ORIGINAL_MASKED_MELS = 24
 ORIGINAL_MASKED_FRAMES = 192
 
 _Element = Window | ItemFailure | UnitEnd
-_Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +92,8 @@ class FeatureStatistics:
         failures: Items that could not be measured.
         broken_containers: Failures that are containers which could not be read to their end.
         example: Description of one failure, or None.
-        drawn: ``as_original`` only: a random number per window, which decides its batch.
-        means: ``as_original`` only: each window's mean, shape (windows,).
-        squares: ``as_original`` only: each window's ``Moments.squares``, shape (windows,).
+        originals: ``as_original`` only: each window's random number, which decides its batch, mean
+            and ``Moments.squares``; shape (windows, 3).
     """
 
     moments: Moments = field(default_factory=Moments)
@@ -105,9 +103,7 @@ class FeatureStatistics:
     failures: int = 0
     broken_containers: int = 0
     example: str | None = None
-    drawn: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
-    means: _Doubles = field(default_factory=lambda: np.empty(0))
-    squares: _Doubles = field(default_factory=lambda: np.empty(0))
+    originals: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 3)))
 
 
 def sum_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
@@ -123,9 +119,7 @@ def sum_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
         failures=sum(part.failures for part in found),
         broken_containers=sum(part.broken_containers for part in found),
         example=min(examples, default=None),
-        drawn=np.concatenate([np.empty(0, np.uint64), *(part.drawn for part in found)]),
-        means=np.concatenate([np.empty(0), *(part.means for part in found)]),
-        squares=np.concatenate([np.empty(0), *(part.squares for part in found)]),
+        originals=np.concatenate([np.empty((0, 3)), *(part.originals for part in found)]),
     )
 
 
@@ -136,20 +130,14 @@ def mean_and_std(statistics: FeatureStatistics) -> tuple[float, float]:
     """
     if statistics.moments.count == 0:
         raise FeatureError("no window has features, so there is no mean of them.")
-    if statistics.drawn.size == 0:
+    originals = statistics.originals[np.argsort(statistics.originals[:, 0], kind="stable"), 1:]
+    if not len(originals):
         return statistics.moments.mean, statistics.moments.std
-    order = np.argsort(statistics.drawn, kind="stable")
     values_per_window = statistics.moments.count // statistics.windows
     means, stds = [], []
-    for start in range(0, order.size, ORIGINAL_BATCH_WINDOWS):
-        batch = order[start : start + ORIGINAL_BATCH_WINDOWS]
-        moments = sum(
-            (
-                Moments(values_per_window, float(statistics.means[i]), float(statistics.squares[i]))
-                for i in batch
-            ),
-            Moments(),
-        )
+    for start in range(0, len(originals), ORIGINAL_BATCH_WINDOWS):
+        batch = originals[start : start + ORIGINAL_BATCH_WINDOWS].tolist()
+        moments = sum((Moments(values_per_window, *each) for each in batch), Moments())
         means.append(moments.mean)
         stds.append(math.sqrt(moments.squares / (moments.count - 1)))  # torch.std's own
     return math.fsum(means) / len(means), math.fsum(stds) / len(stds)
@@ -214,10 +202,9 @@ class MeasureFeatures(beam.PTransform[PCollection[_Element], PCollection[Feature
 
     def expand(self, elements: PCollection[_Element]) -> PCollection[FeatureStatistics]:
         """Apply the transform."""
-        step = beam.ParDo(self._step)
-        # Explicit, because Beam does not read annotations that are stored as text.
-        step = step.with_input_types(_Element).with_output_types(FeatureStatistics)
-        measured: PCollection[FeatureStatistics] = elements | "Measure windows" >> step
+        measured: PCollection[FeatureStatistics] = elements | "Measure windows" >> beam.ParDo(
+            self._step
+        )
         return measured
 
 
@@ -285,9 +272,7 @@ class _MeasureFn(beam.DoFn):
         return FeatureStatistics(
             moments,
             windows=1,
-            drawn=np.array([drawn], np.uint64),
-            means=np.array([moments.mean]),
-            squares=np.array([moments.squares]),
+            originals=np.array([[drawn, moments.mean, moments.squares]]),
         )
 
 

@@ -35,11 +35,8 @@ import numpy as np
 from apache_beam.pvalue import PCollection
 
 from transforms.errors import AccountingError, ConfigError
+from transforms.features.fbank_settings import FbankSettings
 from transforms.records import FloatArray, ItemFailure, UnitEnd, Waveform, Window
-
-# The frames of Kaldi's filter banks, as in fbank. The shortest window with features is one frame.
-_FRAME_LENGTH_MS = 25.0
-_FRAME_SHIFT_MS = 10.0
 
 _NO_SAMPLES: FloatArray = np.empty(0, np.float32)
 
@@ -49,7 +46,7 @@ _Element = Window | ItemFailure | UnitEnd
 
 @dataclass(frozen=True)
 class WindowSettings:
-    """Lengths in samples, at the model's rate; ``ConfigError`` if one is out of range.
+    """Lengths in samples, at the model's rate; made by ``from_seconds``, which checks the ranges.
 
     Attributes:
         window_samples: Length of a window; at least one frame of 25 ms.
@@ -63,32 +60,18 @@ class WindowSettings:
     hop_samples: int
     min_tail_samples: int
 
-    def __post_init__(self) -> None:
-        frame = _frame_samples(self.sample_rate_hz)
-        window = self.window_samples
-        _require("window_samples", window, window >= frame, f"at least {frame} (one frame)")
-        hop = self.hop_samples
-        _require("hop_samples", hop, 1 <= hop <= window, f"in [1, {window}] (window_samples)")
-        tail = self.min_tail_samples
-        _require(
-            "min_tail_samples",
-            tail,
-            frame <= tail <= window,
-            f"in [{frame}, {window}] (one frame, window_samples)",
-        )
-
     @classmethod
     def from_seconds(
         cls,
-        length_s: float | None,
-        hop_s: float | None,
-        min_tail_ratio: float,
-        num_frames: int,
-        sample_rate_hz: int,
+        fbank: FbankSettings,
+        length_s: float | None = None,
+        hop_s: float | None = None,
+        min_tail_ratio: float = 0.1,
     ) -> Self:
-        """Convert the config's seconds and the checkpoint's frames to samples.
+        """Convert the config's seconds to samples.
 
         Args:
+            fbank: The checkpoint's features, which give the rate and the longest window.
             length_s: Length of a window; None for the checkpoint's (1024 frames are 10.255 s), to
                 which shorter windows are padded.
             hop_s: Distance between the starts of two windows; None for the window's length.
@@ -98,20 +81,17 @@ class WindowSettings:
         Raises:
             ConfigError: A value is out of range; the message names its key.
         """
-        frame = _frame_samples(sample_rate_hz)
-        frame_shift = int(sample_rate_hz * _FRAME_SHIFT_MS * 0.001)
-        longest = (num_frames - 1) * frame_shift + frame
+        rate_hz, frame = fbank.sample_rate_hz, fbank.frame_samples
         window = _to_samples(
-            "window.length_s", length_s, frame, longest, sample_rate_hz, "what the model holds"
+            "window.length_s", length_s, frame, fbank.max_samples, rate_hz, "what the model holds"
         )
-        hop = _to_samples("window.hop_s", hop_s, 1, window, sample_rate_hz, "window.length_s")
+        hop = _to_samples("window.hop_s", hop_s, 1, window, rate_hz, "window.length_s")
         if not 0.0 <= min_tail_ratio <= 1.0:
             raise ConfigError(
                 f"window.min_tail is {min_tail_ratio}; must be in [0, 1] (a share of the window). "
                 "Set it in the config, or with --set window.min_tail=RATIO."
             )
-        min_tail = max(frame, round(min_tail_ratio * window))
-        return cls(sample_rate_hz, window, hop, min_tail)
+        return cls(rate_hz, window, hop, max(frame, round(min_tail_ratio * window)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,23 +108,13 @@ class Cut:
 
 
 def cut_windows(samples: FloatArray, settings: WindowSettings) -> list[Cut]:
-    """Cut a whole clip, shape (num_samples,), into views; an empty clip has one empty window."""
-    window, hop = settings.window_samples, settings.hop_samples
-    num_full = max(0, (samples.size - window) // hop + 1)
-    starts = [index * hop for index in range(num_full)]
-    covered = starts[-1] + window if starts else 0
-    tail = samples.size - covered
-    if not starts:
-        starts.append(0)
-    elif tail >= settings.min_tail_samples:
-        starts.append(num_full * hop)
-    elif tail > 0:
-        starts.append(samples.size - window)
-    return [Cut(start, samples[start : start + window]) for start in starts]
+    """Cut a whole clip, shape (num_samples,); an empty clip has one empty window."""
+    cutter = WindowCutter(settings)
+    return [*cutter.push(samples), cutter.finish()]
 
 
 class WindowCutter:
-    """Cuts a clip that arrives in pieces into the same windows as ``cut_windows``.
+    """Cuts a clip that arrives in pieces, mono float32.
 
     It holds two windows of samples: the one being filled, and the previous one, because the clip's
     last window may start in it. A window is returned only when a sample after its end has arrived,
@@ -160,12 +130,7 @@ class WindowCutter:
         self._num_filled = 0
 
     def push(self, samples: FloatArray) -> list[Cut]:
-        """Take the clip's next piece, mono float32, and return the windows that are now final."""
-        if samples.ndim != 1 or samples.dtype != np.float32:
-            raise ValueError(
-                f"a piece has the shape {samples.shape} and type {samples.dtype}; must be "
-                "one-dimensional (mono) and float32"
-            )
+        """Take the clip's next piece, and return the windows that are now final."""
         cuts: list[Cut] = []
         start = 0
         while start < samples.size:
@@ -214,15 +179,6 @@ class WindowCutter:
         return np.concatenate(self._filled) if self._filled else _NO_SAMPLES
 
 
-def _frame_samples(sample_rate_hz: int) -> int:
-    return int(sample_rate_hz * _FRAME_LENGTH_MS * 0.001)  # rounded down, as Kaldi does
-
-
-def _require(name: str, value: int, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {value}; must be {expected}.")
-
-
 def _to_samples(
     key: str, seconds: float | None, least: int, most: int, rate_hz: int, most_is: str
 ) -> int:
@@ -265,14 +221,11 @@ class CutWindows(beam.PTransform[PCollection[_Piece], PCollection[_Element]]):
 
     def __init__(self, settings: WindowSettings) -> None:
         super().__init__()
-        self._settings = settings
+        self._step = _CutWindowsFn(settings)
 
     def expand(self, pieces: PCollection[_Piece]) -> PCollection[_Element]:
         """Apply the transform."""
-        step = beam.ParDo(_CutWindowsFn(self._settings))
-        # Explicit, because Beam does not read annotations that are stored as text.
-        step = step.with_input_types(_Piece).with_output_types(_Element)
-        windows: PCollection[_Element] = pieces | "Cut each clip" >> step
+        windows: PCollection[_Element] = pieces | "Cut each clip" >> beam.ParDo(self._step)
         return windows
 
 

@@ -284,7 +284,7 @@ class TorchBackbone:
         """
         with timed("copy"):
             batch = self._to_device(features)
-        with true_float32():
+        with true_float32:
             outputs = self._run(batch)
         return Embeddings(*(output.float().cpu().numpy() for output in outputs))
 
@@ -297,7 +297,7 @@ class TorchBackbone:
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             batch = self._to_device(features)
             began.record()
-            with true_float32():
+            with true_float32:
                 outputs = self._run(batch)
             # Into pinned memory, which torch allocates for non-blocking copies.
             fetched = [output.float().to("cpu", non_blocking=True) for output in outputs]
@@ -343,15 +343,18 @@ def _fetch(
     return Embeddings(*(output.numpy() for output in outputs))
 
 
-class _ConvolutionsInTf32:
-    """torch's switch for TF32 convolutions, shared by all threads: off while any wants it off."""
+class _TrueFloat32:
+    """Disables TF32 in place of float32, which torch allows for convolutions on cuda.
+
+    All threads share torch's switch, so it is off while any of them wants it off.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_wanting_off = 0
         self._before: bool | None = None
 
-    def switch_off(self) -> None:
+    def __enter__(self) -> None:
         with self._lock:
             self._num_wanting_off += 1
             if self._num_wanting_off == 1:
@@ -361,21 +364,11 @@ class _ConvolutionsInTf32:
                     self._before = torch.backends.cudnn.allow_tf32
                     torch.backends.cudnn.allow_tf32 = False
 
-    def switch_back(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._num_wanting_off -= 1
             if self._num_wanting_off == 0 and self._before is not None:
                 torch.backends.cudnn.allow_tf32, self._before = self._before, None
 
 
-_convolutions_in_tf32 = _ConvolutionsInTf32()
-
-
-@contextlib.contextmanager
-def true_float32() -> Iterator[None]:
-    """Disable TF32 in place of float32, which torch allows for convolutions on cuda."""
-    _convolutions_in_tf32.switch_off()
-    try:
-        yield
-    finally:
-        _convolutions_in_tf32.switch_back()
+true_float32 = _TrueFloat32()

@@ -90,28 +90,25 @@ class Engine:
             A function that waits for the predictions and returns or raises what ``label`` does.
             None if there is no such device, or if it refused the batch: ``label`` finds out why.
         """
-        pending = self._start(features)
-        return None if pending is None else functools.partial(self._finish, features, pending)
-
-    def _start(self, features: Features) -> Pending | None:
         if not self.predict_safely.takes(len(features)):
             return None
         try:
             with timed("queue"), self.lock:
-                return start_windows(self.backbone, features)
+                pending = start_windows(self.backbone, features)
         except EarmarkError:
             raise
         except Exception:  # whatever a model and the libraries below it may raise
             return None
+        return None if pending is None else functools.partial(self._finish, features, pending)
 
     def _finish(self, features: Features, pending: Pending) -> list[Prediction]:
         try:
             with timed(self._stage):
                 embeddings = pending()
-            predictions = self._read(features, *self._convert(embeddings))
+            predictions = self._read(features, embeddings)
         except EarmarkError:
             raise
-        except Exception:  # as in _start
+        except Exception:  # as in begin
             return self.label(features)
         return self._checked(features, predictions)
 
@@ -123,15 +120,13 @@ class Engine:
 
         Raises ``RuntimeError`` if the model's output has the wrong shape.
         """
-        return self._read(features, *self._embed(features))
+        return self._read(features, self._embed(features))
 
-    def _read(
-        self,
-        features: Features,
-        pooled: npt.NDArray[np.floating],
-        stored: npt.NDArray[np.floating],
-    ) -> list[Prediction]:
+    def _read(self, features: Features, embeddings: Embeddings) -> list[Prediction]:
         """Make predictions of embeddings: ``pooled`` is scored, ``stored`` is kept."""
+        pooled = stored = embeddings.pooled.astype(self.embedding_dtype)
+        if embeddings.patch_mean is not None:
+            stored = embeddings.patch_mean.astype(self.embedding_dtype)
         _check_shape("embedding", pooled, (len(features), self._hidden_size))
         _check_shape("stored embedding", stored, pooled.shape)
         scores = score_embeddings(self.head, pooled, self.activation)
@@ -153,21 +148,9 @@ class Engine:
         with self.lock:
             self.backbone.shrink(batch_size)
 
-    def _embed(
-        self, features: Features
-    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
+    def _embed(self, features: Features) -> Embeddings:
         with timed("queue"), self.lock, timed(self._stage):
-            embeddings = embed_windows(self.backbone, features)
-        return self._convert(embeddings)
-
-    def _convert(
-        self, embeddings: Embeddings
-    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
-        """Return pooled embeddings and those to store (the same, unless patches are pooled)."""
-        pooled = embeddings.pooled.astype(self.embedding_dtype)
-        if embeddings.patch_mean is None:
-            return pooled, pooled
-        return pooled, embeddings.patch_mean.astype(self.embedding_dtype)
+            return embed_windows(self.backbone, features)
 
 
 def join_features(windows: Sequence[FloatArray]) -> FloatArray:
@@ -218,10 +201,6 @@ def _make_check(spec: ModelSpec, settings: InferenceSettings, name: str) -> Prec
     device = resolve_device(settings.device)
     if settings.check_windows == 0 or name == f"torch {device} fp32":
         return None
-
-    def load_predict() -> Callable[[FloatArray], list[Prediction]]:
-        return load_reference(spec, settings).predict
-
     depends_on = {
         "model_sha256": spec.sha256,
         "activation": spec.activation,
@@ -231,7 +210,9 @@ def _make_check(spec: ModelSpec, settings: InferenceSettings, name: str) -> Prec
         "calibration": settings.quantised and settings.quantised.digest,
         **surroundings(device),
     }
-    return PrecisionCheck(load_predict, settings.check_windows, depends_on)
+    return PrecisionCheck(
+        lambda: load_reference(spec, settings).predict, settings.check_windows, depends_on
+    )
 
 
 def _check_shape(name: str, values: npt.NDArray[np.floating], expected: tuple[int, ...]) -> None:

@@ -40,12 +40,6 @@ class EngineKind:
     why_not: Callable[[str, str], str | None]
 
 
-def _load_torch(
-    transformer: ASTModel, spec: ModelSpec, settings: InferenceSettings, precision: str
-) -> Backbone:
-    return TorchBackbone(transformer, settings, precision)
-
-
 def _why_not_torch(device: str, precision: str) -> str | None:
     return "it has no int8; use --precision auto" if precision == "int8" else None
 
@@ -53,7 +47,12 @@ def _why_not_torch(device: str, precision: str) -> str | None:
 # By name; ``auto`` is the first that can do what is requested.
 ENGINES: Mapping[str, EngineKind] = {
     "openvino": EngineKind(openvino.load_backbone, openvino.why_not),
-    "torch": EngineKind(_load_torch, _why_not_torch),
+    "torch": EngineKind(
+        lambda transformer, spec, settings, precision: TorchBackbone(
+            transformer, settings, precision
+        ),
+        _why_not_torch,
+    ),
 }
 
 
@@ -95,11 +94,6 @@ def choose_engine(settings: InferenceSettings) -> EngineChoice:
     )
 
 
-def check_settings(settings: InferenceSettings) -> None:
-    """Raise ``ConfigError`` before any work if this machine cannot do what is requested."""
-    choose_engine(settings)
-
-
 def load_backbone(transformer: ASTModel, spec: ModelSpec, settings: InferenceSettings) -> Backbone:
     """Load the backbone that the settings ask for; ``auto`` falls back to torch, with a warning.
 
@@ -111,22 +105,21 @@ def load_backbone(transformer: ASTModel, spec: ModelSpec, settings: InferenceSet
         RuntimeError: The model does not fit onto the device; also MemoryError.
     """
     choice = choose_engine(settings)
-    kind = ENGINES[choice.engine]
-    if choice.engine == "torch":
-        return kind.load(transformer, spec, settings, choice.precision)
     try:
-        return kind.load(transformer, spec, settings, choice.precision)
+        return ENGINES[choice.engine].load(transformer, spec, settings, choice.precision)
     except (EarmarkError, MemoryError):
         raise
     except Exception as error:  # whatever a converter or compiler may raise
-        if settings.engine == "auto" and _why_not_torch(choice.device, choice.precision) is None:
-            logger.warning(
-                "%s cannot run this model (%s), so torch does. To skip the attempt: --engine torch",
-                choice.name,
-                first_line(error),
-            )
-            return _load_torch(transformer, spec, settings, choice.precision)
-        raise DeviceError(
-            f"{choice.name}: the model cannot be run: {first_line(error)}. Use --engine torch, or "
-            f"another version of {choice.engine}."
-        ) from error
+        if choice.engine == "torch":
+            raise
+        if settings.engine != "auto" or _why_not_torch(choice.device, choice.precision):
+            raise DeviceError(
+                f"{choice.name}: the model cannot be run: {first_line(error)}. Use --engine torch, "
+                f"or another version of {choice.engine}."
+            ) from error
+        logger.warning(
+            "%s cannot run this model (%s), so torch does. To skip the attempt: --engine torch",
+            choice.name,
+            first_line(error),
+        )
+        return TorchBackbone(transformer, settings, choice.precision)

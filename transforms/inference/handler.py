@@ -10,7 +10,6 @@ from apache_beam.ml.inference.base import ModelHandler
 
 from transforms.errors import DeviceError, EarmarkError, first_line
 from transforms.inference.backbones import (
-    DeviceName,
     InferenceSettings,
     makes_features_on_device,
     resolve_batch_size,
@@ -48,7 +47,9 @@ class ASTModelHandler(ModelHandler[Any, Any, Engine]):
         make_features: Callable[[torch.device], MakeFeatures] | None = None,
         runs_ahead: bool = False,
     ) -> None:
-        batch_size = resolve_batch_size(settings.batch_size, _likely_device(settings.device))
+        # The worker's device, or the best guess of it.
+        device = resolve_device("auto") if settings.device == "auto" else settings.device
+        batch_size = resolve_batch_size(settings.batch_size, device)
         super().__init__(min_batch_size=batch_size, max_batch_size=batch_size)
         self._spec = spec
         self._settings = settings
@@ -110,8 +111,3 @@ class ASTModelHandler(ModelHandler[Any, Any, Engine]):
     def get_metrics_namespace(self) -> str:
         """Namespace of RunInference's own counters."""
         return "earmark"
-
-
-def _likely_device(device: DeviceName) -> str:
-    """Guess the worker's device: the one requested, else this machine's."""
-    return resolve_device("auto") if device == "auto" else device

@@ -19,7 +19,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def load_converted(transformer: ASTModel, spec: ModelSpec, pooling: Pooling) -> 
     folder = disk_cache.find_folder("converted", key)
     if folder is None:
         model = convert(PooledTransformer(transformer, pooling).eval())
-        folder = disk_cache.keep_folder("converted", key, _saver(model))
+        folder = disk_cache.keep_folder("converted", key, functools.partial(_save, model))
         if folder is None:
             return model
     return load_core().read_model(folder / MODEL_FILE)
@@ -211,12 +211,8 @@ def convert(pooled: PooledTransformer) -> Any:
         return openvino.convert_model(pooled, example_input=example, input=[shape])
 
 
-def _saver(model: Any) -> Callable[[Path], None]:
-    def save(folder: Path) -> None:
-        openvino = import_library("openvino")
-        openvino.save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
-
-    return save
+def _save(model: Any, folder: Path) -> None:
+    import_library("openvino").save_model(model, folder / MODEL_FILE, compress_to_fp16=False)
 
 
 def _dependencies(spec: ModelSpec, pooling: Pooling) -> dict[str, Any]:
@@ -276,10 +272,11 @@ def quantise(
                 overflow_fix=nncf.OverflowFix(overflow_fix),
             ),
         )
-    folder = disk_cache.keep_folder("int8", _quantised_key(spec, pooling, digest), _saver(model))
+    save = functools.partial(_save, model)
+    folder = disk_cache.keep_folder("int8", _quantised_key(spec, pooling, digest), save)
     if folder is None:
         folder = scratch
-        _saver(model)(folder)
+        save(folder)
     return QuantisedModel(str(folder / MODEL_FILE), digest, len(windows))
 
 

@@ -90,6 +90,16 @@ class SafePredictor:
         return predictions
 
     def _predict_part(self, features: Features) -> list[Prediction]:
+        found = self._try(features)
+        if not isinstance(found, str):
+            return found
+        if len(features) == 1:
+            return self._wait_for_memory(features, found)
+        self._lower_limit(len(features))
+        return self._predict_parts(features)
+
+    def _try(self, features: Features) -> list[Prediction] | str:
+        """Predict a batch; return the error's text if it does not fit into memory."""
         try:
             predictions = self._predict(features)
         except EarmarkError:
@@ -103,10 +113,7 @@ class SafePredictor:
             return predictions
         # By now the error is gone, and its traceback, which holds the batch's tensors.
         _release_memory()
-        if len(features) == 1:
-            return self._wait_for_memory(features, text)
-        self._lower_limit(len(features))
-        return self._predict_parts(features)
+        return text
 
     def _narrow_down(self, features: Features, error: Exception) -> list[Prediction]:
         if isinstance(error, torch.AcceleratorError):
@@ -133,17 +140,9 @@ class SafePredictor:
         """Try a single window again after a while: others may be using the same device."""
         for wait_s in MEMORY_WAITS_S:
             time.sleep(wait_s)
-            try:
-                predictions = self._predict(features)
-            except EarmarkError:
-                raise
-            except Exception as again:  # as in _predict_part
-                if not _is_out_of_memory(again):
-                    return self._narrow_down(features, again)
-            else:
-                self._record_success()
-                return predictions
-            _release_memory()
+            found = self._try(features)
+            if not isinstance(found, str):
+                return found
         raise DeviceError(
             f"{self._engine}: out of memory with a single window ({error}). Free the device's "
             "memory (on a GPU, nvidia-smi lists who uses it), or give another --device. "

@@ -56,28 +56,26 @@ def torch_device(name: str) -> torch.device:
         return torch.device(name)
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = [str(getattr(gpu, "uuid", index)) for index, gpu in enumerate(gpus)]
-    root = disk_cache.cache_root()
-    return torch.device("cuda", claim(names, None if root is None else root / "gpus"))
+    return torch.device("cuda", claim(names, disk_cache.cache_root() / "gpus"))
 
 
-def claim(names: Sequence[str], folder: Path | None) -> int:
+def claim(names: Sequence[str], folder: Path) -> int:
     """Claim the resource that the fewest processes of this machine have claimed; return its index.
 
     The claim ends with the process, however that ends.
 
     Args:
         names: The resources, by names that are the same in every process.
-        folder: The folder of the claims; None if there is none.
+        folder: The folder of the claims.
     """
     with contextlib.suppress(OSError):  # a file system without locks, or a read-only one
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            for place in itertools.count():
-                for index, name in enumerate(names):
-                    descriptor = open_locked(folder / f"{name}.{place}")
-                    if descriptor is not None:
-                        _held.append(descriptor)
-                        return index
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in itertools.count():
+            for index, name in enumerate(names):
+                descriptor = open_locked(folder / f"{name}.{place}")
+                if descriptor is not None:
+                    _held.append(descriptor)
+                    return index
     return os.getpid() % len(names)
 
 

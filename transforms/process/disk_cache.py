@@ -30,8 +30,8 @@ SUMS = "sha256.json"
 MAX_FOLDERS = 8
 
 
-def cache_root() -> Path | None:
-    """Return the folder of the cache; None if the user has no home."""
+def cache_root() -> Path:
+    """Return the folder of the cache, which need not exist."""
     own = os.environ.get("EARMARK_CACHE")
     if own:
         return Path(own)
@@ -40,8 +40,8 @@ def cache_root() -> Path | None:
         return Path(given) / "earmark"
     try:
         return Path.home() / ".cache" / "earmark"
-    except RuntimeError:
-        return None
+    except RuntimeError:  # the user has no home, so nothing can be cached
+        return Path(os.devnull) / "earmark"
 
 
 def make_key(values: Mapping[str, Any]) -> str:
@@ -52,10 +52,7 @@ def make_key(values: Mapping[str, Any]) -> str:
 
 def find_folder(kind: str, key: str) -> Path | None:
     """Return a cached folder; None if it is absent or damaged."""
-    root = cache_root()
-    if root is None:
-        return None
-    folder = root / kind / key
+    folder = cache_root() / kind / key
     try:
         sums = json.loads((folder / SUMS).read_text())
         if all(_sha256(folder / name) == digest for name, digest in sums.items()):
@@ -75,10 +72,7 @@ def keep_folder(kind: str, key: str, write: Callable[[Path], None]) -> Path | No
     Returns:
         The cached folder; None if it cannot be written, whatever ``write`` or the disk raises.
     """
-    root = cache_root()
-    if root is None:
-        return None
-    folder = root / kind / key
+    folder = cache_root() / kind / key
     staging = folder.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
     try:
         staging.mkdir(parents=True)
@@ -111,11 +105,8 @@ def _sha256(path: Path) -> str:
 
 def read_figures(kind: str, key: str) -> dict[str, Any]:
     """Return cached figures; none if they are absent or damaged."""
-    root = cache_root()
-    if root is None:
-        return {}
     try:
-        figures = json.loads((root / kind / f"{key}.json").read_text())
+        figures = json.loads((cache_root() / kind / f"{key}.json").read_text())
     except (OSError, ValueError):
         return {}
     return figures if isinstance(figures, dict) else {}
@@ -123,10 +114,7 @@ def read_figures(kind: str, key: str) -> dict[str, Any]:
 
 def keep_figures(kind: str, key: str, figures: Mapping[str, Any], most: int) -> None:
     """Add figures to an entry, and keep the last ``most`` of them."""
-    root = cache_root()
-    if root is None:
-        return
-    path = root / kind / f"{key}.json"
+    path = cache_root() / kind / f"{key}.json"
     joined = read_figures(kind, key)
     joined = {name: value for name, value in joined.items() if name not in figures} | dict(figures)
     text = json.dumps(dict(list(joined.items())[-most:]))

@@ -47,7 +47,7 @@ class _Scratch:
         with self._lock:
             # Users and systems clear temporary folders during a run of weeks.
             if self._held is not None and not self._held.path.is_dir():
-                self._forget()
+                self.forget()
             if self._held is None:
                 sweep()
                 self._held = _make()
@@ -57,14 +57,9 @@ class _Scratch:
         with self._lock:
             if self._held is not None:
                 shutil.rmtree(self._held.path, ignore_errors=True)
-                self._forget()
+                self.forget()
 
-    def leave_to_parent(self) -> None:
-        """Release the lock after a fork: only the parent's descriptor may hold it."""
-        if self._held is not None:
-            self._forget()
-
-    def _forget(self) -> None:
+    def forget(self) -> None:
         if self._held is not None:
             os.close(self._held.descriptor)
             self._held = None
@@ -144,7 +139,7 @@ def _open(path: Path) -> int:
 
 def _start_anew() -> None:
     global _scratch
-    _scratch.leave_to_parent()
+    _scratch.forget()  # after a fork, only the parent's descriptor may hold the lock
     _scratch = _Scratch()  # the old one's lock may be held by a thread of the parent
 
 

@@ -64,7 +64,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def direct(paths: list[Path], num_frames: int = 1024) -> tuple[float, float]:
     """In one pass over all frames, in float64: nothing of the combiner is used."""
     settings = without_normalising(FbankSettings(num_frames=num_frames))
-    windows = WindowSettings.from_seconds(None, None, 0.1, num_frames, RATE_HZ)
+    windows = WindowSettings.from_seconds(settings)
     frames = []
     for path in paths:
         samples, _ = decode_whole(path)

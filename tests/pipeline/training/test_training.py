@@ -124,9 +124,7 @@ def test_validation_scores_are_those_that_label_gives(tmp_path: Path, precision:
     fbank = KaldiFbank(
         FbankSettings(num_mel_bins=config.num_mel_bins, num_frames=config.max_length)
     )
-    windows = WindowSettings.from_seconds(
-        length_s=None, hop_s=None, min_tail_ratio=0.1, num_frames=64, sample_rate_hz=16_000
-    )
+    windows = WindowSettings.from_seconds(fbank.settings)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     clips = ClipSet(clips.files, 16_000, clips.clips, tuple(config.id2label.values()))
     ours = score_clips(model, clips, Scorer(fbank, windows, 3, "sigmoid", precision))

@@ -58,36 +58,24 @@ class Cutting:
 
 CUTTINGS = {
     "one after another": Cutting(FULL, FULL, "sigmoid", {}),
-    "overlapping by half": Cutting(
-        FULL, FULL // 2, "sigmoid", {"window": {"hop_s": FULL / 2 / RATE_HZ}}
-    ),
-    "shorter than the model's, softmax": Cutting(
+    "shorter than the model's, overlapping unevenly, softmax": Cutting(
         5 * RATE_HZ,
-        5 * RATE_HZ,
+        3 * RATE_HZ,
         "softmax",
-        {"window": {"length_s": 5.0}, "model": {"activation": "softmax"}},
-    ),
-    "shorter, overlapping unevenly": Cutting(
-        5 * RATE_HZ, 3 * RATE_HZ, "sigmoid", {"window": {"length_s": 5.0, "hop_s": 3.0}}
+        {"window": {"length_s": 5.0, "hop_s": 3.0}, "model": {"activation": "softmax"}},
     ),
 }
 
 
-class Segment(NamedTuple):
-    """A segment of a file, as a manifest names it."""
-
-    start_s: float | None
-    end_s: float | None
-
-
+# Segments as a manifest names them: start_s and end_s, offset and duration.
 SEGMENTS = [
-    Segment(0.0, 3.2),
-    Segment(1.2345, 14.0),
-    Segment(7.001, 30.4021),
-    Segment(41.37, None),
-    Segment(None, 11.0),
-    Segment(44.44, 64.9),
-    Segment(64.95, None),  # in the last page of the Ogg file, where libsndfile loses its place
+    (0.0, 3.2),
+    (1.2345, 14.0),
+    (7.001, 30.4021),
+    (41.37, None),
+    (None, 11.0),
+    (44.44, 64.9),
+    (64.95, None),  # in the last page of the Ogg file, where libsndfile loses its place
 ]
 OFFSETS = [(3.3, 12.5), (0.5, 10.255), (50.02, 4.0)]
 
@@ -178,14 +166,14 @@ def manifests(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     """The segments in a manifest: with start_s and end_s, and with offset and duration."""
     target = tmp_path_factory.mktemp("manifests")
     paths = sorted(folder.glob("stereo*"))
-    with (target / "segments.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["uri", "start_s", "end_s"])
-        writer.writerows([path, *segment] for path in paths for segment in SEGMENTS)
-    with (target / "offsets.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["audio_filepath", "offset", "duration"])
-        writer.writerows([path, *offset] for path in paths for offset in OFFSETS)
+    for name, columns, spans in (
+        ("segments.csv", ["uri", "start_s", "end_s"], SEGMENTS),
+        ("offsets.csv", ["audio_filepath", "offset", "duration"], OFFSETS),
+    ):
+        with (target / name).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows([path, *span] for path in paths for span in spans)
     return sorted(target.iterdir())
 
 
@@ -292,30 +280,20 @@ def expected(results: Results, sources: list[Source], model: Path) -> dict[Sourc
     return {source: reference(source, results.cutting) for source in sources}
 
 
-def test_every_file_and_segment_is_labelled(results: Results, sources: list[Source]) -> None:
-    assert sorted(map(str, results.rows)) == sorted(map(str, sources))
-
-
 def test_each_window_is_scored_as_transformers_scores_it(
     results: Results, expected: dict[Source, list[Expected]]
 ) -> None:
+    assert results.rows.keys() == expected.keys()
     for source, wanted in expected.items():
         clip, windows = results.rows[source]
         assert clip["num_windows"] == len(windows) == len(wanted), source
         assert [row["window_index"] for row in windows] == list(range(len(windows)))
-        for column, tolerance in (("start_s", 1e-9), ("end_s", 1e-9)):
+        for column in Expected._fields:
             np.testing.assert_allclose(
                 [row[column] for row in windows],
                 [getattr(window, column) for window in wanted],
-                atol=tolerance,
+                atol=1e-9 if column.endswith("_s") else 1e-4,
                 rtol=0,
-                err_msg=f"{column} of {source}",
-            )
-        for column in ("scores", "embedding"):
-            np.testing.assert_allclose(
-                [row[column] for row in windows],
-                [getattr(window, column) for window in wanted],
-                atol=1e-4,
                 err_msg=f"{column} of {source}",
             )
 
@@ -347,29 +325,3 @@ def test_the_last_window_ends_where_the_audio_does(results: Results, sources: li
         assert windows[-1]["end_s"] == pytest.approx(end_s, abs=2 / RATE_HZ), source
         assert clip["duration_s"] == pytest.approx(end_s - windows[0]["start_s"], abs=1 / rate_hz)
         assert clip["warning"] is None
-
-
-@pytest.mark.parametrize(
-    ("name", "cutting", "starts"),
-    [
-        ("one_frame", "one after another", [0]),
-        ("one_window", "one after another", [0]),
-        ("one_window_and_a_sample", "one after another", [0, 1]),
-        ("ten_seconds_and_a_bit", "one after another", [0]),
-        ("short_tail", "one after another", [0, FULL, FULL + 16_407]),
-        ("long_tail", "one after another", [0, FULL, 2 * FULL]),
-        ("three_windows", "one after another", [0, FULL, 2 * FULL]),
-        ("three_windows", "overlapping by half", [index * FULL // 2 for index in range(5)]),
-        ("short_tail", "overlapping by half", [0, FULL // 2, FULL, FULL + 16_407]),
-        ("long_tail", "overlapping by half", [0, FULL // 2, FULL, 3 * FULL // 2]),
-        ("five_seconds", "shorter than the model's, softmax", [0]),
-        ("ten_seconds", "shorter than the model's, softmax", [0, 80_000]),
-        ("ten_seconds_and_a_bit", "shorter than the model's, softmax", [0, 80_000, 80_007]),
-        ("five_seconds_and_a_short_tail", "shorter than the model's, softmax", [0, 7_999]),
-        ("five_seconds_and_a_long_tail", "shorter than the model's, softmax", [0, 80_000]),
-        ("ten_seconds", "shorter, overlapping unevenly", [0, 48_000, 96_000]),
-    ],
-)
-def test_windows_start_where_the_contract_says(name: str, cutting: str, starts: list[int]) -> None:
-    """Check this file's own windows against numbers worked out on paper."""
-    assert CUTTINGS[cutting].starts(LENGTHS[name]) == starts

@@ -8,12 +8,13 @@ import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from tests.support.unit_factory import FACTS
 from transforms.errors import AccountingError, ConfigError
-from transforms.features.fbank import FbankSettings
+from transforms.features.fbank_settings import FbankSettings
 from transforms.features.windows import (
     Cut,
     CutWindows,
@@ -23,7 +24,6 @@ from transforms.features.windows import (
     cut_windows,
 )
 from transforms.records import (
-    ClipFacts,
     Failure,
     FloatArray,
     Item,
@@ -62,58 +62,42 @@ def cut_in_pieces(
     return [*cuts, cutter.finish()]
 
 
+def expected_spans(num_samples: int, settings: WindowSettings) -> list[tuple[int, int]]:
+    """Return where the windows of a clip lie, from the definition."""
+    window, hop = settings.window_samples, settings.hop_samples
+    num_full = max(0, (num_samples - window) // hop + 1)
+    starts = [index * hop for index in range(num_full)]
+    tail = num_samples - (starts[-1] + window if starts else 0)
+    if not starts or tail >= settings.min_tail_samples:
+        starts.append(num_full * hop)
+    elif tail > 0:
+        starts.append(num_samples - window)
+    return [(start, min(start + window, num_samples)) for start in starts]
+
+
 # --- where windows lie
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "expected"),
+    ("num_samples", "hop", "expected"),
     [
-        (0, [(0, 0)]),
-        (1, [(0, 1)]),
-        (399, [(0, 399)]),
-        (999, [(0, 999)]),
-        (1000, [(0, 1000)]),
-        (1001, [(0, 1000), (1, 1001)]),  # a tail of 1: a full window that ends with the clip
-        (1399, [(0, 1000), (399, 1399)]),
-        (1400, [(0, 1000), (1000, 1400)]),  # a tail of min_tail: a window of its own
-        (1999, [(0, 1000), (1000, 1999)]),
-        (2000, [(0, 1000), (1000, 2000)]),
-        (2001, [(0, 1000), (1000, 2000), (1001, 2001)]),
-        (2400, [(0, 1000), (1000, 2000), (2000, 2400)]),
-    ],
-)
-def test_windows_side_by_side(num_samples: int, expected: list[tuple[int, int]]) -> None:
-    assert spans(cut_windows(ramp(num_samples), lengths(1000))) == expected
-    assert spans(cut_in_pieces(ramp(num_samples), lengths(1000), [])) == expected
-
-
-@pytest.mark.parametrize(
-    ("num_samples", "expected"),
-    [
-        (1000, [(0, 1000)]),
-        (1001, [(0, 1000), (1, 1001)]),
-        (1399, [(0, 1000), (399, 1399)]),
+        (0, 1000, [(0, 0)]),
+        (399, 1000, [(0, 399)]),
+        (1000, 1000, [(0, 1000)]),
+        (1001, 1000, [(0, 1000), (1, 1001)]),  # a tail of 1: a full window that ends with the clip
+        (1399, 1000, [(0, 1000), (399, 1399)]),
+        (1400, 1000, [(0, 1000), (1000, 1400)]),  # a tail of min_tail: a window of its own
+        (2000, 1000, [(0, 1000), (1000, 2000)]),
+        (2001, 1000, [(0, 1000), (1000, 2000), (1001, 2001)]),
+        (1000, 500, [(0, 1000)]),
+        (1399, 500, [(0, 1000), (399, 1399)]),
         # The tail is the 400 samples that no window has covered, though the last window holds 900.
-        (1400, [(0, 1000), (500, 1400)]),
-        (1500, [(0, 1000), (500, 1500)]),
-        (1501, [(0, 1000), (500, 1500), (501, 1501)]),
-        (2000, [(0, 1000), (500, 1500), (1000, 2000)]),
+        (1400, 500, [(0, 1000), (500, 1400)]),
+        (1501, 500, [(0, 1000), (500, 1500), (501, 1501)]),
     ],
 )
-def test_windows_that_overlap(num_samples: int, expected: list[tuple[int, int]]) -> None:
-    settings = lengths(1000, hop=500)
-    assert spans(cut_windows(ramp(num_samples), settings)) == expected
-    assert spans(cut_in_pieces(ramp(num_samples), settings, [])) == expected
-
-
-@pytest.mark.parametrize(
-    ("clip_s", "num_windows"),
-    [(5.0, 1), (10.0, 1), (10.24, 1), (10.255, 1), (10.3, 2), (20.0, 2), (20.51, 2), (60.0, 6)],
-)
-def test_default_windows_of_the_reference_model(clip_s: float, num_windows: int) -> None:
-    settings = WindowSettings.from_seconds(None, None, 0.1, 1024, RATE_HZ)
-    cuts = cut_windows(ramp(round(clip_s * RATE_HZ)), settings)
-    assert len(cuts) == num_windows
+def test_where_windows_lie(num_samples: int, hop: int, expected: list[tuple[int, int]]) -> None:
+    assert spans(cut_windows(ramp(num_samples), lengths(1000, hop))) == expected
 
 
 clips = st.integers(0, 5000)
@@ -127,37 +111,6 @@ window_settings = st.integers(400, 1200).flatmap(
 )
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
-@given(num_samples=clips, settings=window_settings)
-def test_every_sample_is_covered_by_windows_of_legal_length(
-    num_samples: int, settings: WindowSettings
-) -> None:
-    samples = ramp(num_samples)
-    cuts = cut_windows(samples, settings)
-    window = settings.window_samples
-    covered = np.zeros(num_samples, bool)
-    for cut in cuts:
-        np.testing.assert_array_equal(cut.samples, samples[cut.start : cut.stop])
-        covered[cut.start : cut.stop] = True
-    assert covered.all()
-    assert cuts[-1].stop == num_samples
-    assert all(len(cut.samples) == window for cut in cuts[:-1])
-    assert len(cuts[-1].samples) >= min(num_samples, 400)
-    assert [cut.start for cut in cuts[:-1]] == [
-        index * settings.hop_samples for index in range(len(cuts) - 1)
-    ]
-    if len(cuts) > 1:
-        tail = num_samples - cuts[-2].stop
-        assert tail > 0, "the last window covers nothing new"
-        if tail >= settings.min_tail_samples:
-            assert cuts[-1].start == (len(cuts) - 1) * settings.hop_samples
-        else:
-            assert len(cuts[-1].samples) == window
-
-
-# --- streaming
-
-
 @hypothesis_settings(max_examples=300, deadline=None)
 @given(
     num_samples=clips,
@@ -166,42 +119,18 @@ def test_every_sample_is_covered_by_windows_of_legal_length(
         st.one_of(st.integers(0, 30), st.integers(0, 1500), st.integers(2000, 5000)), max_size=12
     ),
 )
+@example(num_samples=2001, settings=lengths(1000), piece_sizes=[1] * 2001)
+# The buffer is full just when the clip ends, 15 samples into the third window.
+@example(num_samples=2015, settings=lengths(1000), piece_sizes=[1000, 5, 1000])
 def test_the_windows_do_not_depend_on_the_size_of_pieces(
     num_samples: int, settings: WindowSettings, piece_sizes: list[int]
 ) -> None:
     samples = ramp(num_samples)
-    found = cut_in_pieces(samples, settings, piece_sizes)
-    expected = cut_windows(samples, settings)
-    assert spans(found) == spans(expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(ours.samples, theirs.samples)
-
-
-def test_one_sample_at_a_time() -> None:
-    samples = ramp(2001)
-    found = cut_in_pieces(samples, lengths(1000), [1] * 2001)
-    assert spans(found) == [(0, 1000), (1000, 2000), (1001, 2001)]
-    np.testing.assert_array_equal(found[2].samples, samples[1001:2001])
-
-
-def test_the_buffer_keeps_what_the_last_window_may_need() -> None:
-    # The buffer is full just when the clip ends, 15 samples into the third window.
-    samples = ramp(2015)
-    found = cut_in_pieces(samples, lengths(1000), [1000, 5, 1000])
-    assert spans(found) == [(0, 1000), (1000, 2000), (1015, 2015)]
-    np.testing.assert_array_equal(found[2].samples, samples[1015:])
-
-
-@pytest.mark.parametrize("hop", [400, 250, 7])
-@pytest.mark.parametrize("num_samples", [800, 801, 820, 1199, 1200, 1201, 1215, 1605, 2003])
-def test_pieces_of_every_even_size(num_samples: int, hop: int) -> None:
-    settings, samples = lengths(400, hop), ramp(num_samples)
-    expected = cut_windows(samples, settings)
-    for size in range(1, 900, 13):
-        found = cut_in_pieces(samples, settings, [size] * (num_samples // size))
-        assert spans(found) == spans(expected)
-        for ours, theirs in zip(found, expected, strict=True):
-            assert np.array_equal(ours.samples, theirs.samples)
+    expected = expected_spans(num_samples, settings)
+    for found in (cut_in_pieces(samples, settings, piece_sizes), cut_windows(samples, settings)):
+        assert spans(found) == expected
+        for cut in found:
+            np.testing.assert_array_equal(cut.samples, samples[cut.start : cut.stop])
 
 
 def test_a_window_is_emitted_as_soon_as_it_cannot_be_the_last() -> None:
@@ -241,45 +170,22 @@ def held_bytes(cutter: WindowCutter) -> int:
     return sum({id(whole): whole.nbytes for whole in wholes}.values())
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [np.zeros((2, 500), np.float32), np.zeros(500, np.int16), np.zeros(500)],
-    ids=["stereo", "int16", "float64"],
-)
-def test_a_piece_of_another_shape_or_type_is_refused(piece: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"must be one-dimensional \(mono\) and float32"):
-        WindowCutter(lengths(1000)).push(piece)
-
-
 # --- settings
 
 
-@pytest.mark.parametrize(
-    ("num_frames", "window_samples", "seconds"), [(1024, 164_080, 10.255), (128, 20_720, 1.295)]
-)
-def test_the_default_window_is_the_checkpoint_s(
-    num_frames: int, window_samples: int, seconds: float
-) -> None:
-    settings = WindowSettings.from_seconds(None, None, 0.1, num_frames, RATE_HZ)
-    assert settings.window_samples == settings.hop_samples == window_samples
-    assert settings.window_samples / RATE_HZ == seconds
-    assert settings.min_tail_samples == round(window_samples / 10)
-
-
-@pytest.mark.parametrize("rate_hz", [8000, 11_025, 16_000, 22_050, 22_150, 32_000, 44_100, 48_000])
+@pytest.mark.parametrize("rate_hz", [8000, 11_025, 22_050, 22_150, 48_000])
 def test_the_longest_window_fills_the_features(rate_hz: int) -> None:
-    settings = WindowSettings.from_seconds(None, None, 0.1, 1024, rate_hz)
     features = FbankSettings(sample_rate_hz=rate_hz)
-    assert settings.window_samples == features.max_samples
+    settings = WindowSettings.from_seconds(features)
+    assert settings.window_samples == settings.hop_samples == features.max_samples
     assert features.count_frames(settings.window_samples) == 1024
-    shortest = WindowSettings.from_seconds(None, None, 0.0, 1024, rate_hz)
-    assert shortest.min_tail_samples == features.frame_samples
+    assert features.count_frames(settings.window_samples - 1) == 1023
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((10.255, None, 0.1), (164_080, 164_080, 16_408)),
+        ((None, None, 0.1), (164_080, 164_080, 16_408)),
         ((5.0, None, 0.1), (80_000, 80_000, 8_000)),
         ((5.0, 2.5, 0.5), (80_000, 40_000, 40_000)),
         ((None, 1.0, 1.0), (164_080, 16_000, 164_080)),
@@ -290,7 +196,7 @@ def test_the_longest_window_fills_the_features(rate_hz: int) -> None:
 def test_seconds_become_samples(
     arguments: tuple[float | None, float | None, float], expected: tuple[int, int, int]
 ) -> None:
-    settings = WindowSettings.from_seconds(*arguments, 1024, RATE_HZ)
+    settings = WindowSettings.from_seconds(FbankSettings(), *arguments)
     found = (settings.window_samples, settings.hop_samples, settings.min_tail_samples)
     assert found == expected
 
@@ -322,29 +228,17 @@ def test_seconds_out_of_range_are_refused(
     arguments: tuple[float | None, float | None, float], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        WindowSettings.from_seconds(*arguments, 1024, RATE_HZ)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((399, 399, 399), r"window_samples is 399; must be at least 400"),
-        ((1000, 0, 400), r"hop_samples is 0; must be in \[1, 1000\]"),
-        ((1000, 1001, 400), r"hop_samples is 1001; must be in \[1, 1000\]"),
-        ((1000, 1000, 399), r"min_tail_samples is 399; must be in \[400, 1000\]"),
-        ((1000, 1000, 1001), r"min_tail_samples is 1001; must be in \[400, 1000\]"),
-    ],
-)
-def test_samples_out_of_range_are_refused(arguments: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        WindowSettings(RATE_HZ, *arguments)
+        WindowSettings.from_seconds(FbankSettings(), *arguments)
 
 
 # --- CutWindows
 
-FACTS = ClipFacts(1.0, 44_100, 2, -3.0, -20.0, 0.0, 0.1, "0" * 64)
 WHOLE = Item("/a.wav", "/a.wav")
 SEGMENT = Item("/b.wav@100.000-110.000", "/b.wav", start_s=100.0, end_s=110.0)
+
+
+FAILURE = ItemFailure("u", 9, Failure(WHOLE, "decode", "DecodeError", "no audio"))
+END = UnitEnd(WorkUnit("u", "files", (WHOLE,)), 1)
 
 
 def piece(
@@ -356,17 +250,10 @@ def piece(
 def describe(element: Window | ItemFailure | UnitEnd) -> object:
     if not isinstance(element, Window):
         return element
-    return (
-        element.unit_id,
-        element.item_index,
-        element.window_index,
-        element.start_s,
-        element.end_s,
-        element.data.tobytes() if element.data is not None else None,
-        element.facts,
-        element.num_windows,
-        element.error,
-    )
+    data = element.data.tobytes() if element.data is not None else None
+    span = (element.start_s, element.end_s)
+    where = (element.unit_id, element.item_index, element.window_index)
+    return (*where, span, data, element.facts, element.num_windows, element.error)
 
 
 def assert_cut(elements: list, expected: list) -> None:
@@ -376,82 +263,47 @@ def assert_cut(elements: list, expected: list) -> None:
         assert_that(cut | "Describe" >> beam.Map(describe), equal_to(expected))
 
 
-def row(index: int, window: int, start_s: float, end_s: float, data: FloatArray) -> tuple:
-    return ("u", index, window, start_s, end_s, data.tobytes(), None, None, None)
+def row(
+    index: int, window: int, span: tuple[float, float], data: FloatArray, unit_id: str = "u"
+) -> tuple:
+    return (unit_id, index, window, span, data.tobytes(), None, None, None)
 
 
-def last_row(index: int, window: int, start_s: float, end_s: float, data: FloatArray) -> tuple:
-    return ("u", index, window, start_s, end_s, data.tobytes(), FACTS, window + 1, None)
+def last_row(
+    index: int, window: int, span: tuple[float, float], data: FloatArray, unit_id: str = "u"
+) -> tuple:
+    return (unit_id, index, window, span, data.tobytes(), FACTS, window + 1, None)
 
 
-def test_the_last_window_carries_facts_and_count() -> None:
-    samples = ramp(4000)
-    assert_cut(
-        [piece(0, WHOLE, samples[:1000]), piece(0, WHOLE, samples[1000:], last=True)],
-        [
-            row(0, 0, 0.0, 0.1, samples[:1600]),
-            row(0, 1, 0.1, 0.2, samples[1600:3200]),
-            last_row(0, 2, 0.2, 0.25, samples[3200:]),
-        ],
-    )
-
-
-def test_times_of_a_segment_count_from_the_start_of_the_file() -> None:
-    samples = ramp(1700)
-    assert_cut(
-        [piece(4, SEGMENT, samples, last=True)],
-        [
-            row(4, 0, 100.0, 100.1, samples[:1600]),
-            last_row(4, 1, 100.0 + 100 / RATE_HZ, 100.0 + 1700 / RATE_HZ, samples[100:]),
-        ],
-    )
-
-
-def test_facts_on_an_empty_last_piece() -> None:
-    samples = ramp(1600)
-    assert_cut(
-        [piece(0, WHOLE, samples), piece(0, WHOLE, ramp(0), last=True)],
-        [last_row(0, 0, 0.0, 0.1, samples)],
-    )
-
-
-def test_a_clip_without_samples_still_has_its_window() -> None:
-    assert_cut([piece(0, WHOLE, ramp(0), last=True)], [last_row(0, 0, 0.0, 0.0, ramp(0))])
-
-
-def test_clips_may_be_interleaved() -> None:
-    one, two, other = ramp(2000), ramp(2000) + 1, ramp(500) + 2
-    other_unit = [
-        ("v", 0, 0, 0.0, 500 / RATE_HZ, other.tobytes(), FACTS, 1, None),
-    ]
+def test_windows_carry_their_place_and_the_last_one_facts_and_count() -> None:
+    one, two, other, segment = ramp(4000), ramp(1600) + 1, ramp(500) + 2, ramp(1700) + 3
+    from_s, end_s = 100.0 + 100 / RATE_HZ, 100.0 + 1700 / RATE_HZ
     assert_cut(
         [
-            piece(0, WHOLE, one[:900]),
-            piece(1, WHOLE, two[:1700]),
+            piece(0, WHOLE, one[:900]),  # clips may be interleaved
+            piece(1, WHOLE, two),
+            piece(9, WHOLE, ramp(900)),
             piece(0, WHOLE, other, last=True, unit_id="v"),
+            FAILURE,  # closes its clip
             piece(0, WHOLE, one[900:], last=True),
-            piece(1, WHOLE, two[1700:], last=True),
+            piece(1, WHOLE, ramp(0), last=True),
+            piece(2, WHOLE, ramp(0), last=True),
+            piece(4, SEGMENT, segment, last=True),
+            END,
         ],
         [
-            row(0, 0, 0.0, 0.1, one[:1600]),
-            last_row(0, 1, 0.1, 0.125, one[1600:]),
-            row(1, 0, 0.0, 0.1, two[:1600]),
-            last_row(1, 1, 0.1, 0.125, two[1600:]),
-            *other_unit,
+            row(0, 0, (0.0, 0.1), one[:1600]),
+            row(0, 1, (0.1, 0.2), one[1600:3200]),
+            last_row(0, 2, (0.2, 0.25), one[3200:]),
+            last_row(1, 0, (0.0, 0.1), two),
+            last_row(2, 0, (0.0, 0.0), ramp(0)),
+            row(4, 0, (100.0, 100.1), segment[:1600]),  # counted from the start of the file
+            last_row(4, 1, (from_s, end_s), segment[100:]),
+            last_row(0, 0, (0.0, 500 / RATE_HZ), other, "v"),
+            FAILURE,
+            END,
         ],
     )
-
-
-FAILURE = ItemFailure("u", 0, Failure(WHOLE, "decode", "DecodeError", "no audio"))
-END = UnitEnd(WorkUnit("u", "files", (WHOLE,)), 1)
-
-
-def test_failures_and_unit_ends_pass_unchanged() -> None:
-    assert_cut([FAILURE, END], [FAILURE, END])
-
-
-def test_a_clip_that_fails_midway_is_closed() -> None:
-    assert_cut([piece(0, WHOLE, ramp(900)), FAILURE, END], [FAILURE, END])
 
 
 def test_a_clip_left_open_fails_the_bundle() -> None:

@@ -18,6 +18,10 @@ def features(num: int) -> FloatArray:
     return np.random.default_rng(0).normal(0, 0.5, (num, 4, 3)).astype(np.float32)
 
 
+def predict_each(batch: FloatArray) -> list[Prediction]:
+    return [Prediction(row[0, :2], row[0, :1], "e") for row in batch]
+
+
 class MemoryLimit:
     """Predicts batches up to a size, and runs out of memory beyond it."""
 
@@ -28,7 +32,7 @@ class MemoryLimit:
         self.sizes.append(len(batch))
         if len(batch) > self.limit:
             raise self.error
-        return [Prediction(row[0, :2], row[0, :1], "e") for row in batch]
+        return predict_each(batch)
 
 
 @pytest.mark.parametrize(
@@ -80,25 +84,73 @@ def test_a_single_window_waits_for_memory_and_then_gives_up(
     assert waited == [1.0, 5.0, 20.0]
 
 
+class InTurn:
+    """Raises an error in each call, or predicts where it is None; afterwards it predicts."""
+
+    def __init__(self, *errors: Exception | None) -> None:
+        self.errors, self.sizes = list(errors), list[int]()
+
+    def __call__(self, batch: FloatArray) -> list[Prediction]:
+        self.sizes.append(len(batch))
+        error = self.errors.pop(0) if self.errors else None
+        if error is not None:
+            raise error
+        return predict_each(batch)
+
+
+@pytest.mark.parametrize(
+    ("second", "outcome"),
+    [
+        (None, "None"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "None"),
+        (RuntimeError("could not create a primitive"), "RuntimeError: could not create"),
+        (KeyError("mask"), "KeyError: 'mask'"),
+    ],
+)
+def test_after_waiting_for_memory_a_window_is_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, second: Exception | None, outcome: str
+) -> None:
+    monkeypatch.setattr(safe_predictor, "MEMORY_WAITS_S", (0.0, 0.0))
+    predict = InTurn(torch.OutOfMemoryError("CUDA out of memory"), second)
+    (prediction,) = SafePredictor(predict, "e")(features(1))
+    assert str(prediction.error).startswith(outcome)
+
+
+@pytest.mark.parametrize("before", [None, torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_device_that_fails_ends_the_run_whatever_came_before(
+    monkeypatch: pytest.MonkeyPatch, before: Exception | None
+) -> None:
+    # CUDA repeats such an error for every call of the process: no window is the cause.
+    monkeypatch.setattr(safe_predictor, "MEMORY_WAITS_S", (0.0, 0.0))
+    predict = InTurn(before, torch.AcceleratorError("CUDA error: an illegal memory access"))
+    safe = SafePredictor(predict, "torch cuda bf16")
+    with pytest.raises(DeviceError, match="torch cuda bf16: the device has failed: CUDA error: an"):
+        for _ in range(2):
+            safe(features(1))
+    assert predict.sizes == [1, 1]
+
+
 def test_a_poisoned_window_is_isolated_and_the_rest_is_kept() -> None:
+    sizes: list[int] = []
+
     def predict(batch: FloatArray) -> list[Prediction]:
+        sizes.append(len(batch))
         if (batch == 99).any():
             raise ValueError("bad window\nwith a long story")
-        return [Prediction(row[0, :2], row[0, :1], "e") for row in batch]
+        return predict_each(batch)
 
-    batch = features(5)
+    safe, batch = SafePredictor(predict, "e"), features(5)
     batch[3] = 99
-    safe = SafePredictor(predict, "e")
+    # That the first window fails does not mean that the model never works: silence is tried, once.
+    for _ in range(2):
+        assert [p.error for p in safe(batch[3:4])] == ["ValueError: bad window"]
+    assert sizes == [1, 1, 1]
     errors = [p.error for p in safe(batch)]
     assert errors == [None, None, None, "ValueError: bad window", None]
-    # Once the model has worked, a batch of bad windows alone is not the device's failure.
-    assert [p.error for p in safe(batch[3:4])] == ["ValueError: bad window"]
 
 
 def test_a_model_that_has_never_worked_ends_the_run() -> None:
-    def predict(batch: FloatArray) -> list[Prediction]:
-        raise ValueError("no kernel")
-
+    predict = InTurn(*[ValueError("no kernel")] * 9)
     with pytest.raises(DeviceError, match="e: the model cannot be run: ValueError: no kernel"):
         SafePredictor(predict, "e")(features(3))
 
@@ -113,7 +165,7 @@ def test_the_limit_of_one_thread_is_not_raised_by_another() -> None:
             assert small_done.wait(30)
         if len(batch) > 1:
             raise MemoryError
-        return [Prediction(row[0, :2], row[0, :1], "e") for row in batch]
+        return predict_each(batch)
 
     limits: list[int] = []
     safe = SafePredictor(predict, "e", shrink=limits.append)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.cli import main as cli
+from pipeline.labelling.run import run_label
 from tests.support.audio_factory import noise, write
+from tests.support.labelling import Row, read_rows, small_config
 from transforms.features.fbank import DeviceFbank, FbankSettings, extract_fbank
 from transforms.process import devices
 from transforms.process.devices import Sender, claim, torch_device
@@ -56,7 +57,6 @@ def test_where_nothing_can_be_locked_a_gpu_is_taken_all_the_same(
 ) -> None:
     (tmp_path / "file").touch()
     assert claim(["a", "b"], tmp_path / "file") in (0, 1)
-    assert claim(["a", "b"], None) in (0, 1)
     assert devices._held == []
 
 
@@ -64,17 +64,14 @@ def test_one_gpu_needs_no_index() -> None:
     assert torch_device("cpu") == torch.device("cpu")
 
 
-def test_features_of_the_device_are_those_of_the_host() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_features_of_the_device_are_those_of_the_host(
+    device: str, request: pytest.FixtureRequest
+) -> None:
+    if device == "cuda":
+        request.getfixturevalue("needs_gpu")
     windows = [noise(seconds)[:, 0] for seconds in (10.0, 0.5, 10.255, 0.025) * 5]  # two parts
-    found = DeviceFbank(SETTINGS, torch.device("cpu"))(windows).numpy()
-    expected = np.stack([extract_fbank(window, SETTINGS) for window in windows])
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
-
-
-@pytest.mark.gpu
-def test_features_of_a_gpu_are_those_of_the_host(needs_gpu: None) -> None:
-    windows = [noise(seconds)[:, 0] for seconds in (10.0, 0.5, 10.255)]
-    found = DeviceFbank(SETTINGS, torch.device("cuda"))(windows).cpu().numpy()
+    found = DeviceFbank(SETTINGS, torch.device(device))(windows).cpu().numpy()
     expected = np.stack([extract_fbank(window, SETTINGS) for window in windows])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
@@ -88,30 +85,19 @@ def test_what_is_sent_to_a_gpu_arrives(needs_gpu: None) -> None:
         assert (values == index + 1).all()
 
 
-@pytest.fixture
-def clips(tmp_path: Path) -> Path:
+def test_features_made_on_the_device_give_the_same_rows(tiny_model: Path, tmp_path: Path) -> None:
+    def label(features_on: Literal["host", "device"]) -> list[Row]:
+        out = tmp_path / features_on
+        inference = {"precision": "fp32", "device": "cpu", "features_on": features_on}
+        config = small_config(tiny_model, out, folder, labels={"scores": True}, inference=inference)
+        assert run_label(config, []) == 0
+        return read_rows(out, "clips")
+
     folder = tmp_path / "clips"
     folder.mkdir()
     for index, seconds in enumerate((1.0, 10.255, 23.0)):
         write(folder / f"{index}.wav", noise(seconds, seed=index), RATE)
-    return folder
-
-
-def test_features_made_on_the_device_give_the_same_rows(
-    clips: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    def label(features_on: str) -> dict[str, list[float]]:
-        out = tmp_path / features_on
-        arguments = ["label", str(clips), "-o", str(out), "-m", str(tiny_model), "--scores"]
-        options = ["--device", "cpu", "--precision", "fp32", "--quiet"]
-        assert (
-            cli.main([*arguments, *options, "--set", f"inference.features_on={features_on}"]) == 0
-        )
-        rows = pq.read_table(out / "clips").to_pylist()
-        return {row["clip_id"]: row["scores"] for row in rows}
-
     host, device = label("host"), label("device")
-    assert len(host) == 3
-    assert host.keys() == device.keys()
-    for clip_id, scores in host.items():
-        np.testing.assert_allclose(device[clip_id], scores, rtol=0, atol=1e-4)
+    assert [row["clip_id"] for row in host] == [f"{folder}/{index}.wav" for index in range(3)]
+    for mine, theirs in zip(device, host, strict=True):
+        np.testing.assert_allclose(mine["scores"], theirs["scores"], rtol=0, atol=1e-4)

@@ -60,6 +60,23 @@ def test_what_cannot_be_written_leaves_nothing_behind(root: Path) -> None:
     assert list((root / "models").iterdir()) == []
 
 
+def test_without_a_folder_for_it_nothing_is_kept(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root.write_text("a file where the folder belongs")
+    for _ in range(2):
+        keep_figures("checks", "k", {"a": 1}, most=3)
+        assert read_figures("checks", "k") == {}
+        assert keep_folder("models", "k", write_a) is None
+        monkeypatch.delenv("EARMARK_CACHE", raising=False)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", no_home)
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_the_folders_that_were_last_used_stay(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_cache, "MAX_FOLDERS", 2)
     times = iter(range(1, 100))

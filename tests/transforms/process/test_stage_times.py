@@ -16,14 +16,11 @@ class Clock:
 
     now_s = 100.0
 
-    def perf_counter(self) -> float:
-        return self.now_s
-
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.perf_counter))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
     return clock
 
 
@@ -38,13 +35,6 @@ def clocks(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> StageClocks:
 def spend(clock: Clock, stage: module.Stage, seconds: float) -> None:
     with timed(stage):
         clock.now_s += seconds
-
-
-def on_a_thread(function: object) -> None:
-    assert callable(function)
-    thread = threading.Thread(target=function)
-    thread.start()
-    thread.join()
 
 
 def test_the_stages_of_a_thread_are_all_of_its_time(clock: Clock, clocks: StageClocks) -> None:
@@ -109,8 +99,10 @@ def test_time_between_bundles_is_nobodys(clock: Clock, clocks: StageClocks) -> N
 
 def test_what_the_background_did_goes_out_once(clock: Clock, clocks: StageClocks) -> None:
     clocks.begin(num_decoders=1)
-    on_a_thread(lambda: clocks.add(StageSeconds(read_s=2.0)))
-    on_a_thread(lambda: clocks.add(StageSeconds(read_s=1.0, decode_s=4.0)))
+    for seconds in (StageSeconds(read_s=2.0), StageSeconds(read_s=1.0, decode_s=4.0)):
+        thread = threading.Thread(target=clocks.add, args=(seconds,))
+        thread.start()
+        thread.join()
     assert clocks.lap() == StageSeconds(read_s=3.0, decode_s=4.0)
     assert clocks.lap() == NO_SECONDS
 

@@ -87,32 +87,20 @@ def test_what_a_killed_process_left_goes_with_the_next_that_needs_a_folder(
     assert list(temporary_folder.iterdir()) == [scratch_folder()]
 
 
-def test_sweeping_needs_no_folder_of_ones_own(temporary_folder: Path) -> None:
-    killed_process_folder()
-    killed_process_folder()
-    sweep()
-    assert list(temporary_folder.iterdir()) == []
-
-
-def test_a_living_process_keeps_its_folder(temporary_folder: Path) -> None:
+@pytest.mark.parametrize("signals", [(), (signal.SIGSTOP,)], ids=["running", "stopped"])
+def test_a_living_process_keeps_its_folder(
+    signals: tuple[signal.Signals, ...], temporary_folder: Path
+) -> None:
     process = start(MAKE + "time.sleep(60)")
     folder = folder_of(process)
+    for each in signals:
+        process.send_signal(each)
     sweep()
     assert (folder / "spool.wav").exists()
     process.kill()
     process.communicate()
     sweep()
     assert list(temporary_folder.iterdir()) == []
-
-
-def test_a_stopped_process_keeps_its_folder() -> None:
-    process = start(MAKE + "time.sleep(60)")
-    folder = folder_of(process)
-    os.kill(process.pid, signal.SIGSTOP)
-    sweep()
-    assert (folder / "spool.wav").exists()
-    process.kill()
-    process.communicate()
 
 
 def test_a_child_does_not_keep_a_dead_parents_folder_alive() -> None:
@@ -226,22 +214,3 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_given_up(
     assert folder.is_dir()
     assert len(made) == 2
     assert folder not in made
-
-
-@pytest.mark.slow
-def test_many_processes_at_once_keep_their_folders(temporary_folder: Path) -> None:
-    """Each makes a folder, uses it and is killed, while all the others sweep."""
-    code = """
-import os, sys, time
-from transforms.process.temp_folders import scratch_folder, _start_anew
-deadline = time.monotonic() + 5
-while time.monotonic() < deadline:
-    (scratch_folder() / "file").write_bytes(b"x")
-    time.sleep(0.001)
-    assert (scratch_folder() / "file").exists()
-    _start_anew()  # as if killed: the folder stays, and its lock is gone
-"""
-    processes = [start(code) for _ in range(6)]
-    assert [process.wait() for process in processes] == [0] * 6
-    sweep()
-    assert list(temporary_folder.iterdir()) == []

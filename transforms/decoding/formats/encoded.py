@@ -72,7 +72,8 @@ class Encoded:
             data = self.view if is_whole else self.view[self.start : self._stop]
             return io.BytesIO(self.prefix + data if self.prefix else data)
         if self.start == 0 and self.stop is None and not self.prefix:
-            return open(str(self.path), "rb")
+            # Without its name, by which soundfile would take "a.raw" for samples without a header.
+            return open(os.open(str(self.path), os.O_RDONLY), "rb")
         return cast(BinaryIO, io.BufferedReader(_PartOfFile(self)))
 
 

@@ -238,7 +238,8 @@ def _format_codes(
     """Return the codes of rate, channels (stereo in any coding is one) and bits, as one number."""
     channels = fourth >> 4
     channels[channels > 7] = 1
-    return (third & 15) | channels.astype(np.uint16) << 4 | (fourth & 15).astype(np.uint16) << 8
+    codes = (third & 15) | channels.astype(np.uint16) << 4 | (fourth & 15).astype(np.uint16) << 8
+    return np.asarray(codes, np.uint16)
 
 
 def _parse_number(data: bytes, at: int) -> tuple[int, int]:

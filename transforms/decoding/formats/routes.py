@@ -44,7 +44,6 @@ class Route:
     pcm: PcmFormat | None = None
 
 
-_RIFF_MAGIC = (b"RIFF", b"RIFX", b"RF64")
 _ASF_MAGIC = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _ASF_ENCRYPTION = tuple(
@@ -69,26 +68,38 @@ def find_routes(encoded: Encoded, on_progress: Callable[[], None]) -> list[Route
     """
     encoded = without_front_tags(encoded)
     head = encoded.read(0, 64)
-    if _needs_ffmpeg(head):
-        return _find_ffmpeg_routes(encoded, on_progress)
+    if head[4:8] == b"ftyp":
+        return _find_mp4_routes(encoded, on_progress)
     if head.startswith(chunks.FILE_STARTS):
         return _find_chunk_routes(encoded, on_progress)
-    if head.startswith(b"OggS"):
-        return [_find_ogg_route(encoded, on_progress)]
-    if head.startswith(b".snd"):
-        return [_find_au_route(encoded)]
     if head.startswith(FLAC_MAGIC):
         return [_flac_route(part) for part in find_flac_parts(encoded, on_progress)]
+    return [_find_route(encoded, head, on_progress)]
+
+
+def _find_route(encoded: Encoded, head: bytes, on_progress: Callable[[], None]) -> Route:
+    """Route a file of one part; FFmpeg goes first where libsndfile would silently cut the file."""
+    if head.startswith(b"riff"):  # W64: libsndfile reads trailing bytes as audio
+        return _ffmpeg_route(encoded, int.from_bytes(head[16:24], "little"))
+    if head.startswith(boxes.EBML_MAGIC):
+        _refuse_encrypted(boxes.matroska_is_encrypted(encoded))
+        return _ffmpeg_route(encoded, boxes.matroska_length(encoded))
+    if head.startswith(_ASF_MAGIC):
+        _refuse_encrypted(_asf_is_encrypted(encoded))
+        return _ffmpeg_route(encoded, _asf_length(encoded))
+    if head.startswith(b"OggS"):
+        return _find_ogg_route(encoded, on_progress)
+    if head.startswith(b".snd"):
+        return _find_au_route(encoded)
     if head.startswith(b"NIST_1A"):
-        return [Route(encoded, True, _sphere_length_s(encoded))]
-    encoded = without_back_tags(encoded)
+        return Route(encoded, True, _sphere_length_s(encoded))
     if head.startswith(b"2BIT"):
-        return [Route(encoded, True, notes=_cut_short(encoded, _avr_length(head)))]
-    if frame_bytes := _headerless_frame(head):
-        return [Route(encoded, True, notes=_cut_within_a_frame(encoded, *frame_bytes))]
+        return Route(encoded, True, notes=_cut_short(encoded, _avr_length(head)))
     if head.startswith(b"Creative Voice File"):
-        return [Route(encoded, False, notes=_cut_short(encoded, _voc_length(encoded)))]
-    return [_find_mp3_route(encoded)]
+        return _ffmpeg_route(encoded, _voc_length(encoded))
+    if frame := _headerless_frame(head):
+        return Route(encoded, True, notes=_cut_within_a_frame(encoded, *frame))
+    return _find_mp3_route(without_back_tags(encoded))
 
 
 def find_behind_junk(encoded: Encoded) -> Encoded | None:
@@ -115,51 +126,26 @@ def _find_adts(encoded: Encoded) -> int:
     return -1
 
 
-def _needs_ffmpeg(head: bytes) -> bool:
-    if head.startswith(_RIFF_MAGIC):
-        return head[8:12] != b"WAVE"
-    if head.startswith(b"FORM"):
-        return head[8:12] not in (b"AIFF", b"AIFC")
-    # W64: libsndfile reads trailing bytes as audio.
-    return head.startswith((b"riff", boxes.EBML_MAGIC, _ASF_MAGIC)) or head[4:8] == b"ftyp"
+def _find_mp4_routes(encoded: Encoded, on_progress: Callable[[], None]) -> list[Route]:
+    _refuse_encrypted(boxes.mp4_is_encrypted(encoded))
+    next_file = boxes.next_mp4(encoded)
+    if next_file >= 0:
+        rest = find_routes(encoded.part(next_file), on_progress)
+        return [Route(encoded.part(0, next_file), False), *rest]
+    return [_ffmpeg_route(encoded, boxes.mp4_length(encoded))]
 
 
-def _find_ffmpeg_routes(encoded: Encoded, on_progress: Callable[[], None]) -> list[Route]:
-    head = encoded.read(0, 64)
-    is_mp4 = head[4:8] == b"ftyp"
-    is_matroska = head.startswith(boxes.EBML_MAGIC)
-    if (
-        (is_mp4 and boxes.mp4_is_encrypted(encoded))
-        or (is_matroska and boxes.matroska_is_encrypted(encoded))
-        or (head.startswith(_ASF_MAGIC) and _asf_is_encrypted(encoded))
-    ):
+def _refuse_encrypted(is_encrypted: bool) -> None:
+    if is_encrypted:
         raise DecodeError(
             "the audio is encrypted (DRM): it cannot be decoded without its key",
             error_type="Encrypted",
         )
-    next_file = boxes.next_mp4(encoded) if is_mp4 else -1
-    if next_file >= 0:
-        first, rest = encoded.part(0, next_file), encoded.part(next_file)
-        return [Route(first, False), *find_routes(rest, on_progress)]
-    return [Route(encoded, False, notes=_cut_short(encoded, _declared_length(encoded)))]
 
 
-def _declared_length(encoded: Encoded) -> int:
-    """Return the size that a file for FFmpeg declares, in bytes; 0 if it declares none."""
-    head = encoded.read(0, 64)
-    if head.startswith(_RIFF_MAGIC):
-        size = int.from_bytes(head[4:8], "little")
-        return size + 8 if size < UNKNOWN_SIZE_FROM else 0
-    if head.startswith(b"riff"):
-        return int.from_bytes(head[16:24], "little")
-    if head.startswith(boxes.EBML_MAGIC):
-        return boxes.matroska_length(encoded)
-    if head.startswith(_ASF_MAGIC):
-        return _asf_length(encoded)
-    if head.startswith(b"FORM"):
-        size = int.from_bytes(head[4:8], "big")
-        return size + 8 if size < UNKNOWN_SIZE_FROM else 0
-    return boxes.mp4_length(encoded)
+def _ffmpeg_route(encoded: Encoded, declared_bytes: int) -> Route:
+    """Give FFmpeg a file that should have so many bytes; 0: it does not say."""
+    return Route(encoded, False, notes=_cut_short(encoded, declared_bytes))
 
 
 def _cut_short(encoded: Encoded, declared_bytes: int) -> tuple[str, ...]:
@@ -182,6 +168,10 @@ def _flac_route(part: FlacPart) -> Route:
 
 def _find_chunk_routes(encoded: Encoded, on_progress: Callable[[], None]) -> list[Route]:
     """Route WAV, AIFF and CAF, with what lies behind the audio that their headers declare."""
+    head = encoded.read(0, 12)
+    if head[:4] != b"caff" and head[8:] not in (b"WAVE", b"AIFF", b"AIFC"):
+        size = int.from_bytes(head[4:8], "big" if head.startswith(b"FORM") else "little")
+        return [_ffmpeg_route(encoded, size + 8 if size < UNKNOWN_SIZE_FROM else 0)]
     audio = chunks.find_declared_audio(encoded)
     if audio is None:
         return [Route(encoded, True)]
@@ -196,7 +186,7 @@ def _find_chunk_routes(encoded: Encoded, on_progress: Callable[[], None]) -> lis
     more = [_pcm_route(encoded, pcm, start, stop) for start, stop in audio.more if pcm is not None]
     num_unknown = audio.num_unknown or sum(stop - start for start, stop in audio.more[len(more) :])
     notes: list[str] = []
-    if encoded.read(0, 4) == b"caff":
+    if head.startswith(b"caff"):
         notes.extend(_cut_short(encoded, audio.start + num_bytes))
     if num_bytes == 0 and (more or num_unknown):
         notes.append("the header declares no audio; read to the end")
