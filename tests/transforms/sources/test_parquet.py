@@ -85,19 +85,6 @@ def test_the_hugging_face_layout(folder: str) -> None:
     assert url not in told[2]
 
 
-@pytest.mark.parametrize(
-    ("path", "message"), [("a\0.wav", r"its path 'a\x00.wav'"), ("nope://x/a.wav", "nope")]
-)
-def test_an_impossible_path_in_a_row_costs_the_row(folder: str, path: str, message: str) -> None:
-    rows = [{"bytes": None, "path": path}, {"bytes": b"x", "path": None}]
-    url = put(folder, "t.parquet", parquet_bytes(pa.table({"audio": rows})))
-    items = read_all(url)
-    assert as_dict(items) == {f"{url}#row=1": b"x"}
-    (failure,) = failures(items)
-    assert (failure.item.row, failure.is_container) == (0, False)
-    assert message in failure.message
-
-
 @pytest.mark.slow
 def test_the_schema_of_the_datasets_library(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
@@ -269,31 +256,6 @@ def test_a_value_without_a_python_equivalent_costs_no_rows(tmp_path: Path) -> No
     first, second, third = find_inputs([url]).items
     assert (first.metadata, third.metadata) == ('{"note": "fine"}', None)
     assert second.metadata is not None and "<cannot be read: " in second.metadata
-
-
-def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
-    table = pa.table({"audio": [os.urandom(500) for _ in range(6)]})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=2, compression="zstd", use_dictionary=False)
-    data = bytearray(buffer.getvalue())
-    column = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(1).column(0)
-    for at in range(column.data_page_offset, column.data_page_offset + 60):
-        data[at] = 0xFF
-    url = put(str(tmp_path), "t.parquet", bytes(data))
-    items = read_all(url, units=SourceSettings())
-    assert list(as_dict(items)) == [f"{url}#row={n}" for n in (0, 1, 4, 5)]
-    (failure,) = failures(items)
-    assert failure.is_container
-    assert "rows 2 to 3 cannot be read" in failure.message
-    assert items[-1] is failure
-
-
-def test_a_parquet_file_cut_short_is_one_failure(folder: str) -> None:
-    put(folder, "a.wav")
-    url = put(folder, "t.parquet", parquet_bytes(pa.table({"audio": [b"x"]}))[:-9])
-    (failure,) = failures(read_all(folder))
-    assert (failure.item.clip_id, failure.is_container) == (url, True)
-    assert "is not a whole Parquet file" in failure.message
 
 
 def test_large_cells_are_spooled_and_refused_beyond_the_bound(tmp_path: Path) -> None:

@@ -158,54 +158,6 @@ def test_a_tar_cut_short_gives_what_is_whole_and_one_failure(
         assert items[-1] is broken[0]
 
 
-def test_damage_in_the_middle_is_not_the_end(folder: str) -> None:
-    data = bytearray(tar_bytes([(f"{n}.wav", bytes([n]) * 600) for n in range(5)]))
-    data[2 * 1536 + 5] ^= 0xFF  # the third header
-    url = put(folder, "x.tar", bytes(data))
-    items = read_all(url, units=SourceSettings())
-    assert list(as_dict(items)) == [f"{url}#0.wav", f"{url}#1.wav"]
-    (failure,) = failures(items)
-    assert failure.is_container
-    assert "what is at byte 3072 is not a tar header" in failure.message
-
-
-def test_archives_one_after_the_other_are_read_to_the_end(folder: str) -> None:
-    url = put(folder, "x.tar", tar_bytes([("a.wav", b"1")]) + tar_bytes([("b.wav", b"2")]))
-    assert as_dict(read_all(url)) == {f"{url}#a.wav": b"1", f"{url}#b.wav": b"2"}
-    url = put(folder, "y.tar", tar_bytes([("a.wav", b"1")]) + b"garbage" * 100)
-    assert [one.is_container for one in failures(read_all(url))] == [True]
-
-
-def test_only_regular_members_are_read(folder: str, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_bytes(b"secret")
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, kind in (
-            ("soft.wav", tarfile.SYMTYPE),
-            ("hard.wav", tarfile.LNKTYPE),
-            ("dev.wav", tarfile.CHRTYPE),
-            ("pipe.wav", tarfile.FIFOTYPE),
-            ("folder.wav", tarfile.DIRTYPE),
-        ):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, str(tmp_path / "secret")
-            tar.addfile(info)
-        for name in ("../../up.wav", "/abs.wav", "._a.wav"):
-            info = tarfile.TarInfo(name)
-            info.size = 1
-            tar.addfile(info, io.BytesIO(b"x"))
-    url = put(folder, "x.tar", buffer.getvalue())
-    items = read_all(url, units=SourceSettings())
-    assert as_dict(items) == {f"{url}#../../up.wav": b"x", f"{url}#/abs.wav": b"x"}
-    assert [(one.item.member, one.is_container) for one in failures(items)] == [
-        ("soft.wav", False),
-        ("hard.wav", False),
-        ("dev.wav", False),
-        ("pipe.wav", False),
-    ]
-    assert "is a symbolic link; only regular files are read" in failures(items)[0].message
-
-
 def test_a_tar_without_audio_is_a_failure(folder: str) -> None:
     url = put(folder, "x.tar", tar_bytes([("a.txt", b"1")]))
     (failure,) = read_all(url)

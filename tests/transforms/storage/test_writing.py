@@ -40,15 +40,6 @@ def test_write_then_read_stat_list_remove(folder: str) -> None:
     assert listing.list_names(urls.join(folder, "absent")) == []
 
 
-def test_put_file_moves(folder: str, tmp_path: Path) -> None:
-    source = tmp_path / "staged"
-    source.write_bytes(b"data")
-    url = urls.join(folder, "x", "part")
-    writing.put_file(str(source), url)
-    assert reading.read_bytes(url) == b"data"
-    assert not source.exists()
-
-
 def test_put_file_across_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "staged"
     source.write_bytes(b"data")

@@ -103,8 +103,3 @@ def test_damaged_containers_never_end_the_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_thousands_of_damaged_containers_never_end_the_run(tmp_path: Path) -> None:
     read_mutants(tmp_path, range(60, 3000))
-
-
-def test_every_mutation_is_the_same_every_time() -> None:
-    first, second = (mutate(corpus()["x.tar"], np.random.default_rng(3)) for _ in range(2))
-    assert first == second
