@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -29,11 +28,9 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import fsspec
-import pyarrow.parquet as pq
 
 from tests.support.stores.fault_proxy import FaultProxy
 from transforms.errors import EarmarkError
@@ -139,17 +136,6 @@ def damaged_commits(store: ObjectStore, output: str) -> list[str]:
             elif hashlib.sha256(content).hexdigest() != info.sha256:
                 found.append(f"{commit.unit_id}.{part}: another content")
     return found
-
-
-def result_rows(store: ObjectStore, output: str, part: str) -> list[dict[str, Any]]:
-    """Return the sorted rows of a result's part, read past the proxy."""
-    rows = [
-        row
-        for name, data in store.objects().items()
-        if name.startswith(f"{output}/{part}/")
-        for row in pq.read_table(io.BytesIO(data)).to_pylist()
-    ]
-    return sorted(rows, key=lambda row: (row["clip_id"], row.get("window_index", 0)))
 
 
 def missing(protocol: str) -> str | None:

@@ -65,7 +65,7 @@ def fill(place: Place, num_each: int = 2) -> list[str]:
 
 def run(command: str, inputs: list[str], output: str, model: Any, *more: str) -> int:
     options = ["--device=cpu", "--precision=fp32", "--batch-size=2"]
-    sets = ["--set=units.windows=2", "--set=decode.processes=1"]
+    sets = ["--set=units.windows=4", "--set=decode.processes=1"]
     return main([command, *inputs, "-o", output, "-m", str(model), *options, *sets, *more])
 
 

@@ -21,6 +21,16 @@ class QuietHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Print nothing."""
 
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        """Answer GET or HEAD."""
+        raise NotImplementedError
+
     def reply(self, status: int, body: bytes = b"", headers: Mapping[str, str] = {}) -> None:
         """Answer with a body, or to HEAD with its length."""
         self.send_response(status)
