@@ -17,7 +17,7 @@ from transforms.sources.read_unit import (
     find_inputs,
     make_clip_id,
 )
-from transforms.storage import filesystem
+from transforms.storage import filesystem, listing
 
 
 def test_a_folder_gives_audio_and_counts_the_rest(folder: str) -> None:
@@ -118,6 +118,8 @@ def test_an_unreadable_subfolder_is_a_failure(
     assert find_inputs([f"{tmp_path}/*"]).failures == (failure,)  # as where a shell expands it
     with pytest.raises(InputError, match="Permission denied"):
         find_inputs([str(tmp_path / "bad")])
+    with pytest.raises(PermissionError):
+        list(listing.list_files(str(tmp_path)))
 
 
 def test_a_link_to_itself_is_a_failure_beside_the_rest(tmp_path: Path) -> None:
