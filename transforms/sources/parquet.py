@@ -31,6 +31,7 @@ from transforms.sources.clip_ids import (
     make_truth,
     printable,
     read_failure,
+    with_description,
 )
 from transforms.sources.fetching import RangeReader, ReadLimits, check_item_size, fetch, spool
 from transforms.sources.parquet_pages import ColumnChunk, measure_row_group, read_chunks
@@ -402,7 +403,7 @@ def _clip(
         data, path = (value or {}).get("bytes"), (value or {}).get("path")
     else:
         data, path = value, values.get(audio.path_column) if audio.path_column else None
-    item = _make_item(part, row, _with_class_names(values, audio.class_names), path, item)
+    item = _described(item, part, row, _with_class_names(values, audio.class_names), path)
     try:
         if data is not None:
             return _clip_of_cell(item, data, limits)
@@ -423,23 +424,15 @@ def _clip_of_cell(item: Item, data: memoryview, limits: ReadLimits) -> EncodedCl
     return EncodedClip(item, path=path, delete_path=True)
 
 
-def _make_item(
-    part: ContainerSlice, row: int, values: dict[str, Any], path: str | None, item: Item | None
+def _described(
+    item: Item | None, part: ContainerSlice, row: int, values: dict[str, Any], path: str | None
 ) -> Item:
+    """Return a row's item, or a manifest's item with what it lacks."""
+    if item is None:
+        clip_id = make_clip_id(part.uri, row=row)
+        item = Item(clip_id, part.uri, row=row, size=part.size, version=part.version)
     truth = make_truth(values.get("labels"), values.get("label"))
-    described = {**values, "path": path} if "path" not in values else values
-    metadata = make_metadata(described)
-    return Item(
-        clip_id=make_clip_id(part.uri, row=row) if item is None else item.clip_id,
-        uri=part.uri,
-        row=row,
-        start_s=None if item is None else item.start_s,
-        end_s=None if item is None else item.end_s,
-        truth=truth if item is None or item.truth is None else item.truth,
-        metadata=metadata if item is None or item.metadata is None else item.metadata,
-        size=part.size,
-        version=part.version,
-    )
+    return with_description(item, truth, make_metadata({"path": path, **values}))
 
 
 def _with_class_names(

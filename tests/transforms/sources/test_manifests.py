@@ -108,6 +108,7 @@ def test_members_and_rows(folder: str, ending: str) -> None:
     rows: list[dict[str, Any]] = [
         {"uri": "x.tar", "member": "d/b.wav", "label": "Bird"},
         {"uri": "x.tar", "member": "d/a.wav"},
+        {"uri": "x.tar", "member": "d/x.2.wav"},
         {"uri": "x.tar", "member": "absent.wav"},
         {"uri": "t.parquet", "row": 2, "clip_id": "mine"},
         {"uri": "t.parquet", "row": 7},
@@ -118,10 +119,13 @@ def test_members_and_rows(folder: str, ending: str) -> None:
     assert {name: one.data for name, one in clips.items()} == {
         f"{folder}/x.tar#d/b.wav": b"B",
         f"{folder}/x.tar#d/a.wav": b"A",
+        f"{folder}/x.tar#d/x.2.wav": b"X2",
         "mine": b"r2",
     }
     assert clips[f"{folder}/x.tar#d/b.wav"].item.truth == ("Bird",)
     assert clips[f"{folder}/x.tar#d/a.wav"].item.truth == ("Dog",)
+    metadata = json.loads(str(clips[f"{folder}/x.tar#d/x.2.wav"].item.metadata))
+    assert metadata == {"labels": ["Cat", "Purr"], "both": True}  # nothing of d/x.1.wav
     assert {(one.item.clip_id, one.is_container) for one in failures(items)} == {
         (f"{folder}/x.tar#absent.wav", False),
         (f"{folder}/t.parquet#row=7", False),

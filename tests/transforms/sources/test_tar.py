@@ -47,7 +47,7 @@ def test_a_tar_gives_its_audio_with_its_siblings(folder: str, name: str) -> None
     assert described(items) == {
         "d/a.wav": (("Dog",), {"speaker": 7, "label": "Dog", "txt": "a dog barks"}),
         "d/b.wav": (None, {"cls": 3}),
-        "d/x.1.wav": (None, {"both": True}),
+        "d/x.1.wav": (None, {"both": True, "txt": "of x.1 alone"}),
         "d/x.2.wav": (("Cat", "Purr"), {"labels": ["Cat", "Purr"], "both": True}),
         "d/a.wav~2": (None, None),
     }
