@@ -403,10 +403,17 @@ def _clip(
         data, path = (value or {}).get("bytes"), (value or {}).get("path")
     else:
         data, path = value, values.get(audio.path_column) if audio.path_column else None
-    item = _described(item, part, row, _with_class_names(values, audio.class_names), path)
+    for column, names in audio.class_names.items():
+        if column in values:
+            values[column] = _named(values[column], names)
+    item = _described(item, part, row, values, path)
     try:
         if data is not None:
-            return _clip_of_cell(item, data, limits)
+            check_item_size(len(data), limits)
+            if len(data) <= limits.spool_bytes:
+                return EncodedClip(item, data=bytes(data))
+            spooled = spool("", lambda file: file.write(data))
+            return EncodedClip(item, path=spooled, delete_path=True)
         if not path:
             raise ReadError(f"row {row} has neither bytes nor a path")
         if isinstance(path, UnreadableValue):
@@ -414,14 +421,6 @@ def _clip(
         return _clip_at_path(item, part, path, limits)
     except ReadError as error:
         return read_failure(item, error)
-
-
-def _clip_of_cell(item: Item, data: memoryview, limits: ReadLimits) -> EncodedClip:
-    check_item_size(len(data), limits)
-    if len(data) <= limits.spool_bytes:
-        return EncodedClip(item, data=bytes(data))
-    path = spool("", lambda file: file.write(data))
-    return EncodedClip(item, path=path, delete_path=True)
 
 
 def _described(
@@ -433,15 +432,6 @@ def _described(
         item = Item(clip_id, part.uri, row=row, size=part.size, version=part.version)
     truth = make_truth(values.get("labels"), values.get("label"))
     return with_description(item, truth, make_metadata({"path": path, **values}))
-
-
-def _with_class_names(
-    values: dict[str, Any], class_names: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
-    for column, names in class_names.items():
-        if column in values:
-            values[column] = _named(values[column], names)
-    return values
 
 
 def _named(value: Any, names: Sequence[str]) -> Any:
