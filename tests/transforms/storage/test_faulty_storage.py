@@ -148,40 +148,6 @@ def test_a_large_upload_is_whole_or_not_there(store: ObjectStore, tmp_path: Path
         store.clear()
 
 
-@pytest.mark.usefixtures("alone")
-def test_giving_up_says_what_and_how_often(store: ObjectStore) -> None:
-    writing.write_bytes(f"{store.url}/a", b"1")
-    tried = r"; tried [3-9]\d* times in \d+ s; check the network, and try again later$"
-    retries_s = 0.05
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retries, "RETRY_S", retries_s)
-        store.proxy.faults = Faults(down_after=0)
-        for act in (
-            lambda: reading.read_bytes(f"{store.url}/a"),
-            lambda: writing.write_bytes(f"{store.url}/a", b"2"),
-            lambda: listing.list_names(store.url),
-        ):
-            retries._gave_up_at.clear()
-            with pytest.raises(OSError, match=rf"^{store.url}.*{tried}"):
-                act()
-    assert store.objects() == {"a": b"1"}
-
-
-@pytest.mark.usefixtures("alone")
-def test_a_store_that_was_given_up_on_is_asked_once_until_it_answers(store: ObjectStore) -> None:
-    url = http_url(store, "a")
-    store.put("a", b"1")
-    retries._gave_up_at[store.proxy.url] = time.monotonic()
-    store.proxy.faults = Faults(rate=1, kinds=("503",), target=first_of_each(2))
-    with pytest.raises(OSError, match="the store answered 503"):
-        reading.read_bytes(url)
-    assert store.proxy.num_requests == 2  # HEAD, and GET for what HEAD would not say
-    store.proxy.faults = Faults()
-    assert reading.read_bytes(url) == b"1"
-    store.proxy.faults = Faults(rate=1, kinds=("503",), target=first_of_each(4))
-    assert reading.read_bytes(url) == b"1"
-
-
 @pytest.mark.parametrize(
     ("status", "expected"),
     [

@@ -438,14 +438,12 @@ def peak_bytes(act: Any) -> int:
 # --- More than one process --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["s3", pytest.param("gs", marks=pytest.mark.slow)])
 def test_worker_processes_read_and_write_a_store(
-    protocol: str,
     emulator: Callable[[str], ObjectStore],
     tiny_model: Path,
     expected: dict[str, list[dict[str, Any]]],
 ) -> None:
-    store = emulator(protocol)
+    store = emulator("s3")
     assert label(fill(store), f"{store.url}/out", tiny_model, "--workers=2") == 0
     for part in ("clips", "windows"):
         assert_same_rows(rows_of(store, "out", part), expected[part])
