@@ -43,10 +43,11 @@ from unittest.mock import patch
 from pipeline.cli.main import main as earmark
 from pipeline.exit_codes import EXIT_INTERRUPTED
 from pipeline.result import lock
+from tests.support.labelling import assert_same_rows
 from tests.support.model_factory import write_tiny_model
 from tests.support.stores.fault_proxy import Faults
 from tests.support.stores.object_store import ObjectStore, damaged_commits, missing, open_store
-from tests.transforms.storage.test_faulty_storage import assert_same_rows, fill, label
+from tests.support.stores.store_runs import fill, label, rows_of
 from transforms.storage import retries
 
 NUM_EACH = 3
@@ -141,7 +142,7 @@ def one_round(
         retries._gave_up_at.clear()  # each run is a process of its own, elsewhere
         watcher, said = Watcher(store, output), io.StringIO()
         with watcher.watching(), contextlib.redirect_stderr(said):
-            code = label(store, model, inputs, output, *more)
+            code = label(inputs, f"{store.url}/{output}", model, *more)
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
         tally.runs += 1
@@ -164,7 +165,8 @@ def one_round(
     if earmark(["verify", f"{store.url}/{output}", "--quiet"]) != 0:
         tally.broken.append(f"seed {seed}: verify does not find it whole")
     try:
-        assert_same_rows(store, "sound", output)
+        for part in ("clips", "windows", "errors"):
+            assert_same_rows(rows_of(store, output, part), rows_of(store, "sound", part))
     except AssertionError as error:
         tally.broken.append(f"seed {seed}: other rows: {error}")
 
@@ -176,7 +178,7 @@ def measure(store: ObjectStore, model: Path, rounds: int, first_seed: int) -> di
         store.clear()
         store.proxy.faults = Faults()
         inputs = fill(store, NUM_EACH)
-        if label(store, model, inputs, "sound") != 0:
+        if label(inputs, f"{store.url}/sound", model) != 0:
             raise RuntimeError(f"{store.protocol}: the run without faults fails")
         tally = tallies[name] = Tally()
         started = time.monotonic()

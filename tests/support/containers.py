@@ -83,7 +83,7 @@ def audio_table(*cells: Any) -> pa.Table:
     return pa.table({"audio": pa.array(list(cells), STRUCT)})
 
 
-def parquet_bytes(table: pa.Table, rows_per_group: int = 1000) -> bytes:
+def parquet_bytes(table: pa.Table, rows_per_group: int = 1000, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=rows_per_group)
+    pq.write_table(table, buffer, row_group_size=rows_per_group, **options)
     return buffer.getvalue()

@@ -23,7 +23,6 @@ from transforms.sources.read_unit import (
 from transforms.storage import urls, writing
 
 SMALL_UNITS = SourceSettings(windows_per_unit=2)
-HARD_NAMES = ["with space.wav", "quote'\".wav", "a#b.wav", "a@1-2.wav", "100%.wav", "🎵 é.wav"]
 
 
 def put(folder: str, name: str, data: bytes | str = b"audio") -> str:
@@ -40,6 +39,7 @@ WEBDATASET = [
     ("d/b.wav", b"B"),
     ("d/c.jpg", b"picture"),
     ("d/x.1.wav", b"X1"),
+    ("d/x.1.txt", b"of x.1 alone"),
     ("d/x.2.wav", b"X2"),
     ("d/x.2.json", b'{"labels": ["Cat", "Purr"]}'),
     ("d/x.json", b'{"both": true}'),

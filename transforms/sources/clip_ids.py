@@ -5,6 +5,7 @@ All of them can be written as UTF-8, whatever bytes a file name or a JSON text h
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -19,7 +20,11 @@ from transforms.storage.secrets import public_text
 
 def printable(text: str) -> str:
     """Make a text writable as UTF-8: a byte of a name that is not UTF-8 becomes ``%XX``."""
-    return _without_surrogates(text)
+    if text.isascii():
+        return text
+    # Python keeps a byte that is not UTF-8 as a lone surrogate U+DC80…U+DCFF.
+    text = re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match.group()) - 0xDC00:02X}", text)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 # Characters that move the cursor, set colours, end a line or reverse it, and lone surrogates.
@@ -83,16 +88,7 @@ def occurrence_of(item: Item) -> int:
 
 
 def _encoded(text: str) -> str:
-    text = text.replace("%", "%25").replace("#", "%23").replace("@", "%40")
-    return _without_surrogates(text)
-
-
-def _without_surrogates(text: str) -> str:
-    if text.isascii():
-        return text
-    # Python keeps a byte that is not UTF-8 as a lone surrogate U+DC80…U+DCFF.
-    text = re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match.group()) - 0xDC00:02X}", text)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return printable(text.replace("%", "%25").replace("#", "%23").replace("@", "%40"))
 
 
 def make_unit_id(
@@ -169,6 +165,15 @@ def _label_names(value: object, *, split: bool) -> list[str]:
     return [printable(name.strip()) for name in names if name.strip()]
 
 
+def with_description(item: Item, truth: tuple[str, ...] | None, metadata: str | None) -> Item:
+    """Return a manifest's item with its container's labels and metadata where it has none."""
+    return dataclasses.replace(
+        item,
+        truth=truth if item.truth is None else item.truth,
+        metadata=metadata if item.metadata is None else item.metadata,
+    )
+
+
 def make_metadata(values: Mapping[str, object]) -> str | None:
     """Write the other values of an input as the JSON text of an object; None if there are none.
 
@@ -181,16 +186,11 @@ def make_metadata(values: Mapping[str, object]) -> str | None:
     if not plain:
         return None
     text = json.dumps(plain, ensure_ascii=False)
-    # A lone surrogate cannot be written as UTF-8; escaped, JSON can hold it.
-    return text if text.isascii() or _is_utf8(text) else json.dumps(plain)
-
-
-def _is_utf8(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError:  # a lone surrogate; escaped, JSON can hold it
+        return json.dumps(plain)
+    return text
 
 
 def _plain(value: Any) -> object:

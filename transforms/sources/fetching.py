@@ -11,14 +11,16 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from transforms.errors import EarmarkError, ReadError, item_too_large
 from transforms.process.temp_folders import scratch_folder
+from transforms.records import EncodedClip, Failure, Item
+from transforms.sources.clip_ids import read_failure
 from transforms.sources.file_kinds import extension, is_audio_name
 from transforms.storage import reading, urls
 
@@ -62,24 +64,20 @@ def _too_large(limits: ReadLimits, num_bytes: int | None) -> ReadError:
     return ReadError(message, error_type="ItemTooLarge")
 
 
-@contextmanager
-def temporary_file(name: str) -> Iterator[BinaryIO]:
-    """Create a file with the extension of ``name``; an exception in the block removes it."""
+def spool(name: str, write: Callable[[BinaryIO], object]) -> str:
+    """Create a temporary file with the extension of ``name`` and the output of ``write``.
+
+    Returns its path. An exception of ``write`` removes it.
+    """
     suffix = extension(name) if is_audio_name(name) else ""  # others may be of any length
     with tempfile.NamedTemporaryFile(dir=scratch_folder(), suffix=suffix, delete=False) as file:
         try:
-            yield cast(BinaryIO, file)
+            write(cast(BinaryIO, file))
             file.flush()  # on close, the error of a full disk would come too late
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
-
-
-def spool(name: str, write: Callable[[BinaryIO], object]) -> str:
-    """Create a temporary file with the output of ``write``, and return its path."""
-    with temporary_file(name) as file:
-        write(file)
-        return str(file.name)
+    return file.name
 
 
 def second_name(path: str) -> str:
@@ -106,6 +104,25 @@ class Fetched:
         """Remove the local file if it is temporary."""
         if self.is_temporary and self.path is not None:
             Path(self.path).unlink(missing_ok=True)
+
+
+def clips_of(items: Sequence[Item], fetched: Fetched) -> Iterator[EncodedClip | Failure]:
+    """Yield the items of one file; what was fetched is theirs or, if they are abandoned, gone."""
+    try:
+        for number, item in enumerate(items, 1):
+            if fetched.error is not None:
+                yield read_failure(item, fetched.error)
+            elif fetched.data is not None:
+                yield EncodedClip(item, data=fetched.data)
+            elif fetched.is_temporary and number < len(items):
+                # Each clip's file is deleted after decoding: all but the last get their own link.
+                yield EncodedClip(item, path=second_name(str(fetched.path)), delete_path=True)
+            else:
+                path, temporary = fetched.path, fetched.is_temporary
+                fetched = Fetched(path=path)
+                yield EncodedClip(item, path=path, delete_path=temporary)
+    finally:
+        fetched.discard()
 
 
 def fetch(url: str, size: int | None, limits: ReadLimits) -> Fetched:

@@ -151,9 +151,7 @@ def check_there(inputs: Sequence[str]) -> None:
 
 
 class _Finder:
-    def __init__(
-        self, exclude: str | None, max_page_bytes: int, max_listed: int | None = None
-    ) -> None:
+    def __init__(self, exclude: str | None, max_page_bytes: int, max_listed: int | None) -> None:
         self._max_page_bytes = max_page_bytes
         self._max_listed = max_listed
         self._num_listed = 0
@@ -180,29 +178,25 @@ class _Finder:
         url = urls.normalise(text)
         uri = printable(public_uri(url))
         try:
-            is_glob = urls.is_glob(url) and not filesystem.exists(url)
-            if is_glob:
-                errors: list[OSError] = []
-                files = self._kept(url, listing.glob_files(url, errors.append))
-                self._add_errors(url, files, errors)
-                if not files:
-                    raise InputError(f"{uri}: the pattern matches no file; check it")
-                self._add_files(uri, files, named_ending=extension(urls.file_name(url)))
+            if urls.is_glob(url) and not filesystem.exists(url):
+                self._add_listed(url, uri, listing.glob_files, extension(urls.file_name(url)))
             elif filesystem.is_folder(url):
-                self._add_folder(url, uri)
+                self._add_listed(url, uri, listing.list_files, named_ending=None)
             else:
                 self._add_named(url, uri)
         except (OSError, ValueError) as error:
             raise InputError(_why(uri, error)) from error
 
-    def _add_folder(self, url: str, uri: str) -> None:
+    def _add_listed(
+        self,
+        url: str,
+        uri: str,
+        list_them: Callable[[str, Callable[[OSError], None]], Iterator[FileInfo]],
+        named_ending: str | None,
+    ) -> None:
+        """Add the files of a folder, or of a glob with its ending, and what cannot be listed."""
         errors: list[OSError] = []
-        files = self._kept(url, listing.list_files(url, errors.append))
-        self._add_errors(url, files, errors)
-        self._add_files(uri, files, named_ending=None)
-
-    def _add_errors(self, url: str, files: Sequence[FileInfo], errors: Sequence[OSError]) -> None:
-        """Record listing errors as failures; raise the first if nothing was found."""
+        files = self._kept(url, list_them(url, errors.append))
         if errors and not files:
             raise errors[0]
         for error in errors:
@@ -211,6 +205,9 @@ class _Finder:
             # A link to itself holds nothing; a folder may hold anything.
             is_container = error.errno != errno.ELOOP
             self._failures.append(read_failure(item, error, is_container=is_container))
+        if named_ending is not None and not files:
+            raise InputError(f"{uri}: the pattern matches no file; check it")
+        self._add_files(uri, files, named_ending)
 
     def _kept(self, url: str, files: Iterable[FileInfo]) -> list[FileInfo]:
         found = list(self._counted(files))
@@ -356,8 +353,6 @@ class _Finder:
 
     def _add_wholes(self, wholes: Mapping[str, ContainerRow]) -> None:
         """Add containers that an errors table names as a whole."""
-        if not wholes:
-            return
         for url, facts in filesystem.stat_many(wholes).items():
             # Reading a missing one will report it.
             info = FileInfo(url, None, None) if isinstance(facts, OSError) else facts
@@ -382,7 +377,8 @@ class _Finder:
             duplicates=sum(self._duplicates.values()),
             duplicate_examples=tuple(list(self._duplicates)[:_MAX_EXAMPLES]),
             skipped_by_extension=self._skipped,
-            failures=tuple(self._unique_failures()),
+            # The same manifest or folder may have been given twice.
+            failures=tuple({one.item.clip_id: one for one in self._failures}.values()),
             notes=tuple(self._notes),
         )
 
@@ -417,7 +413,12 @@ class _Finder:
                 raise _same_id(clip_id, row, "the input itself", by_id[clip_id].uri)
         facts = filesystem.stat_many(row.item.url for row in rows.values())
         for clip_id, row in rows.items():
-            by_id[clip_id] = _with_facts(row.item, facts[row.item.url])
+            found = facts[row.item.url]
+            if isinstance(found, OSError):
+                by_id[clip_id] = row.item  # reading it will report the error
+            else:
+                version = found.version
+                by_id[clip_id] = dataclasses.replace(row.item, size=found.size, version=version)
         return list(by_id.values())
 
     def _asked_for(self, items: list[Item]) -> Iterator[Container]:
@@ -455,10 +456,6 @@ class _Finder:
             self._notes[note] = None
         return rest
 
-    def _unique_failures(self) -> Iterator[Failure]:
-        # The same manifest or folder may have been given twice.
-        yield from {failure.item.clip_id: failure for failure in self._failures}.values()
-
 
 def _why(uri: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -478,12 +475,6 @@ def _bare_item(info: FileInfo) -> Item:
         size=info.size,
         version=info.version,
     )
-
-
-def _with_facts(item: Item, facts: FileInfo | OSError) -> Item:
-    if isinstance(facts, OSError):
-        return item  # reading it will report the error
-    return dataclasses.replace(item, size=facts.size, version=facts.version)
 
 
 def _same_id(clip_id: str, row: ManifestRow, where: str, uri: str) -> InputError:

@@ -31,6 +31,7 @@ from transforms.sources.clip_ids import (
     make_truth,
     printable,
     read_failure,
+    with_description,
 )
 from transforms.sources.fetching import RangeReader, ReadLimits, check_item_size, fetch, spool
 from transforms.sources.parquet_pages import ColumnChunk, measure_row_group, read_chunks
@@ -402,10 +403,17 @@ def _clip(
         data, path = (value or {}).get("bytes"), (value or {}).get("path")
     else:
         data, path = value, values.get(audio.path_column) if audio.path_column else None
-    item = _make_item(part, row, _with_class_names(values, audio.class_names), path, item)
+    for column, names in audio.class_names.items():
+        if column in values:
+            values[column] = _named(values[column], names)
+    item = _described(item, part, row, values, path)
     try:
         if data is not None:
-            return _clip_of_cell(item, data, limits)
+            check_item_size(len(data), limits)
+            if len(data) <= limits.spool_bytes:
+                return EncodedClip(item, data=bytes(data))
+            spooled = spool("", lambda file: file.write(data))
+            return EncodedClip(item, path=spooled, delete_path=True)
         if not path:
             raise ReadError(f"row {row} has neither bytes nor a path")
         if isinstance(path, UnreadableValue):
@@ -415,40 +423,15 @@ def _clip(
         return read_failure(item, error)
 
 
-def _clip_of_cell(item: Item, data: memoryview, limits: ReadLimits) -> EncodedClip:
-    check_item_size(len(data), limits)
-    if len(data) <= limits.spool_bytes:
-        return EncodedClip(item, data=bytes(data))
-    path = spool("", lambda file: file.write(data))
-    return EncodedClip(item, path=path, delete_path=True)
-
-
-def _make_item(
-    part: ContainerSlice, row: int, values: dict[str, Any], path: str | None, item: Item | None
+def _described(
+    item: Item | None, part: ContainerSlice, row: int, values: dict[str, Any], path: str | None
 ) -> Item:
+    """Return a row's item, or a manifest's item with what it lacks."""
+    if item is None:
+        clip_id = make_clip_id(part.uri, row=row)
+        item = Item(clip_id, part.uri, row=row, size=part.size, version=part.version)
     truth = make_truth(values.get("labels"), values.get("label"))
-    described = {**values, "path": path} if "path" not in values else values
-    metadata = make_metadata(described)
-    return Item(
-        clip_id=make_clip_id(part.uri, row=row) if item is None else item.clip_id,
-        uri=part.uri,
-        row=row,
-        start_s=None if item is None else item.start_s,
-        end_s=None if item is None else item.end_s,
-        truth=truth if item is None or item.truth is None else item.truth,
-        metadata=metadata if item is None or item.metadata is None else item.metadata,
-        size=part.size,
-        version=part.version,
-    )
-
-
-def _with_class_names(
-    values: dict[str, Any], class_names: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
-    for column, names in class_names.items():
-        if column in values:
-            values[column] = _named(values[column], names)
-    return values
+    return with_description(item, truth, make_metadata({"path": path, **values}))
 
 
 def _named(value: Any, names: Sequence[str]) -> Any:

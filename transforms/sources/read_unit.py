@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
-from transforms.sources.clip_ids import make_clip_id, make_unit_id, read_failure
-from transforms.sources.fetching import Fetched, ReadLimits, fetch, second_name
+from transforms.sources.clip_ids import make_clip_id, make_unit_id
+from transforms.sources.fetching import Fetched, ReadLimits, clips_of, fetch
 from transforms.sources.inputs import Container, Found, check_there, find_inputs
 from transforms.sources.parquet import read_parquet
 from transforms.sources.tar import TarReader
@@ -68,7 +68,9 @@ def read_unit(
 
 def _read_files(items: Sequence[Item], settings: SourceSettings) -> Iterator[EncodedClip | Failure]:
     """Yield local files by path, and remote ones prefetched once for all their segments."""
-    groups = deque((url, list(same)) for url, same in groupby(items, key=_url))
+    groups = deque(
+        (url, list(same)) for url, same in groupby(items, key=lambda item: item.url or item.uri)
+    )
     fetching: deque[tuple[list[Item], Future[Fetched]]] = deque()
     with ThreadPoolExecutor(settings.read_ahead, "earmark-read") as pool:
         try:
@@ -78,37 +80,10 @@ def _read_files(items: Sequence[Item], settings: SourceSettings) -> Iterator[Enc
                     future = pool.submit(fetch, url, same[0].size, settings.limits)
                     fetching.append((same, future))
                 same, future = fetching.popleft()
-                yield from _fetched_clips(same, future)
+                yield from clips_of(same, future.result())
         finally:
             for _, future in fetching:
                 future.cancel()
             for _, future in fetching:
                 if not future.cancelled():
                     future.result().discard()
-
-
-def _url(item: Item) -> str:
-    return item.url or item.uri
-
-
-def _fetched_clips(
-    items: Sequence[Item], future: Future[Fetched]
-) -> Iterator[EncodedClip | Failure]:
-    fetched = future.result()
-    remaining = list(items)
-    try:
-        while remaining:
-            item = remaining.pop(0)
-            if fetched.error is not None:
-                yield read_failure(item, fetched.error)
-            elif fetched.data is not None:
-                yield EncodedClip(item, data=fetched.data)
-            elif fetched.is_temporary and remaining:
-                # Each clip's file is deleted after decoding: all but the last get their own link.
-                yield EncodedClip(item, path=second_name(str(fetched.path)), delete_path=True)
-            else:
-                path, temporary = fetched.path, fetched.is_temporary
-                fetched = Fetched() if temporary else fetched
-                yield EncodedClip(item, path=path, delete_path=temporary)
-    finally:
-        fetched.discard()

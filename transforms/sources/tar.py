@@ -18,11 +18,9 @@ import functools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import cast
 
 from transforms.errors import ContainerError, ReadError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
@@ -34,8 +32,9 @@ from transforms.sources.clip_ids import (
     occurrence_of,
     printable,
     read_failure,
+    with_description,
 )
-from transforms.sources.fetching import ReadLimits, check_item_size, second_name, spool
+from transforms.sources.fetching import Fetched, ReadLimits, check_item_size, clips_of, spool
 from transforms.sources.file_kinds import (
     SIDECAR_EXTENSIONS,
     WindowEstimate,
@@ -125,9 +124,44 @@ class _Grouping:
         return is_new
 
 
+def _grouped(members: Iterable[TarMember]) -> Iterator[list[TarMember]]:
+    """Yield the groups, items or not; if the walk fails, the last one before the error too."""
+    grouping, group = _Grouping(), list[TarMember]()
+    try:
+        for member in members:
+            if grouping.starts_new(member):
+                yield group
+                group = []
+            group.append(member)
+    except ContainerError:
+        yield group
+        raise
+    yield group
+
+
 def is_item(member: TarMember) -> bool:
     """Return whether a member is an item: audio by its name, whatever its kind."""
     return member.kind != "folder" and is_audio_name(member.name)
+
+
+def _is_sidecar(member: TarMember) -> bool:
+    return member.kind == "file" and extension(member.name) in SIDECAR_EXTENSIONS
+
+
+_Half = tuple[str, bool]
+
+
+def _half_of(group: Sequence[TarMember]) -> set[_Half]:
+    """Return the key of a group that is only audio (True) or only siblings; else nothing."""
+    has_audio = any(map(is_item, group))
+    if has_audio == any(map(_is_sidecar, group)):
+        return set()
+    return {(_key_and_rest(group[0].name)[0], has_audio)}
+
+
+def _torn_keys(halves: set[_Half]) -> set[str]:
+    """Return the keys whose audio and siblings are not neighbours, as in an unsorted folder."""
+    return {key for key, has_audio in halves if (key, not has_audio) in halves}
 
 
 def index_tar(
@@ -145,36 +179,30 @@ def index_tar(
     so do more than ``max_items`` items; the index then holds the groups up to there.
     """
     groups: list[TarGroup] = []
-    pending: list[TarMember] = []
-    whole_keys = _KeyHalves()
+    halves: set[_Half] = set()
     damage = None
     has_global_headers = False
     try:
         open_it = functools.partial(open_archive, url, uri, max_expansion, to_walk=True)
         with open_it() as archive:
-            grouping, num_items = _Grouping(), 0
+            num_items = 0
             members = walk_members(archive, None)
             if is_slow_to_walk(url, size) and archive.can_seek and max_items is None:
                 members = walk_in_parallel(archive, open_it, size)
-            for member in members:
-                if grouping.starts_new(member):
-                    groups += _index_group(pending, estimate)
-                    whole_keys.add(pending)
-                    num_items += sum(is_item(one) for one in pending)
-                    pending = []
-                    if max_items is not None and num_items > max_items:
-                        break
-                pending.append(member)
+            for group in _grouped(members):
+                groups += _index_group(group, estimate)
+                halves |= _half_of(group)
                 has_global_headers = archive.global_headers
+                num_items += sum(map(is_item, group))
+                if max_items is not None and num_items > max_items:
+                    break
     except ContainerError as error:
         damage = str(error)
-    groups += _index_group(pending, estimate)
-    whole_keys.add(pending)
-    can_cut = not has_global_headers and not whole_keys.torn()
+    can_cut = not has_global_headers and not _torn_keys(halves)
     return TarIndex(tuple(groups), can_cut, damage)
 
 
-def _index_group(members: list[TarMember], estimate: WindowEstimate) -> list[TarGroup]:
+def _index_group(members: Sequence[TarMember], estimate: WindowEstimate) -> list[TarGroup]:
     items = [member for member in members if is_item(member)]
     if not items:
         return []
@@ -189,54 +217,31 @@ def _index_group(members: list[TarMember], estimate: WindowEstimate) -> list[Tar
     ]
 
 
-class _KeyHalves:
-    """Finds keys whose audio and siblings are not neighbours, as in a tar of an unsorted folder."""
-
-    def __init__(self) -> None:
-        self._audio_only: set[str] = set()
-        self._sidecars_only: set[str] = set()
-
-    def add(self, group: list[TarMember]) -> None:
-        if not group:
-            return
-        has_audio = any(is_item(member) for member in group)
-        has_sidecars = any(_is_sidecar(member) for member in group)
-        if has_audio != has_sidecars:
-            keys = self._audio_only if has_audio else self._sidecars_only
-            keys.add(_key_and_rest(group[0].name)[0])
-
-    def torn(self) -> set[str]:
-        return self._audio_only & self._sidecars_only
-
-
-def _is_sidecar(member: TarMember) -> bool:
-    return member.kind == "file" and extension(member.name) in SIDECAR_EXTENSIONS
-
-
 # --- Reading -------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Held:
-    """An audio member whose group is not complete yet."""
+    """An audio member whose group is not complete yet; ``fetched`` may be why it is not read."""
 
     member: TarMember
     occurrence: int
-    data: bytes | None = None
-    path: str | None = None
+    fetched: Fetched
 
 
 @dataclass(slots=True)
 class _Group:
+    """A group while it is read; ``stems`` are those of its audio members."""
+
     held: list[_Held] = field(default_factory=list)
+    stems: set[str] = field(default_factory=set)
     sidecars: dict[str, bytes] = field(default_factory=dict)
     num_bytes: int = 0
     sidecar_bytes: int = 0
 
     def discard(self) -> None:
         for one in self.held:
-            if one.path is not None:
-                Path(one.path).unlink(missing_ok=True)
+            one.fetched.discard()
 
 
 _logged_extensions: set[str] = set()
@@ -281,10 +286,10 @@ class TarReader:
             group.discard()
         yield from self._not_found(damage)
         if damage is not None:
-            yield read_failure(self._container_item(), damage, is_container=True)
+            yield read_failure(container_item(self._part, "bytes"), damage, is_container=True)
         elif self._num_items == 0 and self._is_whole() and self._reads_all:
             empty = ContainerError(f"{self._part.uri}: no member has an audio or video extension")
-            yield read_failure(self._container_item(), empty, is_container=True)
+            yield read_failure(container_item(self._part, "bytes"), empty, is_container=True)
 
     def _open(self) -> AbstractContextManager[Archive]:
         part = self._part
@@ -297,34 +302,34 @@ class TarReader:
         if not is_item(member):
             self._log_ignored(member)
             return
+        group.stems.add(_stem(member.name))
         self._seen[member.name] += 1
         occurrence = self._seen[member.name]
         if not self._reads_all and (printable(member.name), occurrence) not in self._wanted:
             return
-        held = _Held(member, occurrence)
-        if self._refusal(member) is None:
-            what = printable(repr(member.name))
-            if group.num_bytes + member.size > self._limits.spool_bytes:
-                held.path = _spool(archive, member, what)
-            else:
-                held.data = archive.read_exactly(member.size, what)
-                group.num_bytes += member.size
-        group.held.append(held)
+        try:
+            self._check_can_read(member)
+        except ReadError as error:
+            group.held.append(_Held(member, occurrence, Fetched(error=error)))
+            return
+        what = printable(repr(member.name))
+        if group.num_bytes + member.size > self._limits.spool_bytes:
+            fetched = Fetched(path=_spool(archive, member, what), is_temporary=True)
+        else:
+            fetched = Fetched(data=archive.read_exactly(member.size, what))
+            group.num_bytes += member.size
+        group.held.append(_Held(member, occurrence, fetched))
 
-    def _refusal(self, member: TarMember) -> ReadError | None:
-        """Return why an audio member is not read; None if it is."""
+    def _check_can_read(self, member: TarMember) -> None:
+        """Raise ``ReadError`` if an audio member is not to be read."""
         if member.kind == LONG_NAME:
-            return ReadError(
+            raise ReadError(
                 f"the member's name has more than {MAX_NAME_CHARS} characters, and is cut here; "
                 "give it a shorter one"
             )
         if member.kind != "file":
-            return ReadError(f"the member is a {member.kind}; only regular files are read")
-        try:
-            check_item_size(member.size, self._limits)
-        except ReadError as error:
-            return error
-        return None
+            raise ReadError(f"the member is a {member.kind}; only regular files are read")
+        check_item_size(member.size, self._limits)
 
     def _log_ignored(self, member: TarMember) -> None:
         """Log an ignored member once for each extension: a data set may have many shards."""
@@ -339,24 +344,11 @@ class TarReader:
             )
 
     def _emit(self, group: _Group) -> Iterator[EncodedClip | Failure]:
-        held = group.held
         try:
-            while held:
-                one = held[0]
-                items = self._items_of(one, group)
+            while group.held:
+                items = self._items_of(group.held[0], group)
                 self._num_items += len(items)
-                refusal = self._refusal(one.member)
-                if refusal is not None:
-                    yield from (read_failure(item, refusal) for item in items)
-                elif one.data is not None:
-                    yield from (EncodedClip(item, data=one.data) for item in items)
-                else:
-                    for item in items[:-1]:
-                        copy = second_name(cast(str, one.path))
-                        yield EncodedClip(item, path=copy, delete_path=True)
-                    path, one.path = cast(str, one.path), None
-                    yield EncodedClip(items[-1], path=path, delete_path=True)
-                held.pop(0)
+                yield from clips_of(items, group.held.pop(0).fetched)
         finally:
             group.discard()
 
@@ -378,13 +370,12 @@ class TarReader:
                 )
             ]
         items = self._wanted.pop((printable(name), one.occurrence))
-        return [_described(item, truth, metadata) for item in items]
+        return [with_description(item, truth, metadata) for item in items]
 
     def _describe(self, name: str, group: _Group) -> tuple[tuple[str, ...] | None, str | None]:
         """Return the labels and metadata of the audio member ``name`` from its siblings."""
         key = _key_and_rest(name)[0]
         sidecars = {**self._read_torn(key), **group.sidecars}
-        stems = {_stem(one.member.name) for one in group.held}
         values: dict[str, object] = {}
         truth = None
         # The siblings with the audio's own stem come first, then those of the whole key.
@@ -392,7 +383,7 @@ class TarReader:
             data = sidecars[sidecar]
             rest = _key_and_rest(sidecar)[1]
             own = _stem(sidecar) == _stem(name)
-            if not own and "." in rest and _stem(sidecar) in stems:
+            if not own and "." in rest and _stem(sidecar) in group.stems:
                 continue  # it belongs to another member
             is_plain = own or "." not in rest
             value = _parse_sidecar(extension(sidecar), data)
@@ -413,19 +404,20 @@ class TarReader:
         part = self._part
         if not self._is_whole() or not urls.is_local(part.url):
             return {}
-        halves = _KeyHalves()
+        halves: set[_Half] = set()
         sidecars: list[TarMember] = []
         with self._open() as archive:
             if not archive.can_seek:
                 return {}
             with suppress(ContainerError):  # the pass that reads the items reports it
-                self._collect_halves(archive, halves, sidecars)
-        keys = halves.torn()
-        torn: dict[str, list[TarMember]] = {}
+                for group in _grouped(walk_members(archive, None)):
+                    halves |= _half_of(group)
+                    sidecars += filter(_is_sidecar, group)
+        torn: dict[str, list[TarMember]] = {key: [] for key in _torn_keys(halves)}
         for member in sidecars:
             key = _key_and_rest(member.name)[0]
-            if key in keys:
-                torn.setdefault(key, []).append(member)
+            if key in torn:
+                torn[key].append(member)
         return torn
 
     def _read_torn(self, key: str) -> dict[str, bytes]:
@@ -441,18 +433,6 @@ class TarReader:
                     num_bytes += len(found[member.name])
         return found
 
-    @staticmethod
-    def _collect_halves(archive: Archive, halves: _KeyHalves, sidecars: list[TarMember]) -> None:
-        grouping, pending = _Grouping(), list[TarMember]()
-        for member in walk_members(archive, None):
-            if grouping.starts_new(member):
-                halves.add(pending)
-                pending = []
-            pending.append(member)
-            if _is_sidecar(member):
-                sidecars.append(member)
-        halves.add(pending)
-
     def _not_found(self, damage: ContainerError | None) -> Iterator[Failure]:
         until = "" if damage is None else ", as far as it can be read"
         for items in self._wanted.values():
@@ -462,9 +442,6 @@ class TarReader:
 
     def _is_whole(self) -> bool:
         return self._part.start == 0 and self._part.stop is None
-
-    def _container_item(self) -> Item:
-        return container_item(self._part, "bytes")
 
 
 def container_item(part: ContainerSlice, unit: str) -> Item:
@@ -478,21 +455,6 @@ def container_item(part: ContainerSlice, unit: str) -> Item:
         url=part.url,
         size=part.size,
         version=part.version,
-    )
-
-
-def _described(item: Item, truth: tuple[str, ...] | None, metadata: str | None) -> Item:
-    """Return a manifest's item with its siblings' labels and metadata where it has none."""
-    return Item(
-        clip_id=item.clip_id,
-        uri=item.uri,
-        member=item.member,
-        start_s=item.start_s,
-        end_s=item.end_s,
-        truth=truth if item.truth is None else item.truth,
-        metadata=metadata if item.metadata is None else item.metadata,
-        size=item.size,
-        version=item.version,
     )
 
 

@@ -7,7 +7,6 @@ committed, the remaining input gives the remaining units.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,13 +95,7 @@ def _limit_container(
         if num_rows <= limit:
             return container, max(1, num_rows)
         return dataclasses.replace(container, stop=limit), limit
-    index = index_tar(
-        container.url,
-        container.uri,
-        settings.estimate,
-        limit,
-        max_expansion=settings.limits.max_expansion,
-    )
+    index = _index(container, settings, limit)
     starts = [start for group in index.groups for start in group.starts]
     if len(starts) <= limit:
         return container, len(starts) + (index.damage is not None or not starts)
@@ -110,6 +103,19 @@ def _limit_container(
     after = starts[limit]
     stop = next((group.start for group in index.groups if group.starts[0] == after), after)
     return dataclasses.replace(container, stop=stop), limit
+
+
+def _index(
+    container: Container, settings: SourceSettings, max_items: int | None = None
+) -> TarIndex:
+    return index_tar(
+        container.url,
+        container.uri,
+        settings.estimate,
+        max_items,
+        size=container.size or 0,
+        max_expansion=settings.limits.max_expansion,
+    )
 
 
 def plan_units(
@@ -131,7 +137,7 @@ def plan_units(
             present version, by uri; None as stop means to the end.
     """
     units = [
-        _files_unit(group, windows)
+        WorkUnit(make_unit_id("files", group), "files", tuple(group), estimated_windows=windows)
         for group, windows in _cut_items(sorted(items, key=plan_order), settings)
     ]
     rests = [RestOfContainer.of(container, covered or {}) for container in containers]
@@ -152,14 +158,9 @@ class RestOfContainer:
         return RestOfContainer(container, ranges)
 
 
-def cut_container(rest: RestOfContainer, settings: SourceSettings) -> list[WorkUnit]:
-    """Cut the rest of a container into units; reads the headers of a large tar."""
-    return list(_plan_container(rest.container, rest.covered, settings))
-
-
 def cut_containers(rests: Sequence[RestOfContainer], settings: SourceSettings) -> list[WorkUnit]:
     """Cut several containers in parallel; the units are in order."""
-    cut = in_threads(functools.partial(cut_container, settings=settings), rests)
+    cut = in_threads(lambda rest: list(cut_container(rest, settings)), rests)
     return [unit for units in cut for unit in units]
 
 
@@ -201,18 +202,9 @@ def _bytes_of(item: Item, windows: int, settings: SourceSettings) -> int:
     return size * min(windows, whole) // whole
 
 
-def _files_unit(items: Sequence[Item], windows: int) -> WorkUnit:
-    return WorkUnit(
-        unit_id=make_unit_id("files", items),
-        kind="files",
-        items=tuple(items),
-        estimated_windows=windows,
-    )
-
-
-def _plan_container(
-    container: Container, covered: Sequence[Range], settings: SourceSettings
-) -> Iterator[WorkUnit]:
+def cut_container(rest: RestOfContainer, settings: SourceSettings) -> Iterator[WorkUnit]:
+    """Cut the rest of a container into units; reads the headers of a large tar."""
+    container, covered = rest.container, rest.covered
     gaps = list(_gaps(covered, container.stop))
     if not gaps:
         return
@@ -229,13 +221,7 @@ def _plan_container(
         for start, stop in gaps:
             yield _container_unit(container, start, stop, windows, items=container.items)
         return
-    index = index_tar(
-        container.url,
-        container.uri,
-        settings.estimate,
-        size=container.size or 0,
-        max_expansion=settings.limits.max_expansion,
-    )
+    index = _index(container, settings)
     if container.items:
         yield from _plan_members(container, index, settings)
     else:
@@ -299,16 +285,13 @@ def _plan_row_groups(
             first = stop
             if not inside:
                 continue
-            windows += _row_windows(rows, num_bytes, settings) * inside
+            seconds = num_bytes / rows / DEFAULT_BYTES_PER_S
+            windows += settings.estimate.of_duration(seconds) * inside
             size += num_bytes * inside // rows
             if settings.is_full(windows, size) and stop < min(num_rows, high or num_rows):
                 yield _container_unit(container, start, stop, windows)
                 start, windows, size = stop, 0, 0
         yield _container_unit(container, start, high, windows)
-
-
-def _row_windows(rows: int, num_bytes: int, settings: SourceSettings) -> int:
-    return settings.estimate.of_duration(num_bytes / max(1, rows) / DEFAULT_BYTES_PER_S)
 
 
 def _inside_order(item: Item) -> tuple[int, str, float, str]:

@@ -38,7 +38,11 @@ from transforms.storage.web_pages import links_below
 _MAX_PAGE_BYTES = 64 << 20
 
 
-def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> Iterator[FileInfo]:
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def list_files(url: str, on_error: Callable[[OSError], None] = _raise) -> Iterator[FileInfo]:
     """Yield every file below the folder ``url``, sorted by name.
 
     Over ``http(s)``, these are the links of the server's index pages. Locally, links to folders are
@@ -49,36 +53,27 @@ def list_files(url: str, on_error: Callable[[OSError], None] | None = None) -> I
     Args:
         url: The folder; an absent one has no files.
         on_error: Called with the error of each folder that cannot be listed and of each entry that
-            cannot be resolved (a link to itself); None raises it.
-
-    Raises:
-        OSError: There is such an error, and no ``on_error``.
+            cannot be resolved (a link to itself); by default, it is raised.
     """
-    report = on_error or _raise
     if is_local(url):
-        found = sorted(_walk_local(local_path(url), report), key=lambda info: info.url)
-        yield from found
+        yield from sorted(_walk_local(local_path(url), on_error), key=lambda info: info.url)
         return
     if protocol(url) in READ_ONLY:
-        yield from _list_web(url, report)
+        yield from _list_web(url, on_error)
         return
     fs, root = open_filesystem(url)
     if protocol(url) in OBJECT_STORES:
         try:
             details = ask_store(url, lambda: fresh(fs).find(root, detail=True))
         except OSError as error:
-            report(error)
+            on_error(error)
             return
     else:
-        details = dict(_walk_remote(fs, url, root, report))
+        details = dict(_walk_remote(fs, url, root, on_error))
     for path in sorted(details):
         info = details.pop(path)  # the facts of a million objects take gigabytes
         if info["type"] == "file" and not path.endswith("/"):
             yield FileInfo(_below(url, root, path), info.get("size"), version_of(info))
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _walk_local(root: str, report: Callable[[OSError], None]) -> Iterator[FileInfo]:
@@ -171,9 +166,7 @@ def _below(url: str, root: str, path: str) -> str:
     return join(url, rest) if rest else url
 
 
-def glob_files(
-    pattern: str, on_error: Callable[[OSError], None] | None = None
-) -> Iterator[FileInfo]:
+def glob_files(pattern: str, on_error: Callable[[OSError], None] = _raise) -> Iterator[FileInfo]:
     """Yield every file that ``pattern`` matches, sorted by name.
 
     ``**`` matches folders of any depth. A matched folder stands for all files below it, as if a
@@ -184,8 +177,7 @@ def glob_files(
         on_error: As for ``list_files``, of the matched folders.
 
     Raises:
-        OSError: The store gives no answer, or a folder cannot be listed and there is no
-            ``on_error``.
+        OSError: The store gives no answer.
     """
     folders: list[str] = []
     files: dict[str, FileInfo] = {}

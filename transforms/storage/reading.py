@@ -75,16 +75,13 @@ def open_read(
             Errors while reading are ``OSError`` too.
     """
     if is_local(url):
-        path = _regular_file(url)
-        return open(path, "rb")
+        return open(_regular_file(url), "rb")
     raw = cast(io.RawIOBase, _open_remote(url, block_bytes, stop, only_ranges))
     return cast(BinaryIO, io.BufferedReader(raw, _BUFFER_BYTES))
 
 
 def read_bytes(url: str) -> bytes:
     """Return the content of a file. Raises as ``open_read``."""
-    if is_local(url):
-        return Path(_regular_file(url)).read_bytes()
     with open_read(url) as file:
         return file.read()
 
@@ -311,9 +308,6 @@ class _RangedFile(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]

@@ -277,7 +277,7 @@ def may_pass(error: BaseException) -> bool:
     passing = (ConnectionError, TimeoutError, ShortBodyError, json.JSONDecodeError)
     if names & _PASSING_NAMES or any(isinstance(link, passing) for link in chain):
         return True
-    if any(_error_code(link) in _PASSING_CODES for link in chain):
+    if any(_response(link).get("Error", {}).get("Code") in _PASSING_CODES for link in chain):
         return True
     return status_of(error) in _PASSING_STATUSES
 
@@ -286,7 +286,9 @@ def status_of(error: BaseException) -> int | None:
     """Return the HTTP status of the error or its causes; None if there is none."""
     for link in _chain(error):
         named = (getattr(link, name, None) for name in ("status", "status_code", "code"))
-        for value in itertools.chain((_metadata(link).get("HTTPStatusCode"),), named):
+        for value in itertools.chain(
+            (_response(link).get("ResponseMetadata", {}).get("HTTPStatusCode"),), named
+        ):
             if str(value).isdecimal() and 100 <= int(str(value)) < 600:
                 return int(str(value))
     return None
@@ -306,21 +308,20 @@ def _is_dns_trouble(error: OSError) -> bool:
     return isinstance(real, OSError) and real.errno == socket.EAI_AGAIN
 
 
-def _metadata(error: BaseException) -> dict[str, Any]:
+def _response(error: BaseException) -> dict[str, Any]:
     """Return botocore's facts about an answer."""
     response = getattr(error, "response", None)
-    return response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-
-
-def _error_code(error: BaseException) -> str | None:
-    response = getattr(error, "response", None)
-    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return response if isinstance(response, dict) else {}
 
 
 def _retry_after_s(error: BaseException) -> float:
     """Return how long the server asks to wait; 0 if it does not say (gcsfs drops it)."""
     for link in _chain(error):
-        headers = getattr(link, "headers", None) or _metadata(link).get("HTTPHeaders") or {}
+        headers = (
+            getattr(link, "headers", None)
+            or _response(link).get("ResponseMetadata", {}).get("HTTPHeaders")
+            or {}
+        )
         value = str(headers.get("retry-after", "")) if hasattr(headers, "get") else ""
         if value.isdecimal():
             return min(float(value), MAX_RETRY_AFTER_S)

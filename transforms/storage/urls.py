@@ -96,11 +96,8 @@ def split_url(url: str) -> SplitUrl:
         path = re.split("[?#]", rest, maxsplit=1)[0] if "?" in rest or "#" in rest else rest
         return SplitUrl(start, path, query=rest[len(path) :])
     inner = _INNER.search(rest) if "::" in rest else None
-    return (
-        SplitUrl(start, rest)
-        if inner is None
-        else SplitUrl(start, rest[: inner.start()], inner=rest[inner.start() :])
-    )
+    stop = len(rest) if inner is None else inner.start()
+    return SplitUrl(start, rest[:stop], inner=rest[stop:])
 
 
 def join(base: str, *parts: str) -> str:

@@ -43,14 +43,9 @@ def write_bytes(url: str, data: bytes) -> None:
     """
     if is_local(url):
         path = local_path(url)
-        make_folder(parent(path))
-        temporary = _temporary_name(path)
-        try:
+        with _temporary_beside(path) as temporary:
             _write_synced(temporary, data)
             os.replace(temporary, path)  # noqa: PTH105
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
         _sync_folder(parent(path))
         return
     fs, path = open_filesystem(url, to_write=True)
@@ -101,9 +96,7 @@ def _create_object(fs: Any, path: str, data: bytes) -> None:
 
 
 def _create_local(path: str, data: bytes) -> bool:
-    make_folder(parent(path))
-    temporary = _temporary_name(path)
-    try:
+    with _temporary_beside(path) as temporary:
         _write_synced(temporary, data)
         try:
             os.link(temporary, path)  # fails if the file exists, and shows it whole
@@ -113,8 +106,6 @@ def _create_local(path: str, data: bytes) -> bool:
             if error.errno not in _NO_LINKS:
                 raise
             return _create_without_link(path, data)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     _sync_folder(parent(path))
     return True
 
@@ -197,7 +188,11 @@ def put_file(source: str, url: str) -> None:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            _copy_across(source, path)
+            with _temporary_beside(path) as temporary:
+                shutil.copyfile(source, temporary)
+                _sync_file(temporary)
+                os.replace(temporary, path)  # noqa: PTH105
+            Path(source).unlink()
         _sync_folder(parent(path))
         return
     fs, path = open_filesystem(url, to_write=True)
@@ -248,21 +243,20 @@ def _temporary_name(path: str) -> str:
     return f"{folder}/.{name[:100]}.{uuid.uuid4().hex}.tmp"
 
 
+@contextmanager
+def _temporary_beside(path: str) -> Iterator[str]:
+    """Make the folder of ``path``, and give a name in it for a file that is gone afterwards."""
+    make_folder(parent(path))
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
 def is_temporary_name(name: str) -> bool:
     """Return whether a file of this name was being written when its process was killed."""
     return _TEMPORARY.fullmatch(name) is not None
-
-
-def _copy_across(source: str, path: str) -> None:
-    temporary = _temporary_name(path)
-    try:
-        shutil.copyfile(source, temporary)
-        _sync_file(temporary)
-        os.replace(temporary, path)  # noqa: PTH105
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    Path(source).unlink()
 
 
 def _sync_file(path: str) -> None:

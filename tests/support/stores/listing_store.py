@@ -15,8 +15,8 @@ import tarfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
@@ -37,14 +37,12 @@ class SparseTar:
     Attributes:
         sizes: Size of each member in bytes.
         latency_s: Duration of each request.
-        contents: First bytes of members, by number; zeros follow.
         requests: Requests so far.
         most_at_once: Most requests at the same time.
     """
 
     sizes: Sequence[int]
     latency_s: float = 0.0
-    contents: dict[int, bytes] = field(default_factory=dict)
     requests: int = 0
     most_at_once: int = 0
 
@@ -80,7 +78,7 @@ class SparseTar:
         data = bytearray(max(0, stop - start))
         number = max(0, bisect.bisect_right(self.starts, start) - 1)
         while number < len(self.sizes) and self.starts[number] < stop:
-            own = self.header(number) + self.contents.get(number, b"")
+            own = self.header(number)
             at = self.starts[number] - start
             piece = own[max(0, -at) : max(0, stop - start - at)]
             data[max(0, at) : max(0, at) + len(piece)] = piece
@@ -88,28 +86,15 @@ class SparseTar:
         return bytes(data)
 
 
-class Content(Protocol):
-    """An object with content."""
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-        ...
-
-    def fetch(self, start: int, stop: int) -> bytes:
-        """Return the bytes of a range."""
-        ...
-
-
 class ListingFileSystem(AbstractFileSystem):
     """The store that the module describes."""
 
     protocol = PROTOCOL
     cachable = False
-    tars: ClassVar[dict[str, Content]] = {}
+    tars: ClassVar[dict[str, SparseTar]] = {}
 
     @classmethod
-    def add_tar(cls, name: str, tar: Content) -> str:
+    def add_tar(cls, name: str, tar: SparseTar) -> str:
         """Put an object into the bucket ``tars`` and return its URL."""
         cls.tars[f"tars/{name}"] = tar
         return f"{PROTOCOL}://tars/{name}"

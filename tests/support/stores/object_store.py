@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -29,11 +28,9 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import fsspec
-import pyarrow.parquet as pq
 
 from tests.support.stores.fault_proxy import FaultProxy
 from transforms.errors import EarmarkError
@@ -90,28 +87,27 @@ class ObjectStore:
 
     def remove(self, name: str) -> None:
         """Remove an object past the proxy."""
-        if self.protocol == "s3":
-            self._request("DELETE", f"/{BUCKET}/{urllib.parse.quote(name)}")
-        else:
-            quoted = urllib.parse.quote(name, safe="")
-            self._request("DELETE", f"/storage/v1/b/{BUCKET}/o/{quoted}")
+        self._request("DELETE", self._path(name))
 
     def put(self, name: str, data: bytes, content_encoding: str = "") -> None:
         """Store an object past the proxy; ``gs://`` unpacks a content encoding on the way."""
-        quoted = urllib.parse.quote(name, safe="")
         if self.protocol == "s3":
-            self._request("PUT", f"/{BUCKET}/{urllib.parse.quote(name)}", data)
-        else:
-            path = f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quoted}"
-            encoding = f"&contentEncoding={content_encoding}" if content_encoding else ""
-            self._request("POST", path + encoding, data)
+            self._request("PUT", self._path(name), data)
+            return
+        quoted = urllib.parse.quote(name, safe="")
+        path = f"/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name={quoted}"
+        encoding = f"&contentEncoding={content_encoding}" if content_encoding else ""
+        self._request("POST", path + encoding, data)
 
     def get(self, name: str) -> bytes:
         """Return an object's content, past the proxy."""
+        path = self._path(name)
+        return self._request("GET", path if self.protocol == "s3" else f"/download{path}?alt=media")
+
+    def _path(self, name: str) -> str:
         if self.protocol == "s3":
-            return self._request("GET", f"/{BUCKET}/{urllib.parse.quote(name)}")
-        quoted = urllib.parse.quote(name, safe="")
-        return self._request("GET", f"/download/storage/v1/b/{BUCKET}/o/{quoted}?alt=media")
+            return f"/{BUCKET}/{urllib.parse.quote(name)}"
+        return f"/storage/v1/b/{BUCKET}/o/{urllib.parse.quote(name, safe='')}"
 
     def _request(self, method: str, path: str, data: bytes | None = None, acl: str = "") -> bytes:
         url = f"http://127.0.0.1:{self.port}{path}"
@@ -139,17 +135,6 @@ def damaged_commits(store: ObjectStore, output: str) -> list[str]:
             elif hashlib.sha256(content).hexdigest() != info.sha256:
                 found.append(f"{commit.unit_id}.{part}: another content")
     return found
-
-
-def result_rows(store: ObjectStore, output: str, part: str) -> list[dict[str, Any]]:
-    """Return the sorted rows of a result's part, read past the proxy."""
-    rows = [
-        row
-        for name, data in store.objects().items()
-        if name.startswith(f"{output}/{part}/")
-        for row in pq.read_table(io.BytesIO(data)).to_pylist()
-    ]
-    return sorted(rows, key=lambda row: (row["clip_id"], row.get("window_index", 0)))
 
 
 def missing(protocol: str) -> str | None:

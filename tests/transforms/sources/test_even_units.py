@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.support.sources import manifest
 from tests.support.stores.listing_store import ListingFileSystem, SparseTar, bucket_url
 from transforms.records import WorkUnit
 from transforms.sources import tar_parallel
@@ -73,14 +73,8 @@ def test_segments_of_a_recording_are_many_units(tmp_path: Path) -> None:
     recording = tmp_path / "day.wav"
     with recording.open("wb") as file:
         file.truncate(40 * 3600 * 44_100 * 2)  # a hole, which takes no room
-    manifest = tmp_path / "hours.csv"
-    with manifest.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["uri", "start_s", "end_s"])
-        rows.writerows(
-            (recording.name, start_s, start_s + 600) for start_s in range(0, 144_000, 600)
-        )
-    segments = plan([str(manifest)])
+    rows = [{"uri": recording.name, "start_s": s, "end_s": s + 600} for s in range(0, 144_000, 600)]
+    segments = plan([manifest(str(tmp_path), "csv", rows)])
     windows = [unit.estimated_windows for unit in segments]
     assert len(segments) == 48
     assert max(windows) <= 2 * statistics.median(windows)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import http.server
 import io
 import json
 import os
-import re
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from tests.support.containers import parquet_bytes
+from tests.support.containers import parquet_bytes, write
 from tests.support.sources import as_dict, content, described, failures, plan, put, read, read_all
+from tests.support.stores.fault_proxy import FaultProxy
+from tests.support.stores.web_server import serve_folder
 from transforms.sources import fetching
 from transforms.sources.read_unit import (
     ReadLimits,
@@ -85,19 +81,6 @@ def test_the_hugging_face_layout(folder: str) -> None:
     assert url not in told[2]
 
 
-@pytest.mark.parametrize(
-    ("path", "message"), [("a\0.wav", r"its path 'a\x00.wav'"), ("nope://x/a.wav", "nope")]
-)
-def test_an_impossible_path_in_a_row_costs_the_row(folder: str, path: str, message: str) -> None:
-    rows = [{"bytes": None, "path": path}, {"bytes": b"x", "path": None}]
-    url = put(folder, "t.parquet", parquet_bytes(pa.table({"audio": rows})))
-    items = read_all(url)
-    assert as_dict(items) == {f"{url}#row=1": b"x"}
-    (failure,) = failures(items)
-    assert (failure.item.row, failure.is_container) == (0, False)
-    assert message in failure.message
-
-
 @pytest.mark.slow
 def test_the_schema_of_the_datasets_library(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
@@ -152,66 +135,12 @@ def test_parquet_is_cut_at_row_groups(folder: str, rows_per_unit: int) -> None:
     assert plan(found, using, covered={url: [(0, None)]}) == []
 
 
-class _RangeServer(http.server.ThreadingHTTPServer):
-    """Serves one file by ranges, and counts requests and bytes."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), _RangeHandler)
-        self.data, self.num_requests, self.num_bytes = data, 0, 0
-
-
-class _RangeHandler(http.server.BaseHTTPRequestHandler):
-    server: _RangeServer
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer(is_get=False)
-
-    def do_GET(self) -> None:
-        self._answer(is_get=True)
-
-    def _answer(self, *, is_get: bool) -> None:
-        data = self.server.data
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        start = int(asked[1]) if asked else 0
-        part = data[start : int(asked[2]) + 1 if asked and asked[2] else None]
-        self.send_response(206 if asked else 200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", '"1"')
-        self.send_header("Content-Length", str(len(part)))
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
-        self.end_headers()
-        if is_get:
-            self.server.num_requests += 1
-            self.server.num_bytes += len(part)
-            self.wfile.write(part)
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[bytes], _RangeServer]]:
-    servers: list[_RangeServer] = []
-
-    def start(data: bytes) -> _RangeServer:
-        server = _RangeServer(data)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.mark.parametrize("is_held", [True, False])
 @pytest.mark.parametrize(
     ("page_bytes", "row_group"), [(16 << 10, 200), (2 << 20, 200), (2 << 20, 50)]
 )
 def test_no_byte_of_a_remote_parquet_file_is_requested_twice(
-    serve: Callable[[bytes], _RangeServer],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     page_bytes: int,
     row_group: int,
@@ -221,18 +150,17 @@ def test_no_byte_of_a_remote_parquet_file_is_requested_twice(
     if not is_held:
         monkeypatch.setattr(fetching, "_MAX_HELD_BYTES", 0)
     cells = [{"bytes": os.urandom(100_000), "path": f"{n}.wav"} for n in range(200)]
-    buffer = io.BytesIO()
     options = {"data_page_size": page_bytes, "write_batch_size": 1, "use_dictionary": False}
     table = pa.table({"audio": cells, "note": [f"note {n}" for n in range(200)]})
-    pq.write_table(table, buffer, row_group_size=row_group, **options)
-    server = serve(buffer.getvalue())
-    url = f"http://127.0.0.1:{server.server_port}/t.parquet"
-    items = read_all(url, units=SourceSettings())
+    size = len(write(tmp_path / "t.parquet", table, row_group_size=row_group, **options))
+    with serve_folder(tmp_path) as web, FaultProxy("127.0.0.1", web.port) as proxy:
+        url = f"{proxy.url}/t.parquet"
+        items = read_all(url, units=SourceSettings())
+        answers = [one.num_bytes for one in proxy.answers if one.method == "GET"]
     assert as_dict(items) == {f"{url}#row={n}": cell["bytes"] for n, cell in enumerate(cells)}
-    ratio = server.num_bytes / len(server.data)
     # Pages of 100 kB lie closer together than the blocks in which headers are asked for.
-    assert ratio < (1.05 if is_held else 1.2 if page_bytes > 1 << 20 else 2)
-    assert server.num_requests < (40 if is_held else 300)
+    assert sum(answers) < size * (1.05 if is_held else 1.2 if page_bytes > 1 << 20 else 2)
+    assert len(answers) < (40 if is_held else 300)
 
 
 def test_held_ranges_read_like_the_file(tmp_path: Path) -> None:
@@ -269,31 +197,6 @@ def test_a_value_without_a_python_equivalent_costs_no_rows(tmp_path: Path) -> No
     first, second, third = find_inputs([url]).items
     assert (first.metadata, third.metadata) == ('{"note": "fine"}', None)
     assert second.metadata is not None and "<cannot be read: " in second.metadata
-
-
-def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
-    table = pa.table({"audio": [os.urandom(500) for _ in range(6)]})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=2, compression="zstd", use_dictionary=False)
-    data = bytearray(buffer.getvalue())
-    column = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(1).column(0)
-    for at in range(column.data_page_offset, column.data_page_offset + 60):
-        data[at] = 0xFF
-    url = put(str(tmp_path), "t.parquet", bytes(data))
-    items = read_all(url, units=SourceSettings())
-    assert list(as_dict(items)) == [f"{url}#row={n}" for n in (0, 1, 4, 5)]
-    (failure,) = failures(items)
-    assert failure.is_container
-    assert "rows 2 to 3 cannot be read" in failure.message
-    assert items[-1] is failure
-
-
-def test_a_parquet_file_cut_short_is_one_failure(folder: str) -> None:
-    put(folder, "a.wav")
-    url = put(folder, "t.parquet", parquet_bytes(pa.table({"audio": [b"x"]}))[:-9])
-    (failure,) = failures(read_all(folder))
-    assert (failure.item.clip_id, failure.is_container) == (url, True)
-    assert "is not a whole Parquet file" in failure.message
 
 
 def test_large_cells_are_spooled_and_refused_beyond_the_bound(tmp_path: Path) -> None:

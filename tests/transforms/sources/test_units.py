@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import pickle
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -22,7 +19,6 @@ from transforms.sources.read_unit import (
     find_inputs,
     limit_items,
     plan_units,
-    read_unit,
 )
 
 
@@ -68,13 +64,6 @@ def test_a_unit_ends_at_its_bytes_and_segments_count_by_duration(folder: str) ->
     assert [unit.estimated_windows for unit in units] == [4, 4]
 
 
-def test_reading_is_a_picklable_function(folder: str) -> None:
-    put(folder, "a.wav")
-    (unit,) = plan(find_inputs([folder]))
-    reader = pickle.loads(pickle.dumps(functools.partial(read_unit, settings=SMALL_UNITS)))
-    assert list(reader(pickle.loads(pickle.dumps(unit)))) == list(read_unit(unit))
-
-
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 99])
 def test_limit_takes_exactly_the_first_items(folder: str, limit: int) -> None:
     for number in range(2):
@@ -109,16 +98,6 @@ def test_items_beyond_a_limit_are_planned_later(folder: str) -> None:
     rest = plan(found, covered=covered)
     assert as_dict(read([*first, *rest])) == as_dict(read_all(url))
     assert len(read([*first, *rest])) == 5
-
-
-def test_real_recordings(esc10: list[Path], shared_data: Path) -> None:
-    table = shared_data / "esc10" / "esc10.csv"
-    found = find_inputs([str(esc10[0].parent)])
-    assert [item.uri for item in found.items] == [str(path) for path in esc10]
-    units = plan(found, SourceSettings(windows_per_unit=100))
-    assert sum(len(unit.items) for unit in units) == 320
-    assert 3 <= len(units) <= 7
-    assert table.exists()
 
 
 def test_the_config_and_reading_agree_on_the_bounds() -> None:

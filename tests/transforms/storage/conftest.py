@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from pathlib import Path
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
-_numbers = itertools.count()
+from tests.support.stores.fault_proxy import Faults
+from tests.support.stores.object_store import ObjectStore, missing, open_store
 
 
-@pytest.fixture(params=["local", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "local":
-        yield str(tmp_path / "in")
-        return
-    yield f"memory://storage-{next(_numbers)}/in"
-    MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
+@pytest.fixture(scope="module")
+def started() -> Iterator[Callable[[str], ObjectStore]]:
+    """The emulator of a protocol, started when it is first asked for."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def start(protocol: str) -> ObjectStore:
+            if reason := missing(protocol):
+                pytest.skip(reason)
+            return stack.enter_context(open_store(protocol))
+
+        yield start
+
+
+@pytest.fixture
+def emulator(started: Callable[[str], ObjectStore]) -> Callable[[str], ObjectStore]:
+    """The empty bucket of a protocol, without faults."""
+
+    def reset(protocol: str) -> ObjectStore:
+        store = started(protocol)
+        store.proxy.faults = Faults()
+        store.clear()
+        return store
+
+    return reset

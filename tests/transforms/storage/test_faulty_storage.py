@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
-import http.server
-import io
 import itertools
-import json
 import random
 import re
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -19,46 +13,29 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import soundfile
 
 from pipeline.cli.main import main
+from tests.support.labelling import assert_same_rows
 from tests.support.stores.fault_proxy import CUTS, KINDS, FaultProxy, Faults
-from tests.support.stores.object_store import (
-    ObjectStore,
-    damaged_commits,
-    missing,
-    open_store,
-    result_rows,
-)
+from tests.support.stores.object_store import ObjectStore, damaged_commits
+from tests.support.stores.store_runs import fill, label, rows_of
+from tests.support.stores.web_server import QuietHandler, serve, serve_folder
 from transforms.storage import filesystem, listing, reading, retries, writing
 
-RATE_HZ = 16_000
 # A refusal, a lost answer, a body that is short without a sign; -m slow has the rest.
 QUICK_KINDS = ("503", "reset_after", "cut_unframed")
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
-def emulator(request: pytest.FixtureRequest) -> Iterator[ObjectStore]:
-    if reason := missing(request.param):
-        pytest.skip(reason)
-    with open_store(request.param) as store:
-        yield store
-
-
-@pytest.fixture
-def store(emulator: ObjectStore) -> Iterator[ObjectStore]:
+@pytest.fixture(params=["s3", "gs"])
+def store(
+    request: pytest.FixtureRequest, emulator: Callable[[str], ObjectStore]
+) -> Iterator[ObjectStore]:
     """An empty bucket without faults."""
-    emulator.clear()
-    emulator.proxy.faults = Faults()
-    yield emulator
-    emulator.proxy.faults = Faults()
+    yield (store := emulator(request.param))
+    store.proxy.faults = Faults()
 
 
 @pytest.fixture(autouse=True)
@@ -156,15 +133,6 @@ def test_faults_at_random_pass(store: ObjectStore, tmp_path: Path) -> None:
     assert store.proxy.counts.total() > 15
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
-def test_faults_at_random_pass_with_any_seed(store: ObjectStore, tmp_path: Path, seed: int) -> None:
-    for number in range(5):
-        store.clear()
-        store.proxy.faults = Faults(rate=0.3, slow_s=0.02, seed=10 * seed + number)
-        use_every_function(store, tmp_path)
-
-
 @pytest.mark.usefixtures("alone")
 def test_a_large_upload_is_whole_or_not_there(store: ObjectStore, tmp_path: Path) -> None:
     # gcsfs sends what is larger than 5 MB in a session, which the store may forget.
@@ -178,40 +146,6 @@ def test_a_large_upload_is_whole_or_not_there(store: ObjectStore, tmp_path: Path
         assert not staged.exists()
         assert store.objects()[f"large-{seed}"] == data
         store.clear()
-
-
-@pytest.mark.usefixtures("alone")
-def test_giving_up_says_what_and_how_often(store: ObjectStore) -> None:
-    writing.write_bytes(f"{store.url}/a", b"1")
-    tried = r"; tried [3-9]\d* times in \d+ s; check the network, and try again later$"
-    retries_s = 0.05
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retries, "RETRY_S", retries_s)
-        store.proxy.faults = Faults(down_after=0)
-        for act in (
-            lambda: reading.read_bytes(f"{store.url}/a"),
-            lambda: writing.write_bytes(f"{store.url}/a", b"2"),
-            lambda: listing.list_names(store.url),
-        ):
-            retries._gave_up_at.clear()
-            with pytest.raises(OSError, match=rf"^{store.url}.*{tried}"):
-                act()
-    assert store.objects() == {"a": b"1"}
-
-
-@pytest.mark.usefixtures("alone")
-def test_a_store_that_was_given_up_on_is_asked_once_until_it_answers(store: ObjectStore) -> None:
-    url = http_url(store, "a")
-    store.put("a", b"1")
-    retries._gave_up_at[store.proxy.url] = time.monotonic()
-    store.proxy.faults = Faults(rate=1, kinds=("503",), target=first_of_each(2))
-    with pytest.raises(OSError, match="the store answered 503"):
-        reading.read_bytes(url)
-    assert store.proxy.num_requests == 2  # HEAD, and GET for what HEAD would not say
-    store.proxy.faults = Faults()
-    assert reading.read_bytes(url) == b"1"
-    store.proxy.faults = Faults(rate=1, kinds=("503",), target=first_of_each(4))
-    assert reading.read_bytes(url) == b"1"
 
 
 @pytest.mark.parametrize(
@@ -288,31 +222,16 @@ def test_a_file_that_changes_while_it_is_read_is_not_patched_together(store: Obj
 # --- A web server without ranges --------------------------------------------------------------
 
 
-class _NoRanges(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
-
-
-@contextlib.contextmanager
-def web_server(folder: Path) -> Iterator[FaultProxy]:
-    handler = functools.partial(_NoRanges, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        with FaultProxy("127.0.0.1", server.server_port) as proxy:
-            yield proxy
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.mark.parametrize("size", [0, 100, 12_000_000])
 def test_a_server_without_ranges_gives_the_whole_file_or_an_error(
     tmp_path: Path, size: int
 ) -> None:
     data = random.Random(1).randbytes(size)
     (tmp_path / "a.bin").write_bytes(data)
-    with web_server(tmp_path) as proxy:
+    with (
+        serve_folder(tmp_path, has_ranges=False) as web,
+        FaultProxy("127.0.0.1", web.port) as proxy,
+    ):
         url = f"{proxy.url}/a.bin"
         assert reading.read_bytes(url) == data
         for kind in (*CUTS, "reset_after", "503"):
@@ -334,53 +253,27 @@ def test_a_server_without_ranges_gives_the_whole_file_or_an_error(
 # --- A web server whose file changes -----------------------------------------------------------
 
 
-class _Changing(http.server.BaseHTTPRequestHandler):
-    """Serves ``content`` in ranges with the ``validators``; calls ``on_get`` before each answer."""
+class _Changing(QuietHandler):
+    """Serves ``content`` with the ``validators``; calls ``on_get`` before each answer."""
 
-    protocol_version = "HTTP/1.1"
     content = b""
     validators: dict[str, str]
     on_get: Callable[[], None]
     has_ranges = True
     breaks_after: int | None = None
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
-
-    def do_HEAD(self) -> None:
-        # As from a server in front, which knows the file by another etag.
-        self._head(200, len(self.content), {"ETag": '"in-front"'})
-
-    def do_GET(self) -> None:
+    def answer(self) -> None:
+        if self.command == "HEAD":
+            # As from a server in front, which knows the file by another etag.
+            self.reply(200, self.content, {"ETag": '"in-front"'})
+            return
         type(self).on_get()
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if wanted is None or not self.has_ranges:
-            self._head(200, len(self.content), self.validators)
-            self.wfile.write(self.content[: self.breaks_after])
-            self.close_connection = True
+        if self.has_ranges:
+            self.reply_content(self.content, self.validators)
             return
-        start, end = int(wanted[1]), int(wanted[2]) + 1
-        total = len(self.content)
-        if start >= total:
-            self._head(416, 0, {"Content-Range": f"bytes */{total}"})
-            return
-        part = self.content[start:end]
-        span = f"bytes {start}-{start + len(part) - 1}/{total}"
-        self._head(206, len(part), {**self.validators, "Content-Range": span})
-        self.wfile.write(part)
-
-    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
-        self.send_response_only(status)
-        for name, value in {"Content-Length": str(length), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-
-class _QuietServer(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is no news."""
+        length = {"Content-Length": str(len(self.content))}
+        self.reply(200, self.content[: self.breaks_after], {**self.validators, **length})
+        self.close_connection = True
 
 
 @pytest.fixture
@@ -388,11 +281,8 @@ def changing() -> Iterator[tuple[type[_Changing], str]]:
     handler = type(
         "Handler", (_Changing,), {"validators": {}, "on_get": staticmethod(lambda: None)}
     )
-    server = _QuietServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield handler, f"http://127.0.0.1:{server.server_port}/a.wav"
-    server.shutdown()
-    server.server_close()
+    with serve(handler) as port:
+        yield handler, f"http://127.0.0.1:{port}/a.wav"
 
 
 MONDAY, TUESDAY = "Mon, 05 Jan 2026 00:00:00 GMT", "Tue, 06 Jan 2026 00:00:00 GMT"
@@ -467,7 +357,7 @@ def test_a_file_that_always_fails_holds_up_nothing_but_itself(
     names = [f"{number}.bin" for number in range(8)]
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
-    with web_server(tmp_path) as proxy:
+    with serve_folder(tmp_path) as web, FaultProxy("127.0.0.1", web.port) as proxy:
         proxy.faults = Faults(rate=1, kinds=("500",), target=lambda method, path: path > "/2")
         began_s = time.monotonic()
         assert reading.read_bytes(f"{proxy.url}/0.bin") == b"0.bin"
@@ -482,60 +372,11 @@ def test_a_file_that_always_fails_holds_up_nothing_but_itself(
 # --- Whole runs -------------------------------------------------------------------------------
 
 
-def wav(seed: int) -> bytes:
-    file = io.BytesIO()
-    noise = np.random.default_rng(seed).normal(0, 0.1, RATE_HZ)
-    soundfile.write(file, noise, RATE_HZ, format="WAV", subtype="PCM_16")
-    return file.getvalue()
-
-
-def fill(store: ObjectStore, num_each: int) -> list[str]:
-    """Loose files, a tar, a Parquet file and a manifest; the arguments that name them."""
-    seeds = iter(range(4 * num_each))
-    for number in range(num_each):
-        store.put(f"in/loose-{number}.wav", wav(next(seeds)))
-        store.put(f"elsewhere/listed-{number}.wav", wav(next(seeds)))
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as shard:
-        for number in range(num_each):
-            info = tarfile.TarInfo(f"member-{number}.wav")
-            data = wav(next(seeds))
-            info.size = len(data)
-            shard.addfile(info, io.BytesIO(data))
-    store.put("in/shard.tar", tar.getvalue())
-    audio = [{"bytes": wav(next(seeds)), "path": f"row-{n}.wav"} for n in range(num_each)]
-    table = io.BytesIO()
-    pq.write_table(pa.table({"audio": audio, "text": ["x"] * num_each}), table, row_group_size=2)
-    store.put("in/rows.parquet", table.getvalue())
-    lines = (json.dumps({"uri": f"elsewhere/listed-{n}.wav"}) for n in range(num_each))
-    store.put("list.jsonl", "\n".join(lines).encode())
-    return [f"{store.url}/in", f"{store.url}/list.jsonl"]
-
-
-def label(store: ObjectStore, model: Path, inputs: list[str], output: str, *more: str) -> int:
-    options = ["--device", "cpu", "--precision", "fp32", "--batch-size", "2", "--quiet"]
-    sets = ["--set", "units.windows=4", "--set", "decode.processes=1"]
-    where = ["--output", f"{store.url}/{output}", "--model", str(model)]
-    return main(["label", *inputs, *where, *options, *sets, *more])
-
-
-def assert_same_rows(store: ObjectStore, expected: str, found: str) -> None:
-    for part in ("clips", "windows", "errors"):
-        ours, theirs = result_rows(store, expected, part), result_rows(store, found, part)
-        assert [row["clip_id"] for row in theirs] == [row["clip_id"] for row in ours]
-        for one, other in zip(ours, theirs, strict=True):
-            for name, value in one.items():
-                if name == "embedding":
-                    np.testing.assert_allclose(other[name], value, atol=1e-5)
-                elif name != "labels":
-                    assert other[name] == value
-
-
 def run_until_done(store: ObjectStore, model: Path, inputs: list[str], output: str) -> int:
     """How many runs it took; after each, what is committed is whole."""
     more: list[str] = []
     for attempt in range(1, 11):
-        code = label(store, model, inputs, output, *more)
+        code = label(inputs, f"{store.url}/{output}", model, *more)
         assert damaged_commits(store, output) == []
         assert code in (0, 1, 3)
         if code == 0:
@@ -557,14 +398,15 @@ def test_a_run_on_a_faulty_store_ends_as_on_a_sound_one(
     store: ObjectStore, tiny_model: Path, rate: float, seed: int, num_each: int
 ) -> None:
     inputs = fill(store, num_each)
-    assert label(store, tiny_model, inputs, "sound") == 0
+    assert label(inputs, f"{store.url}/sound", tiny_model) == 0
     store.proxy.faults = Faults(rate=rate, seed=seed, slow_s=0.05)
     run_until_done(store, tiny_model, inputs, "faulty")
     assert store.proxy.counts.total() > 0
     store.proxy.faults = Faults()
     assert main(["verify", f"{store.url}/faulty", "--quiet"]) == 0
-    assert_same_rows(store, "sound", "faulty")
-    assert len(result_rows(store, "faulty", "clips")) == 4 * num_each
+    for part in ("clips", "windows", "errors"):
+        assert_same_rows(rows_of(store, "faulty", part), rows_of(store, "sound", part))
+    assert len(rows_of(store, "faulty", "clips")) == 4 * num_each
 
 
 @pytest.mark.usefixtures("alone")
@@ -575,13 +417,13 @@ def test_a_store_that_goes_down_ends_the_run_with_a_message_and_the_next_goes_on
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(retries, "RETRY_S", 0.5)
-    inputs = fill(store, 2)
+    inputs = fill(store)
 
     def is_after_the_first_commit(method: str, path: str) -> bool:
         return method in ("PUT", "POST") and any("/_commits/" in name for name in store.names())
 
     store.proxy.faults = Faults(rate=1, kinds=("503",), target=is_after_the_first_commit)
-    assert label(store, tiny_model, inputs, "out") == 1
+    assert label(inputs, f"{store.url}/out", tiny_model) == 1
     said = capsys.readouterr().err.splitlines()
     (last,) = (line for line in said if line.startswith("earmark: "))
     assert last.startswith(f"earmark: {store.url}/out cannot be written: ")
@@ -593,9 +435,9 @@ def test_a_store_that_goes_down_ends_the_run_with_a_message_and_the_next_goes_on
     done = [name for name in store.names() if name.startswith("out/_commits/")]
     assert len(done) == 1
     store.proxy.faults = Faults()
-    assert label(store, tiny_model, inputs, "out") == 0
+    assert label(inputs, f"{store.url}/out", tiny_model) == 0
     assert done[0] in store.names()
-    assert len(result_rows(store, "out", "clips")) == 8
+    assert len(rows_of(store, "out", "clips")) == 8
     assert main(["verify", f"{store.url}/out", "--quiet"]) == 0
 
 
@@ -604,18 +446,18 @@ def test_an_input_that_cannot_be_read_costs_itself_and_is_taken_up_again(
     store: ObjectStore, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "RETRY_S", 0.05)
-    inputs = fill(store, 2)
+    inputs = fill(store)
 
     def is_one_of_the_files(method: str, path: str) -> bool:
         wanted = "alt=media" in path if store.protocol == "gs" else method == "GET"
         return wanted and "loose-1.wav" in path
 
     store.proxy.faults = Faults(rate=1, kinds=("503", "cut"), target=is_one_of_the_files)
-    assert label(store, tiny_model, inputs, "out") == 3
-    (row,) = result_rows(store, "out", "errors")
-    assert (row["uri"], row["stage"]) == (f"{store.url}/in/loose-1.wav", "read")
+    assert label(inputs, f"{store.url}/out", tiny_model) == 3
+    (row,) = rows_of(store, "out", "errors")
+    assert (row["uri"], row["stage"]) == ("in/deep/a b/loose-1.wav", "read")
     assert "tried" in row["message"]
     store.proxy.faults = Faults()
-    assert label(store, tiny_model, inputs, "out", "--retry-failed") == 0
-    assert len(result_rows(store, "out", "clips")) == 8
-    assert result_rows(store, "out", "errors") == []
+    assert label(inputs, f"{store.url}/out", tiny_model, "--retry-failed") == 0
+    assert len(rows_of(store, "out", "clips")) == 8
+    assert rows_of(store, "out", "errors") == []

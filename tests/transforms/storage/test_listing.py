@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -69,57 +68,3 @@ def test_listing_a_remote_file_system_tells_of_folders_it_cannot_list(
     assert [info.url for info in found] == [f"disk:/{tmp_path}/b/2.wav"]
     assert [type(error) for error in errors] == [PermissionError]
     assert "/a:" in str(errors[0])
-
-
-def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
-    (tmp_path / "in" / "deep").mkdir(parents=True)
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "in" / "deep" / "a.wav").touch()
-    (tmp_path / "outside" / "b.wav").touch()
-    (tmp_path / "in" / "deep" / "loop").symlink_to(tmp_path / "in")
-    (tmp_path / "in" / "0-again").symlink_to(tmp_path / "in" / "deep")
-    (tmp_path / "in" / "link").symlink_to(tmp_path / "outside")
-    (tmp_path / "in" / "gone.wav").symlink_to(tmp_path / "nowhere")
-    os.mkfifo(tmp_path / "in" / "pipe.wav")
-    found = [info.url for info in listing.list_files(str(tmp_path / "in"))]
-    assert [url.removeprefix(f"{tmp_path}/in/") for url in found] == [
-        "deep/a.wav",
-        "gone.wav",
-        "link/b.wav",
-        "pipe.wav",
-    ]
-
-
-def test_a_link_to_itself_is_an_error_beside_the_rest(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.wav").touch()
-    (tmp_path / "in" / "self").symlink_to("self")
-    for listed in (f"{tmp_path}/in", f"{tmp_path}/i*"):
-        list_them = listing.glob_files if "*" in listed else listing.list_files
-        errors: list[OSError] = []
-        found = list(list_them(listed, errors.append))
-        assert [info.url for info in found] == [f"{tmp_path}/in/a.wav"]
-        assert [error.filename for error in errors] == [f"{tmp_path}/in/self"]
-        with pytest.raises(OSError, match="symbolic links"):
-            list(list_them(listed))
-
-
-def test_a_folder_that_cannot_be_listed_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a/1.wav", "b/2.wav"):
-        writing.write_bytes(f"{tmp_path}/{name}", b"x")
-    real = os.scandir
-
-    def scandir(path: Any) -> Any:
-        if str(path).endswith("/a"):
-            raise PermissionError(13, "Permission denied", path)
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(PermissionError):
-        list(listing.list_files(str(tmp_path)))
-    errors: list[OSError] = []
-    found = list(listing.list_files(str(tmp_path), errors.append))
-    assert [info.url for info in found] == [f"{tmp_path}/b/2.wav"]
-    assert [error.filename for error in errors] == [f"{tmp_path}/a"]

@@ -7,17 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from transforms.storage import filesystem, reading, urls, writing
-
-
-def test_get_file_copies_and_leaves_nothing_on_error(folder: str, tmp_path: Path) -> None:
-    url, target = urls.join(folder, "a"), tmp_path / "copy"
-    writing.write_bytes(url, b"data")
-    reading.get_file(url, str(target))
-    assert target.read_bytes() == b"data"
-    with pytest.raises(FileNotFoundError):
-        reading.get_file(urls.join(folder, "b"), str(tmp_path / "other"))
-    assert not (tmp_path / "other").exists()
+from transforms.storage import filesystem, reading, writing
 
 
 def test_reading_a_pipe_or_folder_is_refused(tmp_path: Path) -> None:

@@ -40,15 +40,6 @@ def test_write_then_read_stat_list_remove(folder: str) -> None:
     assert listing.list_names(urls.join(folder, "absent")) == []
 
 
-def test_put_file_moves(folder: str, tmp_path: Path) -> None:
-    source = tmp_path / "staged"
-    source.write_bytes(b"data")
-    url = urls.join(folder, "x", "part")
-    writing.put_file(str(source), url)
-    assert reading.read_bytes(url) == b"data"
-    assert not source.exists()
-
-
 def test_put_file_across_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "staged"
     source.write_bytes(b"data")
@@ -82,12 +73,22 @@ def test_a_failed_local_write_leaves_the_old_content_and_nothing_else(
     assert reading.read_bytes(url) == b"old"
 
 
-def test_create_bytes_makes_a_file_once_and_never_replaces_it(folder: str) -> None:
-    url = urls.join(folder, "new", "lease")
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("start", ["", "memory:/", "disk:/"])  # disk: no exclusive write
+def test_create_bytes_makes_a_file_once_and_never_replaces_it(
+    start: str, has_links: bool, tmp_path: Path, empty_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: str, target: str) -> None:
+        raise PermissionError(1, "Operation not permitted", source)
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
+    folder = f"{start}{tmp_path}/new"
+    url = f"{folder}/lease"
     assert writing.create_bytes(url, b"mine") is True
     assert writing.create_bytes(url, b"another's") is False
     assert reading.read_bytes(url) == b"mine"
-    assert listing.list_names(urls.join(folder, "new")) == ["lease"]
+    assert listing.list_names(folder) == ["lease"]
     writing.remove(url)
     assert writing.create_bytes(url, b"third") is True
 
@@ -104,27 +105,6 @@ def test_create_bytes_lets_one_of_many_win(tmp_path: Path) -> None:
         made = list(pool.map(create, range(16)))
     assert made.count(True) == 1
     assert reading.read_bytes(url) == b"%d" % made.index(True)
-
-
-def test_create_bytes_on_a_file_system_without_links(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def link(source: str, target: str) -> None:
-        raise PermissionError(1, "Operation not permitted", source)
-
-    monkeypatch.setattr(os, "link", link)
-    url = str(tmp_path / "out" / "lease")
-    assert writing.create_bytes(url, b"mine") is True
-    assert writing.create_bytes(url, b"another's") is False
-    assert reading.read_bytes(url) == b"mine"
-    assert listing.list_names(str(tmp_path / "out")) == ["lease"]
-
-
-def test_create_bytes_where_the_store_has_no_exclusive_write(tmp_path: Path) -> None:
-    url = f"disk:/{tmp_path}/out/lease"
-    assert writing.create_bytes(url, b"mine") is True
-    assert writing.create_bytes(url, b"another's") is False
-    assert (tmp_path / "out" / "lease").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(("num_short", "is_stored"), [(2, True), (99, False)])

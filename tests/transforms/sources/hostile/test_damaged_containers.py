@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import subprocess
 import sys
@@ -11,42 +10,29 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from tests.support.containers import END, GOOD, STRUCT, member
+from tests.support.containers import END, GOOD, STRUCT, member, parquet_bytes
 from tests.support.paths import ROOT
 
 
 def corpus() -> dict[str, bytes]:
     tar = b"".join(member(f"{n}.wav", GOOD[:900]) + member(f"{n}.json", b"{}") for n in range(3))
     tar += member("é" * 120 + ".wav", b"x") + member("y" * 200 + ".wav", b"x", format=1) + END
-    buffers = {}
-    for name, options in (
-        ("plain.parquet", {"compression": "none"}),
-        ("zstd.parquet", {"compression": "zstd", "data_page_version": "2.0"}),
-    ):
-        buffer = io.BytesIO()
-        cells = [{"bytes": bytes([n]) * 300, "path": None} for n in range(20)]
-        table = pa.table({"audio": pa.array(cells, STRUCT), "tags": [["a", "b"]] * 20})
-        pq.write_table(table, buffer, row_group_size=7, **options)
-        buffers[name] = buffer.getvalue()
+    cells = [{"bytes": bytes([n]) * 300, "path": None} for n in range(20)]
+    table = pa.table({"audio": pa.array(cells, STRUCT), "tags": [["a", "b"]] * 20})
+    newer = {"compression": "zstd", "data_page_version": "2.0"}
+    names = pa.table({"uri": [f"{n}.wav" for n in range(9)], "labels": [["a"]] * 9})
     lines = "\n".join(json.dumps({"uri": f"{n}.wav", "start_s": n, "x": [n]}) for n in range(9))
     return {
         "x.tar": tar,
         "x.tar.gz": gzip.compress(tar, mtime=0),
-        **buffers,
+        "plain.parquet": parquet_bytes(table, 7, compression="none"),
+        "zstd.parquet": parquet_bytes(table, 7, **newer),
         "list.jsonl": lines.encode(),
         "list.csv": b'uri,label\n"a.wav","x\ny"\nb.wav,z\n' * 5,
-        "list.parquet": parquet_manifest(),
+        "list.parquet": parquet_bytes(names),
     }
-
-
-def parquet_manifest() -> bytes:
-    buffer = io.BytesIO()
-    table = pa.table({"uri": [f"{n}.wav" for n in range(9)], "labels": [["a"]] * 9})
-    pq.write_table(table, buffer)
-    return buffer.getvalue()
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
@@ -79,14 +65,17 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def read_mutants(folder: Path, numbers: range) -> None:
+@pytest.mark.parametrize(
+    "numbers", [range(60), pytest.param(range(60, 3000), marks=pytest.mark.slow)]
+)
+def test_damaged_containers_never_end_the_run(tmp_path: Path, numbers: range) -> None:
     for number in numbers:
         rng = np.random.default_rng(number)
-        (folder / f"{number:06}").mkdir(parents=True)
+        (tmp_path / f"{number:06}").mkdir()
         for name, data in corpus().items():
-            (folder / f"{number:06}" / name).write_bytes(mutate(data, rng))
+            (tmp_path / f"{number:06}" / name).write_bytes(mutate(data, rng))
     done = subprocess.run(
-        [sys.executable, "-c", READ_MUTANTS, str(folder)],
+        [sys.executable, "-c", READ_MUTANTS, str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -94,17 +83,3 @@ def read_mutants(folder: Path, numbers: range) -> None:
     )
     last = done.stdout.splitlines()[-1:]
     assert done.returncode == 0, f"{last}: {done.stderr[-3000:]}"
-
-
-def test_damaged_containers_never_end_the_run(tmp_path: Path) -> None:
-    read_mutants(tmp_path, range(60))
-
-
-@pytest.mark.slow
-def test_thousands_of_damaged_containers_never_end_the_run(tmp_path: Path) -> None:
-    read_mutants(tmp_path, range(60, 3000))
-
-
-def test_every_mutation_is_the_same_every_time() -> None:
-    first, second = (mutate(corpus()["x.tar"], np.random.default_rng(3)) for _ in range(2))
-    assert first == second

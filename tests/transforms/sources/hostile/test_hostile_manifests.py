@@ -63,7 +63,7 @@ def test_bad_csv_records_cost_themselves(label: Label) -> None:
         (label.inside / name).write_bytes(GOOD)
     text = '\ufeffuri,note\r\na.wav,fine\r\n"new\nline.wav","two\r\nlines"\r\n"qu""ote.wav",x\r\n'
     text += "c.wav," + "n" * (17 << 20) + "\r\n"
-    text += 'c.wav,nul\0byte\r\na.wav,x,y\r\n"b.wav,never closed\r\nb.wav,x\r\n'
+    text += 'c.wav,nul\0byte\r\na.wav,x,y\r\n\r\n"b.wav,never closed\r\nb.wav,x\r\n'
     manifest = label.inside / "list.csv"
     manifest.write_bytes(text.encode())
     assert label(manifest) == 0
@@ -72,46 +72,45 @@ def test_bad_csv_records_cost_themselves(label: Label) -> None:
     expected = {
         7: "is longer than 16777216 characters",
         9: "has 3 fields, the header 2; quote the commas",
-        10: "is not CSV: a quote is not closed, or not within 1000 lines",
+        11: "is not CSV: a quote is not closed, or not within 1000 lines",
     }
     assert told == {f"list.csv#line={n}": f"{manifest} {words}" for n, words in expected.items()}
 
 
-def test_a_quote_that_is_never_closed_costs_one_line(label: Label) -> None:
-    for number in range(3):
-        (label.inside / f"{number}.wav").write_bytes(GOOD)
-    lines = ["uri,note", "0.wav,x", '"1.wav,x', *(f"{n % 3}.wav,x" for n in range(5000))]
-    manifest = label.inside / "list.csv"
-    manifest.write_text("\n".join(lines))
-    assert label(manifest) == 0
-    assert label.labelled() == {"0.wav", "1.wav", "2.wav"}
-    assert label.errors().keys() == {"list.csv#line=3"}
+LONG = "x" * 40_000
 
 
-def test_a_record_of_many_long_lines_is_bounded(
-    label: Label, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "text", "labelled", "bad_lines"),
+    [
+        ("list.csv", 'uri,note\n0.wav,x\n"1.wav,x\n' + "2.wav,x\n1.wav,x\n" * 2500, "012", [3]),
+        ("list.tsv", 'uri\tnote\n0.wav\t"two\nlines"\n1.wav\t"never\n2.wav\tx\n', "02", [4]),
+        # Each field and line is below the bound, but all of them together are not.
+        ("long.csv", f'uri,x,y\n0.wav,"{LONG}\n","{LONG}\n"\n1.wav,,\n', "1", [2, 3, 4]),
+    ],
+)
+def test_a_record_that_does_not_end_costs_its_lines(
+    label: Label,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    text: str,
+    labelled: str,
+    bad_lines: list[int],
 ) -> None:
-    """Each field and line is below the bound, but all of them together are not."""
     monkeypatch.setattr(manifests, "_MAX_LINE_CHARS", 1 << 16)
-    for name in ("a.wav", "b.wav"):
-        (label.inside / name).write_bytes(GOOD)
-    lines = ["uri,x,y", "a.wav,x,y", f'a.wav,"{"x" * 40_000}', f'","{"y" * 40_000}', '"', "b.wav,,"]
-    manifest = label.inside / "list.csv"
-    manifest.write_text("\n".join(lines))
-    assert label(manifest) == 0
-    assert label.labelled() == {"a.wav", "b.wav"}
-    message = label.errors()["list.csv#line=3"][1]
-    assert message.endswith("is not CSV: a record of more than 65536 characters")
-
-
-def test_a_quote_that_is_never_closed_in_a_tsv_costs_one_line(label: Label) -> None:
     for number in range(3):
         (label.inside / f"{number}.wav").write_bytes(GOOD)
-    manifest = label.inside / "list.tsv"
-    manifest.write_text('uri\tnote\n0.wav\t"closed\nhere"\n1.wav\t"never\n2.wav\tx\n')
-    assert label(manifest) == 0
-    assert label.labelled() == {"0.wav", "2.wav"}
-    assert label.errors().keys() == {"list.tsv#line=4"}
+    (label.inside / name).write_text(text)
+    assert label(label.inside / name) == 0
+    assert label.labelled() == {f"{number}.wav" for number in labelled}
+    errors = label.errors()
+    assert errors.keys() == {f"{name}#line={number}" for number in bad_lines}
+    reason = (
+        "a record of more than 65536 characters"
+        if name == "long.csv"
+        else "a quote is not closed, or not within 1000 lines"
+    )
+    assert errors[f"{name}#line={bad_lines[0]}"][1].endswith(f"is not CSV: {reason}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])

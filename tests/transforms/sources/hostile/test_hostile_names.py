@@ -30,6 +30,7 @@ def test_loops_links_pipes_and_sockets_in_folders(label: Label) -> None:
     (inside / "sub" / "good.wav").write_bytes(GOOD)
     (inside / "sub" / "up").symlink_to("..")
     (inside / "sub" / "here").symlink_to(".")
+    (inside / "0-again").symlink_to("sub")  # a folder is listed under its own path
     (inside / "self.wav").symlink_to("self.wav")
     (inside / "ping.wav").symlink_to("pong.wav")
     (inside / "pong.wav").symlink_to("ping.wav")

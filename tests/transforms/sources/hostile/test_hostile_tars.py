@@ -42,8 +42,9 @@ def test_members_that_are_no_files_are_rows(label: Label) -> None:
         "pipe.wav": ("pipe", {"type": tarfile.FIFOTYPE}),
         "unknown.wav": ("special file", {"type": b"Z"}),
     }
+    ignored = member("folder.wav", b"", type=tarfile.DIRTYPE) + member("._shadow.wav", b"x")
     parts = [member(name, b"", **changes) for name, (_, changes) in kinds.items()]
-    tar = member("good.wav") + b"".join(parts) + member("last.wav") + END
+    tar = member("good.wav") + b"".join(parts) + ignored + member("last.wav") + END
     (label.inside / "x.tar").write_bytes(tar)
     assert label() == 0
     assert label.labelled() == {"x.tar#good.wav", "x.tar#last.wav"}
@@ -145,6 +146,7 @@ def test_false_headers_cost_their_members(label: Label) -> None:
         "long_header": raw_member(bytes(2 << 20), typeflag=b"L") + raw_member(),
         "headers_without_end": pax({"a": "x" * 600_000}) + pax({"b": "x" * 600_000}) + raw_member(),
         "name_and_no_member": pax({"path": "b.wav"}) + END,
+        "after_the_end": END + b"garbage" * 100,
     }
     for name, lie in lies.items():
         (label.inside / f"{name}.tar").write_bytes(first + lie + last + END)

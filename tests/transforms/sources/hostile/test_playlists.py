@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,31 +14,17 @@ import pytest
 from tests.support import audio_factory
 from tests.support.containers import END, member
 from tests.support.paths import ROOT
+from tests.support.stores.web_server import WebServer, serve_folder
 from tests.support.watched_label import SECRET, Label, snapshot
 
 
 @pytest.fixture
-def server() -> Iterator[tuple[str, list[str]]]:
-    """The URL of a WAV on this machine, and the requested paths."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(SECRET)))
-            self.end_headers()
-            self.wfile.write(SECRET)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
-        thread = threading.Thread(target=listener.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.server_port}/secret.wav", asked
-        listener.shutdown()
-        thread.join()
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    """A server with ``secret.wav``."""
+    folder = tmp_path_factory.mktemp("www")
+    (folder / "secret.wav").write_bytes(SECRET)
+    with serve_folder(folder) as server:
+        yield server
 
 
 def playlists(target: str) -> dict[str, str]:
@@ -84,15 +68,12 @@ def put_playlists(label: Label, url: str) -> int:
     return 2 * len(texts)
 
 
-def test_files_that_a_playlist_names_are_never_opened(
-    label: Label, server: tuple[str, list[str]]
-) -> None:
-    url, asked = server
-    num_files = put_playlists(label, url)
+def test_files_that_a_playlist_names_are_never_opened(label: Label, web: WebServer) -> None:
+    num_files = put_playlists(label, f"{web.url}/secret.wav")
     assert label() == 0
     assert label.labelled() == set()
     assert len(label.errors()) == num_files
-    assert asked == []
+    assert web.requests == []
 
 
 # Those with a question mark are not on every machine.
@@ -102,10 +83,9 @@ SYSTEM_CALLS = "?open,?creat,openat,?openat2,connect,?unlink,unlinkat,?rename,?r
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace sees what libraries open")
 def test_decoders_open_nothing_but_their_input(
-    label: Label, server: tuple[str, list[str]], tmp_path: Path
+    label: Label, web: WebServer, tmp_path: Path
 ) -> None:
-    url, asked = server
-    put_playlists(label, url)
+    put_playlists(label, f"{web.url}/secret.wav")
     (label.inside / "good.mp3").write_bytes(
         audio_factory.encode(audio_factory.noise(0.5), 16_000, "mp3")
     )
@@ -127,8 +107,8 @@ def test_decoders_open_nothing_but_their_input(
     calls = trace.read_text(errors="replace")
     assert "good.mp3" in calls
     assert "secret.wav" not in calls
-    assert f"htons({url.rpartition(':')[2].partition('/')[0]})" not in calls
-    assert asked == []
+    assert f"htons({web.port})" not in calls
+    assert web.requests == []
     writing = [
         line
         for line in calls.splitlines()
