@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -206,14 +206,13 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
         InputError: An input is not valid.
     """
     sources = resolved.label.sources
-    found = find_inputs(
+    found = find_items(
         resolved.urls,
+        resolved.limit,
+        sources,
         exclude=resolved.output or None,
-        max_page_bytes=sources.limits.max_page_bytes,
         max_listed=max_listed,
     )
-    if resolved.limit is not None:
-        found = limit_items(found, resolved.limit, sources)
     commits = resolved.state.commits if resolved.keeps else {}
     retry_from = resolved.output if resolved.retry_failed else None
     return RunPlan(
@@ -235,22 +234,37 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     )
 
 
+def find_items(
+    inputs: Sequence[str],
+    limit: int | None,
+    sources: SourceSettings,
+    *,
+    exclude: str | None = None,
+    max_listed: int | None = None,
+) -> Found:
+    """List the content of the inputs, up to the limit. Errors are those of ``find_inputs``."""
+    found = find_inputs(
+        inputs,
+        exclude=exclude,
+        max_page_bytes=sources.limits.max_page_bytes,
+        max_listed=max_listed,
+    )
+    return found if limit is None else limit_items(found, limit, sources)
+
+
 def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
     """Return the last step of a run, which checks the result against the plan."""
-    kept, remaining = plan.kept, plan.remaining
+    remaining = plan.remaining
     return FinishRun(
         output=plan.output,
         run=plan.run,
         startup=startup,
-        kept=kept,
+        kept=plan.kept,
         num_units=len(plan.units),
-        found_kept_items=remaining.found_kept_items,
-        vanished_kept_items=remaining.vanished_kept_items,
-        vanished_carried_items=remaining.vanished_carried_items,
-        retried_carried_items=remaining.retried_carried_items,
+        carried_items=remaining.vanished_carried_items + remaining.retried_carried_items,
+        vanished_items=remaining.vanished_items,
         vanished_failures=plan.vanished_failures,
         num_found_items=count_found_items(plan.found),
-        num_commits=kept.units + len(plan.units),
     )
 
 
@@ -361,18 +375,11 @@ def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, A
 
 
 def _model_record(model: ModelSpec) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "source": model.source,
-        "revision": model.revision,
-        "sha256": model.sha256,
-        "license": model.license,
-        "activation": model.activation,
-        "num_labels": model.num_labels,
-        "hidden_size": model.hidden_size,
-        "window_s": model.window_s,
-        "notes": list(model.notes),
-    }
+    names = (
+        *("name", "source", "revision", "sha256", "license"),
+        *("activation", "num_labels", "hidden_size", "window_s"),
+    )
+    return {name: getattr(model, name) for name in names} | {"notes": list(model.notes)}
 
 
 def describe_plan(plan: RunPlan) -> list[str]:

@@ -35,7 +35,7 @@ from pipeline.labelling.plan import (
     make_finish,
     resolve_run,
 )
-from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
+from pipeline.labelling.plan_on_workers import build_deferred_graph
 from pipeline.result.lock import hold_output
 from pipeline.result.state import (
     SUCCESS_FILE,
@@ -199,8 +199,8 @@ def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
 
     def prepare(startup: Startup) -> Callable[[beam.Pipeline], None]:
         run = begin_output(resolved.state, resolved.run, config, is_new=True)
-        plan = DeferredPlan.of(dataclasses.replace(resolved, run=run), startup)
-        return functools.partial(build_deferred_graph, plan=plan)
+        begun = dataclasses.replace(resolved, run=run)
+        return functools.partial(build_deferred_graph, resolved=begun, startup=startup)
 
     return PlannedRun(resolved.output, prepare, Expected())
 

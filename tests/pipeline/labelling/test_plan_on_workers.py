@@ -18,7 +18,7 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from pipeline.config.label import RunConfig
 from pipeline.labelling import run as run_module
 from pipeline.labelling.plan import resolve_run
-from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
+from pipeline.labelling.plan_on_workers import build_deferred_graph
 from pipeline.labelling.run import fits_job, plan_on_workers, run_label
 from pipeline.result.verify import run_verify
 from pipeline.terminal.time_report import UNTIMED
@@ -231,7 +231,7 @@ def test_a_job_that_dataflow_would_not_take_is_planned_there() -> None:
 def test_reading_to_commit_is_one_stage(label: Label, tmp_path: Path) -> None:
     resolved = resolve_run(label.config([str(tmp_path)], tmp_path / "out"))
     pipeline = beam.Pipeline(FnApiRunner(), options=PipelineOptions([]))
-    build_deferred_graph(pipeline, DeferredPlan.of(resolved, UNTIMED))
+    build_deferred_graph(pipeline, resolved, UNTIMED)
     _, stages = FnApiRunner().create_stages(pipeline.to_runner_api())
     names = [[transform.unique_name for transform in stage.transforms] for stage in stages]
     steps = ("Skip committed", "Decode", "Extract fbank", "Run AST", "Commit")

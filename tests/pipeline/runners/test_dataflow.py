@@ -28,7 +28,7 @@ from pipeline.config.load import load_config
 from pipeline.graph import build_graph
 from pipeline.labelling.estimate import run_plan
 from pipeline.labelling.plan import ResolvedRun
-from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
+from pipeline.labelling.plan_on_workers import build_deferred_graph
 from pipeline.labelling.run import run_label
 from pipeline.labelling.stats import run_stats
 from pipeline.result.state import ResultState
@@ -108,7 +108,7 @@ def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitS
         keeps=True,
         retry_failed=False,
     )
-    build_deferred_graph(pipeline, DeferredPlan.of(resolved, UNTIMED))
+    build_deferred_graph(pipeline, resolved, UNTIMED)
 
 
 def build(
