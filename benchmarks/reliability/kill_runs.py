@@ -213,14 +213,14 @@ class Run:
     def wait(self) -> int:
         """The exit code, once every process of the run has gone."""
         wait_until(lambda: self.exit_code() is not None, "the run to end", PATIENCE_S)
-        wait_until(lambda: not self._others(), "decoders to end", GOES_BY_ITSELF_S)
+        wait_until(lambda: not self.processes(), "decoders to end", GOES_BY_ITSELF_S)
         return self.exit_code() or 0
 
     def words(self) -> str:
         """What it has printed."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
-    def _others(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Its processes: not zombies, which have no environment."""
         found = []
         for folder in Path("/proc").iterdir():
@@ -235,7 +235,7 @@ class Run:
     def end(self) -> None:
         """Kill what is left of it, and forget what it said."""
         self.send(signal.SIGKILL, to_group=True)
-        for pid in self._others():
+        for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._log.unlink(missing_ok=True)

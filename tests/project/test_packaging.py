@@ -144,11 +144,6 @@ print(len(audioset_labels()))
     ]
 
 
-def test_a_checkout_finds_its_configs(tmp_path: Path) -> None:
-    code = "from pipeline.config.load import config_folder; print(config_folder())"
-    assert run_from(ROOT, tmp_path, code) == str(ROOT / "configs")
-
-
 def test_an_installed_earmark_labels_with_the_models_it_holds(
     installed: Path, tmp_path: Path
 ) -> None:

@@ -341,11 +341,3 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
         target = page.parent / name if name else page
         assert target.exists(), name
         assert not anchor or anchor in anchors_of(target), f"{name}#{anchor}"
-
-
-def test_the_sample_files_readme_names_a_command_that_works() -> None:
-    text = (ROOT / "samples" / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^    earmark (.*)$", text, re.MULTILINE)
-    command, *arguments = shlex.split(line)
-    assert command == "label"
-    assert {word for word in arguments if word.startswith("--")} <= options_of(command)

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cli import main as cli
-from pipeline.config.label import RunConfig
 from pipeline.labelling import calibration
 from pipeline.labelling.calibration import sample_windows
 from pipeline.labelling.plan import RunPlan, make_plan
-from tests.support.audio_factory import noise, quantised, write
+from tests.support.audio_factory import noise, quantised, write_noise
+from tests.support.labelling import small_config
 from transforms.errors import ConfigError
 from transforms.features.fbank import extract_fbank
 from transforms.records import FloatArray
@@ -26,13 +26,7 @@ RATE, WINDOW_S = 16_000, 10.255
 
 
 def plan_of(model: Path, *inputs: Path, **changes: Any) -> RunPlan:
-    config = RunConfig(
-        inputs=tuple(str(source) for source in inputs),
-        output=None,
-        model={"name": str(model)},  # type: ignore[arg-type]
-        decode={"processes": 1},  # type: ignore[arg-type]
-        **changes,
-    )
+    config = small_config(model, Path(), *inputs, output=None, inference={}, units={}, **changes)
     return make_plan(config, needs_output=False)
 
 
@@ -47,9 +41,8 @@ def clip_features(plan: RunPlan, *seeds: int, duration_s: float = 1.0) -> FloatA
 
 
 def write_clips(folder: Path, count: int, duration_s: float = 1.0) -> Path:
-    folder.mkdir()
     for index in range(count):
-        write(folder / f"{index:02d}.wav", noise(duration_s, seed=index), RATE)
+        write_noise(folder / f"{index:02d}.wav", duration_s, seed=index)
     return folder
 
 
@@ -74,19 +67,11 @@ def test_clips_that_cannot_be_decoded_are_skipped(tiny_model: Path, tmp_path: Pa
     np.testing.assert_allclose(sampled(plan, 4), clip_features(plan, 0), rtol=0, atol=0.01)
 
 
-def test_the_sample_is_the_same_each_time(tiny_model: Path, tmp_path: Path) -> None:
-    plan = plan_of(tiny_model, write_clips(tmp_path / "clips", 5))
-    np.testing.assert_array_equal(sampled(plan, 3), sampled(plan, 3))
-
-
 def test_int8_with_a_remote_runner_is_refused_while_planning(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    config = RunConfig(
-        inputs=(str(write_clips(tmp_path / "clips", 1)),),
-        model={"name": str(tiny_model)},  # type: ignore[arg-type]
-        inference={"precision": "int8"},  # type: ignore[arg-type]
-    )
+    clips, inference = write_clips(tmp_path / "clips", 1), {"precision": "int8"}
+    config = small_config(tiny_model, Path(), clips, output=None, inference=inference)
     with pytest.raises(ConfigError, match="calibrated on this machine, and the runner works on"):
         make_plan(config, is_remote=True, needs_output=False)
 
@@ -130,7 +115,7 @@ def test_a_result_keeps_its_calibration(
     assert table.num_rows == 4
     # What is added later is computed by the same model, though the sample would be another.
     monkeypatch.setattr(calibration, "quantise", lambda *a: pytest.fail("quantised again"))
-    write(clips / "later.wav", noise(1.0, seed=9), RATE)
+    write_noise(clips / "later.wav", seed=9)
     assert label(clips) == 0
     assert label.run()["calibration"] == run["calibration"]
     assert label(clips) == 0  # nothing to do
