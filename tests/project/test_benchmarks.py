@@ -23,10 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import common, gpu, peers, steady
 from benchmarks.common import (
     count_flops,
-    median,
     paired_rounds,
-    print_table,
-    spread,
 )
 from transforms.inference.backbones import cpu_has_native_bf16
 from transforms.inference.handler import ASTModelHandler
@@ -268,22 +265,6 @@ def test_the_readme_marks_missing_figures(name: str) -> None:
     section = text.partition(f"\n## {name}.py")[2].partition("\n## ")[0]
     has_figures = (common.ROOT / "benchmarks" / f"{name}.json").exists()
     assert ("figures are missing" in section) != has_figures
-
-
-def test_median_and_spread_of_rounds() -> None:
-    assert median([3.0, 1.0, 2.0]) == 2.0
-    assert spread([3.0, 1.0, 2.0]) == 1.0
-    assert spread([0.0, 0.0]) == 0.0
-
-
-def test_a_table_can_be_copied_into_a_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(("what", "n", "ms"), [("a", 1200, 0.12345), ("b", 3, 1234.5)])
-    assert capsys.readouterr().out.splitlines() == [
-        "| what | n | ms |",
-        "|---|--:|--:|",
-        "| a | 1,200 | 0.123 |",
-        "| b | 3 | 1,234 |",
-    ]
 
 
 AST_BASE = ASTConfig()

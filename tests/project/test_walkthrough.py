@@ -72,11 +72,9 @@ def run_block(block: Block, names: dict[str, Any]) -> None:
 
 def pattern_of(line: str) -> str:
     """Return a regular expression for a line: ``…`` matches anything, a figure any figure."""
-    parts = [re.escape(part) for part in re.split(rf"{LEFT_OUT}|\d+\.\d+(?:e-\d+)?", blur(line))]
-    gaps = re.findall(rf"{LEFT_OUT}|\d+\.\d+(?:e-\d+)?", blur(line))
     figure = r"(?:\d+\.\d+(?:e-\d+)?|nan|inf)"
-    wild = [".*" if gap == LEFT_OUT else figure for gap in gaps]
-    return "".join(text for pair in zip(parts, [*wild, ""], strict=True) for text in pair)
+    pattern = re.sub(r"\d+\\\.\d+(?:e\\-\d+)?", lambda _: figure, re.escape(blur(line)))
+    return pattern.replace(LEFT_OUT, ".*")
 
 
 def blur(line: str) -> str:

@@ -26,7 +26,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -216,23 +215,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Fetch runners for tests/pipeline/runners/test_runners.py."
     )
-    parser.add_argument("names", nargs="*", metavar="RUNNER", help=f"of {', '.join(FETCHERS)}")
-    names = parser.parse_args().names or list(FETCHERS)
-    unknown = [name for name in names if name not in FETCHERS]
-    if unknown:
-        parser.error(f"no runner {unknown[0]}; there are {', '.join(FETCHERS)}")
+    parser.add_argument("names", nargs="*", choices=FETCHERS)
+    code = 0
     with alone():
-        found = [provision_aloud(name) for name in names]
-    return int(any(one.missing for one in found))
-
-
-def provision_aloud(name: str) -> Provisioned:
-    """Fetch a runner, and say what came of it and how long it took."""
-    began_s = time.monotonic()
-    found = provision(name)
-    told = f"MISSING: {found.missing}" if found.missing else f"{found.what}, {found.path}"
-    print(f"{name}: {told} ({time.monotonic() - began_s:.0f} s)", flush=True)
-    return found
+        for name in parser.parse_args().names or FETCHERS:
+            found = provision(name)
+            told = f"MISSING: {found.missing}" if found.missing else f"{found.what}, {found.path}"
+            print(f"{name}: {told}", flush=True)
+            code = 1 if found.missing else code
+    return code
 
 
 if __name__ == "__main__":

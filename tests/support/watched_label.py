@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
 from tests.support import audio_factory
+from tests.support.labelling import read_rows
 
 SECRET = audio_factory.encode(audio_factory.noise(0.3, seed=7), 16_000, "wav")
 
@@ -103,11 +102,7 @@ class Label:
 
     def rows(self, part: str) -> dict[str, dict[str, Any]]:
         """Return rows by clip id, without the input's folder."""
-        rows = [
-            row
-            for path in (self.out / part).glob("*.parquet")
-            for row in pq.read_table(path).to_pylist()
-        ]
+        rows = read_rows(self.out, part)
         found = {row["clip_id"].removeprefix(f"{self.inside}/"): row for row in rows}
         assert len(found) == len(rows)
         return found

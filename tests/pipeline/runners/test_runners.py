@@ -142,9 +142,8 @@ def options(runner: str, request: pytest.FixtureRequest) -> list[str]:
 @pytest.fixture(scope="module")
 def job_service(servers: Servers, worker_pool: int) -> list[str]:
     """Beam's own job service in Python, with workers that are started elsewhere."""
-    port = servers.start(
-        "apache_beam.runners.portability.local_job_service_main", "--job_port={port}"
-    )
+    module = "apache_beam.runners.portability.local_job_service_main"
+    port = servers.start(sys.executable, "-m", module, "--job_port={port}")
     return ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", *external(worker_pool)]
 
 
@@ -205,10 +204,7 @@ def flink_cluster(servers: Servers, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def prism_server(servers: Servers) -> int:
     """Prism as a service of its own, which outlives the command."""
-    port = free_port()
-    servers.run([provisioned("prism"), f"--job_port={port}", "--serve_http=false"])
-    wait_until(lambda: is_served(port), "Prism")
-    return port
+    return servers.start(provisioned("prism"), "--job_port={port}", "--serve_http=false")
 
 
 def external(pool_port: int) -> list[str]:
@@ -250,12 +246,11 @@ class Servers:
             "OMP_NUM_THREADS": "1",
         }
 
-    def start(self, module: str, *arguments: str) -> int:
-        """Run a Python module; ``{port}`` in its arguments is the port it serves, given back."""
+    def start(self, *command: str) -> int:
+        """Run a command; ``{port}`` in its words is the port it serves, given back."""
         port = free_port()
-        given = [argument.format(port=port) for argument in arguments]
-        self.run([sys.executable, "-m", module, *given])
-        wait_until(lambda: is_served(port), f"{module} to serve {port}")
+        self.run([word.format(port=port) for word in command])
+        wait_until(lambda: is_served(port), f"{command} to serve {port}")
         return port
 
     def run(self, command: Sequence[str]) -> None:
@@ -298,15 +293,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 @pytest.fixture(scope="module")
 def worker_pool(servers: Servers) -> int:
     """Starts a worker process whenever a runner asks for one; the port it listens on."""
-    return servers.start("apache_beam.runners.worker.worker_pool_main", "--service_port={port}")
+    module = "apache_beam.runners.worker.worker_pool_main"
+    return servers.start(sys.executable, "-m", module, "--service_port={port}")
 
 
 def start_job_server(servers: Servers, flink_master: str) -> int:
-    port = free_port()
     command = ["java", "-jar", provisioned("flink"), f"--flink-master={flink_master}"]
-    servers.run([*command, f"--job-port={port}", "--artifact-port=0", "--expansion-port=0"])
-    wait_until(lambda: is_served(port), "Flink's job server")
-    return port
+    return servers.start(*command, "--job-port={port}", "--artifact-port=0", "--expansion-port=0")
 
 
 def start_flink_cluster(servers: Servers, folder: Path) -> str:
