@@ -76,14 +76,13 @@ class ResolvedRun:
 
     Attributes:
         urls: The inputs as absolute paths or URLs; may carry signatures.
-        output: The result's folder; empty if there is none.
-        run: ``run.json`` without the inputs' content and the totals.
+        state: The existing result; its ``output`` is empty if there is none.
+        run: ``run.json`` without the totals; planning adds the inputs' content.
         limit: Maximum number of items; None for all.
         keeps: Whether committed units stay; False with ``--overwrite``.
     """
 
     urls: tuple[str, ...] = field(repr=False)
-    output: str
     state: ResultState
     label: LabelSettings
     commit: CommitSettings
@@ -97,17 +96,10 @@ class ResolvedRun:
 class RunPlan:
     """Everything a run needs before it starts.
 
-    Attributes:
-        output: The result's folder; empty if there is none.
-        run: ``run.json`` without the totals.
-        vanished_failures: Failed items of the existing result that are not in the input.
+    ``vanished_failures`` counts failed items of the existing result that are not in the input.
     """
 
-    output: str
-    state: ResultState
-    label: LabelSettings
-    commit: CommitSettings
-    run: Mapping[str, Any]
+    resolved: ResolvedRun
     found: Found
     remaining: RemainingWork
     vanished_failures: int
@@ -122,7 +114,7 @@ class RunPlan:
         """Totals of the committed units that stay."""
         total = RunTotals()
         for unit_id in self.remaining.kept_units:
-            total += RunTotals.of(UnitSummary.of(self.state.commits[unit_id]))
+            total += RunTotals.of(UnitSummary.of(self.resolved.state.commits[unit_id]))
         return total
 
 
@@ -161,7 +153,6 @@ def resolve_run(
     fingerprint = make_fingerprint(results)
     return ResolvedRun(
         urls=inputs,
-        output=output,
         state=state,
         label=label,
         commit=CommitSettings(
@@ -205,32 +196,22 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
         TooManyListedError: There are more than ``max_listed`` files.
         InputError: An input is not valid.
     """
-    sources = resolved.label.sources
+    sources, output = resolved.label.sources, resolved.state.output
     found = find_items(
-        resolved.urls,
-        resolved.limit,
-        sources,
-        exclude=resolved.output or None,
-        max_listed=max_listed,
+        resolved.urls, resolved.limit, sources, exclude=output or None, max_listed=max_listed
     )
     commits = resolved.state.commits if resolved.keeps else {}
-    retry_from = resolved.output if resolved.retry_failed else None
+    retry_from = output if resolved.retry_failed else None
+    content = {
+        "duplicates": found.duplicates,
+        "skipped_by_extension": dict(found.skipped_by_extension),
+        "notes": list(found.notes),
+    }
     return RunPlan(
-        output=resolved.output,
-        state=resolved.state,
-        label=resolved.label,
-        commit=resolved.commit,
-        run={
-            **resolved.run,
-            "input": {
-                "duplicates": found.duplicates,
-                "skipped_by_extension": dict(found.skipped_by_extension),
-                "notes": list(found.notes),
-            },
-        },
+        resolved=dataclasses.replace(resolved, run={**resolved.run, "input": content}),
         found=found,
         remaining=find_remaining(found, commits, sources, retry_from=retry_from),
-        vanished_failures=count_vanished_failures(found, commits, resolved.output),
+        vanished_failures=count_vanished_failures(found, commits, output),
     )
 
 
@@ -256,8 +237,8 @@ def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
     """Return the last step of a run, which checks the result against the plan."""
     remaining = plan.remaining
     return FinishRun(
-        output=plan.output,
-        run=plan.run,
+        output=plan.resolved.state.output,
+        run=plan.resolved.run,
         startup=startup,
         kept=plan.kept,
         num_units=len(plan.units),
@@ -384,11 +365,11 @@ def _model_record(model: ModelSpec) -> dict[str, Any]:
 
 def describe_plan(plan: RunPlan) -> list[str]:
     """Describe what a run will do, in a few lines."""
-    remaining = plan.remaining
-    lines = [*describe_model(plan.label), *describe_inputs(plan.found)]
-    if plan.state.commits:
+    remaining, state = plan.remaining, plan.resolved.state
+    lines = [*describe_model(plan.resolved.label), *describe_inputs(plan.found)]
+    if state.commits:
         lines.append(describe_done(plan))
-    for unit_id, reason in list(plan.state.damaged.items())[:5]:
+    for unit_id, reason in list(state.damaged.items())[:5]:
         lines.append(f"Unit {unit_id} is damaged and will be redone: {reason}.")
     if remaining.units:
         windows_to_do = sum(unit.estimated_windows for unit in remaining.units)

@@ -32,7 +32,7 @@ def list_and_compare(
     resolved: ResolvedRun, startup: Startup
 ) -> Iterator[WorkUnit | TaggedOutput[str, RestOfContainer] | TaggedOutput[str, FinishRun]]:
     """List the inputs, and compare them with the commits."""
-    state = read_result(resolved.output)
+    state = read_result(resolved.state.output)
     work = find_work(dataclasses.replace(resolved, state=state))
     yield from work.units
     for rest in work.remaining.rests:
@@ -43,7 +43,7 @@ def list_and_compare(
 def build_deferred_graph(pipeline: beam.Pipeline, resolved: ResolvedRun, startup: Startup) -> None:
     """Build the graph of a run that begins with its own planning, once the output is repaired."""
     # A worker reads the state of the output itself.
-    deferred = dataclasses.replace(resolved, state=ResultState(resolved.output), keeps=True)
+    deferred = dataclasses.replace(resolved, state=ResultState(resolved.state.output), keeps=True)
     step = beam.FlatMap(list_and_compare, startup).with_output_types(
         WorkUnit, rests=RestOfContainer, finish=FinishRun
     )

@@ -128,7 +128,7 @@ def test_rows_keep_their_values_and_say_their_types(tiny_model: Path) -> None:
         "labels": [{"index": 0, "id": None, "name": "dog", "score": 0.5}],
         "embedding": [1.0, 2.0],
     }
-    row = row_of(values, schema)
+    row = row_of(values)
     assert row.as_dict().keys() == values.keys()
     assert row.labels == [beam.Row(index=0, id=None, name="dog", score=0.5)]
     assert (row.clip_id, row.embedding, row.truth) == ("a", [1.0, 2.0], None)

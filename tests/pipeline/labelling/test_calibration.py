@@ -31,13 +31,15 @@ def plan_of(model: Path, *inputs: Path, **changes: Any) -> RunPlan:
 
 
 def sampled(plan: RunPlan, num_windows: int) -> FloatArray:
-    return sample_windows(plan.units, plan.label, num_windows)
+    return sample_windows(plan.units, plan.resolved.label, num_windows)
 
 
 def clip_features(plan: RunPlan, *seeds: int, duration_s: float = 1.0) -> FloatArray:
     """Features of the first windows of clips that ``write_clips`` wrote."""
     clips = [noise(duration_s, seed=seed)[: round(WINDOW_S * RATE), 0] for seed in seeds]
-    return np.stack([extract_fbank(quantised(clip, 16), plan.label.fbank) for clip in clips])
+    return np.stack(
+        [extract_fbank(quantised(clip, 16), plan.resolved.label.fbank) for clip in clips]
+    )
 
 
 def write_clips(folder: Path, count: int, duration_s: float = 1.0) -> Path:

@@ -138,8 +138,8 @@ def test_transformers_and_label_take_the_written_file(
             model={"name": str(tiny_model), "preprocessor": str(place)},  # type: ignore[arg-type]
         )
         plan = make_plan(config)
-        assert (plan.label.fbank.mean, plan.label.fbank.std) == said.figures
-        assert plan.run["results"]["mean"] == said.figures[0]
+        assert (plan.resolved.label.fbank.mean, plan.resolved.label.fbank.std) == said.figures
+        assert plan.resolved.run["results"]["mean"] == said.figures[0]
 
 
 def test_existing_figures_are_not_replaced(stats: Stats, clips: Path, tmp_path: Path) -> None:

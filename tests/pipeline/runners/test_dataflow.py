@@ -115,7 +115,6 @@ def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitS
     """A run that begins with its own planning."""
     resolved = ResolvedRun(
         urls=("gs://mybucket/recordings",),
-        output=commit.output,
         state=ResultState(commit.output),
         label=label,
         commit=commit,
