@@ -333,8 +333,8 @@ def _retried_slice(
     )
     # A tar is read from its start, so that the second member of a name is recognised.
     container = _slice_of(whole, 0 if whole.kind == "tar" else part.start, part.stop)
-    unit = _rebuilt(commit, whole.kind, settings, items, container=container)
-    return dataclasses.replace(unit, carried=Carried(commit.unit_id))
+    carried = Carried(commit.unit_id)
+    return _rebuilt(commit, whole.kind, settings, items, container=container, carried=carried)
 
 
 def _unit_of(
@@ -355,8 +355,8 @@ def _unit_of(
         container = _slice_of(inventory.asked[commit.ledger.container.uri], 0, None)
     elif commit.ledger.container is not None:
         kind = "files"  # nothing to read: the rows are taken over, or there are none
-    unit = _rebuilt(commit, kind, settings, items, failures, container)
-    return dataclasses.replace(unit, carried=Carried(commit.unit_id, others) if others else None)
+    carried = Carried(commit.unit_id, others) if others else None
+    return _rebuilt(commit, kind, settings, items, failures, container, carried)
 
 
 def _rebuilt(
@@ -366,6 +366,7 @@ def _rebuilt(
     items: tuple[Item, ...] = (),
     failures: tuple[Failure, ...] = (),
     container: ContainerSlice | None = None,
+    carried: Carried | None = None,
 ) -> WorkUnit:
     named = (*items, *(failure.item for failure in failures))
     windows = sum(windows_of(item, settings) for item in items)
@@ -376,6 +377,7 @@ def _rebuilt(
         container=container,
         estimated_windows=max(1, windows if named else commit.totals.windows),
         replaces=(commit.unit_id,),
+        carried=carried,
         failures=failures,
     )
 

@@ -6,7 +6,6 @@ that is interrupted starts again.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -93,18 +92,13 @@ class DatasetStatistics:
     broken_containers: int
     example: str | None
 
-    @staticmethod
-    def of(statistics: FeatureStatistics) -> DatasetStatistics:
-        """Compute the figures."""
-        names = [name.name for name in dataclasses.fields(DatasetStatistics)]
-        counts = {name: getattr(statistics, name) for name in names[2:]}
-        figures = mean_and_std(statistics) if statistics.windows else (math.nan, math.nan)
-        return DatasetStatistics(*figures, **counts)
-
 
 def write_figures(statistics: FeatureStatistics, url: str) -> None:
     """Write the figures to a file for the command, as the graph's last step."""
-    figures = dataclasses.asdict(DatasetStatistics.of(statistics))
+    mean, std = mean_and_std(statistics) if statistics.windows else (math.nan, math.nan)
+    names = ("windows", "clips", "audio_s", "failures", "broken_containers", "example")
+    counts = {name: getattr(statistics, name) for name in names}
+    figures = {"mean": mean, "std": std, **counts}
     writing.write_bytes(url, json.dumps(figures).encode())
 
 

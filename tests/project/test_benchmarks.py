@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -116,24 +115,6 @@ def test_label_is_measured_end_to_end_with_one_and_two_workers(tmp_path: Path) -
         )
 
 
-def test_parts_that_do_not_fit_the_time_are_left_out_with_a_reason(tmp_path: Path) -> None:
-    options = ["--toy", "--device", "cpu", "--parts", "end-to-end", "--formats", "mp3"]
-    gpu.main([*options, "--minutes", "0.001", "--results", str(tmp_path)])
-    found = json.loads((tmp_path / "gpu.json").read_text())["end_to_end"]
-    needed_s = {
-        "model alone": 10,
-        "mp3, decoders alone": 0,
-        "mp3, workers=1": 10,
-        "mp3, workers=2": 10,
-        gpu.PIPELINE: 10,
-    }
-    assert found["left_out"] == {
-        name: f"needs about {seconds} s, and 0 s of the minutes remain"
-        for name, seconds in needed_s.items()
-    }
-    assert found["formats"] == {"mp3": {"workers": {}}}
-
-
 def test_the_rate_of_the_steady_part_leaves_out_the_first_quarter(tmp_path: Path) -> None:
     folder = tmp_path / "_commits"
     folder.mkdir()
@@ -234,29 +215,12 @@ def test_a_share_is_of_the_matrix_rate() -> None:
     assert gpu._shares(AST_BASE, {"precision": "fp16", "error": "out of memory"}, rates) == {}
 
 
-def test_the_gpu_benchmark_needs_only_torch(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_gpu_benchmark_needs_only_torch() -> None:
     code = "import sys, benchmarks.gpu; print(*(name.split('.')[0] for name in sys.modules))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, check=True)
     needed = {name for names in gpu.NEEDS.values() for name in names}
     assert needed & set(done.stdout.split()) == set()
-
-    def find_spec(name: str) -> Any:
-        return None if name == "apache_beam" else importlib.machinery.ModuleSpec(name, None)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    bench = gpu.Bench("cpu", gpu.TOY, True, gpu.ENGINES, ("fp32",), 1, [], gpu.FORMATS)
-    kept: list[Any] = []
-    result = gpu.run_parts(
-        bench, ["matrices", "fbank", "end-to-end"], lambda found: kept.append(dict(found))
-    )
-    assert kept == [result]
-    reason = "not installed: apache_beam"
-    assert result["left_out"] == {"fbank": reason, "end-to-end": reason}
-    assert f"left out: fbank: {reason}" in capsys.readouterr().out
-    assert result.keys() == {"left_out", "matrices"}
 
 
 @pytest.mark.parametrize("name", ["peers", "gpu", "overhead", "scaling", "stages", "memory"])

@@ -172,7 +172,11 @@ def test_without_commits_everything_is_to_be_done() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"size": 11}, {"version": "v2"}, {"truth": ("dog",)}, {"metadata": '{"a": 1}'}]
+    "change",
+    [
+        *({"size": 11}, {"version": "v2"}, {"truth": ("dog",)}, {"metadata": '{"a": 1}'}),
+        *({"uri": "/audio/b.wav"}, {"start_s": 5.0, "end_s": 9.0}, {"end_s": 3.0}),
+    ],
 )
 def test_a_changed_file_redoes_its_unit_whole(change: dict[str, Any]) -> None:
     commits = committed(Found(items=files("a", "b", "c")))
@@ -326,19 +330,6 @@ def test_an_item_that_moved_under_its_own_name_leaves_its_unit() -> None:
     assert (back.kind, back.items, back.container, back.carried) == ("files", (), None, None)
     assert back.replaces == (fresh.unit_id,)
     assert again.items == (goes,)
-
-
-@pytest.mark.parametrize(
-    "change", [{"uri": "/audio/b.wav"}, {"start_s": 5.0, "end_s": 9.0}, {"end_s": 3.0}]
-)
-def test_another_place_under_the_same_clip_id_is_a_change(change: dict[str, Any]) -> None:
-    before = make_item("x", uri="/audio/a.wav", start_s=0.0, end_s=2.0)
-    after = dataclasses.replace(before, **change)
-    commits = committed(Found(items=(before,)))
-    assert remaining_of(Found(items=(before,)), commits).units == ()
-    (unit,) = remaining_of(Found(items=(after,)), commits).units
-    assert (unit.items, unit.replaces) == ((after,), tuple(commits))
-    assert unit.unit_id not in commits
 
 
 def test_another_row_under_the_same_clip_id_is_a_change() -> None:

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,9 @@ import pytest
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
 
 from benchmarks.reliability.kill_runs import (
+    INTERRUPTED,
+    Run,
+    Setup,
     check_same_names,
     check_same_rows,
     committed_files,
@@ -430,14 +432,9 @@ def test_a_worker_that_is_killed_in_the_middle_costs_nothing(
     out, killed = tmp_path / "out", []
 
     def kill_one() -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            workers = worker_processes(servers)
-            if workers and num_commits(out) >= 2:
-                os.kill(workers[0], signal.SIGKILL)
-                killed.append(num_commits(out))
-                return
-            time.sleep(0.005)
+        wait_until(lambda: num_commits(out) >= 2 and worker_processes(servers) != [], "a worker")
+        os.kill(worker_processes(servers)[0], signal.SIGKILL)
+        killed.append(num_commits(out))
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
@@ -450,26 +447,22 @@ def test_a_worker_that_is_killed_in_the_middle_costs_nothing(
 
 
 def test_an_interrupt_ends_the_job_too(
-    prism_server: int, slow_inputs: tuple[Path, Path], tmp_path: Path
+    prism_server: int,
+    slow_inputs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, clips = slow_inputs
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "pipeline", "label", str(clips), "--output", str(out)]
-    options = f"--device cpu --precision fp32 --engine torch --set units.windows={WINDOWS_PER_UNIT}"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tmp").mkdir()
+    setup = Setup([clips], model, tmp_path / "tmp", WINDOWS_PER_UNIT)
     runner = ["--runner=PrismRunner", f"--job_endpoint=localhost:{prism_server}"]
-    process = subprocess.Popen(
-        [*command, "--model", str(model), *options.split(), "--", *runner],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_until(lambda: num_commits(out) > 0 or process.poll() is not None, "a commit")
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130, told
-    assert told.endswith("earmark: interrupted; run the same command again to resume\n")
+    run = Run(setup, out, "--engine", "torch", "--", *runner, cold=True)
+    wait_until(lambda: num_commits(out) > 0 or run.exit_code() is not None, "a commit")
+    run.send(signal.SIGINT, to_group=False)
+    assert run.wait() == 130, run.words()
+    assert run.words().endswith(INTERRUPTED)
     with grpc.insecure_channel(f"localhost:{prism_server}") as channel:
         service = beam_job_api_pb2_grpc.JobServiceStub(channel)
         jobs = service.GetJobs(beam_job_api_pb2.GetJobsRequest(), timeout=PATIENCE_S)
