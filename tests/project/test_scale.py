@@ -79,10 +79,3 @@ def test_units_are_those_of_the_pipeline(given: dict[str, Any]) -> None:
     costs = Costs(given, "mp3")
     assert costs.unit_windows(1000) == 256
     assert costs.units(1_000_000, costs.unit_windows(1_000_000)) < given["limits"]["units"]
-
-
-def test_everything_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    cost.main(["--hours", "50", "--format", "opus"])
-    printed = capsys.readouterr().out
-    assert "| 50 | L4 | 1 |" in printed
-    assert "decoding" in printed

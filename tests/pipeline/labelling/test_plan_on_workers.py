@@ -19,7 +19,7 @@ from pipeline.labelling.run import fits_job, plan_on_workers, run_label
 from pipeline.result.verify import run_verify
 from tests.support.audio_factory import write_noise
 from tests.support.containers import tar_bytes
-from tests.support.labelling import small_config
+from tests.support.labelling import read_rows, small_config
 from tests.support.unit_factory import file_unit
 from transforms.errors import ConfigError, InputError
 from transforms.results.commits import list_unit_ids
@@ -76,13 +76,6 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-SHAPES = [
-    files,
-    mixture,
-    *(pytest.param(make, marks=pytest.mark.slow) for make in (tar, parquet, manifest)),
-]
-
-
 class Label:
     """``label`` with the tiny model and small units, planned here or there."""
 
@@ -120,11 +113,10 @@ def record(output: Path) -> dict[str, Any]:
 
 
 def clip_ids(output: Path) -> list[str]:
-    tables = [pq.read_table(path) for path in sorted((output / "clips").glob("*.parquet"))]
-    return sorted(pa.concat_tables(tables)["clip_id"].to_pylist())
+    return [row["clip_id"] for row in read_rows(output, "clips")]
 
 
-@pytest.mark.parametrize("make", SHAPES)
+@pytest.mark.parametrize("make", [files, mixture])
 def test_workers_plan_the_same_units(
     make: Callable[[Path], list[str]], label: Label, tmp_path: Path
 ) -> None:
