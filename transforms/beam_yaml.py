@@ -19,7 +19,7 @@ from apache_beam.typehints.row_type import RowTypeConstraint
 
 from transforms.errors import InputError
 from transforms.inference.backbones import DeviceName, InferenceSettings, Precision
-from transforms.label_audio import LabelAudio, LabelSettings, make_settings
+from transforms.label_audio import LabelAudio, make_settings
 from transforms.models.ast.checkpoints import ModelOverrides, resolve_model
 from transforms.results.rows import clips_schema, errors_schema, windows_schema
 
@@ -88,22 +88,16 @@ class LabelAudioRows(beam.PTransform[PCollection[Row], dict[str, PCollection[Row
         take_uri = functools.partial(uri_of, field=self._uri_field)
         uris = rows | "Take URI" >> beam.Map(take_uri).with_output_types(str)
         labelled = (uris | "Label" >> LabelAudio(self._settings))._asdict()
-        found: dict[str, PCollection[Row]] = {}
-        for name, schema in schemas_of(self._settings).items():
-            make_row = beam.Map(functools.partial(row_of, schema=schema))
-            found[name] = labelled[name] | f"Rows of {name}" >> make_row.with_output_types(
-                row_type(schema)
-            )
-        return found
-
-
-def schemas_of(settings: LabelSettings) -> dict[str, pa.Schema]:
-    """Return the schema of each output."""
-    return {
-        "windows": windows_schema(settings.rows),
-        "clips": clips_schema(settings.rows),
-        "failures": errors_schema(),
-    }
+        schemas = {
+            "windows": windows_schema(self._settings.rows),
+            "clips": clips_schema(self._settings.rows),
+            "failures": errors_schema(),
+        }
+        return {
+            name: labelled[name]
+            | f"Rows of {name}" >> beam.Map(row_of).with_output_types(row_type(schema))
+            for name, schema in schemas.items()
+        }
 
 
 def uri_of(row: Any, field: str) -> str:
@@ -135,16 +129,14 @@ def _plain_type(kind: pa.DataType) -> Any:
     return SCALARS[kind]
 
 
-def row_of(values: Mapping[str, Any], schema: pa.Schema) -> Row:
+def row_of(values: Mapping[str, Any]) -> Row:
     """Convert a row of ``LabelAudio``, with the structs in it, to Beam's ``Row``."""
-    return Row(**{field.name: _value_of(values[field.name], field.type) for field in schema})
+    return Row(**{name: _value_of(value) for name, value in values.items()})
 
 
-def _value_of(value: Any, kind: pa.DataType) -> Any:
-    if value is None:
-        return None
-    if pa.types.is_struct(kind):
-        return row_of(value, pa.schema(list(kind)))
-    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-        return [_value_of(item, kind.value_type) for item in value]
+def _value_of(value: Any) -> Any:
+    if isinstance(value, dict):
+        return row_of(value)
+    if isinstance(value, list):
+        return [_value_of(item) for item in value]
     return value

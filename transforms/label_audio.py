@@ -99,11 +99,13 @@ def make_input_settings(
     """
     decode, sources = decode or DecodeSettings(), sources or SourceSettings()
     windows = WindowSettings.from_seconds(fbank, window_s, hop_s, min_tail_ratio)
+    # A window within one piece need not be copied, so a piece is a number of whole windows.
+    windows_per_piece = max(1, round(decode.piece_samples / windows.window_samples))
     return InputSettings(
         decode=dataclasses.replace(
             decode,
             sample_rate_hz=fbank.sample_rate_hz,
-            piece_samples=_whole_windows(decode.piece_samples, windows.window_samples),
+            piece_samples=windows_per_piece * windows.window_samples,
         ),
         windows=windows,
         sources=dataclasses.replace(
@@ -174,11 +176,6 @@ def make_settings(
     )
 
 
-def _whole_windows(piece_samples: int, window_samples: int) -> int:
-    """Round a piece to whole windows, because a window within one piece need not be copied."""
-    return max(1, round(piece_samples / window_samples)) * window_samples
-
-
 @beam.typehints.with_input_types(WorkUnit)
 @beam.typehints.with_output_types(UnitEvent)
 class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]]):
@@ -215,12 +212,10 @@ class LabelUnits(beam.PTransform[PCollection[WorkUnit], PCollection[UnitEvent]])
         return events
 
 
-def read_items(
-    unit: WorkUnit, settings: SourceSettings | None = None
-) -> Iterator[EncodedClip | Failure]:
+def read_items(unit: WorkUnit, settings: SourceSettings) -> Iterator[EncodedClip | Failure]:
     """Read everything in a unit, after the failures that planning has found."""
     yield from unit.failures
-    yield from read_unit(unit, settings or SourceSettings())
+    yield from read_unit(unit, settings)
 
 
 def _key_features(

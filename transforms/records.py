@@ -213,14 +213,8 @@ class Waveform:
     unit_id: str
     item_index: int
     item: Item
-    samples: FloatArray
+    samples: FloatArray = field(repr=False)
     facts: ClipFacts | None = None
-
-    def __repr__(self) -> str:
-        return (
-            f"Waveform({self.item.clip_id!r}, samples{self.samples.shape}, "
-            f"last={self.facts is not None})"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,17 +238,10 @@ class Window:
     window_index: int
     start_s: float
     end_s: float
-    data: FloatArray | None
+    data: FloatArray | None = field(repr=False)
     facts: ClipFacts | None = None
     num_windows: int | None = None
     error: str | None = None
-
-    def __repr__(self) -> str:
-        shape = None if self.data is None else self.data.shape
-        return (
-            f"Window({self.item.clip_id!r}, #{self.window_index}, "
-            f"{self.start_s:.3f}-{self.end_s:.3f} s, data{shape})"
-        )
 
     def with_data(self, data: FloatArray | None) -> Window:
         """Return the window with features for samples, or without data."""
@@ -314,17 +301,11 @@ class Prediction:
         check: How far it is from the reference, if that was measured.
     """
 
-    embedding: npt.NDArray[np.floating]
-    scores: FloatArray
+    embedding: npt.NDArray[np.floating] = field(repr=False)
+    scores: FloatArray = field(repr=False)
     engine: str
     error: str | None = None
     check: WindowCheck | None = None
-
-    def __repr__(self) -> str:
-        return (
-            f"Prediction(embedding{self.embedding.shape}, scores{self.scores.shape}, "
-            f"{self.engine!r}, error={self.error!r})"
-        )
 
 
 class PendingBatch:

@@ -55,10 +55,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import soundfile
 
 from tests.support.disk_steps import on_each_step
+from tests.support.labelling import facts, numbers, read_rows
 from tests.support.model_factory import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,14 +213,14 @@ class Run:
     def wait(self) -> int:
         """The exit code, once every process of the run has gone."""
         wait_until(lambda: self.exit_code() is not None, "the run to end", PATIENCE_S)
-        wait_until(lambda: not self._others(), "decoders to end", GOES_BY_ITSELF_S)
+        wait_until(lambda: not self.processes(), "decoders to end", GOES_BY_ITSELF_S)
         return self.exit_code() or 0
 
     def words(self) -> str:
         """What it has printed."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
-    def _others(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Its processes: not zombies, which have no environment."""
         found = []
         for folder in Path("/proc").iterdir():
@@ -235,7 +235,7 @@ class Run:
     def end(self) -> None:
         """Kill what is left of it, and forget what it said."""
         self.send(signal.SIGKILL, to_group=True)
-        for pid in self._others():
+        for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._log.unlink(missing_ok=True)
@@ -307,35 +307,18 @@ def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def rows_of(out: Path, part: str) -> list[dict[str, Any]]:
-    rows = [
-        row for path in (out / part).glob("*.parquet") for row in pq.read_table(path).to_pylist()
-    ]
-    return sorted(rows, key=lambda row: (row["clip_id"], row.get("window_index") or 0))
-
-
 def check_same_rows(out: Path, whole: Path, *, with_unit_ids: bool = True) -> None:
     """The rows of both are the same."""
     for part in ("windows", "clips", "errors"):
-        found, wanted = rows_of(out, part), rows_of(whole, part)
+        found, wanted = read_rows(out, part), read_rows(whole, part)
         must(len(found) == len(wanted), f"{part}: {len(found)} rows, {len(wanted)} were expected")
         for one, other in zip(found, wanted, strict=True):
-            a, b = dict(one), dict(other)
+            a, b = facts(one), facts(other)
             if not with_unit_ids:
-                a.pop("unit_id", None)
-                b.pop("unit_id", None)
-            numbers, others = numbers_of(a), numbers_of(b)
+                a["unit_id"] = b["unit_id"] = None
             must(a == b, f"{part}: the row of {one['clip_id']} is another: {a} instead of {b}")
-            distance = float(np.max(np.abs(numbers - others), initial=0.0))
+            distance = np.max(np.abs(np.subtract(numbers(one), numbers(other))), initial=0.0)
             must(distance <= TOLERANCE, f"{part}: numbers of {one['clip_id']} are {distance} off")
-
-
-def numbers_of(row: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Takes the floats that a model gave out of a row; the labels' names stay."""
-    labels = row.get("labels") or []
-    numbers = [*(row.pop("embedding", None) or []), *(label["score"] for label in labels)]
-    row["labels"] = [label["name"] for label in labels]
-    return np.asarray(numbers, np.float64)
 
 
 def check_whole(out: Path, whole: Path, setup: Setup) -> None:
@@ -386,9 +369,9 @@ class Untouched:
     def look(self) -> None:
         """Call when no run is on."""
         now = committed_files(self._out)
-        for path, facts in self._files.items():
+        for path, before in self._files.items():
             must(path in now, f"{path} was committed and is gone")
-            must(now[path] == facts, f"{path} was committed and has been written again")
+            must(now[path] == before, f"{path} was committed and has been written again")
         self._files = now
 
 
@@ -629,8 +612,8 @@ def check_success_is_true(out: Path, whole: Path) -> None:
     """Where ``_SUCCESS`` is, everything is."""
     if (out / "_SUCCESS").exists():
         check_verified(out)
-        num_clips = len(rows_of(out, "clips")) + len(rows_of(out, "errors"))
-        expected = len(rows_of(whole, "clips")) + len(rows_of(whole, "errors"))
+        num_clips = len(read_rows(out, "clips")) + len(read_rows(out, "errors"))
+        expected = len(read_rows(whole, "clips")) + len(read_rows(whole, "errors"))
         must(num_clips == expected, f"_SUCCESS with {num_clips} items instead of {expected}")
 
 
@@ -691,9 +674,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         bench = make_bench(folder, recordings, arguments.seed, with_long=True)
         tally, setup = bench.tally, bench.setup
-        facts = {
-            "items": len(rows_of(bench.whole, "clips")),
-            "windows": len(rows_of(bench.whole, "windows")),
+        sizes = {
+            "items": len(read_rows(bench.whole, "clips")),
+            "windows": len(read_rows(bench.whole, "windows")),
             "units": num_commits(bench.whole),
         }
         run_rounds(bench, "signals", arguments.signals, signal_round)
@@ -714,7 +697,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "seconds": round(time.monotonic() - began_s),
-        **facts,
+        **sizes,
         "rounds": dict(tally.rounds),
         "kills": dict(tally.kills),
         "aimed_steps": tally.steps,

@@ -44,12 +44,13 @@ def calibrate(plan: RunPlan, num_windows: int) -> RunPlan:
         InputError: The inputs give no window.
         RuntimeError: The model cannot be quantised.
     """
-    inference = plan.label.inference
+    resolved = plan.resolved
+    inference = resolved.label.inference
     if inference.precision != "int8":
         return plan
-    before = (plan.state.run or {}).get("calibration") if plan.kept.units else None
+    before = (resolved.state.run or {}).get("calibration") if plan.kept.units else None
     if not plan.units:
-        return _with_record(plan, before)
+        return _with(plan, resolved.label, before)
     quantised = _find_earlier(plan, before) or _quantise(plan, num_windows)
     if before is not None and before["digest"] != quantised.digest:
         logger.warning(
@@ -58,37 +59,38 @@ def calibrate(plan: RunPlan, num_windows: int) -> RunPlan:
             "for everything: --overwrite"
         )
     label = dataclasses.replace(
-        plan.label, inference=dataclasses.replace(inference, quantised=quantised)
+        resolved.label, inference=dataclasses.replace(inference, quantised=quantised)
     )
-    record = {"digest": quantised.digest, "windows": quantised.windows}
-    return _with_record(dataclasses.replace(plan, label=label), record)
+    return _with(plan, label, {"digest": quantised.digest, "windows": quantised.windows})
 
 
-def _with_record(plan: RunPlan, record: Mapping[str, Any] | None) -> RunPlan:
-    return dataclasses.replace(plan, run={**plan.run, "calibration": record})
+def _with(plan: RunPlan, label: LabelSettings, record: Mapping[str, Any] | None) -> RunPlan:
+    run = {**plan.resolved.run, "calibration": record}
+    return dataclasses.replace(
+        plan, resolved=dataclasses.replace(plan.resolved, label=label, run=run)
+    )
 
 
 def _find_earlier(plan: RunPlan, before: Mapping[str, Any] | None) -> QuantisedModel | None:
     if before is None:
         return None
-    pooling = plan.label.inference.pooling
-    return find_quantised(plan.label.model, pooling, before["digest"], before["windows"])
+    label = plan.resolved.label
+    return find_quantised(label.model, label.inference.pooling, before["digest"], before["windows"])
 
 
 def _quantise(plan: RunPlan, num_windows: int) -> QuantisedModel:
     # Everything found, not only the remaining work, so that a resumed run finds the same model.
-    units = find_units(plan.found, plan.label.sources)
-    windows = sample_windows(units, plan.label, num_windows)
+    label = plan.resolved.label
+    units = find_units(plan.found, label.sources)
+    windows = sample_windows(units, label, num_windows)
     if not len(windows):
         raise InputError(
             "inference.precision is int8, and no clip to calibrate it on can be decoded; see "
             "earmark plan, or use --precision auto."
         )
     logger.info("calibrating the model for int8 on %d windows", len(windows))
-    transformer = load_model(plan.label.model).audio_spectrogram_transformer
-    return quantise(
-        transformer, plan.label.model, plan.label.inference.pooling, windows, scratch_folder()
-    )
+    transformer = load_model(label.model).audio_spectrogram_transformer
+    return quantise(transformer, label.model, label.inference.pooling, windows, scratch_folder())
 
 
 def sample_windows(

@@ -82,7 +82,7 @@ def run_plan(config: RunConfig, beam_options: list[str]) -> int:
         estimate = estimate_work(plan)
         for line in describe_estimate(estimate):
             answer(line)
-        answer(ELSEWHERE if is_elsewhere else describe_time(estimate, plan.label))
+        answer(ELSEWHERE if is_elsewhere else describe_time(estimate, plan.resolved.label))
     return EXIT_DONE
 
 
@@ -112,10 +112,11 @@ def describe_estimate(estimate: Estimate) -> list[str]:
 
 def estimate_work(plan: RunPlan) -> Estimate:
     """Estimate the audio and windows of the units to do from a sample of their clips."""
-    windows = plan.label.windows
+    label = plan.resolved.label
+    windows = label.windows
     rate_hz = windows.sample_rate_hz
     guess = WindowEstimate(windows.window_samples / rate_hz, windows.hop_samples / rate_hz)
-    samples, failed = sample_units(plan.units, plan.label, guess)
+    samples, failed = sample_units(plan.units, label, guess)
     everything = sum(samples.values(), Sample())
     audio_s, num_windows = 0.0, 0.0
     for unit in plan.units:

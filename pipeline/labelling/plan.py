@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -76,14 +76,13 @@ class ResolvedRun:
 
     Attributes:
         urls: The inputs as absolute paths or URLs; may carry signatures.
-        output: The result's folder; empty if there is none.
-        run: ``run.json`` without the inputs' content and the totals.
+        state: The existing result; its ``output`` is empty if there is none.
+        run: ``run.json`` without the totals; planning adds the inputs' content.
         limit: Maximum number of items; None for all.
         keeps: Whether committed units stay; False with ``--overwrite``.
     """
 
     urls: tuple[str, ...] = field(repr=False)
-    output: str
     state: ResultState
     label: LabelSettings
     commit: CommitSettings
@@ -97,17 +96,10 @@ class ResolvedRun:
 class RunPlan:
     """Everything a run needs before it starts.
 
-    Attributes:
-        output: The result's folder; empty if there is none.
-        run: ``run.json`` without the totals.
-        vanished_failures: Failed items of the existing result that are not in the input.
+    ``vanished_failures`` counts failed items of the existing result that are not in the input.
     """
 
-    output: str
-    state: ResultState
-    label: LabelSettings
-    commit: CommitSettings
-    run: Mapping[str, Any]
+    resolved: ResolvedRun
     found: Found
     remaining: RemainingWork
     vanished_failures: int
@@ -122,7 +114,7 @@ class RunPlan:
         """Totals of the committed units that stay."""
         total = RunTotals()
         for unit_id in self.remaining.kept_units:
-            total += RunTotals.of(UnitSummary.of(self.state.commits[unit_id]))
+            total += RunTotals.of(UnitSummary.of(self.resolved.state.commits[unit_id]))
         return total
 
 
@@ -161,7 +153,6 @@ def resolve_run(
     fingerprint = make_fingerprint(results)
     return ResolvedRun(
         urls=inputs,
-        output=output,
         state=state,
         label=label,
         commit=CommitSettings(
@@ -205,52 +196,56 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
         TooManyListedError: There are more than ``max_listed`` files.
         InputError: An input is not valid.
     """
-    sources = resolved.label.sources
+    sources, output = resolved.label.sources, resolved.state.output
+    found = find_items(
+        resolved.urls, resolved.limit, sources, exclude=output or None, max_listed=max_listed
+    )
+    commits = resolved.state.commits if resolved.keeps else {}
+    retry_from = output if resolved.retry_failed else None
+    content = {
+        "duplicates": found.duplicates,
+        "skipped_by_extension": dict(found.skipped_by_extension),
+        "notes": list(found.notes),
+    }
+    return RunPlan(
+        resolved=dataclasses.replace(resolved, run={**resolved.run, "input": content}),
+        found=found,
+        remaining=find_remaining(found, commits, sources, retry_from=retry_from),
+        vanished_failures=count_vanished_failures(found, commits, output),
+    )
+
+
+def find_items(
+    inputs: Sequence[str],
+    limit: int | None,
+    sources: SourceSettings,
+    *,
+    exclude: str | None = None,
+    max_listed: int | None = None,
+) -> Found:
+    """List the content of the inputs, up to the limit. Errors are those of ``find_inputs``."""
     found = find_inputs(
-        resolved.urls,
-        exclude=resolved.output or None,
+        inputs,
+        exclude=exclude,
         max_page_bytes=sources.limits.max_page_bytes,
         max_listed=max_listed,
     )
-    if resolved.limit is not None:
-        found = limit_items(found, resolved.limit, sources)
-    commits = resolved.state.commits if resolved.keeps else {}
-    retry_from = resolved.output if resolved.retry_failed else None
-    return RunPlan(
-        output=resolved.output,
-        state=resolved.state,
-        label=resolved.label,
-        commit=resolved.commit,
-        run={
-            **resolved.run,
-            "input": {
-                "duplicates": found.duplicates,
-                "skipped_by_extension": dict(found.skipped_by_extension),
-                "notes": list(found.notes),
-            },
-        },
-        found=found,
-        remaining=find_remaining(found, commits, sources, retry_from=retry_from),
-        vanished_failures=count_vanished_failures(found, commits, resolved.output),
-    )
+    return found if limit is None else limit_items(found, limit, sources)
 
 
 def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
     """Return the last step of a run, which checks the result against the plan."""
-    kept, remaining = plan.kept, plan.remaining
+    remaining = plan.remaining
     return FinishRun(
-        output=plan.output,
-        run=plan.run,
+        output=plan.resolved.state.output,
+        run=plan.resolved.run,
         startup=startup,
-        kept=kept,
+        kept=plan.kept,
         num_units=len(plan.units),
-        found_kept_items=remaining.found_kept_items,
-        vanished_kept_items=remaining.vanished_kept_items,
-        vanished_carried_items=remaining.vanished_carried_items,
-        retried_carried_items=remaining.retried_carried_items,
+        carried_items=remaining.vanished_carried_items + remaining.retried_carried_items,
+        vanished_items=remaining.vanished_items,
         vanished_failures=plan.vanished_failures,
         num_found_items=count_found_items(plan.found),
-        num_commits=kept.units + len(plan.units),
     )
 
 
@@ -361,27 +356,20 @@ def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, A
 
 
 def _model_record(model: ModelSpec) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "source": model.source,
-        "revision": model.revision,
-        "sha256": model.sha256,
-        "license": model.license,
-        "activation": model.activation,
-        "num_labels": model.num_labels,
-        "hidden_size": model.hidden_size,
-        "window_s": model.window_s,
-        "notes": list(model.notes),
-    }
+    names = (
+        *("name", "source", "revision", "sha256", "license"),
+        *("activation", "num_labels", "hidden_size", "window_s"),
+    )
+    return {name: getattr(model, name) for name in names} | {"notes": list(model.notes)}
 
 
 def describe_plan(plan: RunPlan) -> list[str]:
     """Describe what a run will do, in a few lines."""
-    remaining = plan.remaining
-    lines = [*describe_model(plan.label), *describe_inputs(plan.found)]
-    if plan.state.commits:
+    remaining, state = plan.remaining, plan.resolved.state
+    lines = [*describe_model(plan.resolved.label), *describe_inputs(plan.found)]
+    if state.commits:
         lines.append(describe_done(plan))
-    for unit_id, reason in list(plan.state.damaged.items())[:5]:
+    for unit_id, reason in list(state.damaged.items())[:5]:
         lines.append(f"Unit {unit_id} is damaged and will be redone: {reason}.")
     if remaining.units:
         windows_to_do = sum(unit.estimated_windows for unit in remaining.units)

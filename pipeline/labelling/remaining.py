@@ -38,6 +38,9 @@ from transforms.sources.read_unit import (
     windows_of,
 )
 
+# The committed slices [start, stop) of whole containers, by container.
+Covered = dict[str, list[tuple[int, int | None]]]
+
 # Maximum number of bad manifest lines in a unit of failures.
 FAILURES_PER_UNIT = 1024
 
@@ -103,7 +106,11 @@ def find_remaining(
     changed = [commit for commit in commits.values() if inventory.is_changed(commit)]
     changed_ids = {commit.unit_id for commit in changed}
     same = {unit_id: commit for unit_id, commit in commits.items() if unit_id not in changed_ids}
-    redone = _redo(changed, inventory, same, settings)
+    covered: Covered = defaultdict(list)
+    for commit in same.values():
+        if part := _whole_slice(commit):
+            covered[part.uri].append((part.start, part.stop))
+    redone = _redo(changed, inventory, covered, settings)
     retried = [] if retry_from is None else _retry(retry_from, same.values(), inventory, settings)
     retried_from = [same[unit.replaces[0]].totals for unit in retried]
     known = {
@@ -114,7 +121,7 @@ def find_remaining(
     }
     changed_containers = {part.uri for commit in changed if (part := _whole_slice(commit))}
     # Retried slices are in `retried`, not in `fresh`.
-    fresh, rests = _plan_fresh(found, known, same, changed_containers, settings)
+    fresh, rests = _plan_fresh(found, known, covered, changed_containers, settings)
     replaced = {unit.replaces[0] for unit in retried}
     kept = {unit_id: commit for unit_id, commit in same.items() if unit_id not in replaced}
     found_kept = sum(inventory.num_found(commit) for commit in kept.values())
@@ -258,7 +265,7 @@ def _is_named_by(uri: str, clip_id: str) -> bool:
 def _redo(
     changed: Sequence[Commit],
     inventory: _Inventory,
-    kept: Mapping[str, Commit],
+    covered: Covered,
     settings: SourceSettings,
 ) -> list[WorkUnit]:
     """Return the units that replace those with a changed item or container."""
@@ -272,7 +279,6 @@ def _redo(
         names = [entry.clip_id for entry in commit.ledger.items]
         units.append(_unit_of(commit, names, inventory, settings))
     for uri, replaced in slices.items():
-        covered = _covered(kept)
         first, *rest = plan_units([], [inventory.wholes[uri]], settings, covered=covered)
         unit_id = make_unit_id(first.kind, first.items, first.container, replaces=replaced)
         first = dataclasses.replace(first, unit_id=unit_id, replaces=tuple(replaced))
@@ -327,8 +333,8 @@ def _retried_slice(
     )
     # A tar is read from its start, so that the second member of a name is recognised.
     container = _slice_of(whole, 0 if whole.kind == "tar" else part.start, part.stop)
-    unit = _rebuilt(commit, whole.kind, settings, items, container=container)
-    return dataclasses.replace(unit, carried=Carried(commit.unit_id))
+    carried = Carried(commit.unit_id)
+    return _rebuilt(commit, whole.kind, settings, items, container=container, carried=carried)
 
 
 def _unit_of(
@@ -349,8 +355,8 @@ def _unit_of(
         container = _slice_of(inventory.asked[commit.ledger.container.uri], 0, None)
     elif commit.ledger.container is not None:
         kind = "files"  # nothing to read: the rows are taken over, or there are none
-    unit = _rebuilt(commit, kind, settings, items, failures, container)
-    return dataclasses.replace(unit, carried=Carried(commit.unit_id, others) if others else None)
+    carried = Carried(commit.unit_id, others) if others else None
+    return _rebuilt(commit, kind, settings, items, failures, container, carried)
 
 
 def _rebuilt(
@@ -360,6 +366,7 @@ def _rebuilt(
     items: tuple[Item, ...] = (),
     failures: tuple[Failure, ...] = (),
     container: ContainerSlice | None = None,
+    carried: Carried | None = None,
 ) -> WorkUnit:
     named = (*items, *(failure.item for failure in failures))
     windows = sum(windows_of(item, settings) for item in items)
@@ -370,6 +377,7 @@ def _rebuilt(
         container=container,
         estimated_windows=max(1, windows if named else commit.totals.windows),
         replaces=(commit.unit_id,),
+        carried=carried,
         failures=failures,
     )
 
@@ -380,20 +388,10 @@ def _slice_of(container: Container, start: int, stop: int | None) -> ContainerSl
     )
 
 
-def _covered(kept: Mapping[str, Commit]) -> dict[str, list[tuple[int, int | None]]]:
-    """Return the committed slices of whole containers, by container."""
-    covered: dict[str, list[tuple[int, int | None]]] = defaultdict(list)
-    for commit in kept.values():
-        part = _whole_slice(commit)
-        if part is not None:
-            covered[part.uri].append((part.start, part.stop))
-    return covered
-
-
 def _plan_fresh(
     found: Found,
     known: set[str],
-    kept: Mapping[str, Commit],
+    covered: Covered,
     redone_containers: set[str],
     settings: SourceSettings,
 ) -> tuple[list[WorkUnit], list[RestOfContainer]]:
@@ -413,5 +411,4 @@ def _plan_fresh(
         group = tuple(failures[start : start + FAILURES_PER_UNIT])
         unit_id = make_unit_id("files", [failure.item for failure in group])
         units.append(WorkUnit(unit_id, "files", failures=group))
-    covered = _covered(kept)
     return units, [RestOfContainer.of(container, covered) for container in containers]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import pickle
 import signal
 import threading
@@ -35,12 +36,11 @@ from pipeline.labelling.plan import (
     make_finish,
     resolve_run,
 )
-from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
+from pipeline.labelling.plan_on_workers import build_deferred_graph
 from pipeline.result.lock import hold_output
 from pipeline.result.state import (
     SUCCESS_FILE,
     FinishRun,
-    ResultState,
     heal,
     read_run,
     remove_result,
@@ -113,7 +113,7 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
         started = time.monotonic()
         if draw is not None:
             try:
-                is_done = run_graph(draw, run, options, config.quiet)
+                is_done = run_graph(draw, output, run.expected, options, config.quiet)
             finally:
                 remove_staging(output)
             if not is_done:
@@ -130,7 +130,6 @@ class PlannedRun:
     was nothing to do and the run is finished.
     """
 
-    output: str
     prepare: Callable[[Startup], Callable[[beam.Pipeline], None] | None]
     expected: Expected
 
@@ -153,10 +152,11 @@ def plan_locally(
     plan = calibrate(plan, config.inference.calibration_windows)
 
     def prepare(startup: Startup) -> Callable[[beam.Pipeline], None] | None:
-        finish = prepare_output(plan, config, startup)
+        finish = prepare_output(plan, startup)
         if plan.units:
+            label, commit = plan.resolved.label, plan.resolved.commit
             return functools.partial(
-                build_graph, units=plan.units, label=plan.label, commit=plan.commit, finish=finish
+                build_graph, units=plan.units, label=label, commit=commit, finish=finish
             )
         finish(RunTotals())
         return None
@@ -167,17 +167,13 @@ def plan_locally(
         items=items,
         windows_of_first=None if items is None else windows_of_first(plan.units),
     )
-    return PlannedRun(plan.output, prepare, expected)
+    return PlannedRun(prepare, expected)
 
 
 def fits_job(units: Sequence[WorkUnit]) -> bool:
     """Return whether a job description of Dataflow has room for these units."""
-    num_bytes = 0
-    for unit in units:
-        num_bytes += len(pickle.dumps(unit))
-        if num_bytes > MAX_JOB_BYTES:
-            return False
-    return True
+    num_bytes = itertools.accumulate(len(pickle.dumps(unit)) for unit in units)
+    return all(total <= MAX_JOB_BYTES for total in num_bytes)
 
 
 def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
@@ -198,11 +194,10 @@ def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
     say("There are many inputs: workers list and group them.", quiet=config.quiet)
 
     def prepare(startup: Startup) -> Callable[[beam.Pipeline], None]:
-        run = begin_output(resolved.state, resolved.run, config, is_new=True)
-        plan = DeferredPlan.of(dataclasses.replace(resolved, run=run), startup)
-        return functools.partial(build_deferred_graph, plan=plan)
+        begun = begin_output(resolved, is_new=True)
+        return functools.partial(build_deferred_graph, resolved=begun, startup=startup)
 
-    return PlannedRun(resolved.output, prepare, Expected())
+    return PlannedRun(prepare, Expected())
 
 
 def _interrupt_main_thread() -> None:
@@ -210,30 +205,29 @@ def _interrupt_main_thread() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
-def prepare_output(plan: RunPlan, config: RunConfig, startup: Startup = UNTIMED) -> FinishRun:
+def prepare_output(plan: RunPlan, startup: Startup = UNTIMED) -> FinishRun:
     """Repair the output and mark the run as running; return the run's last step."""
-    is_new = bool(plan.units) or not plan.state.succeeded
-    run = begin_output(plan.state, plan.run, config, is_new=is_new)
-    return make_finish(dataclasses.replace(plan, run=run), startup)
+    is_new = bool(plan.units) or not plan.resolved.state.succeeded
+    begun = begin_output(plan.resolved, is_new=is_new)
+    return make_finish(dataclasses.replace(plan, resolved=begun), startup)
 
 
-def begin_output(
-    state: ResultState, run: Mapping[str, Any], config: RunConfig, *, is_new: bool
-) -> dict[str, Any]:
-    """Repair the output, and return ``run.json`` as of the start of the run.
+def begin_output(resolved: ResolvedRun, *, is_new: bool) -> ResolvedRun:
+    """Repair the output, or remove the existing result; return the run with its start's time.
 
-    With ``overwrite`` the existing result is removed. ``run.json`` is written if the run
-    ``is_new``: if there may be units to do. Raise ``OutputError`` if that fails.
+    ``run.json`` is written if the run ``is_new``: if there may be units to do. Raise
+    ``OutputError`` if that fails.
     """
-    run = {**run, "status": "running", "started_utc": utc_now()}
+    state = resolved.state
+    run = {**resolved.run, "started_utc": utc_now()}
     try:
         if is_new:
             # First: from here on, no reader may take the result for a whole one.
             writing.remove(urls.join(state.output, SUCCESS_FILE))
-        if config.overwrite:
-            remove_result(state)
-        else:
+        if resolved.keeps:
             heal(state)
+        else:
+            remove_result(state)
         if is_new:
             write_run(state.output, run)
     except OSError as error:
@@ -241,11 +235,15 @@ def begin_output(
             f"{public_uri(state.output)} cannot be written: {error}. Give another --output, or fix "
             "its permissions."
         ) from error
-    return run
+    return dataclasses.replace(resolved, run=run)
 
 
 def run_graph(
-    draw: Callable[[beam.Pipeline], None], run: PlannedRun, options: PipelineOptions, quiet: bool
+    draw: Callable[[beam.Pipeline], None],
+    output: str,
+    expected: Expected,
+    options: PipelineOptions,
+    quiet: bool,
 ) -> bool:
     """Run the graph and show its progress; return False if the options say not to wait for it."""
     with temporary_files_in_scratch():  # else its folder would remain when the run is killed
@@ -254,16 +252,16 @@ def run_graph(
     stage_clocks.reset()
     is_waited_for = not (is_remote(options) and is_left_running(options))
     # Dataflow accepts the job and answers at once; other runners do the work in the call to run.
-    result = submit(pipeline, run.output, options, quiet=quiet) if is_dataflow(options) else None
+    result = submit(pipeline, output, options, quiet=quiet) if is_dataflow(options) else None
     if not is_waited_for:
         if result is None:
             pipeline.run()
             say("The job is submitted; this command does not wait for it.", quiet=quiet)
         return False
-    read = LiveReader() if is_in_process(options) else _CommitReader(run.output)
-    progress = ProgressDisplay(read, run.expected, quiet=quiet)
+    read = LiveReader() if is_in_process(options) else _CommitReader(output)
+    progress = ProgressDisplay(read, expected, quiet=quiet)
     with progress, temporary_files_in_scratch():  # a job server stages files in a folder
-        follow(result or pipeline.run(), run.output, options)
+        follow(result or pipeline.run(), output, options)
     return True
 
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.label import RunConfig, given_inputs
 from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
-from pipeline.labelling.plan import describe_inputs, input_options
+from pipeline.labelling.plan import describe_inputs, find_items, input_options
 from pipeline.terminal.std_streams import answer
 from pipeline.terminal.wording import counted
 from transforms.decoding.process import (
@@ -43,8 +43,6 @@ from transforms.sources.file_kinds import extension
 from transforms.sources.read_unit import (
     Found,
     SourceSettings,
-    find_inputs,
-    limit_items,
     plan_units,
 )
 from transforms.storage import filesystem, reading, urls, writing
@@ -91,13 +89,8 @@ def run_segments(config: RunConfig, segment_s: float | None, manifest: str | Non
     length_s, url = _check_options(segment_s, manifest, config.overwrite)
     options = input_options(config)
     sources, decode = options["sources"], options["decode"]
-    found = find_inputs(
-        [urls.normalise(text) for text in given_inputs(config)],
-        exclude=None if config.output is None else urls.normalise(config.output),
-        max_page_bytes=sources.limits.max_page_bytes,
-    )
-    if config.limit is not None:
-        found = limit_items(found, config.limit, sources)
+    output = None if config.output is None else urls.normalise(config.output)
+    found = find_items(given_inputs(config), config.limit, sources, exclude=output)
     division = divide_found(found, length_s, sources, decode)
     try:
         writing.write_bytes(url, encode_manifest(division.items, extension(url)))

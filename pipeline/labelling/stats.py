@@ -6,7 +6,6 @@ that is interrupted starts again.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -23,7 +22,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from pipeline.config.label import RunConfig, given_inputs
 from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.labelling.estimate import windows_of_first
-from pipeline.labelling.plan import describe_inputs, input_options
+from pipeline.labelling.plan import describe_inputs, find_items, input_options
 from pipeline.labelling.remaining import count_found_items, find_units
 from pipeline.runners.dataflow import follow, is_left_running
 from pipeline.runners.options import (
@@ -52,7 +51,7 @@ from transforms.models.ast.feature_extractor import ASTFeatureExtractor
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.process.temp_folders import scratch_folder, sweep
 from transforms.records import WorkUnit
-from transforms.sources.read_unit import Found, find_inputs, limit_items
+from transforms.sources.read_unit import Found
 from transforms.storage import filesystem, reading, urls, writing
 from transforms.storage.secrets import public_uri
 
@@ -93,18 +92,13 @@ class DatasetStatistics:
     broken_containers: int
     example: str | None
 
-    @staticmethod
-    def of(statistics: FeatureStatistics) -> DatasetStatistics:
-        """Compute the figures."""
-        names = [name.name for name in dataclasses.fields(DatasetStatistics)]
-        counts = {name: getattr(statistics, name) for name in names[2:]}
-        figures = mean_and_std(statistics) if statistics.windows else (math.nan, math.nan)
-        return DatasetStatistics(*figures, **counts)
-
 
 def write_figures(statistics: FeatureStatistics, url: str) -> None:
     """Write the figures to a file for the command, as the graph's last step."""
-    figures = dataclasses.asdict(DatasetStatistics.of(statistics))
+    mean, std = mean_and_std(statistics) if statistics.windows else (math.nan, math.nan)
+    names = ("windows", "clips", "audio_s", "failures", "broken_containers", "example")
+    counts = {name: getattr(statistics, name) for name in names}
+    figures = {"mean": mean, "std": std, **counts}
     writing.write_bytes(url, json.dumps(figures).encode())
 
 
@@ -119,8 +113,11 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
     """
     options = pipeline_options(config, beam_options)
     check_runner(options)
-    if is_remote(options):
-        check_waited_for(options)
+    if is_remote(options) and is_left_running(options):
+        raise ConfigError(
+            "earmark stats prints what its job measures, so it has to wait for it; leave out "
+            "no_wait_until_finish and template_location."
+        )
     sweep()
     plan = make_stats_plan(config, as_original=as_original)
     if is_remote(options):
@@ -146,19 +143,13 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
     for line in describe_statistics(statistics, as_original=as_original):
         answer(line)
     if plan.output is not None:
-        url = write_features(plan.output, plan.fbank, statistics, overwrite=config.overwrite)
+        url = write_features(plan.output, plan.fbank, statistics)
         answer(f"Written: {public_uri(url)}")
     say(f"Took {format_duration(elapsed_s)}.", quiet=config.quiet)
-    return _exit_code(statistics, config.max_failed)
-
-
-def check_waited_for(options: PipelineOptions) -> None:
-    """Raise ``ConfigError`` for options that leave the job running."""
-    if is_left_running(options):
-        raise ConfigError(
-            "earmark stats prints what its job measures, so it has to wait for it; leave out "
-            "no_wait_until_finish and template_location."
-        )
+    items = statistics.clips + statistics.failures
+    if statistics.broken_containers or statistics.failures > config.max_failed * items:
+        return EXIT_INCOMPLETE
+    return EXIT_DONE
 
 
 def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
@@ -170,11 +161,14 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
         num_frames=config.model.max_length or AUDIOSET.num_frames,
     )
     if output is not None and not config.overwrite:
-        check_writable(output)
+        url = urls.join(output, FEATURES_NAME)
+        if filesystem.exists(url):
+            raise OutputError(
+                f"{public_uri(url)} exists, and would be replaced; give another --output, or "
+                "--overwrite."
+            )
     settings = make_input_settings(fbank, **input_options(config))
-    found = find_inputs(inputs, max_page_bytes=config.read.max_page_bytes)
-    if config.limit is not None:
-        found = limit_items(found, config.limit, settings.sources)
+    found = find_items(inputs, config.limit, settings.sources)
     return StatsPlan(
         inputs=tuple(public_uri(url) for url in inputs),
         output=output,
@@ -185,16 +179,6 @@ def make_stats_plan(config: RunConfig, *, as_original: bool) -> StatsPlan:
         as_original=as_original,
         num_processes=config.inference.workers,
     )
-
-
-def check_writable(output: str) -> None:
-    """Raise ``OutputError`` if there are figures already."""
-    url = urls.join(output, FEATURES_NAME)
-    if filesystem.exists(url):
-        raise OutputError(
-            f"{public_uri(url)} exists, and would be replaced; give another --output, or "
-            "--overwrite."
-        )
 
 
 def build_stats_graph(pipeline: beam.Pipeline, plan: StatsPlan, url: str) -> None:
@@ -250,12 +234,8 @@ def describe_statistics(statistics: DatasetStatistics, *, as_original: bool) -> 
     return lines
 
 
-def write_features(
-    output: str, fbank: FbankSettings, statistics: DatasetStatistics, *, overwrite: bool
-) -> str:
+def write_features(output: str, fbank: FbankSettings, statistics: DatasetStatistics) -> str:
     """Write ``preprocessor_config.json`` as transformers has it, and return its URL."""
-    if not overwrite:
-        check_writable(output)
     extractor = ASTFeatureExtractor(
         sampling_rate=fbank.sample_rate_hz,
         num_mel_bins=fbank.num_mel_bins,
@@ -267,10 +247,3 @@ def write_features(
     text = json.dumps(extractor.to_dict(), indent=2, sort_keys=True)
     writing.write_bytes(url, text.encode() + b"\n")
     return url
-
-
-def _exit_code(statistics: DatasetStatistics, max_failed: float) -> int:
-    items = statistics.clips + statistics.failures
-    if statistics.broken_containers or statistics.failures > max_failed * items:
-        return EXIT_INCOMPLETE
-    return EXIT_DONE

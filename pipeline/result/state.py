@@ -413,13 +413,10 @@ class FinishRun:
         run: ``run.json`` as it was written at the start.
         kept: Totals of the units that were committed before and stay.
         num_units: Units that this run has to do.
-        found_kept_items: Items of the kept units that are in the input.
-        vanished_kept_items: Items of the kept units that are not.
-        vanished_carried_items: Rows that new units carry over, of items not in the input.
-        retried_carried_items: Rows that new units carry over beside items tried again.
+        carried_items: Rows that new units carry over from those they replace.
+        vanished_items: Rows of items that are not in the input.
         vanished_failures: Failures of items that are not in the input.
         num_found_items: Items that planning found; None if containers had to be read to know.
-        num_commits: Commits that must exist at the end.
     """
 
     output: str
@@ -427,18 +424,10 @@ class FinishRun:
     startup: Startup
     kept: RunTotals
     num_units: int
-    found_kept_items: int
-    vanished_kept_items: int
-    vanished_carried_items: int
-    retried_carried_items: int
+    carried_items: int
+    vanished_items: int
     vanished_failures: int
     num_found_items: int | None
-    num_commits: int
-
-    @property
-    def vanished_items(self) -> int:
-        """Rows of items that are not in the input."""
-        return self.vanished_kept_items + self.vanished_carried_items
 
     def __call__(self, new: RunTotals) -> None:
         """Finish the run.
@@ -448,7 +437,6 @@ class FinishRun:
         """
         self._check(new)
         total = self.kept + new
-        carried = self.retried_carried_items + self.vanished_carried_items
         run = {
             **self.run,
             "status": "done",
@@ -459,7 +447,7 @@ class FinishRun:
                 **asdict(total.totals),
                 "units": total.units,
                 "new_units": new.units,
-                "new_items": new.totals.items - carried,
+                "new_items": new.totals.items - self.carried_items,
                 "found_items": total.totals.items - self.vanished_items,
                 "found_failures": total.totals.failures - self.vanished_failures,
                 "vanished_items": self.vanished_items,
@@ -484,15 +472,16 @@ class FinishRun:
                 f"{self.num_units} units were planned and {new.units} came to their end; run the "
                 "same command again to do the rest"
             )
-        found_items = (self.kept + new).totals.items - self.vanished_items
+        total = self.kept + new
+        found_items = total.totals.items - self.vanished_items
         if self.num_found_items not in (None, found_items):
             raise AccountingError(
                 f"planning found {self.num_found_items} items, and {found_items} rows were written "
                 f"for them; see earmark verify {place}"
             )
         num_commits = len(list_unit_ids(self.output))
-        if num_commits != self.num_commits:
+        if num_commits != total.units:
             raise AccountingError(
-                f"{self.num_commits} commits must be in {place}, and {num_commits} are; see "
+                f"{total.units} commits must be in {place}, and {num_commits} are; see "
                 f"earmark verify {place}"
             )

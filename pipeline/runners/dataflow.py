@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,9 @@ ENDED_STATES = frozenset(
 
 def is_dataflow(options: PipelineOptions) -> bool:
     """Return whether the runner is Dataflow's."""
-    # Beam accepts names of runners with and without "Runner" at the end.
-    name = str(options.view_as(StandardOptions).runner).lower().removesuffix("runner")
+    # Beam accepts names with and without "Runner" at the end, and with the class's module.
+    name = str(options.view_as(StandardOptions).runner).lower().rpartition(".")[2]
+    name = name.removesuffix("runner")
     return f"{name}runner" == RUNNER.lower()
 
 
@@ -244,17 +245,14 @@ def ask_state(job: DataflowJob) -> str:
     return state
 
 
-def check_no_job(output: str, ask: Callable[[DataflowJob], str] | None = None) -> None:
-    """Raise ``OutputError`` if a job writes to the output, or its state is not known.
-
-    ``ask`` returns a job's state; None asks the service.
-    """
+def check_no_job(output: str) -> None:
+    """Raise ``OutputError`` if a job writes to the output, or its state is not known."""
     job = recorded_job(output)
     if job is None:
         return
     place = public_uri(output)
     try:
-        state = (ask or ask_state)(job)
+        state = ask_state(job)
     except Exception as error:  # the client and its import may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OutputError(

@@ -8,8 +8,8 @@ default otherwise).
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +18,6 @@ from urllib.parse import urlsplit
 from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, SetupOptions
 
 from transforms.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 SEE_DOCS = "docs/runners.md has the commands."
 
@@ -120,12 +118,7 @@ def wait_for(result: Any) -> None:
         from apache_beam.runners.portability import portable_runner
 
         if isinstance(result, portable_runner.PipelineResult):
-            _cancel(result)
+            # A service that this command started may have ended already.
+            with contextlib.suppress(Exception):
+                result.cancel()
         raise
-
-
-def _cancel(result: Any) -> None:
-    try:
-        result.cancel()
-    except Exception as error:  # a service that this command started ends with the command
-        logger.debug("the job could not be cancelled: %s", error)

@@ -17,9 +17,6 @@ from transforms.models.ast.checkpoints import ModelSpec
 from transforms.process.temp_folders import scratch_folder
 from transforms.storage import urls
 
-# Runners that always hand the work to other machines, which cannot see this one's files.
-REMOTE_RUNNERS = frozenset({"dataflowrunner"})
-
 # Options whose values from the config and the command line are combined.
 COMBINED = frozenset({"experiments"})
 
@@ -92,8 +89,7 @@ def runner_name(options: PipelineOptions) -> str:
 
 def is_remote(options: PipelineOptions) -> bool:
     """Return whether other machines do the work, which cannot see this one's files."""
-    name = runner_name(options)
-    return name in REMOTE_RUNNERS or not has_all_machines_here(name, options)
+    return is_dataflow(options) or not has_all_machines_here(runner_name(options), options)
 
 
 def is_in_process(options: PipelineOptions) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 from pipeline.config.label import given_output
 from pipeline.config.train import TrainConfig
-from pipeline.labelling.plan import describe_inputs, input_options
+from pipeline.labelling.plan import describe_inputs, find_items, input_options
 from pipeline.result.state import make_fingerprint
 from pipeline.training.data.dataset import check_found
 from pipeline.training.initial import Initial, resolve_initial
@@ -22,9 +23,6 @@ from transforms.label_audio import InputSettings, make_input_settings
 from transforms.records import ContainerSlice
 from transforms.sources.read_unit import (
     Found,
-    SourceSettings,
-    find_inputs,
-    limit_items,
     make_unit_id,
 )
 from transforms.storage import urls
@@ -122,10 +120,11 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
     check_possible(config, device, shape.num_hidden_layers)
     fbank = FbankSettings(num_mel_bins=shape.num_mel_bins, num_frames=shape.max_length)
     settings = make_input_settings(fbank, **input_options(config))
-    found = _find(config.train, config, output, settings.sources)
-    found_validation = (
-        _find(config.validation, config, output, settings.sources) if config.validation else None
+    find = functools.partial(
+        find_items, limit=config.limit, sources=settings.sources, exclude=output
     )
+    found = find(config.train)
+    found_validation = find(config.validation) if config.validation else None
     check_found(found, "training", config.hold_out)
     if found_validation is not None:
         check_found(found_validation, "validation")
@@ -158,17 +157,6 @@ def check_possible(config: TrainConfig, device: str, num_layers: int) -> None:
             f"training.trained_layers is {trained}; the model has {num_layers} layers. Give at "
             "most that many, or null to train all of it."
         )
-
-
-def _find(
-    inputs: tuple[str, ...], config: TrainConfig, output: str, sources: SourceSettings
-) -> Found:
-    found = find_inputs(
-        [urls.normalise(text) for text in inputs],
-        exclude=output,
-        max_page_bytes=config.read.max_page_bytes,
-    )
-    return found if config.limit is None else limit_items(found, config.limit, sources)
 
 
 def what_changes_training(

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ import soxr
 import torch
 import transformers
 
-from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
-from tests.support.labelling import read_rows
+from tests.support.labelling import read_rows, small_config
 from tests.support.model_factory import write_transformers_model
 
 CLIPS_PER_SHARD = 16
@@ -35,16 +35,9 @@ def transformers_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def label(model: Path, inputs: list[Path], output: Path) -> dict[str, dict[str, Any]]:
     """Run the main job and return the rows of ``clips`` by file name."""
-    config = RunConfig.model_validate(
-        {
-            "inputs": [str(path) for path in inputs],
-            "output": str(output),
-            "quiet": True,
-            "model": {"name": str(model)},
-            "labels": {"scores": True},
-            "inference": {"precision": "fp32", "device": "cpu"},
-        }
-    )
+    inference = {"precision": "fp32", "device": "cpu"}
+    changes = {"inference": inference, "units": {}, "decode": {}, "labels": {"scores": True}}
+    config = small_config(model, output, *inputs, **changes)
     assert run_label(config, []) == 0
     assert run_verify(str(output), quiet=True) == 0
     return {file_name(row): row for row in read_rows(output, "clips")}
@@ -70,10 +63,6 @@ def from_files(
 def some(esc10: list[Path]) -> list[Path]:
     """Return every fifth recording, for what would take long with all of them."""
     return esc10[::5]
-
-
-def only(rows: dict[str, dict[str, Any]], paths: list[Path]) -> dict[str, dict[str, Any]]:
-    return {path.name: rows[path.name] for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -124,61 +113,53 @@ def test_rows_describe_the_recordings(from_files: dict[str, dict[str, Any]]) -> 
         assert -120 < row["rms_dbfs"] < row["peak_dbfs"] <= 1
 
 
-def test_tars_give_the_same_labels(
-    from_files: dict[str, dict[str, Any]],
-    some: list[Path],
-    classes: dict[str, str],
-    transformers_model: Path,
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "tars").mkdir()
-    for start in range(0, len(some), CLIPS_PER_SHARD):
+def write_tars(folder: Path, paths: list[Path], classes: dict[str, str]) -> Path:
+    """Write shards with a ``.json`` for each recording; the first is compressed."""
+    for start in range(0, len(paths), CLIPS_PER_SHARD):
         suffix = "tar.gz" if start == 0 else "tar"
-        with tarfile.open(tmp_path / "tars" / f"{start:04}.{suffix}", f"w:{suffix[4:]}") as shard:
-            for path in some[start : start + CLIPS_PER_SHARD]:
+        with tarfile.open(folder / f"{start:04}.{suffix}", f"w:{suffix[4:]}") as shard:
+            for path in paths[start : start + CLIPS_PER_SHARD]:
                 shard.add(path, path.name)
                 text = json.dumps({"label": classes[path.name]}).encode()
                 info = tarfile.TarInfo(f"{path.stem}.json")
                 info.size = len(text)
                 shard.addfile(info, io.BytesIO(text))
-    rows = label(transformers_model, [tmp_path / "tars"], tmp_path / "out")
-    assert_same_labels(rows, only(from_files, some))
-    assert {name: row["truth"] for name, row in rows.items()} == {
-        path.name: [classes[path.name]] for path in some
-    }
+    return folder
 
 
-def test_parquet_shards_give_the_same_labels(
-    from_files: dict[str, dict[str, Any]],
-    some: list[Path],
-    transformers_model: Path,
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "shards").mkdir()
-    for start in range(0, len(some), CLIPS_PER_SHARD):
-        paths = some[start : start + CLIPS_PER_SHARD]
-        audio = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
-        table = pa.table({"audio": audio, "name": [path.name for path in paths]})
-        pq.write_table(table, tmp_path / "shards" / f"{start:04}.parquet", row_group_size=30)
-    rows = label(transformers_model, [tmp_path / "shards"], tmp_path / "out")
-    assert_same_labels(rows, only(from_files, some))
+def write_parquet(folder: Path, paths: list[Path], classes: dict[str, str]) -> Path:
+    for start in range(0, len(paths), CLIPS_PER_SHARD):
+        shard = paths[start : start + CLIPS_PER_SHARD]
+        columns = {
+            "audio": [{"bytes": path.read_bytes(), "path": path.name} for path in shard],
+            "name": [path.name for path in shard],
+            "label": [classes[path.name] for path in shard],
+        }
+        pq.write_table(pa.table(columns), folder / f"{start:04}.parquet", row_group_size=30)
+    return folder
 
 
-def test_a_manifest_gives_the_same_labels_and_the_truth(
+def write_manifest(folder: Path, paths: list[Path], classes: dict[str, str]) -> Path:
+    rows = [f"{path},{classes[path.name]},{path.name[0]}\n" for path in paths]
+    (folder / "manifest.csv").write_text("uri,labels,fold\n" + "".join(rows))
+    return folder / "manifest.csv"
+
+
+@pytest.mark.parametrize("write", [write_tars, write_parquet, write_manifest])
+def test_every_kind_of_input_gives_the_same_labels_and_the_truth(
+    write: Callable[[Path, list[Path], dict[str, str]], Path],
     from_files: dict[str, dict[str, Any]],
     some: list[Path],
     classes: dict[str, str],
     transformers_model: Path,
     tmp_path: Path,
 ) -> None:
-    manifest = tmp_path / "manifest.csv"
-    with manifest.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["uri", "labels", "fold"])
-        for path in some:
-            writer.writerow([path, classes[path.name], path.name[0]])
-    rows = label(transformers_model, [manifest], tmp_path / "out")
-    assert_same_labels(rows, only(from_files, some))
-    for name, row in rows.items():
-        assert row["truth"] == [classes[name]]
-        assert json.loads(row["metadata"]) == {"fold": name[0]}
+    (tmp_path / "in").mkdir()
+    inputs = write(tmp_path / "in", some, classes)
+    rows = label(transformers_model, [inputs], tmp_path / "out")
+    assert_same_labels(rows, {path.name: from_files[path.name] for path in some})
+    assert {name: row["truth"] for name, row in rows.items()} == {
+        path.name: [classes[path.name]] for path in some
+    }
+    if write is write_manifest:
+        assert all(json.loads(row["metadata"]) == {"fold": name[0]} for name, row in rows.items())

@@ -1,4 +1,4 @@
-"""``docs/guarantees.md``: every promise names an existing test or benchmark."""
+"""``docs/guarantees.md``: every promise names an existing test or benchmark; so do other pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pipeline.config.label import RunConfig
 from tests.support.paths import ROOT
 
 GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
-TESTS = re.findall(r"`(test_\w+\.py)::(test_\w+)`", GUARANTEES)
+TESTS = [
+    pair
+    for page in (ROOT / "docs").rglob("*.md")
+    for pair in re.findall(r"`(test_\w+\.py)::(test_\w+)`", page.read_text(encoding="utf-8"))
+]
 SCRIPTS = re.findall(r"`(benchmarks/[\w/]+\.py)`", GUARANTEES)
 ROWS = [line for line in GUARANTEES.splitlines() if line.startswith("|") and "---" not in line]
 
@@ -23,7 +27,7 @@ def functions_of(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("file", "name"), sorted(set(TESTS)))
-def test_tests_that_hold_a_promise_exist(file: str, name: str) -> None:
+def test_tests_that_a_page_names_exist(file: str, name: str) -> None:
     assert name in functions_of(file)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import duckdb
 import pyarrow.parquet as pq
 import pytest
-import typer
 from PIL import Image
 
 from benchmarks import draw_labels
@@ -25,6 +24,7 @@ from pipeline.config.label import RunConfig
 from pipeline.config.load import load_config, shipped_configs
 from pipeline.runners.options import pipeline_options
 from tests.support.bird_factory import write_birds
+from tests.support.docs import COMMANDS, marked_block, options_of, unknown_options
 from tests.support.fake_hub import serve_hub
 from tests.support.model_factory import write_tiny_model
 from tests.support.paths import ROOT
@@ -53,9 +53,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def block(marker: str) -> str:
-    """Return the code block behind a marker of one of the pages."""
-    (found,) = re.findall(rf"<!-- {marker} -->\n```\w+\n(.*?)```", PAGES, re.DOTALL)
-    return str(found)
+    return marked_block(PAGES, marker)
 
 
 @pytest.fixture(scope="module")
@@ -277,28 +275,16 @@ def test_the_recipes_are_those_that_ship_with_the_figures_that_they_name() -> No
         assert (figure if metric == "mAP" else f"{100 * float(figure):.2f} %") in head
 
 
-def options_of(command: str) -> set[str]:
-    """Return every spelling of every option of a command."""
-    commands: Any = typer.main.get_command(cli.app)
-    found = commands.commands[command]
-    return {
-        name for parameter in found.params for name in (*parameter.opts, *parameter.secondary_opts)
-    }
-
-
 def test_every_option_in_the_pages_exists() -> None:
     text = PAGES.replace("--index-url", "")  # pip's
-    commands: Any = typer.main.get_command(cli.app)
-    known = {"--help"}.union(*(options_of(name) for name in commands.commands))
+    known = {"--help"}.union(*map(options_of, COMMANDS))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - {"--runner"}
     assert mentioned <= known
     assert len(mentioned) > 5
 
 
 def test_every_command_in_the_readme_exists() -> None:
-    commands: Any = typer.main.get_command(cli.app)
-    mentioned = set(re.findall(r"(?:`|/)earmark ([a-z]+)", README))
-    assert mentioned == set(commands.commands)
+    assert set(re.findall(r"(?:`|/)earmark ([a-z]+)", README)) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -309,7 +295,7 @@ def test_the_commands_that_head_a_config_are_right(path: Path) -> None:
     for line in lines:
         (command, *arguments), beam_options = cli.split_beam_options(shlex.split(line))
         pipeline_options(RunConfig(), beam_options)  # refuses what Beam does not know
-        assert {word for word in arguments if word.startswith("--")} <= options_of(command)
+        assert unknown_options(command, *arguments) == set()
         named = arguments[arguments.index("--config") + 1] if "--config" in arguments else None
         if named not in (None, "mine.yaml"):
             assert named == path.stem
@@ -341,11 +327,3 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
         target = page.parent / name if name else page
         assert target.exists(), name
         assert not anchor or anchor in anchors_of(target), f"{name}#{anchor}"
-
-
-def test_the_sample_files_readme_names_a_command_that_works() -> None:
-    text = (ROOT / "samples" / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^    earmark (.*)$", text, re.MULTILINE)
-    command, *arguments = shlex.split(line)
-    assert command == "label"
-    assert {word for word in arguments if word.startswith("--")} <= options_of(command)

@@ -79,18 +79,3 @@ def test_units_are_those_of_the_pipeline(given: dict[str, Any]) -> None:
     costs = Costs(given, "mp3")
     assert costs.unit_windows(1000) == 256
     assert costs.units(1_000_000, costs.unit_windows(1_000_000)) < given["limits"]["units"]
-
-
-def test_tests_that_the_document_names_exist() -> None:
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", DOCUMENT.read_text(encoding="utf-8"))
-    assert len(named) >= 4
-    for file, name in named:
-        (path,) = (ROOT / "tests").rglob(file)
-        assert f"def {name}(" in path.read_text(encoding="utf-8")
-
-
-def test_everything_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    cost.main(["--hours", "50", "--format", "opus"])
-    printed = capsys.readouterr().out
-    assert "| 50 | L4 | 1 |" in printed
-    assert "decoding" in printed

@@ -149,6 +149,12 @@ def write(path: Path, samples: Samples, sample_rate_hz: int, format: str | Forma
     return path
 
 
+def write_noise(path: Path, duration_s: float = 1.0, seed: int = 0) -> Path:
+    """Write noise at 16 kHz, with the folder that it lies in, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write(path, noise(duration_s, seed=seed), 16_000)
+
+
 def _encode_with_soundfile(samples: Samples, sample_rate_hz: int, chosen: Format) -> bytes:
     target = io.BytesIO()
     with soundfile.SoundFile(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,20 +14,21 @@ from transforms.models.ast.config import ASTConfig
 from transforms.models.ast.model import ASTForAudioClassification
 
 TINY_LABELS = ("dog", "rain", "rooster", "helicopter", "clock tick")
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "frequency_stride": 16,
+    "time_stride": 16,
+    "problem_type": "multi_label_classification",
+}
 MEAN, STD = -4.2677393, 4.5689974
 
 
 def tiny_config(**changes: object) -> ASTConfig:
     """Return two layers of width 32 for 1024 frames and five labels; large strides keep it fast."""
-    config = ASTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        frequency_stride=16,
-        time_stride=16,
-        problem_type="multi_label_classification",
-    ).with_labels(TINY_LABELS)
+    config = ASTConfig(**TINY).with_labels(TINY_LABELS)
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
@@ -54,19 +56,8 @@ def write_transformers_model(
     """Let transformers write a model of the shape of ``tiny_config``."""
     import transformers
 
-    config = transformers.ASTConfig(
-        **{
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "frequency_stride": 16,
-            "time_stride": 16,
-            "id2label": dict(enumerate(TINY_LABELS)),
-            "problem_type": "multi_label_classification",
-            **changes,
-        }
-    )
+    labels = dict(enumerate(TINY_LABELS))
+    config = transformers.ASTConfig(**{**TINY, "id2label": labels, **changes})
     model = transformers.ASTForAudioClassification(config).eval()
     randomise(model, seed, scale)
     model.save_pretrained(folder)

@@ -15,7 +15,7 @@ from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
 from tests.support import audio_factory
-from tests.support.labelling import read_rows
+from tests.support.labelling import read_rows, small_config
 
 SECRET = audio_factory.encode(audio_factory.noise(0.3, seed=7), 16_000, "wav")
 
@@ -63,18 +63,14 @@ class Label:
     model: Path
 
     def config(self, *inputs: Path | str, **changes: Any) -> RunConfig:
-        return RunConfig(
-            inputs=tuple(map(str, inputs or (self.inside,))),
-            output=str(self.out),
-            model={"name": str(self.model)},
-            inference={"precision": "fp32", "device": "cpu"},
-            **{
-                "quiet": True,
-                "max_failed": 1.0,  # so that 3 means a broken container and nothing else
-                "decode": {"processes": 1, "stall_timeout_s": 20.0},
-                **changes,
-            },
-        )
+        values = {
+            "inference": {"precision": "fp32", "device": "cpu"},
+            "units": {},
+            "max_failed": 1.0,  # so that 3 means a broken container and nothing else
+            "decode": {"processes": 1, "stall_timeout_s": 20.0},
+            **changes,
+        }
+        return small_config(self.model, self.out, *(inputs or (self.inside,)), **values)
 
     def __call__(self, *inputs: Path | str, **changes: Any) -> int:
         """Label; return the exit code, after a check of the result and the rest of the disk."""

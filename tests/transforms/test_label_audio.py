@@ -18,7 +18,6 @@ from tests.support.labelling import assert_same_rows, small_config
 from transforms.inference.backbones import InferenceSettings
 from transforms.label_audio import LabelAudio, LabelSettings, make_settings, unit_of_files
 from transforms.models.ast.checkpoints import resolve_model
-from transforms.results.rows import clips_schema, errors_schema, windows_schema
 
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -95,16 +94,6 @@ def test_a_bad_file_among_good_ones_is_a_failure(
     assert (missing["clip_id"], missing["stage"]) == (f"{folder}/none.wav", "read")
     assert missing["error_type"] == "FileNotFoundError"
     assert str(folder / "none.wav") in missing["message"]
-
-
-def test_rows_have_the_columns_of_the_tables(labelled: Rows, settings: LabelSettings) -> None:
-    schemas = {
-        "windows": windows_schema(settings.rows),
-        "clips": clips_schema(settings.rows),
-        "failures": errors_schema(),
-    }
-    for name, schema in schemas.items():
-        assert all(list(row) == schema.names for row in labelled[name])
 
 
 def test_clip_ids_equal_those_of_the_command(folder: Path) -> None:

@@ -15,12 +15,13 @@ import apache_beam as beam
 import pytest
 import yaml
 from apache_beam.testing import test_pipeline
-from apache_beam.testing.util import assert_that
+from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.typehints import Optional, TypeCheckError, typehints
 
 import pipeline
 import transforms
 from tests.support import audio_factory
+from tests.support.docs import marked_block
 from tests.support.paths import ROOT
 from transforms.beam_yaml import LabelAudioRows, row_of, row_type, uri_of
 from transforms.errors import InputError
@@ -32,9 +33,7 @@ DOCUMENT = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
 
 
 def block(marker: str) -> str:
-    """The code block behind a marker of the document."""
-    (found,) = re.findall(rf"<!-- {marker} -->\n```\w+\n(.*?)```", DOCUMENT, re.DOTALL)
-    return str(found)
+    return marked_block(DOCUMENT, marker)
 
 
 @pytest.fixture
@@ -69,20 +68,8 @@ def test_the_examples_in_python_write_rows_to_sinks_of_their_own(
     with test_pipeline.TestPipeline(runner="FnApiRunner") as reading:
         read = reading | beam.io.ReadFromAvro(f"{here}/clips-*.avro")
         found = [{name: row[name] for name in ("clip_id", "duration_s")} for row in rows]
-        assert_that(
-            read
-            | beam.Map(lambda row: json.dumps({k: v for k, v in row.items() if k != "embedding"})),
-            equal_lines(found),
-        )
-
-
-def equal_lines(expected: list[dict[str, Any]]) -> Any:
-    wanted = sorted(json.dumps(row) for row in expected)
-
-    def check(actual: list[str]) -> None:
-        assert sorted(actual) == wanted
-
-    return check
+        without = beam.Map(lambda row: {k: v for k, v in row.items() if k != "embedding"})
+        assert_that(read | without, equal_to(found))
 
 
 # --- Beam YAML -------------------------------------------------------------------------------
@@ -128,7 +115,7 @@ def test_rows_keep_their_values_and_say_their_types(tiny_model: Path) -> None:
         "labels": [{"index": 0, "id": None, "name": "dog", "score": 0.5}],
         "embedding": [1.0, 2.0],
     }
-    row = row_of(values, schema)
+    row = row_of(values)
     assert row.as_dict().keys() == values.keys()
     assert row.labels == [beam.Row(index=0, id=None, name="dog", score=0.5)]
     assert (row.clip_id, row.embedding, row.truth) == ("a", [1.0, 2.0], None)

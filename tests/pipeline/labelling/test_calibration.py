@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cli import main as cli
-from pipeline.config.label import RunConfig
 from pipeline.labelling import calibration
 from pipeline.labelling.calibration import sample_windows
 from pipeline.labelling.plan import RunPlan, make_plan
-from tests.support.audio_factory import noise, quantised, write
-from transforms.errors import ConfigError
+from pipeline.labelling.run import run_label
+from pipeline.result.state import read_run
+from tests.support.audio_factory import noise, quantised, write_noise
+from tests.support.labelling import small_config
+from transforms.errors import ConfigError, InputError
 from transforms.features.fbank import extract_fbank
 from transforms.records import FloatArray
 
@@ -26,30 +26,25 @@ RATE, WINDOW_S = 16_000, 10.255
 
 
 def plan_of(model: Path, *inputs: Path, **changes: Any) -> RunPlan:
-    config = RunConfig(
-        inputs=tuple(str(source) for source in inputs),
-        output=None,
-        model={"name": str(model)},  # type: ignore[arg-type]
-        decode={"processes": 1},  # type: ignore[arg-type]
-        **changes,
-    )
+    config = small_config(model, Path(), *inputs, output=None, inference={}, units={}, **changes)
     return make_plan(config, needs_output=False)
 
 
 def sampled(plan: RunPlan, num_windows: int) -> FloatArray:
-    return sample_windows(plan.units, plan.label, num_windows)
+    return sample_windows(plan.units, plan.resolved.label, num_windows)
 
 
 def clip_features(plan: RunPlan, *seeds: int, duration_s: float = 1.0) -> FloatArray:
     """Features of the first windows of clips that ``write_clips`` wrote."""
     clips = [noise(duration_s, seed=seed)[: round(WINDOW_S * RATE), 0] for seed in seeds]
-    return np.stack([extract_fbank(quantised(clip, 16), plan.label.fbank) for clip in clips])
+    return np.stack(
+        [extract_fbank(quantised(clip, 16), plan.resolved.label.fbank) for clip in clips]
+    )
 
 
 def write_clips(folder: Path, count: int, duration_s: float = 1.0) -> Path:
-    folder.mkdir()
     for index in range(count):
-        write(folder / f"{index:02d}.wav", noise(duration_s, seed=index), RATE)
+        write_noise(folder / f"{index:02d}.wav", duration_s, seed=index)
     return folder
 
 
@@ -74,73 +69,42 @@ def test_clips_that_cannot_be_decoded_are_skipped(tiny_model: Path, tmp_path: Pa
     np.testing.assert_allclose(sampled(plan, 4), clip_features(plan, 0), rtol=0, atol=0.01)
 
 
-def test_the_sample_is_the_same_each_time(tiny_model: Path, tmp_path: Path) -> None:
-    plan = plan_of(tiny_model, write_clips(tmp_path / "clips", 5))
-    np.testing.assert_array_equal(sampled(plan, 3), sampled(plan, 3))
-
-
 def test_int8_with_a_remote_runner_is_refused_while_planning(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    config = RunConfig(
-        inputs=(str(write_clips(tmp_path / "clips", 1)),),
-        model={"name": str(tiny_model)},  # type: ignore[arg-type]
-        inference={"precision": "int8"},  # type: ignore[arg-type]
-    )
+    clips, inference = write_clips(tmp_path / "clips", 1), {"precision": "int8"}
+    config = small_config(tiny_model, Path(), clips, output=None, inference=inference)
     with pytest.raises(ConfigError, match="calibrated on this machine, and the runner works on"):
         make_plan(config, is_remote=True, needs_output=False)
 
 
-class Label:
-    """Runs ``earmark label --precision int8`` on a folder of clips."""
-
-    def __init__(self, model: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.model, self.out, self.capsys = model, out, capsys
-        self.said = ""
-
-    def __call__(self, clips: Path, *options: str) -> int:
-        arguments = ["label", str(clips), "-o", str(self.out), "-m", str(self.model)]
-        settings = ["--precision", "int8", "--device", "cpu", "--set", "decode.processes=1"]
-        settings += ["--set", "inference.calibration_windows=4", "--set", "units.windows=2"]
-        code = cli.main([*arguments, *settings, *options])
-        self.said = self.capsys.readouterr().err
-        return code
-
-    def run(self) -> dict[str, Any]:
-        run: dict[str, Any] = json.loads((self.out / "run.json").read_text())
-        return run
-
-
-@pytest.fixture
-def label(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Label:
-    return Label(tiny_model, tmp_path / "out", capsys)
+def label(model: Path, out: Path, clips: Path) -> int:
+    inference = {"precision": "int8", "device": "cpu", "calibration_windows": 4}
+    return run_label(small_config(model, out, clips, inference=inference), [])
 
 
 def test_a_result_keeps_its_calibration(
-    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clips = write_clips(tmp_path / "clips", 4)
-    assert label(clips) == 0
-    run = label.run()
+    clips, out = write_clips(tmp_path / "clips", 4), tmp_path / "out"
+    assert label(tiny_model, out, clips) == 0
+    run = read_run(str(out))
+    assert run is not None
     assert run["engines"] == ["openvino cpu int8"]
     assert run["calibration"]["windows"] == 4
     assert run["checks"]["openvino cpu int8"]["windows"] == 4
     assert run["versions"]["nncf"]
-    table = pq.read_table(label.out / "windows")
-    assert table.num_rows == 4
+    assert pq.read_table(out / "windows").num_rows == 4
     # What is added later is computed by the same model, though the sample would be another.
     monkeypatch.setattr(calibration, "quantise", lambda *a: pytest.fail("quantised again"))
-    write(clips / "later.wav", noise(1.0, seed=9), RATE)
-    assert label(clips) == 0
-    assert label.run()["calibration"] == run["calibration"]
-    assert label(clips) == 0  # nothing to do
-    assert label.run()["calibration"] == run["calibration"]
+    write_noise(clips / "later.wav", seed=9)
+    for _ in range(2):  # the second time, there is nothing to do
+        assert label(tiny_model, out, clips) == 0
+        assert (read_run(str(out)) or {})["calibration"] == run["calibration"]
 
 
-def test_with_nothing_to_calibrate_on_int8_is_an_error(label: Label, tmp_path: Path) -> None:
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    (folder / "a.wav").write_bytes(b"no audio")
-    assert label(folder) == 2
-    assert "int8, and no clip to calibrate it on can be decoded" in label.said
-    assert not (label.out / "_commits").exists()
+def test_with_nothing_to_calibrate_on_int8_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(b"no audio")
+    with pytest.raises(InputError, match="int8, and no clip to calibrate it on can be decoded"):
+        label(tiny_model, tmp_path / "out", tmp_path / "a.wav")
+    assert not (tmp_path / "out" / "_commits").exists()

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
 from pipeline.config.label import RunConfig
 from pipeline.labelling.estimate import estimate_work, run_plan, windows_of_first
 from pipeline.labelling.plan import make_plan
+from tests.support.audio_factory import write_noise
+from tests.support.containers import tar_bytes
 from tests.support.labelling import small_config
 from tests.support.unit_factory import make_item
 from transforms.records import Failure, WorkUnit
-
-RATE_HZ = 16_000
 
 
 def config_of(model: Path, *inputs: Path, **changes: object) -> RunConfig:
     inference = {"precision": "fp32", "device": "cpu", "batch_size": 1}
     values = {"inference": inference, "units": {"windows": 8}, "output": None, **changes}
     return small_config(model, Path(), *inputs, **values)
-
-
-def write_noise(path: Path, duration_s: float) -> Path:
-    noise = np.random.default_rng(0).normal(0, 0.1, round(duration_s * RATE_HZ))
-    soundfile.write(path, noise, RATE_HZ, subtype="PCM_16")
-    return path
 
 
 def test_hours_and_windows_come_from_a_sample(tiny_model: Path, tmp_path: Path) -> None:
@@ -45,11 +35,8 @@ def test_hours_and_windows_come_from_a_sample(tiny_model: Path, tmp_path: Path) 
 
 def test_a_tar_is_estimated_from_its_bytes(tiny_model: Path, tmp_path: Path) -> None:
     clip = write_noise(tmp_path / "clip.wav", 5.0).read_bytes()
-    with tarfile.open(tmp_path / "clips.tar", "w") as archive:
-        for index in range(50):
-            info = tarfile.TarInfo(f"{index}.wav")
-            info.size = len(clip)
-            archive.addfile(info, io.BytesIO(clip))
+    members = [(f"{index}.wav", clip) for index in range(50)]
+    (tmp_path / "clips.tar").write_bytes(tar_bytes(members))
     plan = make_plan(config_of(tiny_model, tmp_path / "clips.tar"), needs_output=False)
     estimate = estimate_work(plan)
     assert estimate.audio_s == pytest.approx(250.0, rel=0.05)
@@ -59,7 +46,6 @@ def test_a_tar_is_estimated_from_its_bytes(tiny_model: Path, tmp_path: Path) -> 
 def test_the_plan_is_printed_and_nothing_is_written(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "clips").mkdir()
     for index in range(3):
         write_noise(tmp_path / "clips" / f"{index}.wav", 2.0)
     (tmp_path / "clips" / "bad.wav").write_bytes(b"no audio")

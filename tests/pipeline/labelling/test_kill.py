@@ -2,38 +2,35 @@
 
 ``benchmarks/reliability/kill_runs.py`` does so again and again, with real recordings; a few of its
 rounds are played here, and what it looks for is shown to be found.
-
-The runs under test are real processes, found by a mark in their environment: decoders live in
-sessions of their own, so that a process group would not name them all.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import soundfile
 
 from benchmarks.reliability.kill_runs import (
+    INTERRUPTED,
     Bench,
     BrokenPromiseError,
+    Run,
     Setup,
     Untouched,
     check_same_rows,
     check_whole,
+    committed_files,
     make_bench,
+    num_commits,
     random_round,
     signal_round,
     together_round,
@@ -42,15 +39,14 @@ from pipeline.config.label import RunConfig
 from pipeline.labelling.run import run_label
 from pipeline.result.state import wait_for_writers
 from pipeline.result.verify import run_verify
-from tests.support.labelling import assert_same_rows, read_rows, small_config, wait_until
+from tests.support.audio_factory import write_noise
+from tests.support.labelling import read_rows, small_config, wait_until
 from tests.support.model_factory import write_tiny_model
 from tests.support.paths import ROOT
 from transforms.errors import OutputError
 
-RATE_HZ = 16_000
 NUM_CLIPS, WINDOWS_PER_UNIT = 40, 4
 NUM_UNITS = NUM_CLIPS // WINDOWS_PER_UNIT
-PATIENCE_S = 120.0
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/environ").exists(), reason="processes are found through Linux's /proc"
@@ -61,8 +57,7 @@ pytestmark = pytest.mark.skipif(
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("clips")
     for index in range(NUM_CLIPS):
-        noise = np.random.default_rng(index).normal(0, 0.1, RATE_HZ)
-        soundfile.write(folder / f"{index:02}.wav", noise, RATE_HZ, subtype="PCM_16")
+        write_noise(folder / f"{index:02}.wav", seed=index)
     return folder
 
 
@@ -78,156 +73,80 @@ def config_of(model: Path, clips: Path, out: Path) -> RunConfig:
     return small_config(model, out, clips, units=units, decode={"processes": 2})
 
 
-class Run:
-    """``earmark label`` in a process of its own, in a session of its own."""
-
-    def __init__(self, model: Path, clips: Path, out: Path) -> None:
-        self.mark = f"EARMARK_TEST_MARK={uuid.uuid4().hex}"
-        name, _, value = self.mark.partition("=")
-        command = [sys.executable, "-m", "pipeline", "label", str(clips), "--output", str(out)]
-        options = [
-            "--model",
-            str(model),
-            "--device",
-            "cpu",
-            "--precision",
-            "fp32",
-            "--engine",
-            "torch",
-        ]
-        sets = [f"units.windows={WINDOWS_PER_UNIT}", "decode.processes=2", "inference.batch_size=2"]
-        self.process = subprocess.Popen(
-            [*command, *options, *(word for text in sets for word in ("--set", text))],
-            cwd=ROOT,
-            env={**os.environ, name: value, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.out = out
-
-    def wait_for_commits(self, count: int) -> None:
-        def are_there() -> bool:
-            if self.process.poll() is not None:
-                pytest.fail(f"the run ended too early: {self.process.communicate()[1]}")
-            return len(commits_of(self.out)) >= count
-
-        wait_until(are_there, f"{count} commits")
-
-    def kill_group(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
-
-    def kill_process(self, number: signal.Signals) -> None:
-        os.kill(self.process.pid, number)
-
-    def finish(self) -> tuple[int, str]:
-        """Exit code and stderr, once every process of the run has gone."""
-        _, stderr = self.process.communicate(timeout=PATIENCE_S)
-        wait_until(lambda: not processes_with(self.mark), "every process to end")
-        return self.process.returncode, stderr
-
-
 @pytest.fixture
-def start(slow_model: Path, clips: Path, tmp_path: Path) -> Iterator[Callable[[], Run]]:
-    """Starts runs into ``tmp_path / "out"``; none outlives the test."""
+def start(
+    slow_model: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[int], Run]]:
+    """Starts runs into ``tmp_path / "out"``, up to a number of commits; none outlives the test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tmp").mkdir()
+    setup = Setup([clips], slow_model, tmp_path / "tmp", WINDOWS_PER_UNIT)
     runs: list[Run] = []
 
-    def start_run() -> Run:
-        runs.append(Run(slow_model, clips, tmp_path / "out"))
-        return runs[-1]
+    def start_run(count: int) -> Run:
+        run = Run(setup, tmp_path / "out", "--engine", "torch", "--batch-size", "2", cold=True)
+        runs.append(run)
+        wait_until(lambda: num_commits(run.out) >= count or run.exit_code() is not None, "commits")
+        assert run.exit_code() is None, f"the run ended too early: {run.words()}"
+        return run
 
     yield start_run
     for run in runs:
-        for pid in processes_with(run.mark):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        run.process.communicate()
-
-
-def processes_with(mark: str) -> list[int]:
-    """Processes (no zombies: those have no environment) that were started with a mark."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
-
-
-def commits_of(out: Path) -> list[str]:
-    return sorted(path.stem for path in (out / "_commits").glob("*.json"))
-
-
-def committed_files(out: Path) -> dict[str, tuple[int, bytes]]:
-    """Time and bytes of everything that belongs to a commit."""
-    return {
-        str(path.relative_to(out)): (path.stat().st_mtime_ns, path.read_bytes())
-        for unit_id in commits_of(out)
-        for path in out.glob(f"*/{unit_id}.*")
-    }
+        run.end()
 
 
 def test_a_run_killed_twice_gives_what_an_uninterrupted_one_gives(
-    start: Callable[[], Run], slow_model: Path, clips: Path, tmp_path: Path
+    start: Callable[[int], Run], slow_model: Path, clips: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    first = start()
-    first.wait_for_commits(2)
-    assert len(processes_with(first.mark)) > 1  # decoders are at work, and must go with it
-    first.kill_process(signal.SIGKILL)
-    assert first.finish()[0] == -signal.SIGKILL
+    first = start(2)
+    assert len(first.processes()) > 1  # decoders are at work, and must go with it
+    first.send(signal.SIGKILL, to_group=False)
+    assert first.wait() == -signal.SIGKILL
     before = committed_files(out)
-    assert 2 <= len(commits_of(out)) < NUM_UNITS
+    assert 2 <= num_commits(out) < NUM_UNITS
     assert not (out / "_SUCCESS").exists()
 
-    second = start()
-    second.wait_for_commits(len(commits_of(out)) + 2)
-    second.kill_group(signal.SIGKILL)
-    assert second.finish()[0] == -signal.SIGKILL
+    second = start(num_commits(out) + 2)
+    second.send(signal.SIGKILL, to_group=True)
+    assert second.wait() == -signal.SIGKILL
     between = committed_files(out)
     assert before.items() < between.items()
-    assert len(commits_of(out)) < NUM_UNITS
+    assert num_commits(out) < NUM_UNITS
 
     assert run_label(config_of(slow_model, clips, out), []) == 0
     assert between.items() < committed_files(out).items()
     assert run_verify(str(out)) == 0
     assert not list((out / "_staging").rglob("*.*"))
     assert run_label(config_of(slow_model, clips, tmp_path / "whole"), []) == 0
-    assert commits_of(out) == commits_of(tmp_path / "whole")
-    for part in ("windows", "clips"):
-        assert_same_rows(read_rows(out, part), read_rows(tmp_path / "whole", part))
+    assert committed_files(out).keys() == committed_files(tmp_path / "whole").keys()
+    check_same_rows(out, tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
-    ("kill", "number"),
-    [
-        (Run.kill_group, signal.SIGINT),
-        pytest.param(Run.kill_process, signal.SIGTERM, marks=pytest.mark.slow),
-    ],
+    ("number", "to_group"),
+    [(signal.SIGINT, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)],
     ids=["Ctrl-C in a terminal", "SIGTERM"],
 )
 def test_an_interrupted_run_says_how_to_go_on_and_leaves_nothing_behind(
-    start: Callable[[], Run],
+    start: Callable[[int], Run],
     slow_model: Path,
     clips: Path,
     tmp_path: Path,
-    kill: Callable[[Run, signal.Signals], None],
     number: signal.Signals,
+    to_group: bool,
 ) -> None:
     out = tmp_path / "out"
-    run = start()
-    run.wait_for_commits(2)
-    kill(run, number)
-    code, stderr = run.finish()
-    assert code == 130
-    assert stderr.endswith("earmark: interrupted; run the same command again to resume\n")
-    assert "Traceback" not in stderr
-    assert "KeyboardInterrupt" not in stderr
+    run = start(2)
+    run.send(number, to_group=to_group)
+    assert run.wait() == 130
+    assert run.words().endswith(INTERRUPTED)
+    assert "Traceback" not in run.words()
+    assert "KeyboardInterrupt" not in run.words()
     assert not (out / "_SUCCESS").exists()
     assert not list((out / "_staging").rglob("*.*"))
     before = committed_files(out)
-    assert 2 <= len(commits_of(out)) < NUM_UNITS
+    assert 2 <= num_commits(out) < NUM_UNITS
     assert run_label(config_of(slow_model, clips, out), []) == 0
     assert before.items() < committed_files(out).items()
     assert len(read_rows(out, "clips")) == NUM_CLIPS
@@ -314,43 +233,34 @@ def whole(slow_model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
-def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    pq.write_table(change(pq.read_table(path)), path)
-
-
-def first(out: Path, pattern: str) -> Path:
-    return min(out.glob(pattern))
-
-
-def moved(table: pa.Table) -> pa.Table:
+def rewrite(path: Path, change: Callable[[list[Any]], Any]) -> None:
+    table = pq.read_table(path)
     rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+
+
+def move_a_number(rows: list[Any]) -> None:
     rows[0]["embedding"][0] += 2e-5
-    return pa.Table.from_pylist(rows, schema=table.schema)
-
-
-def relabelled(table: pa.Table) -> pa.Table:
-    rows = table.to_pylist()
-    rows[0]["labels"].reverse()
-    return pa.Table.from_pylist(rows, schema=table.schema)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda table: table.slice(1), "39 rows, 40"),
-        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "41 rows, 40"),
-        (moved, "off"),
-        (relabelled, "is another"),
+        (lambda rows: rows.pop(), "39 rows, 40"),
+        (lambda rows: rows.append(rows[0]), "41 rows, 40"),
+        (move_a_number, "off"),
+        (lambda rows: rows[0]["labels"].reverse(), "is another"),
     ],
     ids=["a row lost", "a row twice", "a number moved", "labels in another order"],
 )
 def test_the_benchmark_finds_other_rows(
-    whole: Path, tmp_path: Path, change: Callable[[pa.Table], pa.Table], words: str
+    whole: Path, tmp_path: Path, change: Callable[[list[Any]], Any], words: str
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     check_same_rows(out, whole)
-    rewrite(first(out, "clips/*"), change)
+    rewrite(min(out.glob("clips/*")), change)
     with pytest.raises(BrokenPromiseError, match=words):
         check_same_rows(out, whole)
 
@@ -365,9 +275,8 @@ def test_the_benchmark_finds_files_that_were_left_and_parts_written_again(
         check_whole(out, whole, Setup([], tmp_path, tmp_path, 1))
     untouched = Untouched(out)
     untouched.look()
-    part = first(out, "windows/*")
-    shutil.copy2(part, tmp_path / "copy")
-    (tmp_path / "copy").replace(part)
+    part = min(out.glob("windows/*"))
+    rewrite(part, lambda rows: None)
     with pytest.raises(BrokenPromiseError, match="has been written again"):
         untouched.look()
     part.unlink()

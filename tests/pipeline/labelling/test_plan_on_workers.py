@@ -8,23 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from pipeline.config.label import RunConfig
 from pipeline.labelling import run as run_module
 from pipeline.labelling.plan import resolve_run
-from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
 from pipeline.labelling.run import fits_job, plan_on_workers, run_label
 from pipeline.result.verify import run_verify
-from pipeline.terminal.time_report import UNTIMED
-from tests.pipeline.labelling.test_run import write_clip
+from tests.support.audio_factory import write_noise
 from tests.support.containers import tar_bytes
-from tests.support.labelling import small_config
+from tests.support.labelling import read_rows, small_config
 from tests.support.unit_factory import file_unit
 from transforms.errors import ConfigError, InputError
 from transforms.results.commits import list_unit_ids
@@ -33,7 +28,7 @@ from transforms.results.commits import list_unit_ids
 def files(folder: Path) -> list[str]:
     """Loose files, one of them damaged and one twice."""
     for number in range(7):
-        write_clip(folder / "files" / f"{number}.wav", seed=number)
+        write_noise(folder / "files" / f"{number}.wav", seed=number)
     (folder / "files" / "broken.wav").write_bytes(b"no audio")
     (folder / "files" / "notes.txt").write_bytes(b"left aside")
     return [str(folder / "files"), str(folder / "files" / "0.wav")]
@@ -41,7 +36,7 @@ def files(folder: Path) -> list[str]:
 
 def clips_of(folder: Path, count: int) -> list[tuple[str, bytes]]:
     return [
-        (f"{n}.wav", write_clip(folder / f"{n}.wav", seed=n).read_bytes()) for n in range(count)
+        (f"{n}.wav", write_noise(folder / f"{n}.wav", seed=n).read_bytes()) for n in range(count)
     ]
 
 
@@ -62,7 +57,7 @@ def parquet(folder: Path) -> list[str]:
 
 def manifest(folder: Path) -> list[str]:
     """Segments, metadata, a file that is not there and a line that cannot be read."""
-    write_clip(folder / "long.wav", 12.0)
+    write_noise(folder / "long.wav", 12.0)
     rows = [{"uri": "long.wav", "start_s": n, "end_s": n + 2, "n": n} for n in range(5)]
     lines = [*map(json.dumps, [*rows, {"uri": "nowhere.wav"}]), "{"]
     (folder / "list.jsonl").write_text("\n".join(lines))
@@ -79,13 +74,6 @@ def mixture(folder: Path) -> list[str]:
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
-
-
-SHAPES = [
-    files,
-    mixture,
-    *(pytest.param(make, marks=pytest.mark.slow) for make in (tar, parquet, manifest)),
-]
 
 
 class Label:
@@ -125,11 +113,10 @@ def record(output: Path) -> dict[str, Any]:
 
 
 def clip_ids(output: Path) -> list[str]:
-    tables = [pq.read_table(path) for path in sorted((output / "clips").glob("*.parquet"))]
-    return sorted(pa.concat_tables(tables)["clip_id"].to_pylist())
+    return [row["clip_id"] for row in read_rows(output, "clips")]
 
 
-@pytest.mark.parametrize("make", SHAPES)
+@pytest.mark.parametrize("make", [files, mixture])
 def test_workers_plan_the_same_units(
     make: Callable[[Path], list[str]], label: Label, tmp_path: Path
 ) -> None:
@@ -161,8 +148,8 @@ def test_what_is_missing_or_has_changed_is_done_alone(label: Label, tmp_path: Pa
         if inputs[1] in pq.read_table(path)["clip_id"].to_pylist()
     )
     lost.unlink()
-    write_clip(tmp_path / "in" / "files" / "7.wav", seed=99)  # new
-    write_clip(tmp_path / "in" / "files" / "6.wav", 2.0)  # changed
+    write_noise(tmp_path / "in" / "files" / "7.wav", seed=99)  # new
+    write_noise(tmp_path / "in" / "files" / "6.wav", 2.0)  # changed
     (tmp_path / "in" / "files" / "5.wav").unlink()
     assert label.there(inputs, out) == 0
     totals = record(out)["totals"]
@@ -226,17 +213,3 @@ def test_what_only_listing_shows_ends_the_run(label: Label, tmp_path: Path) -> N
 def test_a_job_that_dataflow_would_not_take_is_planned_there() -> None:
     assert fits_job([file_unit("u", 100)])
     assert not fits_job([file_unit(str(n), 1000) for n in range(200)])
-
-
-def test_reading_to_commit_is_one_stage(label: Label, tmp_path: Path) -> None:
-    resolved = resolve_run(label.config([str(tmp_path)], tmp_path / "out"))
-    pipeline = beam.Pipeline(FnApiRunner(), options=PipelineOptions([]))
-    build_deferred_graph(pipeline, DeferredPlan.of(resolved, UNTIMED))
-    _, stages = FnApiRunner().create_stages(pipeline.to_runner_api())
-    names = [[transform.unique_name for transform in stage.transforms] for stage in stages]
-    steps = ("Skip committed", "Decode", "Extract fbank", "Run AST", "Commit")
-    holding = [stage for stage in names if any(step in name for step in steps for name in stage)]
-    assert len(holding) == 1, names
-    assert all(any(step in name for name in holding[0]) for step in steps)
-    assert not any("List and compare" in name for name in holding[0])
-    assert not any("Cut containers" in name for name in holding[0])

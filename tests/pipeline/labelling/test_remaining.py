@@ -171,26 +171,12 @@ def test_without_commits_everything_is_to_be_done() -> None:
     )
 
 
-def test_what_is_committed_stays() -> None:
-    bad = failure_of(make_item("list.csv#row=3"))
-    found = Found(items=files("a", "b", "c"), failures=(bad,))
-    commits = committed(found)
-    remaining = remaining_of(found, commits)
-    assert (remaining.units, set(remaining.kept_units)) == ((), set(commits))
-    assert (remaining.found_kept_items, remaining.vanished_items, remaining.num_items) == (4, 0, 0)
-
-
-def test_new_files_go_into_new_units() -> None:
-    commits = committed(Found(items=files("a", "b", "c")))
-    remaining = remaining_of(Found(items=files("a", "aa", "b", "bb", "c", "d")), commits)
-    assert clip_ids(remaining.units) == [["/audio/aa.wav", "/audio/bb.wav"], ["/audio/d.wav"]]
-    assert all(unit.replaces == () for unit in remaining.units)
-    assert set(remaining.kept_units) == set(commits)
-    assert (remaining.found_kept_items, remaining.num_redone) == (3, 0)
-
-
 @pytest.mark.parametrize(
-    "change", [{"size": 11}, {"version": "v2"}, {"truth": ("dog",)}, {"metadata": '{"a": 1}'}]
+    "change",
+    [
+        *({"size": 11}, {"version": "v2"}, {"truth": ("dog",)}, {"metadata": '{"a": 1}'}),
+        *({"uri": "/audio/b.wav"}, {"start_s": 5.0, "end_s": 9.0}, {"end_s": 3.0}),
+    ],
 )
 def test_a_changed_file_redoes_its_unit_whole(change: dict[str, Any]) -> None:
     commits = committed(Found(items=files("a", "b", "c")))
@@ -203,32 +189,6 @@ def test_a_changed_file_redoes_its_unit_whole(change: dict[str, Any]) -> None:
     assert unit.unit_id not in commits
     assert (remaining.num_redone, remaining.found_kept_items) == (1, 1)
     assert old not in remaining.kept_units
-
-
-def test_vanished_files_are_kept_and_counted_apart() -> None:
-    commits = committed(Found(items=files("a", "b", "c")))
-    remaining = remaining_of(Found(items=files("b")), commits)
-    assert (remaining.units, set(remaining.kept_units)) == ((), set(commits))
-    assert (remaining.found_kept_items, remaining.vanished_kept_items) == (1, 2)
-
-
-def test_a_redone_unit_takes_the_rows_of_vanished_files_over() -> None:
-    commits = committed(Found(items=files("a", "b")))
-    (old,) = commits
-    remaining = remaining_of(Found(items=files("b", version="v2")), commits)
-    (unit,) = remaining.units
-    assert clip_ids([unit]) == [["/audio/b.wav"]]
-    assert unit.carried == Carried(old, frozenset({"/audio/a.wav"}))
-    assert (remaining.vanished_carried_items, remaining.vanished_kept_items) == (1, 0)
-    assert remaining.vanished_items == 1
-
-
-def test_a_limit_does_not_take_away_what_is_done() -> None:
-    found = Found(items=files("a", "b", "c", "d", "e"))
-    first = limit_items(found, 3, SETTINGS)
-    commits = committed(first)
-    assert remaining_of(first, commits).units == ()
-    assert clip_ids(remaining_of(found, commits).units) == [["/audio/d.wav", "/audio/e.wav"]]
 
 
 def test_many_bad_lines_of_manifests_are_several_units() -> None:
@@ -256,23 +216,6 @@ def test_a_container_is_cut_and_its_items_are_not_known_yet() -> None:
     remaining = remaining_of(Found(containers=(parquet(),)), {})
     assert ranges(remaining.units) == [(0, 2), (2, 4), (4, None)]
     assert remaining.num_items is None
-
-
-def test_the_rest_of_a_container_is_done() -> None:
-    found = Found(containers=(parquet(),))
-    commits = committed(found)
-    middle = next(u for u, c in commits.items() if c.ledger.container.start == 2)  # type: ignore[union-attr]
-    rest = {unit_id: commit for unit_id, commit in commits.items() if unit_id != middle}
-    remaining = remaining_of(found, rest)
-    assert ranges(remaining.units) == [(2, 4)]
-    assert [unit.unit_id for unit in remaining.units] == [middle]
-    assert (remaining.found_kept_items, remaining.vanished_items) == (4, 0)
-
-
-def test_a_whole_container_that_is_committed_stays() -> None:
-    found = Found(containers=(parquet(), tar()))
-    remaining = remaining_of(found, committed(found))
-    assert (remaining.units, remaining.found_kept_items) == ((), 8)
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 4), (3, 3)])
@@ -387,19 +330,6 @@ def test_an_item_that_moved_under_its_own_name_leaves_its_unit() -> None:
     assert (back.kind, back.items, back.container, back.carried) == ("files", (), None, None)
     assert back.replaces == (fresh.unit_id,)
     assert again.items == (goes,)
-
-
-@pytest.mark.parametrize(
-    "change", [{"uri": "/audio/b.wav"}, {"start_s": 5.0, "end_s": 9.0}, {"end_s": 3.0}]
-)
-def test_another_place_under_the_same_clip_id_is_a_change(change: dict[str, Any]) -> None:
-    before = make_item("x", uri="/audio/a.wav", start_s=0.0, end_s=2.0)
-    after = dataclasses.replace(before, **change)
-    commits = committed(Found(items=(before,)))
-    assert remaining_of(Found(items=(before,)), commits).units == ()
-    (unit,) = remaining_of(Found(items=(after,)), commits).units
-    assert (unit.items, unit.replaces) == ((after,), tuple(commits))
-    assert unit.unit_id not in commits
 
 
 def test_another_row_under_the_same_clip_id_is_a_change() -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +30,8 @@ from pipeline.labelling.segments import (
 )
 from pipeline.result.verify import run_verify
 from tests.support.audio_factory import encode, noise
+from tests.support.containers import tar_bytes
+from tests.support.labelling import read_rows, small_config
 from tests.support.unit_factory import make_item
 from transforms.decoding.settings import DecodeSettings
 from transforms.errors import UsageError
@@ -110,16 +111,9 @@ def inputs(tmp_path: Path) -> list[Path]:
     folder.mkdir()
     (folder / "long.wav").write_bytes(wav(10.3))
     (folder / "short.wav").write_bytes(wav(2.0))
-    with tarfile.open(folder / "shard.tar", "w") as archive:
-        for name, data in (
-            ("a.wav", wav(7.0)),
-            ("a.json", json.dumps({"offset": 5, "site": {"name": "ü", "depth": 2}}).encode()),
-            ("b.wav", wav(1.0)),
-            ("a.wav", wav(6.5)),
-        ):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    facts = json.dumps({"offset": 5, "site": {"name": "ü", "depth": 2}}).encode()
+    members = [("a.wav", wav(7.0)), ("a.json", facts), ("b.wav", wav(1.0)), ("a.wav", wav(6.5))]
+    (folder / "shard.tar").write_bytes(tar_bytes(members))
     sounds = [{"bytes": wav(seconds), "path": None} for seconds in (6.2, 1.0)]
     table = pa.table({"audio": sounds, "label": ["dog; cat", "bird"], "night": [True, False]})
     pq.write_table(table, folder / "rows.parquet")
@@ -155,28 +149,17 @@ def test_a_manifest_gives_the_segments_of_files_members_and_rows(
     division = division_of(*inputs)
     assert (division.num_found, division.num_divided) == (9, 6)
     assert (division.unknown, division.failures) == ((), ())
-    assert [item.clip_id.removeprefix(f"{tmp_path}/in/") for item in division.items] == [
-        "long.wav@0.000-3.000",
-        "long.wav@3.000-6.000",
-        "long.wav@6.000-9.000",
-        "long.wav@9.000-",
-        "mine@1.000-4.000",
-        "mine@4.000-7.000",
-        "mine@7.000-8.000",
-        "long.wav@4.500-7.500",
-        "long.wav@7.500-",
-        "short.wav",
-        "rows.parquet#row=0@0.000-3.000",
-        "rows.parquet#row=0@3.000-",
-        "rows.parquet#row=1",
-        "shard.tar#a.wav@0.000-3.000",
-        "shard.tar#a.wav@3.000-6.000",
-        "shard.tar#a.wav@6.000-",
-        "shard.tar#b.wav",
-        "shard.tar#a.wav~2@0.000-3.000",
-        "shard.tar#a.wav~2@3.000-6.000",
-        "shard.tar#a.wav~2@6.000-",
-    ]
+    expected = """
+        long.wav@0.000-3.000 long.wav@3.000-6.000 long.wav@6.000-9.000 long.wav@9.000-
+        mine@1.000-4.000 mine@4.000-7.000 mine@7.000-8.000
+        long.wav@4.500-7.500 long.wav@7.500- short.wav
+        rows.parquet#row=0@0.000-3.000 rows.parquet#row=0@3.000- rows.parquet#row=1
+        shard.tar#a.wav@0.000-3.000 shard.tar#a.wav@3.000-6.000 shard.tar#a.wav@6.000-
+        shard.tar#b.wav
+        shard.tar#a.wav~2@0.000-3.000 shard.tar#a.wav~2@3.000-6.000 shard.tar#a.wav~2@6.000-
+    """.split()
+    ids = [item.clip_id.removeprefix(f"{tmp_path}/in/") for item in division.items]
+    assert ids == expected
     manifest = tmp_path / f"segments{ending}"
     manifest.write_bytes(encode_manifest(division.items, ending))
     found = find_inputs([str(manifest)])
@@ -220,31 +203,12 @@ def test_every_segment_becomes_a_clip_and_together_they_are_the_file(
     printed = capsys.readouterr().out
     assert f"{manifest}: 5 clips; 1 of 2 items divided into segments of 3 s.\n" in printed
     assert f"To label them: earmark label {manifest} --output DIR\n" in printed
-    config = {
-        "inputs": (str(manifest),),
-        "output": str(tmp_path / "out"),
-        "quiet": True,
-        "model": {"name": str(tiny_model)},
-        "inference": {"precision": "fp32", "device": "cpu", "batch_size": 2},
-        "decode": {"processes": 1},
-        "units": {"windows": 2},
-    }
-    assert run_label(RunConfig.model_validate(config), []) == 0
-    rows = [
-        row
-        for path in sorted((tmp_path / "out" / "clips").iterdir())
-        for row in pq.read_table(path).to_pylist()
-    ]
+    assert run_label(small_config(tiny_model, tmp_path / "out", manifest), []) == 0
+    rows = read_rows(tmp_path / "out", "clips")
     lengths = {row["clip_id"].rpartition("/")[2]: row["duration_s"] for row in rows}
-    assert lengths == pytest.approx(
-        {
-            "long.flac@0.000-3.000": 3.0,
-            "long.flac@3.000-6.000": 3.0,
-            "long.flac@6.000-9.000": 3.0,
-            "long.flac@9.000-": 1.3,
-            "short.wav": 2.0,
-        }
-    )
+    expected = {f"long.flac@{n}.000-{n + 3}.000": 3.0 for n in (0, 3, 6)}
+    expected |= {"long.flac@9.000-": 1.3, "short.wav": 2.0}
+    assert lengths == pytest.approx(expected)
     assert not any(row["warning"] for row in rows)
 
 
@@ -263,18 +227,9 @@ def test_a_run_killed_inside_a_file_labels_it_again_and_committed_segments_stay(
     audio, manifest = tmp_path / "long.wav", tmp_path / "segments.jsonl"
     audio.write_bytes(wav(9.0))
     manifest.write_bytes(encode_manifest(division_of(audio).items, ".jsonl"))
-    config = RunConfig.model_validate(
-        {
-            "inputs": [str(manifest if is_divided else audio)],
-            "output": str(tmp_path / "out"),
-            "quiet": True,
-            "model": {"name": str(tiny_model)},
-            "window": {"length_s": 1.0},
-            "inference": {"precision": "fp32", "device": "cpu", "batch_size": 3},
-            "decode": {"processes": 1},
-            "units": {"windows": 3},
-        }
-    )
+    inputs = manifest if is_divided else audio
+    changes = {"window": {"length_s": 1.0}, "units": {"windows": 3}}
+    config = small_config(tiny_model, tmp_path / "out", inputs, **changes)
     commit, committed = OpenUnit.commit, []
 
     def dying(unit: OpenUnit) -> Commit:
@@ -332,13 +287,8 @@ def test_what_cannot_be_opened_stays_whole_and_labelling_says_why(tmp_path: Path
     assert [item.clip_id for item in division.unknown] == [
         str(tmp_path / "a.wav"), str(tmp_path / "gone.wav")
     ]  # fmt: skip
-    assert spans(division.items) == [
-        (None, None),
-        (0.0, 3.0),
-        (3.0, 6.0),
-        (6.0, None),
-        (None, None),
-    ]
+    divided = [(0.0, 3.0), (3.0, 6.0), (6.0, None)]
+    assert spans(division.items) == [(None, None), *divided, (None, None)]
 
 
 def test_a_header_that_takes_its_process_along_has_no_length(tmp_path: Path) -> None:
@@ -404,10 +354,7 @@ def test_an_item_of_a_tar_beyond_the_bound_stays_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, data = tmp_path / "a.tar", wav(7.0)
-    with tarfile.open(path, "w") as archive:
-        info = tarfile.TarInfo("a.wav")
-        info.size = len(data)
-        archive.addfile(info, io.BytesIO(data))
+    path.write_bytes(tar_bytes([("a.wav", data)]))
     given = {"inputs": [str(path)], "decode": {"max_item_bytes": len(data) - 1}}
     manifest = tmp_path / "segments.jsonl"
     assert run_segments(RunConfig.model_validate(given), 3.0, str(manifest)) == 0
@@ -419,12 +366,7 @@ def test_a_container_that_breaks_off_is_told_and_the_code_is_3(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "cut.tar"
-    with tarfile.open(path, "w") as archive:
-        for name in ("a.wav", "b.wav"):
-            info = tarfile.TarInfo(name)
-            info.size = len(wav(7.0))
-            archive.addfile(info, io.BytesIO(wav(7.0)))
-    path.write_bytes(path.read_bytes()[:300_000])
+    path.write_bytes(tar_bytes([("a.wav", wav(7.0)), ("b.wav", wav(7.0))])[:300_000])
     manifest = tmp_path / "segments.parquet"
     config = RunConfig.model_validate({"inputs": [str(path)]})
     assert run_segments(config, 3.0, str(manifest)) == 3

@@ -36,17 +36,9 @@ def _empty_memory() -> Iterator[None]:
 
 
 def finish(*, num_units: int = 0, **changes: Any) -> Callable[[], None]:
-    counts = {
-        "found_kept_items": 0,
-        "vanished_kept_items": 0,
-        "vanished_carried_items": 0,
-        "retried_carried_items": 0,
-        "vanished_failures": 0,
-        "num_found_items": 0,
-        "num_commits": 0,
-        **changes,
-    }
-    step = FinishRun(OUTPUT, {}, UNTIMED, RunTotals(), num_units=num_units, **counts)
+    counts = {"carried_items": 0, "vanished_items": 0, "vanished_failures": 0, "num_found_items": 0}
+    values = {"kept": RunTotals(), "num_units": num_units, **counts, **changes}
+    step = FinishRun(OUTPUT, {}, UNTIMED, **values)
     return lambda: step(RunTotals())
 
 
@@ -88,7 +80,7 @@ def read_a_denied_folder() -> None:
         overwrite_foreign_files,
         mix_settings,
         finish(num_found_items=3),
-        finish(num_commits=3),
+        finish(kept=RunTotals(units=3)),
     ],
 )
 def test_an_error_names_the_output_without_its_password(act: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from pipeline.config.load import load_config
 from pipeline.graph import build_graph
 from pipeline.labelling.estimate import run_plan
 from pipeline.labelling.plan import ResolvedRun
-from pipeline.labelling.plan_on_workers import DeferredPlan, build_deferred_graph
+from pipeline.labelling.plan_on_workers import build_deferred_graph
 from pipeline.labelling.run import run_label
 from pipeline.labelling.stats import run_stats
 from pipeline.result.state import ResultState
@@ -37,6 +38,7 @@ from pipeline.runners.options import pipeline_options
 from pipeline.terminal.time_report import UNTIMED
 from tests.support import audio_factory
 from tests.support.flex_template import IMAGE, launcher
+from tests.support.stages import STEPS, stages_with
 from tests.support.unit_factory import file_unit
 from transforms.errors import ConfigError, ModelError, OutputError
 from transforms.inference.backbones import InferenceSettings
@@ -54,8 +56,6 @@ REQUIRED = {
 L4 = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
 T4 = "worker_accelerator=type:nvidia-tesla-t4;count:1;install-nvidia-driver"
 JOB = DataflowJob("proj-1", "us-central1", "2026-01-01_00_00_00-1")
-STEPS = ("Skip committed", "Decode", "Cut into windows", "Extract fbank", "Run AST",
-         "Assemble rows", "Commit")  # fmt: skip
 
 
 def flags(**changes: str | None) -> list[str]:
@@ -64,11 +64,27 @@ def flags(**changes: str | None) -> list[str]:
     return ["--no_auth", *(f"--{name}={text}" for name, text in given.items() if text is not None)]
 
 
+@contextlib.contextmanager
+def without_cloud() -> Iterator[dict[str, bytes]]:
+    """Keep what would be uploaded, by its URL; nothing asks a bucket for its policy."""
+    staged: dict[str, bytes] = {}
+
+    def keep(
+        self: object, place: str, name: str, stream: Any, *rest: object, **more: object
+    ) -> None:
+        staged[f"{place}/{name}"] = stream.read()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apiclient.DataflowApplicationClient, "stage_file", keep)
+        patch.setattr(GoogleCloudOptions, "_warn_if_soft_delete_policy_enabled", lambda *_: None)
+        yield staged
+
+
 @pytest.fixture(autouse=True)
-def no_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beam asks the bucket for its policy, even of a pipeline that is not run."""
-    monkeypatch.setattr(GoogleCloudOptions, "_warn_if_soft_delete_policy_enabled", lambda *_: None)
+def staged(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     monkeypatch.setenv("PATH", "")  # no gcloud, which Beam would ask for a region
+    with without_cloud() as found:
+        yield found
 
 
 # --- The job ---------------------------------------------------------------------------------
@@ -99,7 +115,6 @@ def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitS
     """A run that begins with its own planning."""
     resolved = ResolvedRun(
         urls=("gs://mybucket/recordings",),
-        output=commit.output,
         state=ResultState(commit.output),
         label=label,
         commit=commit,
@@ -108,22 +123,13 @@ def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitS
         keeps=True,
         retry_failed=False,
     )
-    build_deferred_graph(pipeline, DeferredPlan.of(resolved, UNTIMED))
+    build_deferred_graph(pipeline, resolved, UNTIMED)
 
 
 def build(
     folder: Path, options: PipelineOptions, model: Path, device: str, draw: Draw = draw_planned
 ) -> Built:
-    staged: dict[str, bytes] = {}
-
-    def keep(
-        self: object, place: str, name: str, stream: Any, *rest: object, **more: object
-    ) -> None:
-        staged[name] = stream.read()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apiclient.DataflowApplicationClient, "stage_file", keep)
-        patch.setattr(GoogleCloudOptions, "_warn_if_soft_delete_policy_enabled", lambda *_: None)
+    with without_cloud() as uploaded:
         options.view_as(GoogleCloudOptions).template_location = str(folder / "job.json")
         inference = InferenceSettings(device=device)  # type: ignore[arg-type]
         label = make_settings(resolve_model(str(model)), inference=inference)
@@ -133,6 +139,7 @@ def build(
         pipeline = beam.Pipeline(options=options)
         draw(pipeline, label, commit)
         pipeline.run()
+    staged = {url.rpartition("/")[2]: data for url, data in uploaded.items()}
     proto = beam_runner_api_pb2.Pipeline.FromString(staged.pop("pipeline.pb"))
     return Built(json.loads(staged.pop("job.json")), proto, set(staged))
 
@@ -197,7 +204,7 @@ def test_all_steps_run_in_one_environment_of_our_image(jobs: dict[str, Built], d
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_reading_to_commit_is_one_stage_of_the_job(jobs: dict[str, Built], device: str) -> None:
-    assert stages_with_steps(jobs[device].proto) == [set(STEPS)]
+    assert stages_with(jobs[device].proto) == [set(STEPS)]
 
 
 def test_a_job_that_plans_for_itself_is_small_and_keeps_the_stage(
@@ -205,26 +212,11 @@ def test_a_job_that_plans_for_itself_is_small_and_keeps_the_stage(
 ) -> None:
     options = pipeline_options(load_config(RunConfig, "dataflow_gpu"), flags())
     built = build(tmp_path, options, tiny_model, "cuda", draw_deferred)
-    assert stages_with_steps(built.proto) == [set(STEPS)]
+    planning = ("List and compare", "Cut containers")
+    stages = stages_with(built.proto, (*planning, *STEPS))
+    assert stages == [{planning[0]}, {planning[1]}, set(STEPS)]
     assert len(json.dumps(built.job)) < 1 << 20
     assert len({e.payload for e in built.proto.components.environments.values()}) == 1
-
-
-def stages_with_steps(proto: beam_runner_api_pb2.Pipeline) -> list[set[str]]:
-    """Which of our steps each stage holds; stages without any are left out."""
-    _, stages = FnApiRunner().create_stages(proto)
-    names = [[transform.unique_name for transform in stage.transforms] for stage in stages]
-    found = [{step for step in STEPS if any(step in name for name in stage)} for stage in names]
-    return [steps for steps in found if steps]
-
-
-def test_a_hint_on_a_step_would_split_the_stage(tmp_path: Path, tiny_model: Path) -> None:
-    """What the tests above would see."""
-    pipeline = beam.Pipeline(FnApiRunner(), options=PipelineOptions([]))
-    numbers = pipeline | "Decode" >> beam.Create([1]) | "Cut into windows" >> beam.Map(abs)
-    hinted = beam.Map(abs).with_resource_hints(accelerator="type:nvidia-l4;count:1")
-    _ = numbers | "Run AST" >> hinted | "Commit" >> beam.Map(abs)
-    assert len(stages_with_steps(pipeline.to_runner_api())) > 1
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -294,10 +286,7 @@ def test_a_gpu_that_the_workers_have_not_is_refused() -> None:
         run_label(load_config(RunConfig, "dataflow_cpu", sets), flags())
 
 
-def test_local_paths_are_refused(tmp_path: Path) -> None:
-    sets = [f"inputs={tmp_path}", "output=memory://refused/out", "model.name=x/y"]
-    with pytest.raises(ConfigError, match="is the local path"):
-        run_label(load_config(RunConfig, "dataflow_cpu", sets), flags())
+def test_a_local_output_is_refused(tmp_path: Path) -> None:
     sets = ["inputs=memory://in", f"output={tmp_path}/out", "model.name=x/y"]
     with pytest.raises(ConfigError, match="--output is the local path"):
         run_label(load_config(RunConfig, "dataflow_cpu", sets), flags())
@@ -443,8 +432,13 @@ def test_ctrl_c_cancels_the_job_and_the_output_stays_its_own_until_it_has_ended(
 
 
 def test_a_job_need_not_be_waited_for(
-    service: Service, config: RunConfig, capsys: pytest.CaptureFixture[str]
+    service: Service,
+    config: RunConfig,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    states = iter(["JOB_STATE_RUNNING", "JOB_STATE_DONE"])
+    monkeypatch.setattr("pipeline.runners.dataflow.ask_state", lambda job: next(states))
     assert run_label(config, [*flags(), "--no_wait_until_finish"]) == 0
     assert service.calls == ["run"]
     assert status() == "running"
@@ -452,14 +446,14 @@ def test_a_job_need_not_be_waited_for(
     assert f"To stop it: gcloud dataflow jobs cancel {JOB.job_id} --region=us-central1" in err
     assert "earmark verify memory://df/out" in err
     with pytest.raises(OutputError, match="still writes"):
-        check_no_job("memory://df/out", ask=lambda job: "JOB_STATE_RUNNING")
+        check_no_job("memory://df/out")
     service.work()  # the graph's last step is the job's, not the command's
     assert status() == "done"
-    check_no_job("memory://df/out", ask=lambda job: "JOB_STATE_DONE")
+    check_no_job("memory://df/out")
     assert recorded_job("memory://df/out") is None
 
 
-def test_a_job_that_cannot_be_asked_for_keeps_its_output() -> None:
+def test_a_job_that_cannot_be_asked_for_keeps_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
     writing.write_bytes(
         f"memory://asked/out/{JOB_FILE}", json.dumps(dataclasses.asdict(JOB)).encode()
     )
@@ -467,24 +461,20 @@ def test_a_job_that_cannot_be_asked_for_keeps_its_output() -> None:
     def fail(job: DataflowJob) -> str:
         raise ConnectionError("no route\nmore")
 
+    monkeypatch.setattr("pipeline.runners.dataflow.ask_state", fail)
     with pytest.raises(OutputError, match=r"state cannot be read \(no route\).* remove memory://"):
-        check_no_job("memory://asked/out", ask=fail)
+        check_no_job("memory://asked/out")
     writing.write_bytes(f"memory://asked/out/{JOB_FILE}", b"nonsense")
     with pytest.raises(OutputError, match="does not name a Dataflow job"):
-        check_no_job("memory://asked/out", ask=fail)
+        check_no_job("memory://asked/out")
 
 
 def test_the_launcher_writes_a_template_and_ends(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: RunConfig,
+    staged: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    staged: dict[str, bytes] = {}
-
-    def keep(
-        self: object, place: str, name: str, stream: Any, *rest: object, **more: object
-    ) -> None:
-        staged[f"{place}/{name}"] = stream.read()
-
-    monkeypatch.setattr(apiclient.DataflowApplicationClient, "stage_file", keep)
     # The store of these tests ends with the process, and the command would not have it.
     monkeypatch.setattr("pipeline.cli.commands.check_output_lasts", lambda output: None)
     given = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,9 +115,3 @@ def test_an_interrupt_cancels_a_job_and_comes_through(monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         wait_for(PipelineResult(jobs, "job-1", iter(()), iter(())))
     assert jobs.cancelled == ["job-1"]
-
-
-def test_what_is_no_job_is_waited_for() -> None:
-    waited: list[bool] = []
-    wait_for(SimpleNamespace(wait_until_finish=lambda: waited.append(True)))
-    assert waited == [True]

@@ -14,24 +14,28 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
-import soundfile
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.runners.portability.prism_runner import PrismRunner
 
-from benchmarks.reliability.kill_runs import check_same_names, check_same_rows, files_below
+from benchmarks.reliability.kill_runs import (
+    INTERRUPTED,
+    Run,
+    Setup,
+    check_same_names,
+    check_same_rows,
+    committed_files,
+    files_below,
+    num_commits,
+)
 from pipeline.labelling.run import run_label
 from pipeline.result.verify import run_verify
 from tests.support import provision_runners
-from tests.support.audio_factory import noise
+from tests.support.audio_factory import write_noise
 from tests.support.labelling import small_config, wait_until
 from tests.support.model_factory import write_tiny_model
 from tests.support.paths import ROOT
@@ -39,7 +43,6 @@ from tests.support.paths import ROOT
 # A worker that loses its runner says so from a thread of its own.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
-RATE_HZ = 16_000
 NUM_CLIPS, SLOW_CLIPS, WINDOWS_PER_UNIT = 6, 24, 2
 PATIENCE_S = 120.0
 
@@ -76,27 +79,13 @@ io.tmp.dirs: {folder}
 blob.storage.directory: {folder}
 """
 
-RUNNERS = (
-    "fn_api",
-    "fn_api_threads",
-    "fn_api_processes",
-    "direct",
-    "bundle_based_direct",
-    "job_service",
-    "prism",
-    "direct_on_prism",
-    "flink",
-    pytest.param("flink_cluster", marks=pytest.mark.slow),
-)
-
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Short clips, and one file that holds no audio: its failure is a row on every runner."""
     folder = tmp_path_factory.mktemp("clips")
     for index in range(NUM_CLIPS - 1):
-        samples = noise(0.5 + 0.2 * index, RATE_HZ, seed=index)
-        soundfile.write(folder / f"{index}.wav", samples, RATE_HZ)
+        write_noise(folder / f"{index}.wav", 0.5 + 0.2 * index, seed=index)
     (folder / "no_audio.wav").write_bytes(b"no audio at all")
     return folder
 
@@ -129,42 +118,34 @@ def reference(label: Labeller, tmp_path_factory: pytest.TempPathFactory) -> Path
 # --- Runners, as Beam's options --------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def fn_api() -> list[str]:
-    return ["--runner=FnApiRunner"]
+TWO = ["--runner=FnApiRunner", "--direct_num_workers=2"]
+# Those that are Python packages, and need nothing else.
+IN_PYTHON = {
+    "fn_api": ["--runner=FnApiRunner"],
+    "fn_api_threads": [*TWO, "--direct_running_mode=multi_threading"],
+    "fn_api_processes": [*TWO, "--direct_running_mode=multi_processing"],
+    # DirectRunner looks for a Prism first. Nor may it take the one that another test has started in
+    # this process.
+    "direct": [
+        *("--runner=DirectRunner", "--prism_location=/no/such/prism"),
+        "--experiments=disable_prism_server_singleton",
+    ],
+    "bundle_based_direct": [
+        "--runner=apache_beam.runners.direct.direct_runner.BundleBasedDirectRunner"
+    ],
+}
 
 
-@pytest.fixture(scope="module")
-def fn_api_threads() -> list[str]:
-    mode = "multi_threading"
-    return ["--runner=FnApiRunner", "--direct_num_workers=2", f"--direct_running_mode={mode}"]
-
-
-@pytest.fixture(scope="module")
-def fn_api_processes() -> list[str]:
-    mode = "multi_processing"
-    return ["--runner=FnApiRunner", "--direct_num_workers=2", f"--direct_running_mode={mode}"]
-
-
-@pytest.fixture(scope="module")
-def direct() -> list[str]:
-    """What DirectRunner is where there is no Prism: it looks for one first."""
-    # Nor may it take the Prism that another test has started in this process.
-    alone = "--experiments=disable_prism_server_singleton"
-    return ["--runner=DirectRunner", "--prism_location=/no/such/prism", alone]
-
-
-@pytest.fixture(scope="module")
-def bundle_based_direct() -> list[str]:
-    return ["--runner=apache_beam.runners.direct.direct_runner.BundleBasedDirectRunner"]
+@pytest.fixture
+def options(runner: str, request: pytest.FixtureRequest) -> list[str]:
+    return IN_PYTHON.get(runner) or request.getfixturevalue(runner)
 
 
 @pytest.fixture(scope="module")
 def job_service(servers: Servers, worker_pool: int) -> list[str]:
     """Beam's own job service in Python, with workers that are started elsewhere."""
-    port = servers.start(
-        "apache_beam.runners.portability.local_job_service_main", "--job_port={port}"
-    )
+    module = "apache_beam.runners.portability.local_job_service_main"
+    port = servers.start(sys.executable, "-m", module, "--job_port={port}")
     return ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", *external(worker_pool)]
 
 
@@ -225,10 +206,7 @@ def flink_cluster(servers: Servers, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def prism_server(servers: Servers) -> int:
     """Prism as a service of its own, which outlives the command."""
-    port = free_port()
-    servers.run([provisioned("prism"), f"--job_port={port}", "--serve_http=false"])
-    wait_until(lambda: is_served(port), "Prism")
-    return port
+    return servers.start(provisioned("prism"), "--job_port={port}", "--serve_http=false")
 
 
 def external(pool_port: int) -> list[str]:
@@ -270,12 +248,11 @@ class Servers:
             "OMP_NUM_THREADS": "1",
         }
 
-    def start(self, module: str, *arguments: str) -> int:
-        """Run a Python module; ``{port}`` in its arguments is the port it serves, given back."""
+    def start(self, *command: str) -> int:
+        """Run a command; ``{port}`` in its words is the port it serves, given back."""
         port = free_port()
-        given = [argument.format(port=port) for argument in arguments]
-        self.run([sys.executable, "-m", module, *given])
-        wait_until(lambda: is_served(port), f"{module} to serve {port}")
+        self.run([word.format(port=port) for word in command])
+        wait_until(lambda: is_served(port), f"{command} to serve {port}")
         return port
 
     def run(self, command: Sequence[str]) -> None:
@@ -318,15 +295,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 @pytest.fixture(scope="module")
 def worker_pool(servers: Servers) -> int:
     """Starts a worker process whenever a runner asks for one; the port it listens on."""
-    return servers.start("apache_beam.runners.worker.worker_pool_main", "--service_port={port}")
+    module = "apache_beam.runners.worker.worker_pool_main"
+    return servers.start(sys.executable, "-m", module, "--service_port={port}")
 
 
 def start_job_server(servers: Servers, flink_master: str) -> int:
-    port = free_port()
     command = ["java", "-jar", provisioned("flink"), f"--flink-master={flink_master}"]
-    servers.run([*command, f"--job-port={port}", "--artifact-port=0", "--expansion-port=0"])
-    wait_until(lambda: is_served(port), "Flink's job server")
-    return port
+    return servers.start(*command, "--job-port={port}", "--artifact-port=0", "--expansion-port=0")
 
 
 def start_flink_cluster(servers: Servers, folder: Path) -> str:
@@ -372,15 +347,6 @@ def is_served(port: int) -> bool:
 # --- The test --------------------------------------------------------------------------------
 
 
-def committed_files(out: Path) -> dict[str, int]:
-    """The time of everything that belongs to a unit."""
-    return {
-        str(path.relative_to(out)): path.stat().st_mtime_ns
-        for folder in ("windows", "clips", "errors", "_commits")
-        for path in (out / folder).glob("*")
-    }
-
-
 def check_like(out: Path, reference: Path) -> None:
     """The same units in the same files, the same rows, and verify finds it whole."""
     check_same_names(files_below(out), files_below(reference))
@@ -388,16 +354,22 @@ def check_like(out: Path, reference: Path) -> None:
     assert run_verify(str(out)) == 0
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize(
+    "runner",
+    [
+        *IN_PYTHON,
+        *("job_service", "prism", "direct_on_prism", "flink"),
+        pytest.param("flink_cluster", marks=pytest.mark.slow),
+    ],
+)
 def test_every_runner_gives_the_same_result_and_does_nothing_twice(
     runner: str,
-    request: pytest.FixtureRequest,
+    options: list[str],
     label: Labeller,
     reference: Path,
     servers: Servers,
     tmp_path: Path,
 ) -> None:
-    options = request.getfixturevalue(runner)
     out = tmp_path / "out"
     assert label(out, options) == 0
     check_like(out, reference)
@@ -423,15 +395,9 @@ def slow_inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A small model that takes a unit long enough to be met in the middle of it, and clips."""
     folder = tmp_path_factory.mktemp("slow")
     model = write_tiny_model(folder / "model", hidden_size=64, frequency_stride=10, time_stride=10)
-    (folder / "clips").mkdir()
     for index in range(SLOW_CLIPS):
-        path = folder / "clips" / f"{index:02}.wav"
-        soundfile.write(path, noise(1.0, RATE_HZ, seed=index), RATE_HZ)
+        write_noise(folder / "clips" / f"{index:02}.wav", seed=index)
     return model, folder / "clips"
-
-
-def num_commits(out: Path) -> int:
-    return len(list((out / "_commits").glob("*.json")))
 
 
 def worker_processes(servers: Servers) -> list[int]:
@@ -454,12 +420,11 @@ def worker_processes(servers: Servers) -> list[int]:
 )
 def test_a_worker_that_is_killed_in_the_middle_costs_nothing(
     runner: str,
-    request: pytest.FixtureRequest,
+    options: list[str],
     servers: Servers,
     slow_inputs: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
-    options = request.getfixturevalue(runner)
     model, clips = slow_inputs
     label = Labeller(model, clips)
     assert label(tmp_path / "reference", []) == 0
@@ -467,14 +432,9 @@ def test_a_worker_that_is_killed_in_the_middle_costs_nothing(
     out, killed = tmp_path / "out", []
 
     def kill_one() -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            workers = worker_processes(servers)
-            if workers and num_commits(out) >= 2:
-                os.kill(workers[0], signal.SIGKILL)
-                killed.append(num_commits(out))
-                return
-            time.sleep(0.005)
+        wait_until(lambda: num_commits(out) >= 2 and worker_processes(servers) != [], "a worker")
+        os.kill(worker_processes(servers)[0], signal.SIGKILL)
+        killed.append(num_commits(out))
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
@@ -487,52 +447,24 @@ def test_a_worker_that_is_killed_in_the_middle_costs_nothing(
 
 
 def test_an_interrupt_ends_the_job_too(
-    prism_server: int, slow_inputs: tuple[Path, Path], tmp_path: Path
+    prism_server: int,
+    slow_inputs: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, clips = slow_inputs
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "pipeline", "label", str(clips), "--output", str(out)]
-    options = f"--device cpu --precision fp32 --engine torch --set units.windows={WINDOWS_PER_UNIT}"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tmp").mkdir()
+    setup = Setup([clips], model, tmp_path / "tmp", WINDOWS_PER_UNIT)
     runner = ["--runner=PrismRunner", f"--job_endpoint=localhost:{prism_server}"]
-    process = subprocess.Popen(
-        [*command, "--model", str(model), *options.split(), "--", *runner],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_until(lambda: num_commits(out) > 0 or process.poll() is not None, "a commit")
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130, told
-    assert told.endswith("earmark: interrupted; run the same command again to resume\n")
+    run = Run(setup, out, "--engine", "torch", "--", *runner, cold=True)
+    wait_until(lambda: num_commits(out) > 0 or run.exit_code() is not None, "a commit")
+    run.send(signal.SIGINT, to_group=False)
+    assert run.wait() == 130, run.words()
+    assert run.words().endswith(INTERRUPTED)
     with grpc.insecure_channel(f"localhost:{prism_server}") as channel:
         service = beam_job_api_pb2_grpc.JobServiceStub(channel)
         jobs = service.GetJobs(beam_job_api_pb2.GetJobsRequest(), timeout=PATIENCE_S)
     states = [beam_job_api_pb2.JobState.Enum.Name(job.state) for job in jobs.job_info]
     assert states == ["CANCELLED"]
-
-
-@pytest.mark.parametrize(
-    ("direct_runner", "taken"), [("direct", "FnApiRunner"), ("direct_on_prism", "PrismRunner")]
-)
-def test_direct_runner_is_prism_where_there_is_one(
-    direct_runner: str,
-    taken: str,
-    request: pytest.FixtureRequest,
-    label: Labeller,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    used = []
-    for candidate in (FnApiRunner, PrismRunner):
-
-        def run(self: Any, *arguments: Any, before: Any = candidate.run_pipeline) -> Any:
-            result = before(self, *arguments)
-            used.append(type(self).__name__)
-            return result
-
-        monkeypatch.setattr(candidate, "run_pipeline", run)
-    assert label(tmp_path / "out", request.getfixturevalue(direct_runner)) == 0
-    assert used == [taken]

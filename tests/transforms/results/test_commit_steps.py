@@ -365,10 +365,9 @@ class PrepareJob:
     """Do what a run does before its first unit."""
 
     plan: RunPlan
-    config: RunConfig
 
     def __call__(self) -> None:
-        prepare_output(self.plan, self.config)
+        prepare_output(self.plan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,13 +396,13 @@ def test_overwriting_that_is_killed_never_looks_finished_and_goes_on(
     assert num_units == 2
     config = config.model_copy(update={"overwrite": True})
     lay_out(finished, out)
-    job = PrepareJob(make_plan(config), config)
+    job = PrepareJob(make_plan(config))
     num_states = 0
     for _ in every_kill(job, finished, out):
         num_states += 1
         assert_vouched_for(out)
         assert_success_means_whole(out, num_units)
-        prepare_output(make_plan(config), config)
+        prepare_output(make_plan(config))
         assert {path.name for path in out.iterdir()} == {"run.json"}
         assert json.loads((out / "run.json").read_text())["status"] == "running"
     assert num_states >= 10
@@ -421,10 +420,10 @@ def test_a_run_that_is_killed_while_it_brings_a_damaged_result_in_order_goes_on(
     (finished / "clips" / f"{damaged}.parquet").unlink()
     kept = facts_of(finished, other)
     lay_out(finished, out)
-    job = PrepareJob(make_plan(config), config)
+    job = PrepareJob(make_plan(config))
     for state in every_kill(job, finished, out):
         assert ("_SUCCESS", 0) not in state
-        prepare_output(make_plan(config), config)
+        prepare_output(make_plan(config))
         assert set(read_result(str(out)).commits) == {other}
         assert facts_of(out, other) == kept
     assert run_label(config, []) == 0
@@ -442,7 +441,7 @@ def test_a_run_that_is_killed_while_it_finishes_is_finished_by_the_next(
     lay_out(finished, out)
     plan = make_plan(config)
     assert plan.units == ()
-    finish = prepare_output(plan, config)
+    finish = prepare_output(plan)
     shutil.rmtree(finished)
     out.rename(finished)
     units = {unit_id: facts_of(finished, unit_id) for unit_id in read_result(str(finished)).commits}

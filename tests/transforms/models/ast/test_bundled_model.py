@@ -215,8 +215,8 @@ def test_without_a_model_the_default_is_used_and_printed(
     first, note, *_ = describe_plan(plan(std=3.0))
     assert first.startswith("Model: esc10, 5 labels (sigmoid), windows of ")
     assert note == describe_default()
-    assert plan(std=3.0).label.model.std == 3.0
-    assert plan().run["model"]["name"] == "esc10"
+    assert plan(std=3.0).resolved.label.model.std == 3.0
+    assert plan().resolved.run["model"]["name"] == "esc10"
     for name in (str(tiny_model), "esc10"):
         assert describe_default() not in describe_plan(plan(name=name))
 
