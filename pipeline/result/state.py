@@ -99,10 +99,6 @@ class ResultState:
         """Whether Earmark has written here before."""
         return self.run is not None or any((self.commits, self.damaged, self.unreadable))
 
-    def fingerprints(self) -> set[str]:
-        """Return the fingerprints of all commits."""
-        return {commit.fingerprint for commit in self.commits.values()}
-
 
 def read_result(output: str) -> ResultState:
     """Read the state of an output folder; an absent or empty folder gives an empty state.
@@ -342,7 +338,7 @@ def check_same_results(state: ResultState, results: Mapping[str, Any], model_nam
             "--overwrite."
         )
     fingerprint = make_fingerprint(results)
-    others = state.fingerprints() - {fingerprint}
+    others = {commit.fingerprint for commit in state.commits.values()} - {fingerprint}
     if not others:
         return
     run = state.run or {"results": {}, "model": {}}

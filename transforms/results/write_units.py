@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -57,7 +58,6 @@ from transforms.results.commits import (
     add_checks,
     commit_url,
     container_version,
-    file_sha256,
     find_commit,
     hold_commits,
     item_version,
@@ -364,7 +364,7 @@ def _ledger(unit: WorkUnit, replaced: Commit | None) -> Ledger:
 
 def _part_info(path: Path) -> PartInfo:
     with path.open("rb") as file:
-        digest = file_sha256(file)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return PartInfo(path.stat().st_size, digest, pq.read_metadata(path).num_rows)
 
 

@@ -112,11 +112,6 @@ def test_a_text_file_has_a_name_per_line(tmp_path: Path) -> None:
     assert names_of(read_labels(path)) == ["Rain, heavy", "Dog", "Écho"]
 
 
-def test_files_are_read_by_the_given_reader() -> None:
-    contents = {"memory://labels.txt": b"a\nb\n"}
-    assert names_of(read_labels("memory://labels.txt", contents.__getitem__)) == ["a", "b"]
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

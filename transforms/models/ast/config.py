@@ -15,8 +15,8 @@ from typing import Any, Self
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
-from transforms.models.ast.config_files import load_config, write_json
-from transforms.models.ast.files import CONFIG_NAME
+from transforms.models.ast.config_files import read_config_values, write_json
+from transforms.models.ast.files import CONFIG_NAME, ModelFiles, ModelLocation, locate_model
 from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
 
 MODEL_TYPE = "audio-spectrogram-transformer"
@@ -218,13 +218,22 @@ class ASTConfig:
         return config
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> ASTConfig:
         """Read the config of a checkpoint; see ``ASTForAudioClassification.from_pretrained``."""
-        return load_config(str(name_or_path), revision, cls.from_dict)
+        with ModelFiles(locate_model(str(name_or_path), revision)) as files:
+            return parse_config(files.location, read_config_values(files))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` into a folder, which is created if it does not exist."""
         write_json(folder, CONFIG_NAME, self.to_dict())
+
+
+def parse_config(location: ModelLocation, values: Mapping[str, Any]) -> ASTConfig:
+    """Make a config of values, with ``ModelError`` for those that are wrong."""
+    try:
+        return ASTConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        location.fail(f"{CONFIG_NAME} or --set model.* is wrong: {error}", error)
 
 
 def _check(

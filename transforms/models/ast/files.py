@@ -17,10 +17,9 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 import huggingface_hub
@@ -197,21 +196,13 @@ def _without_token(error: Exception) -> str:
     return text.replace(token, "***") if token else text
 
 
-class ModelFiles(AbstractContextManager["ModelFiles"]):
+class ModelFiles(ExitStack[None]):
     """A model's files on this machine; files from a remote folder are deleted at exit."""
 
     def __init__(self, location: ModelLocation) -> None:
+        super().__init__()
         self.location = location
-        self._stack = ExitStack()
         self._found: dict[str, Path | None] = {}
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     def find(self, file_name: str) -> Path | None:
         """Return the local path of a file, or None if the checkpoint has no such file."""
@@ -271,7 +262,7 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
         return urls.join(location.folder, file_name)
 
     def _fetch(self, url: str) -> Path:
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(dir=scratch_folder()))
+        folder = self.enter_context(tempfile.TemporaryDirectory(dir=scratch_folder()))
         path = Path(folder) / urls.file_name(url)
         reading.get_file(url, str(path))
         return path
