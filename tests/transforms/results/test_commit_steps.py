@@ -8,7 +8,6 @@ its promises.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import multiprocessing
 import os
@@ -16,6 +15,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ import soundfile
 
 from pipeline.config.label import RunConfig
 from pipeline.graph import RunTotals
-from pipeline.labelling.plan import RunPlan, make_plan
+from pipeline.labelling.plan import make_plan
 from pipeline.labelling.run import prepare_output, run_label
-from pipeline.result.state import FinishRun, heal, read_result
+from pipeline.result.state import heal, read_result
 from pipeline.result.verify import run_verify
 from tests.support.disk_steps import on_each_step
-from tests.support.labelling import small_config
+from tests.support.labelling import check_commits, small_config
 from tests.support.unit_factory import (
     clip_events,
     failure_event,
@@ -40,7 +40,6 @@ from tests.support.unit_factory import (
 )
 from transforms.records import Carried, UnitEnd, UnitEvent, WorkUnit
 from transforms.results import write_units as commit_step
-from transforms.results.commits import read_commits
 from transforms.results.write_units import CommitSettings, OpenUnit
 from transforms.storage import writing
 
@@ -133,16 +132,6 @@ def rows_of(out: Path, unit_id: str) -> dict[str, list[dict[str, Any]]]:
         for part in (out / name for name in ("windows", "clips", "errors"))
         if (part / f"{unit_id}.parquet").exists()
     }
-
-
-def assert_vouched_for(out: Path) -> None:
-    """Check that every commit's parts are as it says, to the byte, also of replaced units."""
-    commits, damaged = read_commits(str(out))
-    assert damaged == {}
-    for unit_id, commit in commits.items():
-        for part, info in commit.parts.items():
-            content = (out / part / f"{unit_id}.parquet").read_bytes()
-            assert hashlib.sha256(content).hexdigest() == info.sha256
 
 
 # --- Committing a unit ---------------------------------------------------------------------
@@ -238,13 +227,13 @@ def test_a_unit_whose_commit_is_killed_is_there_whole_or_not_at_all(
         state = read_result(str(out))
         is_there = NEW in state.commits
         outcomes.append(is_there)
-        assert_vouched_for(out)
+        check_commits(out)
         assert set(state.commits) == {OTHER, *({NEW, OLD} - replaced if is_there else {OLD})}
         heal(state)
         if not is_there:  # the next run reads the unit again
             assert rows_of(out, OLD) == rows_of(before, OLD)
             job()
-        assert_vouched_for(out)
+        check_commits(out)
         assert state_of(out) == state_of(whole)
         assert rows_of(out, NEW) == rows_of(whole, NEW)
         assert facts_of(out, OTHER) == others
@@ -257,14 +246,8 @@ def test_a_unit_whose_commit_is_killed_is_there_whole_or_not_at_all(
 # --- Healing -------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class HealJob:
-    """Repair a result."""
-
-    out: Path
-
-    def __call__(self) -> None:
-        heal(read_result(str(self.out)))
+def heal_output(out: Path) -> None:
+    heal(read_result(str(out)))
 
 
 def test_healing_that_is_killed_is_done_by_the_next_run(before: Path, tmp_path: Path) -> None:
@@ -284,8 +267,8 @@ def test_healing_that_is_killed_is_done_by_the_next_run(before: Path, tmp_path: 
     (before / "_staging" / "run-1" / f"{NEW}.windows.parquet").write_bytes(b"PAR1")
     (before / "clips" / "mine.txt").write_text("not Earmark's")
     kept = {unit_id: facts_of(before, unit_id) for unit_id in (OTHER, NEW)}
-    for _ in every_kill(HealJob(out), before, out, at_least=10):
-        heal(read_result(str(out)))
+    for _ in every_kill(partial(heal_output, out), before, out, at_least=10):
+        heal_output(out)
         assert {unit_id: facts_of(out, unit_id) for unit_id in kept} == kept
         left = {path.name for path in out.rglob("*") if path.is_file()}
         wanted = {Path(name).name for facts in kept.values() for name in facts}
@@ -315,33 +298,11 @@ def finished(config: RunConfig, tmp_path: Path) -> Path:
     return finished
 
 
-@dataclasses.dataclass(frozen=True)
-class PrepareJob:
-    """Do what a run does before its first unit."""
-
-    plan: RunPlan
-    config: RunConfig
-
-    def __call__(self) -> None:
-        prepare_output(self.plan, self.config)
-
-
-@dataclasses.dataclass(frozen=True)
-class FinishJob:
-    """Do what a run does after its last unit."""
-
-    finish: FinishRun
-    new: RunTotals
-
-    def __call__(self) -> None:
-        self.finish(self.new)
-
-
 def assert_success_means_whole(out: Path, num_units: int) -> None:
     if (out / "_SUCCESS").exists():
         assert json.loads((out / "run.json").read_text())["status"] == "done"
         assert len(read_result(str(out)).commits) == num_units
-        assert_vouched_for(out)
+        check_commits(out)
 
 
 def test_overwriting_that_is_killed_never_looks_finished_and_goes_on(
@@ -352,9 +313,9 @@ def test_overwriting_that_is_killed_never_looks_finished_and_goes_on(
     assert num_units == 2
     config = config.model_copy(update={"overwrite": True})
     lay_out(finished, out)
-    job = PrepareJob(make_plan(config), config)
+    job = partial(prepare_output, make_plan(config), config)
     for _ in every_kill(job, finished, out, at_least=10):
-        assert_vouched_for(out)
+        check_commits(out)
         assert_success_means_whole(out, num_units)
         prepare_output(make_plan(config), config)
         assert {path.name for path in out.iterdir()} == {"run.json"}
@@ -373,7 +334,7 @@ def test_a_run_that_is_killed_while_it_brings_a_damaged_result_in_order_goes_on(
     (finished / "clips" / f"{damaged}.parquet").unlink()
     kept = facts_of(finished, other)
     lay_out(finished, out)
-    job = PrepareJob(make_plan(config), config)
+    job = partial(prepare_output, make_plan(config), config)
     for step in every_kill(job, finished, out):
         assert step == 1 or not (out / "_SUCCESS").exists()
         prepare_output(make_plan(config), config)
@@ -398,7 +359,7 @@ def test_a_run_that_is_killed_while_it_finishes_is_finished_by_the_next(
     shutil.rmtree(finished)
     out.rename(finished)
     units = {unit_id: facts_of(finished, unit_id) for unit_id in read_result(str(finished)).commits}
-    for _ in every_kill(FinishJob(finish, RunTotals()), finished, out):
+    for _ in every_kill(partial(finish, RunTotals()), finished, out):
         assert_success_means_whole(out, len(units))
         assert run_label(config, []) == 0
         assert [name for name, _ in state_of(out)] == names

@@ -169,13 +169,6 @@ class ASTConfig:
         rows, columns = self.patch_grid
         return NUM_PREFIX_TOKENS + rows * columns
 
-    @property
-    def effective_head_layer_norm_eps(self) -> float:
-        """Epsilon of the head's LayerNorm: its own if it has one, else ``layer_norm_eps``."""
-        if self.head_layer_norm_eps is None:
-            return self.layer_norm_eps
-        return self.head_layer_norm_eps
-
     def with_labels(self, names: tuple[str, ...] | list[str]) -> ASTConfig:
         """Return the same shape with another head: one output per name, in this order."""
         return dataclasses.replace(
@@ -184,10 +177,8 @@ class ASTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``config.json``, as transformers and ``from_dict`` read it."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = dataclasses.asdict(self)
         del values["num_labels"]  # follows from id2label, there as here
-        values["id2label"] = dict(self.id2label)
-        values["label2id"] = dict(self.label2id)
         kept = {name: value for name, value in values.items() if value is not None}
         return {"model_type": MODEL_TYPE, **kept}
 

@@ -33,7 +33,6 @@ from transforms.models.ast.files import (
     CONFIG_NAME,
     ModelFiles,
     ModelLocation,
-    Source,
     find_weight_files,
     hash_files,
     locate_model,
@@ -83,13 +82,11 @@ class ImageModel:
     """
 
     name: str
-    source: Source
     location: str = field(repr=False)
     revision: str | None
     sha256: str
     config: ASTConfig
-    license: str | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def is_image_model(name: str) -> bool:
@@ -120,12 +117,10 @@ def resolve_image_model(name: str) -> ImageModel:
         location = files.location
         return ImageModel(
             name=location.name,
-            source=location.source,
             location=location.url,
             revision=location.revision,
             sha256=hash_files(files, weights.file_names),
             config=config,
-            license=location.license,
             notes=(*location.notes, *_lacking(names)),
         )
 

@@ -167,13 +167,8 @@ def test_bundled_models_are_listed_first(shelf: Path, capsys: pytest.CaptureFixt
     assert {entry["source"] for entry in others} == {"hub"}
     assert cli.main(["models"]) == 0
     table = capsys.readouterr().out
-    words = "esc10 10.255 s Five Sounds (5 labels) accuracy 0.8750 cc-by-nc-4.0"
-    rows = [" ".join(re.sub("[│┃]", " ", line).split()) for line in table.splitlines()]
-    assert words in rows
-    assert rows.index(words) < next(n for n, row in enumerate(rows) if row.startswith("MIT/"))
-    assert (
-        "Source: inside Earmark for esc10, the Hugging Face hub for the others. A folder" in table
-    )
+    assert table.index(" esc10 ") < table.index(" MIT/")
+    assert "Source: inside Earmark for esc10, the Hugging Face hub for the others." in table
 
 
 def test_the_default_is_described_in_a_line(shelf: Path) -> None:
@@ -213,17 +208,6 @@ def test_a_missing_bundled_model_is_found_before_any_work(
     assert cli.main([command, str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "model esc10: not in this installation of Earmark" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_an_installation_without_models_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bundled, "BUNDLED_FOLDER", tmp_path / "none")
-    assert bundled_models() == ()
-    with pytest.raises(
-        ModelError, match=r"model esc10: not in .* Earmark, which has none\. Install"
-    ):
-        describe_default()
 
 
 def edit_config(**changes: object) -> Callable[[Path], object]:

@@ -44,7 +44,6 @@ from transforms.models.ast.model import (
     ASTModel,
     resize_position_embeddings,
 )
-from transforms.models.ast.pretrained import save_model
 from transforms.models.ast.public import PUBLIC_CHECKPOINTS
 from transforms.models.ast.tensor_names import Layout, tensor_names, to_layout
 from transforms.models.labels import audioset_labels
@@ -166,13 +165,6 @@ def test_a_file_in_half_precision_is_the_same_model_here_and_in_transformers(
         )
         with torch.no_grad():
             assert_close(ours(features).logits, theirs(features).logits, atol=1e-5)
-
-
-def test_a_base_model_is_saved_in_half_precision_too(tmp_path: Path) -> None:
-    base = make_model().audio_spectrogram_transformer
-    save_model(base, tmp_path, dtype=torch.float16)
-    again = ASTModel.from_pretrained(tmp_path)
-    assert states_equal(again, make_model().audio_spectrogram_transformer.half().float())
 
 
 def test_a_weight_too_large_for_half_precision_is_named_and_nothing_is_written(

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -197,15 +196,6 @@ def test_a_published_file_name_completes_the_file(
     assert (spec.labels, spec.activation) == (speech_commands_labels(), "softmax")
     assert spec.license == "BSD-3-Clause"
     assert states_equal(load_model(spec), model.float())
-
-
-def test_an_original_checkpoint_is_downloaded_from_a_store(tmp_path: Path) -> None:
-    model = make_model(num_labels=35, num_attention_heads=1)
-    write_pth(tmp_path / "speechcommands_10_10_0.9812.pth", model)
-    store = fsspec.filesystem("memory")
-    store.put(str(tmp_path / "speechcommands_10_10_0.9812.pth"), "/pth/")
-    spec = resolve_model("memory://pth/speechcommands_10_10_0.9812.pth")
-    assert states_equal(load_model(spec), model)
 
 
 @pytest.mark.parametrize(
