@@ -33,6 +33,7 @@ from transforms.models.ast.files import (
     CONFIG_NAME,
     ModelFiles,
     ModelLocation,
+    Source,
     find_weight_files,
     hash_files,
     locate_model,
@@ -82,6 +83,7 @@ class ImageModel:
     """
 
     name: str
+    source: Source
     location: str = field(repr=False)
     revision: str | None
     sha256: str
@@ -117,6 +119,7 @@ def resolve_image_model(name: str) -> ImageModel:
         location = files.location
         return ImageModel(
             name=location.name,
+            source=location.source,
             location=location.url,
             revision=location.revision,
             sha256=hash_files(files, weights.file_names),

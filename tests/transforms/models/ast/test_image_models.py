@@ -230,7 +230,7 @@ def test_an_image_model_is_distinguished_from_an_ast(folder: Path, tmp_path: Pat
 def test_an_image_model_is_described(folder: Path) -> None:
     image = resolve_image_model(str(folder))
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert (image.name, image.sha256) == (str(folder), digest)
+    assert (image.source, image.name, image.sha256) == ("folder", str(folder), digest)
     assert (image.revision, image.notes) == (None, ())
     assert (image.config.patch_grid, image.config.hidden_size) == ((4, 4), 48)
 
@@ -242,7 +242,7 @@ def test_an_image_model_of_the_hub_is_pinned(
         use_hub(hub, tmp_path / "cache", monkeypatch)
         assert is_image_model("org/tiny")
         image = resolve_image_model("org/tiny")
-        assert image.revision == COMMIT
+        assert (image.source, image.revision) == ("hub", COMMIT)
         config = make_config(folder)
         model = load_image_model(image.location, config, image.revision)
         expected = load_image_model(str(folder), config)
