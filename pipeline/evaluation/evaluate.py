@@ -53,7 +53,7 @@ MAX_SHOWN_CLASSES = 40
 NUM_BEST_AND_WORST = 10
 MAX_EXAMPLES = 3
 
-_CLIP_COLUMNS = ["clip_id", "uri", "member", "row", "start_s", "end_s", "truth"]
+_PLACE_COLUMNS = ["clip_id", "uri", "member", "row", "start_s", "end_s"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,20 +150,22 @@ def read_scores(folder: str, model: str | None = None) -> ScoredClips:
         raise OutputError(
             f"{public_uri(folder)} is damaged; see earmark verify {public_uri(folder)}"
         )
-    schema = _read_schema(state)
+    with open_part(state.output, "clips", min(state.commits)) as file:
+        schema = file.schema_arrow
     labels = tuple(Label(**entry) for entry in json.loads(schema.metadata[b"earmark.labels"]))
     score = _make_scorer(state, model, is_stored="scores" in schema.names)
     places: list[Place] = []
     truth: list[tuple[str, ...] | None] = []
     scores, failed = [], []
     for unit_id in sorted(state.commits):
-        clips = read_part(state.output, "clips", unit_id, _CLIP_COLUMNS).to_pylist()
-        places += [_place(row) for row in clips]
-        truth += [None if row["truth"] is None else tuple(row["truth"]) for row in clips]
+        clips = read_part(state.output, "clips", unit_id, [*_PLACE_COLUMNS, "truth"]).to_pylist()
+        labels_of = [row.pop("truth") for row in clips]
+        truth += [None if names is None else tuple(names) for names in labels_of]
+        places += [place_of(**row) for row in clips]
         scores.append(score(unit_id, [row["clip_id"] for row in clips]))
         if "errors" in state.commits[unit_id].parts:
-            rows = read_part(state.output, "errors", unit_id, _CLIP_COLUMNS[:-1]).to_pylist()
-            failed += [_place(row) for row in rows]
+            rows = read_part(state.output, "errors", unit_id, _PLACE_COLUMNS).to_pylist()
+            failed += [place_of(**row) for row in rows]
     return ScoredClips(
         folder=state.output,
         model=state.run["model"]["name"],
@@ -173,15 +175,6 @@ def read_scores(folder: str, model: str | None = None) -> ScoredClips:
         scores=np.concatenate(scores),
         failed=tuple(failed),
     )
-
-
-def _place(row: Mapping[str, Any]) -> Place:
-    return place_of(**{name: row[name] for name in _CLIP_COLUMNS[:-1]})
-
-
-def _read_schema(state: ResultState) -> pa.Schema:
-    with open_part(state.output, "clips", min(state.commits)) as file:
-        return file.schema_arrow
 
 
 _ScoresOfUnit = Callable[[str, list[str]], npt.NDArray[np.float32]]

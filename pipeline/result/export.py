@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -207,7 +209,9 @@ def name_files(sources: Iterable[Source], suffix: str) -> dict[Source, str]:
     where upper and lower case are the same.
     """
     ordered = sorted(set(sources))
-    depth = _shared_depth({source.folder() for source in ordered})
+    folders = {source.folder() for source in ordered}
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    depth = len(list(shared))
     names: dict[Source, str] = {}
     taken: set[str] = set()
     for source in ordered:
@@ -220,16 +224,6 @@ def name_files(sources: Iterable[Source], suffix: str) -> dict[Source, str]:
         taken.add(path.casefold())
         names[source] = path
     return names
-
-
-def _shared_depth(folders: Iterable[tuple[str, ...]]) -> int:
-    """Count the leading parts that all folders have in common."""
-    depth = 0
-    for column in zip(*folders, strict=False):
-        if len(set(column)) > 1:
-            break
-        depth += 1
-    return depth
 
 
 def _safe_name(name: str) -> str:
@@ -371,20 +365,13 @@ def _write_text(
                     waiting.setdefault(sources[row["clip_id"]], []).append(row)
             units_left.subtract(set(sources.values()))
             complete = [s for s in sorted(set(sources.values())) if not units_left[s]]
-            texts = (render(_in_order(waiting.pop(s, []))) for s in complete)
+            # Sorting by time keeps the labels of a window best first.
+            tracks = (sorted(waiting.pop(s, []), key=itemgetter(*WINDOW_COLUMNS)) for s in complete)
+            contents = (render(rows).encode("utf-8", "surrogatepass") for rows in tracks)
             targets = (urls.join(folder, names[source]) for source in complete)
             # Collecting the results raises the errors of the threads.
-            list(threads.map(_put_text, targets, texts))
+            list(threads.map(writing.write_bytes, targets, contents))
     return len(names), num_labels
-
-
-def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sort rows by time; the labels of a window stay best first."""
-    return sorted(rows, key=lambda row: (row["start_s"], row["end_s"]))
-
-
-def _put_text(url: str, text: str) -> None:
-    writing.write_bytes(url, text.encode("utf-8", "surrogatepass"))
 
 
 def _export_folder(result: _Result, format: str, output: str | None) -> str:

@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,13 +48,6 @@ logger = logging.getLogger(__name__)
 SUCCESS_FILE = "_SUCCESS"
 WRITERS_PATIENCE_S = 60.0
 
-# Earlier versions labelled a long file in parts, and kept these here until they were joined.
-OLD_PARTS = "_parts"
-_OLD_PART = re.compile(
-    r"[0-9a-f]{16,64}/(windows|clips|errors|_commits)/"
-    r"\.?[0-9a-f]{20}\.(parquet|json)(\.[0-9a-f]+\.tmp)?"
-)
-
 # The name of a unit's files: ``make_unit_id`` and an extension.
 _UNIT_FILE = re.compile(r"^(?P<unit_id>[0-9a-f]{16,64})\.(parquet|json)$")
 
@@ -79,7 +72,6 @@ class ResultState:
         orphans: Parts without a commit, as URLs.
         unfinished: Files that were being written when a run was killed, as URLs.
         foreign: Files in the result's folders that Earmark did not write, as URLs.
-        old_parts: Files below ``_parts`` that an earlier version wrote, as URLs.
     """
 
     output: str
@@ -91,17 +83,12 @@ class ResultState:
     orphans: tuple[str, ...] = ()
     unfinished: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
-    old_parts: tuple[str, ...] = ()
     succeeded: bool = False
 
     @property
     def is_result(self) -> bool:
         """Whether Earmark has written here before."""
         return self.run is not None or any((self.commits, self.damaged, self.unreadable))
-
-    def fingerprints(self) -> set[str]:
-        """Return the fingerprints of all commits."""
-        return {commit.fingerprint for commit in self.commits.values()}
 
 
 def read_result(output: str) -> ResultState:
@@ -160,7 +147,6 @@ def _read_result(output: str) -> ResultState:
         orphans=tuple(sorted(orphans)),
         unfinished=tuple(_list_unfinished(output)),
         foreign=tuple(foreign),
-        old_parts=tuple(_list_old_parts(output)),
         succeeded=filesystem.exists(urls.join(output, SUCCESS_FILE)),
     )
 
@@ -212,29 +198,6 @@ def _list_unfinished(output: str) -> Iterator[str]:
                 yield urls.join(folder, name)
 
 
-def _list_old_parts(output: str) -> Iterator[str]:
-    """Yield the files below ``_parts`` whose names are Earmark's, commits first."""
-    root = urls.join(output, OLD_PARTS)
-    if not filesystem.exists(root):
-        return
-    files = [file.url for file in listing.list_files(root)]
-    names = {url: url.removeprefix(f"{root}/") for url in files}
-    ours = [url for url in files if _OLD_PART.fullmatch(names[url])]
-    yield from sorted(ours, key=lambda url: (f"/{COMMITS}/" not in names[url], url))
-
-
-def _remove_old_parts(state: ResultState) -> None:
-    """Remove the parts of an earlier version, and the folders that are then empty."""
-    folders = set()
-    for url in state.old_parts:
-        writing.remove(url)
-        for _ in range(3):
-            url = urls.parent(url)
-            folders.add(url)
-    for folder in sorted(folders, key=len, reverse=True):
-        writing.remove_empty_folder(folder)
-
-
 def _missing_part(commit: Commit, sizes: Mapping[tuple[str, str], int]) -> str | None:
     for part, info in commit.parts.items():
         size = sizes.get((part, commit.unit_id))
@@ -270,18 +233,12 @@ def heal(state: ResultState) -> None:
     """Repair a result before work starts: remove what does not count.
 
     Removes damaged units, which are then done again, leftovers of replaced units, parts without a
-    commit, files that were being written, staged files of killed runs, and parts of long files
-    that an earlier version left. Touches nothing else.
+    commit, files that were being written, and staged files of killed runs. Touches nothing else.
     """
-    _remove_units_and_leftovers(state, (*state.damaged, *sorted(state.superseded)))
-
-
-def _remove_units_and_leftovers(state: ResultState, unit_ids: Iterable[str]) -> None:
-    for unit_id in unit_ids:
+    for unit_id in (*state.damaged, *sorted(state.superseded)):
         remove_unit(state.output, unit_id)
     for url in (*state.orphans, *state.unfinished):
         writing.remove(url)
-    _remove_old_parts(state)
     remove_staging(state.output)
 
 
@@ -310,8 +267,9 @@ def remove_result(state: ResultState) -> None:
     """Remove what Earmark wrote (``--overwrite``), and nothing else."""
     check_removable(state)
     writing.remove(urls.join(state.output, SUCCESS_FILE))
-    unit_ids = (*state.commits, *state.damaged, *state.unreadable, *sorted(state.superseded))
-    _remove_units_and_leftovers(state, unit_ids)
+    for unit_id in (*state.commits, *state.unreadable):
+        remove_unit(state.output, unit_id)
+    heal(state)
     writing.remove(urls.join(state.output, RUN_FILE))
     for folder in (*PARTS, COMMITS):
         writing.remove_empty_folder(urls.join(state.output, folder))
@@ -342,7 +300,7 @@ def check_same_results(state: ResultState, results: Mapping[str, Any], model_nam
             "--overwrite."
         )
     fingerprint = make_fingerprint(results)
-    others = state.fingerprints() - {fingerprint}
+    others = {commit.fingerprint for commit in state.commits.values()} - {fingerprint}
     if not others:
         return
     run = state.run or {"results": {}, "model": {}}

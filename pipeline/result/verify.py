@@ -10,6 +10,7 @@ does not read existing parts, so it repairs less than is found here.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import shlex
@@ -34,12 +35,11 @@ from transforms.results.commits import (
     UnitTotals,
     check_schema,
     commit_url,
-    find_change,
     list_unit_ids,
     part_url,
     read_part,
 )
-from transforms.storage import urls
+from transforms.storage import reading, urls
 from transforms.storage.secrets import public_uri
 
 
@@ -193,13 +193,6 @@ def verify_result(state: ResultState) -> Iterator[Finding]:
         )
     for url in state.orphans:
         yield Finding(url, "no commit vouches for it", Kind.LEFTOVER)
-    for folder in sorted({urls.parent(urls.parent(url)) for url in state.old_parts}):
-        yield Finding(
-            folder,
-            "parts of a long file, from an earlier version; the next earmark label removes them "
-            "and labels the file if it is not labelled yet",
-            Kind.LEFTOVER,
-        )
     for url in state.foreign:
         is_read = url.lower().endswith(".parquet")
         yield Finding(url, "Earmark did not write it", Kind.FOREIGN if is_read else Kind.STRAY)
@@ -262,7 +255,7 @@ def check_unit(output: str, commit: Commit) -> tuple[list[Finding], list[str]]:
         url = part_url(output, part, commit.unit_id)
         kind, problem = Kind.CHANGED, None
         try:
-            problem = find_change(url, info)
+            problem = _find_change(url, info)
             if problem is None:
                 tables[part], problem = _read_checked(output, part, commit, info)
         except pa.ArrowException as error:
@@ -281,6 +274,16 @@ def _item_ids(tables: dict[str, pa.Table]) -> list[str]:
     """Return the ids of a unit's clips and failures."""
     parts = (tables[part] for part in ("clips", "errors") if part in tables)
     return [clip_id for table in parts for clip_id in table["clip_id"].to_pylist()]
+
+
+def _find_change(url: str, info: PartInfo) -> str | None:
+    """Return how a part's file differs from what was committed, or None; reads all of it."""
+    with reading.open_read(url) as file:
+        # BinaryIO does not name readinto, which every buffered file has.
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    if digest == info.sha256:
+        return None
+    return f"its content has changed: sha256 is {digest}, and {info.sha256} was committed"
 
 
 _COLUMNS = {

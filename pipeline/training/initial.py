@@ -42,8 +42,7 @@ from transforms.models.ast.image_models import (
 )
 from transforms.models.ast.model import ASTForAudioClassification, initialise_from_scratch
 from transforms.models.labels import read_labels
-from transforms.storage import reading, urls
-from transforms.storage.secrets import public_uri
+from transforms.storage import urls
 
 SCRATCH = "scratch"
 # Shape of a model that has none of its own: AST's for AudioSet, with patches side by side.
@@ -210,8 +209,7 @@ def _given_statistics(model: CheckpointSection) -> tuple[float, float] | None:
 def _wanted_labels(source: str | None) -> tuple[str, ...] | None:
     if source is None:
         return None
-    labels = read_labels(source, reading.read_bytes, public_uri(source))
-    return tuple(label.name for label in labels)
+    return tuple(label.name for label in read_labels(source))
 
 
 def _scratch_shape(architecture: ArchitectureSection) -> dict[str, Any]:

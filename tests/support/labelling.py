@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -68,6 +70,17 @@ def numbers(row: Row) -> list[float]:
     """Return a row's embedding and scores."""
     scores = [label["score"] for label in row.get("labels", ())]
     return [*row.get("embedding", ()), *scores]
+
+
+def check_commits(out: Path) -> int:
+    """Check every commit's parts to the last bit; return the number of commits."""
+    commits = list((out / "_commits").glob("*.json"))
+    for path in commits:
+        for part, info in json.loads(path.read_bytes())["parts"].items():
+            content = (out / part / f"{path.stem}.parquet").read_bytes()
+            assert len(content) == info["num_bytes"]
+            assert hashlib.sha256(content).hexdigest() == info["sha256"]
+    return len(commits)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -14,12 +14,13 @@ import csv
 import functools
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 from transforms.errors import ModelError
+from transforms.storage import reading
+from transforms.storage.secrets import public_uri
 
 KNOWN_LISTS = ("audioset", "speech_commands")
 _NAME_COLUMNS = ("name", "display_name")
@@ -34,13 +35,11 @@ class Label:
     name: str
 
 
-@functools.cache
 def audioset_labels() -> tuple[Label, ...]:
     """Return AudioSet's 527 labels with mids, in the order of all published AudioSet models."""
     return _bundled("audioset")
 
 
-@functools.cache
 def speech_commands_labels() -> tuple[Label, ...]:
     """Return the 35 labels of Speech Commands v2, in the order of the published model."""
     return _bundled("speech_commands")
@@ -70,28 +69,22 @@ def find_label(text: str, labels: Sequence[Label]) -> int | None:
     return spelled[0] if len(spelled) == 1 else None
 
 
-def read_labels(
-    source: str,
-    read_bytes: Callable[[str], bytes] = lambda path: Path(path).read_bytes(),
-    name: str = "",
-) -> tuple[Label, ...]:
+def read_labels(source: str) -> tuple[Label, ...]:
     """Read the list that ``--set model.labels=`` names.
 
     Args:
         source: ``audioset`` or ``speech_commands``; or a CSV file with the columns ``index``
             (optional) and ``name`` or ``display_name``, others ignored; or a text file with a name
-            per line. UTF-8.
-        read_bytes: Reads a file; ``storage.read_bytes`` for URLs.
-        name: Name in messages, if ``source`` is signed; ``source`` by default.
+            per line. UTF-8, local or remote.
 
     Raises:
         ModelError: There is no such list, or it is not one name per index, each once.
     """
     if source in KNOWN_LISTS:
         return _bundled(source)
-    name = name or source
+    name = public_uri(source)
     try:
-        text = read_bytes(source).decode("utf-8-sig")
+        text = reading.read_bytes(source).decode("utf-8-sig")
     except OSError as error:
         raise ModelError(
             f"model.labels is {name!r}, which cannot be read ({error}); expected "
@@ -106,6 +99,7 @@ def read_labels(
     return labels_from_names(names)
 
 
+@functools.cache
 def _bundled(name: str) -> tuple[Label, ...]:
     text = (resources.files("transforms.models") / "label_lists" / f"{name}.csv").read_text("utf-8")
     rows = csv.DictReader(io.StringIO(text, newline=""))

@@ -20,10 +20,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
 from transforms.errors import OutputError
 from transforms.process.locks import lock_shared, try_lock
@@ -196,27 +197,14 @@ class Commit:
             ValueError: It is not one.
         """
         try:
-            raw = json.loads(text)
-            ledger = raw["ledger"]
-            container = ledger["container"]
-            return Commit(
-                unit_id=raw["unit_id"],
-                fingerprint=raw["fingerprint"],
-                replaces=tuple(raw["replaces"]),
-                ledger=Ledger(
-                    kind=ledger["kind"],
-                    container=LedgerSlice(**container) if container else None,
-                    items=tuple(LedgerItem(**item) for item in ledger["items"]),
-                ),
-                parts={name: PartInfo(**part) for name, part in raw["parts"].items()},
-                totals=UnitTotals(**raw["totals"]),
-                engines=tuple(raw["engines"]),
-                checks={  # commits of earlier versions have none
-                    name: CheckFigures(**figures) for name, figures in raw.get("checks", {}).items()
-                },
-            )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a commit of Earmark: {type(error).__name__}: {error}") from error
+            return _COMMIT.validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise ValueError(f"not a commit of Earmark: {place}: {first['msg']}") from error
+
+
+_COMMIT = TypeAdapter(Commit)
 
 
 def item_version(item: Item) -> str:
@@ -377,15 +365,6 @@ def find_commit(output: str, unit_id: str, fingerprint: str) -> Commit | None:
     return commit if commit.fingerprint == fingerprint else None
 
 
-def find_change(url: str, info: PartInfo) -> str | None:
-    """Return how a part's file differs from what was committed, or None; reads all of it."""
-    with reading.open_read(url) as file:
-        digest = file_sha256(file)
-    if digest == info.sha256:
-        return None
-    return f"its content has changed: sha256 is {digest}, and {info.sha256} was committed"
-
-
 def read_failures(output: str, unit_id: str) -> list[dict[str, Any]]:
     """Read the rows of a unit's ``errors`` part."""
     return cast(list[dict[str, Any]], read_part(output, "errors", unit_id).to_pylist())
@@ -416,14 +395,6 @@ def read_part(
     """
     with open_part(output, part, unit_id) as file:
         return file.read(columns=columns, use_threads=False)
-
-
-def file_sha256(file: BinaryIO) -> str:
-    """Return the hex digest of the rest of a file, read in bounded memory."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

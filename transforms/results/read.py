@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from transforms.errors import OutputError
-from transforms.results.commits import Commit, open_part, read_commits, read_part
+from transforms.results.commits import PARTS, Commit, open_part, read_commits, read_part
 from transforms.storage.secrets import public_uri
 
-TABLES = ("windows", "clips", "errors")
 BATCH_ROWS = 4096
 
 
@@ -31,8 +30,8 @@ def read_result(
         ValueError: There is no table of that name.
         OutputError: There is no result, a commit cannot be read, or the result has another schema.
     """
-    if table not in TABLES:
-        raise ValueError(f"table is {table!r}; expected one of {', '.join(TABLES)}")
+    if table not in PARTS:
+        raise ValueError(f"table is {table!r}; expected one of {', '.join(PARTS)}")
     commits = read_current_commits(output)
     if not commits:
         raise OutputError(

@@ -15,12 +15,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +59,6 @@ from transforms.results.commits import (
     add_checks,
     commit_url,
     container_version,
-    file_sha256,
     find_commit,
     hold_commits,
     item_version,
@@ -68,7 +69,6 @@ from transforms.results.commits import (
 )
 from transforms.results.rows import (
     RowSettings,
-    clips_schema,
     clips_table,
     errors_schema,
     errors_table,
@@ -242,39 +242,33 @@ class OpenUnit:
     def _write_parts(self, unit: WorkUnit) -> dict[str, Path]:
         rows = self._settings.rows
         failed = {event.item_index for event in self._failures}
-        kept = [row for row in self._windows if row.item_index not in failed]
         dropped = {event.failure.item.clip_id for event in self._failures}
-        self._windows = kept
+        self._windows = [row for row in self._windows if row.item_index not in failed]
         self._flush_windows()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        carried = list(self._carried_tables(unit))
+        carried = dict(self._carried_tables(unit))
         if carried or failed & self._windows_of.keys():
-            self._rewrite_windows(dropped, [t for part, t in carried if part == "windows"])
+            self._rewrite_windows(dropped, carried.get("windows"))
         clips = sorted(self._clips, key=lambda row: row.item_index)
         failures = sorted(self._failures, key=lambda event: event.item_index)
-        self._write_tables(
-            "clips",
-            clips_schema(rows),
-            [*(t for part, t in carried if part == "clips"), clips_table(clips, rows)],
-        )
-        staged = {part: self._staged_path(part) for part in ("windows", "clips")}
-        errors = [
-            *(t for part, t in carried if part == "errors"),
-            errors_table([event.failure for event in failures], self._unit_id),
-        ]
-        if any(table.num_rows for table in errors):
-            self._write_tables("errors", errors_schema(), errors)
-            staged["errors"] = self._staged_path("errors")
+        tables = {
+            "clips": clips_table(clips, rows),
+            "errors": errors_table([event.failure for event in failures], self._unit_id),
+        }
+        staged = {"windows": self._staged_path("windows")}
+        for part, own in tables.items():
+            both = [table for table in (carried.get(part), own) if table is not None]
+            if part == "errors" and not any(table.num_rows for table in both):
+                continue
+            staged[part] = self._staged_path(part)
+            with self._open_writer(part, own.schema) as writer:
+                for table in both:
+                    writer.write_table(table)
         return staged
 
-    def _write_tables(self, part: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-        with self._open_writer(part, schema) as writer:
-            for table in tables:
-                writer.write_table(table)
-
-    def _rewrite_windows(self, dropped: set[str], carried: list[pa.Table]) -> None:
+    def _rewrite_windows(self, dropped: set[str], carried: pa.Table | None) -> None:
         """Rewrite the staged windows: rows carried over first, then all but those of dropped clips.
 
         Needed only if a clip failed after some of its windows had been labelled, or if the unit
@@ -287,8 +281,8 @@ class OpenUnit:
             self._open_writer("windows", windows_schema(self._settings.rows)) as writer,
             pq.ParquetFile(source) as file,
         ):
-            for table in carried:
-                writer.write_table(table)
+            if carried is not None:
+                writer.write_table(carried)
             for index in range(file.num_row_groups):
                 table = file.read_row_group(index)
                 keep = pc.invert(pc.is_in(table["clip_id"], pa.array(sorted(dropped), pa.string())))
@@ -364,7 +358,7 @@ def _ledger(unit: WorkUnit, replaced: Commit | None) -> Ledger:
 
 def _part_info(path: Path) -> PartInfo:
     with path.open("rb") as file:
-        digest = file_sha256(file)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return PartInfo(path.stat().st_size, digest, pq.read_metadata(path).num_rows)
 
 
@@ -378,11 +372,10 @@ class AudioProgress:
     def __init__(self) -> None:
         self._reached_s: dict[int, float] = {}  # up to where each open clip has been counted
         self._counted_s: dict[int, float] = {}
-        self._settled: set[int] = set()
 
     def add(self, event: UnitEvent) -> float:
         """Take the unit's next event; return the seconds to add, negative to take some back."""
-        if isinstance(event, UnitEnd) or event.item_index in self._settled:
+        if isinstance(event, UnitEnd):
             return 0.0
         index = event.item_index
         if isinstance(event, WindowRow):
@@ -391,8 +384,7 @@ class AudioProgress:
             self._reached_s[index] = start_s + new_s
             self._counted_s[index] = self._counted_s.get(index, 0.0) + new_s
             return new_s
-        self._settled.add(index)
-        self._reached_s.pop(index, None)
+        self._reached_s[index] = math.inf  # windows that come late count for nothing
         duration_s = event.facts.duration_s if isinstance(event, ClipRow) else 0.0
         return duration_s - self._counted_s.pop(index, 0.0)
 
@@ -437,38 +429,6 @@ class _SkipCommittedFn(beam.DoFn):
             yield TaggedOutput("done", UnitSummary.of(commit))
 
 
-class CommitWorkspace:
-    """The staging folder of a step that commits, and its hold on the result."""
-
-    def __init__(self, settings: CommitSettings) -> None:
-        self._settings = settings
-        self._staging: Path | None = None
-        self._hold: int | None = None
-
-    def open(self) -> Path:
-        """Return the local folder for files that are not in place yet; the step may now commit.
-
-        Raises:
-            WriteError: The output cannot be written.
-        """
-        if self._staging is None:
-            # Several instances of a step may write at once: each has its own folder.
-            name = f"{self._settings.run_id}-{uuid.uuid4().hex[:8]}"
-            with writing_to(self._settings.output):
-                self._staging = Path(writing.staging_path(self._settings.output, name))
-                self._hold = hold_commits(self._settings.output)
-        return self._staging
-
-    def close(self) -> None:
-        """Remove the folder, and release the result."""
-        if self._staging is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-        if self._hold is not None:
-            os.close(self._hold)
-            self._hold = None
-
-
 @beam.typehints.with_input_types(UnitEvent)
 @beam.typehints.with_output_types(UnitSummary)
 class CommitUnits(beam.PTransform[PCollection[UnitEvent], PCollection[UnitSummary]]):
@@ -496,14 +456,22 @@ class _CommitUnitsFn(beam.DoFn):
     def __init__(self, settings: CommitSettings) -> None:
         self._settings = settings
         self._open: dict[str, OpenUnit] = {}
-        self._workspace = CommitWorkspace(settings)
         self._counters = {
             name: Metrics.counter("earmark", name)
             for name in ("units_committed", "clips_labelled", "items_failed", "windows_labelled")
         }
 
     def setup(self) -> None:
-        self._workspace.open()
+        settings = self._settings
+        self._workspace = contextlib.ExitStack()  # the hold on the result, and the staging folder
+        with writing_to(settings.output):
+            hold = hold_commits(settings.output)
+            if hold is not None:
+                self._workspace.callback(os.close, hold)
+            # Several instances of a step may write at once: each has its own folder.
+            name = f"{settings.run_id}-{uuid.uuid4().hex[:8]}"
+            self._staging = Path(writing.staging_path(settings.output, name))
+            self._workspace.callback(shutil.rmtree, self._staging, ignore_errors=True)
 
     def start_bundle(self) -> None:
         self._discard_open()
@@ -512,7 +480,7 @@ class _CommitUnitsFn(beam.DoFn):
         unit_id = event.unit.unit_id if isinstance(event, UnitEnd) else event.unit_id
         unit = self._open.get(unit_id)
         if unit is None:
-            unit = OpenUnit(self._settings, self._workspace.open(), unit_id)
+            unit = OpenUnit(self._settings, self._staging, unit_id)
             self._open[unit_id] = unit
         with timed("write"), writing_to(self._settings.output):
             unit.add(event)

@@ -20,7 +20,7 @@ import pytest
 from pipeline.cli import main as cli
 from pipeline.labelling.run import run_label
 from pipeline.result.export import run_export
-from pipeline.result.state import read_result, remove_result
+from pipeline.result.state import read_result
 from pipeline.result.verify import Finding, Kind, make_advice, run_verify, verify_result
 from tests.support.audio_factory import noise, write
 from tests.support.labelling import small_config
@@ -85,10 +85,10 @@ def test_a_whole_result_is_called_so(out: Path, capsys: CapturedText) -> None:
     )
 
 
-@pytest.mark.parametrize("part", ["windows", "clips"])
 def test_what_is_said_of_a_flipped_byte_mends_it(
-    label: Callable[[Path], int], out: Path, capsys: CapturedText, part: str
+    label: Callable[[Path], int], out: Path, capsys: CapturedText
 ) -> None:
+    part = "windows"
     victim = first(out / part)
     wanted = pq.read_table(victim)
     flip_byte(victim)
@@ -107,149 +107,6 @@ def test_what_is_said_of_a_flipped_byte_mends_it(
     assert run_verify(str(out)) == 0
     assert pq.read_table(victim).equals(wanted)
     assert max((out / part).iterdir()).stat().st_mtime_ns == kept
-
-
-def remove_part(out: Path) -> None:
-    first(out / "clips").unlink()
-
-
-def cut_part(out: Path) -> None:
-    path = first(out / "windows")
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def break_commit(out: Path) -> None:
-    first(out / "_commits").write_text("{")
-
-
-def remove_commit(out: Path) -> None:
-    first(out / "_commits").unlink()
-
-
-def add_orphan(out: Path) -> None:
-    shutil.copy(first(out / "windows"), out / "windows" / f"{'0' * 20}.parquet")
-
-
-def change_totals(out: Path) -> None:
-    run = json.loads((out / "run.json").read_text())
-    run["totals"]["clips"] += 1
-    (out / "run.json").write_text(json.dumps(run))
-
-
-def remove_run(out: Path) -> None:
-    (out / "run.json").unlink()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        remove_part,
-        cut_part,
-        break_commit,
-        remove_commit,
-        add_orphan,
-        change_totals,
-        remove_run,
-    ],
-)
-def test_what_a_run_sees_by_itself_needs_only_a_run(
-    label: Callable[[Path], int],
-    out: Path,
-    capsys: CapturedText,
-    damage: Callable[[Path], None],
-) -> None:
-    damage(out)
-    assert run_verify(str(out)) == 3
-    text = capsys.readouterr().out
-    assert "R" + RERUN in text
-    assert "  rm " not in text
-    assert f"{out} is damaged" in text
-    assert label(out) == 0
-    assert run_verify(str(out)) == 0
-
-
-def test_an_interrupted_result_is_unfinished_not_damaged(
-    label: Callable[[Path], int], out: Path, capsys: CapturedText
-) -> None:
-    # As a kill leaves it: a unit's parts without its commit, and no _SUCCESS.
-    (out / "_SUCCESS").unlink()
-    remove_commit(out)
-    assert run_verify(str(out)) == 3
-    text = capsys.readouterr().out
-    assert f"{out} is unfinished: what is committed is whole, 1 units" in text
-    assert "damaged" not in text
-    assert "R" + RERUN in text
-    assert label(out) == 0
-    assert run_verify(str(out)) == 0
-
-
-def test_an_interrupted_result_can_be_damaged_as_well(out: Path, capsys: CapturedText) -> None:
-    (out / "_SUCCESS").unlink()
-    remove_part(out)
-    assert run_verify(str(out)) == 3
-    text = capsys.readouterr().out
-    assert f"{out} is damaged" in text
-    assert "unfinished" in text
-
-
-PARTS_OF_EARLIER_VERSIONS = [
-    "a1" * 10 + "/windows/" + "b2" * 10 + ".parquet",
-    "a1" * 10 + "/clips/" + "b2" * 10 + ".parquet",
-    "a1" * 10 + "/_commits/" + "b2" * 10 + ".json",
-    "c3" * 10 + "/errors/." + "d4" * 10 + ".parquet." + "e5" * 16 + ".tmp",
-]
-
-
-def put_parts_of_an_earlier_version(out: Path) -> list[Path]:
-    paths = [out / "_parts" / name for name in PARTS_OF_EARLIER_VERSIONS]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"of an earlier version")
-    return paths
-
-
-@pytest.mark.parametrize("is_killed", [False, True])
-def test_parts_of_an_earlier_version_are_reported_and_the_next_run_removes_them(
-    label: Callable[[Path], int], out: Path, capsys: CapturedText, is_killed: bool
-) -> None:
-    put_parts_of_an_earlier_version(out)
-    if is_killed:  # as that version left it: parts of a file that is not committed
-        (out / "_SUCCESS").unlink()
-        remove_commit(out)
-    assert run_verify(str(out)) == 3
-    text = capsys.readouterr().out
-    for unit_id in ("a1" * 10, "c3" * 10):
-        line = f"left over {out}/_parts/{unit_id}: parts of a long file, from an earlier version;"
-        assert text.count(line) == 1
-    assert "R" + RERUN in text
-    assert label(out) == 0
-    assert not (out / "_parts").exists()
-    assert run_verify(str(out)) == 0
-    assert len(read_result(str(out)).commits) == 2
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_files_of_others_among_the_parts_of_an_earlier_version_stay(
-    label: Callable[[Path], int], out: Path, overwrite: bool
-) -> None:
-    ours = put_parts_of_an_earlier_version(out)
-    others = [
-        out / "_parts" / "notes.txt",
-        out / "_parts" / ("a1" * 10) / "mine.parquet",
-        out / "_parts" / ("a1" * 10) / "windows" / "mine.parquet",
-        out / "_parts" / "mine" / "windows" / ("b2" * 10 + ".parquet"),
-    ]
-    for path in others:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"mine")
-    if overwrite:
-        remove_result(read_result(str(out)))
-        assert not (out / "run.json").exists()
-    else:
-        assert label(out) == 0
-    assert not any(path.exists() for path in ours)
-    assert not (out / "_parts" / ("c3" * 10)).exists()
-    assert [path.read_bytes() for path in others] == [b"mine"] * 4
 
 
 def test_files_of_others_that_nobody_reads_are_only_mentioned(
@@ -343,33 +200,6 @@ def test_commits_that_cannot_be_listed_are_told_in_words(
             command(out)
 
 
-def test_rows_that_do_not_add_up_and_other_settings_name_the_commit(
-    label: Callable[[Path], int], out: Path
-) -> None:
-    path = first(out / "_commits")
-    commit = json.loads(path.read_text())
-    commit["totals"]["clips"] += 1
-    commit["totals"]["items"] += 1
-    path.write_text(json.dumps(commit))
-    found = [f for f in verify_result(read_result(str(out))) if f.kind is Kind.CHANGED]
-    assert [finding.unit_id for finding in found] == [path.stem]
-    path.unlink()
-    assert label(out) == 0
-    assert run_verify(str(out)) == 0
-
-
-def test_a_clip_in_two_units_is_found(out: Path) -> None:
-    path = first(out / "_commits")
-    other = "f" * 20
-    for part in ("windows", "clips"):
-        shutil.copy(out / part / f"{path.stem}.parquet", out / part / f"{other}.parquet")
-    commit = {**json.loads(path.read_text()), "unit_id": other}
-    (out / "_commits" / f"{other}.json").write_text(json.dumps(commit))
-    found = [f for f in verify_result(read_result(str(out))) if "twice" in f.problem]
-    assert found
-    assert {(finding.kind, finding.unit_id) for finding in found} == {(Kind.CHANGED, other)}
-
-
 # --- Every planted damage, by the command itself -----------------------------------------------
 
 
@@ -399,10 +229,7 @@ def planted(mixed: Path, tmp_path: Path) -> Path:
 def change_commit(change: Callable[[dict[str, Any]], Any], part: str = "clips") -> Damage:
     """Change the commit of a unit that has a part of this name."""
 
-    def damage(out: Path) -> None:
-        rewrite_commit(out / "_commits" / f"{first(out / part).stem}.json", change)
-
-    return damage
+    return lambda out: rewrite_json(out / "_commits" / f"{first(out / part).stem}.json", change)
 
 
 def change_items(change: Callable[[list[Any]], Any]) -> Damage:
@@ -411,15 +238,15 @@ def change_items(change: Callable[[list[Any]], Any]) -> Damage:
     def damage(out: Path) -> None:
         commits = sorted((out / "_commits").iterdir())
         path = next(p for p in commits if json.loads(p.read_text())["ledger"]["items"])
-        rewrite_commit(path, lambda c: change(c["ledger"]["items"]))
+        rewrite_json(path, lambda c: change(c["ledger"]["items"]))
 
     return damage
 
 
-def rewrite_commit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    commit = json.loads(path.read_text())
-    change(commit)
-    path.write_text(json.dumps(commit))
+def rewrite_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
 
 
 def add_to(*keys: str) -> Callable[[dict[str, Any]], None]:
@@ -443,12 +270,14 @@ def rewrite_part(part: str, change: Callable[[pa.Table], pa.Table]) -> Damage:
         table = pq.read_table(path)
         pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
         content = path.read_bytes()
-        commit_path = out / "_commits" / f"{path.stem}.json"
-        commit = json.loads(commit_path.read_text())
-        info = commit["parts"][part]
-        info.update(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-        info["num_rows"] = pq.read_metadata(path).num_rows
-        commit_path.write_text(json.dumps(commit))
+        info = {
+            "num_bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "num_rows": pq.read_metadata(path).num_rows,
+        }
+        rewrite_json(
+            out / "_commits" / f"{path.stem}.json", lambda c: c["parts"].update({part: info})
+        )
 
     return damage
 
@@ -474,8 +303,19 @@ def empty_footer(part: str) -> Damage:
     return damage
 
 
-def remove(part: str) -> Damage:
-    return lambda out: first(out / part).unlink()
+def remove(name: str) -> Damage:
+    """Remove a file, or the first one in a folder."""
+    return lambda out: (first(out / name) if (out / name).is_dir() else out / name).unlink()
+
+
+def add_orphan(out: Path) -> None:
+    shutil.copy(first(out / "windows"), out / "windows" / f"{'0' * 20}.parquet")
+
+
+def add_part(out: Path) -> None:
+    """A part that its commit does not name."""
+    clean = next(p for p in (out / "clips").iterdir() if not (out / "errors" / p.name).exists())
+    shutil.copy(first(out / "errors"), out / "errors" / clean.name)
 
 
 def remove_parts(out: Path) -> None:
@@ -493,23 +333,11 @@ def copy_unit(out: Path) -> None:
     unit, other = first(out / "_commits").stem, "f" * 20
     for path in [*out.glob(f"*/{unit}.*")]:
         shutil.copy(path, path.with_name(f"{other}{path.suffix}"))
-    commit = json.loads((out / "_commits" / f"{other}.json").read_text())
-    (out / "_commits" / f"{other}.json").write_text(json.dumps({**commit, "unit_id": other}))
-
-
-def add_part(out: Path) -> None:
-    """A part that its commit does not name."""
-    clean = next(p for p in (out / "clips").iterdir() if not (out / "errors" / p.name).exists())
-    shutil.copy(first(out / "errors"), out / "errors" / clean.name)
+    rewrite_json(out / "_commits" / f"{other}.json", lambda commit: commit.update(unit_id=other))
 
 
 def change_run(change: Callable[[dict[str, Any]], Any]) -> Damage:
-    def damage(out: Path) -> None:
-        run = json.loads((out / "run.json").read_text())
-        change(run)
-        (out / "run.json").write_text(json.dumps(run))
-
-    return damage
+    return lambda out: rewrite_json(out / "run.json", change)
 
 
 def swap_parts(out: Path) -> None:
@@ -556,14 +384,14 @@ PLANTED: dict[str, Damage] = {
     "an item more in the ledger": change_items(
         lambda items: items.append({"clip_id": "/never", "version": "1"})
     ),
-    "no run.json": lambda out: (out / "run.json").unlink(),
+    "no run.json": remove("run.json"),
     "garbage in run.json": lambda out: (out / "run.json").write_bytes(b"garbage"),
     "empty run.json": lambda out: (out / "run.json").write_bytes(b""),
     "no totals in run.json": change_run(lambda run: run.update(totals=None)),
     "another fingerprint in run.json": change_run(lambda run: run.update(fingerprint="0" * 64)),
     **{f"wrong {name} in run.json": change_run(add_to("totals", name))
        for name in ("items", "clips", "failures", "windows")},
-    "no _SUCCESS": lambda out: (out / "_SUCCESS").unlink(),
+    "no _SUCCESS": remove("_SUCCESS"),
 }  # fmt: skip
 
 
@@ -580,6 +408,61 @@ def test_the_command_finds_every_planted_damage(
     assert "Traceback" not in printed.err
     assert str(planted) in printed.out
     assert cli.main(["verify", str(planted), "-q"]) == 3
+
+
+# --- What a run repairs by itself ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove("clips"),
+        cut("windows", 10),
+        cut("_commits", 40),
+        remove("_commits"),
+        add_orphan,
+        change_run(add_to("totals", "clips")),
+        remove("run.json"),
+    ],
+)
+def test_what_a_run_sees_by_itself_needs_only_a_run(
+    label: Callable[[Path], int], out: Path, capsys: CapturedText, damage: Damage
+) -> None:
+    damage(out)
+    assert run_verify(str(out)) == 3
+    text = capsys.readouterr().out
+    assert "R" + RERUN in text
+    assert "  rm " not in text
+    assert f"{out} is damaged" in text
+    assert label(out) == 0
+    assert run_verify(str(out)) == 0
+
+
+def test_an_interrupted_result_is_unfinished_and_may_be_damaged_as_well(
+    label: Callable[[Path], int], out: Path, capsys: CapturedText
+) -> None:
+    # As a kill leaves it: a unit's parts without its commit, and no _SUCCESS.
+    remove("_SUCCESS")(out)
+    remove("_commits")(out)
+    assert run_verify(str(out)) == 3
+    text = capsys.readouterr().out
+    assert f"{out} is unfinished: what is committed is whole, 1 units" in text
+    assert "damaged" not in text
+    assert "R" + RERUN in text
+    (out / "clips" / first(out / "_commits").with_suffix(".parquet").name).unlink()
+    assert run_verify(str(out)) == 3
+    text = capsys.readouterr().out
+    assert f"{out} is damaged" in text
+    assert "unfinished" in text
+    assert label(out) == 0
+    assert run_verify(str(out)) == 0
+
+
+def test_a_clip_in_two_units_is_found(out: Path) -> None:
+    copy_unit(out)
+    found = [f for f in verify_result(read_result(str(out))) if "twice" in f.problem]
+    assert found
+    assert {(finding.kind, finding.unit_id) for finding in found} == {(Kind.CHANGED, "f" * 20)}
 
 
 def test_a_flipped_byte_is_found_wherever_it_is(planted: Path) -> None:

@@ -24,7 +24,6 @@ from pipeline.training.stages.schedule import schedule_factor
 from transforms.models.ast.public import AUDIOSET_STATS, PUBLIC_CHECKPOINTS, SPEECH_COMMANDS_STATS
 from transforms.models.labels import read_labels
 from transforms.sources.manifests import ManifestRow, read_manifest
-from transforms.storage.reading import read_bytes
 from transforms.storage.urls import normalise
 
 FOLDER = config_folder() / "train"
@@ -259,8 +258,8 @@ def test_audioset_warms_up_over_a_thousand_steps_fifty_at_a_time(name: str) -> N
 
 
 def test_the_labels_that_recipes_name_ship() -> None:
-    assert len(read_labels("audioset", read_bytes, "audioset")) == 527
-    assert len(read_labels("speech_commands", read_bytes, "speech_commands")) == 35
+    assert len(read_labels("audioset")) == 527
+    assert len(read_labels("speech_commands")) == 35
 
 
 def test_the_six_models_of_the_published_average_are_public() -> None:

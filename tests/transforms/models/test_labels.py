@@ -35,6 +35,7 @@ def test_audioset_has_its_527_labels_in_order() -> None:
     assert labels[526] == Label(526, "/m/07hvw1", "Field recording")
     assert len({label.id for label in labels}) == len({label.name for label in labels}) == 527
     assert sum("," in label.name for label in labels) == 75
+    assert read_labels("audioset") == labels
 
 
 def test_speech_commands_has_its_35_labels_without_ids() -> None:
@@ -42,6 +43,7 @@ def test_speech_commands_has_its_35_labels_without_ids() -> None:
     assert len(labels) == 35
     assert labels[0] == Label(0, None, "backward")
     assert labels[34] == Label(34, None, "one")
+    assert read_labels("speech_commands") == labels
 
 
 @pytest.mark.parametrize(
@@ -80,13 +82,6 @@ def test_spelling_variants_of_audiosets_names_keep_their_own_spelling() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("audioset", audioset_labels()), ("speech_commands", None)]
-)
-def test_known_lists_are_read_by_name(name: str, expected: tuple[Label, ...] | None) -> None:
-    assert read_labels(name) == (expected or speech_commands_labels())
-
-
-@pytest.mark.parametrize(
     "text",
     [
         'index,mid,display_name\n0,/m/1,"Rain, heavy"\n1,/m/2,Dog\n',
@@ -110,11 +105,6 @@ def test_a_csv_is_known_by_its_header_too(tmp_path: Path) -> None:
 def test_a_text_file_has_a_name_per_line(tmp_path: Path) -> None:
     path = write(tmp_path, "Rain, heavy\n  Dog \nÉcho\r\n\n", "labels.txt")
     assert names_of(read_labels(path)) == ["Rain, heavy", "Dog", "Écho"]
-
-
-def test_files_are_read_by_the_given_reader() -> None:
-    contents = {"memory://labels.txt": b"a\nb\n"}
-    assert names_of(read_labels("memory://labels.txt", contents.__getitem__)) == ["a", "b"]
 
 
 @pytest.mark.parametrize(

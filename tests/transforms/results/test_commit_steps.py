@@ -1,8 +1,8 @@
 """Kills between any two steps of repairing a result, committing a unit, finishing a run.
 
-Each job is done once to the end, in a process of its own that looks at the disk before every line
-of the code under test and so finds every state that a kill can leave there. Then it is done again
-once for each state, by a process that kills itself in it, and what is left must keep its promises.
+Each job is done once to the end, in a process of its own that counts its steps on disk. Then it is
+done again once for each step, by a process that kills itself before it, and what is left must keep
+its promises.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -26,11 +25,12 @@ import soundfile
 
 from pipeline.config.label import RunConfig
 from pipeline.graph import RunTotals
-from pipeline.labelling.plan import RunPlan, make_plan
+from pipeline.labelling.plan import make_plan
 from pipeline.labelling.run import prepare_output, run_label
-from pipeline.result.state import FinishRun, heal, read_result
+from pipeline.result.state import heal, read_result
 from pipeline.result.verify import run_verify
-from tests.support.labelling import small_config
+from tests.support.disk_steps import on_each_step
+from tests.support.labelling import check_commits, small_config
 from tests.support.unit_factory import (
     clip_events,
     failure_event,
@@ -40,12 +40,9 @@ from tests.support.unit_factory import (
 )
 from transforms.records import Carried, UnitEnd, UnitEvent, WorkUnit
 from transforms.results import write_units as commit_step
-from transforms.results.commits import file_sha256, read_commits
 from transforms.results.write_units import CommitSettings, OpenUnit
 from transforms.storage import writing
 
-# The steps are the lines of these files; between two of them the disk may have changed.
-STEP_FILES = ("transforms/", "pipeline/", "shutil.py")
 OTHER, OLD, NEW = "0" * 20, "a" * 20, "b" * 20
 
 # A process that only imports, and forks for each job: no thread of any library is in the way.
@@ -71,58 +68,21 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def marks_of(folder: Path) -> list[tuple[str, int, int, int]]:
-    """Return what tells a state of the disk from the one before."""
-    found = []
-    for path in folder.rglob("*"):
-        status = path.stat()
-        size = status.st_size if path.is_file() else -1
-        found.append((str(path), status.st_ino, size, status.st_mtime_ns if size >= 0 else 0))
-    return sorted(found)
-
-
-def on_each_line(call: Callable[[int], None]) -> None:
-    """Call ``call`` with a number, from 1, before each line of the code under test."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal count
-        if event == "call" and not any(name in frame.f_code.co_filename for name in STEP_FILES):
-            return None
-        if event == "line":
-            count += 1
-            call(count)
-        return trace
-
-    sys.settrace(trace)
-
-
-def record_states(job: Job, folder: Path, report: Path) -> None:
-    """Do the job; record before which lines the disk had changed, and its state then."""
-    last = marks_of(folder)
-    states: list[tuple[int, State]] = []
-
-    def look(number: int) -> None:
-        nonlocal last
-        now = marks_of(folder)
-        if now != last:
-            last = now
-            states.append((number, state_of(folder)))
-
-    on_each_line(look)
+def count_steps(job: Job, folder: Path, report: Path) -> None:
+    steps: list[int] = []
+    on_each_step(folder, steps.append)
     job()
-    sys.settrace(None)
-    report.write_text(json.dumps(states))
+    report.write_text(str(len(steps)))
 
 
-def kill_before(job: Job, line: int) -> None:
-    """Do the job up to a line."""
+def kill_before(job: Job, folder: Path, wanted: int) -> None:
+    """Do the job up to a step."""
 
-    def kill(number: int) -> None:
-        if number == line:
+    def kill(step: int) -> None:
+        if step == wanted:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    on_each_line(kill)
+    on_each_step(folder, kill)
     job()
 
 
@@ -133,22 +93,20 @@ def in_a_process(target: Callable[..., None], *arguments: object) -> int | None:
     return process.exitcode
 
 
-def every_kill(job: Job, before: Path, out: Path) -> Iterator[State]:
-    """Lays ``before`` out as ``out``, has the job killed in a state, and so on with every state.
+def every_kill(job: Job, before: Path, out: Path, at_least: int = 1) -> Iterator[int]:
+    """Lays ``before`` out as ``out``, has the job killed before a step, and so on with every step.
 
     In the end ``out`` is what the job makes when nobody kills it.
     """
     lay_out(before, out)
-    report = out.parent / "states.json"
-    assert in_a_process(record_states, job, out, report) == 0
-    states = json.loads(report.read_text())
-    assert states
-    for line, state in states:
+    report = out.parent / "steps.txt"
+    assert in_a_process(count_steps, job, out, report) == 0
+    num_steps = int(report.read_text())
+    assert num_steps >= at_least
+    for step in range(1, num_steps + 1):
         lay_out(before, out)
-        assert in_a_process(kill_before, job, line) == -signal.SIGKILL
-        wanted = sorted(tuple(entry) for entry in state)
-        assert state_of(out) == wanted  # it was killed where it should be
-        yield wanted
+        assert in_a_process(kill_before, job, out, step) == -signal.SIGKILL
+        yield step
     lay_out(before, out)
     job()
 
@@ -174,16 +132,6 @@ def rows_of(out: Path, unit_id: str) -> dict[str, list[dict[str, Any]]]:
         for part in (out / name for name in ("windows", "clips", "errors"))
         if (part / f"{unit_id}.parquet").exists()
     }
-
-
-def assert_vouched_for(out: Path) -> None:
-    """Check that every commit's parts are as it says, to the byte, also of replaced units."""
-    commits, damaged = read_commits(str(out))
-    assert damaged == {}
-    for unit_id, commit in commits.items():
-        for part, info in commit.parts.items():
-            with (out / part / f"{unit_id}.parquet").open("rb") as file:
-                assert file_sha256(file) == info.sha256
 
 
 # --- Committing a unit ---------------------------------------------------------------------
@@ -261,8 +209,8 @@ def before(tmp_path: Path) -> Path:
     "make_job",
     [
         new_unit,
-        pytest.param(unit_of_several_row_groups_with_a_late_failure, marks=pytest.mark.slow),
-        pytest.param(unit_that_replaces_another, marks=pytest.mark.slow),
+        unit_of_several_row_groups_with_a_late_failure,
+        unit_that_replaces_another,
         retry_that_carries_rows_over,
     ],
 )
@@ -275,17 +223,17 @@ def test_a_unit_whose_commit_is_killed_is_there_whole_or_not_at_all(
     job, others = make_job(out), facts_of(before, OTHER)
     replaced = set(job.unit.replaces)
     outcomes = []
-    for _ in every_kill(job, before, out):
+    for _ in every_kill(job, before, out, at_least=15):
         state = read_result(str(out))
         is_there = NEW in state.commits
         outcomes.append(is_there)
-        assert_vouched_for(out)
+        check_commits(out)
         assert set(state.commits) == {OTHER, *({NEW, OLD} - replaced if is_there else {OLD})}
         heal(state)
         if not is_there:  # the next run reads the unit again
             assert rows_of(out, OLD) == rows_of(before, OLD)
             job()
-        assert_vouched_for(out)
+        check_commits(out)
         assert state_of(out) == state_of(whole)
         assert rows_of(out, NEW) == rows_of(whole, NEW)
         assert facts_of(out, OTHER) == others
@@ -293,20 +241,13 @@ def test_a_unit_whose_commit_is_killed_is_there_whole_or_not_at_all(
     # At first it is absent; once present, it stays.
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {False, True}
-    assert len(outcomes) >= 15
 
 
 # --- Healing -------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class HealJob:
-    """Repair a result."""
-
-    out: Path
-
-    def __call__(self) -> None:
-        heal(read_result(str(self.out)))
+def heal_output(out: Path) -> None:
+    heal(read_result(str(out)))
 
 
 def test_healing_that_is_killed_is_done_by_the_next_run(before: Path, tmp_path: Path) -> None:
@@ -326,16 +267,13 @@ def test_healing_that_is_killed_is_done_by_the_next_run(before: Path, tmp_path: 
     (before / "_staging" / "run-1" / f"{NEW}.windows.parquet").write_bytes(b"PAR1")
     (before / "clips" / "mine.txt").write_text("not Earmark's")
     kept = {unit_id: facts_of(before, unit_id) for unit_id in (OTHER, NEW)}
-    num_states = 0
-    for _ in every_kill(HealJob(out), before, out):
-        num_states += 1
-        heal(read_result(str(out)))
+    for _ in every_kill(partial(heal_output, out), before, out, at_least=10):
+        heal_output(out)
         assert {unit_id: facts_of(out, unit_id) for unit_id in kept} == kept
         left = {path.name for path in out.rglob("*") if path.is_file()}
         wanted = {Path(name).name for facts in kept.values() for name in facts}
         assert left == {*wanted, "mine.txt"}
         assert not (out / "_staging").exists()
-    assert num_states >= 10
     assert set(read_result(str(out)).commits) == set(kept)
 
 
@@ -360,32 +298,11 @@ def finished(config: RunConfig, tmp_path: Path) -> Path:
     return finished
 
 
-@dataclasses.dataclass(frozen=True)
-class PrepareJob:
-    """Do what a run does before its first unit."""
-
-    plan: RunPlan
-
-    def __call__(self) -> None:
-        prepare_output(self.plan)
-
-
-@dataclasses.dataclass(frozen=True)
-class FinishJob:
-    """Do what a run does after its last unit."""
-
-    finish: FinishRun
-    new: RunTotals
-
-    def __call__(self) -> None:
-        self.finish(self.new)
-
-
 def assert_success_means_whole(out: Path, num_units: int) -> None:
     if (out / "_SUCCESS").exists():
         assert json.loads((out / "run.json").read_text())["status"] == "done"
         assert len(read_result(str(out)).commits) == num_units
-        assert_vouched_for(out)
+        check_commits(out)
 
 
 def test_overwriting_that_is_killed_never_looks_finished_and_goes_on(
@@ -396,16 +313,13 @@ def test_overwriting_that_is_killed_never_looks_finished_and_goes_on(
     assert num_units == 2
     config = config.model_copy(update={"overwrite": True})
     lay_out(finished, out)
-    job = PrepareJob(make_plan(config))
-    num_states = 0
-    for _ in every_kill(job, finished, out):
-        num_states += 1
-        assert_vouched_for(out)
+    job = partial(prepare_output, make_plan(config))
+    for _ in every_kill(job, finished, out, at_least=10):
+        check_commits(out)
         assert_success_means_whole(out, num_units)
         prepare_output(make_plan(config))
         assert {path.name for path in out.iterdir()} == {"run.json"}
         assert json.loads((out / "run.json").read_text())["status"] == "running"
-    assert num_states >= 10
     assert run_label(config, []) == 0
     assert run_verify(str(out)) == 0
     assert [name for name, _ in state_of(out)] == [name for name, _ in state_of(finished)]
@@ -420,9 +334,9 @@ def test_a_run_that_is_killed_while_it_brings_a_damaged_result_in_order_goes_on(
     (finished / "clips" / f"{damaged}.parquet").unlink()
     kept = facts_of(finished, other)
     lay_out(finished, out)
-    job = PrepareJob(make_plan(config))
-    for state in every_kill(job, finished, out):
-        assert ("_SUCCESS", 0) not in state
+    job = partial(prepare_output, make_plan(config))
+    for step in every_kill(job, finished, out):
+        assert step == 1 or not (out / "_SUCCESS").exists()
         prepare_output(make_plan(config))
         assert set(read_result(str(out)).commits) == {other}
         assert facts_of(out, other) == kept
@@ -445,7 +359,7 @@ def test_a_run_that_is_killed_while_it_finishes_is_finished_by_the_next(
     shutil.rmtree(finished)
     out.rename(finished)
     units = {unit_id: facts_of(finished, unit_id) for unit_id in read_result(str(finished)).commits}
-    for _ in every_kill(FinishJob(finish, RunTotals()), finished, out):
+    for _ in every_kill(partial(finish, RunTotals()), finished, out):
         assert_success_means_whole(out, len(units))
         assert run_label(config, []) == 0
         assert [name for name, _ in state_of(out)] == names

@@ -25,7 +25,7 @@ import pytest
 from pipeline.cli import main as cli
 from pipeline.result.verify import run_verify
 from tests.support.audio_factory import noise, write
-from tests.support.labelling import assert_same_rows, read_rows, rows_by_name
+from tests.support.labelling import assert_same_rows, check_commits, read_rows, rows_by_name
 from tests.support.paths import ROOT
 from transforms.results import write_units as commit_module
 from transforms.results.commits import PARTS
@@ -48,17 +48,6 @@ def write_clips(folder: Path, num: int = NUM_CLIPS) -> Path:
 
 def files_of(out: Path) -> set[str]:
     return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-
-
-def check_commits(out: Path) -> int:
-    """Check every commit's parts to the last bit; return the number of commits."""
-    commits = list((out / "_commits").glob("*.json"))
-    for path in commits:
-        for part, info in json.loads(path.read_bytes())["parts"].items():
-            content = (out / part / f"{path.stem}.parquet").read_bytes()
-            assert len(content) == info["num_bytes"]
-            assert hashlib.sha256(content).hexdigest() == info["sha256"]
-    return len(commits)
 
 
 def assert_same_result(out: Path, other: Path) -> None:
@@ -198,16 +187,6 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_completes_it(
     assert_goes_on(namespace, command, out, undisturbed)
 
 
-def test_a_disk_that_is_read_only_is_found_before_any_work(
-    namespace: Namespace, tiny_model: Path, clips: Path
-) -> None:
-    namespace.mount("size=1m,ro")
-    out = namespace.disk / "deep" / "out"
-    code, said = finish(namespace.start(*label_command(clips, out, tiny_model)))
-    assert code == 2
-    assert f"{out} cannot be written: Read-only file system. Give another --output" in said
-
-
 def stop_at_first_commit(process: subprocess.Popen[str], out: Path) -> None:
     """Stop the process as soon as it has committed something."""
     deadline = time.monotonic() + 120
@@ -218,61 +197,29 @@ def stop_at_first_commit(process: subprocess.Popen[str], out: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_gone", [False, True])
 def test_a_disk_that_turns_read_only_in_the_middle_ends_the_run(
-    namespace: Namespace, tiny_model: Path, clips: Path, undisturbed: Path
+    namespace: Namespace, tiny_model: Path, clips: Path, undisturbed: Path, is_gone: bool
 ) -> None:
-    # As Linux does when a disk fails.
+    # As Linux does when a disk fails, or somebody removes the output.
     namespace.mount("size=64m")
     out = namespace.disk / "out"
     command = label_command(clips, out, tiny_model)
     process = namespace.start(*command)
     stop_at_first_commit(process, namespace.outside(out))
-    namespace.remount("ro")
-    os.kill(process.pid, signal.SIGCONT)
-    code, said = finish(process)
-    assert code == 1, said
-    assert "cannot be written: Read-only file system. Make it writable again" in last_words(said)
-    assert 0 < check_commits(namespace.outside(out)) < NUM_CLIPS / 2
-    namespace.remount("rw")
-    assert_goes_on(namespace, command, out, undisturbed)
-
-
-@pytest.mark.slow
-def test_an_output_that_goes_in_the_middle_ends_the_run(
-    namespace: Namespace, tiny_model: Path, clips: Path, undisturbed: Path
-) -> None:
-    namespace.mount("size=64m")
-    out = namespace.disk / "out"
-    command = label_command(clips, out, tiny_model)
-    process = namespace.start(*command)
-    stop_at_first_commit(process, namespace.outside(out))
-    shutil.rmtree(namespace.outside(out))
+    if is_gone:
+        shutil.rmtree(namespace.outside(out))
+    else:
+        namespace.remount("ro")
     os.kill(process.pid, signal.SIGCONT)
     code, said = finish(process)
     assert code == 1, said
     assert str(out) in last_words(said)
+    if not is_gone:
+        assert "cannot be written: Read-only file system. Make it writable" in last_words(said)
+        assert 0 < check_commits(namespace.outside(out)) < NUM_CLIPS / 2
+        namespace.remount("rw")
     assert_goes_on(namespace, command, out, undisturbed)
-
-
-@pytest.mark.slow
-def test_a_limit_for_the_size_of_files_ends_the_run(
-    tiny_model: Path, clips: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
-    limited += "from pipeline.cli import main as cli; sys.exit(cli.main(sys.argv[1:]))"
-    command = label_command(clips, out, tiny_model)
-    done = subprocess.run(
-        [sys.executable, "-c", limited, *command[3:]],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode in (1, 2), done.stderr
-    assert "File too large" in last_words(done.stderr)
-    assert "Traceback" not in done.stderr
-    assert check_commits(out) == 0
-    assert cli.main([str(word) for word in command[3:]]) == 0
-    assert_same_result(out, undisturbed)
-    assert files_of(out) == files_of(undisturbed)
 
 
 @pytest.mark.slow
@@ -467,23 +414,6 @@ def test_files_removed_in_the_middle_are_errors_and_then_vanished(
     assert_same_result(out, fresh)
 
 
-def test_an_input_folder_that_vanishes_and_comes_back_is_completed(
-    label: Label, own_clips: Path, tmp_path: Path
-) -> None:
-    # As when a network disk is lost: times and sizes are the same afterwards.
-    away, out = tmp_path / "away", tmp_path / "out"
-    assert label.disturbed(out, lambda: own_clips.rename(away)) == 3
-    errors = rows_by_name(out, "errors")
-    assert len(errors) + len(rows_by_name(out, "clips")) == NUM_CLIPS
-    assert run_verify(str(out), quiet=True) == 0
-    away.rename(own_clips)
-    assert label(out, "--retry-failed") == 0
-    assert not rows_by_name(out, "errors")
-    fresh = tmp_path / "fresh"
-    assert label(fresh) == 0
-    assert_same_result(out, fresh)
-
-
 def test_files_that_change_in_the_middle_are_done_again_by_the_next_run(
     label: Label, own_clips: Path, tmp_path: Path
 ) -> None:
@@ -517,7 +447,7 @@ def test_files_that_change_in_the_middle_are_done_again_by_the_next_run(
     assert before == {path: path.stat().st_mtime_ns for path in (out / "clips").iterdir()}
 
 
-@pytest.mark.parametrize("kept_ratio", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("kept_ratio", [0.0, 0.7])
 def test_a_tar_cut_in_the_middle_of_the_run_is_said_and_then_redone(
     label: Label, own_clips: Path, tmp_path: Path, kept_ratio: float
 ) -> None:

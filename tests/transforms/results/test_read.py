@@ -48,23 +48,6 @@ def test_what_is_not_committed_is_not_read(result: str, tmp_path: Path) -> None:
         leftover.unlink()
 
 
-def test_a_replaced_unit_that_a_killed_run_left_behind_is_not_read_twice(
-    result: str, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(result, tmp_path / "out")
-    old = sorted((folder / "_commits").iterdir())[0]
-    new = "f" * 20
-    commit = json.loads(old.read_text()) | {"unit_id": new, "replaces": [old.stem]}
-    (folder / "_commits" / f"{new}.json").write_text(json.dumps(commit))
-    for table in commit["parts"]:
-        part = folder / table / f"{old.stem}.parquet"
-        shutil.copy(part, part.with_stem(new))
-    clips = earmark.read_result(str(folder))
-    assert sorted(clips["uri"].to_pylist()) == sorted(
-        earmark.read_result(result)["uri"].to_pylist()
-    )
-
-
 def test_a_folder_without_commits_and_an_unknown_table_are_errors(
     result: str, tmp_path: Path
 ) -> None:
@@ -112,12 +95,6 @@ def test_a_result_of_another_schema_is_refused(
     assert f"{out} has schema version 2, and this version of Earmark has 1; use the" in said
     assert "or label into a new folder" in said
     assert content(out) == before
-
-
-def test_another_schema_is_no_table(result: str, tmp_path: Path) -> None:
-    out = with_schema(result, tmp_path / "out", 2)
-    with pytest.raises(OutputError, match="has schema version 2"):
-        earmark.read_result(str(out))
 
 
 def test_a_part_of_another_schema_is_no_table(result: str, tmp_path: Path) -> None:

@@ -54,13 +54,9 @@ def test_labels_are_best_first_with_index_id_and_name() -> None:
     ]
 
 
-def test_equal_scores_keep_the_models_order() -> None:
-    labels = labels_array(np.full((1, 3), 0.5, np.float32), LABELS, 3).to_pylist()[0]
+def test_equal_scores_keep_the_models_order_and_top_k_may_be_beyond_all() -> None:
+    labels = labels_array(np.full((1, 3), 0.5, np.float32), LABELS, 10).to_pylist()[0]
     assert [label["index"] for label in labels] == [0, 1, 2]
-
-
-def test_top_k_beyond_the_number_of_labels_lists_them_all() -> None:
-    assert len(labels_array(np.ones((1, 3), np.float32), LABELS, 10).to_pylist()[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -69,10 +65,13 @@ def test_top_k_beyond_the_number_of_labels_lists_them_all() -> None:
 )
 def test_a_clips_scores_are_the_maximum_or_the_mean(activation: str, scores: list[float]) -> None:
     clip = ClipAggregate(ITEM, row_settings(activation=activation))
-    clip.add(make_window(ITEM, 0), make_prediction([0.9, 0.2, 0.2]))
+    # In any order.
     clip.add(make_window(ITEM, 1, num_windows=2), make_prediction([0.1, 0.4, 0.2]))
+    assert clip.result("u", 0) is None
+    clip.add(make_window(ITEM, 0), make_prediction([0.9, 0.2, 0.2]))
     row = clip.result("u", 0)
     assert isinstance(row, ClipRow)
+    assert row.num_windows == 2
     np.testing.assert_allclose(row.scores, scores, rtol=1e-6)
 
 
@@ -85,16 +84,6 @@ def test_a_clips_embedding_is_weighted_by_real_duration() -> None:
     assert isinstance(row, ClipRow)
     np.testing.assert_allclose(row.embedding, np.full(4, (10 * 1 + 2.5 * 6) / 12.5))
     assert row.embedding.dtype == np.float32
-
-
-def test_windows_may_come_in_any_order() -> None:
-    clip = ClipAggregate(ITEM, row_settings())
-    clip.add(make_window(ITEM, 1, num_windows=2), make_prediction([0, 0, 1]))
-    assert clip.result("u", 0) is None
-    clip.add(make_window(ITEM, 0), make_prediction([1, 0, 0]))
-    row = clip.result("u", 0)
-    assert isinstance(row, ClipRow)
-    assert row.num_windows == 2
 
 
 def test_one_failed_window_makes_the_item_a_failure_that_names_it() -> None:
@@ -122,16 +111,8 @@ def test_schemas_are_those_of_the_contract() -> None:
     events = clip_events("u", 0, ITEM)
     windows = windows_table([e for e in events if isinstance(e, WindowRow)], settings)
     clips = clips_table([e for e in events if isinstance(e, ClipRow)], settings)
-    labels = pa.list_(
-        pa.struct(
-            [
-                ("index", pa.int32()),
-                ("id", pa.string()),
-                ("name", pa.string()),
-                ("score", pa.float32()),
-            ]
-        )
-    )
+    struct = {"index": pa.int32(), "id": pa.string(), "name": pa.string(), "score": pa.float32()}
+    labels = pa.list_(pa.struct(struct))
     assert [(field.name, field.type) for field in windows.schema] == [
         ("clip_id", pa.string()),
         ("window_index", pa.int32()),
@@ -177,29 +158,13 @@ def test_half_precision_embeddings_are_stored_as_such() -> None:
     )
 
 
-def test_the_transform_gives_windows_then_the_clip_and_passes_the_rest() -> None:
-    unit = WorkUnit("u", "files", (ITEM,))
-    elements = [
-        (make_window(ITEM, 0), make_prediction([0, 1, 0])),
-        (make_window(ITEM, 1, num_windows=2), make_prediction([0, 1, 0])),
-        (failure_event("u", 1, ITEM), None),
-        (UnitEnd(unit, 2), None),
-    ]
-
-    def check(actual: list[object]) -> None:
-        names = [type(event).__name__ for event in actual]
-        assert names == ["WindowRow", "WindowRow", "ClipRow", "ItemFailure", "UnitEnd"]
-
-    with TestPipeline(runner="FnApiRunner") as pipeline:
-        events = pipeline | beam.Create([elements]) | beam.FlatMap(list)
-        assert_that(events | AssembleRows(row_settings()), check)
-
-
 def pending_elements(num_clips: int) -> Iterator[tuple[object, object]]:
-    """Yield clips of one window, each its own batch, then a failure and the unit's end."""
+    """Yield clips of two windows, every other one a batch, then a failure and the unit's end."""
     for index in range(num_clips):
-        batch = PendingBatch(lambda: [make_prediction([0, 1, 0])])
-        yield make_window(ITEM, 0, num_windows=1, item_index=index), PendingPrediction(batch, 0)
+        prediction = make_prediction([0, 1, 0])
+        pending = PendingPrediction(PendingBatch(lambda: [make_prediction([0, 1, 0])]), 0)
+        yield make_window(ITEM, 0, item_index=index), pending if index % 2 else prediction
+        yield make_window(ITEM, 1, num_windows=2, item_index=index), prediction
     yield failure_event("u", num_clips, ITEM), None
     yield UnitEnd(WorkUnit("u", "files", (ITEM,)), num_clips + 1), None
 
@@ -207,7 +172,8 @@ def pending_elements(num_clips: int) -> Iterator[tuple[object, object]]:
 def test_rows_that_wait_for_a_device_come_in_their_order_within_the_bundle() -> None:
     def check(actual: list[object]) -> None:
         names = [type(event).__name__ for event in actual]
-        assert names == [*["WindowRow", "ClipRow"] * 5, "ItemFailure", "UnitEnd"]
+        clip = ["WindowRow", "WindowRow", "ClipRow"]
+        assert names == [*clip * 5, "ItemFailure", "UnitEnd"]
         assert [event.item_index for event in actual if isinstance(event, ClipRow)] == [*range(5)]
 
     with TestPipeline(runner="FnApiRunner") as pipeline:

@@ -78,27 +78,21 @@ def files_below(folder: str) -> set[str]:
     return {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
 
 
+def files_of_unit(unit_id: str) -> set[str]:
+    parts = {f"{part}/{unit_id}.parquet" for part in ("windows", "clips", "errors")}
+    return {*parts, f"_commits/{unit_id}.json"}
+
+
 def test_a_unit_becomes_one_set_of_parts_and_a_commit(settings: CommitSettings) -> None:
     unit = file_unit("u1", 3)
     commit = commit_events(settings, unit_events(unit, failed=[1]))
-    assert files_below(settings.output) == {
-        "windows/u1.parquet",
-        "clips/u1.parquet",
-        "errors/u1.parquet",
-        "_commits/u1.json",
-    }
+    assert files_below(settings.output) == files_of_unit("u1")
     assert commit.totals == UnitTotals(items=3, clips=2, failures=1, windows=4, audio_s=24.0)
     assert [row["clip_id"] for row in read_part(settings, "clips", "u1")] == [
         "/audio/u1-0.wav",
         "/audio/u1-2.wav",
     ]
     assert read_part(settings, "errors", "u1")[0]["message"] == "not audio"
-
-
-def test_a_unit_without_failures_has_no_errors_part(settings: CommitSettings) -> None:
-    commit = commit_events(settings, unit_events(file_unit("u1", 1)))
-    assert set(commit.parts) == {"windows", "clips"}
-    assert "errors/u1.parquet" not in files_below(settings.output)
 
 
 def test_a_unit_of_failures_has_empty_tables_with_their_schema(settings: CommitSettings) -> None:
@@ -118,8 +112,10 @@ def test_no_order_is_assumed(settings: CommitSettings, tmp_path: Path) -> None:
     assert shuffled.parts["errors"] == ordered.parts["errors"]
 
 
-def test_a_commit_reads_back_as_it_was_written(settings: CommitSettings) -> None:
-    commit = commit_events(settings, unit_events(file_unit("u1", 2), failed=[0]))
+@pytest.mark.parametrize("failed", [[], [0]])
+def test_a_commit_reads_back_as_it_was_written(settings: CommitSettings, failed: list[int]) -> None:
+    commit = commit_events(settings, unit_events(file_unit("u1", 2), failed=failed))
+    assert set(commit.parts) == {"windows", "clips", *["errors"] * len(failed)}
     assert read_commit(settings.output, "u1") == commit
     assert commit.ledger.items[0].clip_id == "/audio/u1-0.wav"
     assert commit.ledger.items[0].version == item_version(make_item("/audio/u1-0.wav"))
@@ -188,12 +184,7 @@ def test_a_retry_keeps_the_good_rows_and_replaces_the_unit(settings: CommitSetti
         carried=Carried("u1"),
     )
     commit = commit_events(settings, unit_events(retried, failed=[1]))
-    assert files_below(settings.output) == {
-        "windows/u2.parquet",
-        "clips/u2.parquet",
-        "errors/u2.parquet",
-        "_commits/u2.json",
-    }
+    assert files_below(settings.output) == files_of_unit("u2")
     assert commit.totals == UnitTotals(items=4, clips=3, failures=1, windows=6, audio_s=36.0)
     assert {item.clip_id for item in commit.ledger.items} == {
         item.clip_id for item in before.ledger.items
@@ -281,9 +272,7 @@ def test_an_attempt_that_comes_second_keeps_the_parts_of_the_first(
     second = dataclasses.replace(settings, run_id="zombie")
     # The later attempt labelled less: its parts would not be those that the commit vouches for.
     assert commit_events(second, unit_events(unit, failed=[1])) == firsts[0]
-    assert files_below(settings.output) == {
-        "windows/u1.parquet", "clips/u1.parquet", "_commits/u1.json"
-    }  # fmt: skip
+    assert files_below(settings.output) == files_of_unit("u1") - {"errors/u1.parquet"}
     assert read_commit(settings.output, "u1") == firsts[0]
     assert [len(read_part(settings, part, "u1")) for part in ("clips", "windows")] == [2, 4]
 
@@ -312,17 +301,11 @@ def test_a_commit_that_is_not_valid_is_written_anew(settings: CommitSettings, da
 
 def test_an_items_version_changes_with_where_it_lies_and_what_is_said_of_it() -> None:
     item = make_item("/a.wav")
+    changes = {"size": 11, "version": "v2", "truth": ("Dog",), "metadata": '{"a": 1}',
+               "uri": "/b.wav", "member": "m", "row": 0, "start_s": 1.0, "end_s": 1.0}  # fmt: skip
     versions = {
         item_version(item),
-        item_version(dataclasses.replace(item, size=11)),
-        item_version(dataclasses.replace(item, version="v2")),
-        item_version(dataclasses.replace(item, truth=("Dog",))),
-        item_version(dataclasses.replace(item, metadata='{"a": 1}')),
-        item_version(dataclasses.replace(item, uri="/b.wav")),
-        item_version(dataclasses.replace(item, member="m")),
-        item_version(dataclasses.replace(item, row=0)),
-        item_version(dataclasses.replace(item, start_s=1.0)),
-        item_version(dataclasses.replace(item, end_s=1.0)),
+        *(item_version(dataclasses.replace(item, **{n: v})) for n, v in changes.items()),
     }
     assert len(versions) == 10
     assert item_version(dataclasses.replace(item, url="/signed?sig=1")) in versions

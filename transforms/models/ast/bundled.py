@@ -18,10 +18,8 @@ the card, in the format of model hubs:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 import yaml
 
@@ -33,8 +31,6 @@ BUNDLED_FOLDER = Path(__file__).resolve().parent / "bundled_models"
 DEFAULT_MODEL = "esc10"
 
 _CONFIG_NAME = "config.json"
-_CARD_NAME = "README.md"
-_FENCE = "---"
 
 
 @dataclass(frozen=True)
@@ -87,21 +83,26 @@ def bundled_model(name: str) -> BundledModel:
             f"model {name}: not in this installation of Earmark, which has {known}. Install the "
             "same version of Earmark everywhere, or give another --model"
         )
-    config, card = _read_config(folder), _read_front_matter(folder)
-    dataset, metric, value = _read_result(folder, card)
-    license_name = card.get("license")
-    if not isinstance(license_name, str) or not license_name:
-        _fail(folder, f"license in {_CARD_NAME} is {license_name!r}; expected its name")
-    return BundledModel(
-        name=name,
-        folder=folder,
-        labels=tuple(config["id2label"][str(n)] for n in range(len(config["id2label"]))),
-        max_length=config["max_length"],
-        dataset=dataset,
-        metric=metric,
-        value=value,
-        license=license_name,
-    )
+    try:
+        config = json.loads((folder / _CONFIG_NAME).read_bytes())
+        _, front_matter, _ = (folder / "README.md").read_text("utf-8").split("---\n", 2)
+        card = yaml.safe_load(front_matter)
+        result = card["model-index"][0]["results"][0]
+        return BundledModel(
+            name=name,
+            folder=folder,
+            labels=tuple(config["id2label"][str(n)] for n in range(len(config["id2label"]))),
+            max_length=int(config["max_length"]),
+            dataset=result["dataset"]["name"],
+            metric=result["metrics"][0]["type"],
+            value=float(result["metrics"][0]["value"]),
+            license=card["license"],
+        )
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError) as error:
+        raise ModelError(
+            f"model {name}, which ships with Earmark: its files are damaged ({error!r}). Install "
+            "Earmark again"
+        ) from error
 
 
 def bundled_models() -> tuple[BundledModel, ...]:
@@ -120,58 +121,3 @@ def describe_default() -> str:
         f"{model.num_labels} sounds ({', '.join(model.labels)}). For AudioSet's 527: --config "
         "audioset, which needs the network once, or --model with a downloaded copy"
     )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json``, checking only the values used here."""
-    try:
-        values = json.loads((folder / _CONFIG_NAME).read_bytes())
-        names = values["id2label"]
-        has_names = names.keys() == {str(n) for n in range(len(names))}
-        if not has_names or type(values["max_length"]) is not int:
-            raise ValueError("id2label or max_length is not valid")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _fail(folder, f"{_CONFIG_NAME} cannot be read as an AST's: {error!r}", error)
-    return dict(values)
-
-
-def _read_front_matter(folder: Path) -> Mapping[str, Any]:
-    """Read the YAML between the first two ``---`` lines of the model card."""
-    try:
-        lines = (folder / _CARD_NAME).read_text(encoding="utf-8").splitlines()
-        if lines[:1] != [_FENCE] or _FENCE not in lines[1:]:
-            raise ValueError(f"there is no front matter between two lines {_FENCE}")
-        card = yaml.safe_load("\n".join(lines[1 : lines.index(_FENCE, 1)]))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        _fail(folder, f"{_CARD_NAME} cannot be read as a model card: {error}", error)
-    if not isinstance(card, dict):
-        _fail(folder, f"the front matter of {_CARD_NAME} is {card!r}; expected keys and values")
-    return card
-
-
-def _read_result(folder: Path, card: Mapping[str, Any]) -> tuple[str, str, float]:
-    try:
-        result = card["model-index"][0]["results"][0]
-        dataset, metric = result["dataset"]["name"], result["metrics"][0]
-        name, value = metric["type"], metric["value"]
-    except (KeyError, IndexError, TypeError) as error:
-        _fail(
-            folder,
-            f"{_CARD_NAME} has no model-index with a result's dataset.name, metrics.type and "
-            f"metrics.value: {error!r}",
-            error,
-        )
-    is_ratio = type(value) in (int, float) and 0 <= value <= 1
-    if not (isinstance(dataset, str) and isinstance(name, str) and is_ratio):
-        _fail(
-            folder,
-            f"the result in {_CARD_NAME} is {dataset!r}, {name!r}, {value!r}; expected a name, a "
-            "metric and a number in [0, 1]",
-        )
-    return dataset, name, value
-
-
-def _fail(folder: Path, text: str, cause: BaseException | None = None) -> NoReturn:
-    raise ModelError(
-        f"model {folder.name}, which ships with Earmark: {text}. Install Earmark again"
-    ) from cause

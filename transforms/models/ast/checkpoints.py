@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from transforms.errors import ModelError
-from transforms.models.ast.config import ASTConfig
-from transforms.models.ast.config_files import check_extractor, open_checkpoint, parse_config
+from transforms.models.ast.config import ASTConfig, parse_config
+from transforms.models.ast.config_files import check_extractor, open_checkpoint
+from transforms.models.ast.feature_extractor import ASTFeatureExtractor
 from transforms.models.ast.files import (
     CONFIG_NAME,
     FEATURES_NAME,
@@ -45,7 +46,7 @@ from transforms.models.ast.public import (
 from transforms.models.ast.tensor_names import BASE
 from transforms.models.ast.weights import Weights, check_labels
 from transforms.models.labels import Label, labels_from_names, read_labels
-from transforms.storage import reading, urls
+from transforms.storage import urls
 from transforms.storage.secrets import public_uri
 
 Activation = Literal["sigmoid", "softmax"]
@@ -159,7 +160,7 @@ def _settle_labels(
 ) -> tuple[ASTConfig, tuple[Label, ...]]:
     if overrides.labels is not None:
         name = public_uri(overrides.labels)
-        labels = read_labels(overrides.labels, reading.read_bytes, name)
+        labels = read_labels(overrides.labels)
         origin = f"model.labels={name}"
     else:
         labels = labels_from_names(tuple(config.id2label.values()))
@@ -285,7 +286,7 @@ def resolve_model(
             notes += found
             if missing:
                 fail_missing(location, missing)
-        config = parse_config(location, values, ASTConfig.from_dict)
+        config = parse_config(location, values)
         config, labels = _settle_labels(weights, config, overrides)
         check_tensors(weights, config, ASTForAudioClassification)
         check_finite(weights, config)
@@ -423,17 +424,8 @@ def save_pretrained(
     Raises:
         ModelError: A weight is too large for ``dtype``.
     """
-    features = {
-        "do_normalize": True,
-        "feature_extractor_type": "ASTFeatureExtractor",
-        "feature_size": 1,
-        "max_length": model.config.max_length,
-        "mean": mean,
-        "num_mel_bins": model.config.num_mel_bins,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "return_attention_mask": False,
-        "sampling_rate": SAMPLING_RATE_HZ,
-        "std": std,
-    }
-    save_model(model, folder, dtype, features)
+    config = model.config
+    extractor = ASTFeatureExtractor(
+        num_mel_bins=config.num_mel_bins, max_length=config.max_length, mean=mean, std=std
+    )
+    save_model(model, folder, dtype, extractor.to_dict())

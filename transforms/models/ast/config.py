@@ -15,8 +15,8 @@ from typing import Any, Self
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
-from transforms.models.ast.config_files import load_config, write_json
-from transforms.models.ast.files import CONFIG_NAME
+from transforms.models.ast.config_files import read_config_values, write_json
+from transforms.models.ast.files import CONFIG_NAME, ModelFiles, ModelLocation, locate_model
 from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
 
 MODEL_TYPE = "audio-spectrogram-transformer"
@@ -169,13 +169,6 @@ class ASTConfig:
         rows, columns = self.patch_grid
         return NUM_PREFIX_TOKENS + rows * columns
 
-    @property
-    def effective_head_layer_norm_eps(self) -> float:
-        """Epsilon of the head's LayerNorm: its own if it has one, else ``layer_norm_eps``."""
-        if self.head_layer_norm_eps is None:
-            return self.layer_norm_eps
-        return self.head_layer_norm_eps
-
     def with_labels(self, names: tuple[str, ...] | list[str]) -> ASTConfig:
         """Return the same shape with another head: one output per name, in this order."""
         return dataclasses.replace(
@@ -184,10 +177,8 @@ class ASTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``config.json``, as transformers and ``from_dict`` read it."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = dataclasses.asdict(self)
         del values["num_labels"]  # follows from id2label, there as here
-        values["id2label"] = dict(self.id2label)
-        values["label2id"] = dict(self.label2id)
         kept = {name: value for name, value in values.items() if value is not None}
         return {"model_type": MODEL_TYPE, **kept}
 
@@ -218,13 +209,22 @@ class ASTConfig:
         return config
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path, revision: str | None = None) -> ASTConfig:
         """Read the config of a checkpoint; see ``ASTForAudioClassification.from_pretrained``."""
-        return load_config(str(name_or_path), revision, cls.from_dict)
+        with ModelFiles(locate_model(str(name_or_path), revision)) as files:
+            return parse_config(files.location, read_config_values(files))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` into a folder, which is created if it does not exist."""
         write_json(folder, CONFIG_NAME, self.to_dict())
+
+
+def parse_config(location: ModelLocation, values: Mapping[str, Any]) -> ASTConfig:
+    """Make a config of values, with ``ModelError`` for those that are wrong."""
+    try:
+        return ASTConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        location.fail(f"{CONFIG_NAME} or --set model.* is wrong: {error}", error)
 
 
 def _check(

@@ -7,9 +7,9 @@ what ``original`` finds out about it takes its place.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transforms.models.ast.files import (
     CONFIG_NAME,
@@ -27,16 +27,13 @@ from transforms.storage import urls, writing
 # Image transformers of AST's shape, from which it can start (``image_models``).
 IMAGE_MODEL_TYPES = ("deit", "vit")
 
-Config = TypeVar("Config")
-
 
 def open_checkpoint(files: ModelFiles) -> tuple[dict[str, Any], Weights]:
     """Read the config's values, as far as the checkpoint gives them, and the weights' headers."""
     if files.location.source == "original":
         weights = Weights(files, find_weight_files(files))
         return original_values(files, weights), weights
-    values = _need_config(files)
-    return values, Weights(files, find_weight_files(files))
+    return _need_config(files), Weights(files, find_weight_files(files))
 
 
 def open_complete_checkpoint(files: ModelFiles) -> tuple[dict[str, Any], Weights]:
@@ -54,31 +51,11 @@ def open_complete_checkpoint(files: ModelFiles) -> tuple[dict[str, Any], Weights
     return values, weights
 
 
-def load_config(
-    name: str, revision: str | None, parse: Callable[[Mapping[str, Any]], Config]
-) -> Config:
-    """Read the config of a checkpoint, which is found as by ``locate_model``.
-
-    Raises ``ModelError`` if the config does not exist, or is not that of an AST.
-    """
-    with ModelFiles(locate_model(name, revision)) as files:
-        if files.location.source == "original":
-            values, _ = open_complete_checkpoint(files)
-        else:
-            values = _need_config(files)
-        return parse_config(files.location, values, parse)
-
-
-def parse_config(
-    location: ModelLocation,
-    values: Mapping[str, Any],
-    parse: Callable[[Mapping[str, Any]], Config],
-) -> Config:
-    """Make a config of values, with ``ModelError`` for those that are wrong."""
-    try:
-        return parse(values)
-    except (TypeError, ValueError) as error:
-        location.fail(f"{CONFIG_NAME} or --set model.* is wrong: {error}", error)
+def read_config_values(files: ModelFiles) -> dict[str, Any]:
+    """Read all of the config's values alone; ``ModelError`` if there are none."""
+    if files.location.source == "original":
+        return open_complete_checkpoint(files)[0]
+    return _need_config(files)
 
 
 def load_features(name: str, revision: str | None = None) -> dict[str, Any]:

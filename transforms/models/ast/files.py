@@ -17,10 +17,9 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 import huggingface_hub
@@ -107,7 +106,10 @@ def locate_model(
     if not name:
         raise ModelError("model is empty; give a hub id (org/name), a folder or a .pth file")
     if name in bundled_names():
-        return _locate_bundled(name)
+        note = f"{name} is the model that ships with Earmark; the folder here is ./{name}"
+        license_name = bundled_model(name).license
+        notes = (note,) if filesystem.is_folder(name) else ()
+        return ModelLocation(name, "bundled", name, license=license_name, notes=notes)
     if urls.file_name(name).endswith((".pth", ".pt")):
         return ModelLocation(public, "original", urls.normalise(name))
     if not urls.is_local(name) or filesystem.is_folder(name):
@@ -125,13 +127,6 @@ def locate_model(
             + "".join(f", {known} (ships with Earmark)" for known in bundled_names())
         )
     return _locate_on_hub(public, hub_id, revision or revision_in_name or None, wanted)
-
-
-def _locate_bundled(name: str) -> ModelLocation:
-    notes: tuple[str, ...] = ()
-    if filesystem.is_folder(name):
-        notes = (f"{name} is the model that ships with Earmark; the folder here is ./{name}",)
-    return ModelLocation(name, "bundled", name, license=bundled_model(name).license, notes=notes)
 
 
 def _locate_on_hub(name: str, hub_id: str, revision: str | None, wanted: str) -> ModelLocation:
@@ -197,21 +192,13 @@ def _without_token(error: Exception) -> str:
     return text.replace(token, "***") if token else text
 
 
-class ModelFiles(AbstractContextManager["ModelFiles"]):
+class ModelFiles(ExitStack[None]):
     """A model's files on this machine; files from a remote folder are deleted at exit."""
 
     def __init__(self, location: ModelLocation) -> None:
+        super().__init__()
         self.location = location
-        self._stack = ExitStack()
         self._found: dict[str, Path | None] = {}
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     def find(self, file_name: str) -> Path | None:
         """Return the local path of a file, or None if the checkpoint has no such file."""
@@ -222,16 +209,22 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
         return self._found[file_name]
 
     def _find_in_folder(self, file_name: str) -> Path | None:
-        url = self._url(file_name)
+        location = self.location
+        url = urls.join(location.folder, file_name)
+        if location.source == "original" and file_name == urls.file_name(location.url):
+            url = location.url  # with its query, which may sign it
         try:
             if not filesystem.exists(url):
                 return None
             if not urls.is_local(url):
-                return self._fetch(url)
+                folder = self.enter_context(tempfile.TemporaryDirectory(dir=scratch_folder()))
+                path = Path(folder) / urls.file_name(url)
+                reading.get_file(url, str(path))
+                return path
             with reading.open_read(url):  # raises for a pipe, which would block forever
                 return Path(urls.local_path(url))
         except OSError as error:
-            self.location.fail(
+            location.fail(
                 f"{file_name} cannot be read: {error.strerror or error}. Check permissions, "
                 "network and disk, or give another --model",
                 error,
@@ -263,18 +256,6 @@ class ModelFiles(AbstractContextManager["ModelFiles"]):
                 f"{file_name} holds a {type(values).__name__}; expected a JSON object"
             )
         return values
-
-    def _url(self, file_name: str) -> str:
-        location = self.location
-        if location.source == "original" and file_name == urls.file_name(location.url):
-            return location.url  # with its query, which may sign it
-        return urls.join(location.folder, file_name)
-
-    def _fetch(self, url: str) -> Path:
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(dir=scratch_folder()))
-        path = Path(folder) / urls.file_name(url)
-        reading.get_file(url, str(path))
-        return path
 
     def _find_on_hub(self, file_name: str) -> Path | None:
         location = self.location

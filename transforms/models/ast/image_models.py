@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from transforms.models.ast.checkpoints import FIXED_FIELDS, check_blocks, start_model
-from transforms.models.ast.config import ASTConfig
-from transforms.models.ast.config_files import IMAGE_MODEL_TYPES, parse_config
+from transforms.models.ast.config import ASTConfig, parse_config
+from transforms.models.ast.config_files import IMAGE_MODEL_TYPES
 from transforms.models.ast.files import (
     CONFIG_NAME,
     ModelFiles,
@@ -88,16 +88,15 @@ class ImageModel:
     revision: str | None
     sha256: str
     config: ASTConfig
-    license: str | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
-def is_image_model(name: str, revision: str | None = None) -> bool:
+def is_image_model(name: str) -> bool:
     """Return whether a model is one for images, according to its ``config.json``.
 
     Raises ``ModelError`` if there is no such model, or its config is not JSON.
     """
-    location = locate_model(name, revision)
+    location = locate_model(name)
     if location.source == "original":
         return False  # a config beside it describes the AST in it
     with ModelFiles(location) as files:
@@ -105,26 +104,14 @@ def is_image_model(name: str, revision: str | None = None) -> bool:
     return values.get("model_type") in IMAGE_MODEL_TYPES
 
 
-def image_model_config(name: str, revision: str | None = None) -> dict[str, Any]:
-    """Read the fields of ``ASTConfig`` that an AST takes over from an image model.
-
-    They are ``FIXED_FIELDS`` and ``layer_norm_eps``.
-
-    Raises ``ModelError`` if the model does not exist, or an AST cannot start from it.
-    """
-    with ModelFiles(locate_model(name, revision)) as files:
-        config, _ = _read_config(files)
-    return {name: getattr(config, name) for name in _TAKEN_FIELDS}
-
-
-def resolve_image_model(name: str, revision: str | None = None) -> ImageModel:
+def resolve_image_model(name: str) -> ImageModel:
     """Find an image model, check everything about it that can be wrong, and describe it.
 
     Raises:
         ModelError: The model does not exist, is damaged, or does not fit its config; the message
             names the tensor or field, what was found, what was expected, and what to do.
     """
-    with ModelFiles(locate_model(name, revision)) as files:
+    with ModelFiles(locate_model(name)) as files:
         config, num_channels = _read_config(files)
         weights = Weights(files, find_weight_files(files))
         names = _stored_names(weights, config)
@@ -137,7 +124,6 @@ def resolve_image_model(name: str, revision: str | None = None) -> ImageModel:
             revision=location.revision,
             sha256=hash_files(files, weights.file_names),
             config=config,
-            license=location.license,
             notes=(*location.notes, *_lacking(names)),
         )
 
@@ -149,7 +135,7 @@ def load_image_model(
 
     Args:
         name: Hub id (``org/name`` or ``org/name@revision``), or a local or remote folder.
-        config: Config of the new AST: the image model's blocks (``image_model_config``), with any
+        config: Config of the new AST: the image model's blocks (``ImageModel.config``), with any
             strides, window, mel bins and labels.
         revision: Replaces the one in the name.
 
@@ -190,7 +176,7 @@ def _read_config(files: ModelFiles) -> tuple[ASTConfig, int]:
         "num_mel_bins": height,
         "max_length": width,
     }
-    return parse_config(location, fields, ASTConfig.from_dict), num_channels
+    return parse_config(location, fields), num_channels
 
 
 def _size(location: ModelLocation, values: Mapping[str, Any], name: str) -> tuple[int, int]:

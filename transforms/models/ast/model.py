@@ -383,7 +383,9 @@ class ASTMLPHead(nn.Module):
 
     def __init__(self, config: ASTConfig) -> None:
         super().__init__()
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.effective_head_layer_norm_eps)
+        own = config.head_layer_norm_eps
+        eps = config.layer_norm_eps if own is None else own
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=eps)
         self.dense = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, embedding: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from transforms.errors import ModelError
-from transforms.models.ast.config import ASTConfig
-from transforms.models.ast.config_files import open_complete_checkpoint, parse_config, write_json
+from transforms.models.ast.config import ASTConfig, parse_config
+from transforms.models.ast.config_files import open_complete_checkpoint, write_json
 from transforms.models.ast.files import (
     CONFIG_NAME,
     FEATURES_NAME,
@@ -61,7 +61,7 @@ class PretrainedModel(nn.Module):
         """
         with ModelFiles(locate_model(str(name_or_path), revision)) as files:
             values, weights = open_complete_checkpoint(files)
-            config = parse_config(files.location, values, ASTConfig.from_dict)
+            config = parse_config(files.location, values)
             if CLASSIFIER.startswith(cls.name_prefix):  # the class has a head
                 check_labels(weights, f"id2label in {CONFIG_NAME}", [*config.id2label.values()])
             return build_model(cls, config, weights)

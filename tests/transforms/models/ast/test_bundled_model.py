@@ -32,7 +32,7 @@ from transforms.models.ast.bundled import (
     bundled_names,
     describe_default,
 )
-from transforms.models.ast.checkpoints import ModelOverrides, load_model, resolve_model
+from transforms.models.ast.checkpoints import load_model, resolve_model
 from transforms.models.ast.config_files import load_features
 from transforms.models.ast.model import ASTForAudioClassification
 
@@ -139,11 +139,6 @@ def test_only_the_exact_name_is_the_bundled_model(
         resolve_model(name)
 
 
-def test_overrides_apply_to_a_bundled_model(shelf: Path) -> None:
-    spec = resolve_model("esc10", ModelOverrides(activation="softmax", mean=0.0))
-    assert (spec.activation, spec.mean, spec.std) == ("softmax", 0.0, STD)
-
-
 def test_a_bundled_model_is_described_by_its_files(shelf: Path) -> None:
     write_bundled(shelf, "a_second", max_length=128)
     assert bundled_names() == ("a_second", "esc10")
@@ -172,27 +167,8 @@ def test_bundled_models_are_listed_first(shelf: Path, capsys: pytest.CaptureFixt
     assert {entry["source"] for entry in others} == {"hub"}
     assert cli.main(["models"]) == 0
     table = capsys.readouterr().out
-    words = "esc10 10.255 s Five Sounds (5 labels) accuracy 0.8750 cc-by-nc-4.0"
-    rows = [" ".join(re.sub("[│┃]", " ", line).split()) for line in table.splitlines()]
-    assert words in rows
-    assert rows.index(words) < next(n for n, row in enumerate(rows) if row.startswith("MIT/"))
-    assert (
-        "Source: inside Earmark for esc10, the Hugging Face hub for the others. A folder" in table
-    )
-
-
-@pytest.mark.parametrize("width", ["40", "160"])
-def test_a_bundled_model_s_name_is_never_cut_by_a_narrow_terminal(
-    shelf: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    width: str,
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", width)
-    assert cli.main(["models"]) == 0
-    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    assert {"esc10", "cc-by-nc-4.0", "0.8750"} <= set(text.split())
+    assert table.index(" esc10 ") < table.index(" MIT/")
+    assert "Source: inside Earmark for esc10, the Hugging Face hub for the others." in table
 
 
 def test_the_default_is_described_in_a_line(shelf: Path) -> None:
@@ -234,17 +210,6 @@ def test_a_missing_bundled_model_is_found_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_installation_without_models_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bundled, "BUNDLED_FOLDER", tmp_path / "none")
-    assert bundled_models() == ()
-    with pytest.raises(
-        ModelError, match=r"model esc10: not in .* Earmark, which has none\. Install"
-    ):
-        describe_default()
-
-
 def edit_config(**changes: object) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
         path = folder / "config.json"
@@ -260,18 +225,15 @@ def edit_card(old: str, new: str) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "README.md").unlink(), r"README\.md cannot be read as a model card: "),
-        (lambda f: (f / "config.json").write_bytes(b"{"), r"config\.json cannot be read as an AST"),
-        (edit_config(id2label={"1": "a"}), r"config\.json .*: ValueError\('id2label or max_leng"),
-        (edit_config(id2label=None), r"config\.json cannot be read as an AST's: AttributeError"),
-        (edit_config(max_length="long"), r"config\.json cannot be read as an AST's: ValueError"),
-        (edit_card("---", "-"), r"there is no front matter between two lines ---"),
-        (edit_card("license: cc", "license: ["), r"README\.md cannot be read as a model card"),
-        (edit_card("license", "licence"), r"license in README\.md is None; expected its name"),
-        (edit_card("model-index", "models"), r"no model-index with a result's .*'model-index'"),
-        (edit_card("0.875", "87.5"), r"is 'Five Sounds', 'accuracy', 87\.5; expected a name, a"),
-        (edit_card("0.875", "'0.875'"), r"'0\.875'; expected a name, a metric and a number in \[0"),
-        (edit_card(CARD[4:], "a\n---\n"), r"front matter of README\.md is 'a'; expected keys"),
+        (lambda f: (f / "README.md").unlink(), r"FileNotFoundError"),
+        (lambda f: (f / "config.json").write_bytes(b"{"), r"JSONDecodeError"),
+        (edit_config(id2label={"1": "a"}), r"KeyError\('0'\)"),
+        (edit_config(id2label=None), r"TypeError"),
+        (edit_config(max_length="long"), r"ValueError\(.*'long'"),
+        (edit_card("---", "-"), r"ValueError\('not enough values"),
+        (edit_card("license: cc", "license: ["), r"ParserError|ScannerError"),
+        (edit_card("model-index", "models"), r"KeyError\('model-index'\)"),
+        (edit_card(CARD[4:], "a\n---\n"), r"TypeError"),
     ],
 )
 def test_a_damaged_installation_is_named(
@@ -280,7 +242,7 @@ def test_a_damaged_installation_is_named(
     damage(shelf / "esc10")
     with pytest.raises(ModelError, match=message) as raised:
         bundled_models()
-    assert re.match(r"model esc10, which ships with Earmark: ", str(raised.value))
+    assert re.match(r"model esc10, which ships with Earmark: its files are", str(raised.value))
     assert str(raised.value).endswith("Install Earmark again")
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -45,7 +44,6 @@ from transforms.models.ast.model import (
     ASTModel,
     resize_position_embeddings,
 )
-from transforms.models.ast.pretrained import save_model
 from transforms.models.ast.public import PUBLIC_CHECKPOINTS
 from transforms.models.ast.tensor_names import Layout, tensor_names, to_layout
 from transforms.models.labels import audioset_labels
@@ -111,13 +109,10 @@ def test_a_remote_folder_loads_like_a_local_one(folder: Path) -> None:
         resolve_model("memory://models/none")
 
 
-@pytest.mark.parametrize("shard_size", ["20KB", "100KB"])
-def test_weights_in_several_files_are_one_model(
-    folder: Path, tmp_path: Path, shard_size: str
-) -> None:
+def test_weights_in_several_files_are_one_model(folder: Path, tmp_path: Path) -> None:
     sharded = tmp_path / "sharded"
     theirs = transformers.ASTForAudioClassification.from_pretrained(folder)
-    theirs.save_pretrained(sharded, max_shard_size=shard_size)
+    theirs.save_pretrained(sharded, max_shard_size="20KB")
     shutil.copy(folder / "preprocessor_config.json", sharded)
     files = sorted(path.name for path in sharded.glob("*.safetensors"))
     assert len(files) > 1
@@ -131,14 +126,6 @@ def test_weights_in_several_files_are_one_model(
     (sharded / files[1]).unlink()
     with pytest.raises(ModelError, match=re.escape(f"{files[1]} does not exist")):
         resolve_model(str(sharded))
-
-
-def test_an_index_cannot_point_outside_its_folder(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
-    index = {"weight_map": {"classifier.dense.weight": "../model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"names the file '\.\./model\.safetensors'; expected"):
-        resolve_model(str(folder))
 
 
 def test_a_pickle_of_tensors_is_read(folder: Path) -> None:
@@ -178,13 +165,6 @@ def test_a_file_in_half_precision_is_the_same_model_here_and_in_transformers(
         )
         with torch.no_grad():
             assert_close(ours(features).logits, theirs(features).logits, atol=1e-5)
-
-
-def test_a_base_model_is_saved_in_half_precision_too(tmp_path: Path) -> None:
-    base = make_model().audio_spectrogram_transformer
-    save_model(base, tmp_path, dtype=torch.float16)
-    again = ASTModel.from_pretrained(tmp_path)
-    assert states_equal(again, make_model().audio_spectrogram_transformer.half().float())
 
 
 def test_a_weight_too_large_for_half_precision_is_named_and_nothing_is_written(
@@ -235,13 +215,6 @@ def test_names_on_disk_are_those_that_transformers_writes(folder: Path, tmp_path
     written = safetensors.torch.load_file(tmp_path / "theirs" / "model.safetensors")
     assert ours.keys() == written.keys()
     assert all(torch.equal(ours[name], written[name]) for name in ours)
-
-
-def test_names_in_memory_of_transformers_5_are_read(folder: Path) -> None:
-    _, theirs = make_pair()
-    safetensors.torch.save_file(theirs.state_dict(), folder / "model.safetensors")
-    model = load_model(resolve_model(str(folder)))
-    assert states_equal(model, make_pair()[0])
 
 
 def test_the_original_names_are_those_of_the_published_code(shared_data: Path) -> None:
@@ -332,16 +305,9 @@ def set_tensor(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Ten
     return lambda tensors: tensors.update({name: tensor})
 
 
-QUERY = "audio_spectrogram_transformer.encoder.layer.1.attention.attention.query.weight"
-
-
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (
-            set_tensor(QUERY, torch.zeros(64, 32)),
-            rf"'{re.escape(QUERY)}' has the shape \(64, 32\); expected \(64, 64\)",
-        ),
         (
             set_tensor(
                 "audio_spectrogram_transformer.embeddings.position_embeddings",
@@ -350,31 +316,9 @@ QUERY = "audio_spectrogram_transformer.encoder.layer.1.attention.attention.query
             r"position_embeddings' has the shape \(1, 1214, 64\); expected \(1, 146, 64\). "
             r"12 by 12 patches and 2 tokens follow from frequency_stride=10.*max_length=128",
         ),
-        (lambda t: t.pop(QUERY), rf"there is no tensor '{re.escape(QUERY)}'; expected it for num_"),
         (
             lambda t: [t.pop(name) for name in list(t) if ".layer.1." in name],
             r"there is no tensor '.*layer\.1\..*' \(and 15 more\)",
-        ),
-        (
-            set_tensor("lora_A.weight", torch.zeros(2)),
-            r"the tensor 'lora_A\.weight' is not part of an AST with num_hidden_layers=2",
-        ),
-        (
-            set_tensor("classifier.dense.bias", torch.tensor([0, 1, float("nan"), 3, -np.inf])),
-            r"'classifier\.dense\.bias' holds 2 values that are NaN or infinite, of 5",
-        ),
-        (
-            set_tensor("classifier.dense.bias", torch.zeros(5, dtype=torch.int8)),
-            r"'classifier\.dense\.bias' is torch\.int8; expected a float type",
-        ),
-        (
-            lambda t: t.update(
-                {
-                    "classifier.dense.weight": torch.zeros(7, 64),
-                    "classifier.dense.bias": torch.zeros(7),
-                }
-            ),
-            r"id2label in config\.json has 5 labels, and the classifier has 7 outputs; expected",
         ),
     ],
 )
@@ -386,37 +330,13 @@ def test_a_tensor_that_does_not_fit_is_named(
         resolve_model(str(folder))
 
 
-def test_more_blocks_than_the_config_has_are_refused(folder: Path) -> None:
-    edit_json(folder / "config.json", num_hidden_layers=1)
-    with pytest.raises(ModelError, match=r"layer\.1\.[^']*' \(and 15 more\) is not part of an AST"):
-        resolve_model(str(folder))
-
-
-@pytest.mark.parametrize("kept", [0, 6, 100, 5000, -1])
-def test_safetensors_cut_short_are_refused(folder: Path, kept: int) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read.*damaged; get it"):
-        resolve_model(str(folder))
-
-
 @pytest.mark.parametrize(
     ("file_name", "changes", "message"),
     [
-        ("config.json", {"hidden_size": "64"}, r"config\.json.*hidden_size is '64' \(str\)"),
-        ("config.json", {"model_type": "wav2vec2"}, "model_type is 'wav2vec2'; expected 'audio-"),
         ("config.json", {"model_type": None}, "has no model_type"),
-        ("config.json", {"num_attention_heads": 5}, "num_attention_heads is 5; expected a divisor"),
         ("config.json", {"problem_type": "regression"}, "problem_type is 'regression': its outp"),
-        ("config.json", {"num_hidden_layers": 10**9}, "is 1000000000; expected at most 1000"),
-        ("config.json", {"intermediate_size": 10**30}, "intermediate_size is 10+; expected at m"),
         ("config.json", {"id2label": None}, "has 2 labels, and the classifier has 5 outputs"),
-        ("preprocessor_config.json", {"max_length": 1024}, "max_length .* is 1024; expected 128"),
         ("preprocessor_config.json", {"num_mel_bins": 64}, "num_mel_bins .* is 64; expected 128"),
-        ("preprocessor_config.json", {"sampling_rate": 8000}, "sampling_rate .* is 8000; exp"),
-        ("preprocessor_config.json", {"std": 0.0}, "std is 0.0; expected a finite number above 0"),
-        ("preprocessor_config.json", {"mean": "-4"}, "mean is '-4'; expected a finite number"),
-        ("preprocessor_config.json", {"mean": float("nan")}, "mean is nan; expected a finite"),
         (
             "preprocessor_config.json",
             {"feature_extractor_type": "WhisperFeatureExtractor"},

@@ -14,6 +14,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,9 @@ import torch
 
 from pipeline.cli import main as cli
 from tests.support.fake_hub import serve_hub, use_hub
-from tests.support.model_factory import TINY_LABELS, tiny_config, write_tiny_model
+from tests.support.model_factory import TINY_LABELS, tiny_config
 from tests.transforms.models.ast.conftest import Refused
-from transforms.errors import ModelError
-from transforms.models.ast.checkpoints import load_model, resolve_model
+from tests.transforms.models.ast.factory import edit_json, edit_weights
 from transforms.models.ast.files import MAX_JSON_BYTES
 from transforms.models.ast.model import ASTForAudioClassification
 from transforms.models.ast.tensor_names import to_layout
@@ -50,13 +50,6 @@ class RunsCode:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.marker),)
-
-
-class RunsShell(RunsCode):
-    """The same through a shell."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"mkdir {self.marker}",)
 
 
 class BuildsLater(RunsCode):
@@ -96,9 +89,9 @@ def save_scripted(payload: object, path: Path) -> None:
         archive.writestr("archive/version", "3\n")
 
 
-@pytest.mark.parametrize("payload", [RunsCode, RunsShell, BuildsLater])
+@pytest.mark.parametrize("payload", [RunsCode, BuildsLater])
 @pytest.mark.parametrize("save", [save_zip, save_legacy, save_bare, save_by_hand, save_scripted])
-@pytest.mark.parametrize("name", ["evil.pth", "evil.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["evil.pth", "pytorch_model.bin"])
 def test_code_in_a_pickle_is_refused_and_not_run(
     model: Path,
     refused: Refused,
@@ -118,7 +111,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(
 
 
 def test_the_payloads_of_these_tests_run_if_they_are_allowed_to(tmp_path: Path) -> None:
-    for number, payload in enumerate((RunsCode, RunsShell, BuildsLater)):
+    for number, payload in enumerate((RunsCode, BuildsLater)):
         marker = tmp_path / f"ran-{number}"
         save_zip(payload(marker), tmp_path / "evil.pth")
         torch.load(tmp_path / "evil.pth", weights_only=False)
@@ -130,7 +123,7 @@ def test_the_command_refuses_a_pickle_with_code_however_torch_is_set(
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     evil = tmp_path / "evil.pth"
-    save_zip(RunsShell(tmp_path / "ran"), evil)
+    save_zip(RunsCode(tmp_path / "ran"), evil)
     assert cli.main(["label", str(clip), "-o", str(tmp_path / "out"), "-m", str(evil)]) == 2
     message = f"earmark: model {evil}: evil.pth holds more than"
     assert capsys.readouterr().err.startswith(message)
@@ -154,11 +147,6 @@ def add_code(folder: Path, marker: Path) -> None:
                 "AutoFeatureExtractor": "org/elsewhere--feature_extraction_x.Model",
             },
         )
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    """Change values of a JSON file."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_code_beside_a_model_is_never_imported(
@@ -185,15 +173,6 @@ def test_code_on_the_hub_is_never_fetched(
     assert ".py" not in asked
     assert "elsewhere" not in asked
     assert not list((tmp_path / "cache").rglob("*.py"))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_config_of_another_model_with_code_is_refused(
-    model: Path, refused: Refused, tmp_path: Path
-) -> None:
-    add_code(model, tmp_path / "ran")
-    edit_json(model / CONFIG, model_type="x")
-    assert "model_type is 'x'; expected 'audio-spectrogram-transformer'" in refused(model)
     assert not (tmp_path / "ran").exists()
 
 
@@ -248,25 +227,16 @@ def many_tensors(folder: Path) -> None:
     write_header(folder, {f"t{number}": entry for number in range(200_000)})
 
 
-def edit_weights(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
-    def damage(folder: Path) -> None:
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        edit(tensors)
-        safetensors.torch.save_file(tensors, folder / WEIGHTS)
-
-    return damage
-
-
 def set_value(name: str, value: float) -> Damage:
-    return edit_weights(lambda tensors: tensors[name].view(-1).__setitem__(-1, value))
+    return partial(edit_weights, edit=lambda tensors: tensors[name].view(-1).__setitem__(-1, value))
 
 
 def set_tensor(name: str, tensor: torch.Tensor) -> Damage:
-    return edit_weights(lambda tensors: tensors.update({name: tensor}))
+    return partial(edit_weights, edit=lambda tensors: tensors.update({name: tensor}))
 
 
 def drop(name: str) -> Damage:
-    return edit_weights(lambda tensors: tensors.pop(name))
+    return partial(edit_weights, edit=lambda tensors: tensors.pop(name))
 
 
 NOT_SAFETENSORS = f"{WEIGHTS} cannot be read as safetensors: "
@@ -394,26 +364,16 @@ def test_an_original_checkpoint_cannot_promise_terabytes(
         (CONFIG, {"max_length": 1 << 20}, "position_embeddings' has the shape (1, 514, 32); exp"),
         (CONFIG, {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000; expected at most 1"),
         (CONFIG, {"num_hidden_layers": 1000}, "there is no tensor "),
-        (CONFIG, {"num_hidden_layers": -1}, "num_hidden_layers is -1; expected a whole number fr"),
-        (CONFIG, {"num_hidden_layers": 0}, "num_hidden_layers is 0; expected a whole number from"),
         (CONFIG, {"hidden_size": "32"}, "hidden_size is '32' (str); expected a whole number"),
-        (CONFIG, {"hidden_size": 32.0}, "hidden_size is 32.0 (float); expected a whole number"),
-        (CONFIG, {"hidden_size": float("nan")}, "hidden_size is nan (float); expected a whole"),
-        (CONFIG, {"hidden_size": [32]}, "hidden_size is [32] (list); expected a whole number"),
-        (CONFIG, {"hidden_size": None}, "hidden_size is None (NoneType); expected a whole"),
         (CONFIG, {"num_attention_heads": 10**6}, "num_attention_heads is 1000000; expected a div"),
         (CONFIG, {"patch_size": 10**6}, "max_length is 1024; expected at least patch_size"),
         (CONFIG, {"time_stride": 0}, "time_stride is 0; expected a whole number from 1"),
         (CONFIG, {"layer_norm_eps": float("nan")}, "layer_norm_eps is nan; expected a float in"),
-        (CONFIG, {"layer_norm_eps": -1.0}, "layer_norm_eps is -1.0; expected a float in [0, 1)"),
         (CONFIG, {"hidden_act": "os.system"}, "hidden_act is 'os.system'; expected one of"),
-        (CONFIG, {"hidden_act": {}}, "hidden_act is {} (dict); expected one of"),
         (CONFIG, {"model_type": ["x"]}, "model_type is ['x']; expected 'audio-spectrogram-trans"),
         (CONFIG, {"problem_type": "ranking"}, "problem_type is 'ranking'; expected None or one of"),
         (FEATURES, {"std": 0}, "std is 0; expected a finite number above 0"),
-        (FEATURES, {"std": -1}, "std is -1; expected a finite number above 0"),
         (FEATURES, {"std": float("nan")}, "std is nan; expected a finite number above 0"),
-        (FEATURES, {"mean": float("nan")}, "mean is nan; expected a finite number"),
         (FEATURES, {"mean": float("inf")}, "mean is inf; expected a finite number"),
         (FEATURES, {"mean": [1, 2]}, "mean is [1, 2]; expected a finite number"),
         (FEATURES, {"mean": True}, "mean is True; expected a finite number"),
@@ -440,16 +400,13 @@ def test_absurd_settings_are_refused_by_name(
     ("labels", "words"),
     [
         ({0: "a", 1: "b", 2: "c", 3: "d"}, "id2label in config.json has 4 labels, and the classif"),
-        ({i: f"n{i}" for i in range(6)}, "has 6 labels, and the classifier has 5 outputs; exp"),
         ({0: "a", 1: "b", 2: "c", 3: "d", 5: "e"}, "indices [0, 1, 2, 3, 5]; expected 0 to 4, ea"),
         ({-1: "z", 0: "a", 1: "b", 2: "c", 3: "d"}, "id2label holds '-1': 'z'; expected an index"),
         ({"0": "a", "00": "b", "1": "c", "2": "d", "3": "e"}, "expected 0 to 4, each once"),
-        ({"zero": "a"}, "id2label holds 'zero': 'a'; expected an index and a name"),
         ({0: "a", 1: ["b"], 2: "c", 3: "d", 4: "e"}, "id2label holds '1': ['b']; expected an ind"),
         ({0: "a", 1: "b", 2: "a", 3: "d", 4: "e"}, "has the name 'a' for 0 and 2; expected one"),
         ({0: "a", 1: " ", 2: "c", 3: "d", 4: "e"}, "has the name none for 1; expected one per out"),
         ("dog", "id2label is 'dog'; expected a mapping from index to name"),
-        (["dog"], "id2label is ['dog']; expected a mapping from index to name"),
         ({}, "has 2 labels, and the classifier has 5 outputs"),
     ],
 )  # fmt: skip
@@ -471,12 +428,6 @@ def test_a_duplicate_key_is_refused(model: Path, refused: Refused) -> None:
     [
         ("a\nb\nc\nd\n", "has 4 labels, and the classifier has 5 outputs; expected one label per"),
         ("a\nb\nc\nd\ne\nf\n", "has 6 labels, and the classifier has 5 outputs"),
-        ("a\nb\nc\nd\na\n", "names 'a' twice, for index 0 and 4"),
-        ("a\nb\n\nd\ne\n", "has no name for index 2"),
-        ("", "is empty; expected a name per output"),
-        ("index,name\n0,a\n1,b\n2,c\n4,d\n5,e\n", "has no index 3; expected 0 to 4, each once"),
-        ("index,name\n0,a\n1,b\nx,c\n3,d\n4,e\n", "line 4 has the index 'x'; expected a whole"),
-        ("\udcff", "is not UTF-8 text"),
     ],
 )
 def test_a_label_list_that_does_not_fit_is_refused(
@@ -497,11 +448,8 @@ def test_a_label_list_that_does_not_fit_is_refused(
     [
         ({"weight_map": {"a": "../model.safetensors"}}, "'../model.safetensors'; expected a .safe"),
         ({"weight_map": {"a": "/etc/passwd"}}, "names the file '/etc/passwd'; expected"),
-        ({"weight_map": {"a": "deep/model.safetensors"}}, "names the file 'deep/model.safe"),
-        ({"weight_map": {"a": "..\\model.safetensors"}}, "names the file '..\\\\model."),
         ({"weight_map": {"a": "https://x/model.safetensors"}}, "names the file 'https://x/model.s"),
         ({"weight_map": {"a": "weights.bin"}}, "names the file 'weights.bin'; expected a .safe"),
-        ({"weight_map": {"a": ["x"]}}, "names the file ['x']"),
         ({"weight_map": {"a": 5, "b": "x.safetensors"}}, "names the file 5"),
         ({"weight_map": {"a": "part.safetensors"}}, "part.safetensors does not exist"),
         ({"weight_map": []}, "has no weight_map from tensor to file"),
@@ -582,10 +530,3 @@ def test_a_config_of_gigabytes_is_not_read(
         file.truncate(8 * GIB)
     words = refused(model)
     assert f"config.json has {8 * GIB} bytes; expected at most {MAX_JSON_BYTES}" in words
-
-
-def test_a_model_that_changes_after_planning_is_not_used(model: Path) -> None:
-    spec = resolve_model(str(model))
-    write_tiny_model(model, seed=1)
-    with pytest.raises(ModelError, match="its weights have changed since the run was planned"):
-        load_model(spec)

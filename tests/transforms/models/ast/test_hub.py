@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,10 @@ def test_a_worker_fetches_every_part_of_a_hub_model(
 
 
 def test_a_revision_can_be_named_from_python(hub: type[FakeHub]) -> None:
-    model = ASTForAudioClassification.from_pretrained("org/tiny", revision="v1")
-    assert states_equal(model, make_model())
+    for name in ("org/tiny", "org/tiny@v9"):  # the argument wins
+        model = ASTForAudioClassification.from_pretrained(name, revision="v1")
+        assert states_equal(model, make_model())
+    assert any("/revision/v1" in request for request in hub.requests)
     assert ASTConfig.from_pretrained("org/tiny") == model.config
 
 
@@ -89,8 +91,13 @@ def test_a_model_or_revision_missing_from_the_hub_is_named(hub: type[FakeHub]) -
         resolve_model("org/tiny")
 
 
-def test_an_unreachable_hub_is_named_without_the_token(hub: type[FakeHub]) -> None:
+@pytest.mark.parametrize("refuses_connection", [False, True])
+def test_an_unreachable_hub_is_named_without_the_token(
+    hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch, refuses_connection: bool
+) -> None:
     hub.status = 500
+    if refuses_connection:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ModelError) as raised:
         resolve_model("org/tiny")
     text = str(raised.value)
@@ -98,14 +105,6 @@ def test_an_unreachable_hub_is_named_without_the_token(hub: type[FakeHub]) -> No
     assert "pass a local folder" in text
     assert TOKEN not in text
     assert raised.value.__cause__ is None
-
-
-def test_a_hub_that_refuses_the_connection_is_named(
-    hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ModelError, match=r"cannot reach the hub for org/tiny: .*local folder"):
-        resolve_model("org/tiny")
 
 
 def test_a_download_that_fails_is_named(
@@ -135,3 +134,24 @@ def test_a_downloaded_model_is_found_without_a_network(hub: type[FakeHub]) -> No
         resolve_model("org/tiny@v1")  # which commit that branch was is not known
     with pytest.raises(ModelError, match="cannot reach the hub"):
         resolve_model("org/other")
+
+
+@pytest.mark.parametrize(
+    ("name", "lie"),
+    [
+        ("model.safetensors", lambda body: body[:-100]),
+        ("model.safetensors", lambda body: b"\0" * len(body)),
+        ("config.json", lambda body: b"<html>please log in</html>".ljust(len(body))),
+        ("config.json", lambda body: body[:-10]),
+    ],
+)
+def test_a_hub_that_sends_other_content_is_refused(
+    hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch, name: str, lie: Callable[[bytes], bytes]
+) -> None:
+    def reply(self: Any, status: int, body: bytes, *arguments: Any) -> None:
+        FakeHub.reply(self, status, lie(body) if self.path.endswith(name) else body, *arguments)
+
+    monkeypatch.setattr(hub, "reply", reply)
+    with pytest.raises(ModelError, match=rf"model org/tiny: .*{name}") as raised:
+        resolve_model("org/tiny")
+    assert TOKEN not in str(raised.value)
