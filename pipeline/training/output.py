@@ -71,16 +71,12 @@ def find_training(plan: TrainPlan) -> Mapping[str, Any] | None:
             f"{url} is not the record of a training ({type(error).__name__}: {error}); give "
             "another --output, or start again with --overwrite."
         ) from error
-    _check_same(plan, before, {**plan.results, "data": None})
+    check_same_training(plan, before, {**plan.results, "data": None})
     return record
 
 
-def check_same_training(plan: TrainPlan, record: Mapping[str, Any]) -> None:
-    """Raise ``OutputError`` if a training began with other clips than those of the plan."""
-    _check_same(plan, record["results"], plan.results)
-
-
-def _check_same(plan: TrainPlan, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_training(plan: TrainPlan, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ``OutputError`` if what the result depended on differs from what it does now."""
     differences = describe_differences(before, now)
     if differences:
         raise OutputError(

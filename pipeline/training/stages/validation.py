@@ -67,8 +67,8 @@ def validate(model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer) -
             f"{IF_DIVERGED}"
         )
     return Validation(
-        compute_metrics(clips.targets() > 0, scores, clips.label_names),
-        loss_of_scores(scores, clips.targets(), scorer.activation),
+        compute_metrics(clips.targets > 0, scores, clips.label_names),
+        loss_of_scores(scores, clips.targets, scorer.activation),
     )
 
 
@@ -117,7 +117,7 @@ def _groups(
     """Group whole clips to about ``_WINDOWS_AT_ONCE``: first clip, windows, windows of each."""
     first, samples, counts = 0, list[npt.NDArray[np.float32]](), list[int]()
     for index, clip in enumerate(clips.clips):
-        cuts = cut_windows(clips.samples(index, 0, clip.num_samples), windows)
+        cuts = cut_windows(clips.files.read_clip(clip), windows)
         samples += [cut.samples for cut in cuts]
         counts.append(len(cuts))
         if len(samples) >= _WINDOWS_AT_ONCE:

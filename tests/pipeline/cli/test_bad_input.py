@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import logging
 import re
 import shutil
 import tarfile
@@ -30,16 +29,6 @@ from tests.support import audio_factory
 
 RATE_HZ = 16_000
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("EARMARK_DEBUG", raising=False)
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:], logging.root.level = handlers, level
-    for package in ("pipeline", "transforms"):
-        logging.getLogger(package).setLevel(logging.NOTSET)
 
 
 @dataclasses.dataclass
@@ -247,12 +236,8 @@ def cut_weights(folder: Path) -> None:
     [
         (lambda folder: shutil.rmtree(folder), "there is no such folder. Legal names: a hub id"),
         (
-            lambda folder: [path.unlink() for path in folder.iterdir()],
-            r"there is no config\.json; expected a folder with config\.json, model\.safetensors",
-        ),
-        (
             lambda folder: (folder / "config.json").unlink(),
-            r"there is no config\.json; expected a folder with",
+            r"there is no config\.json; expected a folder with config\.json, model\.safetensors",
         ),
         (
             lambda folder: (folder / "config.json").write_text("{"),
@@ -272,7 +257,7 @@ def cut_weights(folder: Path) -> None:
             "bert",
         ),
     ],
-    ids=["gone", "empty", "no config", "no JSON", "no weights", "cut", "shape", "another model"],
+    ids=["gone", "no config", "no JSON", "no weights", "cut", "shape", "another model"],
 )
 def test_a_model_folder_that_is_wrong(
     earmark: Earmark, tmp_path: Path, spoil: Callable[[Path], object], message: str
@@ -328,16 +313,12 @@ def test_a_folder_of_somebody_else_s_is_not_taken_for_a_result(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--hops 3", r"No such option: --hops .*--hop-s[\s\S]*--help lists the options"),
         ("--hop-s 11", r"window\.hop_s is 11\.0; must be in \(0, 10\.255\]"),
-        ("--hop-s 3 --window-s 2", r"window\.hop_s is 3\.0 \(--hop-s\); must be in \(0, 2\]"),
         ("--window-s 20", r"window\.length_s is 20\.0; must be in \[0\.025, 10\.255\]"),
         (
             "--precision int8",
             r"precision is int8 .*openvino: not installed: .*torch: it has no int8; use --prec",
         ),
-        ("--limit 0", r"limit is 0 \(--limit\); must be at least 1"),
-        ("--config nothing.yaml", r"--config is nothing\.yaml; must be a YAML file, or one"),
     ],
 )
 def test_options_and_keys_that_are_wrong(earmark: Earmark, arguments: str, message: str) -> None:

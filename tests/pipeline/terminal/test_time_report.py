@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from pipeline.labelling.run import run_label
 from pipeline.terminal import time_report
 from pipeline.terminal.time_report import Circumstances, Startup, advise, describe_time, record_time
 from tests.support.labelling import small_config
-from tests.support.paths import ROOT
 from transforms.decoding import pool
 from transforms.features import fbank
 from transforms.models.ast.model import ASTModel
@@ -44,14 +42,6 @@ READ_BOUND = dataclasses.replace(
     BASE, model_s=35.0, fbank_s=3.0, write_s=1.0, wait_read_s=50.0, wait_decode_s=10.0,
     read_s=97.0, decode_s=20.0,
 )  # fmt: skip
-
-
-def test_workers_that_need_the_report_import_no_terminal_library() -> None:
-    code = "import sys, pipeline.terminal.time_report; print('rich' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "False\n"
 
 
 def made_of(**seconds: float) -> StageSeconds:

@@ -86,12 +86,10 @@ class Resumed(NamedTuple):
     told: list[tuple[int, bool]]
 
 
-def resume(inputs: Sequence[Path] | Found, root: Path, dtype: CacheDtype = "float32") -> Resumed:
+def resume(inputs: Sequence[Path] | Found, root: Path) -> Resumed:
     kept: list[int] = []
     told: list[tuple[int, bool]] = []
-    cached = cache(
-        inputs, root, dtype=dtype, on_kept=kept.append, on_clip=lambda *done: told.append(done)
-    )
+    cached = cache(inputs, root, on_kept=kept.append, on_clip=lambda *done: told.append(done))
     assert cached.is_reused == (not told)
     return Resumed(cached, everything_in(root), kept, told)
 
@@ -106,7 +104,6 @@ def be_killed(
     module: ModuleType,
     function: str,
     call: int,
-    dtype: CacheDtype = "float32",
 ) -> None:
     """Decode until a function is called, the first time being 1, and the process ends."""
     real, calls = getattr(module, function), itertools.count(1)
@@ -119,7 +116,7 @@ def be_killed(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, function, die_some_time)
         with pytest.raises(Killed):
-            cache(inputs, root, dtype=dtype)
+            cache(inputs, root)
 
 
 def write_mixed(folder: Path) -> list[Path]:

@@ -64,16 +64,6 @@ def test_patches_are_what_the_model_s_projection_sees(fields: dict[str, Any]) ->
     )
 
 
-def test_patches_come_frequency_major() -> None:
-    config = ASTConfig(**TINY)
-    frames = torch.arange(64.0)[None, :, None].expand(1, 64, 32)
-    bins = torch.arange(32.0)[None, None, :].expand(1, 64, 32)
-    corners_of_time = patches_of(frames, config)[0, :, 0]
-    corners_of_frequency = patches_of(bins, config)[0, :, 0]
-    assert corners_of_time.tolist() == [0, 16, 32, 48, 0, 16, 32, 48]
-    assert corners_of_frequency.tolist() == [0, 0, 0, 0, 16, 16, 16, 16]
-
-
 @pytest.mark.parametrize(
     ("ratio", "num_patches", "num_kept"),
     [(0.7, 256, 77), (0.5, 8, 4), (0.0, 8, 8), (0.99, 8, 1), (0.7, 1, 1), (0.75, 512, 128)],
@@ -93,12 +83,6 @@ def test_each_clip_keeps_patches_of_its_own_and_every_patch_as_often() -> None:
     counts = torch.bincount(kept.flatten(), minlength=8)
     assert (counts - 2000).abs().max() < 130  # four standard deviations of a fair draw
     assert len({tuple(row) for row in kept.tolist()}) == 70  # every choice of 4 of 8
-
-
-def test_the_same_seed_keeps_the_same_patches() -> None:
-    first = draw_kept(4, 100, 0.5, np.random.default_rng(3))
-    assert torch.equal(first, draw_kept(4, 100, 0.5, np.random.default_rng(3)))
-    assert not torch.equal(first, draw_kept(4, 100, 0.5, np.random.default_rng(4)))
 
 
 class Guesses(torch.nn.Module):
@@ -225,11 +209,6 @@ def test_a_tiny_model_learns_to_fill_in_hidden_patches() -> None:
     assert losses[0] == pytest.approx(1.0, abs=0.1)  # as good as guessing 0
     # Without looking at what is kept, guessing the mean of hum and tick leaves 0.5.
     assert np.mean(losses[-5:]) < 0.2
-
-
-def test_the_same_seed_trains_the_same() -> None:
-    assert train(seed=1, steps=3) == train(seed=1, steps=3)
-    assert train(seed=1, steps=3) != train(seed=2, steps=3)
 
 
 def test_every_weight_learns() -> None:
