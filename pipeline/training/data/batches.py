@@ -7,7 +7,7 @@ module and little else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -170,15 +170,3 @@ class _Batches(Dataset[Batch]):
             self._settings.window_samples,
             self._settings.rng("clips", epoch, step),
         )
-
-
-def window_batches(
-    samples: Sequence[npt.NDArray[np.float32]], batch_size: int, window_samples: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield waveforms (B, window_samples) and lengths (B,) of windows, in order and unchanged."""
-    for start in range(0, len(samples), batch_size):
-        rows = samples[start : start + batch_size]
-        waveforms = np.zeros((len(rows), window_samples), np.float32)
-        for waveform, window in zip(waveforms, rows, strict=True):
-            waveform[: window.size] = window
-        yield torch.from_numpy(waveforms), torch.tensor([window.size for window in rows])

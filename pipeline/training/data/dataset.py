@@ -352,10 +352,7 @@ def _spelling(name: str) -> str:
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Clips with labels, in the cache's order.
-
-    Pickling the set leaves samples out. A clip's labels are indices into ``label_names``.
-    """
+    """Clips with labels, in the cache's order; labels are indices into ``label_names``."""
 
     files: SampleFiles
     clips: tuple[CachedClip, ...]

@@ -6,7 +6,6 @@ if there is one.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -28,7 +27,7 @@ from pipeline.training.stages.steps import (
     make_optimizer,
     weighted_mean,
 )
-from pipeline.training.stages.validation import Scorer, Validation, parameters_are_finite, validate
+from pipeline.training.stages.validation import Scorer, Validation, validate
 from transforms.errors import TrainingError
 from transforms.models.ast.model import ASTForAudioClassification
 
@@ -172,7 +171,7 @@ class FinetuningStage:
             losses.append((value, len(targets)))
             on_step(step + 1, self._inputs.num_steps, value)
         # A step may ruin the weights even though its loss was finite; these are not saved.
-        if not parameters_are_finite(self.model):
+        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
             raise TrainingError(
                 f"{self.name} has made weights NaN or infinite by the end of epoch {epoch + 1}, at "
                 f"a learning rate of {learning_rate:.3g}; expected finite numbers. {IF_DIVERGED}"
@@ -222,8 +221,3 @@ def _figures(validation: Validation, whose: str) -> Row:
         f"{whose}_accuracy": validation.metrics.accuracy,
         f"{whose}_mean_average_precision": validation.metrics.mean_average_precision,
     }
-
-
-def copy_for_saving(model: ASTForAudioClassification) -> ASTForAudioClassification:
-    """Return a copy of the model on the CPU, in evaluation mode."""
-    return copy.deepcopy(model).cpu().eval()

@@ -23,13 +23,13 @@ from tests.pipeline.training.data.clip_caches import (
     DECODE,
     be_killed,
     cache,
-    everything_in,
     num_bytes_of,
     resume,
     wav,
     write_folder,
     write_mixed,
 )
+from tests.pipeline.training.small_trainings import everything_in
 from tests.support.paths import ROOT
 from tests.transforms.results.test_faulty_disk import Namespace, namespace  # noqa: F401
 from transforms.decoding.decode import decode_whole

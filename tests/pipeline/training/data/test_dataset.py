@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 
 from pipeline.training.data.clip_cache import CachedClips
 from pipeline.training.data.dataset import (
-    ClipSet,
     label_clips,
     make_clip_sets,
     resolve_labels,
@@ -134,22 +132,6 @@ def test_labels_of_a_list_are_found_by_id_and_spelling() -> None:
     assert [one.labels for one in labelled.clips] == [(1,), (2,), (0,)]
 
 
-def test_ids_of_audioset_are_known() -> None:
-    from transforms.models.labels import audioset_labels
-
-    names = [label.name for label in audioset_labels()]
-    clips = [clip("a", "/m/09x0r", "Speech"), clip("b", "Dog", "/m/04rlf")]
-    resolved = resolve_labels(clips, names=names, loss="binary_cross_entropy")
-    assert resolved.warnings == (
-        "3 labels with one training clip: Speech, Dog, Music.",
-        "524 labels without a training clip: Male speech, man speaking, Female speech, woman "
-        "speaking, Child speech, kid speaking, Conversation, Narration, monologue and 519 more.",
-    )
-    labelled = label_clips(made(clips), clips, resolved.names)
-    assert [one.labels for one in labelled.clips] == [(0,), (74, 137)]
-    assert [names[index] for index in labelled.clips[1].labels] == ["Dog", "Music"]
-
-
 @pytest.mark.parametrize(
     ("train", "validation", "settings", "words"),
     [
@@ -254,24 +236,6 @@ def test_targets_and_counts_say_which_labels_a_clip_has() -> None:
     assert sets.train.label_names == ("x", "y", "z")
     assert len(sets.train) == 3
     assert sets.validation is None
-
-
-def test_a_set_travels_to_another_process_without_its_samples(tmp_path: Path) -> None:
-    samples = np.random.default_rng(0).standard_normal(60_000).astype("<f4")
-    for name, part in zip("ab", np.split(samples, [40_000]), strict=True):
-        (tmp_path / name).write_bytes(part.tobytes())
-    files = SampleFiles(tmp_path, ("a", "b"), (0, 40_000), "float32")
-    cached = CachedClips(
-        files,
-        tuple(CachedClip(Item(f"{n}", f"{n}"), 20_000 * n, 20_000, f"{n}") for n in range(3)),
-        (),
-        False,
-    )
-    sent = pickle.dumps(label_clips(cached, cached.clips, ["a"]))
-    assert len(sent) < 10_000
-    arrived: ClipSet = pickle.loads(sent)
-    for index, of_clip in enumerate(np.split(samples, 3)):
-        np.testing.assert_array_equal(arrived.files.read_clip(arrived.clips[index]), of_clip)
 
 
 def test_validation_clips_that_are_training_clips_are_a_warning() -> None:

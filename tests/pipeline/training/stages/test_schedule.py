@@ -11,12 +11,9 @@ from pipeline.config.train import ScheduleSection
 from pipeline.training.stages.schedule import schedule_factor
 
 
-def rates_of_epochs(
-    schedule: ScheduleSection, learning_rate: float, epochs: int, steps_per_epoch: int = 3
-) -> list[float]:
-    """The rate in the last step of each epoch."""
-    ends = range(steps_per_epoch - 1, epochs * steps_per_epoch, steps_per_epoch)
-    return [learning_rate * schedule_factor(schedule, end, steps_per_epoch, epochs) for end in ends]
+def factors_of_epochs(schedule: ScheduleSection, epochs: int) -> list[float]:
+    """The factor in the last step of each epoch, of three steps."""
+    return [schedule_factor(schedule, end, 3, epochs) for end in range(2, 3 * epochs, 3)]
 
 
 def rates_of_torch(make_scheduler: Any, epochs: int) -> list[float]:
@@ -72,7 +69,7 @@ def test_multistep_is_torch_s_multi_step_lr(start: int, every: int, factor: floa
         ),
         epochs=30,
     )
-    found = rates_of_epochs(make_multistep(start, every, factor), 1.0, 30)
+    found = factors_of_epochs(make_multistep(start, every, factor), 30)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -81,7 +78,7 @@ def test_cosine_is_torch_s_cosine_annealing(epochs: int) -> None:
     expected = rates_of_torch(
         lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs), epochs
     )
-    found = rates_of_epochs(ScheduleSection(kind="cosine"), 1.0, epochs)
+    found = factors_of_epochs(ScheduleSection(kind="cosine"), epochs)
     assert found == pytest.approx(expected, rel=1e-9)
     assert found[0] == 1.0
     assert found[-1] > 0.0
