@@ -186,7 +186,7 @@ def train(given: Given) -> int:
 
     config = load_config(TrainConfig, given.config, given.sets, given.options)
     given_train(config)
-    check_output_lasts(given_output(config))
+    check_output_lasts(given_output(config.output))
     configure_logging(config.quiet)
     from pipeline.training.run import run_train
 
@@ -226,7 +226,7 @@ def _labelling_config(given: Given, *, needs_output: bool) -> RunConfig:
     config = load_config(RunConfig, given.config, given.sets, given.options)
     given_inputs(config)
     if needs_output:
-        given_output(config)
+        given_output(config.output)
     check_output_lasts(config.output)
     configure_logging(config.quiet)
     return config

@@ -26,10 +26,10 @@ class Option:
 
     Attributes:
         key: Dotted key of the configuration that it sets; None for a parameter of the command.
-        flags: As typed, like ``--output -o`` or ``--scores/--no-scores``; a bare name for an
-            argument.
+        flags: Like ``--output -o DIR`` or ``--scores/--no-scores``; an argument has a name first,
+            like ``folder DIR``. What is in capitals stands for the value in the help, where whole
+            numbers are N by default.
         help: One sentence, with the default.
-        metavar: What stands for the value in the help; N for whole numbers by default.
         panel: Heading in the help.
         default: Of a row without a key.
     """
@@ -38,7 +38,6 @@ class Option:
     flags: str
     help: str
     kind: Any = str
-    metavar: str | None = None
     panel: str | None = None
     default: Any = None
 
@@ -55,15 +54,17 @@ class Option:
     @property
     def origin(self) -> str:
         """How a message names it: ``--top-k``, or ``INPUT``."""
-        shown = self.metavar if self.is_argument else self.flags.split()[0].partition("/")[0]
-        return shown or self.name
+        words = self.flags.split()
+        return words[-1] if self.is_argument else words[0].partition("/")[0]
 
     def parameter(self) -> inspect.Parameter:
         """Return it as a parameter that typer understands."""
         declare: Any = typer.Argument if self.is_argument else typer.Option
+        flags = [word for word in self.flags.split() if word.startswith("-")]
+        *_, last = self.flags.split()
         info = declare(
-            *(() if self.is_argument else self.flags.split()),
-            metavar=self.metavar or ("N" if self.kind is int else None),
+            *flags,
+            metavar=("N" if self.kind is int else None) if last in flags else last,
             help=self.help,
             show_default=False,
             rich_help_panel=self.panel,
@@ -111,10 +112,9 @@ def split_values(
 
 SET = Option(
     None,
-    "--set",
+    "--set KEY=VALUE",
     "Set any key of the configuration; repeatable.",
     kind=list[str],
-    metavar="KEY=VALUE",
 )
 OVERWRITE = Option(
     "overwrite",
@@ -127,30 +127,27 @@ QUIET_HELP = "Only warnings and errors (default no)."
 QUIET = Option("quiet", "--quiet/--no-quiet -q", QUIET_HELP, kind=bool)
 QUIET_COMMAND = Option(None, "--quiet/--no-quiet -q", QUIET_HELP, kind=bool, default=False)
 DEVICE_HELP = "auto, cpu, cuda or mps (default auto); an absent device is an error."
-RESULT = Option(None, "folder", "A result's folder.", metavar="DIR", default=REQUIRED)
+RESULT = Option(None, "folder DIR", "A result's folder.", default=REQUIRED)
 
 LABEL = (
     Option(
         "inputs",
-        "inputs",
+        "inputs INPUT",
         "Files, globs, folders, tars, audio-Parquet or manifests; local paths or URLs.",
         kind=list[str],
-        metavar="INPUT",
     ),
-    Option("output", "--output -o", "The result's folder.", metavar="DIR", panel=OUTPUT),
+    Option("output", "--output -o DIR", "The result's folder.", panel=OUTPUT),
     Option(
         "model.name",
-        "--model -m",
+        "--model -m MODEL",
         "Hub id (optionally @revision), folder, or original .pth; see [b]earmark models[/b] "
         "(default: esc10, which ships with Earmark and knows ten sounds).",
-        metavar="MODEL",
         panel=MODEL,
     ),
     Option(
         None,
-        "--config -c",
+        "--config -c FILE",
         "A YAML file, or the name of one that ships with Earmark: audioset, speech_commands.",
-        metavar="FILE",
     ),
     SET,
     Option(
@@ -169,17 +166,15 @@ LABEL = (
     ),
     Option(
         "inference.precision",
-        "--precision",
+        "--precision TYPE",
         "auto, fp32, bf16, fp16 or int8 (default auto: what the chip has natively).",
-        metavar="TYPE",
         panel=MODEL,
     ),
-    Option("inference.device", "--device", DEVICE_HELP, metavar="NAME", panel=MODEL),
+    Option("inference.device", "--device NAME", DEVICE_HELP, panel=MODEL),
     Option(
         "inference.engine",
-        "--engine",
+        "--engine NAME",
         "auto, torch or openvino (default auto).",
-        metavar="NAME",
         panel=MODEL,
     ),
     Option(
@@ -198,18 +193,16 @@ LABEL = (
     ),
     Option(
         "window.length_s",
-        "--window-s",
+        "--window-s SECONDS",
         "Window length (default: what the checkpoint holds).",
         kind=float,
-        metavar="SECONDS",
         panel=WINDOWS,
     ),
     Option(
         "window.hop_s",
-        "--hop-s",
+        "--hop-s SECONDS",
         "From one window's start to the next's (default: the window's length).",
         kind=float,
-        metavar="SECONDS",
         panel=WINDOWS,
     ),
     Option("limit", "--limit", "Label at most N items (default: all).", kind=int, panel=RUN),
@@ -223,10 +216,9 @@ LABEL = (
     ),
     Option(
         "max_failed",
-        "--max-failed",
+        "--max-failed RATIO",
         "Share of failed items above which the exit code is 3 (default 0.05).",
         kind=float,
-        metavar="RATIO",
         panel=RUN,
     ),
     QUIET,
@@ -236,17 +228,15 @@ PLAN = (
     *LABEL,
     Option(
         None,
-        "--segment-s",
+        "--segment-s SECONDS",
         "Divide longer items into segments of this length; needs --manifest.",
         kind=float,
-        metavar="SECONDS",
         panel=OUTPUT,
     ),
     Option(
         None,
-        "--manifest",
+        "--manifest FILE",
         "The manifest of segments to write: .jsonl, .csv or .parquet.",
-        metavar="FILE",
         panel=OUTPUT,
     ),
 )
@@ -258,9 +248,7 @@ def _of_label(*names: str) -> tuple[Option, ...]:
 
 STATS = (
     *_of_label("inputs"),
-    Option(
-        "output", "--output -o", "A folder to write preprocessor_config.json to.", metavar="DIR"
-    ),
+    Option("output", "--output -o DIR", "A folder to write preprocessor_config.json to."),
     Option(
         None,
         "--as-original",
@@ -275,55 +263,48 @@ STATS = (
 TRAIN = (
     Option(
         "train",
-        "--train -t",
+        "--train -t INPUT",
         "What to learn from: a manifest, tar or audio-Parquet with labels; repeatable.",
         kind=list[str],
-        metavar="INPUT",
         panel=CLIPS,
     ),
     Option(
         "validation",
-        "--validation -v",
+        "--validation -v INPUT",
         "What to measure each epoch with: other clips with labels; repeatable.",
         kind=list[str],
-        metavar="INPUT",
         panel=CLIPS,
     ),
     Option(
         "hold_out",
-        "--hold-out",
+        "--hold-out COLUMN=VALUE",
         "Measure with the clips of --train that have this value, like fold=1.",
-        metavar="COLUMN=VALUE",
         panel=CLIPS,
     ),
     Option(
         "output",
-        "--output -o",
+        "--output -o DIR",
         "The folder of the trained model; [b]label --model DIR[/b] takes it.",
-        metavar="DIR",
         panel=OUTPUT,
     ),
     Option(
         "model.name",
-        "--model -m",
+        "--model -m MODEL",
         "What to start from: hub id (optionally @revision), folder, or original .pth "
         "(default: a small model from scratch).",
-        metavar="MODEL",
         panel=MODEL,
     ),
     Option(
         "model.labels",
-        "--labels",
+        "--labels LIST",
         "The labels, in order: a file, audioset or speech_commands (default: those of the clips).",
-        metavar="LIST",
         panel=MODEL,
     ),
     Option(
         None,
-        "--config -c",
+        "--config -c FILE",
         "A YAML file, or the name of a recipe that ships with Earmark: esc10, esc50, "
         "speech_commands, audioset_balanced, audioset_full.",
-        metavar="FILE",
     ),
     SET,
     Option(
@@ -342,10 +323,9 @@ TRAIN = (
     ),
     Option(
         "optimizer.learning_rate",
-        "--learning-rate",
+        "--learning-rate RATE",
         "At its highest (default: 0.001 from scratch, else 0.0001).",
         kind=float,
-        metavar="RATE",
         panel=TRAINING,
     ),
     Option(
@@ -355,29 +335,26 @@ TRAIN = (
         kind=int,
         panel=TRAINING,
     ),
-    Option("training.device", "--device", DEVICE_HELP, metavar="NAME", panel=TRAINING),
+    Option("training.device", "--device NAME", DEVICE_HELP, panel=TRAINING),
     Option(
         "training.precision",
-        "--precision",
+        "--precision TYPE",
         "auto, fp32, bf16 or fp16 (default auto: what the chip has natively).",
-        metavar="TYPE",
         panel=TRAINING,
     ),
     Option(
         "cache.folder",
-        "--cache",
+        "--cache FOLDER",
         "Local folder to keep decoded clips in (default: in the output).",
-        metavar="FOLDER",
         panel=CLIPS,
     ),
     Option("limit", "--limit", "Take at most N items (default: all).", kind=int, panel=CLIPS),
     OVERWRITE,
     Option(
         "max_failed",
-        "--max-failed",
+        "--max-failed RATIO",
         "Share of failed items above which nothing is trained (default 0.05).",
         kind=float,
-        metavar="RATIO",
         panel=CLIPS,
     ),
     QUIET,
@@ -388,21 +365,19 @@ VERIFY = (RESULT, QUIET_COMMAND)
 EVALUATE = (
     Option(
         None,
-        "folders",
+        "folders DIR",
         "A result. The scores of several results of the same clips are averaged; several without "
         "a clip in common, such as folds, are taken together.",
         kind=list[str],
-        metavar="DIR",
         default=REQUIRED,
     ),
     Option(
         None,
-        "--truth -t",
+        "--truth -t FILE",
         "A manifest with labels, or AudioSet's segments CSV (default: the truth in the result).",
-        metavar="FILE",
     ),
-    Option(None, "--model -m", "Where the result's model lies now, if it moved.", metavar="MODEL"),
-    Option(None, "--output -o", "Where to write (default: DIR/evaluation).", metavar="FOLDER"),
+    Option(None, "--model -m MODEL", "Where the result's model lies now, if it moved."),
+    Option(None, "--output -o FOLDER", "Where to write (default: DIR/evaluation)."),
     Option(
         None,
         "--known-labels-only",
@@ -417,19 +392,12 @@ EXPORT = (
     RESULT,
     Option(
         None,
-        "--format -f",
+        "--format -f csv|audacity|raven",
         "One CSV file, or one label track or selection table per source file.",
-        metavar="csv|audacity|raven",
         default=REQUIRED,
     ),
-    Option(None, "--output -o", "Where to write (default: DIR/export/FORMAT).", metavar="FOLDER"),
-    Option(
-        None,
-        "--threshold",
-        "Smallest score (default: all that are stored).",
-        kind=float,
-        metavar="SCORE",
-    ),
+    Option(None, "--output -o FOLDER", "Where to write (default: DIR/export/FORMAT)."),
+    Option(None, "--threshold SCORE", "Smallest score (default: all that are stored).", kind=float),
     Option(None, "--top-k", "Labels per window (default: all that are stored).", kind=int),
     QUIET_COMMAND,
 )

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from pipeline.config.schema import (
+    NO_GAPS,
     Config,
     Count,
     CountOrZero,
@@ -19,14 +20,14 @@ from pipeline.config.schema import (
     Rule,
     Section,
     Texts,
-    empty_input,
-    empty_output,
-    hop_leaves_gaps,
+    not_empty,
+    not_empty_inputs,
 )
 from transforms.errors import InputError, OutputError
 
 DEFAULT_RUNNER = "FnApiRunner"
 NOT_WRITTEN = "<not written>"  # stands for the value of an option that signs or unlocks
+_ON_CPU = ("auto", "cpu")
 MIN_DECODER_BYTES = 256 << 20  # the libraries themselves, and what ordinary audio takes
 
 # Beam's options whose values are secrets, by their names: s3_secret_access_key, azure_connection_…
@@ -123,43 +124,35 @@ class UnitsSection(Section):
     max_listed_here: CountOrZero = 1_000_000
 
 
-def _retries_what_it_removes(retry_failed: bool, overwrite: bool) -> str | None:
-    if not (retry_failed and overwrite):
-        return None
-    return "must be false with overwrite: true, which removes the rows to retry; use one of them"
-
-
-def _openvino_elsewhere(engine: str, device: str) -> str | None:
-    if engine != "openvino" or device in ("auto", "cpu"):
-        return None
-    return f"must be auto or torch with inference.device: {device}; openvino runs on the CPU here"
-
-
-def _int8_without_openvino(precision: str, engine: str) -> str | None:
-    if precision != "int8" or engine != "torch":
-        return None
-    return "must be auto, fp32, bf16 or fp16 with inference.engine: torch; int8 needs openvino"
-
-
-def _int8_elsewhere(precision: str, device: str) -> str | None:
-    if precision != "int8" or device in ("auto", "cpu"):
-        return None
-    return f"must be auto, fp32, bf16 or fp16 with inference.device: {device}; int8 is for the CPU"
-
-
 class RunConfig(Config):
     """Everything that can be set for a run."""
 
     command: ClassVar[str] = "label"
     places: ClassVar = ("inputs", "output", "model.name", "model.labels", "model.preprocessor")
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(("inputs",), empty_input),
-        Rule(("output",), empty_output),
-        Rule(("window.hop_s", "window.length_s"), hop_leaves_gaps),
-        Rule(("retry_failed", "overwrite"), _retries_what_it_removes),
-        Rule(("inference.engine", "inference.device"), _openvino_elsewhere),
-        Rule(("inference.precision", "inference.engine"), _int8_without_openvino),
-        Rule(("inference.precision", "inference.device"), _int8_elsewhere),
+        not_empty_inputs("inputs"),
+        not_empty("output"),
+        NO_GAPS,
+        Rule(
+            ("retry_failed", "overwrite"),
+            lambda retry_failed, overwrite: retry_failed and overwrite,
+            "must be false with overwrite: true, which removes the rows to retry; use one of them",
+        ),
+        Rule(
+            ("inference.engine", "inference.device"),
+            lambda engine, device: engine == "openvino" and device not in _ON_CPU and device,
+            "must be auto or torch with inference.device: {}; openvino runs on the CPU here",
+        ),
+        Rule(
+            ("inference.precision", "inference.engine"),
+            lambda precision, engine: precision == "int8" and engine == "torch",
+            "must be auto, fp32, bf16 or fp16 with inference.engine: torch; int8 needs openvino",
+        ),
+        Rule(
+            ("inference.precision", "inference.device"),
+            lambda precision, device: precision == "int8" and device not in _ON_CPU and device,
+            "must be auto, fp32, bf16 or fp16 with inference.device: {}; int8 is for the CPU",
+        ),
     )
 
     inputs: Texts = ()
@@ -200,11 +193,6 @@ def _public_option(name: str, value: BeamValue) -> BeamValue:
     return public_text(value) if isinstance(value, str) else value
 
 
-class _HasOutput(Protocol):
-    @property
-    def output(self) -> str | None: ...
-
-
 def given_inputs(config: RunConfig) -> tuple[str, ...]:
     """Return the inputs, which have no default."""
     if not config.inputs:
@@ -215,8 +203,8 @@ def given_inputs(config: RunConfig) -> tuple[str, ...]:
     return config.inputs
 
 
-def given_output(config: _HasOutput) -> str:
+def given_output(output: str | None) -> str:
     """Return the folder to write to, which has no default."""
-    if config.output is None:
+    if output is None:
         raise OutputError("no output is given; name a folder: --output DIR")
-    return config.output
+    return output

@@ -6,7 +6,7 @@ makes one from YAML, ``--set`` and options.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
-def _as_tuple(value: object) -> object:
+def _as_tuple(value: Any) -> Any:
     """Return one text as a list of one, and a list of YAML's as a tuple."""
     if isinstance(value, str):
         return (value,)
@@ -42,11 +42,14 @@ class Rule:
 
     Attributes:
         keys: The keys that it compares; the first is the one reported as wrong.
-        broken: From their values to what the first must be, or None where all is well.
+        broken: From their values to something false where all is well, else to what ``wanted`` has
+            braces for.
+        wanted: What the first must be.
     """
 
     keys: tuple[str, ...]
-    broken: Callable[..., str | None]
+    broken: Callable[..., object]
+    wanted: str
 
 
 class Setting(NamedTuple):
@@ -120,35 +123,35 @@ class Config(Section):
         for rule in cls.rules:
             if not all(key in values for key in rule.keys):
                 continue
-            wanted = rule.broken(*(values[key] for key in rule.keys))
-            if wanted is not None:
+            broken = rule.broken(*(values[key] for key in rule.keys))
+            if broken:
                 key = rule.keys[0]
+                wanted = rule.wanted.format(broken)
                 yield f"{describe(key, values[key], origins.get(key))}; {wanted}"
 
 
 # --- Rules that several commands share --------------------------------------------------------
 
 
-def empty_input(inputs: str | Sequence[str]) -> str | None:
-    """Break where a text of a list is empty; one text stands for a list of one."""
-    texts = (inputs,) if isinstance(inputs, str) else inputs
-    if all(text.strip() for text in texts):
-        return None
-    return "must hold no empty text, as an unset variable gives it; the current folder is ."
+def not_empty(key: str, wanted: str = "must not be empty") -> Rule:
+    """Return the rule that no text of a key, one or a list, is empty."""
+    return Rule(
+        (key,),
+        lambda given: any(not text.strip() for text in _as_tuple(given) or ()),
+        f"{wanted}, as an unset variable gives it; the current folder is .",
+    )
 
 
-def empty_output(output: str | None) -> str | None:
-    """Break where a path that is given is empty."""
-    if output is None or output.strip():
-        return None
-    return "must not be empty, as an unset variable gives it; the current folder is ."
+def not_empty_inputs(key: str) -> Rule:
+    """Return the rule that no text of a list of inputs is empty."""
+    return not_empty(key, "must hold no empty text")
 
 
-def hop_leaves_gaps(hop_s: float | None, length_s: float | None) -> str | None:
-    """Break where windows leave a gap between them."""
-    if hop_s is None or length_s is None or hop_s <= length_s:
-        return None
-    return f"must be in (0, {length_s:g}] (window.length_s), else audio between windows is lost"
+NO_GAPS = Rule(
+    ("window.hop_s", "window.length_s"),
+    lambda hop_s, length_s: None not in (hop_s, length_s) and hop_s > length_s and length_s,
+    "must be in (0, {:g}] (window.length_s), else audio between windows is lost",
+)
 
 
 # --- Dotted keys ------------------------------------------------------------------------------

@@ -6,14 +6,16 @@ themselves the settings that ``pipeline.training`` takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, ClassVar, Literal
+import itertools
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from pipeline.config.label import CheckpointSection, DecodeSection, ReadSection, WindowSection
 from pipeline.config.schema import (
+    NO_GAPS,
     Config,
     Count,
     CountOrZero,
@@ -23,20 +25,22 @@ from pipeline.config.schema import (
     Rule,
     Section,
     Texts,
-    empty_input,
-    empty_output,
-    hop_leaves_gaps,
+    not_empty,
+    not_empty_inputs,
 )
 from transforms.errors import InputError
 
-# Of a model from scratch, where ``model`` does not say otherwise.
-SCRATCH_STRIDE = 16
-SCRATCH_NUM_FRAMES = 1024
-SCRATCH_NUM_MEL_BINS = 128
+# Shape of a model that has none of its own: AST's for AudioSet, with patches side by side.
+SHAPE_FROM_SCRATCH = {
+    "frequency_stride": 16,
+    "time_stride": 16,
+    "max_length": 1024,
+    "num_mel_bins": 128,
+}
 
 # Keys of ``model`` that are for checkpoints only, and keys of ``architecture`` that are not.
-FACTS_OF_A_CHECKPOINT = ("num_attention_heads", "layer_norm_eps", "head_layer_norm_eps")
-SHAPE_FROM_SCRATCH = (
+_ONLY_OF_A_CHECKPOINT = ("num_attention_heads", "layer_norm_eps", "head_layer_norm_eps")
+_ONLY_FROM_SCRATCH = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     "patch_size",
 )
@@ -159,181 +163,16 @@ def split_hold_out(hold_out: str) -> tuple[str, str]:
     return column.strip(), value.strip()
 
 
-def _hold_out_is_no_pair(hold_out: str | None) -> str | None:
-    if hold_out is None or all(split_hold_out(hold_out)):
-        return None
-    return (
-        "must be COLUMN=VALUE, like fold=1: a column of the inputs, and what it says of the clips"
+def _must_be_default(
+    key: str, section: type[Section], decider: str, applies: Callable[[Any], bool], why: str
+) -> Rule:
+    """Return the rule that a key keeps its default where another key makes it useless."""
+    default = section.model_fields[key.partition(".")[2]].default
+    return Rule(
+        (key, decider),
+        lambda value, decided: not applies(decided) and value != default and decided,
+        f"must be {'null' if default is None else default}, its default, with {decider}: {{}}{why}",
     )
-
-
-def _two_validations(hold_out: str | None, validation: Sequence[str]) -> str | None:
-    if hold_out is None or not validation:
-        return None
-    return "must be null with validation, which names other clips to measure with; use one of them"
-
-
-def _best_of_nothing(
-    keep: str, train: Sequence[str], validation: Sequence[str], hold_out: str | None
-) -> str | None:
-    if keep != "best" or validation or hold_out is not None or not train:
-        return None
-    return (
-        "needs clips to measure each epoch with: give --validation INPUT or --hold-out "
-        "COLUMN=VALUE; without them, use --set training.keep=last"
-    )
-
-
-def _average_of_nothing(
-    keep: str, first_epoch: int | None, moving_decay: float | None
-) -> str | None:
-    if keep != "averaged" or first_epoch is not None or moving_decay is not None:
-        return None
-    return (
-        "needs to know what to average: averaging.first_epoch and averaging.last_epoch, or "
-        "averaging.moving_decay"
-    )
-
-
-def _other_end_missing(end: int | None, other: int | None) -> str | None:
-    if end is not None or other is None:
-        return None
-    return f"must be given as well: averaging ends at one epoch, and the other is {other}"
-
-
-def _ends_before_it_begins(first_epoch: int | None, last_epoch: int | None) -> str | None:
-    if first_epoch is None or last_epoch is None or first_epoch <= last_epoch:
-        return None
-    return f"must be at most {last_epoch} (averaging.last_epoch)"
-
-
-def _ends_after_the_training(last_epoch: int | None, epochs: int) -> str | None:
-    if last_epoch is None or last_epoch <= epochs:
-        return None
-    return f"must be at most {epochs} (training.epochs)"
-
-
-def _two_averages(moving_decay: float | None, first_epoch: int | None) -> str | None:
-    if moving_decay is None or first_epoch is None:
-        return None
-    return "must be null with averaging.first_epoch; there is one average: use one of them"
-
-
-def _head_of_nothing(head: str, name: str | None) -> str | None:
-    if head != "keep" or name is not None:
-        return None
-    return "must be new without model.name: a model from scratch has no head to keep"
-
-
-def _layers_never_trained(
-    trained_layers: int | None, name: str | None, pretraining_epochs: int
-) -> str | None:
-    if trained_layers is None or (name is not None and not pretraining_epochs):
-        return None
-    why = (
-        "the other layers would stay as they were drawn"
-        if name is None
-        else "pretraining changes every layer"
-    )
-    return f"must be null without model.name, and with pretraining.epochs: {why}"
-
-
-def _fact_of_a_checkpoint(key: str) -> Rule:
-    """Return the rule that what a checkpoint may lack is not set where there is none."""
-
-    def broken(value: object, name: str | None) -> str | None:
-        if value is None or name is not None:
-            return None
-        return (
-            "must be null without model.name: it is for checkpoints that do not say it; the shape "
-            "of a model from scratch is in architecture"
-        )
-
-    return Rule((f"model.{key}", "model.name"), broken)
-
-
-def _unused_architecture(key: str) -> Rule:
-    """Return the rule that the shape of a checkpoint is its own."""
-    default = ArchitectureSection.model_fields[key].default
-
-    def broken(value: object, name: str | None) -> str | None:
-        if name is None or value == default:
-            return None
-        shown = "null" if default is None else default
-        return (
-            f"must be {shown}, its default, with model.name: {name}; the architecture is that "
-            "checkpoint's own"
-        )
-
-    return Rule((f"architecture.{key}", "model.name"), broken)
-
-
-def _unused_decay(key: str) -> Rule:
-    """Return the rule that nothing is set for steps where there are none."""
-    default = ScheduleSection.model_fields[key].default
-
-    def broken(value: object, kind: str) -> str | None:
-        if kind == "multistep" or value == default:
-            return None
-        return f"must be {default}, its default, with schedule.kind: {kind}, which has no steps"
-
-    return Rule((f"schedule.{key}", "schedule.kind"), broken)
-
-
-def _heads_do_not_divide(
-    num_attention_heads: int, hidden_size: int, name: str | None
-) -> str | None:
-    if name is not None or hidden_size % num_attention_heads == 0:
-        return None
-    return f"must divide {hidden_size} (architecture.hidden_size)"
-
-
-def _smaller_than_a_patch(scratch_size: int) -> Callable[..., str | None]:
-    """Return a rule's function: a model from scratch has room for at least one patch."""
-
-    def broken(patch_size: int, size: int | None, name: str | None) -> str | None:
-        limit = scratch_size if size is None else size
-        if name is not None or patch_size <= limit:
-            return None
-        return f"must be at most {limit}, or no patch fits into the model's input"
-
-    return broken
-
-
-def _mask_covers_everything(scratch_size: int) -> Callable[..., str | None]:
-    """Return a rule's function: a mask fits into what the model takes, where that is known."""
-
-    def broken(masked: int, size: int | None, name: str | None) -> str | None:
-        limit = scratch_size if size is None and name is None else size
-        if limit is None or masked <= limit:
-            return None
-        return f"must be at most {limit}, which is all that the model takes"
-
-    return broken
-
-
-def _warms_up_in_one_go(warmup_interval: int, warmup_steps: int) -> str | None:
-    if warmup_steps == 0 or warmup_interval <= warmup_steps:
-        return None
-    return f"must be at most {warmup_steps} (schedule.warmup_steps), else the rate stays 0 so long"
-
-
-def _never_warm(warmup_epochs: int, epochs: int) -> str | None:
-    if epochs == 0 or warmup_epochs < epochs:
-        return None
-    return f"must be less than {epochs} (pretraining.epochs)"
-
-
-def _half_on_the_cpu(precision: str, device: str) -> str | None:
-    if precision != "fp16" or device != "cpu":
-        return None
-    return "must be auto, fp32 or bf16 with training.device: cpu"
-
-
-def _not_a_local_folder(folder: str | None) -> str | None:
-    if folder is None or "://" not in folder or folder.startswith("file://"):
-        return None
-    return "must be a local folder: samples are read from it at random all the time"
 
 
 class TrainConfig(Config):
@@ -345,54 +184,152 @@ class TrainConfig(Config):
         *("model.name", "model.labels", "model.preprocessor"),
     )
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(("train",), empty_input),
-        Rule(("validation",), empty_input),
-        Rule(("output",), empty_output),
-        Rule(("cache.folder",), empty_output),
-        Rule(("cache.folder",), _not_a_local_folder),
-        Rule(("hold_out",), _hold_out_is_no_pair),
-        Rule(("hold_out", "validation"), _two_validations),
-        Rule(("training.keep", "train", "validation", "hold_out"), _best_of_nothing),
+        not_empty_inputs("train"),
+        not_empty_inputs("validation"),
+        not_empty("output"),
+        not_empty("cache.folder"),
+        Rule(
+            ("cache.folder",),
+            lambda folder: folder and "://" in folder and not folder.startswith("file://"),
+            "must be a local folder: samples are read from it at random all the time",
+        ),
+        Rule(
+            ("hold_out",),
+            lambda hold_out: hold_out is not None and not all(split_hold_out(hold_out)),
+            "must be COLUMN=VALUE, like fold=1: a column of the inputs, and what it says of the "
+            "clips",
+        ),
+        Rule(
+            ("hold_out", "validation"),
+            lambda hold_out, validation: hold_out is not None and validation,
+            "must be null with validation, which names other clips to measure with; use one of "
+            "them",
+        ),
+        Rule(
+            ("training.keep", "train", "validation", "hold_out"),
+            lambda keep, train, validation, hold_out: (
+                keep == "best" and train and not validation and hold_out is None
+            ),
+            "needs clips to measure each epoch with: give --validation INPUT or --hold-out "
+            "COLUMN=VALUE; without them, use --set training.keep=last",
+        ),
         Rule(
             ("training.keep", "averaging.first_epoch", "averaging.moving_decay"),
-            _average_of_nothing,
+            lambda keep, first_epoch, moving_decay: (
+                keep == "averaged" and first_epoch is None and moving_decay is None
+            ),
+            "needs to know what to average: averaging.first_epoch and averaging.last_epoch, or "
+            "averaging.moving_decay",
         ),
-        Rule(("training.head", "model.name"), _head_of_nothing),
         Rule(
-            ("training.trained_layers", "model.name", "pretraining.epochs"), _layers_never_trained
+            ("training.head", "model.name"),
+            lambda head, name: head == "keep" and name is None,
+            "must be new without model.name: a model from scratch has no head to keep",
         ),
-        Rule(("training.precision", "training.device"), _half_on_the_cpu),
-        *map(_fact_of_a_checkpoint, FACTS_OF_A_CHECKPOINT),
-        *map(_unused_architecture, SHAPE_FROM_SCRATCH),
+        Rule(
+            ("training.trained_layers", "model.name"),
+            lambda trained_layers, name: trained_layers is not None and name is None,
+            "must be null without model.name: the other layers would stay as they were drawn",
+        ),
+        Rule(
+            ("training.trained_layers", "pretraining.epochs"),
+            lambda trained_layers, epochs: trained_layers is not None and epochs,
+            "must be null with pretraining.epochs: pretraining changes every layer",
+        ),
+        Rule(
+            ("training.precision", "training.device"),
+            lambda precision, device: precision == "fp16" and device == "cpu",
+            "must be auto, fp32 or bf16 with training.device: cpu",
+        ),
+        *(
+            Rule(
+                (f"model.{key}", "model.name"),
+                lambda value, name: value is not None and name is None,
+                "must be null without model.name: it is for checkpoints that do not say it; the "
+                "shape of a model from scratch is in architecture",
+            )
+            for key in _ONLY_OF_A_CHECKPOINT
+        ),
+        *(
+            _must_be_default(
+                f"architecture.{key}",
+                ArchitectureSection,
+                "model.name",
+                lambda name: name is None,
+                "; the architecture is that checkpoint's own",
+            )
+            for key in _ONLY_FROM_SCRATCH
+        ),
         Rule(
             ("architecture.num_attention_heads", "architecture.hidden_size", "model.name"),
-            _heads_do_not_divide,
+            lambda heads, hidden_size, name: name is None and hidden_size % heads and hidden_size,
+            "must divide {} (architecture.hidden_size)",
+        ),
+        *(
+            Rule(
+                ("architecture.patch_size", f"model.{key}", "model.name"),
+                lambda patch, size, name, of_scratch=SHAPE_FROM_SCRATCH[key]: (
+                    name is None and patch > (size or of_scratch) and (size or of_scratch)
+                ),
+                "must be at most {}, or no patch fits into the model's input",
+            )
+            for key in ("num_mel_bins", "max_length")
+        ),
+        *(
+            Rule(
+                (f"augmentation.{mask}", f"model.{key}", "model.name"),
+                # What a checkpoint takes is not known here.
+                lambda masked, size, name, of_scratch=SHAPE_FROM_SCRATCH[key]: (
+                    (limit := size or (name is None and of_scratch)) and masked > limit and limit
+                ),
+                "must be at most {}, which is all that the model takes",
+            )
+            for mask, key in (("masked_mels", "num_mel_bins"), ("masked_frames", "max_length"))
+        ),
+        *(
+            Rule(
+                (f"averaging.{missing}", f"averaging.{given}"),
+                lambda missing, given: missing is None and given,
+                "must be given as well: averaging ends at one epoch, and the other is {}",
+            )
+            for missing, given in itertools.permutations(("first_epoch", "last_epoch"))
         ),
         Rule(
-            ("architecture.patch_size", "model.num_mel_bins", "model.name"),
-            _smaller_than_a_patch(SCRATCH_NUM_MEL_BINS),
+            ("averaging.first_epoch", "averaging.last_epoch"),
+            lambda first, last: None not in (first, last) and first > last and last,
+            "must be at most {} (averaging.last_epoch)",
         ),
         Rule(
-            ("architecture.patch_size", "model.max_length", "model.name"),
-            _smaller_than_a_patch(SCRATCH_NUM_FRAMES),
+            ("averaging.last_epoch", "training.epochs"),
+            lambda last_epoch, epochs: last_epoch and last_epoch > epochs and epochs,
+            "must be at most {} (training.epochs)",
         ),
         Rule(
-            ("augmentation.masked_mels", "model.num_mel_bins", "model.name"),
-            _mask_covers_everything(SCRATCH_NUM_MEL_BINS),
+            ("averaging.moving_decay", "averaging.first_epoch"),
+            lambda moving_decay, first_epoch: None not in (moving_decay, first_epoch),
+            "must be null with averaging.first_epoch; there is one average: use one of them",
         ),
         Rule(
-            ("augmentation.masked_frames", "model.max_length", "model.name"),
-            _mask_covers_everything(SCRATCH_NUM_FRAMES),
+            ("schedule.warmup_interval", "schedule.warmup_steps"),
+            lambda interval, steps: interval > steps and steps,
+            "must be at most {} (schedule.warmup_steps), else the rate stays 0 so long",
         ),
-        Rule(("averaging.first_epoch", "averaging.last_epoch"), _other_end_missing),
-        Rule(("averaging.last_epoch", "averaging.first_epoch"), _other_end_missing),
-        Rule(("averaging.first_epoch", "averaging.last_epoch"), _ends_before_it_begins),
-        Rule(("averaging.last_epoch", "training.epochs"), _ends_after_the_training),
-        Rule(("averaging.moving_decay", "averaging.first_epoch"), _two_averages),
-        Rule(("schedule.warmup_interval", "schedule.warmup_steps"), _warms_up_in_one_go),
-        *map(_unused_decay, ("decay_start_epoch", "decay_every_epochs", "decay_factor")),
-        Rule(("pretraining.warmup_epochs", "pretraining.epochs"), _never_warm),
-        Rule(("window.hop_s", "window.length_s"), hop_leaves_gaps),
+        *(
+            _must_be_default(
+                f"schedule.{key}",
+                ScheduleSection,
+                "schedule.kind",
+                lambda kind: kind == "multistep",
+                ", which has no steps",
+            )
+            for key in ("decay_start_epoch", "decay_every_epochs", "decay_factor")
+        ),
+        Rule(
+            ("pretraining.warmup_epochs", "pretraining.epochs"),
+            lambda warmup_epochs, epochs: warmup_epochs >= epochs and epochs,
+            "must be less than {} (pretraining.epochs)",
+        ),
+        NO_GAPS,
     )
 
     train: Texts = ()

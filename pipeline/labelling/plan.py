@@ -134,7 +134,7 @@ def resolve_run(
     """
     inputs = tuple(urls.normalise(text) for text in given_inputs(config))
     wants_output = needs_output or config.output is not None
-    output = urls.normalise(given_output(config)) if wants_output else ""
+    output = urls.normalise(given_output(config.output)) if wants_output else ""
     model = choose_model(config)
     label = make_label_settings(config, model)
     if not is_remote:

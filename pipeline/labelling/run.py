@@ -60,11 +60,12 @@ from pipeline.runners.options import (
     temporary_files_in_scratch,
 )
 from pipeline.terminal.precision_report import describe_checks, precision_warnings
-from pipeline.terminal.progress import Expected, LiveReader, ProgressCounts, ProgressDisplay
+from pipeline.terminal.progress import Expected, LiveReader, ProgressDisplay
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
 from pipeline.terminal.wording import counted, format_audio, format_duration
 from transforms.errors import ConfigError, OutputError, TooManyListedError
+from transforms.process.progress_counts import LiveCounts
 from transforms.process.stage_times import stage_clocks
 from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
@@ -97,7 +98,7 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
     began_s = time.monotonic()
     options = pipeline_options(config, beam_options)
     remote = is_remote(options)
-    output = urls.normalise(given_output(config))
+    output = urls.normalise(given_output(config.output))
     check_runner(options, config.inference.device)
     if remote:
         check_reachable([urls.normalise(text) for text in given_inputs(config)], output)
@@ -274,11 +275,11 @@ class _CommitReader:
         self._totals = UnitTotals()
         self._next_s = 0.0
 
-    def __call__(self) -> ProgressCounts:
+    def __call__(self) -> LiveCounts:
         if time.monotonic() >= self._next_s:
             self.refresh()
         done = self._totals
-        return ProgressCounts(done.clips, done.windows, done.audio_s, done.failures)
+        return LiveCounts(done.clips, done.windows, done.audio_s, done.failures)
 
     def refresh(self) -> None:
         """List the commits now; ``ProgressDisplay`` calls this at the end."""

@@ -7,6 +7,7 @@ a second. Everything goes to stderr; on a terminal the bar stays below what is l
 from __future__ import annotations
 
 import dataclasses
+import operator
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
 from pipeline.terminal.wording import counted, format_audio, format_duration
-from transforms.process.progress_counts import live_counts
+from transforms.process.progress_counts import LiveCounts, live_counts
 
 POLL_INTERVAL_S = 0.25
 LINE_INTERVAL_S = 10.0
@@ -41,31 +42,16 @@ ECHO_WIDTH = 4
 DROPPED_FIRST = ("windows", "audio", "speed", "failed", "left")
 
 
-@dataclass(frozen=True, slots=True)
-class ProgressCounts:
-    """What a run has labelled so far, and the items that it could not label."""
-
-    clips: int = 0
-    windows: int = 0
-    audio_s: float = 0.0
-    failures: int = 0
-
-
 class LiveReader:
     """Reads what this process has done since the reader was made."""
 
     def __init__(self) -> None:
-        self._start = dataclasses.replace(live_counts)
+        self._start = dataclasses.astuple(live_counts)
 
-    def __call__(self) -> ProgressCounts:
+    def __call__(self) -> LiveCounts:
         """Return the counts so far."""
-        start, now = self._start, live_counts
-        return ProgressCounts(
-            clips=now.clips - start.clips,
-            windows=now.windows - start.windows,
-            audio_s=now.audio_s - start.audio_s,
-            failures=now.failures - start.failures,
-        )
+        now = dataclasses.astuple(live_counts)
+        return LiveCounts(*map(operator.sub, now, self._start))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +67,7 @@ class Moment:
             progress are not among them.
     """
 
-    counts: ProgressCounts
+    counts: LiveCounts
     elapsed_s: float
     working_s: float
     is_complete: bool = False
@@ -316,7 +302,7 @@ class ProgressDisplay:
 
     def __init__(
         self,
-        read: Callable[[], ProgressCounts],
+        read: Callable[[], LiveCounts],
         expected: Expected,
         *,
         quiet: bool = False,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from pipeline.config.train import TrainConfig
 from pipeline.terminal.std_streams import say
@@ -21,22 +20,11 @@ from transforms.records import ItemFailure
 from transforms.sources.read_unit import Found
 
 
-@dataclass(frozen=True)
-class PreparedClips:
-    """Clips that are decoded and labelled, with a digest of the content of each set.
-
-    The keys of ``digests`` are ``train`` and ``validation``; ``caches`` also have the failures.
-    """
-
-    sets: ClipSets
-    digests: Mapping[str, str | None]
-    caches: tuple[CachedClips, ...]
-
-
-def prepare_clips(plan: TrainPlan, config: TrainConfig) -> PreparedClips:
+def prepare_clips(plan: TrainPlan, config: TrainConfig) -> tuple[ClipSets, list[ItemFailure]]:
     """Decode the clips that are not in the cache yet, and settle the labels.
 
-    Raise ``InputError`` if the labels or the audio cannot be learnt from.
+    Returns the clips, and the items that could not be decoded. Raise ``InputError`` if the labels
+    or the audio cannot be learnt from.
     """
     caches = [_cache(plan, plan.found, config)]
     if plan.found_validation is not None:
@@ -55,9 +43,7 @@ def prepare_clips(plan: TrainPlan, config: TrainConfig) -> PreparedClips:
     failures = [failure for cached in caches for failure in cached.failures]
     for line in (*sets.warnings, *describe_failures(failures)):
         say(line)  # even if the run is to be quiet
-    validation = None if sets.validation is None else _digest(sets.validation)
-    digests = {"train": _digest(sets.train), "validation": validation}
-    return PreparedClips(sets, digests, tuple(caches))
+    return sets, failures
 
 
 def _cache(plan: TrainPlan, found: Found, config: TrainConfig, purpose: str = "") -> CachedClips:
@@ -79,7 +65,7 @@ def _cache(plan: TrainPlan, found: Found, config: TrainConfig, purpose: str = ""
     return cached
 
 
-def _digest(clips: ClipSet) -> str:
+def digest_clips(clips: ClipSet) -> str:
     """Return a digest of what training depends on, which does not include where the clips lie."""
     digest = hashlib.sha256(json.dumps(clips.label_names).encode())
     for clip in clips.clips:

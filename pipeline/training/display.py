@@ -17,14 +17,13 @@ from pipeline.labelling.remaining import count_found_items
 from pipeline.terminal.progress import Expected, LiveReader, ProgressDisplay
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.wording import counted
+from pipeline.training.history import METRIC_NAMES
 from pipeline.training.stages.finetuning import Best
 from pipeline.training.stages.loop import Row, Stage
 from transforms.process.progress_counts import live_counts
 from transforms.sources.read_unit import Found
 
 LINE_INTERVAL_S = 60.0
-
-_NAMES = {"accuracy": "accuracy", "mean_average_precision": "mAP"}
 
 
 class DecodingDisplay:
@@ -140,11 +139,10 @@ class EpochDisplay:
     def line(self, stage: Stage, row: Row, best: Best | None) -> str:
         """Return an epoch's figures in one line."""
         parts = [f"loss {row['train_loss']:.4f}"]
-        name = _NAMES[self._metric]
         figure = row.get(f"validation_{self._metric}")
         if figure is not None:
             parts.append(f"validation loss {row['validation_loss']:.4f}")
-            part = f"{name} {figure:.4f}"
+            part = f"{METRIC_NAMES[self._metric]} {figure:.4f}"
             parts.append(part if best is None else f"{part} (best {best.figure:.4f})")
         averaged = row.get(f"averaged_{self._metric}")
         if averaged is not None:

@@ -31,7 +31,7 @@ COLUMNS = (
     "averaged_mean_average_precision",
     "seconds",
 )
-_METRICS = {"accuracy": "accuracy", "mean_average_precision": "mAP"}
+METRIC_NAMES = {"accuracy": "accuracy", "mean_average_precision": "mAP"}
 _MODELS = {"validation": "this epoch's weights", "averaged": "average of weights"}
 
 
@@ -78,7 +78,7 @@ def _draw_losses(axes: Axes, history: Sequence[Row]) -> None:
 
 def _draw_metrics(axes: Axes, history: Sequence[Row]) -> None:
     for whose, model_name in _MODELS.items():
-        for metric, name in _METRICS.items():
+        for metric, name in METRIC_NAMES.items():
             _draw(axes, history, f"{whose}_{metric}", f"{name}, {model_name}")
     axes.set(ylabel="validation", ylim=(0, 1.02))
     if axes.lines:

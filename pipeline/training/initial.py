@@ -9,12 +9,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.config.label import CheckpointSection
-from pipeline.config.train import (
-    SCRATCH_NUM_FRAMES,
-    SCRATCH_NUM_MEL_BINS,
-    SCRATCH_STRIDE,
-    ArchitectureSection,
-)
+from pipeline.config.train import SHAPE_FROM_SCRATCH, ArchitectureSection
 from pipeline.labelling.plan import read_features
 from pipeline.training.data.dataset import ClipSet
 from transforms.errors import ModelError
@@ -45,15 +40,8 @@ from transforms.models.labels import read_labels
 from transforms.storage import urls
 
 SCRATCH = "scratch"
-# Shape of a model that has none of its own: AST's for AudioSet, with patches side by side.
-_DEFAULT_SHAPE = {
-    "frequency_stride": SCRATCH_STRIDE,
-    "time_stride": SCRATCH_STRIDE,
-    "max_length": SCRATCH_NUM_FRAMES,
-    "num_mel_bins": SCRATCH_NUM_MEL_BINS,
-}
 # Facts of a checkpoint that training may change, and facts that it may not.
-_CHANGEABLE = ("frequency_stride", "time_stride", "max_length", "num_mel_bins")
+_CHANGEABLE = tuple(SHAPE_FROM_SCRATCH)
 _FACTS = ("num_attention_heads", "layer_norm_eps", "head_layer_norm_eps")
 
 
@@ -107,11 +95,13 @@ def resolve_initial(
     """
     wanted = _wanted_labels(model.labels)
     given = {name: value for name in _CHANGEABLE if (value := getattr(model, name)) is not None}
-    given["hidden_dropout_prob"] = architecture.hidden_dropout_prob
-    given["attention_probs_dropout_prob"] = architecture.attention_probs_dropout_prob
+    given |= architecture.model_dump(
+        include={"hidden_dropout_prob", "attention_probs_dropout_prob"}
+    )
     statistics = _given_statistics(model)
     if model.name is None:
-        shape = {**_DEFAULT_SHAPE, **_scratch_shape(architecture), **given}
+        shape = {**SHAPE_FROM_SCRATCH, **architecture.model_dump(), **given}
+        shape["intermediate_size"] = shape["intermediate_size"] or 4 * architecture.hidden_size
         return Initial(
             "scratch", SCRATCH, _make_config(shape), wanted_labels=wanted, statistics=statistics
         )
@@ -120,7 +110,7 @@ def resolve_initial(
         return Initial(
             "image",
             image.name,
-            _make_config({**_fields(image.config), **_DEFAULT_SHAPE, **given}),
+            _make_config({**_fields(image.config), **SHAPE_FROM_SCRATCH, **given}),
             sha256=image.sha256,
             image=image,
             wanted_labels=wanted,
@@ -184,8 +174,8 @@ def measure_statistics(
 ) -> tuple[float, float]:
     """Measure mean and standard deviation of the clips' features, as ``earmark stats`` does."""
     total = FeatureStatistics()
-    for index, clip in enumerate(clips.clips):
-        cuts = cut_windows(clips.samples(index, 0, clip.num_samples), windows)
+    for clip in clips.clips:
+        cuts = cut_windows(clips.files.read_clip(clip), windows)
         moments = [measure_window(cut.samples, fbank) for cut in cuts]
         parts = [FeatureStatistics(moment, windows=1) for moment in moments]
         total = sum_statistics([total, *parts])
@@ -210,16 +200,6 @@ def _wanted_labels(source: str | None) -> tuple[str, ...] | None:
     if source is None:
         return None
     return tuple(label.name for label in read_labels(source))
-
-
-def _scratch_shape(architecture: ArchitectureSection) -> dict[str, Any]:
-    return {
-        "hidden_size": architecture.hidden_size,
-        "num_hidden_layers": architecture.num_hidden_layers,
-        "num_attention_heads": architecture.num_attention_heads,
-        "intermediate_size": architecture.intermediate_size or 4 * architecture.hidden_size,
-        "patch_size": architecture.patch_size,
-    }
 
 
 def _fields(config: ASTConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ An earlier training in the folder is resumed if it is the same, and left alone i
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping
@@ -19,7 +20,6 @@ from pipeline.terminal.wording import counted
 from pipeline.training.data.dataset import ClipSet, ClipSets
 from pipeline.training.history import CURVES_NAME, HISTORY_NAME, draw_curves, history_table
 from pipeline.training.plan import CACHE_NAME, TrainPlan
-from pipeline.training.stages.finetuning import copy_for_saving
 from pipeline.training.stages.loop import STATE_NAME, Row
 from transforms.errors import OutputError
 from transforms.models.ast.checkpoints import save_pretrained
@@ -71,16 +71,12 @@ def find_training(plan: TrainPlan) -> Mapping[str, Any] | None:
             f"{url} is not the record of a training ({type(error).__name__}: {error}); give "
             "another --output, or start again with --overwrite."
         ) from error
-    _check_same(plan, before, {**plan.results, "data": None})
+    check_same_training(plan, before, {**plan.results, "data": None})
     return record
 
 
-def check_same_training(plan: TrainPlan, record: Mapping[str, Any]) -> None:
-    """Raise ``OutputError`` if a training began with other clips than those of the plan."""
-    _check_same(plan, record["results"], plan.results)
-
-
-def _check_same(plan: TrainPlan, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_training(plan: TrainPlan, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ``OutputError`` if what the result depended on differs from what it does now."""
     differences = describe_differences(before, now)
     if differences:
         raise OutputError(
@@ -216,4 +212,5 @@ class Recorder:
         place = urls.join(self._plan.output, folder)
         mean, std = self._record["mean"], self._record["std"]
         with writing.writing_to(place):
-            save_pretrained(copy_for_saving(model), place, mean=mean, std=std, dtype=self._dtype)
+            saved = copy.deepcopy(model).cpu().eval()
+            save_pretrained(saved, place, mean=mean, std=std, dtype=self._dtype)

@@ -16,6 +16,7 @@ from pipeline.labelling.plan import describe_inputs, find_items, input_options
 from pipeline.result.state import make_fingerprint
 from pipeline.training.data.dataset import check_found
 from pipeline.training.initial import Initial, resolve_initial
+from pipeline.training.stages.steps import Precision
 from transforms.errors import ConfigError, OutputError
 from transforms.features.fbank import FbankSettings
 from transforms.inference.backbones import resolve_device, resolve_precision
@@ -69,7 +70,7 @@ class TrainPlan:
     learning_rate: float
     results: Mapping[str, Any]
     device: str
-    precision: str
+    precision: Precision
 
     @property
     def fingerprint(self) -> str:
@@ -94,14 +95,10 @@ class TrainPlan:
             parts.append([[item.truth, item.metadata] for item in (*found.items, *inside)])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def with_data(self, digests: Mapping[str, str | None]) -> TrainPlan:
-        """Return the plan with digests of the clips among what the result depends on."""
-        return dataclasses.replace(self, results={**self.results, "data": dict(digests)})
-
 
 def local_output(config: TrainConfig) -> str:
     """Return the output folder; raise ``OutputError`` if it is not on this machine."""
-    output = urls.normalise(given_output(config))
+    output = urls.normalise(given_output(config.output))
     if not urls.is_local(output):
         raise OutputError(
             f"--output is {public_uri(output)}; expected a folder on this machine, because a "
@@ -140,7 +137,7 @@ def make_train_plan(config: TrainConfig, output: str) -> TrainPlan:
         learning_rate=learning_rate,
         results=what_changes_training(config, initial, precision, learning_rate),
         device=device,
-        precision=precision,
+        precision=precision,  # type: ignore[arg-type]
     )
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ from pipeline.result.lock import hold_output
 from pipeline.result.state import utc_now
 from pipeline.terminal.std_streams import answer, say
 from pipeline.terminal.wording import counted, format_duration
-from pipeline.training.clips import PreparedClips, prepare_clips
+from pipeline.training.clips import digest_clips, prepare_clips
 from pipeline.training.data.augmentation import Augment
 from pipeline.training.data.batches import BatchSettings
 from pipeline.training.data.clip_cache import remove_cache
 from pipeline.training.data.dataset import ClipSet, ClipSets
 from pipeline.training.data.failures import write_errors
 from pipeline.training.display import EpochDisplay
+from pipeline.training.history import METRIC_NAMES
 from pipeline.training.initial import build_model, measure_statistics
 from pipeline.training.output import (
     ERRORS_NAME,
@@ -51,14 +52,16 @@ from pipeline.training.output import (
     write_file,
 )
 from pipeline.training.plan import TrainPlan, describe_train_plan, local_output, make_train_plan
-from pipeline.training.stages.finetuning import Best, FinetuningSettings, FinetuningStage
+from pipeline.training.stages.finetuning import Best, FinetuningStage
 from pipeline.training.stages.loop import STATE_NAME, Progress, Row, Stage, run_stages
-from pipeline.training.stages.pretraining import PretrainingStage
+from pipeline.training.stages.pretraining import PretrainingStage, predictable
+from pipeline.training.stages.steps import InputLoader
 from pipeline.training.stages.validation import Scorer
 from transforms.features.fbank import KaldiFbank
 from transforms.features.fbank_settings import without_normalising
 from transforms.models.ast.model import ASTForAudioClassification
 from transforms.process.temp_folders import sweep
+from transforms.records import ItemFailure
 from transforms.storage import reading, urls, writing
 
 _MAX_LOADERS = 8
@@ -83,14 +86,16 @@ def run_train(config: TrainConfig) -> int:
         record = None if config.overwrite else find_training(plan)
         if record is not None and is_done(record) and record["inputs"] == plan.inputs_digest:
             return _say_done(output)
-        clips = prepare_clips(plan, config)
-        plan = plan.with_data(clips.digests)
+        clips, failures = prepare_clips(plan, config)
+        validation = None if clips.validation is None else digest_clips(clips.validation)
+        data = {"train": digest_clips(clips.train), "validation": validation}
+        plan = dataclasses.replace(plan, results={**plan.results, "data": data})
         if record is not None:
-            check_same_training(plan, record)
+            check_same_training(plan, record["results"], plan.results)
         if config.overwrite:
             remove_training(output)
         if record is None or not is_done(record):
-            train(plan, clips, config, record)
+            train(plan, clips, failures, config, record)
         else:
             _say_done(output)
         if config.cache.folder is None:
@@ -107,20 +112,20 @@ def _say_done(output: str) -> int:
 
 def train(
     plan: TrainPlan,
-    prepared: PreparedClips,
+    clips: ClipSets,
+    failures: Sequence[ItemFailure],
     config: TrainConfig,
     earlier: Mapping[str, Any] | None,
 ) -> None:
     """Run the stages and write the results; ``earlier`` is the record that this run resumes."""
     began_s = time.monotonic()
-    clips = prepared.sets
     statistics = settle_statistics(plan, clips.train, earlier, quiet=config.quiet)
     record = make_record(plan, clips, config, statistics, earlier)
     recorder = Recorder(plan, record, getattr(torch, config.training.saved_dtype))
     recorder.write_record()
     errors = urls.join(plan.output, ERRORS_NAME)
     with writing.writing_to(errors):
-        write_errors(prepared.caches, errors)
+        write_errors(failures, errors)
     if clips.validation is not None:
         write_file(plan, VALIDATION_NAME, validation_manifest(clips.validation))
     model = build_model(
@@ -184,63 +189,44 @@ def make_stages(
 ) -> tuple[list[Stage], FinetuningStage]:
     """Make the stages in order; the last one, given again, teaches labels."""
     device = torch.device(plan.device)
-    windows = plan.settings.windows
+    windows, training = plan.settings.windows, config.training
     fbank = dataclasses.replace(plan.fbank, mean=statistics[0], std=statistics[1])
     log_mel = KaldiFbank(without_normalising(fbank)).to(device)
     augment = Augment(config.augmentation, fbank)
-    num_loaders = config.training.loader_processes
+    num_loaders = training.loader_processes
     if num_loaders is None:
         num_loaders = 0 if plan.device == "cpu" else min(_MAX_LOADERS, os.cpu_count() or 1)
     batches = BatchSettings(
-        batch_size=config.training.batch_size,
+        batch_size=training.batch_size,
         window_samples=windows.window_samples,
-        sampler=config.training.sampler,
-        seed=config.training.seed,
+        sampler=training.sampler,
+        seed=training.seed,
         stage=1,
+    )
+    scorer = Scorer(
+        KaldiFbank(fbank).to(device),
+        windows,
+        training.batch_size,
+        "softmax" if training.loss == "cross_entropy" else "sigmoid",
+        plan.precision,
     )
     teaching = FinetuningStage(
         model,
-        clips.train,
+        InputLoader(model, clips.train, augment, log_mel, batches, num_loaders),
         clips.validation,
-        augment,
-        log_mel,
-        Scorer(
-            KaldiFbank(fbank).to(device),
-            windows,
-            config.training.batch_size,
-            "softmax" if config.training.loss == "cross_entropy" else "sigmoid",
-            plan.precision,  # type: ignore[arg-type]
-        ),
-        batches,
-        FinetuningSettings(
-            epochs=config.training.epochs,
-            loss=config.training.loss,
-            optimizer=config.optimizer,
-            learning_rate=plan.learning_rate,
-            schedule=config.schedule,
-            averaging=config.averaging,
-            trained_layers=config.training.trained_layers,
-            precision=plan.precision,  # type: ignore[arg-type]
-            validate_every=config.training.validate_every,
-            metric=config.training.metric,
-        ),
-        num_loaders=num_loaders,
+        scorer,
+        config,
+        plan.learning_rate,
+        plan.precision,
     )
-    if not config.pretraining.epochs:
+    section = config.pretraining
+    if not section.epochs:
         return [teaching], teaching
-    pretraining = PretrainingStage(
-        model,
-        clips.train,
-        augment,
-        log_mel,
-        dataclasses.replace(
-            batches, batch_size=config.pretraining.batch_size, sampler="shuffle", stage=0
-        ),
-        config.pretraining,
-        precision=plan.precision,  # type: ignore[arg-type]
-        num_loaders=num_loaders,
+    batches = dataclasses.replace(
+        batches, batch_size=section.batch_size, sampler="shuffle", stage=0
     )
-    return [pretraining, teaching], teaching
+    inputs = InputLoader(model, clips.train, predictable(augment), log_mel, batches, num_loaders)
+    return [PretrainingStage(model, inputs, section, plan.precision), teaching], teaching
 
 
 def finish(
@@ -276,8 +262,7 @@ def describe_training(
 ) -> list[str]:
     """Describe the result of a training, in a few lines."""
     metric, last = config.training.metric, progress.history[-1]
-    name = "accuracy" if metric == "accuracy" else "mAP"
-    best = teaching.best
+    name, best = METRIC_NAMES[metric], teaching.best
     lines = [
         f"Trained {counted(teaching.epochs, 'epoch')}. The model has {describe_kept(config, best)}."
     ]

@@ -70,9 +70,12 @@ LIGHT = {
     "pipeline.config.label": {"torch", "apache_beam", "pyarrow", "numpy"},
     "pipeline.config.train": {"torch", "apache_beam", "pyarrow", "numpy"},
     "pipeline.training.data.packed_clips": {"torch", "apache_beam", "pyarrow"},
-    "pipeline.training.data.batches": {"apache_beam", "pyarrow"},
+    "pipeline.training.data.batches": {
+        *("apache_beam", "pyarrow", "torchaudio", "sklearn", "matplotlib", "rich", "fsspec")
+    },
     "pipeline.training.data.augmentation": {"apache_beam", "pyarrow"},
     "pipeline.terminal.progress": {"torch", "apache_beam", "pyarrow"},
+    "pipeline.terminal.time_report": {"rich"},
     "transforms.records": {"torch", "apache_beam", "pyarrow"},
     "transforms.storage.filesystem": {"torch", "apache_beam", "pyarrow"},
     "transforms.process.stage_times": {"torch", "apache_beam", "pyarrow", "numpy"},

@@ -220,15 +220,14 @@ def main() -> int:
     unknown = [name for name in names if name not in FETCHERS]
     if unknown:
         parser.error(f"no runner {unknown[0]}; there are {', '.join(FETCHERS)}")
-    num_missing = 0
+    code = 0
     with alone():
         for name in names:
-            began_s = time.monotonic()
             found = provision(name)
-            num_missing += found.missing is not None
             told = f"MISSING: {found.missing}" if found.missing else f"{found.what}, {found.path}"
-            print(f"{name}: {told} ({time.monotonic() - began_s:.0f} s)", flush=True)
-    return int(num_missing > 0)
+            print(f"{name}: {told}", flush=True)
+            code = 1 if found.missing else code
+    return code
 
 
 if __name__ == "__main__":

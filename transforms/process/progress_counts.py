@@ -15,9 +15,9 @@ class LiveCounts:
 
     clips: int = 0
     windows: int = 0
+    audio_s: float = 0.0
     failures: int = 0
     units: int = 0
-    audio_s: float = 0.0
 
 
 live_counts = LiveCounts()

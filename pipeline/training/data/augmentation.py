@@ -76,8 +76,8 @@ class Augment:
         section, fbank = self.section, self.fbank
         frames = count_frames(lengths, fbank)
         x = equalize(log_mel, frames, section.equalizer_db, rng)
-        x = mask_mels(x, section.masked_mels, rng)
-        x = mask_frames(x, section.masked_frames, rng)
+        x = mask(x, 2, section.masked_mels, rng)
+        x = mask(x, 1, section.masked_frames, rng)
         x = (x - fbank.mean) / (2.0 * fbank.std)
         x = add_noise(x, section.feature_noise, rng)
         return roll_frames(x, section.shift_frames, rng)
@@ -230,22 +230,10 @@ def equalize(
     return torch.where(sounds, (log_mel + gain).clamp_min(_FLOOR), log_mel)
 
 
-def mask_mels(features: Tensor, widest: int, rng: np.random.Generator) -> Tensor:
-    """Set a band of mels of each clip to 0; features (B, T, F) not normalised, see ``_mask``."""
-    return _mask(features, 2, widest, rng)
+def mask(features: Tensor, axis: int, widest: int, rng: np.random.Generator) -> Tensor:
+    """Set one random band per clip to 0 along an axis: 1 for frames, 2 for mels.
 
-
-def mask_frames(features: Tensor, widest: int, rng: np.random.Generator) -> Tensor:
-    """Set a span of frames of each clip to 0; features (B, T, F) not normalised, see ``_mask``.
-
-    It may lie in the padding, which is 0 as well.
-    """
-    return _mask(features, 1, widest, rng)
-
-
-def _mask(features: Tensor, axis: int, widest: int, rng: np.random.Generator) -> Tensor:
-    """Set one random band per clip to 0 along an axis.
-
+    ``features`` (B, T, F) are not normalised. A band may lie in the padding, which is 0 as well.
     Width and start are drawn as in torchaudio's ``mask_along_axis``: as real numbers, each rounded
     down. So a band as wide as ``widest`` has probability 0, and the last position is never masked.
 

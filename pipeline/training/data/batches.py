@@ -7,7 +7,7 @@ module and little else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from pipeline.training.data.augmentation import Augment, mix
 from pipeline.training.data.packed_clips import PackedClips
@@ -55,10 +55,6 @@ class BatchSettings:
     sampler: Literal["shuffle", "balanced"]
     seed: int
     stage: int
-
-    def steps(self, num_clips: int) -> int:
-        """Return the number of batches of an epoch."""
-        return -(-num_clips // self.batch_size)
 
     def rng(self, purpose: Purpose, epoch: int, step: int = 0) -> np.random.Generator:
         """Return the generator for one purpose in one step."""
@@ -135,12 +131,13 @@ class BatchLoader:
     def __init__(
         self, clips: PackedClips, augment: Augment, settings: BatchSettings, num_processes: int
     ) -> None:
-        self.num_steps = settings.steps(len(clips))
-        self._sampler = _StepsOfEpoch(clips, settings)
+        self._clips, self._settings = clips, settings
+        self.num_steps = -(-len(clips) // settings.batch_size)  # rounded up
+        self._steps: list[_Step] = []  # of the current epoch
         self._loader: DataLoader[Batch] = DataLoader(
             _Batches(clips, augment, settings),
             batch_size=None,
-            sampler=self._sampler,
+            sampler=self._steps,
             num_workers=num_processes,
             # Never fork: the training process may hold a GPU.
             multiprocessing_context="forkserver" if num_processes else None,
@@ -149,26 +146,15 @@ class BatchLoader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Return the batches of an epoch, counted from 0."""
-        self._sampler.epoch = epoch
+        size = self._settings.batch_size
+        order = order_of_epoch(self._clips, self._settings, epoch)
+        self._steps[:] = [
+            (epoch, step, order[step * size : (step + 1) * size]) for step in range(self.num_steps)
+        ]
         return iter(self._loader)
 
 
 _Step = tuple[int, int, npt.NDArray[np.int64]]
-
-
-class _StepsOfEpoch(Sampler[_Step]):
-    def __init__(self, clips: PackedClips, settings: BatchSettings) -> None:
-        self.epoch = 0
-        self._clips, self._settings = clips, settings
-
-    def __iter__(self) -> Iterator[_Step]:
-        size = self._settings.batch_size
-        order = order_of_epoch(self._clips, self._settings, self.epoch)
-        for step in range(len(self)):
-            yield self.epoch, step, order[step * size : (step + 1) * size]
-
-    def __len__(self) -> int:
-        return self._settings.steps(len(self._clips))
 
 
 class _Batches(Dataset[Batch]):
@@ -184,15 +170,3 @@ class _Batches(Dataset[Batch]):
             self._settings.window_samples,
             self._settings.rng("clips", epoch, step),
         )
-
-
-def window_batches(
-    samples: Sequence[npt.NDArray[np.float32]], batch_size: int, window_samples: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield waveforms (B, window_samples) and lengths (B,) of windows, in order and unchanged."""
-    for start in range(0, len(samples), batch_size):
-        rows = samples[start : start + batch_size]
-        waveforms = np.zeros((len(rows), window_samples), np.float32)
-        for waveform, window in zip(waveforms, rows, strict=True):
-            waveform[: window.size] = window
-        yield torch.from_numpy(waveforms), torch.tensor([window.size for window in rows])

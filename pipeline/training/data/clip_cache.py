@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -53,13 +53,12 @@ from pipeline.training.data.packed_clips import (
 )
 from transforms.decoding.pool import DecodePool
 from transforms.decoding.settings import DecodeSettings
-from transforms.errors import AccountingError, ConfigError, OutputError, WriteError
+from transforms.errors import AccountingError, OutputError, WriteError
 from transforms.label_audio import read_items
 from transforms.process.locks import try_lock
 from transforms.records import Failure, FloatArray, Item, ItemFailure, Waveform, WorkUnit
 from transforms.sources.read_unit import Found, SourceSettings
 from transforms.storage import urls, writing
-from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
 
@@ -83,20 +82,10 @@ class CachedClips:
     ``is_reused`` says that all of it had been decoded before.
     """
 
-    sample_rate_hz: int
     files: SampleFiles
     clips: tuple[CachedClip, ...]
     failures: tuple[ItemFailure, ...]
     is_reused: bool
-
-    @property
-    def duration_s(self) -> float:
-        """Seconds of audio of all clips."""
-        return sum(clip.num_samples for clip in self.clips) / self.sample_rate_hz
-
-    def samples(self, clip: CachedClip, start: int = 0, stop: int | None = None) -> FloatArray:
-        """Read samples [start, stop) of a clip, float32; all of them by default."""
-        return self.files.read_clip(clip, start, stop)
 
 
 @dataclass(frozen=True)
@@ -135,13 +124,9 @@ def cache_clips(
             all of them are.
 
     Raises:
-        OutputError: The folder is not local or cannot be written.
+        OutputError: The folder cannot be made.
         WriteError: The disk is full or fails. The units that this call wrote are removed.
-        ConfigError: There is no such dtype.
     """
-    if dtype not in STORED_DTYPES:
-        known = " or ".join(get_args(CacheDtype))
-        raise ConfigError(f"cache.dtype is {dtype!r}; must be {known}. Set it in the config.")
     root = _make_root(folder)
     # Units are cut alike whatever the windows are, so that a training with others finds them.
     sources = dataclasses.replace(sources, window_s=_CUT.window_s, hop_s=_CUT.hop_s)
@@ -169,7 +154,6 @@ def cache_clips(
     whole = [cached[key] for key in keys]
     starts = [0, *accumulate(unit.num_samples for unit in whole)][: len(keys)]
     return CachedClips(
-        sample_rate_hz=decode.sample_rate_hz,
         files=SampleFiles(root, tuple(unit.name for unit in whole), tuple(starts), dtype),
         clips=tuple(
             dataclasses.replace(clip, offset=clip.offset + start)
@@ -192,11 +176,6 @@ def remove_cache(folder: str) -> None:
 
 def _make_root(folder: str) -> Path:
     """Make the folder, and remove what processes that were killed have left in it."""
-    if not urls.is_local(folder):
-        raise OutputError(
-            f"the folder for decoded clips is {public_uri(folder)}; must be a local "
-            "folder, because training reads single clips from it. Give one with --cache."
-        )
     root = Path(urls.local_path(urls.normalise(folder)))
     try:
         root.mkdir(parents=True, exist_ok=True)

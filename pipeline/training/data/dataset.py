@@ -25,7 +25,7 @@ from pipeline.terminal.wording import counted
 from pipeline.training.data.clip_cache import CachedClips
 from pipeline.training.data.failures import check_failures
 from pipeline.training.data.packed_clips import CachedClip, PackedClips, SampleFiles
-from transforms.errors import ConfigError, InputError
+from transforms.errors import InputError
 from transforms.models.labels import find_label, labels_from_names
 from transforms.records import FloatArray, Item
 from transforms.sources.file_kinds import MANIFEST_EXTENSIONS
@@ -49,9 +49,7 @@ def split_clips(
     ``hold_out`` is ``COLUMN=VALUE``: clips whose metadata has this value in this column, compared
     as text, are for validation. With None no clip is.
 
-    Raises:
-        ConfigError: ``hold_out`` is not of this form.
-        InputError: There is no such column, no clip has the value, or all have it.
+    Raise ``InputError`` if there is no such column, no clip has the value, or all have it.
     """
     if hold_out is None:
         return cached.clips, ()
@@ -63,11 +61,6 @@ def split_clips(
 def which_are_held_out(items: Sequence[Item], hold_out: str) -> list[bool]:
     """Return for each item whether it is for validation; see ``split_clips``, also for errors."""
     column, value = split_hold_out(hold_out)
-    if not column or not value:
-        raise ConfigError(
-            f"hold_out is {hold_out!r}; expected COLUMN=VALUE, such as fold=4. Give it with "
-            "--hold-out."
-        )
     columns = [_metadata_of(item) for item in items]
     texts = [_texts(values[column]) if column in values else () for values in columns]
     are_held = [value in of for of in texts]
@@ -359,30 +352,18 @@ def _spelling(name: str) -> str:
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Clips with labels, in the cache's order.
-
-    Reading one decodes nothing; pickling the set leaves samples out. A clip's labels are indices
-    into ``label_names``.
-    """
+    """Clips with labels, in the cache's order; labels are indices into ``label_names``."""
 
     files: SampleFiles
-    sample_rate_hz: int
     clips: tuple[CachedClip, ...]
     label_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def samples(self, index: int, start: int = 0, stop: int | None = None) -> FloatArray:
-        """Read samples [start, stop), float32, all by default; ``ValueError`` beyond the end."""
-        return self.files.read_clip(self.clips[index], start, stop)
-
-    def targets(self) -> FloatArray:
-        """Return 1 where a clip has a label, else 0; shape (clips, labels), float32, read-only."""
-        return self._targets
-
     @functools.cached_property
-    def _targets(self) -> FloatArray:
+    def targets(self) -> FloatArray:
+        """1 where a clip has a label, else 0; shape (clips, labels), float32, read-only."""
         targets = np.zeros((len(self.clips), len(self.label_names)), np.float32)
         for row, clip in zip(targets, self.clips, strict=True):
             row[list(clip.labels)] = 1.0
@@ -415,7 +396,6 @@ def label_clips(
     find = _finder(label_names)
     return ClipSet(
         files=cached.files,
-        sample_rate_hz=cached.sample_rate_hz,
         clips=tuple(dataclasses.replace(clip, labels=find(clip)) for clip in clips),
         label_names=tuple(label_names),
     )
@@ -440,12 +420,10 @@ def make_clip_sets(
 ) -> ClipSets:
     """Divide the clips, settle the labels, and join both.
 
-    The validation clips are an input of their own, or held out: ``ValueError`` for both. See
+    The validation clips are an input of their own, or held out. See
     ``split_clips``, ``resolve_labels`` and ``check_failures`` for the arguments and the errors;
     ``max_failed`` holds for either input.
     """
-    if cached_validation is not None and hold_out is not None:
-        raise ValueError(f"both validation clips and hold_out={hold_out!r} are given")
     check_failures(cached, max_failed)
     if cached_validation is not None:
         check_failures(cached_validation, max_failed)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.terminal.wording import counted
 from pipeline.training.data.clip_cache import CachedClips
 from transforms.errors import InputError
-from transforms.records import Failure
+from transforms.records import Failure, ItemFailure
 from transforms.results.rows import errors_table
 from transforms.storage import writing
 
@@ -46,10 +46,10 @@ def check_failures(cached: CachedClips, max_failed: float) -> None:
         )
 
 
-def write_errors(caches: Sequence[CachedClips], url: str) -> None:
+def write_errors(failures: Sequence[ItemFailure], url: str) -> None:
     """Write the failures as a table that is a manifest too; remove the file if there are none."""
     by_unit: dict[str, list[Failure]] = defaultdict(list)
-    for event in (event for cached in caches for event in cached.failures):
+    for event in failures:
         by_unit[event.unit_id].append(event.failure)
     if not by_unit:
         writing.remove(url)

@@ -57,19 +57,9 @@ class SampleFiles:
     starts: tuple[int, ...]
     dtype: CacheDtype
 
-    def read_clip(self, clip: CachedClip, start: int, stop: int | None) -> FloatArray:
-        """Read samples [start, stop) of a clip, float32, nominally in [-1, 1].
-
-        Both count from the clip's start; a ``stop`` of None is its end. Raise ``ValueError`` if the
-        clip has fewer samples.
-        """
-        stop = clip.num_samples if stop is None else stop
-        if not 0 <= start <= stop <= clip.num_samples:
-            raise ValueError(
-                f"{clip.item.clip_id}: samples {start} to {stop} were asked for; it has "
-                f"{clip.num_samples}"
-            )
-        return self.read(clip.offset + start, clip.offset + stop)
+    def read_clip(self, clip: CachedClip) -> FloatArray:
+        """Read the samples of a clip, float32, nominally in [-1, 1]."""
+        return self.read(clip.offset, clip.offset + clip.num_samples)
 
     def read(self, start: int, stop: int) -> FloatArray:
         """Read samples [start, stop) of one file; ``OSError`` if it is gone or became shorter."""

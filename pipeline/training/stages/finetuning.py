@@ -6,68 +6,30 @@ if there is one.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.config.train import (
-    AveragingSection,
-    OptimizerSection,
-    ScheduleSection,
-)
-from pipeline.training.data.augmentation import Augment
-from pipeline.training.data.batches import Batch, BatchLoader, BatchSettings
-from pipeline.training.data.dataset import ClipSet, pack_clips
+from pipeline.config.train import AveragingSection, TrainConfig
+from pipeline.training.data.dataset import ClipSet
 from pipeline.training.stages.loop import Row
-from pipeline.training.stages.masked_patches import draw_kept
 from pipeline.training.stages.schedule import schedule_factor
 from pipeline.training.stages.steps import (
     IF_DIVERGED,
+    InputLoader,
     Precision,
     Stepper,
     autocast,
-    checked_loss,
     make_optimizer,
     weighted_mean,
 )
-from pipeline.training.stages.validation import Scorer, Validation, parameters_are_finite, validate
+from pipeline.training.stages.validation import Scorer, Validation, validate
 from transforms.errors import TrainingError
-from transforms.features.fbank import KaldiFbank
 from transforms.models.ast.model import ASTForAudioClassification
-from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
-
-Loss = Literal["cross_entropy", "binary_cross_entropy"]
-
-
-@dataclass(frozen=True)
-class FinetuningSettings:
-    """Settings of the stage.
-
-    Attributes:
-        learning_rate: Highest learning rate.
-        trained_layers: Number of blocks at the top that learn; None for the whole model.
-        precision: Precision of the forward pass; weights and loss are float32.
-        validate_every: Epochs between validations; the last epoch is always validated.
-        metric: Metric by which the best epoch is chosen.
-    """
-
-    epochs: int
-    loss: Loss
-    optimizer: OptimizerSection
-    learning_rate: float
-    schedule: ScheduleSection
-    averaging: AveragingSection
-    trained_layers: int | None
-    precision: Precision
-    validate_every: int
-    metric: Literal["accuracy", "mean_average_precision"]
 
 
 class Best(NamedTuple):
@@ -86,10 +48,11 @@ def is_better(now: Best, before: Best | None) -> bool:
     return before is None or (now.figure, -now.loss) > (before.figure, -before.loss)
 
 
-def classification_loss(logits: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+def classification_loss(logits: Tensor, targets: Tensor, loss: str) -> Tensor:
     """Compute the loss of a batch in float32 from logits, shape (B, labels).
 
-    ``targets`` are the share of each label, in [0, 1]; for cross-entropy each row adds up to 1.
+    ``targets`` are the share of each label, in [0, 1]; for ``cross_entropy`` each row adds up to 1.
+    Any other ``loss`` is binary cross-entropy.
     """
     if loss == "cross_entropy":
         return F.cross_entropy(logits.float(), targets)
@@ -156,7 +119,8 @@ class Averages:
 class FinetuningStage:
     """Teaches a model the labels of clips; see the module.
 
-    ``log_mel`` makes features that are not normalised, on the model's device.
+    ``learning_rate`` is the highest. ``precision`` is that of the forward pass; weights and loss
+    are float32.
     """
 
     name = "training"
@@ -164,84 +128,60 @@ class FinetuningStage:
     def __init__(
         self,
         model: ASTForAudioClassification,
-        train: ClipSet,
+        inputs: InputLoader,
         validation: ClipSet | None,
-        augment: Augment,
-        log_mel: KaldiFbank,
         scorer: Scorer,
-        batches: BatchSettings,
-        settings: FinetuningSettings,
-        *,
-        num_loaders: int,
+        config: TrainConfig,
+        learning_rate: float,
+        precision: Precision,
     ) -> None:
-        self.epochs = settings.epochs
+        self._settings = config.training
+        self.epochs = config.training.epochs
         self.best: Best | None = None
         self.model = model
-        self._validation, self._augment, self._log_mel = validation, augment, log_mel
-        self._scorer, self._batches, self._settings = scorer, batches, settings
-        self._loader = BatchLoader(pack_clips(train), augment, batches, num_loaders)
-        freeze_all_but(model, settings.trained_layers)
-        self.averages = Averages(model, settings.averaging)
-        steps = self._loader.num_steps
+        self._inputs, self._validation, self._scorer = inputs, validation, scorer
+        self._precision, self._patch_drop = precision, config.augmentation.patch_drop
+        freeze_all_but(model, config.training.trained_layers)
+        self.averages = Averages(model, config.averaging)
         self._stepper = Stepper(
+            self.name,
             model,
-            make_optimizer(model, settings.optimizer, settings.learning_rate),
-            lambda step: schedule_factor(settings.schedule, step, steps, settings.epochs),
-            num_steps=steps * settings.epochs,
-            max_gradient_norm=settings.optimizer.max_gradient_norm,
-            scaled=settings.precision == "fp16",
+            make_optimizer(model, config.optimizer, learning_rate),
+            lambda step: schedule_factor(config.schedule, step, inputs.num_steps, self.epochs),
+            max_gradient_norm=config.optimizer.max_gradient_norm,
+            scaled=precision == "fp16",
         )
 
     def run_epoch(self, epoch: int, on_step: Callable[[int, int, float], None]) -> Row:
         """Run an epoch; see ``Stage.run_epoch``."""
         # Only dropout still draws from torch's own state.
-        torch.manual_seed(int(self._batches.rng("weights", epoch).integers(2**63)))
+        torch.manual_seed(int(self._inputs.rng("weights", epoch).integers(2**63)))
         self.model.train()
-        losses = [
-            (self._run_step(batch, epoch, step, on_step), len(batch.lengths))
-            for step, batch in enumerate(self._loader.epoch(epoch))
-        ]
-        self._check_weights(epoch)
+        losses = []
+        for step, (features, targets) in enumerate(self._inputs.epoch(epoch)):
+            kept = None
+            if self._patch_drop:
+                kept = self._inputs.draw_kept(len(targets), self._patch_drop, epoch, step)
+            with autocast(features.device, self._precision):
+                logits = self.model.compute_logits(features, kept)
+            loss = classification_loss(logits, targets, self._settings.loss)
+            learning_rate = self._stepper.learning_rate
+            value = self._stepper.step(loss, epoch, step)
+            self.averages.after_step(self.model)
+            losses.append((value, len(targets)))
+            on_step(step + 1, self._inputs.num_steps, value)
+        # A step may ruin the weights even though its loss was finite; these are not saved.
+        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
+            raise TrainingError(
+                f"{self.name} has made weights NaN or infinite by the end of epoch {epoch + 1}, at "
+                f"a learning rate of {learning_rate:.3g}; expected finite numbers. {IF_DIVERGED}"
+            )
         self.averages.after_epoch(self.model, epoch)
         return {
-            "learning_rate": self._last_rate,
+            "learning_rate": learning_rate,
             "train_loss": weighted_mean(losses),
             **self._validate(epoch),
         }
-
-    def _run_step(
-        self, batch: Batch, epoch: int, step: int, on_step: Callable[[int, int, float], None]
-    ) -> float:
-        device = next(self.model.parameters()).device
-        waveforms, lengths, targets = (tensor.to(device) for tensor in batch)
-        rng = self._batches.rng("features", epoch, step)
-        with torch.no_grad():
-            features = self._augment.features(self._log_mel(waveforms, lengths), lengths, rng)
-        kept = self._draw_kept(len(lengths), self._batches.rng("tokens", epoch, step))
-        with autocast(device, self._settings.precision):
-            logits = self.model.compute_logits(features, None if kept is None else kept.to(device))
-        loss = classification_loss(logits, targets, self._settings.loss)
-        self._last_rate = self._stepper.learning_rate
-        value = checked_loss(loss, self.name, epoch, step, self._last_rate)
-        self._stepper.step(loss)
-        self.averages.after_step(self.model)
-        on_step(step + 1, self._loader.num_steps, value)
-        return value
-
-    def _check_weights(self, epoch: int) -> None:
-        """Refuse to save weights that a step has ruined even though its loss was finite."""
-        if not parameters_are_finite(self.model):
-            raise TrainingError(
-                f"{self.name} has made weights NaN or infinite by the end of epoch {epoch + 1}, at "
-                f"a learning rate of {self._last_rate:.3g}; expected finite numbers. {IF_DIVERGED}"
-            )
-
-    def _draw_kept(self, batch_size: int, rng: np.random.Generator) -> Tensor | None:
-        ratio = self._augment.section.patch_drop
-        if not ratio:
-            return None
-        num_patches = self.model.config.num_tokens - NUM_PREFIX_TOKENS
-        return draw_kept(batch_size, num_patches, ratio, rng)
 
     def _validate(self, epoch: int) -> Row:
         is_due = (epoch + 1) % self._settings.validate_every == 0 or epoch + 1 == self.epochs
@@ -281,8 +221,3 @@ def _figures(validation: Validation, whose: str) -> Row:
         f"{whose}_accuracy": validation.metrics.accuracy,
         f"{whose}_mean_average_precision": validation.metrics.mean_average_precision,
     }
-
-
-def copy_for_saving(model: ASTForAudioClassification) -> ASTForAudioClassification:
-    """Return a copy of the model on the CPU, in evaluation mode."""
-    return copy.deepcopy(model).cpu().eval()

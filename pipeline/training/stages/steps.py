@@ -1,16 +1,23 @@
-"""Optimizer steps of every stage: precision, gradients, learning rate."""
+"""What every stage does with a batch: its features, the precision, the optimizer's step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.train import OptimizerSection
+from pipeline.training.data.augmentation import Augment
+from pipeline.training.data.batches import BatchLoader, BatchSettings
+from pipeline.training.data.dataset import ClipSet, pack_clips
+from pipeline.training.stages.masked_patches import draw_kept
 from transforms.errors import TrainingError
+from transforms.features.fbank import KaldiFbank
+from transforms.models.ast.model import ASTForAudioClassification
+from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
 
 Precision = Literal["fp32", "bf16", "fp16"]
 IF_DIVERGED = (
@@ -18,6 +25,42 @@ IF_DIVERGED = (
     "then start again with --overwrite. What was saved of earlier epochs stays."
 )
 _AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class InputLoader:
+    """Gives the batches of an epoch as the model takes them.
+
+    ``log_mel`` makes features that are not normalised, on the model's device.
+    """
+
+    def __init__(
+        self,
+        model: ASTForAudioClassification,
+        clips: ClipSet,
+        augment: Augment,
+        log_mel: KaldiFbank,
+        batches: BatchSettings,
+        num_loaders: int,
+    ) -> None:
+        self._augment, self._log_mel, self.rng = augment, log_mel, batches.rng
+        self._loader = BatchLoader(pack_clips(clips), augment, batches, num_loaders)
+        self._num_patches = model.config.num_tokens - NUM_PREFIX_TOKENS
+        self._device = next(model.parameters()).device
+        self.num_steps = self._loader.num_steps
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features (B, T, F) and targets (B, labels); ``epoch`` counts from 0."""
+        for step, batch in enumerate(self._loader.epoch(epoch)):
+            waveforms, lengths, targets = (tensor.to(self._device) for tensor in batch)
+            rng = self.rng("features", epoch, step)
+            with torch.no_grad():
+                features = self._augment.features(self._log_mel(waveforms, lengths), lengths, rng)
+            yield features, targets
+
+    def draw_kept(self, num_clips: int, ratio: float, epoch: int, step: int) -> Tensor:
+        """Draw the patches that the model sees in a step; see ``masked_patches.draw_kept``."""
+        rng = self.rng("tokens", epoch, step)
+        return draw_kept(num_clips, self._num_patches, ratio, rng).to(self._device)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -58,27 +101,26 @@ class Stepper:
     """Takes optimizer steps: gradients, their bound, the learning rate.
 
     Args:
-        factor: Returns the factor of the learning rate at a step, from 0.
+        stage: Name of the stage, for errors.
+        factor: Returns the factor of the learning rate at a step, from 0. It is also called for the
+            step after the last.
         max_gradient_norm: Bound of the gradients' norm; None for no bound.
         scaled: Whether to scale the loss, as float16 gradients need.
     """
 
     def __init__(
         self,
+        stage: str,
         modules: nn.Module,
         optimizer: torch.optim.Optimizer,
         factor: Callable[[int], float],
         *,
-        num_steps: int,
         max_gradient_norm: float | None,
         scaled: bool,
     ) -> None:
-        self._modules, self._optimizer = modules, optimizer
+        self._stage, self._modules, self._optimizer = stage, modules, optimizer
         self._max_norm = max_gradient_norm
-        # torch asks for the step after the last one, too.
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: factor(min(step, num_steps - 1))
-        )
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         device = next(modules.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)  # type: ignore[attr-defined]
 
@@ -87,8 +129,19 @@ class Stepper:
         """Learning rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def step(self, loss: Tensor) -> None:
-        """Take a step against the gradient of the loss."""
+    def step(self, loss: Tensor, epoch: int, step: int) -> float:
+        """Take a step against the gradient of the loss, and return the loss.
+
+        ``epoch`` and ``step`` count from 0. Raise ``TrainingError``, and take no step, if the loss
+        is NaN or infinite.
+        """
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss of {self._stage} is {value} in epoch {epoch + 1}, step {step + 1}, at a "
+                f"learning rate of {self.learning_rate:.3g}; expected a finite number. "
+                f"{IF_DIVERGED}"
+            )
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
         if self._max_norm is not None:
@@ -97,6 +150,7 @@ class Stepper:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._scheduler.step()
+        return value
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of optimizer, schedule and scale."""
@@ -113,18 +167,6 @@ class Stepper:
         self._scaler.load_state_dict(state["scaler"])
 
 
-def checked_loss(loss: Tensor, stage: str, epoch: int, step: int, learning_rate: float) -> float:
-    """Return the loss as a number; raise ``TrainingError`` if it is NaN or infinite."""
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"the loss of {stage} is {value} in epoch {epoch + 1}, step {step + 1}, at a learning "
-            f"rate of {learning_rate:.3g}; expected a finite number. {IF_DIVERGED}"
-        )
-    return value
-
-
-def weighted_mean(losses: Iterable[tuple[float, int]]) -> float:
+def weighted_mean(losses: list[tuple[float, int]]) -> float:
     """Return the mean loss per clip from the mean losses and sizes of batches."""
-    pairs = list(losses)
-    return math.fsum(loss * count for loss, count in pairs) / sum(count for _, count in pairs)
+    return math.fsum(loss * count for loss, count in losses) / sum(count for _, count in losses)

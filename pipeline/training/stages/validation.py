@@ -15,10 +15,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from pipeline.evaluation.metrics import Metrics, compute_metrics
-from pipeline.training.data.batches import window_batches
 from pipeline.training.data.dataset import ClipSet
 from pipeline.training.stages.steps import IF_DIVERGED, Precision
 from transforms.errors import TrainingError
@@ -67,8 +65,8 @@ def validate(model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer) -
             f"{IF_DIVERGED}"
         )
     return Validation(
-        compute_metrics(clips.targets() > 0, scores, clips.label_names),
-        loss_of_scores(scores, clips.targets(), scorer.activation),
+        compute_metrics(clips.targets > 0, scores, clips.label_names),
+        loss_of_scores(scores, clips.targets, scorer.activation),
     )
 
 
@@ -98,7 +96,9 @@ def score_clips(
     scores = np.empty((len(clips), len(clips.label_names)), np.float32)
     was_training = model.training
     model.eval()
-    backbone = _in_precision(model, scorer.precision)
+    backbone = model.audio_spectrogram_transformer
+    if scorer.precision != "fp32":  # as ``earmark label`` runs it: the weights too
+        backbone = copy.deepcopy(backbone).to(TORCH_DTYPES[scorer.precision])
     for first, samples, counts in _groups(clips, scorer.windows):
         rows = _score_windows(model, backbone, samples, scorer)
         start = 0
@@ -117,7 +117,7 @@ def _groups(
     """Group whole clips to about ``_WINDOWS_AT_ONCE``: first clip, windows, windows of each."""
     first, samples, counts = 0, list[npt.NDArray[np.float32]](), list[int]()
     for index, clip in enumerate(clips.clips):
-        cuts = cut_windows(clips.samples(index, 0, clip.num_samples), windows)
+        cuts = cut_windows(clips.files.read_clip(clip), windows)
         samples += [cut.samples for cut in cuts]
         counts.append(len(cuts))
         if len(samples) >= _WINDOWS_AT_ONCE:
@@ -125,14 +125,6 @@ def _groups(
             first, samples, counts = index + 1, [], []
     if counts:
         yield first, samples, counts
-
-
-def _in_precision(model: ASTForAudioClassification, precision: Precision) -> ASTModel:
-    """Return the backbone as ``earmark label`` runs it: the weights too in half precision."""
-    backbone = model.audio_spectrogram_transformer
-    if precision == "fp32":
-        return backbone
-    return copy.deepcopy(backbone).to(TORCH_DTYPES[precision])
 
 
 @torch.no_grad()
@@ -144,16 +136,14 @@ def _score_windows(
 ) -> npt.NDArray[np.float32]:
     weight = next(backbone.parameters())
     rows = []
-    for waveforms, lengths in window_batches(
-        samples, scorer.batch_size, scorer.windows.window_samples
-    ):
-        features = scorer.fbank(waveforms.to(weight.device), lengths.to(weight.device))
+    for start in range(0, len(samples), scorer.batch_size):
+        windows = samples[start : start + scorer.batch_size]
+        padded = np.zeros((len(windows), scorer.windows.window_samples), np.float32)
+        for row, window in zip(padded, windows, strict=True):
+            row[: window.size] = window
+        lengths = torch.tensor([window.size for window in windows], device=weight.device)
+        features = scorer.fbank(torch.from_numpy(padded).to(weight.device), lengths)
         logits = model.classifier(backbone.embed(features.to(weight.dtype)).float())
         is_sigmoid = scorer.activation == "sigmoid"
         rows.append((logits.sigmoid() if is_sigmoid else logits.softmax(dim=1)).cpu().numpy())
     return np.concatenate(rows)
-
-
-def parameters_are_finite(model: nn.Module) -> bool:
-    """Return whether every weight is finite; one that is not never becomes so again."""
-    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -26,12 +26,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         fake = ModuleType(module)
         setattr(fake, name, calls.take)
         monkeypatch.setitem(sys.modules, module, fake)
-    monkeypatch.delenv("EARMARK_DEBUG", raising=False)
     return calls
 
 
 @pytest.fixture(autouse=True)
-def _restore_logging() -> Any:
+def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("EARMARK_DEBUG", raising=False)
     handlers, level = logging.root.handlers[:], logging.root.level
     yield
     logging.root.handlers[:], logging.root.level = handlers, level

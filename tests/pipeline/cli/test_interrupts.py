@@ -18,21 +18,6 @@ from tests.support.fake_commands import Calls
 from tests.support.paths import ROOT
 
 
-def test_sigterm_is_an_interruption(
-    calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def terminated(folder: str, quiet: bool) -> int:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-        return 0
-
-    monkeypatch.setattr(sys.modules["pipeline.result.verify"], "run_verify", terminated)
-    before = signal.getsignal(signal.SIGTERM)
-    assert cli.main(["verify", "x"]) == 130
-    assert "again to resume" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_that_beam_wraps_is_one_all_the_same(
     calls: Calls,
@@ -50,8 +35,10 @@ def test_an_interrupt_that_beam_wraps_is_one_all_the_same(
         return 0
 
     monkeypatch.setattr(sys.modules["pipeline.result.verify"], "run_verify", interrupted)
+    before = signal.getsignal(number)
     assert cli.main(["verify", "x"]) == 130
     assert capsys.readouterr().err == "earmark: interrupted; run the same command again to resume\n"
+    assert signal.getsignal(number) is before
 
 
 def ignore_sigint() -> None:

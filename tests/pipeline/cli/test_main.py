@@ -151,21 +151,17 @@ def test_errors_become_exit_codes_and_words(
     assert capsys.readouterr().err == words
 
 
-def test_debug_shows_the_traceback(
-    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("variable", "options"), [("1", []), ("", ["--debug"])])
+def test_debugging_shows_the_traceback(
+    calls: Calls,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    options: list[str],
 ) -> None:
     calls.error = ValueError("odd")
-    monkeypatch.setenv("EARMARK_DEBUG", "1")
-    assert cli.main(["verify", "x"]) == 1
-    assert "Traceback (most recent call last)" in capsys.readouterr().err
-
-
-def test_the_debug_option_is_the_variable(
-    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EARMARK_DEBUG", "")  # so that what the option sets is taken back
-    calls.error = InputError("odd")
-    assert cli.main(["--debug", "verify", "x"]) == 2
+    monkeypatch.setenv("EARMARK_DEBUG", variable)  # so that what the option sets is taken back
+    assert cli.main([*options, "verify", "x"]) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
@@ -191,23 +187,19 @@ def test_the_process_s_memory_is_no_output(
     assert calls == []
 
 
-def test_a_training_that_a_disk_stopped_goes_on(
-    calls: Calls, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls.error = OSError(28, "No space left on device", "/x/y")
-    assert cli.main(TRAINING) == 1
-    assert capsys.readouterr().err == (
-        "earmark: /x/y: No space left on device\n"
-        "Fix that, then run the same command again to resume.\n"
-    )
-
-
-@pytest.mark.parametrize("command", [["verify", "label"], ["export", "x", "-f", "csv"]])
+@pytest.mark.parametrize(
+    ("command", "again"),
+    [
+        (TRAINING, "again to resume"),
+        (["verify", "label"], "again"),
+        (["export", "x", "-f", "csv"], "again"),
+    ],
+)
 def test_only_a_command_that_goes_on_says_so(
-    calls: Calls, capsys: pytest.CaptureFixture[str], command: list[str]
+    calls: Calls, capsys: pytest.CaptureFixture[str], command: list[str], again: str
 ) -> None:
     calls.error = OSError(5, "Input/output error", "/x/y")
     assert cli.main(command) == 1
     assert capsys.readouterr().err == (
-        "earmark: /x/y: Input/output error\nFix that, then run the same command again.\n"
+        f"earmark: /x/y: Input/output error\nFix that, then run the same command {again}.\n"
     )

@@ -151,12 +151,6 @@ def test_the_yaml_gives_what_the_command_line_leaves_out(calls: Calls, tmp_path:
     assert (config.labels.top_k, config.labels.scores, config.limit) == (4, False, 3)
 
 
-def test_inputs_on_the_command_line_replace_those_of_the_yaml(calls: Calls, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("inputs: [x/]\n")
-    assert label_config(calls, *REQUIRED, "-c", str(path)).inputs == ("in",)
-
-
 def test_plan_needs_no_output(calls: Calls) -> None:
     assert cli.main(["plan", "in", "-m", "model"]) == 0
     assert calls[-1][0].output is None

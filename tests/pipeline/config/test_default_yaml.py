@@ -6,7 +6,6 @@ import re
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from pipeline.cli.options import LABEL, TRAIN, Option
 from pipeline.config.label import RunConfig
@@ -55,11 +54,3 @@ def test_every_option_sets_a_key_of_its_own(schema: Schema) -> None:
     keys = [option.key for option in options_of(schema)]
     assert len(keys) == len(set(keys))
     assert set(keys) <= schema.defaults().keys()
-
-
-@pytest.mark.parametrize("section", [None, "window"])
-def test_a_configuration_cannot_be_changed(schema: Schema, section: str | None) -> None:
-    config = schema()
-    target, name = (config, "limit") if section is None else (getattr(config, section), "hop_s")
-    with pytest.raises(ValidationError, match="frozen"):
-        setattr(target, name, 1)

@@ -6,13 +6,12 @@ import re
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from pipeline.config.label import RunConfig
-from pipeline.config.load import config_folder, find_config, load_config, shipped_configs
+from pipeline.config.load import config_folder, find_config, load_config
 from pipeline.config.schema import flatten
-from pipeline.config.train import TrainConfig, given_train, split_hold_out
-from transforms.errors import ConfigError, InputError
+from pipeline.config.train import TrainConfig
+from transforms.errors import ConfigError
 
 DEFAULT_YAML = config_folder() / "train" / "default.yaml"
 
@@ -29,25 +28,6 @@ def problems(*sets: str, **arguments: Any) -> list[str]:
         for line in str(caught.value).splitlines()
         if not line.startswith("Every key") and " problems in the " not in line
     ]
-
-
-@pytest.mark.parametrize(
-    ("assignment", "key", "value"),
-    [
-        ("validation=a b.csv", "validation", ["a b.csv"]),
-        ("validation=[a.csv, b.tar]", "validation", ["a.csv", "b.tar"]),
-        ("hold_out=fold=1", "hold_out", "fold=1"),
-        ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", 1e-4),
-        ("optimizer.betas=[0.9, 0.95]", "optimizer.betas", [0.9, 0.95]),
-        ("optimizer.betas=[0, 0.95]", "optimizer.betas", [0.0, 0.95]),
-        ("training.trained_layers=", "training.trained_layers", None),
-        ("training.seed=0", "training.seed", 0),
-        ("augmentation.invert=true", "augmentation.invert", True),
-        ("schedule.kind=cosine", "schedule.kind", "cosine"),
-    ],
-)
-def test_set_reads_values_as_yaml(assignment: str, key: str, value: object) -> None:
-    assert flatten(load(assignment).resolved())[key] == value
 
 
 BETAS = "must be a list of two numbers in [0, 1), like [0.95, 0.999]"
@@ -222,35 +202,11 @@ def test_what_goes_together_is_taken(sets: list[str]) -> None:
     load(*sets)
 
 
-def test_rules_between_keys_hold_without_a_file_too() -> None:
-    with pytest.raises(ValidationError, match=r"training\.head is keep; must be new without"):
-        TrainConfig.model_validate({"training": {"head": "keep"}})
-
-
-def test_a_hold_out_is_divided_at_its_first_sign() -> None:
-    assert split_hold_out("fold=1") == ("fold", "1")
-    assert split_hold_out(" part = a=b ") == ("part", "a=b")
-    assert split_hold_out("fold") == ("fold", "")
-
-
-def test_what_to_train_on_has_no_default() -> None:
-    with pytest.raises(InputError, match="--train INPUT"):
-        given_train(TrainConfig())
-    assert given_train(load("train=a.csv", "hold_out=a=1")) == ("a.csv",)
-
-
 def test_a_config_of_labelling_is_none_of_training() -> None:
     with pytest.raises(ConfigError, match=r"audioset is one for earmark label\. Did you mean"):
         load(path="audioset")
     assert find_config(TrainConfig, "default") == DEFAULT_YAML
     assert find_config(RunConfig, "default") == config_folder() / "default.yaml"
-
-
-def test_a_config_that_is_nowhere_lists_those_of_training_alone() -> None:
-    with pytest.raises(ConfigError) as caught:
-        load(path="nowhere")
-    listed = ", ".join(shipped_configs("train"))
-    assert f"one that ships with Earmark: {listed}." in str(caught.value)
 
 
 def test_a_resolved_config_holds_no_signature() -> None:

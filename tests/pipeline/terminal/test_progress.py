@@ -15,7 +15,6 @@ from pipeline.terminal.logs import StderrHandler
 from pipeline.terminal.progress import (
     Expected,
     Moment,
-    ProgressCounts,
     ProgressDisplay,
     format_bar_text,
     format_counts,
@@ -23,20 +22,21 @@ from pipeline.terminal.progress import (
     seconds_left,
     share_done,
 )
+from transforms.process.progress_counts import LiveCounts
 
-AT_WORK = Moment(ProgressCounts(21, 42, 420.0, 2), elapsed_s=125, working_s=120)
+AT_WORK = Moment(LiveCounts(21, 42, 420.0, 2), elapsed_s=125, working_s=120)
 EXPECTED = Expected(80, 40)
 
 
 class LazyReader:
     """Looks once, and again only when told to."""
 
-    def __init__(self, *counts: ProgressCounts) -> None:
+    def __init__(self, *counts: LiveCounts) -> None:
         self._counts = list(counts)
         self._looks = True
-        self._seen = ProgressCounts()
+        self._seen = LiveCounts()
 
-    def __call__(self) -> ProgressCounts:
+    def __call__(self) -> LiveCounts:
         if self._looks:
             self._seen = self._counts.pop(0)
             self._looks = False
@@ -76,7 +76,7 @@ def test_beside_the_bar_the_least_important_goes_first(width: int, text: str) ->
 def test_the_bar_keeps_its_width_and_leaves_room_for_an_echoed_ctrl_c(width: int) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=width)
-    counts = ProgressCounts(1_021, 2_042, 10_000.0, 2)
+    counts = LiveCounts(1_021, 2_042, 10_000.0, 2)
     with (
         pytest.raises(KeyboardInterrupt),
         ProgressDisplay(lambda: counts, Expected(4_000, 2_000), console=console),
@@ -90,7 +90,7 @@ def test_the_bar_keeps_its_width_and_leaves_room_for_an_echoed_ctrl_c(width: int
 def test_a_narrow_terminal_still_has_the_bar_and_the_share() -> None:
     screen = io.StringIO()
     with ProgressDisplay(
-        lambda: ProgressCounts(1_000_000),
+        lambda: LiveCounts(1_000_000),
         Expected(),
         console=Console(file=screen, force_terminal=True, width=28),
     ):
@@ -112,18 +112,11 @@ def test_a_run_that_is_done_ends_with_all_counts_and_100_percent(
     line: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    reader = LazyReader(ProgressCounts(), ProgressCounts(20, 43, 420.0, 1))
+    reader = LazyReader(LiveCounts(), LiveCounts(20, 43, 420.0, 1))
     with ProgressDisplay(reader, Expected(total_windows, total_items)):
-        assert reader() == ProgressCounts()
+        assert reader() == LiveCounts()
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"{line} · 0 s elapsed"
-
-
-def test_a_run_that_only_failed_is_done_too(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressDisplay(lambda: ProgressCounts(failures=1), Expected(12)):
-        pass
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("100% · 0 clips · 0 windows · 0 s of audio · 1 failed")
 
 
 def test_a_run_that_broke_off_does_not_end_with_100_percent(
@@ -131,18 +124,10 @@ def test_a_run_that_broke_off_does_not_end_with_100_percent(
 ) -> None:
     with (
         pytest.raises(ValueError, match="broken"),
-        ProgressDisplay(lambda: ProgressCounts(5, 10, 100.0), Expected(20)),
+        ProgressDisplay(lambda: LiveCounts(5, 10, 100.0), Expected(20)),
     ):
         raise ValueError("broken")
     assert capsys.readouterr().err.splitlines()[-1].startswith(" 50% · 5 clips · 10/~20 windows")
-
-
-def test_what_is_complete_has_no_time_left() -> None:
-    done = Moment(ProgressCounts(40, 60, 600.0), elapsed_s=125, working_s=120, is_complete=True)
-    assert share_done(done, Expected(80, None)) == 1.0
-    assert format_line(done, Expected(80, None)) == (
-        "100% · 40 clips · 60 windows · 10.0 min of audio · 5.0× real time · 2:05 elapsed"
-    )
 
 
 @pytest.mark.parametrize("factor", [0.2, 1.0, 2.5, 5.0])
@@ -152,7 +137,7 @@ def test_the_items_done_correct_the_estimate_of_windows(factor: float) -> None:
         round(200 * factor), 100, windows_of_first=lambda num_items: num_items * 2 * factor
     )
     for items in (10, 50, 90):
-        counts = ProgressCounts(items, 2 * items)
+        counts = LiveCounts(items, 2 * items)
         moment = Moment(counts, elapsed_s=items + 5, working_s=items, item_windows=2 * items)
         assert share_done(moment, expected) == pytest.approx(items / 100, abs=0.01)
         assert seconds_left(moment, expected) == pytest.approx(100 - items, rel=0.05)
@@ -164,9 +149,9 @@ def test_a_long_item_counts_for_its_windows() -> None:
     expected = Expected(
         2000, 100, windows_of_first=lambda num_items: 2000 if num_items == 100 else 2 * num_items
     )
-    before = Moment(ProgressCounts(99, 99), elapsed_s=99, working_s=99, item_windows=99)
+    before = Moment(LiveCounts(99, 99), elapsed_s=99, working_s=99, item_windows=99)
     assert share_done(before, expected) == pytest.approx(0.1, abs=0.01)
-    inside = Moment(ProgressCounts(99, 500), elapsed_s=500, working_s=500, item_windows=99)
+    inside = Moment(LiveCounts(99, 500), elapsed_s=500, working_s=500, item_windows=99)
     assert share_done(inside, expected) == pytest.approx(0.5, abs=0.01)
     assert seconds_left(inside, expected) == pytest.approx(500, rel=0.02)
 
@@ -175,10 +160,10 @@ def test_windows_of_a_clip_under_way_do_not_correct_the_estimate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("pipeline.terminal.progress.POLL_INTERVAL_S", 0.001)
-    counts = [ProgressCounts(50, 100), ProgressCounts(50, 150)]
+    counts = [LiveCounts(50, 100), LiveCounts(50, 150)]
     all_read = threading.Event()
 
-    def read() -> ProgressCounts:
+    def read() -> LiveCounts:
         if len(counts) > 1:
             return counts.pop(0)
         all_read.set()
@@ -199,21 +184,21 @@ def test_windows_of_a_clip_under_way_do_not_correct_the_estimate(
 def test_where_clips_are_not_cut_into_windows_clips_alone_are_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    reader = iter([ProgressCounts(320, 0, 1600.0)] * 1000)
+    reader = iter([LiveCounts(320, 0, 1600.0)] * 1000)
     expected = Expected(None, 320, doing="decoding", has_windows=False)
     with ProgressDisplay(lambda: next(reader), expected):
         pass
     first, last = capsys.readouterr().err.splitlines()
     assert first == "decoding 320 clips"
     assert last.startswith("100% · 320/320 clips · 26.7 min of audio · ")
-    half = Moment(ProgressCounts(160), elapsed_s=11.0, working_s=10.0)
+    half = Moment(LiveCounts(160), elapsed_s=11.0, working_s=10.0)
     assert seconds_left(half, expected) == 10.0
 
 
 def at(
     clips: int = 0, windows: int = 0, audio_s: float = 0.0, failures: int = 0, s: float = 0.0
 ) -> Moment:
-    return Moment(ProgressCounts(clips, windows, audio_s, failures), elapsed_s=s + 3, working_s=s)
+    return Moment(LiveCounts(clips, windows, audio_s, failures), elapsed_s=s + 3, working_s=s)
 
 
 @pytest.mark.parametrize(
@@ -272,13 +257,6 @@ def test_counts_in_words(moment: Moment, expected: Expected, text: str) -> None:
     assert format_counts(moment, expected) == text
 
 
-def test_a_line_tells_share_and_times() -> None:
-    assert format_line(at(2, 25, 250, s=10), Expected(100, 8)) == (
-        " 25% · 2/8 clips · 25/~100 windows · 4.2 min of audio · 25× real time"
-        " · 13 s elapsed · about 30 s left"
-    )
-
-
 def test_without_a_terminal_there_are_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,8 +264,8 @@ def test_without_a_terminal_there_are_lines(
     monkeypatch.setattr("pipeline.terminal.progress.LINE_INTERVAL_S", 0.01)
     reads = iter(range(1_000_000))
 
-    def read() -> ProgressCounts:
-        return ProgressCounts(clips=next(reads))
+    def read() -> LiveCounts:
+        return LiveCounts(clips=next(reads))
 
     with ProgressDisplay(read, Expected(1000)):
         time.sleep(0.2)
@@ -305,7 +283,7 @@ def test_on_a_terminal_there_is_a_bar_below_the_log(monkeypatch: pytest.MonkeyPa
     console = Console(file=screen, force_terminal=True, width=100)
     logger = logging.getLogger("tests.progress")
     logger.addHandler(StderrHandler())
-    counts = ProgressCounts(clips=3, windows=6, failures=1)
+    counts = LiveCounts(clips=3, windows=6, failures=1)
     with ProgressDisplay(lambda: counts, Expected(12), console=console):
         logger.warning("a clip is damaged")
     logger.handlers.clear()
@@ -316,13 +294,13 @@ def test_on_a_terminal_there_is_a_bar_below_the_log(monkeypatch: pytest.MonkeyPa
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressDisplay(ProgressCounts, Expected(5), quiet=True):
+    with ProgressDisplay(LiveCounts, Expected(5), quiet=True):
         pass
     assert capsys.readouterr() == ("", "")
 
 
 def test_the_display_ends_with_the_work_also_when_that_fails() -> None:
-    display = ProgressDisplay(ProgressCounts, Expected(), quiet=True)
+    display = ProgressDisplay(LiveCounts, Expected(), quiet=True)
     with pytest.raises(ValueError, match="broken"), display:
         raise ValueError("broken")
     assert not display._thread.is_alive()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +15,9 @@ import pytest
 
 from pipeline.training.data.clip_cache import CachedClips, cache_clips
 from pipeline.training.data.packed_clips import CachedClip, CacheDtype
+from tests.pipeline.training.small_trainings import everything_in
 from tests.support import audio_factory
+from tests.support.containers import tar_bytes
 from transforms.decoding.settings import DecodeSettings
 from transforms.sources.read_unit import Found, SourceSettings, find_inputs
 
@@ -69,10 +69,6 @@ def by_name(cached: CachedClips) -> dict[str, CachedClip]:
     return {Path(clip.item.member or clip.item.uri).name: clip for clip in cached.clips}
 
 
-def everything_in(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in root.iterdir()}
-
-
 def num_bytes_of(cached: CachedClips) -> int:
     return sum((cached.files.folder / name).stat().st_size for name in cached.files.names)
 
@@ -86,12 +82,10 @@ class Resumed(NamedTuple):
     told: list[tuple[int, bool]]
 
 
-def resume(inputs: Sequence[Path] | Found, root: Path, dtype: CacheDtype = "float32") -> Resumed:
+def resume(inputs: Sequence[Path] | Found, root: Path) -> Resumed:
     kept: list[int] = []
     told: list[tuple[int, bool]] = []
-    cached = cache(
-        inputs, root, dtype=dtype, on_kept=kept.append, on_clip=lambda *done: told.append(done)
-    )
+    cached = cache(inputs, root, on_kept=kept.append, on_clip=lambda *done: told.append(done))
     assert cached.is_reused == (not told)
     return Resumed(cached, everything_in(root), kept, told)
 
@@ -106,7 +100,6 @@ def be_killed(
     module: ModuleType,
     function: str,
     call: int,
-    dtype: CacheDtype = "float32",
 ) -> None:
     """Decode until a function is called, the first time being 1, and the process ends."""
     real, calls = getattr(module, function), itertools.count(1)
@@ -119,18 +112,15 @@ def be_killed(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, function, die_some_time)
         with pytest.raises(Killed):
-            cache(inputs, root, dtype=dtype)
+            cache(inputs, root)
 
 
 def write_mixed(folder: Path) -> list[Path]:
     """Nine items in five units: 0 1 | bad 2 | 3 | two of a tar | two rows of a Parquet file."""
     write_folder(folder, 4)
     (folder / "1b.wav").write_bytes(b"no audio")
-    with tarfile.open(folder / "t.tar", "w") as archive:
-        for name, data in (("x.wav", wav(7)), ("x.json", b'{"label": "cat"}'), ("y.wav", wav(8))):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    members = [("x.wav", wav(7)), ("x.json", b'{"label": "cat"}'), ("y.wav", wav(8))]
+    (folder / "t.tar").write_bytes(tar_bytes(members))
     audio = [{"bytes": wav(seed), "path": f"{seed}.wav"} for seed in (9, 10)]
     pq.write_table(pa.table({"audio": audio, "label": ["dog", "\u00e4"]}), folder / "p.parquet")
     return [folder]

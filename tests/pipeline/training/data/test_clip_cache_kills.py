@@ -13,30 +13,27 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
 
 import numpy as np
 import pytest
 
 from pipeline.training.data import clip_cache
-from pipeline.training.data.clip_cache import CachedClips, cache_clips, remove_cache
-from pipeline.training.data.packed_clips import CacheDtype
+from pipeline.training.data.clip_cache import CachedClips, remove_cache
 from tests.pipeline.training.data.clip_caches import (
     DECODE,
-    SOURCES,
     be_killed,
     cache,
-    everything_in,
     num_bytes_of,
     resume,
     wav,
     write_folder,
     write_mixed,
 )
+from tests.pipeline.training.small_trainings import everything_in
 from tests.support.paths import ROOT
 from tests.transforms.results.test_faulty_disk import Namespace, namespace  # noqa: F401
 from transforms.decoding.decode import decode_whole
-from transforms.errors import ConfigError, OutputError, WriteError
+from transforms.errors import OutputError, WriteError
 from transforms.sources.read_unit import SourceSettings, find_inputs
 from transforms.storage import writing
 
@@ -49,21 +46,16 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(
-    mixed: list[Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[CacheDtype, dict[str, bytes]]:
+def uninterrupted(mixed: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of the cache that comes of it."""
-    files: dict[CacheDtype, dict[str, bytes]] = {}
-    for dtype in get_args(CacheDtype):
-        root = tmp_path_factory.mktemp("uninterrupted")
-        cached = cache(mixed, root, dtype=dtype)
-        files[dtype] = everything_in(root)
-        assert len(files[dtype]) == 2 * len(cached.files.names) == 10
-        assert num_bytes_of(cached) == 8 * 9_600 * (4 if dtype == "float32" else 2)
+    root = tmp_path_factory.mktemp("uninterrupted")
+    cached = cache(mixed, root)
+    files = everything_in(root)
+    assert len(files) == 2 * len(cached.files.names) == 10
+    assert num_bytes_of(cached) == 8 * 9_600 * 4
     return files
 
 
-@pytest.mark.parametrize("dtype", get_args(CacheDtype))
 @pytest.mark.parametrize(
     ("module", "function", "call", "num_kept"),
     [
@@ -77,29 +69,18 @@ def uninterrupted(
 )
 def test_after_a_kill_decoding_continues_and_ends_with_the_same_files(
     mixed: list[Path],
-    uninterrupted: dict[CacheDtype, dict[str, bytes]],
+    uninterrupted: dict[str, bytes],
     tmp_path: Path,
     module: ModuleType,
     function: str,
     call: int,
     num_kept: int,
-    dtype: CacheDtype,
 ) -> None:
-    be_killed(mixed, tmp_path, module, function, call, dtype)
+    be_killed(mixed, tmp_path, module, function, call)
     assert len(list(tmp_path.glob("*.json"))) == call - 1 or function == "_encoded"
-    after = resume(mixed, tmp_path, dtype)
-    assert after.files == uninterrupted[dtype]
-    assert (after.kept, len(after.told)) == ([num_kept] if num_kept else [], 9 - num_kept)
-
-
-def test_decoding_continues_after_several_kills(
-    mixed: list[Path], uninterrupted: dict[CacheDtype, dict[str, bytes]], tmp_path: Path
-) -> None:
-    for _ in range(3):
-        be_killed(mixed, tmp_path, clip_cache, "_make_index", 2)
     after = resume(mixed, tmp_path)
-    assert after.files == uninterrupted["float32"]
-    assert after.kept == [5]
+    assert after.files == uninterrupted
+    assert (after.kept, len(after.told)) == ([num_kept] if num_kept else [], 9 - num_kept)
 
 
 def test_samples_are_on_the_disk_before_the_index_says_so(
@@ -142,7 +123,7 @@ clip_cache.cache_clips(
 
 @pytest.mark.slow
 def test_decoding_continues_after_a_signal_has_killed_it(
-    mixed: list[Path], uninterrupted: dict[CacheDtype, dict[str, bytes]], tmp_path: Path
+    mixed: list[Path], uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     said = []
     for num_clips in (3, 3, 0):
@@ -152,21 +133,11 @@ def test_decoding_continues_after_a_signal_has_killed_it(
         assert len(list(tmp_path.glob(".*"))) == (num_clips > 0)
     # The last clip of a unit is reported before the unit is whole.
     assert said == [(-signal.SIGKILL, b""), (-signal.SIGKILL, b"2\n"), (0, b"4\n")]
-    assert everything_in(tmp_path) == uninterrupted["float32"]
-
-
-@pytest.mark.slow
-def test_two_processes_at_once_do_not_disturb_each_other(
-    mixed: list[Path], uninterrupted: dict[CacheDtype, dict[str, bytes]], tmp_path: Path
-) -> None:
-    command = [sys.executable, "-c", KILLED, *mixed, tmp_path, "0"]
-    both = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-    assert everything_in(tmp_path) == uninterrupted["float32"]
+    assert everything_in(tmp_path) == uninterrupted
 
 
 def test_another_process_that_is_faster_does_no_harm(
-    mixed: list[Path], uninterrupted: dict[CacheDtype, dict[str, bytes]], tmp_path: Path
+    mixed: list[Path], uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     others: list[CachedClips] = []
 
@@ -176,7 +147,7 @@ def test_another_process_that_is_faster_does_no_harm(
 
     mine = cache(mixed, tmp_path, on_clip=meanwhile)
     assert mine.clips == others[0].clips
-    assert everything_in(tmp_path) == uninterrupted["float32"]
+    assert everything_in(tmp_path) == uninterrupted
 
 
 def test_what_a_living_process_writes_and_other_files_are_left_alone(tmp_path: Path) -> None:
@@ -198,7 +169,7 @@ def test_what_a_living_process_writes_and_other_files_are_left_alone(tmp_path: P
 
 def test_a_file_that_is_taken_for_a_dead_process_s_is_made_anew(
     mixed: list[Path],
-    uninterrupted: dict[CacheDtype, dict[str, bytes]],
+    uninterrupted: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -212,7 +183,7 @@ def test_a_file_that_is_taken_for_a_dead_process_s_is_made_anew(
     monkeypatch.setattr(clip_cache, "try_lock", be_late)
     cache(mixed, tmp_path)
     assert next(calls) == 7  # five units, and one again
-    assert everything_in(tmp_path) == uninterrupted["float32"]
+    assert everything_in(tmp_path) == uninterrupted
 
 
 def test_an_interruption_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -241,11 +212,9 @@ def test_samples_that_have_been_cut_off_meanwhile_are_an_error(tmp_path: Path) -
     cached = cache([write_folder(tmp_path / "audio", 1)], tmp_path / "cache")
     path = cached.files.folder / cached.files.names[0]
     path.write_bytes(path.read_bytes()[:400])
-    np.testing.assert_array_equal(
-        cached.samples(cached.clips[0], 0, 100), decode_whole(wav(0))[0][:100]
-    )
+    np.testing.assert_array_equal(cached.files.read(0, 100), decode_whole(wav(0))[0][:100])
     with pytest.raises(OSError, match=rf"^{path} has become shorter: 10 of 20 samples could be"):
-        cached.samples(cached.clips[0], 90, 110)
+        cached.files.read(90, 110)
 
 
 @pytest.fixture
@@ -276,20 +245,6 @@ def test_a_limit_for_the_size_of_files_is_explained(
     assert len(rounded.clips) == 5
 
 
-CACHE = """
-import sys
-from pipeline.training.data.clip_cache import cache_clips
-from transforms.decoding.settings import DecodeSettings
-from transforms.errors import EarmarkError
-from transforms.sources.read_unit import SourceSettings, find_inputs
-try:
-    cache_clips(find_inputs([sys.argv[1]]), sys.argv[2], decode=DecodeSettings(num_processes=1),
-                sources=SourceSettings())
-except EarmarkError as error:
-    sys.exit(str(error))
-"""
-
-
 def test_on_a_full_disk_units_of_earlier_runs_stay(
     mixed: list[Path], tmp_path: Path, limit_of_file_sizes: int
 ) -> None:
@@ -303,39 +258,9 @@ def test_on_a_full_disk_units_of_earlier_runs_stay(
     assert everything_in(tmp_path / "cache") == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["4k", "60k", "140k"])
-def test_a_disk_that_fills_up_is_explained_and_left_as_it_was(
-    namespace: Namespace,  # noqa: F811
-    tmp_path: Path,
-    size: str,
-) -> None:
-    folder = write_folder(tmp_path / "audio")
-    namespace.mount(f"size={size}")
-    caches = namespace.disk / "cache"
-    command = [sys.executable, "-c", CACHE, folder, caches]
-    process = namespace.start(*command)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, said
-    words = f"{caches} cannot hold the decoded clips: No space left on device."
-    assert said.splitlines()[-1].startswith(words), said
-    assert "Make room there, or give another folder with --cache" in said
-    assert list(namespace.outside(caches).iterdir()) == []
-    namespace.remount("size=10m")
-    process = namespace.start(*command)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    (samples,) = namespace.outside(caches).glob("*.samples")
-    assert samples.stat().st_size == 5 * 9_600 * 4
-
-
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "audio", 1)
     found = find_inputs([str(folder)])
-    with pytest.raises(OutputError, match=r"is gs://bucket/cache; must be a local folder"):
-        cache_clips(found, "gs://bucket/cache", decode=DECODE, sources=SOURCES)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=rf"{tmp_path}/file/cache cannot be made: Not a direc"):
         cache(found, tmp_path / "file" / "cache")
-    with pytest.raises(ConfigError, match=r"cache\.dtype is 'float16'; must be float32 or int16"):
-        cache(found, tmp_path / "cache", dtype="float16")  # type: ignore[arg-type]

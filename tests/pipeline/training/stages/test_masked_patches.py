@@ -64,16 +64,6 @@ def test_patches_are_what_the_model_s_projection_sees(fields: dict[str, Any]) ->
     )
 
 
-def test_patches_come_frequency_major() -> None:
-    config = ASTConfig(**TINY)
-    frames = torch.arange(64.0)[None, :, None].expand(1, 64, 32)
-    bins = torch.arange(32.0)[None, None, :].expand(1, 64, 32)
-    corners_of_time = patches_of(frames, config)[0, :, 0]
-    corners_of_frequency = patches_of(bins, config)[0, :, 0]
-    assert corners_of_time.tolist() == [0, 16, 32, 48, 0, 16, 32, 48]
-    assert corners_of_frequency.tolist() == [0, 0, 0, 0, 16, 16, 16, 16]
-
-
 @pytest.mark.parametrize(
     ("ratio", "num_patches", "num_kept"),
     [(0.7, 256, 77), (0.5, 8, 4), (0.0, 8, 8), (0.99, 8, 1), (0.7, 1, 1), (0.75, 512, 128)],
@@ -93,12 +83,6 @@ def test_each_clip_keeps_patches_of_its_own_and_every_patch_as_often() -> None:
     counts = torch.bincount(kept.flatten(), minlength=8)
     assert (counts - 2000).abs().max() < 130  # four standard deviations of a fair draw
     assert len({tuple(row) for row in kept.tolist()}) == 70  # every choice of 4 of 8
-
-
-def test_the_same_seed_keeps_the_same_patches() -> None:
-    first = draw_kept(4, 100, 0.5, np.random.default_rng(3))
-    assert torch.equal(first, draw_kept(4, 100, 0.5, np.random.default_rng(3)))
-    assert not torch.equal(first, draw_kept(4, 100, 0.5, np.random.default_rng(4)))
 
 
 class Guesses(torch.nn.Module):
@@ -133,21 +117,14 @@ def test_only_hidden_patches_count_each_normalised_by_itself() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_predicting_zero_has_a_loss_of_just_under_one() -> None:
+def test_predicting_zero_has_a_loss_of_just_under_one_and_none_for_silence() -> None:
     model, _ = make_pair()
+    features = make_features(model.config)
     kept = draw_kept(3, 8, 0.7, np.random.default_rng(0))
-    zeros = Guesses(torch.zeros(3, 8, 256))
-    loss = masked_patch_loss(model, zeros, make_features(model.config), kept)  # type: ignore[arg-type]
-    assert 0.97 < loss.item() < 1.0
-
-
-def test_silence_and_padding_have_no_loss() -> None:
-    model, _ = make_pair()
-    kept = draw_kept(2, 8, 0.7, np.random.default_rng(0))
-    zeros = Guesses(torch.zeros(2, 8, 256))
-    silence = torch.full((2, 64, 32), -1.278)
-    loss = masked_patch_loss(model, zeros, silence, kept)  # type: ignore[arg-type]
-    assert loss.item() == pytest.approx(0.0, abs=1e-9)
+    zeros: Any = Guesses(torch.zeros(3, 8, 256))
+    assert 0.97 < masked_patch_loss(model, zeros, features, kept).item() < 1.0
+    silence = torch.full_like(features, -1.278)
+    assert masked_patch_loss(model, zeros, silence, kept).item() == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_hidden_patch_has_no_influence_on_the_predictions() -> None:
@@ -203,33 +180,22 @@ def make_stripes(config: ASTConfig) -> torch.Tensor:
     return noise + torch.stack([hum, tick] * 4)
 
 
-def train(seed: int, steps: int) -> list[float]:
-    """The losses of a tiny model that is trained on eight clips."""
-    model, decoder = make_pair(seed)
+def test_a_tiny_model_learns_to_fill_in_hidden_patches() -> None:
+    model, decoder = make_pair()
     features = make_stripes(model.config)
     parameters = [*model.parameters(), *decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     losses = []
-    for _ in range(steps):
+    for _ in range(30):
         loss = masked_patch_loss(model, decoder, features, draw_kept(8, 8, 0.5, rng))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses
-
-
-def test_a_tiny_model_learns_to_fill_in_hidden_patches() -> None:
-    losses = train(seed=0, steps=30)
     assert losses[0] == pytest.approx(1.0, abs=0.1)  # as good as guessing 0
     # Without looking at what is kept, guessing the mean of hum and tick leaves 0.5.
     assert np.mean(losses[-5:]) < 0.2
-
-
-def test_the_same_seed_trains_the_same() -> None:
-    assert train(seed=1, steps=3) == train(seed=1, steps=3)
-    assert train(seed=1, steps=3) != train(seed=2, steps=3)
 
 
 def test_every_weight_learns() -> None:
