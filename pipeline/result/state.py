@@ -48,6 +48,13 @@ logger = logging.getLogger(__name__)
 SUCCESS_FILE = "_SUCCESS"
 WRITERS_PATIENCE_S = 60.0
 
+# Earlier versions labelled a long file in parts, and kept these here until they were joined.
+OLD_PARTS = "_parts"
+_OLD_PART = re.compile(
+    r"[0-9a-f]{16,64}/(windows|clips|errors|_commits)/"
+    r"\.?[0-9a-f]{20}\.(parquet|json)(\.[0-9a-f]+\.tmp)?"
+)
+
 # The name of a unit's files: ``make_unit_id`` and an extension.
 _UNIT_FILE = re.compile(r"^(?P<unit_id>[0-9a-f]{16,64})\.(parquet|json)$")
 
@@ -72,6 +79,7 @@ class ResultState:
         orphans: Parts without a commit, as URLs.
         unfinished: Files that were being written when a run was killed, as URLs.
         foreign: Files in the result's folders that Earmark did not write, as URLs.
+        old_parts: Files below ``_parts`` that an earlier version wrote, as URLs.
     """
 
     output: str
@@ -83,6 +91,7 @@ class ResultState:
     orphans: tuple[str, ...] = ()
     unfinished: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    old_parts: tuple[str, ...] = ()
     succeeded: bool = False
 
     @property
@@ -147,6 +156,7 @@ def _read_result(output: str) -> ResultState:
         orphans=tuple(sorted(orphans)),
         unfinished=tuple(_list_unfinished(output)),
         foreign=tuple(foreign),
+        old_parts=tuple(_list_old_parts(output)),
         succeeded=filesystem.exists(urls.join(output, SUCCESS_FILE)),
     )
 
@@ -198,6 +208,29 @@ def _list_unfinished(output: str) -> Iterator[str]:
                 yield urls.join(folder, name)
 
 
+def _list_old_parts(output: str) -> Iterator[str]:
+    """Yield the files below ``_parts`` whose names are Earmark's, commits first."""
+    root = urls.join(output, OLD_PARTS)
+    if not filesystem.exists(root):
+        return
+    files = [file.url for file in listing.list_files(root)]
+    names = {url: url.removeprefix(f"{root}/") for url in files}
+    ours = [url for url in files if _OLD_PART.fullmatch(names[url])]
+    yield from sorted(ours, key=lambda url: (f"/{COMMITS}/" not in names[url], url))
+
+
+def _remove_old_parts(state: ResultState) -> None:
+    """Remove the parts of an earlier version, and the folders that are then empty."""
+    folders = set()
+    for url in state.old_parts:
+        writing.remove(url)
+        for _ in range(3):
+            url = urls.parent(url)
+            folders.add(url)
+    for folder in sorted(folders, key=len, reverse=True):
+        writing.remove_empty_folder(folder)
+
+
 def _missing_part(commit: Commit, sizes: Mapping[tuple[str, str], int]) -> str | None:
     for part, info in commit.parts.items():
         size = sizes.get((part, commit.unit_id))
@@ -233,12 +266,14 @@ def heal(state: ResultState) -> None:
     """Repair a result before work starts: remove what does not count.
 
     Removes damaged units, which are then done again, leftovers of replaced units, parts without a
-    commit, files that were being written, and staged files of killed runs. Touches nothing else.
+    commit, files that were being written, staged files of killed runs, and parts of long files
+    that an earlier version left. Touches nothing else.
     """
     for unit_id in (*state.damaged, *sorted(state.superseded)):
         remove_unit(state.output, unit_id)
     for url in (*state.orphans, *state.unfinished):
         writing.remove(url)
+    _remove_old_parts(state)
     remove_staging(state.output)
 
 

@@ -193,6 +193,13 @@ def verify_result(state: ResultState) -> Iterator[Finding]:
         )
     for url in state.orphans:
         yield Finding(url, "no commit vouches for it", Kind.LEFTOVER)
+    for folder in sorted({urls.parent(urls.parent(url)) for url in state.old_parts}):
+        yield Finding(
+            folder,
+            "parts of a long file, from an earlier version; the next earmark label removes them "
+            "and labels the file if it is not labelled yet",
+            Kind.LEFTOVER,
+        )
     for url in state.foreign:
         is_read = url.lower().endswith(".parquet")
         yield Finding(url, "Earmark did not write it", Kind.FOREIGN if is_read else Kind.STRAY)

@@ -20,7 +20,7 @@ import pytest
 from pipeline.cli import main as cli
 from pipeline.labelling.run import run_label
 from pipeline.result.export import run_export
-from pipeline.result.state import read_result
+from pipeline.result.state import read_result, remove_result
 from pipeline.result.verify import Finding, Kind, make_advice, run_verify, verify_result
 from tests.support.audio_factory import noise, write
 from tests.support.labelling import small_config
@@ -109,6 +109,40 @@ def test_what_is_said_of_a_flipped_byte_mends_it(
     assert max((out / part).iterdir()).stat().st_mtime_ns == kept
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_parts_of_an_earlier_version_are_reported_and_the_next_run_removes_them(
+    label: Callable[[Path], int], out: Path, capsys: CapturedText, overwrite: bool
+) -> None:
+    folders = [out / "_parts" / ("a1" * 10), out / "_parts" / ("c3" * 10)]
+    ours = [
+        folders[0] / "windows" / ("b2" * 10 + ".parquet"),
+        folders[0] / "_commits" / ("b2" * 10 + ".json"),
+        folders[1] / "errors" / ("." + "d4" * 10 + ".parquet." + "e5" * 16 + ".tmp"),
+    ]
+    others = [out / "_parts" / "notes.txt", folders[0] / "windows" / "mine.parquet"]
+    for path in (*ours, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"of an earlier version, or of somebody else")
+    (out / "_SUCCESS").unlink()  # as that version left it: parts of a file that is not committed
+    first(out / "_commits").unlink()
+    assert run_verify(str(out)) == 3
+    text = capsys.readouterr().out
+    for folder in folders:
+        assert (
+            text.count(f"left over {folder}: parts of a long file, from an earlier version;") == 1
+        )
+    if overwrite:
+        remove_result(read_result(str(out)))
+        assert not (out / "run.json").exists()
+    else:
+        assert label(out) == 0
+        assert len(read_result(str(out)).commits) == 2
+        assert run_verify(str(out)) == 0
+    assert not any(path.exists() for path in ours)
+    assert not folders[1].exists()
+    assert all(path.exists() for path in others)
+
+
 def test_files_of_others_that_nobody_reads_are_only_mentioned(
     out: Path, capsys: CapturedText
 ) -> None:
@@ -138,8 +172,12 @@ def test_foreign_parquet_is_to_be_moved_away(out: Path, capsys: CapturedText, na
 def test_an_unreadable_part_is_not_said_to_have_changed(
     out: Path, capsys: CapturedText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(url: str) -> None:
-        raise PermissionError(13, "Permission denied", url)
+    open_read = reading.open_read
+
+    def refuse(url: str, *arguments: Any) -> Any:
+        if url.endswith(".parquet"):
+            raise PermissionError(13, "Permission denied", url)
+        return open_read(url, *arguments)
 
     monkeypatch.setattr(reading, "open_read", refuse)
     assert set(kinds(out)) == {Kind.UNREADABLE}
