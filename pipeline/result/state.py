@@ -23,6 +23,7 @@ from typing import Any
 
 from pipeline import __version__
 from pipeline.graph import RunTotals
+from pipeline.terminal.count_report import counts_record
 from pipeline.terminal.precision_report import checks_record
 from pipeline.terminal.time_report import Startup, record_time
 from transforms.decoding.settings import usable_cores
@@ -444,6 +445,7 @@ class FinishRun:
                 "found_items": total.totals.items - self.vanished_items,
                 "found_failures": total.totals.failures - self.vanished_failures,
                 "vanished_items": self.vanished_items,
+                **counts_record(total.counts),
             },
             "time": record_time(
                 self.startup,

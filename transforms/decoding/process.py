@@ -186,7 +186,9 @@ class DecoderProcess:
                 raise
             duration_s = num_samples / self._settings.sample_rate_hz
             warning = f"decoded {duration_s:.1f} s, then stopped: {error}"
-            facts = dataclasses.replace(held.facts, duration_s=duration_s, warning=warning)
+            facts = dataclasses.replace(
+                held.facts, duration_s=duration_s, warning=warning, warning_kinds=("damaged",)
+            )
         yield held.samples, facts
 
     def _send_job(self, clip: EncodedClip, *, reads_header: bool = False) -> None:
@@ -225,7 +227,9 @@ class DecoderProcess:
         self._slots_to_return += 1
         with self._checked_answer():
             samples = self._slots[slot, : content["num_samples"]].copy()
-            return DecodedPiece(samples, ClipFacts(**content["facts"]), kind == protocol.LAST)
+            facts = content["facts"]
+            facts["warning_kinds"] = tuple(facts["warning_kinds"])  # JSON has no tuples
+            return DecodedPiece(samples, ClipFacts(**facts), kind == protocol.LAST)
 
     def read_length_s(self, clip: EncodedClip) -> float | None:
         """Return the seconds of audio that a clip's header promises; None if it promises nothing.
