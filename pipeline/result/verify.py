@@ -17,7 +17,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -26,11 +26,7 @@ import pyarrow.compute as pc
 
 from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.result.state import SUCCESS_FILE, ResultState, read_result
-from pipeline.terminal.count_report import (
-    counts_record,
-    describe_errors,
-    describe_warnings,
-)
+from pipeline.terminal.count_report import describe_errors, describe_warnings, totals_record
 from pipeline.terminal.std_streams import answer
 from transforms.errors import InputError, OutputError
 from transforms.results.commits import (
@@ -153,7 +149,7 @@ def _totals(state: ResultState) -> dict[str, Any]:
     commits = state.commits.values()
     totals = sum((commit.totals for commit in commits), UnitTotals())
     counts = sum((commit.counts for commit in commits), RowCounts())
-    return {**asdict(totals), **counts_record(counts)}
+    return totals_record(totals, counts)
 
 
 def _in_words(num_units: int, totals: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.terminal.wording import counted
+from transforms.results.commits import UnitTotals
 from transforms.results.counts import RowCounts
 
 NUM_LABELS = 10
@@ -45,8 +46,13 @@ _OTHER_CAUSES = {
 _CAUSES = _CAUSES_IN_CONTENT | _OTHER_CAUSES
 
 
+def totals_record(totals: UnitTotals, counts: RowCounts) -> dict[str, Any]:
+    """Return totals and counts as ``totals`` of ``run.json`` holds them."""
+    return {**asdict(totals), **counts_record(counts)}
+
+
 def counts_record(counts: RowCounts) -> dict[str, Any]:
-    """Return the counts as ``totals`` of ``run.json`` holds them, the largest first."""
+    """Return the counts, the largest first."""
     record = asdict(counts)
     return {
         "counted_clips": record["clips"],
