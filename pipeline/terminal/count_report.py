@@ -48,10 +48,10 @@ _CAUSES = _CAUSES_IN_CONTENT | _OTHER_CAUSES
 
 def totals_record(totals: UnitTotals, counts: RowCounts) -> dict[str, Any]:
     """Return totals and counts as ``totals`` of ``run.json`` holds them."""
-    return {**asdict(totals), **counts_record(counts)}
+    return {**asdict(totals), **_counts_record(counts)}
 
 
-def counts_record(counts: RowCounts) -> dict[str, Any]:
+def _counts_record(counts: RowCounts) -> dict[str, Any]:
     """Return the counts, the largest first."""
     record = asdict(counts)
     return {
