@@ -183,8 +183,8 @@ def describe_state(state: ResultState, summary: Summary) -> Iterator[str]:
     if damaged:
         unit_id, reason = next(iter(damaged.items()))
         yield (
-            f"Damaged: {counted(len(damaged), 'unit')} cannot be read and not counted here, such "
-            f"as {unit_id}: {reason}. Run earmark verify {name}."
+            f"Damaged, and not counted here: {counted(len(damaged), 'unit')}, such as {unit_id}: "
+            f"{reason}. Run earmark verify {name}."
         )
     if state.run is None:
         yield f"Damaged: {RUN_FILE} is missing. Run earmark verify {name}."

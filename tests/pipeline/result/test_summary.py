@@ -96,7 +96,7 @@ def test_a_damaged_result_says_so_and_shows_the_rest(
         assert f"Damaged: run.json is missing. Run earmark verify {out}." in text
         assert "3 clips" in text
         return
-    assert f"Damaged: 1 unit cannot be read and not counted here, such as {UNITS[0]}: " in text
+    assert f"Damaged, and not counted here: 1 unit, such as {UNITS[0]}: " in text
     assert f"Run earmark verify {out}." in text
     assert "1 clip, 12 s of audio" in text
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pipeline.result.state import read_result
 from pipeline.result.verify import verify_result
+from tests.support.paths import ROOT
 from tests.support.unit_factory import FACTS, commit_unit, make_item
-from transforms.records import Failure
+from transforms.records import Failure, WarningKind
 from transforms.results.commits import Commit, read_commit
 from transforms.results.counts import MAX_EXAMPLE_CHARS, ErrorCount, RowCounts
 
@@ -72,3 +74,10 @@ def test_a_commit_of_an_earlier_version_counts_nothing(output: str) -> None:
     del commit["counts"], commit["optional_columns"]
     old = Commit.from_json(json.dumps(commit).encode())
     assert (old.counts, old.optional_columns) == (RowCounts(), ())
+
+
+def test_the_docs_explain_every_kind_of_warning() -> None:
+    text = (ROOT / "docs" / "label.md").read_text(encoding="utf-8")
+    table = text[text.index("| kind | meaning |") :].partition("\n\n")[0]
+    kinds = [line.split("`")[1] for line in table.splitlines()[2:]]
+    assert kinds == list(get_args(WarningKind))
