@@ -28,6 +28,7 @@ _CAUSES_IN_CONTENT = {
     "BadSegment": "a segment that is not in the file",
     "BadSampleRate": "no usable sample rate",
     "NonFiniteSamples": "samples that are not numbers",
+    "NoSuchChannel": "not as many channels",
 }
 _OTHER_CAUSES = {
     "ItemTooLarge": "more bytes than allowed",
