@@ -92,7 +92,7 @@ def describe_labels(totals: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line with the labels that most clips have as their best."""
     if not totals["labels"]:
         return
-    largest = list_largest(totals["labels"], NUM_LABELS, "label", "{name} {n:,}")
+    largest = list_largest(totals["labels"], NUM_LABELS, "label", "{name} ({n:,})")
     uncounted = totals["clips"] - totals["counted_clips"]
     earlier = f" (without {uncounted:,} that an earlier version labelled)" if uncounted else ""
     yield f"Clips by best label{earlier}: {largest}."
@@ -116,7 +116,7 @@ def describe_errors(totals: Mapping[str, Any]) -> Iterator[str]:
         for error_type, count in ((name, entry["items"]) for name, entry in errors.items())
     }
     if uncounted := totals["failures"] - sum(named.values()):
-        named["that an earlier version counted"] = uncounted
+        named["of an earlier version"] = uncounted
     if not named:
         return
     is_partial = totals.get("found_failures", totals["failures"]) < totals["failures"]

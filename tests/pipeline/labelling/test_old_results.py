@@ -57,7 +57,7 @@ def test_an_old_result_is_read_verified_and_continued(
     said = capsys.readouterr().err
     assert said.count(SAID) == 1
     assert "Clips by best label (without 3 that an earlier version labelled): " in said
-    assert "Failures by cause: 1 that an earlier version counted." in said
+    assert "Failures by cause: 1 of an earlier version." in said
     assert "To retry: --retry-failed" in said
     assert columns_of(out) == {old_columns}
     assert earmark.read_result(str(out)).num_rows == 4
