@@ -409,7 +409,9 @@ def describe_plan(plan: RunPlan) -> list[str]:
 
 def describe_missing_columns(resolved: ResolvedRun) -> list[str]:
     """Say which columns a result lacks that an earlier version began: a line, or none."""
-    missing = [name for name in OPTIONAL_COLUMNS if name not in resolved.commit.rows.optional_columns]
+    missing = [
+        name for name in OPTIONAL_COLUMNS if name not in resolved.commit.rows.optional_columns
+    ]
     if not missing:
         return []
     return [

@@ -169,7 +169,8 @@ def _raven_line(number: int, row: Mapping[str, Any], offset_s: float = 0.0) -> s
     """
     high = min(HIGH_FREQUENCY_HZ, row["sample_rate_hz"] / 2)
     return (
-        f"{number}\tSpectrogram 1\t1\t{offset_s + row['start_s']:.6f}\t{offset_s + row['end_s']:.6f}"
+        f"{number}\tSpectrogram 1\t1"
+        f"\t{offset_s + row['start_s']:.6f}\t{offset_s + row['end_s']:.6f}"
         f"\t{LOW_FREQUENCY_HZ:.1f}\t{high:.1f}\t{_one_line(row['label'])}\t{row['score']:.4f}"
     )
 
@@ -252,7 +253,9 @@ class _Result:
             units_left.subtract(set(sources.values()))
             complete = [s for s in sorted(set(sources.values())) if not units_left[s]]
             # Sorting by time keeps the labels of a window best first.
-            yield [(s, sorted(waiting.pop(s, []), key=itemgetter(*WINDOW_COLUMNS))) for s in complete]
+            yield [
+                (s, sorted(waiting.pop(s, []), key=itemgetter(*WINDOW_COLUMNS))) for s in complete
+            ]
 
     def lengths_s(self) -> dict[Source, float]:
         """Return where the last clip of each source ends, in seconds."""

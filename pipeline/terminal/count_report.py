@@ -70,7 +70,9 @@ def _largest_first(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
-def list_largest(counts: Mapping[str, int], limit: int, noun: str, form: str = "{n:,} {name}") -> str:
+def list_largest(
+    counts: Mapping[str, int], limit: int, noun: str, form: str = "{n:,} {name}"
+) -> str:
     """List the largest counts, and how many others there are: ``8 .txt, 1 .md and 2 more kinds``.
 
     Args:

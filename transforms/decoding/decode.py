@@ -279,7 +279,9 @@ class DecodeSpan:
         if self.end_s is not None and (
             promised_s is None or promised_s <= self.reached_s + slack_s
         ):
-            words += f" (the segment ends at {self.end_s:.3f} s, the file at {self.reached_s:.3f} s)"
+            words += (
+                f" (the segment ends at {self.end_s:.3f} s, the file at {self.reached_s:.3f} s)"
+            )
             return [Note("segment_beyond_end", words)]
         return [Note("cut_short", words)]
 

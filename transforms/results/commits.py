@@ -320,8 +320,8 @@ def _check_schema_version(version: object, place: str) -> None:
     if str(version) not in (str(FIRST_SCHEMA_VERSION), str(SCHEMA_VERSION)):
         raise OutputError(
             f"{public_uri(place)} has schema version {version}, and this version of Earmark reads "
-            f"{FIRST_SCHEMA_VERSION} and {SCHEMA_VERSION}; use the version of Earmark that wrote it "
-            "(run.json names it), or label into a new folder."
+            f"{FIRST_SCHEMA_VERSION} and {SCHEMA_VERSION}; use the version of Earmark that wrote "
+            "it (run.json names it), or label into a new folder."
         )
 
 

@@ -129,7 +129,9 @@ def _fields(columns: _Columns) -> list[pa.Field]:
 
 
 def _optional(settings: RowSettings) -> _Columns:
-    return [column for column in _OPTIONAL_CLIP_COLUMNS if column[0].name in settings.optional_columns]
+    return [
+        column for column in _OPTIONAL_CLIP_COLUMNS if column[0].name in settings.optional_columns
+    ]
 
 
 def _arrays(rows: Sequence[object], columns: _Columns) -> list[pa.Array]:
@@ -157,9 +159,7 @@ def clips_schema(settings: RowSettings) -> pa.Schema:
     """Return the schema of ``clips/<unit_id>.parquet``."""
     labels, embedding, *scores = _vector_fields(settings)
     optional = _fields(_optional(settings))
-    return pa.schema(
-        [*_fields(_CLIP_COLUMNS), labels, embedding, *optional, _METADATA[0], *scores]
-    )
+    return pa.schema([*_fields(_CLIP_COLUMNS), labels, embedding, *optional, _METADATA[0], *scores])
 
 
 def errors_schema() -> pa.Schema:

@@ -62,7 +62,7 @@ def test_beam_options_are_handed_on_as_they_are(calls: Calls, command: str) -> N
         ),
         ([*TRAINING, "--", "--runner=X"], "earmark train runs no pipeline.*--runner=X"),
         *(
-            (["label", "in", "-m", "m", "-o", name], rf"--output is \S+, and a result is a folder")
+            (["label", "in", "-m", "m", "-o", name], r"--output is \S+, and a result is a folder")
             for name in ("list.csv", "-", "gs://b/labels.PARQUET", "x.jsonl/")
         ),
         (["verify"], "Missing argument 'DIR'"),

@@ -21,6 +21,7 @@ from transforms.storage import reading
 # The labels are Alpha (/m/a), "Beta, loud" (/m/b) and Gamma (no id); two of them are stored.
 QUIET, LOUD = (0.5, 0.25, 0.125), (0.25, 0.75, 0.875)
 
+
 @pytest.fixture
 def result(tmp_path: Path) -> str:
     """Two clips of two windows and one, a tar member and a Parquet row, in two units."""

@@ -24,8 +24,16 @@ WHOLE = {
     "09_id3v1_last_frame_lost.ac3": 3.03,
 }
 ODD = {
-    "02_flac_total_1s_of_3s.flac": (3.0, "header_wrong", "the header declares 1.0 s; there are 3.0 s of audio"),
-    "03_flac_rate_change.flac": (6.0, "format_changes", "at 3.0 s the audio changes from 16000 Hz, 1 channel"),
+    "02_flac_total_1s_of_3s.flac": (
+        3.0,
+        "header_wrong",
+        "the header declares 1.0 s; there are 3.0 s of audio",
+    ),
+    "03_flac_rate_change.flac": (
+        6.0,
+        "format_changes",
+        "at 3.0 s the audio changes from 16000 Hz, 1 channel",
+    ),
     "03_flac_channels_change.flac": (6.0, "format_changes", "to 16000 Hz, 2 channels"),
     "07_cut.sph": (1.79, "cut_short", "decoded 1.8 of 3.0 s"),
     "07_cut.voc": (0.6, "cut_short", "the file is cut short: 53047 of 53388 bytes"),
