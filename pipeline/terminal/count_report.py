@@ -22,13 +22,14 @@ _CAUSES_IN_CONTENT = {
     "EmptyFile": "no bytes",
     "NoAudioStream": "no audio stream",
     "NotAudio": "not audio that can be decoded",
-    "Encrypted": "encrypted",
+    "Encrypted": "needs a key",
     "NoSamples": "no audio in it",
     "TooShort": "too little audio",
     "BadSegment": "a segment that is not in the file",
     "BadSampleRate": "no usable sample rate",
     "NonFiniteSamples": "samples that are not numbers",
     "NoSuchChannel": "not as many channels",
+    "InvalidHeaderError": "not a tar archive",
 }
 _OTHER_CAUSES = {
     "ItemTooLarge": "more bytes than allowed",
