@@ -374,7 +374,7 @@ def test_cut_files_are_labelled_as_far_as_they_go(name: str, words: str) -> None
     assert 1.4 < facts.duration_s < 2.7
     assert len(decoded) == pytest.approx(facts.duration_s * rate_for(name), abs=1)
     assert re.search(words, str(facts.warning))
-    assert facts.warning_kinds[0] == ("damaged" if "damaged" in str(facts.warning) else "cut_short")
+    assert "cut_short" in facts.warning_kinds
     if audio_factory.FORMATS[name].lossless_bits is not None:
         np.testing.assert_allclose(decoded, samples[: len(decoded), 0], atol=1e-7)
 
