@@ -215,7 +215,7 @@ def test_an_item_beyond_the_bound_is_never_unpacked(
     (label.inside / "x.tar.gz").write_bytes(packed)
     (label.inside / "x.tar").write_bytes(gzip.decompress(packed))
     spooled: list[str] = []
-    monkeypatch.setattr(tar, "_spool", lambda *args: spooled.append(str(args)))
+    monkeypatch.setattr(tar, "spool", lambda *args: spooled.append(str(args)))
     assert label(decode={"processes": 1, "max_item_bytes": 1 << 20}) == 0
     endings = ("tar", "tar.gz")
     assert label.labelled() == {f"x.{ending}#{n}.wav" for ending in endings for n in "ab"}
