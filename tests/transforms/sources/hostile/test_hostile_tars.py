@@ -54,14 +54,6 @@ def test_members_that_are_no_files_are_rows(label: Label) -> None:
     }
 
 
-def test_duplicate_members_are_items_of_their_own(label: Label) -> None:
-    parts = [member("a.wav") for _ in range(70)] + [member("a.wav~2"), member("a.wav~3.wav")]
-    (label.inside / "x.tar").write_bytes(b"".join(parts) + END)
-    assert label() == 0
-    again = {f"x.tar#a.wav~{number}" for number in range(2, 71)}
-    assert label.labelled() == {"x.tar#a.wav", "x.tar#a.wav~3.wav", *again}
-
-
 CUTS = {
     "header": -1024 - 300,  # counted from the end of the second member
     "before the data": -1024,
