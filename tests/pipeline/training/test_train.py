@@ -323,7 +323,9 @@ def test_only_a_kept_head_starts_with_the_weights_of_the_checkpoint(
     train: Train, tmp_path: Path, head: str, names: tuple[str, ...]
 ) -> None:
     names = names if len(names) > 3 else tuple(sorted(names))  # the order of new labels
-    checkpoint = write_tiny_model(tmp_path / "tiny", id2label=dict(enumerate(names)), label2id={})
+    checkpoint = write_tiny_model(
+        tmp_path / "tiny", id2label=dict(enumerate(names)), label2id={}, num_labels=len(names)
+    )
     said = train(
         tmp_path / "out",
         *("--model", checkpoint),
