@@ -394,8 +394,7 @@ def test_damage_in_the_middle_does_not_end_a_clip(name: str) -> None:
     data[middle : middle + 1500] = np.random.default_rng(1).bytes(1500)
     facts = decode_whole(bytes(data))[1]
     assert facts.duration_s > 4.5
-    assert facts.warning is not None
-    assert facts.warning_kinds == ("damaged",)
+    assert "damaged" in facts.warning_kinds
 
 
 @pytest.mark.parametrize("rate", [1, 999_999])
