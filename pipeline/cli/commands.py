@@ -118,6 +118,7 @@ def plan(given: Given, segment_s: float | None, manifest: str | None) -> int:
     [b]--segment-s[/b] it writes a manifest that divides long recordings into segments.
     """
     config = _labelling_config(given, needs_output=False)
+    check_output_is_folder(config.output)
     if segment_s is not None or manifest is not None:
         from pipeline.labelling.segments import run_segments
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,17 @@ def test_a_list_has_each_path_once(
     assert err.decode() == ("" if paths else "no clip has such a label\n")
     assert run_export(result, "list", null=True, **options) == 0  # type: ignore[arg-type]
     assert capfdbinary.readouterr().out == "".join(f"{path}\0" for path in paths).encode()
+
+
+def test_a_name_cannot_command_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit_unit(str(tmp_path / "out"), "u1", [(make_item("/a\x1b[31m.wav"), [(0.0, 12.0, ALPHA)])])
+    assert run_export(str(tmp_path / "out"), "list") == 0
+    assert capsys.readouterr().out == "/a\x1b[31m.wav\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run_export(str(tmp_path / "out"), "list") == 0
+    assert capsys.readouterr().out == "/a\\x1b[31m.wav\n"
 
 
 @pytest.mark.parametrize(
