@@ -479,7 +479,8 @@ class _Worker:
                     child.kill()
                     return None
         except DecodeError as error:
-            failure = Failure(job.item, error.stage, error.error_type, str(error))
+            where = "" if channel in (None, 1) else f"channel {channel}: "
+            failure = Failure(job.item, error.stage, error.error_type, f"{where}{error}")
             return ItemFailure(*place, failure, channel)
         raise EarmarkError("a decoder ended a clip without its facts")
 

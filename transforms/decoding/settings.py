@@ -50,7 +50,9 @@ class DecodeSettings:
         if self.channel not in names and not (
             isinstance(self.channel, int) and self.channel >= 1
         ):
-            raise ValueError(f"channel is {self.channel!r}; must be {', '.join(names)} or ≥ 1")
+            raise ValueError(
+                f"channel is {self.channel!r}; must be {', '.join(names)} or a number from 1"
+            )
         for name, least in (
             ("sample_rate_hz", 1),
             ("num_processes", 0),

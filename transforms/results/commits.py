@@ -230,6 +230,14 @@ def count_items(clip_ids: pa.ChunkedArray, *, each_channel: bool) -> int:
     return int(pc.count_distinct(item_ids(clip_ids, each_channel=True)).as_py())
 
 
+def channel_numbers(clip_ids: pa.ChunkedArray, *, each_channel: bool) -> pa.ChunkedArray:
+    """Return the channel of each clip, from 1; null if clips are whole items."""
+    if not each_channel:
+        return pa.chunked_array([pa.nulls(len(clip_ids), pa.int32())])
+    numbers = pc.struct_field(pc.extract_regex(clip_ids, r"!(?P<channel>[0-9]+)$"), "channel")
+    return numbers.cast(pa.int32())
+
+
 def item_version(item: Item) -> str:
     """Return what tells a changed item from an unchanged one: size, etag or time, and a digest.
 
