@@ -447,9 +447,7 @@ class _Worker:
         try:
             child = self._usable_child()
             result = self._run(job, child, channel)
-            while (
-                isinstance(result, Waveform) and channel is not None and channel < child.num_channels
-            ):
+            while isinstance(result, Waveform) and channel and channel < child.num_channels:
                 # The last piece of a channel is not the item's last.
                 is_wanted, result = self._pool.put(job, result), None
                 if is_wanted:

@@ -47,9 +47,7 @@ class DecodeSettings:
 
     def __post_init__(self) -> None:
         names = get_args(ChannelName)
-        if self.channel not in names and not (
-            isinstance(self.channel, int) and self.channel >= 1
-        ):
+        if self.channel not in names and not (isinstance(self.channel, int) and self.channel >= 1):
             raise ValueError(
                 f"channel is {self.channel!r}; must be {', '.join(names)} or a number from 1"
             )

@@ -114,9 +114,7 @@ def test_a_channel_is_decoded_as_if_it_were_alone(
     expected, of_alone = decode_whole(alone)
     samples, facts = decode_whole(together(*channels, format=format, rate=rate), channel=channel)
     assert np.array_equal(samples, expected)
-    assert facts == dataclasses.replace(
-        of_alone, channels=3, content_sha256=facts.content_sha256
-    )
+    assert facts == dataclasses.replace(of_alone, channels=3, content_sha256=facts.content_sha256)
 
 
 def test_the_loudest_is_that_of_the_segment() -> None:
@@ -140,7 +138,7 @@ def test_of_damaged_audio_the_loudest_channel_is_labelled_as_far_as_it_goes() ->
 
 def test_a_bound_holds_while_the_loudest_channel_is_looked_for() -> None:
     settings = dataclasses.replace(UNLIMITED, channel="loudest", max_item_s=0.5)
-    with pytest.raises(DecodeError, match="decode.max_item_s") as error:
+    with pytest.raises(DecodeError, match=r"decode\.max_item_s") as error:
         list(decode(together(NOISE, OTHER), settings))
     assert error.value.error_type == "ItemTooLong"
 
