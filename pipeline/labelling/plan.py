@@ -161,6 +161,7 @@ def resolve_run(
             fingerprint=fingerprint,
             model_sha256=model.sha256,
             rows=label.rows,
+            each_channel=label.decode.channel == "each",
         ),
         run={
             "schema_version": SCHEMA_VERSION,
@@ -335,7 +336,7 @@ def input_options(config: RunConfig | TrainConfig) -> InputOptions:
 def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, Any]:
     """Return everything that changes results, by name. The fingerprint is its digest."""
     model = label.model
-    return {
+    results = {
         "model_sha256": model.sha256,
         "model_config": {name: getattr(model.config, name) for name in SHAPE_OF_A_MODEL},
         "labels": [[entry.id, entry.name] for entry in model.labels],
@@ -353,6 +354,10 @@ def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, A
         "precision": config.inference.precision,
         "features_version": FEATURES_VERSION,
     }
+    # Results from before there was a choice are continued.
+    if label.decode.channel != "mix":
+        results["channel"] = label.decode.channel
+    return results
 
 
 def _model_record(model: ModelSpec) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def find_remaining(
             if unit.carried is not None and unit.carried.clip_ids is not None
         ),
         retried_carried_items=sum(
-            totals.clips
+            totals.items - totals.failures
             if unit.carried.clip_ids is None
             else len(unit.carried.clip_ids & inventory.items.keys())
             for unit, totals in zip(retried, retried_from, strict=True)

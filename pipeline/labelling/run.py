@@ -279,7 +279,8 @@ class _CommitReader:
         if time.monotonic() >= self._next_s:
             self.refresh()
         done = self._totals
-        return LiveCounts(done.clips, done.windows, done.audio_s, done.failures)
+        labelled = done.items - done.failures
+        return LiveCounts(labelled, done.windows, done.audio_s, done.failures)
 
     def refresh(self) -> None:
         """List the commits now; ``ProgressDisplay`` calls this at the end."""
@@ -341,11 +342,13 @@ def closing_lines(
 ) -> list[str]:
     """Describe the accounting of a run, and where its rows are."""
     found, failed = totals["found_items"], totals["found_failures"]
+    is_one_each = totals["clips"] == totals["items"] - totals["failures"]
+    clips_too = "" if is_one_each else f"{counted(totals['clips'], 'clip')} (a channel each), "
     lines = [
         f"{counted(found, 'item')} found: {found - failed:,} labelled, {failed:,} failed "
         f"({totals['new_items']:,} in this run, {format_duration(elapsed_s)}).",
-        f"{counted(totals['windows'], 'window')}, {format_audio(totals['audio_s'])} of audio, "
-        f"{counted(totals['units'], 'unit')} in the result.",
+        f"{clips_too}{counted(totals['windows'], 'window')}, {format_audio(totals['audio_s'])} of "
+        f"audio, {counted(totals['units'], 'unit')} in the result.",
     ]
     if totals["vanished_items"]:
         lines.append(

@@ -29,7 +29,7 @@ import pyarrow.csv
 
 from pipeline.terminal.std_streams import say
 from transforms.errors import InputError, OutputError, UsageError, in_words
-from transforms.results.commits import COMMITS, PARTS, part_url, read_part
+from transforms.results.commits import COMMITS, PARTS, channel_numbers, part_url, read_part
 from transforms.results.read import read_batches, read_current_commits
 from transforms.sources.clip_ids import make_clip_id
 from transforms.storage import filesystem, urls, writing
@@ -78,16 +78,20 @@ class ExportSettings:
             raise UsageError(f"--top-k is {self.top_k}; must be at least 1")
 
 
-def label_rows(windows: pa.Table, clips: pa.Table, settings: ExportSettings) -> pa.Table:
+def label_rows(
+    windows: pa.Table, clips: pa.Table, settings: ExportSettings, *, each_channel: bool = False
+) -> pa.Table:
     """Make a row per window and label, in the windows' order, best label first.
 
     Args:
         windows: ``clip_id``, ``WINDOW_COLUMNS`` and ``labels`` of some windows.
         clips: ``CLIP_COLUMNS`` and ``sample_rate_hz`` of every clip of their unit.
         settings: Which labels to take.
+        each_channel: Whether each channel of an item is a clip.
 
     Returns:
-        A table of ``CSV_COLUMNS`` and ``sample_rate_hz``.
+        A table of ``CSV_COLUMNS``, ``sample_rate_hz`` and ``channel``, which is null if clips are
+        whole items.
 
     Raises:
         OutputError: A window's clip is not in ``clips``.
@@ -106,12 +110,14 @@ def label_rows(windows: pa.Table, clips: pa.Table, settings: ExportSettings) -> 
         lost = windows["clip_id"].filter(pc.is_null(position))[0].as_py()
         raise OutputError(f"{lost}: has windows and no row in clips; run earmark verify")
     clip = position.combine_chunks().take(window)
+    channel = channel_numbers(clips["clip_id"], each_channel=each_channel)
     return pa.table(
         {
             **{name: clips[name].take(clip) for name in CLIP_COLUMNS},
             **{name: windows[name].take(window) for name in WINDOW_COLUMNS},
             **dict(zip(LABEL_COLUMNS, labels.flatten(), strict=True)),
             "sample_rate_hz": clips["sample_rate_hz"].take(clip),
+            "channel": channel.take(clip),
         }
     )
 
@@ -119,27 +125,30 @@ def label_rows(windows: pa.Table, clips: pa.Table, settings: ExportSettings) -> 
 def audacity_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Make an Audacity label track: ``start<TAB>end<TAB>label (score)`` per line, in seconds.
 
+    If each channel is a clip, the score has its channel beside it.
     Source: manual.audacityteam.org, "Importing and Exporting Labels".
     """
-    return "".join(
-        f"{row['start_s']:.6f}\t{row['end_s']:.6f}"
-        f"\t{_one_line(row['label'])} ({row['score']:.2f})\n"
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        channel = "" if row["channel"] is None else f", channel {row['channel']}"
+        label = f"{_one_line(row['label'])} ({row['score']:.2f}{channel})"
+        lines.append(f"{row['start_s']:.6f}\t{row['end_s']:.6f}\t{label}\n")
+    return "".join(lines)
 
 
 def raven_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Make a Raven Pro selection table: tab-separated, with a header, selections from 1.
 
-    Raven requires the columns up to ``High Freq (Hz)``; the others are annotations. The clip was
-    mixed down, so the selection is on the first channel. Its frequencies are the part of the
-    source's range that the model covers.
+    Raven requires the columns up to ``High Freq (Hz)``; the others are annotations. A selection is
+    on its clip's channel, or on the first if the clip is the whole item. Its frequencies are the
+    part of the source's range that the model covers.
     """
     lines = [RAVEN_HEADER]
     for number, row in enumerate(rows, start=1):
         high = min(HIGH_FREQUENCY_HZ, row["sample_rate_hz"] / 2)
         lines.append(
-            f"{number}\tSpectrogram 1\t1\t{row['start_s']:.6f}\t{row['end_s']:.6f}"
+            f"{number}\tSpectrogram 1\t{row.get('channel') or 1}"
+            f"\t{row['start_s']:.6f}\t{row['end_s']:.6f}"
             f"\t{LOW_FREQUENCY_HZ:.1f}\t{high:.1f}\t{_one_line(row['label'])}\t{row['score']:.4f}"
         )
     return "\n".join(lines) + "\n"
@@ -197,7 +206,7 @@ def source_of(clip_id: str, uri: str, member: str | None, row: int | None) -> So
         return Source(uri, row=-1 if row is None else row)
     # A byte that is not UTF-8 is %XX in every column; its % must not be encoded again here.
     name, clip_id = (text.replace("%25", "%") for text in (make_clip_id(uri, member), clip_id))
-    match = re.match(re.escape(name) + r"~(\d+)(?:@|$)", clip_id)
+    match = re.match(re.escape(name) + r"~(\d+)(?:[@!]|$)", clip_id)
     return Source(uri, member, int(match.group(1)) if match else 1)
 
 
@@ -247,13 +256,14 @@ class _Result:
         self.folder = urls.normalise(folder)
         name = public_uri(self.folder)
         try:
-            self.unit_ids = list(read_current_commits(self.folder))
+            self.commits = read_current_commits(self.folder)
         except OSError as error:
             raise OutputError(
                 f"{in_words(error)}. Check the folder {name} and the rights to it."
             ) from error
-        if not self.unit_ids:
+        if not self.commits:
             raise InputError(f"{name} {_why_empty(self.folder)}")
+        self.unit_ids = list(self.commits)
 
     def clips(self, unit_id: str, columns: Sequence[str]) -> pa.Table:
         """Read some columns of a unit's clips."""
@@ -269,9 +279,10 @@ class _Result:
         """Read a unit's labels, batch by batch; see ``label_rows``."""
         clips = self.clips(unit_id, [*CLIP_COLUMNS, "sample_rate_hz"])
         columns = ["clip_id", *WINDOW_COLUMNS, "labels"]
+        each_channel = self.commits[unit_id].each_channel
         with self._reading("windows", unit_id):
             for windows in read_batches(self.folder, "windows", unit_id, columns):
-                yield label_rows(windows, clips, settings)
+                yield label_rows(windows, clips, settings, each_channel=each_channel)
 
     def check_top_k(self, top_k: int) -> None:
         """Refuse a ``--top-k`` beyond the stored labels.
