@@ -195,7 +195,9 @@ class DecoderProcess:
                 raise
             duration_s = num_samples / self._settings.sample_rate_hz
             warning = f"decoded {duration_s:.1f} s, then stopped: {error}"
-            facts = dataclasses.replace(held.facts, duration_s=duration_s, warning=warning)
+            facts = dataclasses.replace(
+                held.facts, duration_s=duration_s, warning=warning, warning_kinds=("damaged",)
+            )
         yield held.samples, facts
 
     def _send_job(
@@ -238,9 +240,10 @@ class DecoderProcess:
         with self._checked_answer():
             self.num_channels = int(content["num_channels"])
             samples = self._slots[slot, : content["num_samples"]].copy()
-            facts = ClipFacts(**content["facts"])
+            facts = content["facts"]
+            facts["warning_kinds"] = tuple(facts["warning_kinds"])  # JSON has no tuples
             is_last = kind == protocol.LAST
-            return DecodedPiece(samples, facts, is_last, self.num_channels)
+            return DecodedPiece(samples, ClipFacts(**facts), is_last, self.num_channels)
 
     def read_length_s(self, clip: EncodedClip) -> float | None:
         """Return the seconds of audio that a clip's header promises; None if it promises nothing.

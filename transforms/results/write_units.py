@@ -48,7 +48,6 @@ from transforms.records import (
 )
 from transforms.results.commits import (
     PARTS,
-    SCHEMA_VERSION,
     CheckFigures,
     Commit,
     Ledger,
@@ -69,7 +68,9 @@ from transforms.results.commits import (
     read_commit,
     read_part,
     remove_unit,
+    schema_version,
 )
+from transforms.results.counts import CLIP_COLUMNS, ERROR_COLUMNS, RowCounts, count_rows
 from transforms.results.rows import (
     RowSettings,
     clips_table,
@@ -111,7 +112,7 @@ class CommitSettings:
         return {
             "earmark.fingerprint": self.fingerprint,
             "earmark.model_sha256": self.model_sha256,
-            "earmark.schema_version": str(SCHEMA_VERSION),
+            "earmark.schema_version": str(schema_version(self.rows.optional_columns)),
             "earmark.labels": json.dumps([dataclasses.asdict(label) for label in self.rows.labels]),
         }
 
@@ -206,6 +207,8 @@ class OpenUnit:
             engines=tuple(sorted(self._engines.union(replaced.engines if replaced else ()))),
             checks=add_checks(self._checks, replaced.checks if replaced else {}),
             each_channel=self._settings.each_channel,
+            optional_columns=self._settings.rows.optional_columns,
+            counts=self._counts(staged),
         )
         earlier = find_commit(output, self._unit_id, commit.fingerprint)
         if earlier is not None:
@@ -345,6 +348,14 @@ class OpenUnit:
             windows=num_rows["windows"],
             audio_s=pc.sum(clips["duration_s"]).as_py() or 0.0,
         )
+
+    def _counts(self, staged: Mapping[str, Path]) -> RowCounts:
+        kinds = set(self._settings.rows.optional_columns) & {"warning_kinds"}
+        clips = pq.read_table(staged["clips"], columns=[*CLIP_COLUMNS, *kinds])
+        errors = None
+        if "errors" in staged:
+            errors = pq.read_table(staged["errors"], columns=list(ERROR_COLUMNS))
+        return count_rows(clips, errors)
 
 
 def _ledger_slice(unit: WorkUnit) -> LedgerSlice | None:
