@@ -22,6 +22,7 @@ from pipeline.terminal.logs import configure_logging, is_debugging
 from pipeline.terminal.std_streams import usable_streams
 from transforms import errors
 from transforms.errors import AnswerError, EarmarkError, OutputLostError, UsageError, in_words
+from transforms.process.user import settle_user
 
 RUN_AGAIN = "Fix that, then run the same command again."
 RESUME = "Fix that, then run the same command again to resume."
@@ -36,6 +37,7 @@ RUNNING_STEP = re.compile(r" \[while running '[^\n]*'\]")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process, and return the exit code."""
+    settle_user()
     with usable_streams():
         return _main(*split_beam_options(sys.argv[1:] if argv is None else argv))
 

@@ -25,8 +25,8 @@ from pipeline import __version__
 from pipeline.graph import RunTotals
 from pipeline.terminal.precision_report import checks_record
 from pipeline.terminal.time_report import Startup, record_time
-from transforms.decoding.settings import usable_cores
 from transforms.errors import AccountingError, OutputError, in_words
+from transforms.process.limits import usable_cores
 from transforms.results.commits import (
     COMMITS,
     PARTS,

@@ -55,10 +55,13 @@ def start_decoder(
         except (DecoderLostError, OSError) as error:
             problem = error
             logger.warning("decoder process: start %d of %d: %s", attempt, MAX_FAILED_STARTS, error)
-    raise EarmarkError(
-        f"no decoder process could be started: {problem}; run {' '.join(command)!r} in a shell "
-        "for its error message"
-    )
+    advice = f"run {' '.join(command)!r} in a shell for its error message"
+    if isinstance(problem, OSError):
+        advice = (
+            "raise the system's limit (ulimit -u, -n, -v; of a container, those on processes and on "
+            "memory), or use fewer: --set decode.processes=1"
+        )
+    raise EarmarkError(f"no decoder process could be started: {problem}; {advice}")
 
 
 def _start_once(settings: DecodeSettings, command: Sequence[str]) -> DecoderProcess:
