@@ -397,7 +397,13 @@ def _rebuilt(
 
 def _slice_of(container: Container, start: int, stop: int | None) -> ContainerSlice:
     return ContainerSlice(
-        container.uri, container.url, container.size, container.version, start, stop
+        container.uri,
+        container.url,
+        container.size,
+        container.version,
+        start,
+        stop,
+        column=container.column,
     )
 
 

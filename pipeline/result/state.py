@@ -39,6 +39,7 @@ from transforms.results.commits import (
     read_commits,
     remove_unit,
 )
+from transforms.sources.clip_ids import printable
 from transforms.storage import filesystem, listing, reading, urls, writing
 from transforms.storage.secrets import public_uri
 from transforms.storage.writing import writing_to
@@ -394,7 +395,7 @@ def utc_now() -> str:
 
 def write_run(output: str, run: Mapping[str, Any]) -> None:
     """Write ``run.json`` whole."""
-    text = json.dumps(run, indent=2, ensure_ascii=False)
+    text = printable(json.dumps(run, indent=2, ensure_ascii=False))
     writing.write_bytes(urls.join(output, RUN_FILE), text.encode() + b"\n")
 
 

@@ -59,6 +59,7 @@ from pipeline.training.stages.validation import Scorer
 from transforms.features.fbank import KaldiFbank
 from transforms.features.fbank_settings import without_normalising
 from transforms.models.ast.model import ASTForAudioClassification
+from transforms.process.devices import threads_of
 from transforms.process.limits import usable_cores
 from transforms.process.temp_folders import sweep
 from transforms.records import ItemFailure
@@ -118,6 +119,7 @@ def train(
     earlier: Mapping[str, Any] | None,
 ) -> None:
     """Run the stages and write the results; ``earlier`` is the record that this run resumes."""
+    torch.set_num_threads(threads_of(1))
     began_s = time.monotonic()
     statistics = settle_statistics(plan, clips.train, earlier, quiet=config.quiet)
     record = make_record(plan, clips, config, statistics, earlier)

@@ -202,6 +202,30 @@ def index_tar(
     return TarIndex(tuple(groups), can_cut, damage)
 
 
+# A remote tar, where each header may be a request, is read if its first members leave a doubt, and
+# so is a compressed one.
+_MAX_MEMBERS_BEFORE = 200
+_MAX_BYTES_BEFORE = 1 << 30
+
+
+def may_hold_audio(url: str, uri: str) -> bool:
+    """Return whether a tar holds audio, by the names of its members; True if that is not clear.
+
+    The walk ends with the first audio member, usually one of the first. A tar that cannot be read
+    may hold audio: reading its items reports the error.
+    """
+    try:
+        with open_archive(url, uri, ReadLimits().max_expansion, to_walk=True) as archive:
+            for number, member in enumerate(walk_members(archive, None)):
+                is_slow = not urls.is_local(url) and number >= _MAX_MEMBERS_BEFORE
+                is_slow |= not archive.can_seek and archive.position >= _MAX_BYTES_BEFORE
+                if is_item(member) or is_slow:
+                    return True
+    except ContainerError:
+        return True
+    return False
+
+
 def _index_group(members: Sequence[TarMember], estimate: WindowEstimate) -> list[TarGroup]:
     items = [member for member in members if is_item(member)]
     if not items:
