@@ -6,6 +6,7 @@ import resource
 import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,15 @@ def few_open_files() -> Iterator[None]:
 def test_too_few_open_files_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EarmarkError, match=r"Too many open files; raise the system's limit"):
         process.start_decoder(DecodeSettings())
+
+
+def test_where_memory_runs_out_the_system_kills_a_decoder_first() -> None:
+    score = Path("/proc/self/oom_score_adj")
+    if not score.is_file():
+        pytest.skip("not Linux")
+    child = process.start_decoder(DecodeSettings())
+    try:
+        assert Path(f"/proc/{child._process.pid}/oom_score_adj").read_text() == "1000\n"
+        assert score.read_text() != "1000\n"
+    finally:
+        child.close()

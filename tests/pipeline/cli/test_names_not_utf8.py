@@ -1,0 +1,96 @@
+"""Names whose bytes are not UTF-8: of inputs, outputs, models and the current folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+import pyarrow as pa
+import pytest
+
+from pipeline.result.verify import run_verify
+from tests.support.audio_factory import noise, write
+from tests.support.containers import GOOD, tar_bytes
+from tests.support.containers import write as write_parquet
+from tests.support.labelling import read_rows
+from tests.support.paths import ROOT
+from transforms.storage import urls
+
+LATIN = os.fsdecode(b"caf\xe9 \xff")  # "café ÿ" in Latin-1
+ENCODED = "caf%E9 %FF"
+
+
+def earmark(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder of such a name, in which everything has such a name."""
+    try:
+        folder = tmp_path / LATIN / "in"
+        folder.mkdir(parents=True)
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    write(folder / f"{LATIN}.wav", noise(0.5), 16_000)
+    (folder / f"{LATIN}.tar").write_bytes(tar_bytes([("a.wav", GOOD)]))
+    write_parquet(folder / f"{LATIN}.parquet", pa.table({"audio": [GOOD]}))
+    (folder / f"{LATIN}.csv").write_text("uri,clip_id\nlisted.wav,listed\n")
+    write(folder / "listed.wav", noise(0.5, seed=1), 16_000)
+    return folder.parent
+
+
+def test_names_that_are_not_utf8_anywhere(here: Path, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, here / f"model {LATIN}")
+    few = ("--device", "cpu", "--engine", "torch", "--set", "decode.processes=1")
+    inputs = ("in", f"in/{LATIN}.wav", str(here / "in" / f"{LATIN}.csv"))
+    done = earmark(here, "label", *inputs, "-o", LATIN, "-m", f"./model {LATIN}", *few)
+    assert done.returncode == 0, done.stderr
+    done.stderr.decode()  # raises unless it is UTF-8
+    out = here / LATIN
+    assert run_verify(str(out), quiet=True) == 0
+    top = f"{here.parent}/{ENCODED}/in"
+    ids = [row["clip_id"] for row in read_rows(out, "clips")]
+    assert ids == sorted(
+        [f"{top}/{ENCODED}.wav", f"{top}/{ENCODED}.tar#a.wav", f"{top}/{ENCODED}.parquet#row=0"]
+        + ["listed"]
+    )
+    assert Path(os.fsdecode(unquote_to_bytes(f"{top}/{ENCODED}.wav"))).is_file()
+    assert f"{here.parent}/{ENCODED}/{ENCODED}" in json.loads((out / "run.json").read_text())["config"]["output"]
+    # Again, nothing is left to do; and what reads a result writes UTF-8.
+    done = earmark(here, "label", *inputs, "-o", LATIN, "-m", f"./model {LATIN}", *few)
+    assert done.returncode == 0 and b"Nothing to do" in done.stderr, done.stderr
+    done = earmark(here, "export", LATIN, "-f", "csv", "-o", "-")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout.decode())))
+    assert {row["clip_id"] for row in rows} == set(ids)
+    for command in (["verify", LATIN], ["plan", *inputs, "-o", LATIN, "-m", f"./model {LATIN}"]):
+        done = earmark(here, *command)
+        assert done.returncode == 0, done.stderr
+        (done.stdout + done.stderr).decode()
+
+
+def test_what_a_result_names_is_the_file(here: Path) -> None:
+    """A name in a result leads back to its file: as an input, in a manifest, as a file:// URL."""
+    path = f"{here}/in/{LATIN}.wav"
+    told = f"{here.parent}/{ENCODED}/in/{ENCODED}.wav"
+    assert urls.normalise(told) == path
+    assert urls.normalise(f"file://{told}") == path
+    assert urls.normalise(told + ".gone") == told + ".gone"
+    taken = here.parent / "100%E9.wav"  # a file of this very name comes first
+    taken.write_bytes(b"")
+    Path(os.fsdecode(bytes(here.parent) + b"/100\xe9.wav")).write_bytes(b"")
+    assert urls.normalise(str(taken)) == str(taken)
