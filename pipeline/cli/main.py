@@ -22,11 +22,14 @@ from pipeline.terminal.logs import configure_logging, is_debugging
 from pipeline.terminal.std_streams import usable_streams
 from transforms import errors
 from transforms.errors import AnswerError, EarmarkError, OutputLostError, UsageError, in_words
+from transforms.process.limits import RAISE_LIMIT
 from transforms.process.user import settle_user
 
 RUN_AGAIN = "Fix that, then run the same command again."
 RESUME = "Fix that, then run the same command again to resume."
 SEE_DEBUG = "EARMARK_DEBUG=1 shows where it comes from."
+
+NO_THREAD = "can't start new thread"  # Python's words, of a RuntimeError
 
 RESUMING = ("label", "train")  # commands that do only what is missing
 
@@ -131,6 +134,8 @@ def _describe(error: Exception, next_step: str) -> str:
         if isinstance(error, OSError) and error.filename is not None:
             text = in_words(error)
         return f"{text}\n{next_step}"
+    if kind == "MemoryError" or text.endswith(NO_THREAD):
+        text = f"{text or 'no memory'}; {RAISE_LIMIT}"
     return f"{kind}: {text}\n{SEE_DEBUG}"
 
 

@@ -17,6 +17,11 @@ from transforms.errors import EarmarkError
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
+RAISE_LIMIT = (
+    "raise the system's limit (ulimit -u, -n, -v; of a container, those on processes and on memory), "
+    "or use less: --set decode.processes=1"
+)
+
 
 def usable_cores() -> int:
     """Return the number of cores that this process may use, at least 1.
@@ -94,8 +99,5 @@ def start_threads(start: Callable[[], object], what: str) -> None:
     try:
         start()
     except (RuntimeError, MemoryError) as error:  # Python has no type of its own for it
-        raise EarmarkError(
-            f"{what} cannot be started ({error or 'no memory'}): the system allows no more threads "
-            "or no more memory. Raise the limit (ulimit -u, ulimit -v; of a container, those on "
-            "processes and on memory), or use less: --set decode.processes=1"
-        ) from error
+        message = f"{what} cannot be started: {str(error) or 'no memory'}; {RAISE_LIMIT}"
+        raise EarmarkError(message) from error

@@ -48,8 +48,9 @@ _BATCH_BYTES = 16 << 20
 # If each row had the largest entry of its dictionary, which is rare.
 _MAX_DICTIONARY_BATCH_BYTES = 64 << 20
 _MAX_BATCH_ROWS = 1024
-_FIRST_ROWS = 8  # that tell what a column holds ...
-_HEAD_BYTES = 4096  # ... by so many bytes of each
+# Rows, and bytes of each, that tell what a column holds.
+_FIRST_ROWS = 8
+_HEAD_BYTES = 4096
 _BUFFER_BYTES = 64 << 10
 _UNREADABLE = (ValueError, OverflowError, KeyError, pa.ArrowException)
 # A run of equal values takes a few bytes, however long it is; rows with audio take more than a byte
@@ -235,40 +236,44 @@ def _choose_audio_column(
         The column, or None if there is none; and what the user should know of it, or None.
     """
     schema = opened.file.schema_arrow
-    declared = _declared_audio(schema)
-    candidates = declared or _candidates(schema)
     first = find_audio_column(schema)
-    if len(declared) == 1 or candidates in ([], ["audio"]):
-        return first, None
+    declared = _declared_audio(schema)
     if declared:
-        why = "the first that its schema declares as Audio"
-        return first, _describe_choice(declared[0], why, declared)
+        why = "the first that the schema declares as Audio"
+        return first, _describe_choice(declared, declared[0], why)
+    candidates = _candidates(schema)
+    if candidates in ([], ["audio"]):
+        return first, None
     found = {name: _look_at(opened, name, max_page_bytes) for name in candidates}
-    possible = [name for name in candidates if found[name] in (_AUDIO, _UNKNOWN)]
+    possible = [name for name, words in found.items() if words in (_AUDIO, _UNKNOWN, None)]
     audible = [name for name in possible if found[name] == _AUDIO]
     if audible:
-        return _audio_column(schema, audible[0]), _describe_choice(
-            audible[0], "the first whose first rows are audio", possible
-        )
+        why = "the first with rows that begin like audio"
+        return _audio_column(schema, audible[0]), _describe_choice(possible, audible[0], why)
     if first is not None and first.name in possible:
-        why = "the first by name and type; its first rows begin like no kind of audio"
-        return first, _describe_choice(first.name, why, [*possible, ""])
+        why = "the first by name and type"
+        note = _describe_choice(possible, first.name, why)
+        if found[first.name] == _UNKNOWN:
+            doubt = "its first rows begin like no kind of audio"
+            note = f"{note}; {doubt}" if note else f"column {first.name!r} is read, though {doubt}"
+        return first, note
     others = [f"column {name!r} holds {words}" for name, words in found.items() if words]
     return None, "; ".join(others) or None
 
 
-def _describe_choice(chosen: str, why: str, possible: Sequence[str]) -> str | None:
-    if len(possible) < 2:
-        return None
-    others = ", ".join(repr(name) for name in possible if name not in (chosen, ""))
-    return f"its column {chosen!r} is read{f', not {others}' if others else ''}: it is {why}"
+def _describe_choice(possible: Sequence[str], chosen: str, why: str) -> str | None:
+    others = ", ".join(repr(name) for name in possible if name != chosen)
+    return f"column {chosen!r} is read, and not {others}: it is {why}" if others else None
 
 
 _AUDIO, _UNKNOWN = "audio", ""
 
 
-def _look_at(opened: OpenParquet, name: str, max_page_bytes: int) -> str:
-    """Return what the first values of a column are: ``_AUDIO``, ``_UNKNOWN``, or else in words."""
+def _look_at(opened: OpenParquet, name: str, max_page_bytes: int) -> str | None:
+    """Return what the first values of a column are: ``_AUDIO``, ``_UNKNOWN``, or else in words.
+
+    None if there are none.
+    """
     found: set[str] = set()
     for value in opened.first_values(name, max_page_bytes):
         data, path = value, None
@@ -284,7 +289,7 @@ def _look_at(opened: OpenParquet, name: str, max_page_bytes: int) -> str:
         elif isinstance(path, str):
             is_other = extension(path) in NOT_AUDIO_EXTENSIONS
             found.add(f"files such as {path}" if is_other else _UNKNOWN)
-    return _UNKNOWN if _UNKNOWN in found or not found else min(found)
+    return min(found, default=None)  # unknown comes first
 
 
 def _declared_audio(schema: pa.Schema) -> list[str]:

@@ -29,7 +29,7 @@ def test_a_thread_that_cannot_be_started_is_an_error(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    message = r"^the thread .* cannot be started \(can't start new thread\): the system allows no"
+    message = r"^the thread .* cannot be started: can't start new thread; raise the system's limit"
     with (
         pytest.raises(EarmarkError, match=message),
         DecodePool(DecodeSettings(num_processes=2)) as pool,

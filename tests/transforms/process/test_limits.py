@@ -166,6 +166,6 @@ def test_feature_threads_that_cannot_all_be_started_are_an_error(most: int) -> N
         check=True,
     )
     assert done.stdout.startswith(
-        "the 4 threads that compute features cannot be started (can't start new thread): the "
-        "system allows no more threads or no more memory. Raise the limit (ulimit -u"
+        "the 4 threads that compute features cannot be started: can't start new thread; raise the "
+        "system's limit (ulimit -u"
     )

@@ -62,24 +62,24 @@ def table(declared: dict[str, str] | None = None, **columns: Any) -> bytes:
         (table(image=column(JPEG), sound=column(M4A)), M4A, None),
         (table(image=[WEBP], sound=[WAV]), WAV, None),
         (table(image=[HEIC], sound=[M4A]), M4A, None),
-        (table(digest=[NUMBERS], sound=[FLAC]), FLAC, "'sound' is read, not 'digest': it is the"),
+        (table(digest=[NUMBERS], sound=[FLAC]), FLAC, "column 'sound' is read, and not 'digest': it is the first with rows that begin like audio."),
         # Of several, the first one.
         (
             table({"a": "Audio", "b": "Audio"}, x=[1], a=column(WAV), b=column(OGG)),
             WAV,
-            "its column 'a' is read, not 'b': it is the first that its schema declares as Audio.",
+            "column 'a' is read, and not 'b': it is the first that the schema declares as Audio.",
         ),
         (
             table(mix=column(WAV), audio=column(OGG), x=[WAV]),
             OGG,
-            "'audio' is read, not 'mix', 'x': it is the first whose first rows are audio.",
+            "'audio' is read, and not 'mix', 'x': it is the first with rows that begin like audio.",
         ),
-        (table(one=[MP3], two=[WAV]), MP3, "'one' is read, not 'two'"),
+        (table(one=[MP3], two=[WAV]), MP3, "'one' is read, and not 'two'"),
         # Nothing speaks against it, and little for it.
         (
             table(data=[NUMBERS]),
             NUMBERS,
-            "'data' is read: it is the first by name and type; its first rows begin like no kind",
+            "column 'data' is read, though its first rows begin like no kind of audio.",
         ),
         # No column with audio.
         (table(image=column(PNG)), None, "column 'image' holds a PNG picture"),
@@ -117,7 +117,7 @@ def test_shards_of_one_kind_are_said_once(folder: str) -> None:
     for number in range(3):
         put(folder, f"{number}.parquet", table(one=[MP3], two=[WAV]))
     (note,) = find_inputs([folder]).notes
-    assert note.startswith(f"{folder}/0.parquet and 2 others like it: its column 'one' is read")
+    assert note.startswith(f"{folder}/0.parquet and 2 others like it: column 'one' is read")
 
 
 def test_rows_without_a_value_leave_no_doubt(folder: str) -> None:
