@@ -214,9 +214,7 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     return RunPlan(
         resolved=dataclasses.replace(resolved, run={**resolved.run, "input": content}),
         found=found,
-        remaining=find_remaining(
-            found, commits, sources, retry_from=retry_from, renewed=renewed
-        ),
+        remaining=find_remaining(found, commits, sources, retry_from=retry_from, renewed=renewed),
         vanished_failures=count_vanished_failures(found, commits, output),
         renewed=renewed,
     )

@@ -56,8 +56,8 @@ class RemainingWork:
         vanished_kept_items: Items of the kept units that are not in the input.
         vanished_carried_items: Items not in the input whose rows units to do take over from the
             units they replace.
-        found_carried_items: Items in the input whose rows units to do take over, because only failed
-            or changed items of their unit are done again.
+        found_carried_items: Items in the input whose rows units to do take over, because only
+            failed or changed items of their unit are done again.
         num_redone: Units to do that replace one with a changed item.
         num_retried: Failed items to retry.
     """

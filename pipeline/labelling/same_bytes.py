@@ -50,9 +50,7 @@ def count_renewed(commits: Mapping[str, Commit], renewed: Mapping[str, Commit]) 
     return sum(
         before != now
         for unit_id, commit in renewed.items()
-        for before, now in zip(
-            commits[unit_id].ledger.items, commit.ledger.items, strict=True
-        )
+        for before, now in zip(commits[unit_id].ledger.items, commit.ledger.items, strict=True)
     )
 
 

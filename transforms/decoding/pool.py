@@ -227,10 +227,7 @@ class DecodePool:
     def _next_to_feed(self) -> _Stream | None:
         if self._closed or not self._to_feed:
             return None
-        if (
-            self._clips_in_flight < self._clips_ahead
-            and self._bytes_in_flight < self._bytes_ahead
-        ):
+        if self._clips_in_flight < self._clips_ahead and self._bytes_in_flight < self._bytes_ahead:
             return self._to_feed[0]
         starved = (s for s in self._waiting if not s.jobs and not s.exhausted)
         return next(starved, None)

@@ -18,8 +18,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
 RAISE_LIMIT = (
-    "raise the system's limit (ulimit -u, -n, -v; of a container, those on processes and on memory), "
-    "or use less: --set decode.processes=1"
+    "raise the system's limit (ulimit -u, -n, -v; of a container, those on processes and on "
+    "memory), or use less: --set decode.processes=1"
 )
 
 

@@ -314,7 +314,7 @@ def _candidates(schema: pa.Schema) -> list[str]:
 
 
 def find_audio_column(schema: pa.Schema, chosen: str | None = None) -> AudioColumn | None:
-    """Find the audio column by the schema alone, unless it is already chosen; None if there is none.
+    """Find the audio column by the schema, unless it is already chosen; None if there is none.
 
     The first of these: the column that Hugging Face's metadata calls ``Audio``; a
     ``struct<bytes, path>``, preferably named ``audio``; a binary column named ``audio``; the only

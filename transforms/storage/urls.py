@@ -40,9 +40,9 @@ def normalise(text: str) -> str:
 
     A relative path becomes absolute, ``~`` is expanded, ``.`` and ``..`` are resolved by name, and
     ``file://`` goes. The path of a ``file://`` URL is taken as it stands; where nothing has that
-    name, percent-encoding is undone. In any path that nothing has, ``%XX`` may also stand for a byte
-    that is not UTF-8, as in results. A URL loses its trailing slash, but an ``http(s)`` URL is
-    left as it is.
+    name, percent-encoding is undone. In any path that nothing has, ``%XX`` may stand for a byte
+    that is not UTF-8, as in results. A URL loses its trailing slash, but an ``http(s)`` URL is left
+    as it is.
     """
     if not is_local(text):
         if protocol(text) in READ_ONLY or text.endswith("://"):
@@ -65,7 +65,7 @@ _ENCODED_BYTE = re.compile("%([89A-F][0-9A-F])")
 
 
 def _with_bytes(path: str) -> str:
-    """Return the path whose name a result gives as ``path``, if that is one and ``path`` is none."""
+    """Return the existing path that a result writes as ``path``; else ``path`` itself."""
     with_bytes = _ENCODED_BYTE.sub(lambda match: chr(0xDC00 + int(match[1], 16)), path)
     if with_bytes == path or os.path.lexists(path) or not os.path.lexists(with_bytes):
         return path

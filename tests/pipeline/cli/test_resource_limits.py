@@ -13,6 +13,10 @@ from tests.support.audio_factory import write_noise
 from tests.support.other_user import open_folder, run_as_unknown
 
 TIMEOUT_S = 120.0
+LABEL = (
+    "-m pipeline label clips -o out -m model --device cpu --engine torch --overwrite "
+    "--set decode.processes=2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +40,7 @@ def place(tiny_model: Path) -> Iterator[Path]:
 def test_too_small_a_limit_is_an_error_and_an_end(place: Path, name: str, most: int) -> None:
     number = getattr(resource, name)
     done = run_as_unknown(
-        ["-m", "pipeline", "label", "clips", "-o", "out", "-m", "model", "--device", "cpu"]
-        + ["--overwrite", "--engine", "torch", "--set", "decode.processes=2"],
+        LABEL.split(),
         place,
         limit=lambda: resource.setrlimit(number, (most, most)),
         timeout_s=TIMEOUT_S,  # a wait for ever is a failure

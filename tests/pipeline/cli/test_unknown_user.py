@@ -37,9 +37,7 @@ def earmark(place: Path, *arguments: str, **environment: str) -> subprocess.Comp
 
 def label(place: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
     few = ["--device", "cpu", "--engine", "torch", "--set", "decode.processes=1"]
-    return earmark(
-        place, "label", "clips", "-o", "out", "-m", "model", *few, *more, **environment
-    )
+    return earmark(place, "label", "clips", "-o", "out", "-m", "model", *few, *more, **environment)
 
 
 def left(place: Path) -> set[str]:

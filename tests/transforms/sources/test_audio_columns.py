@@ -1,4 +1,4 @@
-"""Which column of a Parquet file is audio, by its schema or its first rows; and tars without any."""
+"""Which column of a Parquet file is audio, by its schema or first rows; and tars without any."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ NUMBERS = bytes(range(1, 200))  # an embedding, or whatever else
 def structs(*cells: bytes | str) -> list[dict[str, Any]]:
     """Cells of the Hugging Face layout: bytes, or the path of a file."""
     return [
-        {"bytes": None, "path": cell}
-        if isinstance(cell, str)
-        else {"bytes": cell, "path": None}
+        {"bytes": None, "path": cell} if isinstance(cell, str) else {"bytes": cell, "path": None}
         for cell in cells
     ]
 
@@ -62,7 +60,11 @@ def table(declared: dict[str, str] | None = None, **columns: Any) -> bytes:
         (table(image=column(JPEG), sound=column(M4A)), M4A, None),
         (table(image=[WEBP], sound=[WAV]), WAV, None),
         (table(image=[HEIC], sound=[M4A]), M4A, None),
-        (table(digest=[NUMBERS], sound=[FLAC]), FLAC, "column 'sound' is read, and not 'digest': it is the first with rows that begin like audio."),
+        (
+            table(digest=[NUMBERS], sound=[FLAC]),
+            FLAC,
+            "'sound' is read, and not 'digest': it is the first with rows that begin like audio.",
+        ),
         # Of several, the first one.
         (
             table({"a": "Audio", "b": "Audio"}, x=[1], a=column(WAV), b=column(OGG)),
@@ -103,7 +105,7 @@ def test_the_audio_column_is_chosen_and_said(
         assert said.startswith(f"{url}: ") and note in said
     if chosen is None:
         assert (found.containers, found.skipped_by_extension) == ((), {".parquet": 1})
-        with pytest.raises(InputError, match="has neither an audio column.*Rename") as raised:
+        with pytest.raises(InputError, match=r"has neither an audio column.*Rename") as raised:
             find_inputs([url])
         assert note is None or note in str(raised.value)
     else:
@@ -132,7 +134,9 @@ def test_rows_without_a_value_leave_no_doubt(folder: str) -> None:
 PICTURES = [("a.jpg", JPEG), ("a.json", b"{}")]
 
 
-@pytest.mark.parametrize(("name", "mode"), [("x.tar", "w"), ("x.tar.gz", "w:gz"), ("x.tgz", "w:gz")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("x.tar", "w"), ("x.tar.gz", "w:gz"), ("x.tgz", "w:gz")]
+)
 def test_a_tar_without_audio_in_a_folder_is_left_aside(folder: str, name: str, mode: str) -> None:
     tar = tar_bytes(PICTURES, mode)
     put(folder, f"pictures/{name}", tar)
@@ -157,7 +161,11 @@ def test_a_damaged_tar_in_a_folder_is_not_left_aside(tmp_path: Path) -> None:
     whole = tar_bytes(PICTURES)
     put(str(tmp_path), "cut.tar", whole[:700])
     put(str(tmp_path), "none.tar", b"no tar")
-    put(str(tmp_path), "late.tar", tar_bytes([(f"{n}.txt", b"") for n in range(300)] + [("a.wav", b"x")]))
+    put(
+        str(tmp_path),
+        "late.tar",
+        tar_bytes([(f"{n}.txt", b"") for n in range(300)] + [("a.wav", b"x")]),
+    )
     found = find_inputs([str(tmp_path)])
     assert len(found.containers) == 3
     assert found.skipped_by_extension == {}

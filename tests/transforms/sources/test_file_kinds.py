@@ -20,7 +20,8 @@ from transforms.sources.file_kinds import (
 
 # Other names of formats that FFmpeg reads under the names that it lists.
 OTHER_NAMES = set(
-    ".3gpp .awb .bwf .dff .dsf .m4r .mp1 .mp4a .mpga .oggflac .qcp .qt .rf64 .snd .wave .weba".split()
+    ".3gpp .awb .bwf .dff .dsf .f4a .f4b .m4r .mp1 .mp4a .mpga .oggflac "
+    ".ogx .qcp .qt .rf64 .snd .wave .weba".split()
 )
 
 

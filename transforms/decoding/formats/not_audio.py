@@ -24,6 +24,7 @@ _MAGIC = (
     (b"\0\0\0\x0cjP  ", "a JPEG 2000 picture"),
     (b"\x93NUMPY", "an array of NumPy"),
 )
+PICTURES_IN_MP4 = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftypavif", b"ftypavis")
 
 
 def describe_not_audio(encoded: Encoded) -> str | None:
@@ -36,6 +37,8 @@ def describe_not_audio(encoded: Encoded) -> str | None:
             return words
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "a WebP picture"
+    if head[4:12] in PICTURES_IN_MP4:
+        return "a HEIC or AVIF picture"
     if head[:2] == b"BM" and not any(head[6:10]):
         return "a BMP picture"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
