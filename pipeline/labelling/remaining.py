@@ -27,6 +27,7 @@ from transforms.results.commits import (
     item_version,
     read_failures,
 )
+from transforms.sources.clip_ids import same_name
 from transforms.sources.read_unit import (
     Container,
     Found,
@@ -266,8 +267,8 @@ def _is_named_by(uri: str, clip_id: str) -> bool:
 
     ``make_clip_id`` encodes the marks where they are part of a name.
     """
-    prefix = f"{make_clip_id(uri)}#"
-    return clip_id.startswith(prefix) and "@" not in clip_id.removeprefix(prefix)
+    prefix, name = same_name(f"{make_clip_id(uri)}#"), same_name(clip_id)
+    return name.startswith(prefix) and "@" not in name.removeprefix(prefix)
 
 
 def _redo(

@@ -24,6 +24,7 @@ from transforms.sources.clip_ids import (
     occurrence_of,
     printable,
     read_failure,
+    same_name,
 )
 from transforms.sources.fetching import ReadLimits
 from transforms.sources.file_kinds import (
@@ -482,7 +483,7 @@ class _Finder:
         rest = []
         for item in items:
             own_name = make_clip_id(uri, item.member, occurrence_of(item), row=item.row)
-            if item.clip_id == own_name:
+            if same_name(item.clip_id) == same_name(own_name):
                 self._count_duplicate(item.clip_id)
             else:
                 rest.append(item)

@@ -551,7 +551,7 @@ def _described(
 ) -> Item:
     """Return a row's item, or a manifest's item with what it lacks."""
     if item is None:
-        clip_id = make_clip_id(part.uri, row=row)
+        clip_id = make_clip_id(public_uri(part.url), row=row)
         item = Item(clip_id, part.uri, row=row, size=part.size, version=part.version)
     truth = make_truth(values.get("labels"), values.get("label"))
     return with_description(item, truth, make_metadata({"path": path, **values}))

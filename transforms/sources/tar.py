@@ -52,6 +52,7 @@ from transforms.sources.tar_headers import (
 )
 from transforms.sources.tar_parallel import is_slow_to_walk, walk_in_parallel
 from transforms.storage import urls
+from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
 
@@ -381,7 +382,7 @@ class TarReader:
         part, name = self._part, one.member.name
         truth, metadata = self._describe(name, group)
         if self._reads_all:
-            clip_id = make_clip_id(part.uri, name, one.occurrence)
+            clip_id = make_clip_id(public_uri(part.url), name, one.occurrence)
             return [
                 Item(
                     clip_id=clip_id,
@@ -474,7 +475,7 @@ def container_item(part: ContainerSlice, unit: str) -> Item:
     stop = "" if part.stop is None else part.stop
     slice_name = None if is_whole else f"{unit}={part.start}-{stop}"
     return Item(
-        clip_id=make_clip_id(part.uri, slice_name),
+        clip_id=make_clip_id(public_uri(part.url), slice_name),
         uri=part.uri,
         url=part.url,
         size=part.size,
