@@ -319,9 +319,9 @@ class TorchBackbone:
         """Compile and try it; if it fails, stay uncompiled and log that."""
         plain = self._run
         settle_user()  # a worker may run under a user id without a name
-        self._run = torch.compile(plain, dynamic=False)
         self.batch_size = batch_size
         try:
+            self._run = torch.compile(plain, dynamic=False)
             self.embed(np.zeros((batch_size, *shape), np.float32))
         except (torch.OutOfMemoryError, MemoryError):
             return  # not the compiler's fault; the first real batch fails likewise, and is halved
