@@ -29,7 +29,8 @@ RUN_AGAIN = "Fix that, then run the same command again."
 RESUME = "Fix that, then run the same command again to resume."
 SEE_DEBUG = "EARMARK_DEBUG=1 shows where it comes from."
 
-NO_THREAD = "can't start new thread"  # Python's words, of a RuntimeError
+# What Python, the loader of libraries and the system say where a limit is too small.
+OF_A_LIMIT = ("can't start new thread", "failed to map segment", "Cannot allocate memory")
 
 RESUMING = ("label", "train")  # commands that do only what is missing
 
@@ -134,7 +135,7 @@ def _describe(error: Exception, next_step: str) -> str:
         if isinstance(error, OSError) and error.filename is not None:
             text = in_words(error)
         return f"{text}\n{next_step}"
-    if kind == "MemoryError" or text.endswith(NO_THREAD):
+    if kind == "MemoryError" or any(words in text for words in OF_A_LIMIT):
         text = f"{text or 'no memory'}; {RAISE_LIMIT}"
     return f"{kind}: {text}\n{SEE_DEBUG}"
 
