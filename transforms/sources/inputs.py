@@ -35,11 +35,7 @@ from transforms.sources.file_kinds import (
     is_shadow_name,
     is_tar_name,
 )
-from transforms.sources.manifests import (
-    ContainerRow,
-    ManifestRow,
-    read_manifest,
-)
+from transforms.sources.manifests import ContainerRow, ManifestRow, read_manifest
 from transforms.sources.parquet import URI_COLUMNS, ParquetIndex, index_parquet
 from transforms.sources.tar import may_hold_audio
 from transforms.storage import filesystem, listing, urls
@@ -507,13 +503,7 @@ def _why(uri: str, error: Exception) -> str:
 
 def _bare_item(info: FileInfo) -> Item:
     uri = public_uri(info.url)
-    return Item(
-        clip_id=make_clip_id(uri),
-        uri=printable(uri),
-        url=info.url,
-        size=info.size,
-        version=info.version,
-    )
+    return Item(make_clip_id(uri), printable(uri), info.url, size=info.size, version=info.version)
 
 
 def _same_id(clip_id: str, row: ManifestRow, where: str, uri: str) -> InputError:
