@@ -89,6 +89,7 @@ class ContainerSlice:
         start: First byte of the slice (tar: of the archive, decompressed for ``.tar.gz``), or
             first row (Parquet).
         stop: One past the last byte or row; None means to the container's end.
+        column: Parquet only: the audio column that planning chose; None to choose it by the schema.
         seen_names: Tar only: for member names that occurred before this slice and occur in it
             again, how often. So the second member of a name is ``#name~2`` wherever the slice
             begins.
@@ -101,6 +102,7 @@ class ContainerSlice:
     start: int = 0
     stop: int | None = None
     seen_names: Mapping[str, int] = field(default_factory=dict)
+    column: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from transforms.decoding import child as protocol
 from transforms.decoding.decode import BOUND_ERRORS, DecodedPiece
 from transforms.decoding.settings import DecodeSettings
 from transforms.errors import DecodeError, EarmarkError, item_too_large
+from transforms.process.limits import RAISE_LIMIT
 from transforms.process.stage_times import StageSeconds, stage_clocks
 from transforms.records import ClipFacts, EncodedClip, FloatArray
 
@@ -55,10 +56,10 @@ def start_decoder(
         except (DecoderLostError, OSError) as error:
             problem = error
             logger.warning("decoder process: start %d of %d: %s", attempt, MAX_FAILED_STARTS, error)
-    raise EarmarkError(
-        f"no decoder process could be started: {problem}; run {' '.join(command)!r} in a shell "
-        "for its error message"
-    )
+    advice = f"run {' '.join(command)!r} in a shell for its error message"
+    if isinstance(problem, OSError):
+        advice = RAISE_LIMIT
+    raise EarmarkError(f"no decoder process could be started: {problem}; {advice}")
 
 
 def _start_once(settings: DecodeSettings, command: Sequence[str]) -> DecoderProcess:

@@ -117,6 +117,21 @@ class CommitSettings:
         }
 
 
+class _PartWriter(pq.ParquetWriter):  # type: ignore[misc]
+    """A writer of a file of any name; by itself, Arrow opens only names in UTF-8."""
+
+    def __init__(self, path: Path, schema: pa.Schema, **options: object) -> None:
+        self._file = path.open("wb")
+        super().__init__(self._file, schema, **options)
+
+    def close(self) -> None:
+        """Write the footer, and close the file."""
+        try:
+            super().close()
+        finally:
+            self._file.close()
+
+
 class OpenUnit:
     """A unit that is not complete yet; ``staging`` is for files that are not in place yet."""
 
@@ -243,7 +258,7 @@ class OpenUnit:
 
     def _open_writer(self, part: str, schema: pa.Schema) -> pq.ParquetWriter:
         self._staging.mkdir(parents=True, exist_ok=True)
-        return pq.ParquetWriter(
+        return _PartWriter(
             self._staged_path(part),
             schema.with_metadata(self._settings.footer),
             compression="zstd",
@@ -298,7 +313,8 @@ class OpenUnit:
         staged.rename(source)
         with (
             self._open_writer("windows", windows_schema(self._settings.rows)) as writer,
-            pq.ParquetFile(source) as file,
+            source.open("rb") as stream,
+            pq.ParquetFile(stream) as file,
         ):
             if carried is not None:
                 writer.write_table(carried)
@@ -330,8 +346,10 @@ class OpenUnit:
             yield part, table
 
     def _totals(self, staged: Mapping[str, Path]) -> UnitTotals:
-        num_rows = {part: pq.read_metadata(path).num_rows for part, path in staged.items()}
-        clips = pq.read_table(staged["clips"], columns=["clip_id", "duration_s", "num_windows"])
+        num_rows = {part: _count_rows(path) for part, path in staged.items()}
+        with staged["clips"].open("rb") as stream:
+            columns = ["clip_id", "duration_s", "num_windows"]
+            clips = pq.ParquetFile(stream).read(columns=columns, use_threads=False)
         windows_of_clips = pc.sum(clips["num_windows"]).as_py() or 0
         if windows_of_clips != num_rows["windows"]:
             raise AccountingError(
@@ -387,7 +405,12 @@ def _ledger(unit: WorkUnit, replaced: Commit | None) -> Ledger:
 def _part_info(path: Path) -> PartInfo:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return PartInfo(path.stat().st_size, digest, pq.read_metadata(path).num_rows)
+    return PartInfo(path.stat().st_size, digest, _count_rows(path))
+
+
+def _count_rows(path: Path) -> int:
+    with path.open("rb") as file:
+        return int(pq.read_metadata(file).num_rows)
 
 
 class AudioProgress:
