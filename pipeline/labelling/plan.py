@@ -21,6 +21,7 @@ from pipeline.labelling.remaining import (
     count_vanished_failures,
     find_remaining,
 )
+from pipeline.labelling.same_bytes import count_renewed, find_renewed
 from pipeline.result.state import (
     FinishRun,
     ResultState,
@@ -44,7 +45,7 @@ from transforms.models.ast.checkpoints import ModelOverrides, ModelSpec, resolve
 from transforms.models.ast.config_files import load_features
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
-from transforms.results.commits import OPTIONAL_COLUMNS, UnitSummary, schema_version
+from transforms.results.commits import OPTIONAL_COLUMNS, Commit, UnitSummary, schema_version
 from transforms.results.write_units import CommitSettings
 from transforms.sources.file_kinds import guess_duration_s
 from transforms.sources.read_unit import (
@@ -100,12 +101,14 @@ class RunPlan:
     """Everything a run needs before it starts.
 
     ``vanished_failures`` counts failed items of the existing result that are not in the input.
+    ``renewed`` are commits of files with other times and the same bytes, to be written.
     """
 
     resolved: ResolvedRun
     found: Found
     remaining: RemainingWork
     vanished_failures: int
+    renewed: Mapping[str, Commit] = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[WorkUnit, ...]:
@@ -165,6 +168,7 @@ def resolve_run(
             fingerprint=fingerprint,
             model_sha256=model.sha256,
             rows=dataclasses.replace(label.rows, optional_columns=optional),
+            each_channel=label.decode.channel == "each",
         ),
         run={
             "schema_version": schema_version(optional),
@@ -225,6 +229,7 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     )
     commits = resolved.state.commits if resolved.keeps else {}
     retry_from = output if resolved.retry_failed else None
+    renewed = find_renewed(found, commits, output)
     content = {
         "duplicates": found.duplicates,
         "skipped_by_extension": dict(found.skipped_by_extension),
@@ -233,8 +238,9 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     return RunPlan(
         resolved=dataclasses.replace(resolved, run={**resolved.run, "input": content}),
         found=found,
-        remaining=find_remaining(found, commits, sources, retry_from=retry_from),
+        remaining=find_remaining(found, commits, sources, retry_from=retry_from, renewed=renewed),
         vanished_failures=count_vanished_failures(found, commits, output),
+        renewed=renewed,
     )
 
 
@@ -265,7 +271,7 @@ def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
         startup=startup,
         kept=plan.kept,
         num_units=len(plan.units),
-        carried_items=remaining.vanished_carried_items + remaining.retried_carried_items,
+        carried_items=remaining.vanished_carried_items + remaining.found_carried_items,
         vanished_items=remaining.vanished_items,
         vanished_failures=plan.vanished_failures,
         num_found_items=count_found_items(plan.found),
@@ -358,7 +364,7 @@ def input_options(config: RunConfig | TrainConfig) -> InputOptions:
 def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, Any]:
     """Return everything that changes results, by name. The fingerprint is its digest."""
     model = label.model
-    return {
+    results = {
         "model_sha256": model.sha256,
         "model_config": {name: getattr(model.config, name) for name in SHAPE_OF_A_MODEL},
         "labels": [[entry.id, entry.name] for entry in model.labels],
@@ -376,6 +382,10 @@ def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, A
         "precision": config.inference.precision,
         "features_version": FEATURES_VERSION,
     }
+    # Results from before there was a choice are continued.
+    if label.decode.channel != "mix":
+        results["channel"] = label.decode.channel
+    return results
 
 
 def _model_record(model: ModelSpec) -> dict[str, Any]:
@@ -484,6 +494,9 @@ def describe_done(plan: RunPlan) -> str:
     text += f" in {counted(len(remaining.kept_units), 'unit')}"
     if remaining.vanished_items:
         text += f"; {remaining.vanished_items:,} more are not in this input"
+    if plan.renewed:
+        num_files = count_renewed(plan.resolved.state.commits, plan.renewed)
+        text += f"; with another time and the same bytes: {counted(num_files, 'file')}"
     if remaining.num_redone:
         text += f"; to redo for changed items: {counted(remaining.num_redone, 'unit')}"
     if remaining.num_retried:

@@ -38,6 +38,7 @@ from pipeline.labelling.plan import (
     resolve_run,
 )
 from pipeline.labelling.plan_on_workers import build_deferred_graph
+from pipeline.labelling.same_bytes import write_renewed
 from pipeline.result.lock import hold_output
 from pipeline.result.state import (
     SUCCESS_FILE,
@@ -76,7 +77,7 @@ from transforms.process.progress_counts import LiveCounts
 from transforms.process.stage_times import stage_clocks
 from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
-from transforms.results.commits import UnitTotals, list_unit_ids, read_commit
+from transforms.results.commits import Commit, UnitTotals, list_unit_ids, read_commit
 from transforms.sources.read_unit import check_there
 from transforms.storage import urls, writing
 from transforms.storage.secrets import public_uri
@@ -198,7 +199,7 @@ def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
     say("There are many inputs: workers list and group them.", quiet=config.quiet)
 
     def prepare(startup: Startup) -> Callable[[beam.Pipeline], None]:
-        begun = begin_output(resolved, is_new=True)
+        begun = begin_output(resolved, {}, is_new=True)  # workers renew the commits
         return functools.partial(build_deferred_graph, resolved=begun, startup=startup)
 
     return PlannedRun(prepare, Expected())
@@ -212,11 +213,13 @@ def _interrupt_main_thread() -> None:
 def prepare_output(plan: RunPlan, startup: Startup = UNTIMED) -> FinishRun:
     """Repair the output and mark the run as running; return the run's last step."""
     is_new = bool(plan.units) or not plan.resolved.state.succeeded
-    begun = begin_output(plan.resolved, is_new=is_new)
+    begun = begin_output(plan.resolved, plan.renewed, is_new=is_new)
     return make_finish(dataclasses.replace(plan, resolved=begun), startup)
 
 
-def begin_output(resolved: ResolvedRun, *, is_new: bool) -> ResolvedRun:
+def begin_output(
+    resolved: ResolvedRun, renewed: Mapping[str, Commit], *, is_new: bool
+) -> ResolvedRun:
     """Repair the output, or remove the existing result; return the run with its start's time.
 
     ``run.json`` is written if the run ``is_new``: if there may be units to do. Raise
@@ -230,6 +233,7 @@ def begin_output(resolved: ResolvedRun, *, is_new: bool) -> ResolvedRun:
             writing.remove(urls.join(state.output, SUCCESS_FILE))
         if resolved.keeps:
             heal(state)
+            write_renewed(state.output, renewed)
         else:
             remove_result(state)
         if is_new:
@@ -282,7 +286,8 @@ class _CommitReader:
         if time.monotonic() >= self._next_s:
             self.refresh()
         done = self._totals
-        return LiveCounts(done.clips, done.windows, done.audio_s, done.failures)
+        labelled = done.items - done.failures
+        return LiveCounts(labelled, done.windows, done.audio_s, done.failures)
 
     def refresh(self) -> None:
         """List the commits now; ``ProgressDisplay`` calls this at the end."""
@@ -336,11 +341,13 @@ def closing_lines(
 ) -> list[str]:
     """Describe the accounting of a run, and where its rows are."""
     found, failed = totals["found_items"], totals["found_failures"]
+    is_one_each = totals["clips"] == totals["items"] - totals["failures"]
+    clips_too = "" if is_one_each else f"{counted(totals['clips'], 'clip')} (a channel each), "
     lines = [
         f"{counted(found, 'item')} found: {found - failed:,} labelled, {failed:,} failed "
         f"({totals['new_items']:,} in this run, {format_duration(elapsed_s)}).",
-        f"{counted(totals['windows'], 'window')}, {format_audio(totals['audio_s'])} of audio, "
-        f"{counted(totals['units'], 'unit')} in the result.",
+        f"{clips_too}{counted(totals['windows'], 'window')}, {format_audio(totals['audio_s'])} of "
+        f"audio, {counted(totals['units'], 'unit')} in the result.",
     ]
     if totals["vanished_items"]:
         lines.append(

@@ -30,7 +30,7 @@ from pipeline.result.export_sources import Source, name_files, source_of
 from pipeline.terminal.std_streams import answer_bytes, say
 from pipeline.terminal.wording import counted
 from transforms.errors import InputError, OutputError, UsageError, in_words
-from transforms.results.commits import COMMITS, PARTS, part_url, read_part
+from transforms.results.commits import COMMITS, PARTS, channel_numbers, part_url, read_part
 from transforms.results.read import read_batches, read_current_commits
 from transforms.sources.clip_ids import make_clip_id
 from transforms.storage import filesystem, urls, writing
@@ -94,16 +94,20 @@ class ExportSettings:
         return self.threshold is None and self.top_k is None and not self.labels
 
 
-def label_rows(windows: pa.Table, clips: pa.Table, settings: ExportSettings) -> pa.Table:
+def label_rows(
+    windows: pa.Table, clips: pa.Table, settings: ExportSettings, *, each_channel: bool = False
+) -> pa.Table:
     """Make a row per window and label, in the windows' order, best label first.
 
     Args:
         windows: ``clip_id``, ``WINDOW_COLUMNS`` and ``labels`` of some windows, or of some clips.
         clips: ``CLIP_COLUMNS`` and any others, of every clip of their unit.
         settings: Which labels to take.
+        each_channel: Whether each channel of an item is a clip.
 
     Returns:
-        A table of the columns of ``clips``, ``WINDOW_COLUMNS`` and ``LABEL_COLUMNS``.
+        A table of the columns of ``clips``, ``WINDOW_COLUMNS`` and ``LABEL_COLUMNS``, and
+        ``channel``, which is null if clips are whole items.
 
     Raises:
         OutputError: A window's clip is not in ``clips``.
@@ -120,11 +124,13 @@ def label_rows(windows: pa.Table, clips: pa.Table, settings: ExportSettings) -> 
         lost = windows["clip_id"].filter(pc.is_null(position))[0].as_py()
         raise OutputError(f"{lost}: has windows and no row in clips; run earmark verify")
     clip = position.combine_chunks().take(window)
+    channel = channel_numbers(clips["clip_id"], each_channel=each_channel)
     return pa.table(
         {
             **{name: clips[name].take(clip) for name in clips.column_names},
             **{name: windows[name].take(window) for name in WINDOW_COLUMNS},
             **dict(zip(LABEL_COLUMNS, labels.flatten(), strict=True)),
+            "channel": channel.take(clip),
         }
     )
 
@@ -145,13 +151,15 @@ def _wanted(labels: pa.StructArray, settings: ExportSettings) -> Iterator[pa.Boo
 def audacity_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Make an Audacity label track: ``start<TAB>end<TAB>label (score)`` per line, in seconds.
 
+    If each channel is a clip, the score has its channel beside it.
     Source: manual.audacityteam.org, "Importing and Exporting Labels".
     """
-    return "".join(
-        f"{row['start_s']:.6f}\t{row['end_s']:.6f}"
-        f"\t{_one_line(row['label'])} ({row['score']:.2f})\n"
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        channel = "" if row["channel"] is None else f", channel {row['channel']}"
+        label = f"{_one_line(row['label'])} ({row['score']:.2f}{channel})"
+        lines.append(f"{row['start_s']:.6f}\t{row['end_s']:.6f}\t{label}\n")
+    return "".join(lines)
 
 
 def raven_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -163,13 +171,13 @@ def raven_text(rows: Sequence[Mapping[str, Any]]) -> str:
 def _raven_line(number: int, row: Mapping[str, Any], offset_s: float = 0.0) -> str:
     """Make a line of a selection table.
 
-    Raven requires the columns up to ``High Freq (Hz)``; the others are annotations. The clip was
-    mixed down, so the selection is on the first channel. Its frequencies are the part of the
-    source's range that the model covers.
+    Raven requires the columns up to ``High Freq (Hz)``; the others are annotations. A selection is
+    on its clip's channel, or on the first if the clip is the whole item. Its frequencies are the
+    part of the source's range that the model covers.
     """
     high = min(HIGH_FREQUENCY_HZ, row["sample_rate_hz"] / 2)
     return (
-        f"{number}\tSpectrogram 1\t1"
+        f"{number}\tSpectrogram 1\t{row.get('channel') or 1}"
         f"\t{offset_s + row['start_s']:.6f}\t{offset_s + row['end_s']:.6f}"
         f"\t{LOW_FREQUENCY_HZ:.1f}\t{high:.1f}\t{_one_line(row['label'])}\t{row['score']:.4f}"
     )
@@ -194,13 +202,14 @@ class _Result:
         self.folder = urls.normalise(folder)
         name = public_uri(self.folder)
         try:
-            self.unit_ids = list(read_current_commits(self.folder))
+            self.commits = read_current_commits(self.folder)
         except OSError as error:
             raise OutputError(
                 f"{in_words(error)}. Check the folder {name} and the rights to it."
             ) from error
-        if not self.unit_ids:
+        if not self.commits:
             raise InputError(f"{name} {_why_empty(self.folder)}")
+        self.unit_ids = list(self.commits)
 
     def clips(self, unit_id: str, columns: Sequence[str]) -> pa.Table:
         """Read some columns of a unit's clips."""
@@ -229,13 +238,14 @@ class _Result:
             clips = clips.append_column("path", _original_names(clips))
         windows = _whole_clips(clips) if settings.per == "clip" else None
         clips = clips.select([*CLIP_COLUMNS, *others])
+        each_channel = self.commits[unit_id].each_channel
         if windows is not None:
-            yield label_rows(windows, clips, settings)
+            yield label_rows(windows, clips, settings, each_channel=each_channel)
             return
         columns = ["clip_id", *WINDOW_COLUMNS, "labels"]
         with self._reading("windows", unit_id):
             for batch in read_batches(self.folder, "windows", unit_id, columns):
-                yield label_rows(batch, clips, settings)
+                yield label_rows(batch, clips, settings, each_channel=each_channel)
 
     def tracks(
         self, settings: ExportSettings, others: Sequence[str] = ()

@@ -55,7 +55,7 @@ def source_of(clip_id: str, uri: str, member: str | None, row: int | None) -> So
         return Source(uri, row=-1 if row is None else row)
     # A byte that is not UTF-8 is %XX in every column; its % must not be encoded again here.
     name, clip_id = (text.replace("%25", "%") for text in (make_clip_id(uri, member), clip_id))
-    match = re.match(re.escape(name) + r"~(\d+)(?:@|$)", clip_id)
+    match = re.match(re.escape(name) + r"~(\d+)(?:[@!]|$)", clip_id)
     return Source(uri, member, int(match.group(1)) if match else 1)
 
 

@@ -26,8 +26,8 @@ from pipeline.graph import RunTotals
 from pipeline.terminal.count_report import totals_record
 from pipeline.terminal.precision_report import checks_record
 from pipeline.terminal.time_report import Startup, record_time
-from transforms.decoding.settings import usable_cores
 from transforms.errors import AccountingError, OutputError, in_words
+from transforms.process.limits import usable_cores
 from transforms.results.commits import (
     COMMITS,
     PARTS,
@@ -40,6 +40,7 @@ from transforms.results.commits import (
     read_commits,
     remove_unit,
 )
+from transforms.sources.clip_ids import printable
 from transforms.storage import filesystem, listing, reading, urls, writing
 from transforms.storage.secrets import public_uri
 from transforms.storage.writing import writing_to
@@ -395,7 +396,7 @@ def utc_now() -> str:
 
 def write_run(output: str, run: Mapping[str, Any]) -> None:
     """Write ``run.json`` whole."""
-    text = json.dumps(run, indent=2, ensure_ascii=False)
+    text = printable(json.dumps(run, indent=2, ensure_ascii=False))
     writing.write_bytes(urls.join(output, RUN_FILE), text.encode() + b"\n")
 
 

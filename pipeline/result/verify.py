@@ -37,6 +37,8 @@ from transforms.results.commits import (
     UnitTotals,
     check_schema,
     commit_url,
+    count_items,
+    item_ids,
     list_unit_ids,
     part_url,
     read_part,
@@ -293,11 +295,11 @@ def check_unit(output: str, commit: Commit) -> tuple[list[Finding], list[str]]:
             findings.append(Finding(url, problem, kind, unit_id))
     if not findings:
         findings += _check_rows(commit, tables)
-    return findings, _item_ids(tables)
+    return findings, _row_ids(tables)
 
 
-def _item_ids(tables: dict[str, pa.Table]) -> list[str]:
-    """Return the ids of a unit's clips and failures."""
+def _row_ids(tables: dict[str, pa.Table]) -> list[str]:
+    """Return the ids of a unit's clips and failed items."""
     parts = (tables[part] for part in ("clips", "errors") if part in tables)
     return [clip_id for table in parts for clip_id in table["clip_id"].to_pylist()]
 
@@ -344,11 +346,12 @@ def _miscounted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
     totals = commit.totals
     num_clips = tables["clips"].num_rows
     num_failures = tables["errors"].num_rows if "errors" in tables else 0
+    num_labelled = count_items(tables["clips"]["clip_id"], each_channel=commit.each_channel)
     audio_s = pc.sum(tables["clips"]["duration_s"]).as_py() or 0.0
     for name, found, said in (
         ("clips", num_clips, totals.clips),
         ("failures", num_failures, totals.failures),
-        ("items", num_clips + num_failures, totals.items),
+        ("items", num_labelled + num_failures, totals.items),
         ("windows", tables["windows"].num_rows, totals.windows),
     ):
         if found != said:
@@ -363,7 +366,9 @@ def _miscounted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
 
 def _unlisted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
     """Return which item has no row, or no entry in the ledger: a run would skip it or redo it."""
-    there = set(_item_ids(tables))
+    labelled = item_ids(tables["clips"]["clip_id"], each_channel=commit.each_channel)
+    failed = tables["errors"]["clip_id"].to_pylist() if "errors" in tables else []
+    there = {*labelled.to_pylist(), *failed}
     listed = {entry.clip_id for entry in commit.ledger.items}
     if listed - there:
         return f"its commit lists {min(listed - there)}, which has no row"

@@ -8,6 +8,10 @@
 A commit holds the size, hash and row count of each part, the unit's totals, and its **ledger**: the
 items, or the slice of a container, that need not be done again as long as their version is the
 same.
+
+An item is one clip, or with ``decode.channel: each`` (``Commit.each_channel``) one for each of its
+channels, with an id that ends in ``!1``, ``!2`` … The ledger, ``errors`` and ``UnitTotals.items``
+are about items.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
@@ -62,7 +67,8 @@ class UnitTotals:
     """Counts of what a unit held.
 
     Attributes:
-        items: Items found in it: clips plus failures.
+        items: Items found in it: those of the clips plus failures.
+        clips: Rows in ``clips``; an item has several if each of its channels is a clip.
         failures: Items that could not be labelled, including a broken container's own row.
         broken_containers: Those failures that are containers not read to their end.
         audio_s: Seconds of audio labelled.
@@ -181,6 +187,7 @@ class Commit:
         parts: By name; ``errors`` only if there is one.
         engines: What computed it: engine, device and precision.
         checks: How far they were from float32, where that was measured.
+        each_channel: Whether each channel of an item is a clip.
         optional_columns: Those of ``OPTIONAL_COLUMNS`` that its parts have.
         counts: What its rows say; empty if an earlier version wrote it.
     """
@@ -193,6 +200,7 @@ class Commit:
     totals: UnitTotals
     engines: tuple[str, ...]
     checks: Checks = field(default_factory=dict)
+    each_channel: bool = False
     optional_columns: tuple[str, ...] = ()
     counts: RowCounts = field(default_factory=RowCounts)
 
@@ -216,6 +224,29 @@ class Commit:
 
 
 _COMMIT = TypeAdapter(Commit)
+
+
+def item_ids(clip_ids: pa.ChunkedArray, *, each_channel: bool) -> pa.ChunkedArray:
+    """Return the ids of the items of clips: without ``!2`` where each channel is a clip.
+
+    Rows of ``errors`` name items already: of an item whose own id ends so, nothing must be taken.
+    """
+    return pc.replace_substring_regex(clip_ids, r"![0-9]+$", "") if each_channel else clip_ids
+
+
+def count_items(clip_ids: pa.ChunkedArray, *, each_channel: bool) -> int:
+    """Return how many items clips are of."""
+    if not each_channel:
+        return len(clip_ids)
+    return int(pc.count_distinct(item_ids(clip_ids, each_channel=True)).as_py())
+
+
+def channel_numbers(clip_ids: pa.ChunkedArray, *, each_channel: bool) -> pa.ChunkedArray:
+    """Return the channel of each clip, from 1; null if clips are whole items."""
+    if not each_channel:
+        return pa.chunked_array([pa.nulls(len(clip_ids), pa.int32())])
+    numbers = pc.struct_field(pc.extract_regex(clip_ids, r"!(?P<channel>[0-9]+)$"), "channel")
+    return numbers.cast(pa.int32())
 
 
 def item_version(item: Item) -> str:
