@@ -121,7 +121,7 @@ def test_samples_are_labelled_like_the_file_that_holds_them(
     made = table([clip[:, 0].tolist()], pa.list_(pa.float32()), as_struct=True)
     put(str(tmp_path), "t.parquet", parquet_bytes(made))
     inputs = (tmp_path / "a.wav", tmp_path / "t.parquet")
-    assert run_label(small_config(tiny_model, tmp_path / "out", *inputs)) == 0
+    assert run_label(small_config(tiny_model, tmp_path / "out", *inputs), []) == 0
     file, row = read_rows(tmp_path / "out", "clips")
     assert (row["duration_s"], row["sample_rate_hz"], row["channels"]) == (0.5, RATE_HZ, 1)
     for name in ("embedding", "peak_dbfs", "rms_dbfs"):
