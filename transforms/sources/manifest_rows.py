@@ -115,7 +115,7 @@ def read_row(
     """Make the item of a row; raise ``InputError`` if its columns contradict each other."""
     given = {name: value for name, value in values.items() if value is not None}
     try:
-        return _make_row(url, line, given, settings, is_ours=is_ours(values.keys()))
+        return _make_row(url, line, given, settings, of_ours=is_ours(values.keys()))
     except _WholeContainerError as error:
         failure = line_failure(url, line, error)
         # An errors table has such a row for a container that could not be read to its end.
@@ -130,7 +130,7 @@ def read_row(
 
 
 def _make_row(
-    url: str, line: str, values: dict[str, Any], settings: TableSettings, *, is_ours: bool
+    url: str, line: str, values: dict[str, Any], settings: TableSettings, *, of_ours: bool
 ) -> ManifestRow:
     target = _target_of(url, values, settings)
     uri = public_uri(target)
@@ -139,7 +139,7 @@ def _make_row(
     start_s, end_s = _segment(values, settings)
     own_id = public_text(_text(values, _name(settings, "clip_id")) or "")
     name = make_clip_id(uri, member, row=row, start_s=start_s, end_s=end_s)
-    if is_ours:
+    if of_ours:
         truth = make_truth(values.get("truth"))
         metadata = values.get("metadata")
         if metadata is not None and not isinstance(metadata, str):

@@ -129,7 +129,9 @@ class _Table:
         self._url = url
         self._max_page_bytes = max_page_bytes
         self._note = note
-        self._columns: dict[str, None] = {}
+        self._columns: dict[str, None] = {}  # of the rows, where no header names them
+        self._has_header = False
+        self._is_adapted = False  # whether the columns are ours, made of another tool's
         self._num_with_commas = 0
         self._comma_example = ""
 
@@ -151,10 +153,14 @@ class _Table:
             )
         for line, values in self._read_kaldi() if is_kaldi else _READERS[ending](self):
             if not isinstance(values, ReadError):
+                if not self._has_header and len(self._columns) < _MAX_COLUMNS:
+                    self._columns |= dict.fromkeys(values)
                 text = labels_with_commas(values, self.settings)
                 self._num_with_commas += text is not None
                 self._comma_example = self._comma_example or text or ""
             yield line, values
+        if self._columns:
+            self._check(self._columns)
         if self._num_with_commas:
             self._note(
                 f"{self.uri}: labels hold commas in {self._num_with_commas:,} rows, such as "
@@ -169,22 +175,18 @@ class _Table:
     def _check(self, columns: Iterable[str]) -> None:
         """Refuse a table whose columns do not fit, and say what may be meant otherwise."""
         names = list(columns)
-        check_columns(names, self.uri, self.settings)
-        if is_ours(set(names)):
-            return
-        for text in notes_on_columns(names, self.uri, self.settings):
-            self._note(text)
-
-    def _check_audio_folder(self, columns: Iterable[str]) -> None:
-        names = set(columns)
         stem = urls.file_name(self._url).partition(".")[0]
-        if "file_name" in names and stem == "metadata":
+        if not self._is_adapted and "file_name" in names and stem == "metadata":
             self._say("audiofolder")
         elif self.settings.format == "audiofolder" and "file_name" not in names:
             raise InputError(
                 f"{self.uri} has no column file_name, which {_DESCRIBED['audiofolder']} has; read "
                 "it without --format audiofolder"
             )
+        check_columns(names, self.uri, self.settings)
+        if not self._is_adapted and not is_ours(set(names)):
+            for text in notes_on_columns(names, self.uri, self.settings):
+                self._note(text)
 
     def _read_csv(self) -> Lines:
         settings = self.settings
@@ -197,12 +199,13 @@ class _Table:
             is_tsv = manifest_extension(urls.file_name(self._url)).startswith(".tsv")
             table = CsvTable(csv_lines, self.uri, "\t" if is_tsv else ",")
             if table.header:
-                self._check_audio_folder(table.header)
+                self._has_header = True
                 self._check(table.header)
                 yield from table.records()
 
     def _read_segments(self, csv_lines: CsvLines) -> Lines:
         """Yield AudioSet's segments, with their files."""
+        self._is_adapted = True
         files: _FilesByStem | None = None
         for line, segment in read_segments(csv_lines):
             if isinstance(segment, ReadError):
@@ -224,6 +227,7 @@ class _Table:
             yield line, values
 
     def _read_kaldi(self) -> Lines:
+        self._is_adapted = True
         self._say("kaldi")
         yield from read_kaldi(self._url, self.uri, self.settings.encoding)
 
@@ -239,18 +243,14 @@ class _Table:
                     if kind is not None:
                         self._say(kind)
                 if isinstance(row, Mapping) and kind == "lhotse":
+                    self._is_adapted = True
                     row = row_of_lhotse(row)
-                if isinstance(row, Mapping) and len(self._columns) < _MAX_COLUMNS:
-                    self._columns |= dict.fromkeys(row)
                 yield line, row
-        if self._columns and kind != "lhotse":
-            self._check_audio_folder(self._columns)
-            self._check(self._columns)
 
     def _read_parquet(self) -> Lines:
         with open_parquet(self._url, self.uri) as opened:
             names = list(opened.names)
-            self._check_audio_folder(names)
+            self._has_header = True
             self._check(names)
             opened.check_num_rows()
             # Of a table of ours, only the columns used: most of its bytes are embeddings.
