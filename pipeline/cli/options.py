@@ -402,7 +402,9 @@ EVALUATE = (
         "A manifest with labels, or AudioSet's segments CSV (default: the truth in the result).",
     ),
     *TABLE,
-    Option(None, "--set KEY=VALUE", "Set a key of the section manifest; repeatable.", kind=list[str]),
+    Option(
+        None, "--set KEY=VALUE", "Set a key of the section manifest; repeatable.", kind=list[str]
+    ),
     Option(None, "--model -m MODEL", "Where the result's model lies now, if it moved."),
     Option(None, "--output -o FOLDER", "Where to write (default: DIR/evaluation)."),
     Option(

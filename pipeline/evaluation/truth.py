@@ -140,7 +140,7 @@ def _joined(rows: Iterable[TruthRow]) -> Iterator[TruthRow]:
 
 
 def _read_segments(url: str, tables: TableSettings) -> Truth | None:
-    """Read AudioSet's segments, which any of several files may hold; None if it is no such table."""
+    """Read AudioSet's segments, which several names of files fit; None if it is no such table."""
     if not manifest_extension(urls.file_name(url)).startswith(".csv"):
         return None
     name = printable(public_uri(url))
@@ -155,7 +155,9 @@ def _read_segments(url: str, tables: TableSettings) -> Truth | None:
                     unreadable.append(f"{line} of {name} {segment}")
                 else:
                     place = Place(None, None, tuple(segment.stems()))
-                    rows.append(TruthRow(place, make_truth(segment.labels) or (), f"{line} of {name}"))
+                    rows.append(
+                        TruthRow(place, make_truth(segment.labels) or (), f"{line} of {name}")
+                    )
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{name} cannot be read: {error}") from error
     return Truth(tuple(rows), tuple(unreadable))

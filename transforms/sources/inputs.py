@@ -181,6 +181,8 @@ class _Finder:
         self._containers: dict[str, Container] = {}
         self._failures: list[Failure] = []
         self._skipped: Counter[str] = Counter()
+        self._tables_read: set[str] = set()
+        self._unread: dict[str, str] = {}  # tables in folders, with their formats
         self._notes: dict[str, None] = {}
         self._duplicates: dict[str, int] = {}
 
@@ -282,7 +284,6 @@ class _Finder:
         before = self._num_found()
         parquets = []
         skipped: Counter[str] = Counter()
-        unread: list[tuple[str, str]] = []
         num_tables = 0
         for info in files:
             name = urls.file_name(info.url)
@@ -301,19 +302,12 @@ class _Finder:
                 self._add_manifest(info.url, printable(public_uri(info.url)))
             else:
                 if table_format is not None:
-                    unread.append((printable(public_uri(info.url)), table_format))
+                    self._unread[info.url] = table_format
                 skipped["._*" if is_shadow_name(name) else ending or "(no extension)"] += 1
         skipped += self._add_parquets(parquets, manifests_too=named_ending == ".parquet")
         self._skipped += skipped
         if named_ending is None and not num_tables:
             self._check_format_of_folder(uri)
-        if unread:
-            first, table_format = unread[0]
-            more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
-            self._note(
-                f"{first}{more} lies in the folder and was not read: a table counts only when it "
-                f"is named. To use what it says, give --format {table_format}, or the table itself."
-            )
         if self._num_found() == before:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(5))
             others = f" (files of other kinds: {kinds})" if kinds else ""
@@ -355,8 +349,8 @@ class _Finder:
             elif must_fit:
                 columns = ", ".join(index.columns[:20])
                 raise InputError(
-                    f"{uri} has neither an audio column (bytes, or array and sampling_rate) nor one "
-                    f"that names files ({', '.join(URI_COLUMNS)}); its columns: {columns}. "
+                    f"{uri} has neither an audio column (bytes, or array and sampling_rate) nor "
+                    f"one that names files ({', '.join(URI_COLUMNS)}); its columns: {columns}. "
                     "Name the one that does with --column uri=COLUMN"
                 )
             else:
@@ -383,6 +377,7 @@ class _Finder:
             self._notes[f"{uri} is compressed and cannot be split: it is one unit of work."] = None
 
     def _add_manifest(self, url: str, uri: str) -> None:
+        self._tables_read.add(url)
         is_empty = True
         wholes: dict[str, ContainerRow] = {}  # each slice of a container may have a row
         rows = read_manifest(url, self._max_page_bytes, self._tables, self._note)
@@ -417,12 +412,17 @@ class _Finder:
     # -- all of them --
 
     def finish(self) -> Found:
+        self._say_what_was_not_read()
         items = self._resolve()
         loose = [item for item in items if item.member is None and item.row is None]
         inside = [item for item in items if item.member is not None or item.row is not None]
         containers = [*self._containers.values(), *self._asked_for(inside)]
-        if self._tables.labels_from is not None and any(one.kind == "parquet" for one in containers):
-            self._note("The rows of Parquet files lie in no folder: labels.from gives them no label.")
+        if self._tables.labels_from is not None and any(
+            one.kind == "parquet" for one in containers
+        ):
+            self._note(
+                "The rows of Parquet files lie in no folder: labels.from gives them no label."
+            )
         return Found(
             items=tuple(sorted(loose, key=plan_order)),
             containers=tuple(sorted(containers, key=lambda one: (one.uri, bool(one.items)))),
@@ -433,6 +433,16 @@ class _Finder:
             failures=tuple({one.item.clip_id: one for one in self._failures}.values()),
             notes=tuple(self._notes),
         )
+
+    def _say_what_was_not_read(self) -> None:
+        unread = [url for url in self._unread if url not in self._tables_read]
+        if unread:
+            more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+            self._note(
+                f"{printable(public_uri(unread[0]))}{more} lies in the folder and was not read: a "
+                "table counts only when it is named. To use what it says, give --format "
+                f"{self._unread[unread[0]]}, or the table itself."
+            )
 
     def _resolve(self) -> list[Item]:
         """Merge items listed twice; a manifest's row wins over the bare file.

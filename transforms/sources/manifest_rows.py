@@ -25,7 +25,7 @@ from transforms.sources.clip_ids import (
     printable,
     read_failure,
 )
-from transforms.sources.file_kinds import extension, manifest_extension, is_tar_name
+from transforms.sources.file_kinds import extension, is_tar_name, manifest_extension
 from transforms.sources.parquet import UnreadableValue, resolve
 from transforms.sources.tables.columns import (
     START_COLUMNS,
@@ -243,9 +243,7 @@ def _check_kind(target: str, uri: str, member: str | None, row: int | None) -> N
         raise ReadError(f"names {uri}, a manifest; give it as an input of its own")
 
 
-def _segment(
-    values: dict[str, Any], settings: TableSettings
-) -> tuple[float | None, float | None]:
+def _segment(values: dict[str, Any], settings: TableSettings) -> tuple[float | None, float | None]:
     """Return start and end in seconds, each None if not given.
 
     A ``duration`` without a start is the file's length (NeMo writes it into every row), not a

@@ -17,7 +17,6 @@ from transforms.records import Failure, Item
 from transforms.sources.clip_ids import make_clip_id, printable, read_failure
 from transforms.sources.fetching import ReadLimits
 from transforms.sources.file_kinds import (
-    MANIFEST_EXTENSIONS,
     extension,
     is_audio_name,
     manifest_extension,

@@ -24,17 +24,19 @@ from tests.support.sources import (
 )
 from transforms.errors import InputError
 from transforms.records import EncodedClip, Failure
-from transforms.sources.tables import text as text_tables
 from transforms.sources.manifests import ManifestRow, read_manifest
 from transforms.sources.read_unit import (
     SourceSettings,
     find_inputs,
 )
+from transforms.sources.tables import text as text_tables
 from transforms.storage import urls
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet"])
-@pytest.mark.parametrize("column", ["uri", "path", "file", "audio_filepath", "filename", "file_name"])
+@pytest.mark.parametrize(
+    "column", ["uri", "path", "file", "audio_filepath", "filename", "file_name"]
+)
 def test_manifests_of_each_kind(folder: str, ending: str, column: str) -> None:
     for name in ("a.wav", "sub/b, c.wav"):
         put(folder, name, name)

@@ -29,18 +29,20 @@ TableFormat = Literal["audiofolder", "kaldi", "lhotse", "nemo", "audioset"]
 FORMATS: tuple[str, ...] = get_args(TableFormat)
 
 # Names of other tools' columns, in lower case, with one underscore for everything between words.
-_LIKE_START = frozenset(
-    "start begin onset start_time begin_time time_start start_seconds start_sec begin_time_s "
-    "start_time_s t_start segment_start".split()
-)
-_LIKE_END = frozenset(
-    "end stop end_time stop_time time_end end_seconds end_sec end_time_s t_end segment_end".split()
-)
-_LIKE_LABEL = frozenset(
-    "class class_name classname class_label category categories target primary_label label_name "
-    "label_names tag tags event event_label sound_class species species_name common_name "
-    "ebird_code annotation annotations positive_labels ground_truth".split()
-)
+_STARTS = """
+    start begin onset start_time begin_time time_start start_seconds start_sec begin_time_s
+    start_time_s t_start segment_start
+"""
+_ENDS = """
+    end stop end_time stop_time time_end end_seconds end_sec end_time_s t_end segment_end
+"""
+_LABELS = """
+    class class_name classname class_label category categories target primary_label label_name
+    label_names tag tags event event_label sound_class species species_name common_name ebird_code
+    annotation annotations positive_labels ground_truth
+"""
+_LIKE_START, _LIKE_END = frozenset(_STARTS.split()), frozenset(_ENDS.split())
+_LIKE_LABEL = frozenset(_LABELS.split())
 # pandas and Python write a missing value like this.
 _NONE_TEXTS = frozenset({"", "nan", "NaN", "None"})
 _FIELD = re.compile(r"\{([^{}]*)\}")

@@ -100,18 +100,17 @@ def _segments(
         else:
             paths[name] = path
     with open_text(url, uri, encoding, "\n") as text:
-        for number, line in enumerate(lines(text, uri), 1):
+        for number, segment in enumerate(lines(text, uri), 1):
             where = f"{SEGMENTS_NAME} line {number}"
-            if isinstance(line, ReadError):
-                yield where, line
+            if isinstance(segment, ReadError):
+                yield where, segment
                 continue
-            fields = line.split()
+            fields = segment.split()
             if not fields:
                 continue
             if len(fields) not in (4, 5):
-                yield where, ReadError(
-                    f"has {len(fields)} fields; expected UTTERANCE RECORDING START END"
-                )
+                expected = "expected UTTERANCE RECORDING START END"
+                yield where, ReadError(f"has {len(fields)} fields; {expected}")
             elif fields[1] in paths:
                 yield where, _segment(fields, paths[fields[1]], facts)
             elif fields[1] in bad:

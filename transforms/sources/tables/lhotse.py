@@ -15,8 +15,10 @@ _SPAN_TOLERANCE_S = 0.001
 _CUTS = frozenset({"MonoCut", "MultiCut", "MixedCut", "PaddingCut", "Cut"})
 # Facts that Earmark reads from the audio itself, or needs to find it.
 _NOT_METADATA = frozenset(
-    "sources sampling_rate num_samples channel_ids recording supervisions start duration features "
-    "type tracks transforms custom".split()
+    {
+        *("sources", "sampling_rate", "num_samples", "channel_ids", "recording", "supervisions"),
+        *("start", "duration", "features", "type", "tracks", "transforms", "custom"),
+    }
 )
 
 
@@ -33,7 +35,8 @@ def row_of_lhotse(values: Mapping[str, Any]) -> dict[str, Any] | ReadError:
     """
     if not is_lhotse(values):
         return ReadError(
-            "is not a recording or a cut of lhotse; make cuts of supervisions with lhotse cut simple"
+            "is not a recording or a cut of lhotse; make cuts of "
+            "supervisions with lhotse cut simple"
         )
     if "sources" in values:
         path = _path_of(values)
@@ -53,7 +56,9 @@ def row_of_lhotse(values: Mapping[str, Any]) -> dict[str, Any] | ReadError:
 def _path_of(recording: Mapping[str, Any]) -> str | ReadError:
     """Return the path or URL of a recording's only source."""
     if recording.get("transforms"):
-        return ReadError("has transforms, which are not applied; write it to a file as it should be")
+        return ReadError(
+            "has transforms, which are not applied; write it to a file as it should be"
+        )
     sources = recording.get("sources")
     if not isinstance(sources, list) or len(sources) != 1 or not isinstance(sources[0], dict):
         number = len(sources) if isinstance(sources, list) else "no"

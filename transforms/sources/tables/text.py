@@ -219,9 +219,12 @@ class CsvTable:
             if fields is None:
                 return
             if len(fields) > len(self.header):
-                yield line, ReadError(
-                    f"has {len(fields)} fields, the header {len(self.header)}; "
-                    f"quote the {_DELIMITERS[self._delimiter]}"
+                yield (
+                    line,
+                    ReadError(
+                        f"has {len(fields)} fields, the header {len(self.header)}; "
+                        f"quote the {_DELIMITERS[self._delimiter]}"
+                    ),
                 )
             elif fields:
                 values = zip(self.header, fields, strict=False)

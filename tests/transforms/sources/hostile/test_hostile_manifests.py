@@ -123,7 +123,9 @@ def test_a_manifest_in_another_encoding_is_refused_with_the_way_out(
     label: Label, name: str, text: str, encoding: str
 ) -> None:
     (label.inside / name).write_bytes(text.encode(encoding))
-    with pytest.raises(InputError, match=r"not text in UTF-8 or UTF-16: .*--set manifest\.encoding"):
+    with pytest.raises(
+        InputError, match=r"not text in UTF-8 or UTF-16: .*--set manifest\.encoding"
+    ):
         label(label.inside / name)
     assert not label.out.exists()
 

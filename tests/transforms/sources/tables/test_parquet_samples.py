@@ -31,9 +31,7 @@ def table(arrays: list[Any], kind: pa.DataType, *, as_struct: bool, **columns: A
         return pa.table({"array": array, "sampling_rate": rates, **columns})
     names = ["path", "array", "sampling_rate"]
     paths = pa.array([f"{number}.wav" for number in range(len(arrays))])
-    return pa.table(
-        {**columns, "audio": pa.StructArray.from_arrays([paths, array, rates], names)}
-    )
+    return pa.table({**columns, "audio": pa.StructArray.from_arrays([paths, array, rates], names)})
 
 
 @pytest.mark.parametrize("as_struct", [True, False])

@@ -1,4 +1,4 @@
-"""Columns of tables: other names, patterns, roots, look-alikes, contradictions, labels in a text."""
+"""Columns of tables: names, patterns, roots, look-alikes, contradictions, labels in a text."""
 
 from __future__ import annotations
 

@@ -60,6 +60,9 @@ def test_a_folder_says_that_its_table_was_not_read(audiofolder: str) -> None:
     (note,) = found.notes
     assert note.startswith(f"{audiofolder}/test/metadata.jsonl (and 1 more) lies in the folder and")
     assert "--format audiofolder" in note
+    listed = f"{audiofolder}/train/metadata.csv"
+    notes = find(audiofolder, listed, f"{audiofolder}/test/metadata.jsonl").notes
+    assert not any("was not read" in note for note in notes)
 
 
 def test_the_table_of_an_audio_folder_is_recognised(audiofolder: str) -> None:
@@ -302,4 +305,3 @@ def test_labels_from_folders(folder: str) -> None:
         "n.wav": None,
         "Cat/o.wav": ("Cat",),
     }
-

@@ -68,7 +68,8 @@ def test_separators_are_recognised(tmp_path: Path, ending: str, separator: str) 
 
 
 @pytest.mark.parametrize(
-    ("ending", "text"), [("tsv", "path\na, b.wav\nc; d.wav\n"), ("csv", "path\n\"a, b.wav\"\nc; d.wav\n")]
+    ("ending", "text"),
+    [("tsv", "path\na, b.wav\nc; d.wav\n"), ("csv", 'path\n"a, b.wav"\nc; d.wav\n')],
 )
 def test_a_single_column_is_divided_by_what_the_ending_says(
     tmp_path: Path, ending: str, text: str
