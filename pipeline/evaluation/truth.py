@@ -115,7 +115,7 @@ def _read_manifest(url: str, tables: TableSettings) -> Truth:
     rows: list[TruthRow] = []
     notes: list[str] = []
     unreadable, unlabelled = [], 0
-    for entry in read_manifest(url, settings=tables, note=notes.append):
+    for entry in read_manifest(url, settings=tables, note=notes.append, warn=notes.append):
         if not isinstance(entry, ManifestRow):
             failure = entry.failure if isinstance(entry, ContainerRow) else entry
             unreadable.append(failure.message)

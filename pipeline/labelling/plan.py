@@ -207,6 +207,7 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
         "duplicates": found.duplicates,
         "skipped_by_extension": dict(found.skipped_by_extension),
         "notes": list(found.notes),
+        "warnings": list(found.warnings),
     }
     return RunPlan(
         resolved=dataclasses.replace(resolved, run={**resolved.run, "input": content}),
@@ -438,7 +439,7 @@ def describe_inputs(found: Found) -> list[str]:
     if found.skipped_by_extension:
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.skipped_by_extension.most_common(8))
         lines.append(f"Skipped files of other kinds: {kinds}.")
-    return [*lines, *found.notes]
+    return [*lines, *found.notes, *found.warnings]
 
 
 def describe_found(found: Found) -> str:

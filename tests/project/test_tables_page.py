@@ -195,13 +195,22 @@ def test_the_command_trains_on_the_dataset(dataset: tuple[str, Dataset], tmp_pat
 
 
 def test_urbansounds_times_of_another_file_are_said_not_to_be_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(urbansound())
     label, _ = commands_of("UrbanSound8K")
     assert cli.main(["plan", *label[1:]]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "UrbanSound8K.csv: start, end may be times, but not by the name" in said
+    assert (
+        "UrbanSound8K.csv: start, end look like times, but are not used as such: metadata" in said
+    )
     assert "--column start_s=start --column end_s=end" in said
-    assert "classID" not in said and "may be labels" not in said
+    assert "classID" not in said and "like labels" not in said
+    assert cli.main([*label, "--model", str(tiny_model), "-q"]) == 0
+    (warning,) = json.loads((tmp_path / "labelled" / "run.json").read_bytes())["input"]["warnings"]
+    assert warning in capsys.readouterr().err
+    assert warning in said

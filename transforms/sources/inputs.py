@@ -97,6 +97,7 @@ class Found:
         skipped_by_extension: Number of files of other kinds in folders.
         failures: Lines of manifests and folders that could not be read.
         notes: Messages for the user.
+        warnings: Doubts about what tables mean, which the user should see even in a quiet run.
     """
 
     items: tuple[Item, ...] = ()
@@ -106,6 +107,7 @@ class Found:
     skipped_by_extension: Counter[str] = field(default_factory=Counter)
     failures: tuple[Failure, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def find_inputs(
@@ -184,6 +186,7 @@ class _Finder:
         self._tables_read: set[str] = set()
         self._unread: dict[str, str] = {}  # tables in folders, with their formats
         self._notes: dict[str, None] = {}
+        self._warnings: dict[str, None] = {}
         self._duplicates: dict[str, int] = {}
 
     # -- one input --
@@ -380,7 +383,7 @@ class _Finder:
         self._tables_read.add(url)
         is_empty = True
         wholes: dict[str, ContainerRow] = {}  # each slice of a container may have a row
-        rows = read_manifest(url, self._max_page_bytes, self._tables, self._note)
+        rows = read_manifest(url, self._max_page_bytes, self._tables, self._note, self._warn)
         for row in self._counted(rows):
             is_empty = False
             if isinstance(row, Failure):
@@ -405,6 +408,9 @@ class _Finder:
 
     def _note(self, text: str) -> None:
         self._notes[text] = None
+
+    def _warn(self, text: str) -> None:
+        self._warnings[text] = None
 
     def _count_duplicate(self, clip_id: str) -> None:
         self._duplicates[clip_id] = self._duplicates.get(clip_id, 0) + 1
@@ -432,13 +438,14 @@ class _Finder:
             # The same manifest or folder may have been given twice.
             failures=tuple({one.item.clip_id: one for one in self._failures}.values()),
             notes=tuple(self._notes),
+            warnings=tuple(self._warnings),
         )
 
     def _say_what_was_not_read(self) -> None:
         unread = [url for url in self._unread if url not in self._tables_read]
         if unread:
             more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
-            self._note(
+            self._warn(
                 f"{printable(public_uri(unread[0]))}{more} lies in the folder and was not read: a "
                 "table counts only when it is named. To use what it says, give --format "
                 f"{self._unread[unread[0]]}, or the table itself."

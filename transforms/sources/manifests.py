@@ -87,11 +87,16 @@ def format_in_folder(name: str) -> TableFormat | None:
     return next(formats, None)
 
 
+def _ignore(text: str) -> None:
+    """Take no note."""
+
+
 def read_manifest(
     url: str,
     max_page_bytes: int = ReadLimits().max_page_bytes,
     settings: TableSettings | None = None,
-    note: Callable[[str], object] | None = None,
+    note: Callable[[str], object] = _ignore,
+    warn: Callable[[str], object] = _ignore,
 ) -> Iterator[ManifestRow | ContainerRow | Failure]:
     """Yield the rows of a manifest, in order.
 
@@ -99,13 +104,14 @@ def read_manifest(
         url: The manifest.
         max_page_bytes: Bound for a decompressed page of Parquet.
         settings: How to read it; None for what it says itself.
-        note: Called with each doubt about what the table means, a sentence.
+        note: Called with what the table is read as, a sentence.
+        warn: Called with each doubt about what it means.
 
     Raises:
         InputError: The manifest cannot be read as what it is said to be, has no column that names
             files, or has columns that contradict each other.
     """
-    table = _Table(url, max_page_bytes, settings or TableSettings(), note or (lambda _: None))
+    table = _Table(url, max_page_bytes, settings or TableSettings(), note, warn)
     try:
         for line, values in table.lines():
             if isinstance(values, ReadError):
@@ -121,13 +127,19 @@ class _Table:
     """A manifest that is read, and the doubts about it."""
 
     def __init__(
-        self, url: str, max_page_bytes: int, settings: TableSettings, note: Callable[[str], object]
+        self,
+        url: str,
+        max_page_bytes: int,
+        settings: TableSettings,
+        note: Callable[[str], object],
+        warn: Callable[[str], object],
     ) -> None:
         self.uri = printable(public_uri(url))
         self.settings = settings
         self._url = url
         self._max_page_bytes = max_page_bytes
         self._note = note
+        self._warn = warn
         self._columns: dict[str, None] = {}  # of the rows, where no header names them
         self._has_header = False
         self._is_adapted = False  # whether the columns are ours, made of another tool's
@@ -161,7 +173,7 @@ class _Table:
         if self._columns:
             self._check(self._columns)
         if self._num_with_commas:
-            self._note(
+            self._warn(
                 f"{self.uri}: labels hold commas in {self._num_with_commas:,} rows, such as "
                 f"{self._comma_example!r}, and each is taken as one label. If they are several: "
                 '--label-separator ","'
@@ -185,7 +197,7 @@ class _Table:
         check_columns(names, self.uri, self.settings)
         if not self._is_adapted and not is_ours(set(names)):
             for text in notes_on_columns(names, self.uri, self.settings):
-                self._note(text)
+                self._warn(text)
 
     def _read_csv(self) -> Lines:
         settings = self.settings

@@ -150,9 +150,10 @@ def notes_on_columns(found: Iterable[str], uri: str, settings: TableSettings) ->
     for what, doubts in (("times", starts + ends), ("labels", labels)):
         if doubts:
             options = " ".join(f"--column {known}={_quoted(name)}" for name, known in doubts)
+            look, are, them = ("looks", "is", "it") if len(doubts) == 1 else ("look", "are", "them")
             yield (
-                f"{uri}: {', '.join(name for name, _ in doubts)} may be {what}, but not by the "
-                f"name, and stay metadata. To use {'it' if len(doubts) == 1 else 'them'}: {options}"
+                f"{uri}: {', '.join(name for name, _ in doubts)} {look} like {what}, but {are} not "
+                f"used as such: metadata. To use {them}: {options}"
             )
 
 

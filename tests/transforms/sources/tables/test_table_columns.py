@@ -73,9 +73,17 @@ def test_relative_paths_start_from_the_root_and_others_do_not(folder: str) -> No
 @pytest.mark.parametrize(
     ("columns", "settings", "note"),
     [
-        ("uri,start,stop", {}, "start, stop may be times, .*--column start_s=start --column end_s"),
-        ("uri,Begin Time (s)", {}, r"Begin Time \(s\) may be .*it: --column start_s='Begin Time"),
-        ("uri,category,target", {}, "category, target may be labels"),
+        (
+            "uri,start,stop",
+            {},
+            "start, stop look like times, .*--column start_s=start --column end_s",
+        ),
+        (
+            "uri,Begin Time (s)",
+            {},
+            r"Begin Time \(s\) looks like .*it: --column start_s='Begin Time",
+        ),
+        ("uri,category,target", {}, "category, target look like labels"),
         ("uri,primary_label", {}, "it: --column label=primary_label"),
         ("uri,start,start_s", {}, None),
         ("uri,category,label", {}, None),
@@ -89,7 +97,7 @@ def test_columns_that_look_like_times_or_labels_are_named(
 ) -> None:
     put(str(tmp_path), "a.wav")
     listed = put(str(tmp_path), "l.csv", f"{columns}\na.wav{',1' * columns.count(',')}\n")
-    notes = find(listed, **settings).notes
+    notes = find(listed, **settings).warnings
     if note is None:
         assert notes == ()
     else:
@@ -171,8 +179,8 @@ def test_commas_between_labels_are_said_and_can_divide_them(tmp_path: Any) -> No
     listed = manifest(str(tmp_path), "csv", rows)
     found = find(listed)
     assert [item.truth for item in found.items] == [("Bark,Dog",), ("Speech, music",)]
-    (note,) = found.notes
+    (note,) = found.warnings
     assert "labels hold commas in 1 rows, such as 'Bark,Dog'" in note
     found = find(listed, label_separator=",")
     assert [item.truth for item in found.items] == [("Bark", "Dog"), ("Speech", "music")]
-    assert found.notes == ()
+    assert found.warnings == ()
