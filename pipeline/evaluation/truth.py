@@ -104,6 +104,7 @@ def read_truth(source: str, tables: TableSettings | None = None) -> Truth:
     truth = _read_segments(url, tables) or _read_manifest(url, tables)
     if not truth.rows:
         more = f"; one of its lines {truth.unreadable[0]}" if truth.unreadable else ""
+        more += "".join(f". {note}" for note in truth.notes)
         raise InputError(
             f"{public_uri(url)} holds no labels; expected a manifest with a column labels "
             f"or label, or AudioSet's segments CSV{more}"

@@ -194,6 +194,24 @@ def test_the_command_trains_on_the_dataset(dataset: tuple[str, Dataset], tmp_pat
     assert set(config["id2label"].values()) == learnt
 
 
+def test_labels_under_another_name_are_named_where_none_is_found(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(esc50())
+    table = ["ESC-50/meta/esc50.csv", "--set", "manifest.root=ESC-50/audio"]
+    advice = "category, target look like labels, but are not used as such: metadata. To use them: "
+    assert cli.main(["train", "--train", *table, "--hold-out", "fold=5", "-o", "model"]) == 2
+    assert advice + "--column label=category" in capsys.readouterr().err
+    assert cli.main(["label", *table, "-o", "labelled", "-m", str(tiny_model), "-q"]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", "labelled", "--truth", *table]) == 2
+    assert advice + "--column label=category" in capsys.readouterr().err
+
+
 def test_urbansounds_times_of_another_file_are_said_not_to_be_used(
     tmp_path: Path,
     tiny_model: Path,

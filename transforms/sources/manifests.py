@@ -41,7 +41,7 @@ from transforms.sources.tables.columns import (
 from transforms.sources.tables.kaldi import SCP_NAME, SEGMENTS_NAME, read_kaldi
 from transforms.sources.tables.lhotse import is_lhotse, row_of_lhotse
 from transforms.sources.tables.text import CsvLines, CsvTable, Lines, open_text, read_jsonl
-from transforms.storage import listing, urls
+from transforms.storage import filesystem, listing, urls
 from transforms.storage.secrets import public_uri
 
 __all__ = [
@@ -62,10 +62,10 @@ _ENDINGS_OF: Mapping[TableFormat, frozenset[str]] = {
 }
 _DESCRIBED: Mapping[TableFormat, str] = {
     "audiofolder": "the metadata of a Hugging Face audio folder",
-    "kaldi": "a Kaldi wav.scp, with the segments beside it if there are any",
+    "kaldi": "a Kaldi wav.scp",
     "lhotse": "a lhotse manifest",
     "nemo": "a NeMo manifest",
-    "audioset": "AudioSet's segments; each is the file of its name",
+    "audioset": "AudioSet's segments",
 }
 # The tables of a format by which it is known in a folder.
 TABLES_IN_FOLDERS: Mapping[TableFormat | None, frozenset[str]] = {
@@ -179,9 +179,9 @@ class _Table:
                 '--label-separator ","'
             )
 
-    def _say(self, kind: TableFormat) -> None:
+    def _say(self, kind: TableFormat, more: str = "") -> None:
         if self.settings.format is None:
-            self._note(f"{self.uri} is read as {_DESCRIBED[kind]}.")
+            self._note(f"{self.uri} is read as {_DESCRIBED[kind]}{more}.")
 
     def _check(self, columns: Iterable[str]) -> None:
         """Refuse a table whose columns do not fit, and say what may be meant otherwise."""
@@ -204,7 +204,7 @@ class _Table:
         with open_text(self._url, self.uri, settings.encoding, newline="") as text:
             csv_lines = CsvLines(text, self.uri)
             if is_audioset(csv_lines) or settings.format == "audioset":
-                self._say("audioset")
+                self._say("audioset", "; each is the file of its name")
                 yield from self._read_segments(csv_lines)
                 return
             is_tsv = manifest_extension(urls.file_name(self._url)).startswith(".tsv")
@@ -239,7 +239,9 @@ class _Table:
 
     def _read_kaldi(self) -> Lines:
         self._is_adapted = True
-        self._say("kaldi")
+        segments = urls.join(urls.parent(self._url), SEGMENTS_NAME)
+        is_divided = filesystem.exists(segments)
+        self._say("kaldi", ", divided by the segments beside it" if is_divided else "")
         yield from read_kaldi(self._url, self.uri, self.settings.encoding)
 
     def _read_jsonl(self) -> Lines:
