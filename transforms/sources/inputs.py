@@ -544,13 +544,7 @@ def _why(uri: str, error: Exception) -> str:
 
 def _bare_item(info: FileInfo) -> Item:
     uri = public_uri(info.url)
-    return Item(
-        clip_id=make_clip_id(uri),
-        uri=printable(uri),
-        url=info.url,
-        size=info.size,
-        version=info.version,
-    )
+    return Item(make_clip_id(uri), printable(uri), info.url, size=info.size, version=info.version)
 
 
 def _same_id(clip_id: str, row: ManifestRow, where: str, uri: str) -> InputError:
