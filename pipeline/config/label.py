@@ -102,6 +102,7 @@ class InferenceSection(Section):
 class DecodeSection(Section):
     """How decoding looks ahead, and what an item may cost."""
 
+    channel: Literal["mix", "first", "loudest", "each"] | Count = "mix"
     processes: Count | None = None
     clips_ahead: Count | None = None
     stall_timeout_s: Positive = 60.0

@@ -330,6 +330,12 @@ class TrainConfig(Config):
             lambda warmup_epochs, epochs: warmup_epochs >= epochs and epochs,
             "must be less than {} (pretraining.epochs)",
         ),
+        Rule(
+            ("decode.channel",),
+            lambda channel: channel == "each",
+            "must be mix, first, loudest or a number: a clip is one example; to learn from every "
+            "channel, write each into a file of its own",
+        ),
         NO_GAPS,
     )
 

@@ -144,7 +144,8 @@ def find_remaining(
             if unit.carried is not None and unit.carried.clip_ids is not None
         ),
         found_carried_items=sum(
-            commits[unit.carried.unit_id].totals.clips
+            commits[unit.carried.unit_id].totals.items
+            - commits[unit.carried.unit_id].totals.failures
             if unit.carried.clip_ids is None
             else len(unit.carried.clip_ids & inventory.items.keys())
             for unit in (*redone, *retried)

@@ -18,11 +18,12 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import __version__
 from pipeline.graph import RunTotals
+from pipeline.terminal.count_report import totals_record
 from pipeline.terminal.precision_report import checks_record
 from pipeline.terminal.time_report import Startup, record_time
 from transforms.errors import AccountingError, OutputError, in_words
@@ -438,7 +439,7 @@ class FinishRun:
             "engines": list(total.engines),
             "checks": checks_record(total.checks),
             "totals": {
-                **asdict(total.totals),
+                **totals_record(total.totals, total.counts),
                 "units": total.units,
                 "new_units": new.units,
                 "new_items": new.totals.items - self.carried_items,

@@ -65,6 +65,7 @@ class _Job:
     source: bytes | str
     start_s: float | None
     end_s: float | None
+    channel: int | None
     reads_header: bool  # only the length that its header promises is wanted
 
 
@@ -96,7 +97,8 @@ class _Child:
                     self.credits.release(job["returned_slots"])
                 self.limit_memory(job["size"])
                 source = stream.read(job["size"]) if job["path"] is None else job["path"]
-                self.jobs.put(_Job(source, job["start_s"], job["end_s"], job["reads_header"]))
+                wanted = (job[name] for name in ("start_s", "end_s", "channel", "reads_header"))
+                self.jobs.put(_Job(source, *wanted))
         finally:
             os._exit(0)
 
@@ -128,6 +130,7 @@ class _Child:
             settings=self.settings,
             start_s=job.start_s,
             end_s=job.end_s,
+            channel=job.channel,
             on_progress=self.show_life,
         ):
             with timed("other"):  # waiting for room is not decoding
@@ -148,7 +151,11 @@ class _Child:
         self.credits.acquire()
         self.slots[self.num_sent % NUM_SLOTS, : len(piece.samples)] = piece.samples
         self.num_sent += 1
-        content = {"num_samples": len(piece.samples), "facts": asdict(piece.facts)}
+        content = {
+            "num_samples": len(piece.samples),
+            "facts": asdict(piece.facts),
+            "num_channels": piece.num_channels,
+        }
         if piece.is_last:
             self.send(LAST, content | {"seconds": seconds_of_decoder()})
         else:

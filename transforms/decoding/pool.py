@@ -15,6 +15,8 @@ cores. It guarantees:
   is blocked on a full queue, another one beyond ``num_processes`` is started for it.
 * Cleanup: no process, thread or temporary file outlives ``close``. Children also end when this
   process dies.
+* With ``channel: each``, a clip is decoded once for each of its channels, one after the other. That
+  is as much decoding for each row as mixing down takes.
 """
 
 from __future__ import annotations
@@ -447,33 +449,44 @@ class _Worker:
                 self._child.close()
 
     def _decode(self, job: _Job) -> None:
+        channel = 1 if self._pool.settings.channel == "each" else None
+        result: Decoded | None = None
         try:
             child = self._usable_child()
+            result = self._run(job, child, channel)
+            while isinstance(result, Waveform) and channel and channel < child.num_channels:
+                # The last piece of a channel is not the item's last.
+                is_wanted, result = self._pool.put(job, result), None
+                if is_wanted:
+                    channel += 1
+                    child = self._usable_child()
+                    result = self._run(job, child, channel)
         except EarmarkError as error:
-            self._pool.end(job, None)
             self._pool.fail(error)
-            return
-        result = None
-        clip = job.clip
-        try:
-            if clip is not None and self._pool.begin(job, child):
-                result = self._run(job, clip, child)
         finally:
             self._pool.end(job, result)
 
-    def _run(self, job: _Job, clip: EncodedClip, child: DecoderProcess) -> Decoded | None:
-        """Queue a clip's pieces, and return its last result; None if the job was cancelled."""
+    def _run(self, job: _Job, child: DecoderProcess, channel: int | None) -> Decoded | None:
+        """Queue a clip's pieces, and return its last result; None if the job was cancelled.
+
+        ``channel`` is the one to decode, from 1; None for what the settings say.
+        """
+        clip = job.clip
+        if clip is None or not self._pool.begin(job, child):
+            return None
+        place = (job.stream.unit_id, job.item_index)
         try:
-            for samples, facts in child.decode(clip):
-                piece = Waveform(job.stream.unit_id, job.item_index, job.item, samples, facts)
+            for samples, facts in child.decode(clip, channel):
+                piece = Waveform(*place, job.item, samples, facts, channel)
                 if facts is not None:
                     return piece
                 if not self._pool.put(job, piece):
                     child.kill()
                     return None
         except DecodeError as error:
-            failure = Failure(job.item, error.stage, error.error_type, str(error))
-            return ItemFailure(job.stream.unit_id, job.item_index, failure)
+            where = "" if channel in (None, 1) else f"channel {channel}: "
+            failure = Failure(job.item, error.stage, error.error_type, f"{where}{error}")
+            return ItemFailure(*place, failure, channel)
         raise EarmarkError("a decoder ended a clip without its facts")
 
     def _usable_child(self) -> DecoderProcess:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from transforms.process.limits import usable_bytes, usable_cores
 
 MIN_CLIP_S = 0.025  # one fbank frame: less than this gives no features
 MIN_DECODER_BYTES = 256 << 20  # the libraries themselves need most of it
+
+ChannelName = Literal["mix", "first", "loudest", "each"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,9 @@ class DecodeSettings:
     """How clips are decoded.
 
     Attributes:
+        channel: What is labelled of several channels: ``mix`` (their mean), ``first``, a number
+            from 1, ``loudest`` (the one with most energy in the clip; it is decoded twice), or
+            ``each`` (every channel is a clip of its own).
         num_processes: 0 means one for each core this process may use, as far as they fit into half
             of the memory that it may use.
         clips_ahead: Clips read but not consumed yet; 0 means 4, plus 2 for each process.
@@ -31,6 +37,7 @@ class DecodeSettings:
     """
 
     sample_rate_hz: int = 16_000
+    channel: ChannelName | int = "mix"
     num_processes: int = 0
     clips_ahead: int = 0
     bytes_ahead: int = 512 << 20
@@ -42,6 +49,11 @@ class DecodeSettings:
     max_decoder_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
+        names = get_args(ChannelName)
+        if self.channel not in names and not (isinstance(self.channel, int) and self.channel >= 1):
+            raise ValueError(
+                f"channel is {self.channel!r}; must be {', '.join(names)} or a number from 1"
+            )
         for name, least in (
             ("sample_rate_hz", 1),
             ("num_processes", 0),

@@ -92,7 +92,7 @@ def occurrence_of(item: Item) -> int:
     if item.member is None:
         return 1
     prefix = same_name(make_clip_id(item.uri, item.member))
-    match = re.match(re.escape(prefix) + r"~(\d+)(?:@|$)", same_name(item.clip_id))
+    match = re.match(re.escape(prefix) + r"~(\d+)(?:[@!]|$)", same_name(item.clip_id))
     return int(match.group(1)) if match else 1
 
 

@@ -284,6 +284,8 @@ class _Finder:
         self._skipped += skipped
         if self._num_found() == before:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(5))
+            if len(skipped) > 5:
+                kinds += f" and {len(skipped) - 5} more"
             others = f" (files of other kinds: {kinds})" if kinds else ""
             advice = "; give files with audio, tars or Parquet files" + (
                 " (manifests count only when they are named)" if kinds else ""

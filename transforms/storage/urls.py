@@ -18,6 +18,11 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:::.*)?://", re.DOTALL)
 # What follows, in a chained URL, the part that names the file.
 _INNER = re.compile(r"::(?=/|[A-Za-z][A-Za-z0-9+.\-]*:)")
 READ_ONLY = frozenset({"http", "https"})
+# Tables, texts, archives and pages. Not any dot: folders are called ``run.2`` too.
+_FILE_ENDINGS = (
+    *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather"),
+    *(".xlsx", ".sqlite", ".db", ".duckdb", ".html", ".md", ".yaml", ".yml", ".tar", ".gz", ".zip"),
+)
 # One upload publishes the whole object, and listing a prefix is one flat request.
 OBJECT_STORES = frozenset(
     {"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "hf", "memory", "oci", "oss"}
@@ -135,6 +140,11 @@ def parent(url: str) -> str:
 def file_name(url: str) -> str:
     """Return the last part of the path of ``url``."""
     return split_url(url).path.rstrip("/").rpartition("/")[2]
+
+
+def names_file(url: str) -> bool:
+    """Return whether a name ends like that of a file that tools write, such as ``labels.csv``."""
+    return file_name(url).lower().endswith(_FILE_ENDINGS)
 
 
 def without_query(url: str) -> str:
