@@ -493,6 +493,7 @@ def test_int8_is_quantised_once_for_the_same_windows(
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     uncached = devices._torch_threads.__wrapped__
     monkeypatch.setattr(devices, "_torch_threads", functools.cache(uncached))
+    monkeypatch.setattr(devices, "usable_cores", lambda: 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert [devices.threads_of(number) for number in (1, 3, 8, 20)] == [8, 2, 1, 1]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # set to it, and asked again
