@@ -89,6 +89,7 @@ class ContainerSlice:
         start: First byte of the slice (tar: of the archive, decompressed for ``.tar.gz``), or
             first row (Parquet).
         stop: One past the last byte or row; None means to the container's end.
+        column: Parquet only: the audio column that planning chose; None to choose it by the schema.
         seen_names: Tar only: for member names that occurred before this slice and occur in it
             again, how often. So the second member of a name is ``#name~2`` wherever the slice
             begins.
@@ -101,6 +102,7 @@ class ContainerSlice:
     start: int = 0
     stop: int | None = None
     seen_names: Mapping[str, int] = field(default_factory=dict)
+    column: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,26 @@ class Failure:
     is_container: bool = False
 
 
+WarningKind = Literal[
+    "cut_short",  # less audio than the file declares
+    "damaged",  # what cannot be decoded is left out
+    "header_wrong",  # more audio than the header declares
+    "format_changes",  # of rate or channels, on the way
+    "extra_bytes",  # skipped: neither audio nor a known tag
+    "several_streams",  # the first is used
+    "channels_cancel",  # mixing down loses most of the sound
+    "segment_beyond_end",  # of the file
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One thing that is wrong with a clip that is labelled nevertheless."""
+
+    kind: WarningKind
+    words: str
+
+
 @dataclass(frozen=True, slots=True)
 class ClipFacts:
     """Facts about a clip that has been decoded to its end.
@@ -201,6 +223,7 @@ class ClipFacts:
         silent_ratio: Share of 20 ms frames whose RMS is below −60 dBFS, in [0, 1].
         content_sha256: Hex digest of the encoded bytes (the whole file, for a segment).
         warning: What is wrong with a clip that was labelled nevertheless, or None.
+        warning_kinds: The kinds of what ``warning`` says, each once.
     """
 
     duration_s: float
@@ -212,6 +235,7 @@ class ClipFacts:
     silent_ratio: float
     content_sha256: str
     warning: str | None = None
+    warning_kinds: tuple[WarningKind, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ through shared memory, in slots that the parent gives back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -187,6 +188,8 @@ def serve(arguments: list[str], decode_function: DecodeFunction = decode) -> Non
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # hostile files would fill the disk with cores
+    with contextlib.suppress(OSError):  # if memory runs out, Linux kills a decoder, and not the run
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     socket_fd, memory_fd = map(int, arguments[:2])
     settings = DecodeSettings(**json.loads(arguments[2]))
     memory = mmap.mmap(memory_fd, NUM_SLOTS * settings.piece_samples * 4)

@@ -37,7 +37,7 @@ from transforms.decoding.reader_chain import ReaderChain
 from transforms.decoding.settings import MIN_CLIP_S, UNLIMITED, ChannelName, DecodeSettings
 from transforms.errors import DecodeError
 from transforms.process.stage_times import timed
-from transforms.records import ClipFacts, FloatArray
+from transforms.records import ClipFacts, FloatArray, Note
 
 # Errors that report a bound: the item fails, however much of it has been decoded.
 BOUND_ERRORS = frozenset({"ItemTooLarge", "ItemTooLong", "DecodingTooSlow", "DecoderOutOfMemory"})
@@ -171,7 +171,7 @@ def _decode_blocks(
     energies = ChannelEnergies()
     resampler = _Resampler(settings.sample_rate_hz)
     pieces = _Pieces(settings.piece_samples)
-    notes: list[str] = []
+    notes: list[Note] = []
     error: DecodeError | None = None
     num_channels = 0
     for block in span.cut(blocks, chain.first_frame):
@@ -186,13 +186,14 @@ def _decode_blocks(
                 f"the sample at {span.start_s + levels.duration_s:.3f} s is NaN or infinite",
                 error_type="NonFiniteSamples",
             )
-            notes.append(f"decoded {levels.duration_s:.1f} s, then stopped: {error}")
+            words = f"decoded {levels.duration_s:.1f} s, then stopped: {error}"
+            notes.append(Note("damaged", words))
         mono = mix_down(part.samples)
         energies.add(part, mono)
         with timed("resample"):
             resampled = resampler.push(block.rate, mono)
         for samples_out in pieces.push(resampled):
-            yield DecodedPiece(samples_out, levels.facts(sha256, None), False, num_channels)
+            yield DecodedPiece(samples_out, levels.facts(sha256), False, num_channels)
         if error is not None:
             break
     else:
@@ -200,16 +201,15 @@ def _decode_blocks(
     with timed("resample"):
         resampled = resampler.flush()
     for samples_out in pieces.push(resampled):
-        yield DecodedPiece(samples_out, levels.facts(sha256, None), False, num_channels)
+        yield DecodedPiece(samples_out, levels.facts(sha256), False, num_channels)
     last = pieces.rest()
     notes.extend(levels.notes)
     if (mix_warning := energies.mix_warning()) is not None:
-        notes.append(mix_warning)
+        notes.append(Note("channels_cancel", mix_warning))
     notes.extend(chain.notes())
     if not pieces.num_out and len(last) < settings.min_clip_samples:
         raise error or _too_short(levels.duration_s, span, notes)
-    facts = levels.facts(sha256, "; ".join(notes) or None)
-    yield DecodedPiece(last, facts, True, num_channels)
+    yield DecodedPiece(last, levels.facts(sha256, notes), True, num_channels)
 
 
 def _take_channel(samples: FloatArray, channel: int) -> FloatArray:
@@ -219,14 +219,14 @@ def _take_channel(samples: FloatArray, channel: int) -> FloatArray:
     return np.ascontiguousarray(samples[:, channel - 1 : channel])
 
 
-def _too_short(decoded_s: float, span: DecodeSpan, notes: list[str]) -> DecodeError:
+def _too_short(decoded_s: float, span: DecodeSpan, notes: list[Note]) -> DecodeError:
     if decoded_s == 0.0 and span.start_s > 0.0 and span.frames_seen:
         return DecodeError(
             f"the segment starts at {span.start_s:.3f} s, but the audio ends at "
             f"{span.reached_s:.3f} s; check start_s and end_s of the manifest",
             error_type="BadSegment",
         )
-    words = f" ({'; '.join(notes)})" if notes else ""
+    words = f" ({'; '.join(note.words for note in notes)})" if notes else ""
     if decoded_s == 0.0:
         return DecodeError(f"there is no audio in it{words}", error_type="NoSamples")
     return DecodeError(
@@ -330,7 +330,7 @@ class DecodeSpan:
             if self.end_s is not None and frame >= round((self.end_s - run_start_s) * rate):
                 return
 
-    def shortfall(self, chain: ReaderChain, decoded_s: float) -> list[str]:
+    def shortfall(self, chain: ReaderChain, decoded_s: float) -> list[Note]:
         """Warn if there is less audio than the file promises or the segment asks for."""
         promised_s, slack_s = chain.promised_s, chain.slack_s
         wanted_end_s = promised_s if self.end_s is None else self.end_s
@@ -338,12 +338,15 @@ class DecodeSpan:
             slack_s = ROUNDING_S
         if wanted_end_s is None or decoded_s >= wanted_end_s - self.start_s - slack_s:
             return []
-        note = f"decoded {_of(decoded_s, wanted_end_s - self.start_s)} s"
+        words = f"decoded {_of(decoded_s, wanted_end_s - self.start_s)} s"
         if self.end_s is not None and (
             promised_s is None or promised_s <= self.reached_s + slack_s
         ):
-            note += f" (the segment ends at {self.end_s:.3f} s, the file at {self.reached_s:.3f} s)"
-        return [note]
+            words += (
+                f" (the segment ends at {self.end_s:.3f} s, the file at {self.reached_s:.3f} s)"
+            )
+            return [Note("segment_beyond_end", words)]
+        return [Note("cut_short", words)]
 
 
 def _of(part_s: float, whole_s: float) -> str:

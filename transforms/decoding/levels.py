@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from transforms.records import ClipFacts, FloatArray
+from transforms.records import ClipFacts, FloatArray, Note
 
 CLIPPED_AT = 0.999
 SILENT_MEAN_SQUARE = 1e-6  # −60 dBFS
@@ -42,7 +43,7 @@ class LevelMeter:
 
     def __init__(self) -> None:
         self.duration_s = 0.0
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
         self._first_format: tuple[int, int] | None = None
         self._format: tuple[int, int] = (0, 0)
         self._num_measured = 0  # channels
@@ -82,10 +83,11 @@ class LevelMeter:
         if self._first_format is None:
             self._first_format = (rate, channels)
         else:
-            self.notes.append(
+            words = (
                 f"at {self.duration_s:.1f} s the audio changes from "
                 f"{_format_words(*self._format)} to {_format_words(rate, channels)}"
             )
+            self.notes.append(Note("format_changes", words))
         self._close_partial_frame()
         self._format = (rate, channels)
         self._run_start_s, self._run_samples = self.duration_s, 0
@@ -121,8 +123,8 @@ class LevelMeter:
         self._num_silent += silent
         self._partial_energy, self._partial_samples = 0.0, 0
 
-    def facts(self, content_sha256: str, warning: str | None) -> ClipFacts:
-        """Return the facts of what has been added so far."""
+    def facts(self, content_sha256: str, notes: Sequence[Note] = ()) -> ClipFacts:
+        """Return the facts of what has been added so far, with a warning made of the notes."""
         frames, silent = self._partial_frame()
         rate, channels = self._first_format or (0, 0)
         return ClipFacts(
@@ -134,7 +136,8 @@ class LevelMeter:
             clipped_ratio=self._num_clipped / max(self._num_values, 1),
             silent_ratio=(self._num_silent + silent) / max(self._num_frames + frames, 1),
             content_sha256=content_sha256,
-            warning=warning,
+            warning="; ".join(note.words for note in notes) or None,
+            warning_kinds=tuple(dict.fromkeys(note.kind for note in notes)),
         )
 
 

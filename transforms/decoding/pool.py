@@ -39,6 +39,7 @@ from transforms.decoding.process import (
 )
 from transforms.decoding.settings import DecodeSettings
 from transforms.errors import DecodeError, EarmarkError
+from transforms.process.limits import start_threads
 from transforms.process.stage_times import LabellingStage, StageSeconds, stage_clocks, timed
 from transforms.records import EncodedClip, Failure, Item, ItemFailure, Waveform
 
@@ -71,6 +72,7 @@ class DecodePool:
         self._room = threading.Condition(self.lock)  # the feeder waits here
         self._work = threading.Condition(self.lock)  # idle workers wait here
         self._num_processes = self.settings.resolve_num_processes()
+        self._bytes_ahead = self.settings.resolve_bytes_ahead()
         self._clips_ahead = self.settings.clips_ahead or 4 + 2 * self._num_processes
         self._to_feed: list[_Stream] = []  # open streams whose input has not ended, oldest first
         self._waiting: list[_Stream] = []  # streams whose consumer waits for a result
@@ -87,7 +89,7 @@ class DecodePool:
         self._feeder = threading.Thread(
             target=self._feed, name="earmark-decode-feeder", daemon=True
         )
-        self._feeder.start()
+        start_threads(self._feeder.start, "the thread that reads clips")
         atexit.register(self.close)
 
     def __enter__(self) -> DecodePool:
@@ -218,15 +220,16 @@ class DecodePool:
                         return
                     self._room.wait()
                 stream.is_being_read = True
-            self._feed_one(stream)
+            try:
+                self._feed_one(stream)
+            except Exception as error:  # else the consumers would wait for ever
+                self.fail(_as_fatal("the thread that reads clips", error))
+                return
 
     def _next_to_feed(self) -> _Stream | None:
         if self._closed or not self._to_feed:
             return None
-        if (
-            self._clips_in_flight < self._clips_ahead
-            and self._bytes_in_flight < self.settings.bytes_ahead
-        ):
+        if self._clips_in_flight < self._clips_ahead and self._bytes_in_flight < self._bytes_ahead:
             return self._to_feed[0]
         starved = (s for s in self._waiting if not s.jobs and not s.exhausted)
         return next(starved, None)
@@ -278,8 +281,8 @@ class DecodePool:
 
     def _start_worker(self, job: _Job | None) -> None:
         worker = _Worker(self, job)
+        start_threads(worker.thread.start, "the thread of a decoder")
         self._workers.add(worker)
-        worker.thread.start()
 
     # The workers' side
 
@@ -406,6 +409,10 @@ class _Job:
     cancelled: bool = False
 
 
+def _as_fatal(what: str, error: Exception) -> EarmarkError:
+    return error if isinstance(error, EarmarkError) else EarmarkError(f"{what} failed: {error!r}")
+
+
 def _remove_temporary(clip: EncodedClip) -> None:
     if clip.delete_path and clip.path is not None:
         Path(clip.path).unlink(missing_ok=True)
@@ -434,7 +441,7 @@ class _Worker:
                 self._decode(job)
                 job = None
         except Exception as error:
-            self._pool.fail(EarmarkError(f"a decoder thread failed: {error!r}"))
+            self._pool.fail(_as_fatal("the thread of a decoder", error))
             raise
         finally:
             self._pool.retire(self)

@@ -29,6 +29,7 @@ from transforms.decoding import child as protocol
 from transforms.decoding.decode import BOUND_ERRORS, DecodedPiece
 from transforms.decoding.settings import DecodeSettings
 from transforms.errors import DecodeError, EarmarkError, item_too_large
+from transforms.process.limits import RAISE_LIMIT
 from transforms.process.stage_times import StageSeconds, stage_clocks
 from transforms.records import ClipFacts, EncodedClip, FloatArray
 
@@ -55,10 +56,10 @@ def start_decoder(
         except (DecoderLostError, OSError) as error:
             problem = error
             logger.warning("decoder process: start %d of %d: %s", attempt, MAX_FAILED_STARTS, error)
-    raise EarmarkError(
-        f"no decoder process could be started: {problem}; run {' '.join(command)!r} in a shell "
-        "for its error message"
-    )
+    advice = f"run {' '.join(command)!r} in a shell for its error message"
+    if isinstance(problem, OSError):
+        advice = RAISE_LIMIT
+    raise EarmarkError(f"no decoder process could be started: {problem}; {advice}")
 
 
 def _start_once(settings: DecodeSettings, command: Sequence[str]) -> DecoderProcess:
@@ -195,7 +196,9 @@ class DecoderProcess:
                 raise
             duration_s = num_samples / self._settings.sample_rate_hz
             warning = f"decoded {duration_s:.1f} s, then stopped: {error}"
-            facts = dataclasses.replace(held.facts, duration_s=duration_s, warning=warning)
+            facts = dataclasses.replace(
+                held.facts, duration_s=duration_s, warning=warning, warning_kinds=("damaged",)
+            )
         yield held.samples, facts
 
     def _send_job(
@@ -238,9 +241,10 @@ class DecoderProcess:
         with self._checked_answer():
             self.num_channels = int(content["num_channels"])
             samples = self._slots[slot, : content["num_samples"]].copy()
-            facts = ClipFacts(**content["facts"])
+            facts = content["facts"]
+            facts["warning_kinds"] = tuple(facts["warning_kinds"])  # JSON has no tuples
             is_last = kind == protocol.LAST
-            return DecodedPiece(samples, facts, is_last, self.num_channels)
+            return DecodedPiece(samples, ClipFacts(**facts), is_last, self.num_channels)
 
     def read_length_s(self, clip: EncodedClip) -> float | None:
         """Return the seconds of audio that a clip's header promises; None if it promises nothing.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from transforms.process.limits import usable_bytes, usable_cores
 
 MIN_CLIP_S = 0.025  # one fbank frame: less than this gives no features
 MIN_DECODER_BYTES = 256 << 20  # the libraries themselves need most of it
@@ -21,9 +22,11 @@ class DecodeSettings:
         channel: What is labelled of several channels: ``mix`` (their mean), ``first``, a number
             from 1, ``loudest`` (the one with most energy in the clip; it is decoded twice), or
             ``each`` (every channel is a clip of its own).
-        num_processes: 0 means one for each core this process may use.
+        num_processes: 0 means one for each core this process may use, as far as they fit into half
+            of the memory that it may use.
         clips_ahead: Clips read but not consumed yet; 0 means 4, plus 2 for each process.
-        bytes_ahead: Encoded bytes read but not decoded yet; one clip may exceed it.
+        bytes_ahead: Encoded bytes read but not decoded yet, and never more than an eighth of the
+            memory that this process may use; one clip may exceed it.
         stall_timeout_s: A decoder that shows no sign of life for this long is killed.
         max_item_bytes: Encoded bytes of an item.
         max_item_s: Seconds of audio of an item.
@@ -72,16 +75,16 @@ class DecodeSettings:
         return round(MIN_CLIP_S * self.sample_rate_hz)
 
     def resolve_num_processes(self) -> int:
-        """Return ``num_processes``, or the number of usable cores."""
-        return self.num_processes or usable_cores()
+        """Return ``num_processes``, or the number that cores and memory allow."""
+        if self.num_processes:
+            return self.num_processes
+        that_fit = usable_bytes() // 2 // MIN_DECODER_BYTES
+        return max(1, min(usable_cores(), that_fit))
+
+    def resolve_bytes_ahead(self) -> int:
+        """Return ``bytes_ahead``, or an eighth of the usable memory if that is less."""
+        return min(self.bytes_ahead, usable_bytes() // 8)
 
 
 # For a file of one's own, decoded in this process.
 UNLIMITED = DecodeSettings(max_item_s=math.inf, max_decode_ratio=math.inf)
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -35,11 +35,18 @@ from transforms.errors import OutputError
 from transforms.process.locks import lock_shared, try_lock
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import Item, UnitKind, WindowCheck
+from transforms.results.counts import RowCounts
 from transforms.storage import filesystem, listing, reading, urls, writing
 from transforms.storage.secrets import public_uri
 
-# Of run.json, the parts and the commits. A result that names no version has the first.
-SCHEMA_VERSION = 1
+# Columns that not every result has: a result begun without one continues without it. Its commits
+# name those that it has.
+OPTIONAL_COLUMNS = ("warning_kinds",)
+
+# Of run.json, the parts and the commits. The first has none of the optional columns; a result that
+# names no version has it.
+FIRST_SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 RUN_FILE = "run.json"
 PARTS = ("windows", "clips", "errors")
@@ -181,6 +188,8 @@ class Commit:
         engines: What computed it: engine, device and precision.
         checks: How far they were from float32, where that was measured.
         each_channel: Whether each channel of an item is a clip.
+        optional_columns: Those of ``OPTIONAL_COLUMNS`` that its parts have.
+        counts: What its rows say; empty if an earlier version wrote it.
     """
 
     unit_id: str
@@ -192,6 +201,8 @@ class Commit:
     engines: tuple[str, ...]
     checks: Checks = field(default_factory=dict)
     each_channel: bool = False
+    optional_columns: tuple[str, ...] = ()
+    counts: RowCounts = field(default_factory=RowCounts)
 
     def to_json(self) -> bytes:
         """Return the commit file's content."""
@@ -331,12 +342,17 @@ def check_schema(output: str) -> None:
         _check_schema_version(run.get("schema_version", 1), output)
 
 
+def schema_version(optional_columns: Sequence[str]) -> int:
+    """Return the schema version of a result with these optional columns."""
+    return SCHEMA_VERSION if optional_columns else FIRST_SCHEMA_VERSION
+
+
 def _check_schema_version(version: object, place: str) -> None:
-    if str(version) != str(SCHEMA_VERSION):
+    if str(version) not in (str(FIRST_SCHEMA_VERSION), str(SCHEMA_VERSION)):
         raise OutputError(
-            f"{public_uri(place)} has schema version {version}, and this version of Earmark has "
-            f"{SCHEMA_VERSION}; use the version of Earmark that wrote it (run.json names it), or "
-            "label into a new folder."
+            f"{public_uri(place)} has schema version {version}, and this version of Earmark reads "
+            f"{FIRST_SCHEMA_VERSION} and {SCHEMA_VERSION}; use the version of Earmark that wrote "
+            "it (run.json names it), or label into a new folder."
         )
 
 
@@ -440,8 +456,11 @@ class UnitSummary:
     engines: tuple[str, ...] = ()
     checks: Checks = field(default_factory=dict)
     seconds: StageSeconds = NO_SECONDS
+    counts: RowCounts = field(default_factory=RowCounts)
 
     @staticmethod
     def of(commit: Commit, seconds: StageSeconds = NO_SECONDS) -> UnitSummary:
         """Return the summary of a commit."""
-        return UnitSummary(commit.unit_id, commit.totals, commit.engines, commit.checks, seconds)
+        return UnitSummary(
+            commit.unit_id, commit.totals, commit.engines, commit.checks, seconds, commit.counts
+        )

@@ -38,6 +38,7 @@ from transforms.records import (
     Window,
     WindowRow,
 )
+from transforms.results.commits import OPTIONAL_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class RowSettings:
         hidden_size: Length of the embedding.
         top_k: How many labels a row lists, best first; all of them if the model has fewer.
         store_scores: Whether rows also store every class's score.
+        optional_columns: Those of ``OPTIONAL_COLUMNS`` that rows have.
     """
 
     labels: tuple[Label, ...]
@@ -58,6 +60,7 @@ class RowSettings:
     top_k: int = 10
     store_scores: bool = False
     embedding_dtype: Literal["float32", "float16"] = "float32"
+    optional_columns: tuple[str, ...] = OPTIONAL_COLUMNS
 
 
 LABELS_TYPE = pa.list_(
@@ -107,6 +110,11 @@ _CLIP_COLUMNS: _Columns = (
     _TRUTH,
 )
 
+# Between a clip's embedding and its metadata, in a result that has them.
+_OPTIONAL_CLIP_COLUMNS: _Columns = (
+    (pa.field("warning_kinds", pa.list_(pa.string())), lambda row: row.facts.warning_kinds),
+)
+
 _ERROR_COLUMNS: _Columns = (
     (_CLIP_ID, lambda failure: failure.item.clip_id),
     *_PLACE_COLUMNS,
@@ -121,6 +129,12 @@ _UNIT_ID = _required("unit_id", pa.string())
 
 def _fields(columns: _Columns) -> list[pa.Field]:
     return [field for field, _ in columns]
+
+
+def _optional(settings: RowSettings) -> _Columns:
+    return [
+        column for column in _OPTIONAL_CLIP_COLUMNS if column[0].name in settings.optional_columns
+    ]
 
 
 def _arrays(rows: Sequence[object], columns: _Columns) -> list[pa.Array]:
@@ -147,7 +161,8 @@ def windows_schema(settings: RowSettings) -> pa.Schema:
 def clips_schema(settings: RowSettings) -> pa.Schema:
     """Return the schema of ``clips/<unit_id>.parquet``."""
     labels, embedding, *scores = _vector_fields(settings)
-    return pa.schema([*_fields(_CLIP_COLUMNS), labels, embedding, _METADATA[0], *scores])
+    optional = _fields(_optional(settings))
+    return pa.schema([*_fields(_CLIP_COLUMNS), labels, embedding, *optional, _METADATA[0], *scores])
 
 
 def errors_schema() -> pa.Schema:
@@ -170,8 +185,8 @@ def clips_table(rows: Sequence[ClipRow], settings: RowSettings) -> pa.Table:
     labels, embedding, *scores = _vector_columns(
         [row.embedding for row in rows], [row.scores for row in rows], settings
     )
-    metadata = _arrays(rows, [_METADATA])
-    columns = [*_arrays(rows, _CLIP_COLUMNS), labels, embedding, *metadata, *scores]
+    others = _arrays(rows, [*_optional(settings), _METADATA])
+    columns = [*_arrays(rows, _CLIP_COLUMNS), labels, embedding, *others, *scores]
     return pa.Table.from_arrays(columns, schema=clips_schema(settings))
 
 

@@ -48,7 +48,6 @@ from transforms.records import (
 )
 from transforms.results.commits import (
     PARTS,
-    SCHEMA_VERSION,
     CheckFigures,
     Commit,
     Ledger,
@@ -69,7 +68,9 @@ from transforms.results.commits import (
     read_commit,
     read_part,
     remove_unit,
+    schema_version,
 )
+from transforms.results.counts import CLIP_COLUMNS, ERROR_COLUMNS, RowCounts, count_rows
 from transforms.results.rows import (
     RowSettings,
     clips_table,
@@ -111,9 +112,24 @@ class CommitSettings:
         return {
             "earmark.fingerprint": self.fingerprint,
             "earmark.model_sha256": self.model_sha256,
-            "earmark.schema_version": str(SCHEMA_VERSION),
+            "earmark.schema_version": str(schema_version(self.rows.optional_columns)),
             "earmark.labels": json.dumps([dataclasses.asdict(label) for label in self.rows.labels]),
         }
+
+
+class _PartWriter(pq.ParquetWriter):  # type: ignore[misc]
+    """A writer of a file of any name; by itself, Arrow opens only names in UTF-8."""
+
+    def __init__(self, path: Path, schema: pa.Schema, **options: object) -> None:
+        self._file = path.open("wb")
+        super().__init__(self._file, schema, **options)
+
+    def close(self) -> None:
+        """Write the footer, and close the file."""
+        try:
+            super().close()
+        finally:
+            self._file.close()
 
 
 class OpenUnit:
@@ -206,6 +222,8 @@ class OpenUnit:
             engines=tuple(sorted(self._engines.union(replaced.engines if replaced else ()))),
             checks=add_checks(self._checks, replaced.checks if replaced else {}),
             each_channel=self._settings.each_channel,
+            optional_columns=self._settings.rows.optional_columns,
+            counts=self._counts(staged),
         )
         earlier = find_commit(output, self._unit_id, commit.fingerprint)
         if earlier is not None:
@@ -240,7 +258,7 @@ class OpenUnit:
 
     def _open_writer(self, part: str, schema: pa.Schema) -> pq.ParquetWriter:
         self._staging.mkdir(parents=True, exist_ok=True)
-        return pq.ParquetWriter(
+        return _PartWriter(
             self._staged_path(part),
             schema.with_metadata(self._settings.footer),
             compression="zstd",
@@ -295,7 +313,8 @@ class OpenUnit:
         staged.rename(source)
         with (
             self._open_writer("windows", windows_schema(self._settings.rows)) as writer,
-            pq.ParquetFile(source) as file,
+            source.open("rb") as stream,
+            pq.ParquetFile(stream) as file,
         ):
             if carried is not None:
                 writer.write_table(carried)
@@ -327,8 +346,10 @@ class OpenUnit:
             yield part, table
 
     def _totals(self, staged: Mapping[str, Path]) -> UnitTotals:
-        num_rows = {part: pq.read_metadata(path).num_rows for part, path in staged.items()}
-        clips = pq.read_table(staged["clips"], columns=["clip_id", "duration_s", "num_windows"])
+        num_rows = {part: _count_rows(path) for part, path in staged.items()}
+        with staged["clips"].open("rb") as stream:
+            columns = ["clip_id", "duration_s", "num_windows"]
+            clips = pq.ParquetFile(stream).read(columns=columns, use_threads=False)
         windows_of_clips = pc.sum(clips["num_windows"]).as_py() or 0
         if windows_of_clips != num_rows["windows"]:
             raise AccountingError(
@@ -345,6 +366,14 @@ class OpenUnit:
             windows=num_rows["windows"],
             audio_s=pc.sum(clips["duration_s"]).as_py() or 0.0,
         )
+
+    def _counts(self, staged: Mapping[str, Path]) -> RowCounts:
+        kinds = set(self._settings.rows.optional_columns) & {"warning_kinds"}
+        clips = pq.read_table(staged["clips"], columns=[*CLIP_COLUMNS, *kinds])
+        errors = None
+        if "errors" in staged:
+            errors = pq.read_table(staged["errors"], columns=list(ERROR_COLUMNS))
+        return count_rows(clips, errors)
 
 
 def _ledger_slice(unit: WorkUnit) -> LedgerSlice | None:
@@ -376,7 +405,12 @@ def _ledger(unit: WorkUnit, replaced: Commit | None) -> Ledger:
 def _part_info(path: Path) -> PartInfo:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return PartInfo(path.stat().st_size, digest, pq.read_metadata(path).num_rows)
+    return PartInfo(path.stat().st_size, digest, _count_rows(path))
+
+
+def _count_rows(path: Path) -> int:
+    with path.open("rb") as file:
+        return int(pq.read_metadata(file).num_rows)
 
 
 class AudioProgress:
