@@ -126,6 +126,17 @@ def test_running_again_does_nothing(label: Labeller, clips: Path) -> None:
     assert label.totals()["new_items"] == 0
 
 
+def test_a_file_whose_time_alone_has_changed_keeps_its_channels(
+    label: Labeller, clips: Path
+) -> None:
+    label(clips)
+    parts = {name: at for name, at in label.committed().items() if "_commits" not in name}
+    os.utime(clips / "c.wav", ns=(0, 1_000_000_000))
+    assert label(clips) == 0
+    assert parts.items() <= label.committed().items()
+    assert label.totals()["new_items"] == 0
+
+
 def test_a_changed_file_is_redone_with_all_its_channels(
     label: Labeller, clips: Path, out: Path
 ) -> None:
