@@ -162,6 +162,7 @@ def stats(given: Given, as_original: bool) -> int:
 
 @command(options.EVALUATE)
 def evaluate(
+    given: Given,
     folders: list[str],
     truth: str | None,
     model: str | None,
@@ -171,6 +172,10 @@ def evaluate(
 ) -> int:
     """Compare labels with the truth: accuracy, mAP, AUC, d', per class; JSON and a picture."""
     check_output_lasts(output)
+    from pipeline.config.label import TruthConfig
+    from pipeline.config.load import load_config
+
+    manifest = load_config(TruthConfig, None, given.sets, given.options).manifest
     from pipeline.evaluation.evaluate import run_evaluate
 
     return run_evaluate(
@@ -180,6 +185,7 @@ def evaluate(
         output=output,
         known_labels_only=known_labels_only,
         quiet=quiet,
+        tables=manifest,
     )
 
 

@@ -39,11 +39,20 @@ from transforms.sources.clip_ids import (
 from transforms.sources.fetching import RangeReader, ReadLimits, check_item_size, fetch, spool
 from transforms.sources.file_kinds import NOT_AUDIO_EXTENSIONS, extension, is_audio_name
 from transforms.sources.parquet_pages import ColumnChunk, measure_row_group, read_chunks
+from transforms.sources.tables.columns import URI_COLUMNS
+from transforms.sources.tables.samples import (
+    ARRAY,
+    RATE,
+    is_array,
+    is_samples_struct,
+    join_pair,
+    sample_columns,
+    wav_of_samples,
+)
 from transforms.sources.tar import container_item
 from transforms.storage import reading, urls
 from transforms.storage.secrets import public_uri
 
-URI_COLUMNS = ("uri", "path", "file", "audio_filepath", "filename")
 _BATCH_BYTES = 16 << 20
 # If each row had the largest entry of its dictionary, which is rare.
 _MAX_DICTIONARY_BATCH_BYTES = 64 << 20
@@ -60,16 +69,18 @@ _MIN_BOUND_ROWS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class AudioColumn:
-    """The audio column of a Parquet file: ``struct<bytes, path>`` or binary.
+    """The audio column of a Parquet file: ``struct<bytes, path>``, binary, or decoded samples.
 
     ``path_column`` names the file of a binary column. ``class_names`` has the names of each
     ``ClassLabel`` column.
+    ``is_pair`` says that decoded samples have their rate in a column of its own.
     """
 
     name: str
     is_struct: bool
     path_column: str | None = None
     class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    is_pair: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +252,9 @@ def _choose_audio_column(
     if declared:
         why = "the first that the schema declares as Audio"
         return first, _describe_choice(declared, declared[0], why)
+    samples = sample_columns(schema)
+    if first is not None and first.name in samples:
+        return first, _describe_choice(samples, first.name, "the first of decoded samples")
     candidates = _candidates(schema)
     if candidates in ([], ["audio"]):
         return first, None
@@ -317,18 +331,19 @@ def find_audio_column(schema: pa.Schema, chosen: str | None = None) -> AudioColu
     """Find the audio column by the schema, unless it is already chosen; None if there is none.
 
     The first of these: the column that Hugging Face's metadata calls ``Audio``; a
-    ``struct<bytes, path>``, preferably named ``audio``; a binary column named ``audio``; the only
-    binary column, unless a column ``uri`` shows that the table is a manifest.
+    ``struct<bytes, path>``, preferably named ``audio``; a binary column named ``audio``; decoded
+    samples, as ``struct<array, sampling_rate>`` or two columns; the only binary column, unless a
+    column ``uri`` shows that the table is a manifest.
     """
     if chosen is not None and chosen in schema.names:
         return _audio_column(schema, chosen)
     candidates = _declared_audio(schema) or _candidates(schema)
-    if not candidates:
-        return None
-    is_struct = _is_audio_struct(schema.field(schema.names.index(candidates[0])).type)
-    if is_struct or candidates[0] == "audio" or len(candidates) == 1:
-        return _audio_column(schema, candidates[0])
-    return None
+    samples = sample_columns(schema)
+    for name in candidates[:1]:
+        is_struct = _is_audio_struct(schema.field(schema.names.index(name)).type)
+        if is_struct or name == "audio" or (len(candidates) == 1 and not samples):
+            return _audio_column(schema, name)
+    return _audio_column(schema, samples[0]) if samples else None
 
 
 def _audio_column(schema: pa.Schema, name: str) -> AudioColumn:
@@ -336,8 +351,9 @@ def _audio_column(schema: pa.Schema, name: str) -> AudioColumn:
     class_names = {column: _class_names(features.get(column)) for column in schema.names}
     classes = {column: names for column, names in class_names.items() if names}
     fields = {one.name: one for one in reversed(list(schema))}  # of two with one name, the first
-    if _is_audio_struct(fields[name].type):
-        return AudioColumn(name, True, None, classes)
+    kind = fields[name].type
+    if _is_audio_struct(kind) or is_samples_struct(kind) or is_array(kind):
+        return AudioColumn(name, True, None, classes, is_pair=is_array(kind))
     paths = [one for one in URI_COLUMNS if one in fields and _is_text(fields[one].type)]
     return AudioColumn(name, False, paths[0] if paths else None, classes)
 
@@ -416,7 +432,7 @@ def read_parquet(
                 names = ", ".join(opened.names[:20])
                 raise ContainerError(f"{part.uri}: no column holds audio (columns: {names})")
             opened.check_num_rows()
-            for row, values in _rows(opened, part, frozenset(rows), damage, limits):
+            for row, values in _rows(opened, part, audio, frozenset(rows), damage, limits):
                 items = rows.pop(row) if wanted else [None]
                 yield from (_clip(part, audio, row, dict(values), item, limits) for item in items)
     except ContainerError as error:
@@ -441,6 +457,7 @@ def _row_error(
 def _rows(
     opened: OpenParquet,
     part: ContainerSlice,
+    audio: AudioColumn,
     wanted: frozenset[int],
     damage: list[ContainerError],
     limits: ReadLimits,
@@ -457,6 +474,8 @@ def _rows(
         row = start
         try:
             for batch in opened.batches(number, limits.max_page_bytes):
+                if audio.is_pair:
+                    batch = join_pair(batch)
                 for offset in range(batch.num_rows):
                     if low <= row < high and (not wanted or row in wanted):
                         yield row, row_values(batch, offset)
@@ -485,7 +504,8 @@ def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    if not _is_binary(column.type) and not _is_audio_struct(column.type):
+    is_special = _is_audio_struct(column.type) or is_samples_struct(column.type)
+    if not _is_binary(column.type) and not is_special:
         with suppress(*_UNREADABLE):
             return list(column.to_pylist())
     return [_value(scalar) for scalar in column]
@@ -503,10 +523,25 @@ def _value(scalar: pa.Scalar) -> Any:
             return memoryview(scalar.as_buffer())
         if _is_audio_struct(scalar.type):
             return {name: _value(scalar[name]) for name in ("bytes", "path")}
+        if is_samples_struct(scalar.type):
+            return _samples_of(scalar)
         return scalar.as_py()
     except _UNREADABLE as error:
         # Text that is not UTF-8, or a date before the year 1.
         return UnreadableValue(f"<cannot be read: {error}>")
+
+
+def _samples_of(scalar: pa.StructScalar) -> dict[str, Any]:
+    """Return decoded samples as the bytes of a WAV file, or the reason why they are none."""
+    names = {scalar.type.field(number).name for number in range(len(scalar.type))}
+    path = _value(scalar["path"]) if "path" in names else None
+    if not scalar[ARRAY].is_valid:
+        return {"bytes": None, "path": path}
+    try:
+        data = memoryview(wav_of_samples(scalar[ARRAY], scalar[RATE].as_py()))
+    except ReadError as error:
+        return {"bytes": None, "path": UnreadableValue(str(error))}
+    return {"bytes": data, "path": path}
 
 
 def _clip(

@@ -105,7 +105,9 @@ def test_the_audio_column_is_chosen_and_said(
         assert said.startswith(f"{url}: ") and note in said
     if chosen is None:
         assert (found.containers, found.skipped_by_extension) == ((), {".parquet": 1})
-        with pytest.raises(InputError, match=r"has neither an audio column.*Rename") as raised:
+        with pytest.raises(
+            InputError, match=r"has neither an audio column.*Name the one"
+        ) as raised:
             find_inputs([url])
         assert note is None or note in str(raised.value)
     else:
