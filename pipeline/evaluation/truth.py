@@ -1,8 +1,9 @@
 """The true labels of a clip: from a manifest, AudioSet's segments CSV or the result's own column.
 
 A row finds its clip by ``clip_id``; else by place (file, member, row, segment); else by stem (the
-file's name without folder and extension), if exactly one row and one clip have it. Rows and clips
-without a match are counted and named.
+file's name without folder and extension), if exactly one row and one place have it. Rows and clips
+without a match are counted and named. Where each channel of an item is a clip, they have one place,
+and the row is that of all.
 """
 
 from __future__ import annotations
@@ -179,8 +180,10 @@ def match_rows(rows: Sequence[TruthRow], clips: Sequence[Place]) -> Matches:
     ambiguous = []
     for stem in rows_by_stem.keys() & clips_by_stem.keys():
         row_indices, clip_indices = rows_by_stem[stem], clips_by_stem[stem]
-        if len(row_indices) == len(clip_indices) == 1:
-            found[clip_indices[0]] = row_indices[0]
+        names = {clips[clip].name for clip in clip_indices}
+        if len(row_indices) == len(names) == 1:
+            for clip in clip_indices:
+                found[clip] = row_indices[0]
         else:
             ambiguous.append(stem)
     taken = {index for index in found if index is not None}

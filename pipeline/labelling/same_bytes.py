@@ -18,6 +18,7 @@ from transforms.results.commits import (
     Commit,
     LedgerItem,
     commit_url,
+    item_ids,
     item_version,
     read_part,
 )
@@ -37,7 +38,9 @@ def find_renewed(found: Found, commits: Mapping[str, Commit], output: str) -> di
         for unit_id, commit in commits.items()
         if (touched := dict(_touched(commit, items)))
     }
-    versions = in_threads(lambda unit_id: _versions(output, unit_id, later[unit_id]), list(later))
+    versions = in_threads(
+        lambda unit_id: _versions(output, commits[unit_id], later[unit_id]), list(later)
+    )
     return {
         unit_id: _with_versions(commits[unit_id], new)
         for unit_id, new in zip(later, versions, strict=True)
@@ -80,13 +83,14 @@ def _touched(commit: Commit, items: Mapping[str, Item]) -> Iterator[tuple[str, I
             yield entry.clip_id, item
 
 
-def _versions(output: str, unit_id: str, touched: Mapping[str, Item]) -> dict[str, str]:
+def _versions(output: str, commit: Commit, touched: Mapping[str, Item]) -> dict[str, str]:
     """Return the new version of each file with the bytes that its row was made of, by clip id."""
     try:
-        rows = read_part(output, "clips", unit_id, ["clip_id", "content_sha256"]).to_pylist()
+        clips = read_part(output, "clips", commit.unit_id, ["clip_id", "content_sha256"])
     except (OSError, OutputError):  # the unit is done again
         return {}
-    expected = {row["clip_id"]: row["content_sha256"] for row in rows}
+    names = item_ids(clips["clip_id"], each_channel=commit.each_channel).to_pylist()
+    expected = dict(zip(names, clips["content_sha256"].to_pylist(), strict=True))
     digests: dict[str, str | None] = {}  # a file may have several segments
     versions = {}
     for clip_id, item in touched.items():

@@ -131,8 +131,8 @@ class _DecodeFn(beam.DoFn):
         num_items = num_ends = 0
         with contextlib.closing(pending.stream):
             for result in pending.stream:
-                is_last = isinstance(result, ItemFailure) or result.facts is not None
-                num_ends += is_last  # of a clip, or of the item
+                ends_clip = isinstance(result, ItemFailure) or result.facts is not None
+                num_ends += ends_clip
                 num_items = result.item_index + 1
                 yield WindowedValue(result, pending.timestamp, (pending.window,))
         end = UnitEnd(pending.unit, num_items, num_ends - num_items)

@@ -60,7 +60,9 @@ def one_of(num_channels: int, live: int) -> list[Samples]:
 def test_a_mix_that_loses_15_db_warns(
     channels: list[Samples], words: str | None, format: str
 ) -> None:
-    warning = decode_whole(together(*channels, format=format))[1].warning
+    facts = decode_whole(together(*channels, format=format))[1]
+    warning = facts.warning
+    assert facts.warning_kinds == (() if words is None else ("channels_cancel",))
     if words is None:
         assert warning is None
     elif format == "wav_float":

@@ -58,6 +58,17 @@ def cached_sounds(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Cac
     return cache([sounds], tmp_path_factory.mktemp("cache"))
 
 
+def test_another_channel_is_decoded_again_in_the_same_folder(sounds: Path, tmp_path: Path) -> None:
+    inputs = [sounds / "b.flac"]
+    cache(inputs, tmp_path)
+    second = dataclasses.replace(DECODE, channel=2)
+    for is_reused in (False, True):
+        cached = cache(inputs, tmp_path, decode=second)
+        expected, _ = decode_whole(inputs[0], sample_rate_hz=RATE, channel=2)
+        np.testing.assert_array_equal(cached.files.read_clip(cached.clips[0]), expected)
+        assert cached.is_reused is is_reused
+
+
 def test_samples_are_those_that_label_gets(sounds: Path, cached_sounds: CachedClips) -> None:
     clips = by_name(cached_sounds)
     assert list(clips) == ["a.wav", "b.flac", "c.ogg", "d.mp3"]
