@@ -260,8 +260,8 @@ def flac_that_promises(num_samples: int, duration_s: float = 10.0) -> bytes:
 
 def test_audio_beyond_what_a_header_promises_is_in_the_last_segment(tmp_path: Path) -> None:
     path = tmp_path / "liar.flac"
-    path.write_bytes(flac_that_promises(7 * RATE_HZ))
-    assert spans(division_of(path).items) == [(0.0, 3.0), (3.0, 6.0), (6.0, None)]
+    path.write_bytes(flac_that_promises(7 * RATE_HZ))  # of ten seconds, which its frames tell
+    assert spans(division_of(path).items) == [(0.0, 3.0), (3.0, 6.0), (6.0, 9.0), (9.0, None)]
 
 
 @pytest.mark.parametrize("num_samples", [0, (1 << 36) - 1])
