@@ -145,8 +145,8 @@ def _time_model(engine: Engine, label: LabelSettings, device: str) -> float:
 
 
 def _time_fbank(label: LabelSettings) -> float:
-    noise = np.random.default_rng(0).standard_normal(label.windows.window_samples)
-    samples = noise.astype(np.float32) / 10
+    generator = np.random.default_rng(0)
+    samples = generator.standard_normal(label.windows.window_samples, dtype=np.float32)
     threads = feature_threads(label.inference.num_processes)
     threads.submit(extract_fbank, samples, label.fbank).result()
     return _median_s(lambda: threads.submit(extract_fbank, samples, label.fbank).result())

@@ -71,12 +71,18 @@ def build_deferred_graph(pipeline: beam.Pipeline, resolved: ResolvedRun, startup
         | "Count planned units" >> Count.Globally()
         | "Record plan" >> beam.Map(record_plan, AsSingleton(planned.finish))
     )
+    # The plan is recorded before the work begins; else a runner might do it last.
+    recorded = units | "Wait for plan" >> beam.Map(_unit_of_plan, AsSingleton(num_units))
     # Without it, the worker that planned the units would label them all.
-    spread = units | "Spread units" >> beam.Reshuffle()
+    spread = recorded | "Spread units" >> beam.Reshuffle()
     totals = label_units(spread, resolved.label, resolved.commit)
     _ = totals | "Finish run" >> beam.Map(
         finish_run, AsSingleton(planned.finish), AsSingleton(num_units)
     )
+
+
+def _unit_of_plan(unit: WorkUnit, num_units: int) -> WorkUnit:
+    return unit
 
 
 def record_plan(num_units: int, finish: FinishRun) -> int:

@@ -10,7 +10,6 @@ are read.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import threading
 import time
 import zlib
@@ -380,24 +379,23 @@ class _Sampler:
         amount = Amount()
         num_bytes = due = 0.0
         measured: dict[str, tuple[Amount, int]] = {}  # the last of each kind, and its bytes
-        with contextlib.closing(read_items(part, self._sources)) as clips:
-            for clip in clips:
-                size_of_clip = _num_bytes(clip)
-                kind = extension(clip.item.member or "")
-                if isinstance(clip, EncodedClip) and (num_bytes >= due or kind not in measured):
-                    if not num_bytes:
-                        shrinks_to = _compression(unit, clip)
-                    due = num_bytes + step
-                    one = self._measure(clip)
-                    if one is not None:
-                        measured[kind] = one, max(1, size_of_clip)
-                elif isinstance(clip, EncodedClip):
-                    remove_temporary(clip)
-                amount += self._amount_like(measured.get(kind), clip, size_of_clip)
-                num_bytes += size_of_clip
-                if num_bytes >= most_bytes or self._is_over():
-                    is_whole = False
-                    break
+        for clip in read_items(part, self._sources):
+            size_of_clip = _num_bytes(clip)
+            kind = extension(clip.item.member or "")
+            if isinstance(clip, EncodedClip) and (num_bytes >= due or kind not in measured):
+                if not num_bytes:
+                    shrinks_to = _compression(unit, clip)
+                due = num_bytes + step
+                one = self._measure(clip)
+                if one is not None:
+                    measured[kind] = one, max(1, size_of_clip)
+            elif isinstance(clip, EncodedClip):
+                remove_temporary(clip)
+            amount += self._amount_like(measured.get(kind), clip, size_of_clip)
+            num_bytes += size_of_clip
+            if num_bytes >= most_bytes or self._is_over():
+                is_whole = False
+                break
         if not is_whole and not amount.items:
             return None
         read = amount.items
