@@ -6,8 +6,8 @@
 Joins real recordings to files of 2 to 120 seconds and stores them in several ways. Each case is
 planned, and labelled with a small random model by ``earmark label``; what its display says is
 compared with what came to pass. A window takes ``--window-s`` at least, as it would on a device
-of its own, so that other work on the machine hardly matters. Prints a table and writes ``progress.json``
-beside this file; see ``benchmarks/README.md``.
+of its own, so that other work on the machine hardly matters. Prints a table and writes
+``progress.json`` beside this file; see ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
