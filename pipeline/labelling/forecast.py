@@ -81,16 +81,18 @@ class PlanForecast:
         self._thread = threading.Thread(target=self._sample, name="earmark-sample", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        with contextlib.suppress(RuntimeError):  # no more threads: then sizes must do
+            self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
-        self._thread.join(STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            self._thread.join(STOP_TIMEOUT_S)
 
     def _sample(self) -> None:
         # The run meets the same errors, and reports them.
-        with contextlib.suppress(OSError, EarmarkError):
+        with contextlib.suppress(OSError, RuntimeError, EarmarkError):
             sample = take_sample(
                 self._units, self._found, self._sources, self._decode, stop=self._stop
             )
@@ -111,12 +113,12 @@ class PlanForecast:
             for unit_id, num_items in seen.open.items()
             if unit_id in self._numbers
         )
-        total = estimate.total
+        total, is_exact = estimate.total, estimate.has_exact_items
         weight = SAMPLE_WEIGHT * total.windows if estimate.is_sampled else 0.0
         return Expected(
             windows=round(expect_windows(total.windows, done, counts, weight=weight)),
-            items=round(total.items),
-            is_exact=estimate.has_exact_items,
+            items=round(total.items) if is_exact or estimate.is_sampled else None,
+            is_exact=is_exact,
             doing=self._doing,
         )
 

@@ -36,6 +36,9 @@ MAX_DECODED_BYTES = 4 << 20
 
 def fetch_headers(items: Sequence[Item]) -> Iterator[EncodedClip | Failure]:
     """Yield each item's file as far as its header needs; remote ones are fetched in parallel."""
+    if all(urls.is_local(item.url or item.uri) for item in items):
+        yield from map(_fetch_header, items)
+        return
     with ThreadPoolExecutor(HEADERS_AHEAD, "earmark-headers") as threads:
         for start in range(0, len(items), HEADERS_AHEAD):
             yield from threads.map(_fetch_header, items[start : start + HEADERS_AHEAD])

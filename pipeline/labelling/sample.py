@@ -10,6 +10,7 @@ are read.
 from __future__ import annotations
 
 import bisect
+import functools
 import threading
 import time
 import zlib
@@ -121,7 +122,7 @@ class WorkEstimate:
             sum(one.windows for one in self.of_unit),
         )
 
-    @property
+    @functools.cached_property
     def has_exact_items(self) -> bool:
         """Whether the number of items is known exactly, without reading a tar."""
         return all(

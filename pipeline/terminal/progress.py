@@ -240,10 +240,10 @@ def _clips(moment: Moment, expected: Expected) -> str:
 
 
 def _how_much(expected: Expected) -> str:
-    """Return `` 1,200 clips`` or `` about 1,200 clips``; nothing if not known."""
-    if expected.items is None:
+    """Return `` 1,200 clips``; nothing if that is not known exactly."""
+    if expected.items is None or not expected.is_exact:
         return ""
-    return f" {'' if expected.is_exact else 'about '}{counted(expected.items, 'clip')}"
+    return f" {counted(expected.items, 'clip')}"
 
 
 def _windows(moment: Moment, expected: Expected) -> str:
