@@ -213,7 +213,7 @@ def measure(source: Path, model: Path, window_s: float) -> dict[str, Any]:
             "inputs": [str(source)],
             "output": output,
             "model": {"name": str(model)},
-            "inference": {"device": "cpu", "precision": "fp32"},
+            "inference": {"device": "cpu", "precision": "fp32", "engine": "torch"},
         }
         argument = json.dumps([config, window_s])
         planned = run_apart(_PLAN, argument)

@@ -65,8 +65,9 @@ class Pace:
     """What was done lately, and the time it took.
 
     Attributes:
-        seconds: Seconds of work; above 0.
+        seconds: Seconds of work, without checks; above 0.
         since_s: Seconds since the last of it was done.
+        check_s: Seconds that checking a window takes.
     """
 
     windows: int
@@ -74,13 +75,16 @@ class Pace:
     audio_s: float
     seconds: float
     since_s: float = 0.0
+    check_s: float = 0.0
 
 
 class PaceMeter:
     """Measures the pace over the later half of what has been done.
 
-    The first windows come with the first reading that has any, after a time that says nothing
-    about the speed: the model is loaded and compiled in it. So they only start the clock.
+    Checking the precision makes the first windows several times slower than all others, so its
+    time does not count. The first windows come with the first reading that has any, after a time
+    that says nothing about the speed: the model is loaded and compiled in it. So they only start
+    the clock.
     """
 
     def __init__(self) -> None:
@@ -89,6 +93,7 @@ class PaceMeter:
     def add(self, now_s: float, counts: LiveCounts) -> Pace | None:
         """Take the counts so far; return the pace, or None if it is too early to tell."""
         work = _work(counts)
+        now_s -= counts.check_s
         if work and (not self._marks or work > _work(self._marks[-1][1])):
             self._marks.append((now_s, counts))
         while len(self._marks) > 2 and _work(self._marks[1][1]) <= work / 2:
@@ -102,6 +107,7 @@ class PaceMeter:
             audio_s=last.audio_s - first.audio_s,
             seconds=ended_s - began_s,
             since_s=now_s - ended_s,
+            check_s=counts.check_s / counts.checked if counts.checked else 0.0,
         )
 
 
@@ -179,6 +185,7 @@ def seconds_left(moment: Moment, expected: Expected) -> float | None:
     if remaining <= 0 or not done:
         return None
     left = remaining * pace.seconds / done - pace.since_s
+    left += min(remaining, max(0, moment.counts.checks_left)) * pace.check_s
     return left if left > 0 else None
 
 

@@ -12,7 +12,9 @@ class LiveCounts:
 
     ``failures`` are items that could not be labelled. ``audio_s`` counts each second once where
     windows overlap; at the end, it is the sum of the clips' durations. ``clip_windows`` are the
-    windows of the clips that are done, without those of clips in progress.
+    windows of the clips that are done, without those of clips in progress. ``checked`` are
+    the first windows, which are computed a second time to check the precision; it took ``check_s``,
+    and ``checks_left`` are to be checked yet.
     """
 
     clips: int = 0
@@ -21,6 +23,9 @@ class LiveCounts:
     failures: int = 0
     units: int = 0
     clip_windows: int = 0
+    checked: int = 0
+    check_s: float = 0.0
+    checks_left: int = 0
 
 
 @dataclass(frozen=True)

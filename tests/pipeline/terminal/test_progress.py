@@ -344,3 +344,17 @@ def test_what_a_forecast_expects_is_shown(
     assert last.startswith(" 50% · 25/50 clips · 50/~100 windows")
     assert last.endswith("· 1:20 elapsed · about 50 s left")
     assert seen[-1].clip_windows == 50
+
+
+def test_the_check_of_the_first_windows_is_not_the_pace_of_the_others() -> None:
+    # Batches of 4 take a second; the first 32 windows are checked, which takes 2 s more a window.
+    meter, now_s, windows = PaceMeter(), 10.0, 0
+    for _ in range(19):
+        windows += 4
+        checked = min(32, windows)
+        now_s = 10.0 + windows / 4 + 2.0 * checked
+        counts = LiveCounts(0, windows, 0.0, 0, 0, 0, checked, 2.0 * checked, 32 - checked)
+        moment = Moment(counts, now_s, meter.add(now_s, counts))
+        left_s = seconds_left(moment, Expected(80))
+        if windows > 16:
+            assert left_s == pytest.approx((80 - windows) / 4 + 2.0 * (32 - checked))
