@@ -42,7 +42,7 @@ from transforms.models.ast.checkpoints import load_model, resolve_model
 from transforms.models.labels import Label
 from transforms.results.commits import open_part, read_part
 from transforms.results.read import read_batches
-from transforms.sources.clip_ids import for_terminal
+from transforms.sources.clip_ids import for_terminal, printable
 from transforms.storage import urls, writing
 from transforms.storage.secrets import public_uri
 
@@ -459,8 +459,8 @@ def write_evaluation(
     from pipeline.evaluation.picture import draw_evaluation  # imports matplotlib
 
     contents = {
-        JSON_FILE: json.dumps(
-            as_json(evaluation, scored, results, truth), indent=1, ensure_ascii=False
+        JSON_FILE: printable(
+            json.dumps(as_json(evaluation, scored, results, truth), indent=1, ensure_ascii=False)
         ).encode(),
         PICTURE_FILE: draw_evaluation(evaluation.metrics, evaluation.truth, evaluation.scores),
     }

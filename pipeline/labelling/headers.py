@@ -5,6 +5,8 @@ A decoder process reads the headers. Of a remote file, only the beginning and th
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +122,19 @@ class HeaderReader:
             return 0.0
         finally:
             remove_temporary(clip)
+
+    def count_channels(self, clip: EncodedClip | Failure) -> int:
+        """Return the channels of a clip by its first second; 1 if they are not known."""
+        if isinstance(clip, Failure):
+            return 1
+        start_s = clip.item.start_s or 0.0
+        item = dataclasses.replace(clip.item, start_s=start_s, end_s=start_s + 1.0)
+        beginning = dataclasses.replace(clip, item=item)
+        with contextlib.suppress(DecodeError, OSError):
+            for _, facts in self._living_process().decode(beginning, channel=1):
+                if facts is not None:
+                    return facts.channels
+        return 1
 
     def _promised_s(self, clip: EncodedClip, num_bytes: int) -> float | None:
         length_s = self._living_process().read_length_s(clip)

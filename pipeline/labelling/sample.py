@@ -62,6 +62,10 @@ class Amount:
             self.items + other.items, self.audio_s + other.audio_s, self.windows + other.windows
         )
 
+    def of_channels(self, channels: int) -> Amount:
+        """Return the amount of an item, each of whose channels is a clip of this amount."""
+        return Amount(self.items, self.audio_s * channels, self.windows * channels)
+
     def times(self, factor: float) -> Amount:
         """Return so many times the amount."""
         return Amount(self.items * factor, self.audio_s * factor, self.windows * factor)
@@ -77,12 +81,15 @@ class Measured:
     Attributes:
         position: Its place in the plan, in windows that sizes suggest.
         size: Bytes of a file or tar, rows of a Parquet file; at least 1.
-        amount: What it holds. A clip that cannot be decoded is an item without windows.
+        amount: What it holds. A clip that cannot be decoded is an item without windows. Of a file,
+            the amount of one clip.
+        channels: Clips of a file: 1, or its channels with ``decode.channel: each``.
     """
 
     position: float
     size: float
     amount: Amount
+    channels: int = 1
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,7 @@ class WorkEstimate:
         if not measured.amount.windows:
             return FAILED
         length_s = (item.size or 0) * measured.amount.audio_s / measured.size
-        return _of_span(item, length_s, self._guess)
+        return _of_span(item, length_s, self._guess).of_channels(measured.channels)
 
 
 def _of_span(item: Item, length_s: float, guess: WindowEstimate) -> Amount:
@@ -260,7 +267,7 @@ def take_sample(
     files, slices = _choose_files(units, sources), _choose_slices(units)
     began_s = time.monotonic()
     with HeaderReader(decode) as headers:
-        sampler = _Sampler(headers, sources, stop or threading.Event())
+        sampler = _Sampler(headers, sources, stop or threading.Event(), decode.channel == "each")
         sampler.until_s = began_s + sampling_s / (2 if slices else 1)
         for place, one in sampler.measure_files(files):
             measured[extension(place.item.uri)].append(one)
@@ -325,8 +332,13 @@ def _spread(count: int) -> list[int]:
 
 class _Sampler:
     def __init__(
-        self, headers: HeaderReader, sources: SourceSettings, stop: threading.Event
+        self,
+        headers: HeaderReader,
+        sources: SourceSettings,
+        stop: threading.Event,
+        takes_each_channel: bool,
     ) -> None:
+        self._takes_each_channel = takes_each_channel
         self._headers = headers
         self._sources = sources
         self._guess = sources.estimate
@@ -345,21 +357,22 @@ class _Sampler:
                 return
             clips = fetch_headers([place.item for place in some])
             for place, clip in zip(some, clips, strict=True):
-                amount = self._measure(clip)
-                if amount is not None:
-                    yield place, Measured(place.position, max(1, place.item.size or 0), amount)
+                found = self._measure(clip)
+                if found is not None:
+                    yield place, Measured(place.position, max(1, place.item.size or 0), *found)
 
-    def _measure(self, clip: EncodedClip | Failure) -> Amount | None:
-        """Return the amount of a clip, from the start of its file; None if not known."""
+    def _measure(self, clip: EncodedClip | Failure) -> tuple[Amount, int] | None:
+        """Return a clip's amount, from the start of its file, and its channels; None if unknown."""
+        channels = self._headers.count_channels(clip) if self._takes_each_channel else 1
         length_s = self._headers.measure_s(clip)
         if length_s is None:
             return None
         if length_s <= 0:
             self.num_failed += 1
-            return FAILED
+            return FAILED, 1
         self.num_clips += 1
         length_s += clip.item.start_s or 0.0
-        return Amount(1, length_s, self._guess.of_duration(length_s))
+        return Amount(1, length_s, self._guess.of_duration(length_s)), channels
 
     def measure_slice(
         self, unit: WorkUnit, position: float, size: int | None, *, share: float
@@ -379,7 +392,7 @@ class _Sampler:
         shrinks_to = 1.0
         amount = Amount()
         num_bytes = due = 0.0
-        measured: dict[str, tuple[Amount, int]] = {}  # the last of each kind, and its bytes
+        measured: dict[str, Measured] = {}  # the last of each kind
         for clip in read_items(part, self._sources):
             size_of_clip = _num_bytes(clip)
             kind = extension(clip.item.member or "")
@@ -387,9 +400,9 @@ class _Sampler:
                 if not num_bytes:
                     shrinks_to = _compression(unit, clip)
                 due = num_bytes + step
-                one = self._measure(clip)
-                if one is not None:
-                    measured[kind] = one, max(1, size_of_clip)
+                found = self._measure(clip)
+                if found is not None:
+                    measured[kind] = Measured(position, max(1, size_of_clip), *found)
             elif isinstance(clip, EncodedClip):
                 remove_temporary(clip)
             amount += self._amount_like(measured.get(kind), clip, size_of_clip)
@@ -405,7 +418,7 @@ class _Sampler:
         return Measured(position, max(1.0, size if is_whole and size else read), amount)
 
     def _amount_like(
-        self, measured: tuple[Amount, int] | None, clip: EncodedClip | Failure, num_bytes: int
+        self, measured: Measured | None, clip: EncodedClip | Failure, num_bytes: int
     ) -> Amount:
         """Return the amount of a clip with the bytes a second of one that was measured."""
         if isinstance(clip, Failure):
@@ -414,10 +427,10 @@ class _Sampler:
             return _of_span(
                 clip.item, guess_duration_s(clip.item.member or "", num_bytes), self._guess
             )
-        amount, size = measured
-        if not amount.windows:
+        if not measured.amount.windows:
             return FAILED
-        return _of_span(clip.item, amount.audio_s * num_bytes / size, self._guess)
+        length_s = measured.amount.audio_s * num_bytes / measured.size
+        return _of_span(clip.item, length_s, self._guess).of_channels(measured.channels)
 
 
 def _num_bytes(clip: EncodedClip | Failure) -> int:

@@ -16,7 +16,6 @@ The same command resumes an unfinished training.
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,6 +59,8 @@ from pipeline.training.stages.validation import Scorer
 from transforms.features.fbank import KaldiFbank
 from transforms.features.fbank_settings import without_normalising
 from transforms.models.ast.model import ASTForAudioClassification
+from transforms.process.devices import threads_of
+from transforms.process.limits import usable_cores
 from transforms.process.temp_folders import sweep
 from transforms.records import ItemFailure
 from transforms.storage import reading, urls, writing
@@ -118,6 +119,7 @@ def train(
     earlier: Mapping[str, Any] | None,
 ) -> None:
     """Run the stages and write the results; ``earlier`` is the record that this run resumes."""
+    torch.set_num_threads(threads_of(1))
     began_s = time.monotonic()
     statistics = settle_statistics(plan, clips.train, earlier, quiet=config.quiet)
     record = make_record(plan, clips, config, statistics, earlier)
@@ -195,7 +197,7 @@ def make_stages(
     augment = Augment(config.augmentation, fbank)
     num_loaders = training.loader_processes
     if num_loaders is None:
-        num_loaders = 0 if plan.device == "cpu" else min(_MAX_LOADERS, os.cpu_count() or 1)
+        num_loaders = 0 if plan.device == "cpu" else min(_MAX_LOADERS, usable_cores())
     batches = BatchSettings(
         batch_size=training.batch_size,
         window_samples=windows.window_samples,

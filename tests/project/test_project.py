@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "transforms/decoding/formats": "",
     "transforms/decoding": "process decoding/formats",
     "transforms/features": "process",
-    "transforms/sources": "process storage decoding features",
+    "transforms/sources": "process storage decoding decoding/formats features",
     "transforms/models": "process storage decoding features",
     "transforms/models/ast": "process storage decoding features models",
     "transforms/inference": "process storage decoding features sources models models/ast",

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 class LiveCounts:
     """What the last step of this process has labelled and committed so far.
 
-    ``failures`` are items that could not be labelled. ``audio_s`` counts each second once where
-    windows overlap; at the end, it is the sum of the clips' durations. ``clip_windows`` are the
-    windows of the clips that are done, without those of clips in progress. ``checked`` are
-    the first windows, which are computed a second time to check the precision; it took ``check_s``,
-    and ``checks_left`` are to be checked yet.
+    ``clips`` are items that were labelled, and ``failures`` those that could not be. ``audio_s``
+    counts each second once where windows overlap; at the end, it is the sum of the durations of
+    clips. ``clip_windows`` are the windows of the clips that are done, without those of clips in
+    progress. ``checked`` are the first windows, which are computed a second time to check the
+    precision; it took ``check_s``, and ``checks_left`` are to be checked yet.
     """
 
     clips: int = 0

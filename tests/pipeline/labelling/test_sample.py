@@ -251,3 +251,16 @@ def test_any_beginning_of_the_order_is_spread_evenly(count: int) -> None:
         found = sorted([-1, *order[:length], count])
         gaps = np.diff(found)
         assert gaps.max() <= max(2, 4 * count / length)
+
+
+@pytest.mark.parametrize("write", [folder_of("wav", 2), parquet_of("flac", 2)])
+def test_each_channel_counts_where_it_is_a_clip(
+    write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    write(tmp_path)
+    found, sources = find_inputs([str(tmp_path)]), SourceSettings()
+    units = find_units(found, sources)
+    decode = DecodeSettings(num_processes=1, channel="each")
+    total = WorkEstimate(units, found, sources, take_sample(units, found, sources, decode)).total
+    assert total.audio_s == pytest.approx(2 * sum(LENGTHS_S), rel=0.02)
+    assert (total.items, total.windows) == (len(LENGTHS_S), 2 * WINDOWS)
