@@ -24,7 +24,6 @@ from pipeline.runners.options import is_remote, pipeline_options
 from pipeline.terminal.std_streams import answer
 from pipeline.terminal.wording import counted, format_audio, format_duration
 from transforms.decoding.pool import DecodePool
-from transforms.decoding.settings import usable_cores
 from transforms.features.fbank import extract_fbank
 from transforms.features.threads import feature_threads
 from transforms.inference.backbones import (
@@ -35,6 +34,7 @@ from transforms.inference.backbones import (
 from transforms.inference.engine import Engine
 from transforms.inference.handler import ASTModelHandler
 from transforms.label_audio import LabelSettings, read_items
+from transforms.process.limits import usable_cores
 from transforms.process.stage_times import stage_clocks
 from transforms.records import EncodedClip, Failure, Waveform, WorkUnit
 
