@@ -26,6 +26,10 @@ from transforms.sources.read_unit import Found, SourceSettings
 # much would never be corrected.
 SAMPLE_WEIGHT = 0.25
 
+# The items of a slice in progress are not known one by one, and may be of very different lengths,
+# so they tell less about the rest than files do.
+SLICE_WEIGHT = 2.0
+
 PLAN_POLL_INTERVAL_S = 5.0
 STOP_TIMEOUT_S = 2.0
 
@@ -114,7 +118,11 @@ class PlanForecast:
             if unit_id in self._numbers
         )
         total, is_exact = estimate.total, estimate.has_exact_items
-        weight = SAMPLE_WEIGHT * total.windows if estimate.is_sampled else 0.0
+        weight = 0.0
+        if estimate.is_sampled:
+            opened = (self._units[self._numbers[one]] for one in seen.open if one in self._numbers)
+            in_slice = any(unit.container is not None and not unit.items for unit in opened)
+            weight = total.windows * (SLICE_WEIGHT if in_slice else SAMPLE_WEIGHT)
         return Expected(
             windows=round(expect_windows(total.windows, done, counts, weight=weight)),
             items=round(total.items) if is_exact or estimate.is_sampled else None,

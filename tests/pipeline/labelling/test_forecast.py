@@ -198,6 +198,15 @@ def test_a_tar_counts_by_the_items_that_a_sample_suggests() -> None:
     assert expected.windows == 240
 
 
+def test_items_of_a_slice_may_be_of_very_different_lengths() -> None:
+    part = ContainerSlice("x.tar", "x.tar", 80_000_000, "v1")
+    units = [WorkUnit("t", "tar", container=part, estimated_windows=500)]
+    sample = Sample({"tar": [Measured(250, 80_000_000, Amount(80, 3600.0, 360))]}, 80)
+    run = Run(units, [[10] * 20 + [1] * 20 + [7] * 20 + [0] * 20])
+    error = worst(run.errors(forecast_of(units, sample, Found())))
+    assert error.share < 0.2
+
+
 def test_units_may_be_done_in_any_order() -> None:
     units = files(*((f"{n}.wav", (1 + 9 * (n >= 8)) * 882_000) for n in range(16)))
     forecast = forecast_of(units)
