@@ -418,11 +418,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
     for unit_id, reason in list(state.damaged.items())[:5]:
         lines.append(f"Unit {unit_id} is damaged and will be redone: {reason}.")
     if remaining.units:
-        windows_to_do = sum(unit.estimated_windows for unit in remaining.units)
-        lines.append(
-            f"To do: {counted(len(remaining.units), 'unit')}, about "
-            f"{counted(windows_to_do, 'window')}."
-        )
+        lines.append(f"To do: {counted(len(remaining.units), 'unit')}.")
         lines += describe_long_files(remaining.units)
     else:
         lines.append("Nothing to do: everything found is done.")

@@ -23,10 +23,17 @@ from apache_beam.transforms.combiners import Count
 from pipeline.graph import RunTotals, label_units
 from pipeline.labelling.plan import ResolvedRun, find_work, make_finish
 from pipeline.labelling.same_bytes import write_renewed
-from pipeline.result.state import FinishRun, ResultState, read_result
+from pipeline.result.state import (
+    PLANNED_UNITS,
+    FinishRun,
+    ResultState,
+    read_result,
+    write_run,
+)
 from pipeline.terminal.time_report import Startup
 from transforms.records import WorkUnit
 from transforms.sources.read_unit import RestOfContainer, cut_container
+from transforms.storage.writing import writing_to
 
 
 def list_and_compare(
@@ -61,13 +68,30 @@ def build_deferred_graph(pipeline: beam.Pipeline, resolved: ResolvedRun, startup
         | "Cut containers" >> cut.with_output_types(WorkUnit)
     )
     units = (planned.units, of_containers) | "All units" >> beam.Flatten()
-    num_units = units | "Count planned units" >> Count.Globally()
+    num_units = (
+        units
+        | "Count planned units" >> Count.Globally()
+        | "Record plan" >> beam.Map(record_plan, AsSingleton(planned.finish))
+    )
+    # The plan is recorded before the work begins; else a runner might do it last.
+    recorded = units | "Wait for plan" >> beam.Map(_unit_of_plan, AsSingleton(num_units))
     # Without it, the worker that planned the units would label them all.
-    spread = units | "Spread units" >> beam.Reshuffle()
+    spread = recorded | "Spread units" >> beam.Reshuffle()
     totals = label_units(spread, resolved.label, resolved.commit)
     _ = totals | "Finish run" >> beam.Map(
         finish_run, AsSingleton(planned.finish), AsSingleton(num_units)
     )
+
+
+def _unit_of_plan(unit: WorkUnit, num_units: int) -> WorkUnit:
+    return unit
+
+
+def record_plan(num_units: int, finish: FinishRun) -> int:
+    """Write the number of planned units into ``run.json``, for the progress display; return it."""
+    with writing_to(finish.output):
+        write_run(finish.output, {**finish.run, PLANNED_UNITS: num_units})
+    return num_units
 
 
 def finish_run(new: RunTotals, finish: FinishRun, num_units: int) -> None:

@@ -26,7 +26,12 @@ from pipeline.config.label import RunConfig, given_inputs, given_output
 from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.graph import RunTotals, build_graph
 from pipeline.labelling.calibration import calibrate
-from pipeline.labelling.estimate import windows_of_first
+from pipeline.labelling.forecast import (
+    DeferredForecast,
+    Forecast,
+    PlanForecast,
+    show_progress,
+)
 from pipeline.labelling.plan import (
     ResolvedRun,
     RunPlan,
@@ -68,12 +73,12 @@ from pipeline.terminal.count_report import (
     may_succeed,
 )
 from pipeline.terminal.precision_report import describe_checks, precision_warnings
-from pipeline.terminal.progress import Expected, LiveReader, ProgressDisplay
+from pipeline.terminal.progress import LiveReader
 from pipeline.terminal.std_streams import say
 from pipeline.terminal.time_report import UNTIMED, Startup, describe_time
 from pipeline.terminal.wording import counted, format_audio, format_duration
 from transforms.errors import ConfigError, OutputError, TooManyListedError
-from transforms.process.progress_counts import LiveCounts
+from transforms.process.progress_counts import LiveCounts, UnitsSeen
 from transforms.process.stage_times import stage_clocks
 from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
@@ -118,7 +123,7 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
         started = time.monotonic()
         if draw is not None:
             try:
-                is_done = run_graph(draw, output, run.expected, options, config.quiet)
+                is_done = run_graph(draw, output, run.forecast, options, config.quiet)
             finally:
                 remove_staging(output)
             if not is_done:
@@ -136,7 +141,7 @@ class PlannedRun:
     """
 
     prepare: Callable[[Startup], Callable[[beam.Pipeline], None] | None]
-    expected: Expected
+    forecast: Forecast
 
 
 def plan_locally(
@@ -166,13 +171,9 @@ def plan_locally(
         finish(RunTotals())
         return None
 
-    items = plan.remaining.num_items
-    expected = Expected(
-        windows=sum(unit.estimated_windows for unit in plan.units),
-        items=items,
-        windows_of_first=None if items is None else windows_of_first(plan.units),
-    )
-    return PlannedRun(prepare, expected)
+    label = plan.resolved.label
+    forecast = PlanForecast(plan.units, plan.found, label.sources, label.decode)
+    return PlannedRun(prepare, forecast)
 
 
 def fits_job(units: Sequence[WorkUnit]) -> bool:
@@ -202,7 +203,7 @@ def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
         begun = begin_output(resolved, {}, is_new=True)  # workers renew the commits
         return functools.partial(build_deferred_graph, resolved=begun, startup=startup)
 
-    return PlannedRun(prepare, Expected())
+    return PlannedRun(prepare, DeferredForecast(resolved.state.output))
 
 
 def _interrupt_main_thread() -> None:
@@ -249,7 +250,7 @@ def begin_output(
 def run_graph(
     draw: Callable[[beam.Pipeline], None],
     output: str,
-    expected: Expected,
+    forecast: Forecast,
     options: PipelineOptions,
     quiet: bool,
 ) -> bool:
@@ -267,7 +268,7 @@ def run_graph(
             say("The job is submitted; this command does not wait for it.", quiet=quiet)
         return False
     read = LiveReader() if is_in_process(options) else _CommitReader(output)
-    progress = ProgressDisplay(read, expected, quiet=quiet)
+    progress = show_progress(read, forecast, quiet=quiet)
     with progress, temporary_files_in_scratch():  # a job server stages files in a folder
         follow(result or pipeline.run(), output, options)
     return True
@@ -279,6 +280,7 @@ class _CommitReader:
     def __init__(self, output: str) -> None:
         self._output = output
         self._seen = set(list_unit_ids(output))
+        self._committed: list[str] = []
         self._totals = UnitTotals()
         self._next_s = 0.0
 
@@ -286,8 +288,18 @@ class _CommitReader:
         if time.monotonic() >= self._next_s:
             self.refresh()
         done = self._totals
-        labelled = done.items - done.failures
-        return LiveCounts(labelled, done.windows, done.audio_s, done.failures)
+        return LiveCounts(
+            clips=done.items - done.failures,
+            windows=done.windows,
+            audio_s=done.audio_s,
+            failures=done.failures,
+            units=len(self._committed),
+            clip_windows=done.windows,
+        )
+
+    def seen(self) -> UnitsSeen:
+        """Return the units that are done."""
+        return UnitsSeen(committed=self._committed)
 
     def refresh(self) -> None:
         """List the commits now; ``ProgressDisplay`` calls this at the end."""
@@ -298,6 +310,7 @@ class _CommitReader:
                 if unit_id not in self._seen:
                     self._totals += read_commit(self._output, unit_id).totals
                     self._seen.add(unit_id)
+                    self._committed.append(unit_id)
 
 
 def report(output: str, config: RunConfig, elapsed_s: float) -> int:

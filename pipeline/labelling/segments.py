@@ -13,50 +13,36 @@ import dataclasses
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.label import RunConfig, given_inputs
 from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
+from pipeline.labelling.headers import MIN_BYTES_PER_S, HeaderReader, fetch_headers
 from pipeline.labelling.plan import describe_inputs, find_items, input_options
 from pipeline.terminal.std_streams import answer
 from pipeline.terminal.wording import counted
-from transforms.decoding.process import (
-    WORKER_COMMAND,
-    DecoderProcess,
-    start_decoder,
-)
 from transforms.decoding.settings import DecodeSettings
-from transforms.errors import ConfigError, DecodeError, OutputError
+from transforms.errors import ConfigError, OutputError
 from transforms.label_audio import read_items
 from transforms.records import EncodedClip, Failure, Item
 from transforms.sources.clip_ids import make_clip_id, occurrence_of
-from transforms.sources.fetching import spool
 from transforms.sources.file_kinds import extension
 from transforms.sources.read_unit import (
     Found,
     SourceSettings,
     plan_units,
 )
-from transforms.storage import filesystem, reading, urls, writing
+from transforms.storage import filesystem, urls, writing
 from transforms.storage.secrets import public_uri
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
 MIN_SEGMENT_S = 1.0
 MIN_LAST_RATIO = 0.1  # a shorter last segment is merged with the one before
-# Only digital silence takes fewer bytes (Opus 750, AMR 600). Smaller files are not opened, and a
-# header that promises more audio is not believed.
-MIN_BYTES_PER_S = 500
-# What is fetched of a remote file, at its start and at its end: where headers and indexes lie.
-EDGE_BYTES = 4 << 20
-HEADERS_AHEAD = 16
 
 COLUMNS = ("uri", "clip_id", "member", "row", "start_s", "end_s", "labels")
 # Names that a manifest's reader takes for something else than metadata.
@@ -185,7 +171,7 @@ def _measured_items(
 
     Adds to ``failures`` the containers that cannot be read to their end.
     """
-    clips = _fetch_headers([item for item in found.items if _needs_header(item, segment_s)])
+    clips = fetch_headers([item for item in found.items if _needs_header(item, segment_s)])
     for item in found.items:
         is_needed = _needs_header(item, segment_s)
         yield item, headers.read_length_s(next(clips)) if is_needed else 0.0
@@ -203,85 +189,6 @@ def _needs_header(item: Item, segment_s: float) -> bool:
     """Return whether a file may have to be divided and only its header tells."""
     is_small = item.size is not None and item.size < MIN_BYTES_PER_S * segment_s
     return item.end_s is None and not is_small
-
-
-def _fetch_headers(items: Sequence[Item]) -> Iterator[EncodedClip | Failure]:
-    """Yield each item's file as far as its header needs; remote ones are fetched in parallel."""
-    with ThreadPoolExecutor(HEADERS_AHEAD, "earmark-headers") as threads:
-        for start in range(0, len(items), HEADERS_AHEAD):
-            yield from threads.map(_fetch_header, items[start : start + HEADERS_AHEAD])
-
-
-def _fetch_header(item: Item) -> EncodedClip | Failure:
-    """Return a local file as it is; of a remote one, a file of its size that holds its edges."""
-    url = item.url or item.uri
-    if urls.is_local(url):
-        return EncodedClip(item, path=urls.local_path(url))
-    try:
-        with reading.open_read(url, EDGE_BYTES, only_ranges=True) as file:
-            path = spool(url, lambda target: _copy_edges(file, target))
-    except OSError as error:
-        return Failure(item, "read", type(error).__name__, str(error))
-    return EncodedClip(item, path=path, delete_path=True)
-
-
-def _copy_edges(source: BinaryIO, target: BinaryIO) -> None:
-    size = source.seek(0, os.SEEK_END)
-    target.truncate(size)  # a hole, which takes no room
-    for start in sorted({0, max(0, size - EDGE_BYTES)}):
-        source.seek(start)
-        target.seek(start)
-        target.write(source.read(EDGE_BYTES))
-
-
-class HeaderReader:
-    """Reads lengths from headers, in a decoder process that starts with the first.
-
-    A header that crashes the process, hangs it or needs too much memory costs that process; the
-    length is then not known. Tests pass a ``worker_command`` that crashes.
-    """
-
-    def __init__(
-        self, settings: DecodeSettings, *, worker_command: Sequence[str] = WORKER_COMMAND
-    ) -> None:
-        self._settings = settings
-        self._worker_command = worker_command
-        self._process: DecoderProcess | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close()
-
-    def read_length_s(self, clip: EncodedClip | Failure) -> float | None:
-        """Return the seconds from the item's start to the end of its file; None if not known."""
-        if isinstance(clip, Failure):
-            return None
-        path = None if clip.path is None else Path(clip.path)
-        try:
-            num_bytes = len(clip.data or b"") if path is None else path.stat().st_size
-            length_s = self._living_process().read_length_s(clip)
-        except (DecodeError, OSError):  # labelling it will say why
-            return None
-        finally:
-            if path is not None and clip.delete_path:
-                path.unlink(missing_ok=True)
-        if length_s is None or length_s * MIN_BYTES_PER_S > num_bytes:
-            return None
-        return length_s - (clip.item.start_s or 0.0)
-
-    def _living_process(self) -> DecoderProcess:
-        if self._process is not None and not self._process.is_usable():
-            self._close()
-        if self._process is None:
-            self._process = start_decoder(self._settings, self._worker_command)
-        return self._process
-
-    def _close(self) -> None:
-        if self._process is not None:
-            self._process.close()
-            self._process = None
 
 
 def encode_manifest(items: Iterable[Item], ending: str) -> bytes:

@@ -21,9 +21,9 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline.config.label import RunConfig, given_inputs
 from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
-from pipeline.labelling.estimate import windows_of_first
+from pipeline.labelling.forecast import PlanForecast, show_progress
 from pipeline.labelling.plan import describe_inputs, find_items, input_options
-from pipeline.labelling.remaining import count_found_items, find_units
+from pipeline.labelling.remaining import find_units
 from pipeline.runners.dataflow import follow, is_left_running
 from pipeline.runners.options import (
     check_reachable,
@@ -33,7 +33,7 @@ from pipeline.runners.options import (
     pipeline_options,
     temporary_files_in_scratch,
 )
-from pipeline.terminal.progress import Expected, LiveReader, ProgressDisplay
+from pipeline.terminal.progress import LiveReader
 from pipeline.terminal.std_streams import answer, say
 from pipeline.terminal.wording import counted, format_audio, format_duration
 from transforms.decoding.decode_audio import DecodeAudio
@@ -125,14 +125,12 @@ def run_stats(config: RunConfig, beam_options: list[str], *, as_original: bool =
     for line in describe_inputs(plan.found):
         say(line, quiet=config.quiet)
     began_s = time.monotonic()
-    expected = Expected(
-        windows=sum(unit.estimated_windows for unit in plan.units),
-        items=count_found_items(plan.found),
-        windows_of_first=windows_of_first(plan.units),
-        doing="measuring",
+    settings = plan.settings
+    forecast = PlanForecast(
+        plan.units, plan.found, settings.sources, settings.decode, doing="measuring"
     )
     is_quiet = config.quiet or not is_in_process(options)
-    with ProgressDisplay(LiveReader(), expected, quiet=is_quiet):
+    with show_progress(LiveReader(), forecast, quiet=is_quiet):
         statistics = measure(plan, options)
     elapsed_s = time.monotonic() - began_s
     if not statistics.windows:

@@ -48,6 +48,7 @@ from transforms.storage.writing import writing_to
 logger = logging.getLogger(__name__)
 
 SUCCESS_FILE = "_SUCCESS"
+PLANNED_UNITS = "planned_units"  # in run.json, while a run whose units workers plan is running
 WRITERS_PATIENCE_S = 60.0
 
 # Earlier versions labelled a long file in parts, and kept these here until they were joined.

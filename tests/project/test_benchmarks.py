@@ -63,6 +63,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         ("stages", ["--clips", "2", "--model-windows", "1", "--layers", "1"], True),
         ("overhead", ["--windows", "8", "--clock", "cpu"], True),
         ("plan", ["--files", "100", "1000"], True),
+        ("progress", "--files 3 --cases wav tar --window-s 0.01".split(), False),
         ("memory", ["--windows", "10", "20"], False),
         ("scaling", ["--windows", "10", "--factors", "1", "2", "--workers", "1"], True),
         ("gpu", "--toy --device cpu --engines eager --formats flac --workers 1".split(), True),

@@ -29,7 +29,7 @@ from transforms.errors import FeatureError
 from transforms.features.fbank import extract_fbank
 from transforms.features.fbank_settings import FbankSettings, without_normalising
 from transforms.features.threads import feature_threads
-from transforms.process.progress_counts import live_counts
+from transforms.process.progress_counts import live_counts, live_units
 from transforms.records import Failure, FloatArray, ItemFailure, UnitEnd, Window
 
 # From the original script: batch size, share of mixed windows, both parameters of the Beta
@@ -220,18 +220,24 @@ class _MeasureFn(beam.DoFn):
         self._previous, self._failed = {}, set()
 
     def process(self, element: _Element) -> Iterator[FeatureStatistics]:
+        if isinstance(element, UnitEnd):
+            self._previous.pop(element.unit.unit_id, None)
+            live_units.commit(element.unit.unit_id)
+            return
         for statistics in self._measure(element):
             live_counts.windows += statistics.windows
             live_counts.clips += statistics.clips
             live_counts.failures += statistics.failures
             live_counts.audio_s += statistics.audio_s
+            if statistics.clips and isinstance(element, Window):
+                live_counts.clip_windows += element.num_windows or 0
+            if statistics.clips or statistics.failures:
+                live_units.add_item(element.unit_id)
             yield statistics
 
-    def _measure(self, element: _Element) -> Iterator[FeatureStatistics]:
+    def _measure(self, element: Window | ItemFailure) -> Iterator[FeatureStatistics]:
         if isinstance(element, ItemFailure):
             yield _of_failure(element.failure)
-        elif isinstance(element, UnitEnd):
-            self._previous.pop(element.unit.unit_id, None)
         else:
             yield from self._measure_window(element)
 

@@ -18,6 +18,7 @@ import importlib.util
 import logging
 import platform
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -29,6 +30,7 @@ from transforms.errors import first_line
 from transforms.inference.backbones import Features
 from transforms.process import disk_cache
 from transforms.process.devices import processor_facts
+from transforms.process.progress_counts import live_counts
 from transforms.records import FloatArray, Prediction, WindowCheck
 
 logger = logging.getLogger(__name__)
@@ -61,11 +63,18 @@ class PrecisionCheck:
         self._key = disk_cache.make_key(depends_on)
         self._kept: dict[str, Any] | None = None
         self._lock = threading.Lock()  # threads of a process share an engine
+        live_counts.checks_left += num_windows
 
     def __call__(self, features: Features, predictions: Sequence[Prediction]) -> list[Prediction]:
         """Return the engine's predictions of a batch, the first of them with a check."""
         with self._lock:
-            return self._check_first(features, list(predictions))
+            began_s, left = time.perf_counter(), self._left
+            checked = self._check_first(features, list(predictions))
+            if self._left < left:
+                live_counts.check_s += time.perf_counter() - began_s
+                live_counts.checked += left - self._left
+                live_counts.checks_left -= left - self._left
+            return checked
 
     def _check_first(self, features: Features, checked: list[Prediction]) -> list[Prediction]:
         chosen = [i for i, each in enumerate(checked) if each.error is None][: self._left]

@@ -35,7 +35,7 @@ from apache_beam.pvalue import PCollection, TaggedOutput
 from apache_beam.typehints.decorators import IOTypeHints
 
 from transforms.errors import AccountingError
-from transforms.process.progress_counts import live_counts
+from transforms.process.progress_counts import live_counts, live_units
 from transforms.process.stage_times import stage_clocks, timed
 from transforms.records import (
     ClipRow,
@@ -537,9 +537,10 @@ class _CommitUnitsFn(beam.DoFn):
         with timed("write"), writing_to(self._settings.output):
             unit.add(event)
             commit = unit.commit() if unit.is_complete else None
-        _count_live(event, unit.audio)
+        _count_live(event, unit_id, unit.audio)
         if commit is not None:
             del self._open[unit_id]
+            live_units.commit(unit_id)
             self._count(commit)
             yield UnitSummary.of(commit, stage_clocks.lap())
 
@@ -564,17 +565,23 @@ class _CommitUnitsFn(beam.DoFn):
         self._workspace.close()
 
     def _discard_open(self) -> None:
-        for unit in self._open.values():
+        for unit_id, unit in self._open.items():
             unit.discard()
+            live_units.discard(unit_id)
         self._open = {}
 
 
-def _count_live(event: UnitEvent, audio: AudioProgress) -> None:
+def _count_live(event: UnitEvent, unit_id: str, audio: AudioProgress) -> None:
     live_counts.audio_s += audio.add(event)
     if isinstance(event, WindowRow):
         live_counts.windows += 1
     elif isinstance(event, ClipRow):
         # An item whose channels are clips counts once, with the last of them.
-        live_counts.clips += event.channel in (None, event.facts.channels)
+        is_last = event.channel in (None, event.facts.channels)
+        live_counts.clips += is_last
+        live_counts.clip_windows += event.num_windows
+        if is_last:
+            live_units.add_item(unit_id)
     elif isinstance(event, ItemFailure):
         live_counts.failures += 1
+        live_units.add_item(unit_id)

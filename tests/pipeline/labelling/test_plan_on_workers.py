@@ -14,14 +14,17 @@ import pytest
 
 from pipeline.config.label import RunConfig
 from pipeline.labelling import run as run_module
+from pipeline.labelling.forecast import DeferredForecast
 from pipeline.labelling.plan import resolve_run
 from pipeline.labelling.run import fits_job, plan_on_workers, run_label
 from pipeline.result.verify import run_verify
+from pipeline.terminal.progress import Expected
 from tests.support.audio_factory import write_noise
 from tests.support.containers import tar_bytes
 from tests.support.labelling import read_rows, small_config
 from tests.support.unit_factory import file_unit
 from transforms.errors import ConfigError, InputError
+from transforms.process.progress_counts import LiveCounts, UnitsSeen
 from transforms.results.commits import list_unit_ids
 
 
@@ -135,6 +138,27 @@ def test_workers_plan_the_same_units(
         assert record(there)["totals"]["new_units"] == 0
         assert record(there)["totals"]["found_items"] == record(here)["totals"]["found_items"]
     assert list_unit_ids(str(there)) == units
+
+
+def test_the_display_learns_how_much_workers_planned(
+    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.terminal.progress.POLL_INTERVAL_S", 0.001)
+    monkeypatch.setattr("pipeline.labelling.forecast.PLAN_POLL_INTERVAL_S", 0.0)
+    forecast, shown = DeferredForecast.__call__, []
+
+    def watched(self: DeferredForecast, counts: LiveCounts, seen: UnitsSeen) -> Expected:
+        shown.append((len(seen.committed), forecast(self, counts, seen)))
+        return shown[-1][1]
+
+    monkeypatch.setattr(DeferredForecast, "__call__", watched)
+    inputs = tar(_made(tmp_path / "in"))
+    label.there(inputs, tmp_path / "out", quiet=False)
+    totals = record(tmp_path / "out")["totals"]
+    half_way = [expected for units, expected in shown if units == totals["units"] // 2]
+    assert half_way
+    assert all(expected.windows for expected in half_way)
+    assert "planned_units" not in json.loads((tmp_path / "out" / "run.json").read_text())
 
 
 def test_what_is_missing_or_has_changed_is_done_alone(label: Label, tmp_path: Path) -> None:

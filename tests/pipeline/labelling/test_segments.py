@@ -17,12 +17,12 @@ import pytest
 
 from pipeline.cli import main as cli
 from pipeline.config.label import RunConfig
-from pipeline.labelling import segments
+from pipeline.labelling import headers
+from pipeline.labelling.headers import HeaderReader
 from pipeline.labelling.plan import LONG_FILE_S, describe_long_files
 from pipeline.labelling.run import run_label
 from pipeline.labelling.segments import (
     Division,
-    HeaderReader,
     divide,
     divide_found,
     encode_manifest,
@@ -304,11 +304,11 @@ def test_a_header_that_takes_its_process_along_has_no_length(tmp_path: Path) -> 
         "child.serve(sys.argv[1:])\n"
     )
     lengths = []
-    with HeaderReader(DECODE, worker_command=(sys.executable, "-c", crashes)) as headers:
+    with HeaderReader(DECODE, worker_command=(sys.executable, "-c", crashes)) as reader:
         for name in ("good", "bad", "better"):
             path = tmp_path / f"{name}.wav"
             path.write_bytes(wav(7.0))
-            lengths.append(headers.read_length_s(EncodedClip(Item(name, name), path=str(path))))
+            lengths.append(reader.read_length_s(EncodedClip(Item(name, name), path=str(path))))
     assert lengths == [7.0, None, 7.0]
 
 
@@ -328,9 +328,9 @@ def remote() -> Iterator[str]:
 def test_of_a_remote_file_only_its_edges_are_fetched(
     remote: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segments, "EDGE_BYTES", 100_000)
+    monkeypatch.setattr(headers, "EDGE_BYTES", 100_000)
     num_fetched = 0
-    copy = segments._copy_edges
+    copy = headers._copy_edges
 
     def counting(source: io.BufferedReader, target: io.BufferedWriter) -> None:
         nonlocal num_fetched
@@ -340,7 +340,7 @@ def test_of_a_remote_file_only_its_edges_are_fetched(
         with open(target.name, "rb") as file:
             num_fetched += np.count_nonzero(np.frombuffer(file.read(), np.uint8))
 
-    monkeypatch.setattr(segments, "_copy_edges", counting)
+    monkeypatch.setattr(headers, "_copy_edges", counting)
     before = set(scratch_folder().iterdir())
     division = division_of(remote, segment_s=20.0)
     assert division.num_found == 6

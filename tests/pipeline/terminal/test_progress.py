@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import re
-import threading
 import time
 
 import pytest
@@ -15,16 +14,19 @@ from pipeline.terminal.logs import StderrHandler
 from pipeline.terminal.progress import (
     Expected,
     Moment,
+    Pace,
+    PaceMeter,
     ProgressDisplay,
     format_bar_text,
     format_counts,
-    format_line,
     seconds_left,
     share_done,
 )
 from transforms.process.progress_counts import LiveCounts
 
-AT_WORK = Moment(LiveCounts(21, 42, 420.0, 2), elapsed_s=125, working_s=120)
+AT_WORK = Moment(
+    LiveCounts(21, 42, 420.0, 2), elapsed_s=125, pace=Pace(42, 23, 420.0, seconds=120.0)
+)
 EXPECTED = Expected(80, 40)
 
 
@@ -130,57 +132,6 @@ def test_a_run_that_broke_off_does_not_end_with_100_percent(
     assert capsys.readouterr().err.splitlines()[-1].startswith(" 50% · 5 clips · 10/~20 windows")
 
 
-@pytest.mark.parametrize("factor", [0.2, 1.0, 2.5, 5.0])
-def test_the_items_done_correct_the_estimate_of_windows(factor: float) -> None:
-    # 100 items of 2 windows take a second each; the plan expects a factor more windows.
-    expected = Expected(
-        round(200 * factor), 100, windows_of_first=lambda num_items: num_items * 2 * factor
-    )
-    for items in (10, 50, 90):
-        counts = LiveCounts(items, 2 * items)
-        moment = Moment(counts, elapsed_s=items + 5, working_s=items, item_windows=2 * items)
-        assert share_done(moment, expected) == pytest.approx(items / 100, abs=0.01)
-        assert seconds_left(moment, expected) == pytest.approx(100 - items, rel=0.05)
-        assert f"{2 * items}/~200 windows" in format_line(moment, expected)
-
-
-def test_a_long_item_counts_for_its_windows() -> None:
-    # 99 items of 1 window, then one of 901, of which 401 are done; all expected twice.
-    expected = Expected(
-        2000, 100, windows_of_first=lambda num_items: 2000 if num_items == 100 else 2 * num_items
-    )
-    before = Moment(LiveCounts(99, 99), elapsed_s=99, working_s=99, item_windows=99)
-    assert share_done(before, expected) == pytest.approx(0.1, abs=0.01)
-    inside = Moment(LiveCounts(99, 500), elapsed_s=500, working_s=500, item_windows=99)
-    assert share_done(inside, expected) == pytest.approx(0.5, abs=0.01)
-    assert seconds_left(inside, expected) == pytest.approx(500, rel=0.02)
-
-
-def test_windows_of_a_clip_under_way_do_not_correct_the_estimate(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("pipeline.terminal.progress.POLL_INTERVAL_S", 0.001)
-    counts = [LiveCounts(50, 100), LiveCounts(50, 150)]
-    all_read = threading.Event()
-
-    def read() -> LiveCounts:
-        if len(counts) > 1:
-            return counts.pop(0)
-        all_read.set()
-        return counts[0]
-
-    with (
-        pytest.raises(ValueError, match="broken"),
-        ProgressDisplay(
-            read, Expected(1000, 100, windows_of_first=lambda num_items: 10 * num_items)
-        ),
-    ):
-        assert all_read.wait(timeout=60)
-        raise ValueError("broken")
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(" 75% · 50/100 clips · 150/~200 windows")
-
-
 def test_where_clips_are_not_cut_into_windows_clips_alone_are_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -191,14 +142,16 @@ def test_where_clips_are_not_cut_into_windows_clips_alone_are_counted(
     first, last = capsys.readouterr().err.splitlines()
     assert first == "decoding 320 clips"
     assert last.startswith("100% · 320/320 clips · 26.7 min of audio · ")
-    half = Moment(LiveCounts(160), elapsed_s=11.0, working_s=10.0)
+    half = Moment(LiveCounts(160), elapsed_s=11.0, pace=Pace(0, 160, 800.0, seconds=10.0))
     assert seconds_left(half, expected) == 10.0
 
 
 def at(
     clips: int = 0, windows: int = 0, audio_s: float = 0.0, failures: int = 0, s: float = 0.0
 ) -> Moment:
-    return Moment(LiveCounts(clips, windows, audio_s, failures), elapsed_s=s + 3, working_s=s)
+    counts = LiveCounts(clips, windows, audio_s, failures)
+    pace = Pace(windows, clips + failures, audio_s, seconds=s) if s else None
+    return Moment(counts, elapsed_s=s + 3, pace=pace)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +162,7 @@ def at(
         (at(windows=130), Expected(100, None), 0.99),
         (at(clips=8, failures=2, windows=50), Expected(100, 10), 1.0),
         (at(clips=4, failures=1), Expected(None, 10), 0.5),
+        (at(clips=10), Expected(None, 10, is_exact=False), 0.99),
         (at(windows=5), Expected(None, None), None),
         (at(windows=5), Expected(0, 0), None),
     ],
@@ -223,7 +177,7 @@ def test_the_share_done_is_never_claimed_too_high(
     ("moment", "expected", "left"),
     [
         (at(windows=25, s=10), Expected(100, None), 30.0),
-        (at(windows=25, s=1), Expected(100, None), None),  # too early to tell
+        (at(windows=25), Expected(100, None), None),  # too early to tell
         (at(windows=0, s=10), Expected(100, None), None),
         (at(windows=120, s=10), Expected(100, None), None),  # more than estimated
         (at(clips=10, windows=90, s=10), Expected(100, 10), 0.0),
@@ -240,6 +194,8 @@ def test_the_time_left_comes_from_the_share(
     ("moment", "expected", "text"),
     [
         (at(), Expected(), "0 clips · 0 windows · 0 s of audio"),
+        (at(3), Expected(40, 20, is_exact=False), "3/~20 clips · 0/~40 windows · 0 s of audio"),
+        (at(30), Expected(40, 20, is_exact=False), "30 clips · 0/~40 windows · 0 s of audio"),
         (
             at(1200, 2400, 12_240, 2, s=102),
             Expected(19_200, 9600),
@@ -267,15 +223,15 @@ def test_without_a_terminal_there_are_lines(
     def read() -> LiveCounts:
         return LiveCounts(clips=next(reads))
 
-    with ProgressDisplay(read, Expected(1000)):
+    with ProgressDisplay(read, Expected(1000, 2000)):
         time.sleep(0.2)
     out, err = capsys.readouterr()
     first, *lines, last = err.splitlines()
     assert out == ""
-    assert first == "labelling about 1,000 windows"
+    assert first == "labelling 2,000 clips"
     assert 1 < len(lines) <= 20  # of the two hundred readings
-    assert all(re.match(r"  0% · \d+ clips · 0/~1,000 windows", line) for line in lines)
-    assert re.match(r"100% · \d+ clips · 0 windows", last)
+    assert all(re.match(r"  0% · \d+/2,000 clips · 0/~1,000 windows", line) for line in lines)
+    assert re.match(r"100% · \d+/2,000 clips · 0 windows", last)
 
 
 def test_on_a_terminal_there_is_a_bar_below_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,3 +260,101 @@ def test_the_display_ends_with_the_work_also_when_that_fails() -> None:
     with pytest.raises(ValueError, match="broken"), display:
         raise ValueError("broken")
     assert not display._thread.is_alive()
+
+
+def test_the_first_windows_only_start_the_clock() -> None:
+    # The model is loaded for 30 s; then batches of 8 windows take 4 s each, 80 windows in all.
+    meter = PaceMeter()
+    assert meter.add(29.0, LiveCounts()) is None
+    assert meter.add(30.0, LiveCounts(windows=8)) is None
+    pace = meter.add(34.0, LiveCounts(windows=16))
+    moment = Moment(LiveCounts(windows=16), elapsed_s=34.0, pace=pace)
+    assert seconds_left(moment, Expected(80)) == 32.0
+
+
+def test_between_two_batches_the_time_left_runs_down() -> None:
+    meter = PaceMeter()
+    counts = LiveCounts(windows=16)
+    for at_s, windows in ((0.0, 8), (4.0, 16)):
+        meter.add(at_s, LiveCounts(windows=windows))
+    left = [
+        seconds_left(Moment(counts, at_s, meter.add(at_s, counts)), Expected(80))
+        for at_s in (4.0, 5.0, 7.5, 36.0)
+    ]
+    assert left == [32.0, 31.0, 28.5, None]
+
+
+def test_the_pace_is_that_of_the_later_half() -> None:
+    # The first ten windows are checked in float32, too, and take a second each.
+    meter = PaceMeter()
+    for window in range(1, 11):
+        meter.add(float(window), LiveCounts(windows=window))
+    pace = None
+    for window in range(11, 41):
+        pace = meter.add(10 + (window - 10) / 10, LiveCounts(windows=window))
+    assert pace is not None
+    assert pace.seconds / pace.windows == pytest.approx(0.1)
+
+
+class SlowRun:
+    """A run by a fake clock: a window a second, after half a minute; items of so many windows."""
+
+    def __init__(self, windows: list[int]) -> None:
+        self.now_s = 0.0
+        self._windows = windows
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def read(self) -> LiveCounts:
+        done = max(0, int(self.now_s) - 30)
+        counts = LiveCounts(windows=done)
+        for windows in self._windows:
+            if done < windows:
+                break
+            done -= windows
+            counts.clips += 1
+            counts.clip_windows += windows
+        return counts
+
+
+def test_what_a_forecast_expects_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.terminal.progress.POLL_INTERVAL_S", 3600.0)  # only when asked
+    run = SlowRun([2] * 50)
+    seen: list[LiveCounts] = []
+
+    def forecast(counts: LiveCounts) -> Expected:
+        seen.append(counts)
+        return Expected(windows=100, items=50)
+
+    display = ProgressDisplay(
+        run.read, Expected(900, 50), forecast=forecast, clock=lambda: run.now_s
+    )
+    with pytest.raises(ValueError, match="broken"), display:
+        for second in range(81):
+            run.now_s = float(second)
+            moment, expected = display._look()
+            left = seconds_left(moment, expected)
+            assert left is None if second < 33 else left == pytest.approx(130 - second, rel=0.01)
+        raise ValueError("broken")
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "labelling 50 clips"
+    assert last.startswith(" 50% · 25/50 clips · 50/~100 windows")
+    assert last.endswith("· 1:20 elapsed · about 50 s left")
+    assert seen[-1].clip_windows == 50
+
+
+def test_the_check_of_the_first_windows_is_not_the_pace_of_the_others() -> None:
+    # Batches of 4 take a second; the first 32 windows are checked, which takes 2 s more a window.
+    meter, now_s, windows = PaceMeter(), 10.0, 0
+    for _ in range(19):
+        windows += 4
+        checked = min(32, windows)
+        now_s = 10.0 + windows / 4 + 2.0 * checked
+        counts = LiveCounts(0, windows, 0.0, 0, 0, 0, checked, 2.0 * checked, 32 - checked)
+        moment = Moment(counts, now_s, meter.add(now_s, counts))
+        left_s = seconds_left(moment, Expected(80))
+        if windows > 16:
+            assert left_s == pytest.approx((80 - windows) / 4 + 2.0 * (32 - checked))

@@ -23,6 +23,7 @@ from transforms.inference.backbones import InferenceSettings
 from transforms.inference.engine import Engine, load_engine
 from transforms.inference.precision_check import PrecisionCheck, compare
 from transforms.models.ast.checkpoints import ModelSpec, load_model
+from transforms.process.progress_counts import live_counts
 from transforms.records import FloatArray, Prediction, WindowCheck
 from transforms.results.commits import (
     CheckFigures,
@@ -150,6 +151,23 @@ def test_the_first_windows_are_checked_and_no_others() -> None:
     checked = [each.check is not None for batch in batches for each in check(batch, found(batch))]
     assert checked == [True] * 5 + [False] * 4
     assert (reference.loads, reference.windows) == (1, 5)
+
+
+def test_a_display_sees_what_is_checked_and_how_long_it_takes() -> None:
+    before = dataclasses.replace(live_counts)
+
+    def since() -> tuple[int, int]:
+        return (
+            live_counts.checked - before.checked,
+            live_counts.checks_left - before.checks_left,
+        )
+
+    check = PrecisionCheck(Reference().load, 5, {"model": "seen"})
+    assert since() == (0, 5)
+    for seed, expected in enumerate([(3, 2), (5, 0), (5, 0)]):
+        check(features(3, seed), found(features(3, seed)))
+        assert since() == expected
+    assert live_counts.check_s > before.check_s
 
 
 def test_failed_windows_are_not_checked() -> None:

@@ -23,7 +23,7 @@ from tests.support.unit_factory import (
     unit_events,
 )
 from transforms.errors import AccountingError, OutputError
-from transforms.process.progress_counts import live_counts
+from transforms.process.progress_counts import UnitsSeen, live_counts, live_units
 from transforms.records import (
     Carried,
     ClipRow,
@@ -42,7 +42,13 @@ from transforms.results.commits import (
     read_commit,
     read_commits,
 )
-from transforms.results.write_units import CommitSettings, CommitUnits, OpenUnit, SkipCommitted
+from transforms.results.write_units import (
+    CommitSettings,
+    CommitUnits,
+    OpenUnit,
+    SkipCommitted,
+    _CommitUnitsFn,
+)
 from transforms.storage import listing, urls, writing
 
 
@@ -348,7 +354,7 @@ def test_no_audio_is_counted_twice(events: list[UnitEvent], counted: list[float]
 
 
 def test_live_counts_agree_with_what_is_committed(settings: CommitSettings) -> None:
-    before = dataclasses.replace(live_counts)
+    before, first_unit = dataclasses.replace(live_counts), live_units.num_committed
     # Two windows of 10 s in each clip of 12 s.
     events = [
         *unit_events(file_unit("u1", 3), failed=[1]),
@@ -359,5 +365,22 @@ def test_live_counts_agree_with_what_is_committed(settings: CommitSettings) -> N
     totals = [commit.totals for commit in read_commits(settings.output)[0].values()]
     now = live_counts
     assert now.units - before.units == 2
+    assert now.clip_windows - before.clip_windows == sum(t.windows for t in totals) == 8
+    assert live_units.seen(first_unit) == UnitsSeen({}, ["u1", "u2"])
     assert now.clips - before.clips == sum(t.clips for t in totals) == 4
     assert now.audio_s - before.audio_s == sum(t.audio_s for t in totals) == 48.0
+
+
+def test_units_in_progress_tell_how_many_items_are_done(settings: CommitSettings) -> None:
+    first_unit = live_units.num_committed
+    step = _CommitUnitsFn(settings)
+    step.setup()
+    step.start_bundle()
+    events = unit_events(file_unit("u9", 3), failed=[1])
+    done = []
+    for event in events[:-1]:
+        list(step.process(event))
+        done.append(live_units.seen(first_unit).open.get("u9", 0))
+    assert (done[-1], sorted(set(done))) == (3, [0, 1, 2, 3])
+    step.teardown()  # what is not committed is forgotten
+    assert live_units.seen(first_unit) == UnitsSeen({}, [])
