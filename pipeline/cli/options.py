@@ -136,6 +136,11 @@ LABEL = (
         "Files, globs, folders, tars, audio-Parquet or manifests; local paths or URLs.",
         kind=list[str],
     ),
+    Option(
+        "truth",
+        "--truth -t FILE",
+        "A table of what is true of the audio: a manifest with labels, or AudioSet's segments CSV.",
+    ),
     Option("output", "--output -o DIR", "The result's folder.", panel=OUTPUT),
     Option(
         "model.name",
@@ -310,14 +315,14 @@ TRAIN = (
     Option(
         "training.epochs",
         "--epochs",
-        "Passes over the training clips (default 25).",
+        "Passes over the training clips (default: 25, more for few clips; more extend a training).",
         kind=int,
         panel=TRAINING,
     ),
     Option(
         "training.batch_size",
         "--batch-size",
-        "Clips per step (default 48).",
+        "Clips per step (default: 8 to 48, by the number of clips).",
         kind=int,
         panel=TRAINING,
     ),

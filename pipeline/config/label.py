@@ -128,9 +128,13 @@ class RunConfig(Config):
     """Everything that can be set for a run."""
 
     command: ClassVar[str] = "label"
-    places: ClassVar = ("inputs", "output", "model.name", "model.labels", "model.preprocessor")
+    places: ClassVar = (
+        *("inputs", "truth", "output"),
+        *("model.name", "model.labels", "model.preprocessor"),
+    )
     rules: ClassVar[tuple[Rule, ...]] = (
         not_empty_inputs("inputs"),
+        not_empty("truth"),
         not_empty("output"),
         NO_GAPS,
         Rule(
@@ -156,6 +160,7 @@ class RunConfig(Config):
     )
 
     inputs: Texts = ()
+    truth: str | None = None
     output: str | None = None
     overwrite: bool = False
     retry_failed: bool = False

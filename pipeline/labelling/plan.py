@@ -21,6 +21,7 @@ from pipeline.labelling.remaining import (
     count_vanished_failures,
     find_remaining,
 )
+from pipeline.labelling.truth import with_truth
 from pipeline.result.state import (
     FinishRun,
     ResultState,
@@ -78,6 +79,7 @@ class ResolvedRun:
         urls: The inputs as absolute paths or URLs; may carry signatures.
         state: The existing result; its ``output`` is empty if there is none.
         run: ``run.json`` without the totals; planning adds the inputs' content.
+        truth: A table of what is true of the inputs, or None; may carry a signature.
         limit: Maximum number of items; None for all.
         keeps: Whether committed units stay; False with ``--overwrite``.
     """
@@ -87,6 +89,7 @@ class ResolvedRun:
     label: LabelSettings
     commit: CommitSettings
     run: Mapping[str, Any]
+    truth: str | None = field(repr=False)
     limit: int | None
     keeps: bool
     retry_failed: bool
@@ -177,6 +180,7 @@ def resolve_run(
             "results": results,
             "totals": None,
         },
+        truth=None if config.truth is None else urls.normalise(config.truth),
         limit=config.limit,
         keeps=not config.overwrite,
         retry_failed=config.retry_failed,
@@ -198,7 +202,12 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     """
     sources, output = resolved.label.sources, resolved.state.output
     found = find_items(
-        resolved.urls, resolved.limit, sources, exclude=output or None, max_listed=max_listed
+        resolved.urls,
+        resolved.limit,
+        sources,
+        truth=resolved.truth,
+        exclude=output or None,
+        max_listed=max_listed,
     )
     commits = resolved.state.commits if resolved.keeps else {}
     retry_from = output if resolved.retry_failed else None
@@ -220,16 +229,22 @@ def find_items(
     limit: int | None,
     sources: SourceSettings,
     *,
+    truth: str | None = None,
     exclude: str | None = None,
     max_listed: int | None = None,
 ) -> Found:
-    """List the content of the inputs, up to the limit. Errors are those of ``find_inputs``."""
+    """List the content of the inputs, up to the limit, with the labels that a table gives them.
+
+    Errors are those of ``find_inputs`` and ``with_truth``.
+    """
     found = find_inputs(
         inputs,
         exclude=exclude,
         max_page_bytes=sources.limits.max_page_bytes,
         max_listed=max_listed,
     )
+    if truth is not None:
+        found = with_truth(found, truth)
     return found if limit is None else limit_items(found, limit, sources)
 
 

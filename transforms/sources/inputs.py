@@ -164,6 +164,7 @@ class _Finder:
                 self._excluded.append(os.path.realpath(folder))
         self._bare: list[Item] = []
         self._rows: list[ManifestRow] = []
+        self._rows_of: dict[str, range] = {}  # by manifest
         self._containers: dict[str, Container] = {}
         self._failures: list[Failure] = []
         self._skipped: Counter[str] = Counter()
@@ -338,6 +339,7 @@ class _Finder:
 
     def _add_manifest(self, url: str, uri: str) -> None:
         is_empty = True
+        first = len(self._rows)
         wholes: dict[str, ContainerRow] = {}  # each slice of a container may have a row
         for row in self._counted(read_manifest(url, self._max_page_bytes)):
             is_empty = False
@@ -349,6 +351,7 @@ class _Finder:
                 self._rows.append(row)
         if is_empty:
             raise InputError(f"the manifest {uri} holds no rows")
+        self._rows_of[url] = range(first, len(self._rows))
         self._add_wholes(wholes)
 
     def _add_wholes(self, wholes: Mapping[str, ContainerRow]) -> None:
@@ -412,6 +415,8 @@ class _Finder:
             if clip_id in bare:
                 raise _same_id(clip_id, row, "the input itself", by_id[clip_id].uri)
         facts = filesystem.stat_many(row.item.url for row in rows.values())
+        for url, indices in self._rows_of.items():
+            _check_some_exist(url, [self._rows[index] for index in indices], facts)
         for clip_id, row in rows.items():
             found = facts[row.item.url]
             if isinstance(found, OSError):
@@ -464,6 +469,26 @@ def _why(uri: str, error: Exception) -> str:
     if isinstance(error, PermissionError):
         text += "; give this user permission to read it, or give another input"
     return text if uri in text else f"{uri} cannot be read: {text}"
+
+
+def _check_some_exist(
+    url: str, rows: Sequence[ManifestRow], facts: Mapping[str, FileInfo | OSError]
+) -> None:
+    """Refuse a manifest none of whose files exists: its paths are relative to something else."""
+    is_missing = (FileNotFoundError, NotADirectoryError)
+    if not rows or not all(isinstance(facts.get(row.item.url), is_missing) for row in rows):
+        return
+    uri = printable(public_uri(url))
+    example = rows[0].item.uri
+    written = printable(public_uri(rows[0].path))
+    if written != example:
+        folder = printable(public_uri(urls.parent(url)))
+        example += f" (written as {written}; paths are relative to the manifest's folder, {folder})"
+    raise InputError(
+        f"none of the {len(rows):,} files that {uri} names exists, such as {example}. Correct the "
+        "paths, or move the manifest. If it only says what is true of audio elsewhere: earmark label "
+        f"AUDIO… --truth {uri}"
+    )
 
 
 def _bare_item(info: FileInfo) -> Item:

@@ -22,7 +22,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TextIO
 
 from transforms.errors import ContainerError, InputError, ReadError
@@ -59,12 +59,14 @@ class ManifestRow:
     """A valid row of a manifest; ``item`` is without size and version.
 
     ``own_name`` is the clip id unless the manifest gives one: equal for two rows that name the same
-    thing. ``where`` is the manifest and the line or row, for messages.
+    thing. ``where`` is the manifest and the line or row, for messages. ``path`` is the file as the
+    manifest names it, which may carry a signature.
     """
 
     item: Item
     own_name: str
     where: str
+    path: str = field(default="", repr=False)
 
     def with_truth_of(self, other: ManifestRow) -> ManifestRow:
         """Return the row with another row's labels appended, each once."""
@@ -350,7 +352,8 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
     column = next((name for name in URI_COLUMNS if values.get(name) not in (None, "")), None)
     if column is None:
         raise ReadError(f"names no file; expected one of {', '.join(URI_COLUMNS)}")
-    target = _target(url, column, values.pop(column))
+    path = values.pop(column)
+    target = _target(url, column, path)
     uri = public_uri(target)
     member, row = _text(values, "member"), _row_number(values)
     _check_kind(target, uri, member, row)
@@ -378,7 +381,7 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
     )
     if own_id and (occurrence := occurrence_of(item)) > 1:
         name = make_clip_id(uri, member, occurrence, row=row, start_s=start_s, end_s=end_s)
-    return ManifestRow(item, name, f"{line} of {_shown_uri(url)}")
+    return ManifestRow(item, name, f"{line} of {_shown_uri(url)}", path)
 
 
 @functools.lru_cache(maxsize=64)  # called for every row of a manifest
