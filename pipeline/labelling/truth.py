@@ -138,7 +138,7 @@ def _place_of_row(entry: ManifestRow) -> Place:
     return Place(
         None if item.clip_id == entry.own_name else item.clip_id,
         entry.own_name,
-        (_path(printable(public_uri(entry.path)), item.member, item.row),),
+        (_path(printable(public_uri(entry.path)) or item.uri, item.member, item.row),),
         _segment(item.start_s, item.end_s),
     )
 
@@ -194,6 +194,7 @@ def _merged(rows: Iterable[TruthRow]) -> Iterator[TruthRow]:
     for same in by_place.values():
         labels = tuple(dict.fromkeys(label for row in same for label in row.labels))
         yield dataclasses.replace(same[0], labels=labels)
+
 
 def _read_segments(url: str) -> Truth | None:
     """Read AudioSet's CSV: comments, then ``YTID, start, end, "mid,mid"``; None if it is not."""
@@ -422,9 +423,7 @@ def with_truth(found: Found, source: str) -> Found:
     )
 
 
-def _notes(
-    found: Found, truth: Truth, matches: Matches, places: Sequence[Place]
-) -> Iterator[str]:
+def _notes(found: Found, truth: Truth, matches: Matches, places: Sequence[Place]) -> Iterator[str]:
     yield describe_joined(matches, truth.rows, places)
     without = [
         place.shown

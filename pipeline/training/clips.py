@@ -21,9 +21,7 @@ from transforms.records import ItemFailure
 from transforms.sources.read_unit import Found
 
 
-def prepare_clips(
-    plan: TrainPlan, config: TrainConfig
-) -> tuple[ClipSets, list[ItemFailure], Head]:
+def prepare_clips(plan: TrainPlan, config: TrainConfig) -> tuple[ClipSets, list[ItemFailure], Head]:
     """Decode the clips that are not in the cache yet, and settle the labels and the head.
 
     Returns also the items that could not be decoded. Raise ``InputError`` if the labels

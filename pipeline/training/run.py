@@ -103,8 +103,10 @@ def run_train(config: TrainConfig) -> int:
             check_removable(plan)
         record = None if config.overwrite else find_training(plan)
         epochs_before = None if record is None else check_epochs(output, record, config)
-        is_over = record is not None and is_done(record) and (
-            config.training.epochs in (None, epochs_before)
+        is_over = (
+            record is not None
+            and is_done(record)
+            and (config.training.epochs in (None, epochs_before))
         )
         if record is not None and is_over and record["inputs"] == plan.inputs_digest:
             return _say_done(output)

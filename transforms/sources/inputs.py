@@ -415,8 +415,7 @@ class _Finder:
             if clip_id in bare:
                 raise _same_id(clip_id, row, "the input itself", by_id[clip_id].uri)
         facts = filesystem.stat_many(row.item.url for row in rows.values())
-        for url, indices in self._rows_of.items():
-            _check_some_exist(url, [self._rows[index] for index in indices], facts)
+        self._check_some_exist(facts)
         for clip_id, row in rows.items():
             found = facts[row.item.url]
             if isinstance(found, OSError):
@@ -425,6 +424,23 @@ class _Finder:
                 version = found.version
                 by_id[clip_id] = dataclasses.replace(row.item, size=found.size, version=version)
         return list(by_id.values())
+
+    def _check_some_exist(self, facts: Mapping[str, FileInfo | OSError]) -> None:
+        """Refuse a manifest none of whose files exists: its paths are relative to something else.
+
+        The tables of a result count as one: a unit may well have lost all of its files.
+        """
+        rows_of: dict[str, list[ManifestRow]] = defaultdict(list)
+        own = ""
+        for url, indices in self._rows_of.items():
+            rows = [self._rows[index] for index in indices]
+            if rows and not rows[0].path:
+                own = url = own or url
+            rows_of[url] += rows
+        missing = (FileNotFoundError, NotADirectoryError)
+        for url, rows in rows_of.items():
+            if rows and all(isinstance(facts.get(row.item.url), missing) for row in rows):
+                raise _none_exists(url, rows)
 
     def _asked_for(self, items: list[Item]) -> Iterator[Container]:
         """Yield the containers of the members and rows that manifests list."""
@@ -471,23 +487,17 @@ def _why(uri: str, error: Exception) -> str:
     return text if uri in text else f"{uri} cannot be read: {text}"
 
 
-def _check_some_exist(
-    url: str, rows: Sequence[ManifestRow], facts: Mapping[str, FileInfo | OSError]
-) -> None:
-    """Refuse a manifest none of whose files exists: its paths are relative to something else."""
-    is_missing = (FileNotFoundError, NotADirectoryError)
-    if not rows or not all(isinstance(facts.get(row.item.url), is_missing) for row in rows):
-        return
+def _none_exists(url: str, rows: Sequence[ManifestRow]) -> InputError:
     uri = printable(public_uri(url))
     example = rows[0].item.uri
     written = printable(public_uri(rows[0].path))
-    if written != example:
+    if written not in ("", example):
         folder = printable(public_uri(urls.parent(url)))
         example += f" (written as {written}; paths are relative to the manifest's folder, {folder})"
-    raise InputError(
+    return InputError(
         f"none of the {len(rows):,} files that {uri} names exists, such as {example}. Correct the "
-        "paths, or move the manifest. If it only says what is true of audio elsewhere: earmark label "
-        f"AUDIO… --truth {uri}"
+        "paths, or move the manifest. If it only says what is true of audio elsewhere: "
+        f"earmark label AUDIO… --truth {uri}"
     )
 
 

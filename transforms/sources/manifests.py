@@ -60,7 +60,7 @@ class ManifestRow:
 
     ``own_name`` is the clip id unless the manifest gives one: equal for two rows that name the same
     thing. ``where`` is the manifest and the line or row, for messages. ``path`` is the file as the
-    manifest names it, which may carry a signature.
+    manifest names it, which may carry a signature; empty in the tables of a result.
     """
 
     item: Item
@@ -381,7 +381,7 @@ def _make_row(url: str, line: str, values: dict[str, Any], is_ours: bool) -> Man
     )
     if own_id and (occurrence := occurrence_of(item)) > 1:
         name = make_clip_id(uri, member, occurrence, row=row, start_s=start_s, end_s=end_s)
-    return ManifestRow(item, name, f"{line} of {_shown_uri(url)}", path)
+    return ManifestRow(item, name, f"{line} of {_shown_uri(url)}", "" if is_ours else path)
 
 
 @functools.lru_cache(maxsize=64)  # called for every row of a manifest

@@ -127,7 +127,9 @@ def table(tmp_path: Path) -> Path:
     """Labels of three of the four clips, in another folder than theirs."""
     path = tmp_path / "tables" / "truth.csv"
     path.parent.mkdir()
-    path.write_text("filename,label,fold\n0.ogg,dog,1\n1.ogg,rain,2\n2.ogg,dog,1\nabsent.ogg,dog,1\n")
+    path.write_text(
+        "filename,label,fold\n0.ogg,dog,1\n1.ogg,rain,2\n2.ogg,dog,1\nabsent.ogg,dog,1\n"
+    )
     return path
 
 
@@ -148,7 +150,9 @@ def test_a_table_says_what_is_true_of_the_audio_and_adds_no_items(
     assert label(tiny_model, clips, "--truth", table, "-o", out) == 0
     assert truths(out) == {"0.wav": ["dog"], "1.wav": ["rain"], "2.wav": ["dog"], "3.wav": None}
     said = capfd.readouterr().err
-    assert "Clips joined with a row of the truth: 3 by the end of the path (such as 0.ogg for" in said
+    assert (
+        "Clips joined with a row of the truth: 3 by the end of the path (such as 0.ogg for" in said
+    )
     assert f"1 of the items found have no row in the truth, such as {clips}/3.wav." in said
     assert f"1 of the truth's rows have no item, such as {table.parent}/absent.ogg." in said
     run = json.loads((out / "run.json").read_text())
@@ -212,8 +216,13 @@ def test_a_manifest_whose_files_are_all_missing_stops_before_any_work(
     out = tmp_path / "out"
     assert cli.main([command, str(table), "-m", str(tiny_model), "-o", str(out)]) == 2
     said = capfd.readouterr()
-    assert f"none of the 3 files that {table} names exists, such as {tmp_path}/audio/0.wav" in said.err
-    assert f"written as audio/0.wav; paths are relative to the manifest's folder, {tmp_path}" in said.err
+    assert (
+        f"none of the 3 files that {table} names exists, such as {tmp_path}/audio/0.wav" in said.err
+    )
+    assert (
+        f"written as audio/0.wav; paths are relative to the manifest's folder, {tmp_path}"
+        in said.err
+    )
     assert f"earmark label AUDIO… --truth {table}" in said.err
     assert "Estimate" not in said.out
     assert not out.exists()
@@ -234,7 +243,10 @@ def test_what_is_inside_a_container_is_not_joined_and_that_is_said(
         (folder / "t.tar").write_bytes(tar_bytes(members))
     assert label(tiny_model, clips, "--truth", table, "-o", tmp_path / "out") == 0
     said = capfd.readouterr().err
-    assert f"1 containers were not joined, because their content is not known yet, such as {clips}" in said
+    assert (
+        f"1 containers were not joined, because their content is not known yet, such as {clips}"
+        in said
+    )
     assert label(tiny_model, tmp_path / "only", "--truth", table, "-o", tmp_path / "o") == 2
     assert "use earmark evaluate --truth when the clips are labelled" in capfd.readouterr().err
 
