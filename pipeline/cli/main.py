@@ -30,7 +30,7 @@ SEE_DEBUG = "EARMARK_DEBUG=1 shows where it comes from."
 RESUMING = ("label", "train")  # commands that do only what is missing
 
 # Words that a command without arguments does not take.
-UNEXPECTED = re.compile(r"Got unexpected extra arguments? \((.*)\)")
+UNEXPECTED = re.compile(r"Got unexpected extra argument\S* \((.*)\)")
 
 # An exception in the text of a traceback, and what Beam adds to its message.
 RAISED = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception)): (.*)$", re.MULTILINE)

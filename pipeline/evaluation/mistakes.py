@@ -43,11 +43,11 @@ def find_mistakes(
     return tuple(
         Mistake(
             clip_ids[clip],
-            tuple(names[label] for label in np.flatnonzero(truth[clip])),
-            names[best[clip]],
+            tuple(names[label] for label in np.flatnonzero(truth[clip]).tolist()),
+            names[int(best[clip])],
             float(scores[clip, best[clip]]),
         )
-        for clip in order
+        for clip in order.tolist()
     )
 
 

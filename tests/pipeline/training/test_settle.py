@@ -105,6 +105,11 @@ def learnt(train: Train, tmp_path: Path) -> Path:
     return tmp_path / "learnt"
 
 
+def small_checkpoint(folder: Path, names: tuple[str, ...]) -> Path:
+    labels = {"id2label": dict(enumerate(names)), "label2id": {}, "num_labels": len(names)}
+    return write_tiny_model(folder / "tiny", **labels)
+
+
 @pytest.mark.parametrize(
     ("names", "is_kept"),
     [
@@ -117,7 +122,7 @@ def learnt(train: Train, tmp_path: Path) -> Path:
 def test_labels_that_equal_the_checkpoints_keep_its_head(
     train: Train, tmp_path: Path, names: tuple[str, ...], is_kept: bool
 ) -> None:
-    checkpoint = write_tiny_model(tmp_path / "tiny", id2label=dict(enumerate(names)), label2id={})
+    checkpoint = small_checkpoint(tmp_path, names)
     out = tmp_path / "out"
     settings: dict[str, Any] = {"training__epochs": 1, "optimizer__learning_rate": 1e-12}
     said = train(out, "--model", checkpoint, **settings)
