@@ -80,6 +80,7 @@ setup(
             "openvino>=2025.1",
             "nncf>=2.16",
             "transformers>=4.50",
+            "kaldi-native-fbank>=1.20",
             "pandas>=2.2",
             "polars>=1.0",
             "duckdb>=1.0",

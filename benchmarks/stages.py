@@ -240,7 +240,16 @@ def writing(folder: Path, num_clips: int) -> Stage:
     settings = CommitSettings(str(folder / "out"), "run", "f" * 64, "0" * 64, rows)
     items = tuple(Item(f"/audio/{index}.wav", f"/audio/{index}.wav") for index in range(num_clips))
     unit = WorkUnit("0" * 16, "files", items)
-    facts = ClipFacts(CLIP_S, RATE_HZ, 1, -1.0, -20.0, 0.0, 0.0, "0" * 64)
+    facts = ClipFacts(
+        duration_s=CLIP_S,
+        sample_rate_hz=RATE_HZ,
+        channels=1,
+        peak_dbfs=-1.0,
+        rms_dbfs=-20.0,
+        clipped_ratio=0.0,
+        silent_ratio=0.0,
+        content_sha256="0" * 64,
+    )
     generator = np.random.default_rng(0)
     windows, events = [], list[UnitEvent]()
     for index, item in enumerate(items):

@@ -131,8 +131,8 @@ class _DecodeFn(beam.DoFn):
         num_items = 0
         with contextlib.closing(pending.stream):
             for result in pending.stream:
-                is_last = isinstance(result, ItemFailure) or result.facts is not None
-                num_items += is_last  # of an item
+                ends_item = isinstance(result, ItemFailure) or result.facts is not None
+                num_items += ends_item
                 yield WindowedValue(result, pending.timestamp, (pending.window,))
         end = UnitEnd(pending.unit, num_items)
         yield WindowedValue(end, pending.timestamp, (pending.window,))

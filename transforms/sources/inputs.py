@@ -34,11 +34,7 @@ from transforms.sources.file_kinds import (
     is_shadow_name,
     is_tar_name,
 )
-from transforms.sources.manifests import (
-    ContainerRow,
-    ManifestRow,
-    read_manifest,
-)
+from transforms.sources.manifests import ContainerRow, ManifestRow, read_manifest
 from transforms.sources.parquet import URI_COLUMNS, ParquetIndex, index_parquet
 from transforms.storage import filesystem, listing, urls
 from transforms.storage.filesystem import FileInfo
@@ -503,13 +499,7 @@ def _none_exists(url: str, rows: Sequence[ManifestRow]) -> InputError:
 
 def _bare_item(info: FileInfo) -> Item:
     uri = public_uri(info.url)
-    return Item(
-        clip_id=make_clip_id(uri),
-        uri=printable(uri),
-        url=info.url,
-        size=info.size,
-        version=info.version,
-    )
+    return Item(make_clip_id(uri), printable(uri), info.url, size=info.size, version=info.version)
 
 
 def _same_id(clip_id: str, row: ManifestRow, where: str, uri: str) -> InputError:

@@ -314,7 +314,8 @@ class TarReader:
             return
         what = printable(repr(member.name))
         if group.num_bytes + member.size > self._limits.spool_bytes:
-            fetched = Fetched(path=_spool(archive, member, what), is_temporary=True)
+            path = spool(member.name, lambda file: archive.copy_to(file, member.size, what))
+            fetched = Fetched(path=path, is_temporary=True)
         else:
             fetched = Fetched(data=archive.read_exactly(member.size, what))
             group.num_bytes += member.size
@@ -449,13 +450,8 @@ def container_item(part: ContainerSlice, unit: str) -> Item:
     is_whole = part.start == 0 and part.stop is None
     stop = "" if part.stop is None else part.stop
     slice_name = None if is_whole else f"{unit}={part.start}-{stop}"
-    return Item(
-        clip_id=make_clip_id(part.uri, slice_name),
-        uri=part.uri,
-        url=part.url,
-        size=part.size,
-        version=part.version,
-    )
+    clip_id = make_clip_id(part.uri, slice_name)
+    return Item(clip_id, part.uri, part.url, size=part.size, version=part.version)
 
 
 def _read_sidecar(archive: Archive, member: TarMember, num_bytes: int) -> bytes:
@@ -477,7 +473,3 @@ def _parse_sidecar(ending: str, data: bytes) -> object:
     if ending == ".cls" and text.isdigit() and len(text) < 18:
         return int(text)
     return text
-
-
-def _spool(archive: Archive, member: TarMember, what: str) -> str:
-    return spool(member.name, lambda file: archive.copy_to(file, member.size, what))

@@ -14,11 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from transforms.records import ContainerSlice, Item, WorkUnit
-from transforms.sources.clip_ids import (
-    make_unit_id,
-    occurrence_of,
-    printable,
-)
+from transforms.sources.clip_ids import make_unit_id, occurrence_of, printable
 from transforms.sources.fetching import ReadLimits
 from transforms.sources.file_kinds import DEFAULT_BYTES_PER_S, WindowEstimate
 from transforms.sources.inputs import Container, Found, in_threads, plan_order

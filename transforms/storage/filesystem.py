@@ -248,7 +248,9 @@ def ask_store(
 ) -> _T:
     """Return the result of ``act``, retrying transient errors. Raises as ``storage_errors``."""
     with storage_errors(url):
-        return ask(_store(url), act, may_pass, describe=partial(_reason, url))
+        return ask(
+            _store(url), act, may_pass, describe=lambda error: _explain(error, protocol(url))[1]
+        )
 
 
 # A file that was read, by store. Asking for it again tells a store's failure from a file's.
@@ -265,7 +267,7 @@ def ask_file(url: str, act: Callable[[], _T]) -> _T:
             may_pass,
             file=public_uri(url),
             other=partial(details_of, _given[store]) if store in _given else None,
-            describe=partial(_reason, url),
+            describe=lambda error: _explain(error, protocol(url))[1],
         )
     _given[store] = url
     return result
@@ -273,10 +275,6 @@ def ask_file(url: str, act: Callable[[], _T]) -> _T:
 
 def _store(url: str) -> str:
     return re.sub(r"(://[^/?#]*).*", r"\1", public_uri(url), count=1, flags=re.DOTALL)
-
-
-def _reason(url: str, error: BaseException) -> str:
-    return _explain(error, protocol(url))[1]
 
 
 @contextmanager

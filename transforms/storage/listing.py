@@ -97,19 +97,14 @@ def _walk_local(root: str, report: Callable[[OSError], None]) -> Iterator[FileIn
                 if entry.is_dir():
                     (links if entry.is_symlink() else pending).append(entry.path)
                     continue
-                info = _entry_info(entry)
+                info = FileInfo(entry.path, None, None)  # a broken link, pipe, socket or device
+                if entry.is_file():
+                    status = entry.stat()
+                    info = FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
             except OSError as error:
                 report(error)
                 continue
             yield info
-
-
-def _entry_info(entry: os.DirEntry[str]) -> FileInfo:
-    """Return the facts of a file; without a size for a broken link, pipe, socket or device."""
-    if entry.is_file():
-        status = entry.stat()
-        return FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
-    return FileInfo(entry.path, None, None)
 
 
 def _walk_remote(

@@ -20,12 +20,7 @@ _SECRET_NAMES = {
     *("api_token", "private_token", "api_key", "api-key", "apikey", "password", "passwd", "pwd"),
     *("secret", "client_secret", "jwt", "authorization", "jsessionid"),
 }
-_BESIDE_SIGNATURE = {
-    "expires",
-    "policy",
-    "hash-algorithm",
-    "security-token",
-}
+_BESIDE_SIGNATURE = {"expires", "policy", "hash-algorithm", "security-token"}
 # Azure service, account and user-delegation SAS.
 _BESIDE_SIG = {
     *("se", "sp", "sv", "sr", "st", "spr", "sip", "ss", "srt", "si", "ses", "skoid", "sktid"),

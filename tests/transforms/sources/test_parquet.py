@@ -106,6 +106,11 @@ def test_the_schema_of_the_datasets_library(tmp_path: Path) -> None:
         (pa.table({"data": pa.array([b"x"], pa.large_binary())}), True),
         (pa.table({"one": [b"x"], "two": [b"y"]}), False),
         (pa.table({"uri": ["a.wav"], "digest": [b"y"]}), False),
+        (pa.table({"audio": [1]}), False),
+        (pa.table({"audio": [[1, 2]]}), False),
+        (pa.table({"audio": [{"samples": [0.5], "rate": 1}]}), False),
+        (pa.table({"audio": ["a.wav"]}), False),
+        (pa.table({"audio": pa.nulls(1)}), False),
     ],
 )
 def test_which_columns_are_audio(folder: str, table: pa.Table, is_audio: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import tarfile
 from pathlib import Path
@@ -24,20 +25,18 @@ ESTIMATE = WindowEstimate(10.0, 10.0)
 
 def check_both_walks(path: Path, span_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that a single walk and a parallel one give the same members, flags and error."""
-    size = path.stat().st_size
     monkeypatch.setattr(tar_parallel, "_MIN_SPAN_BYTES", span_bytes)
+    open_it = functools.partial(open_archive, str(path), str(path), 200.0)
     found = []
     for is_parallel in (False, True):
         members: list[TarMember] = []
         error = None
-        with open_archive(str(path), str(path), 200.0) as archive:
-            walk = (
-                walk_in_parallel(archive, lambda: open_archive(str(path), str(path), 200.0), size)
-                if is_parallel
-                else walk_members(archive, None)
-            )
+        with open_it() as archive:
             try:
-                members.extend(walk)
+                if is_parallel:
+                    members.extend(walk_in_parallel(archive, open_it, path.stat().st_size))
+                else:
+                    members.extend(walk_members(archive, None))
             except ContainerError as what:
                 error = str(what)
             found.append((members, error, archive.global_headers))

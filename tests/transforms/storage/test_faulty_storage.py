@@ -385,7 +385,6 @@ def run_until_done(store: ObjectStore, model: Path, inputs: list[str], output: s
     raise AssertionError("not done after ten runs")
 
 
-@pytest.mark.usefixtures("hurry")
 @pytest.mark.parametrize(
     ("rate", "seed", "num_each"),
     [

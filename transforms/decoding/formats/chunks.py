@@ -1,4 +1,4 @@
-"""WAV, RF64, AIFF and CAF: chunks, and audio that goes on behind what their headers declare.
+"""WAV, RF64, AIFF, CAF and AU: audio that goes on behind what their headers declare.
 
 Recorders write sizes before they know them, 32 bits overflow at 4 GiB, and files are joined end to
 end. libsndfile trusts the sizes and silently reads less.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -24,10 +25,11 @@ MIN_REST_S = 0.025  # less is no audio that anybody would miss
 MAX_PADDING_BYTES = 64 << 10  # zeros behind the audio, up to the end of a disk's or tape's block
 PROBE_BYTES = 1 << 18
 NUM_PROBES = 4
+MAX_CHANNELS = 1024  # libsndfile's
 # What stands behind the audio of a file that was cut short within it.
 _METADATA_CHUNKS = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"cue ", b"PEAK", b"JUNK", b"FLLR")
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
-FILE_STARTS = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff")
+FILE_STARTS = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b".snd")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class _Layout(NamedTuple):
 
 
 _WAV = _Layout("little", 4, 2, 12, b"data", 0)
+_AU = _Layout("big", 4, 1, 0, b"", 0)  # has no chunks
 _LAYOUTS = {
     b"RIFF": _WAV,
     b"RF64": _WAV,
@@ -80,7 +83,7 @@ _LAYOUTS = {
 
 @dataclass(frozen=True)
 class DeclaredAudio:
-    """The audio that the header of a WAV, AIFF or CAF declares, and what lies behind it.
+    """The audio that the header of a WAV, AIFF, CAF or AU declares, and what lies behind it.
 
     Attributes:
         start: First byte of the samples.
@@ -100,7 +103,9 @@ class DeclaredAudio:
 
 
 def find_declared_audio(encoded: Encoded) -> DeclaredAudio | None:
-    """Read the chunks of a WAV, RF64, AIFF or CAF; None where there is no audio chunk."""
+    """Read the header of a WAV, RF64, AIFF, CAF or AU; None where there is no audio chunk."""
+    if encoded.read(0, 4) == b".snd":
+        return _find_au_audio(encoded)
     layout = _LAYOUTS[encoded.read(0, 4)]
     found: dict[bytes, Chunk] = {}
     for chunk in _chunks(encoded, layout.first, layout):
@@ -122,6 +127,20 @@ def find_declared_audio(encoded: Encoded) -> DeclaredAudio | None:
     if start + size >= len(encoded):
         return declared
     return _look_behind(encoded, declared, layout)
+
+
+def _find_au_audio(encoded: Encoded) -> DeclaredAudio:
+    start, size, codec, rate, channels = struct.unpack(">5I", encoded.read(4, 20).ljust(20, b"\0"))
+    subtypes = {
+        1: "ULAW", 2: "PCM_S8", 3: "PCM_16", 4: "PCM_24", 5: "PCM_32",
+        6: "FLOAT", 7: "DOUBLE", 27: "ALAW",
+    }  # fmt: skip
+    is_sound = codec in subtypes and rate >= 1 and 1 <= channels <= MAX_CHANNELS
+    pcm = PcmFormat(rate, channels, subtypes[codec], "BIG") if is_sound else None
+    if size == 0xFFFFFFFF:
+        return DeclaredAudio(start, None, pcm)
+    declared = DeclaredAudio(start, size, pcm)
+    return declared if start + size >= len(encoded) else _look_behind(encoded, declared, _AU)
 
 
 def _chunks(encoded: Encoded, position: int, layout: _Layout) -> Iterator[Chunk]:
@@ -232,7 +251,7 @@ def _pcm_format(encoded: Encoded, found: dict[bytes, Chunk], layout: _Layout) ->
         if kind in found:
             content = encoded.read(found[kind].start, min(found[kind].size, 64))
             pcm = parse(content.ljust(64, b"\0"), layout.order)
-            is_sound = pcm is not None and pcm.samplerate >= 1 and 1 <= pcm.channels <= 1024
+            is_sound = pcm is not None and pcm.samplerate >= 1 and 1 <= pcm.channels <= MAX_CHANNELS
             return pcm if is_sound else None
     return None
 

@@ -89,8 +89,6 @@ def _find_route(encoded: Encoded, head: bytes, on_progress: Callable[[], None]) 
         return _ffmpeg_route(encoded, _asf_length(encoded))
     if head.startswith(b"OggS"):
         return _find_ogg_route(encoded, on_progress)
-    if head.startswith(b".snd"):
-        return _find_au_route(encoded)
     if head.startswith(b"NIST_1A"):
         return Route(encoded, True, _sphere_length_s(encoded))
     if head.startswith(b"2BIT"):
@@ -167,9 +165,9 @@ def _flac_route(part: FlacPart) -> Route:
 
 
 def _find_chunk_routes(encoded: Encoded, on_progress: Callable[[], None]) -> list[Route]:
-    """Route WAV, AIFF and CAF, with what lies behind the audio that their headers declare."""
+    """Route WAV, AIFF, CAF and AU, with what lies behind the audio that their headers declare."""
     head = encoded.read(0, 12)
-    if head[:4] != b"caff" and head[8:] not in (b"WAVE", b"AIFF", b"AIFC"):
+    if head[:4] not in (b"caff", b".snd") and head[8:] not in (b"WAVE", b"AIFF", b"AIFC"):
         size = int.from_bytes(head[4:8], "big" if head.startswith(b"FORM") else "little")
         return [_ffmpeg_route(encoded, size + 8 if size < UNKNOWN_SIZE_FROM else 0)]
     audio = chunks.find_declared_audio(encoded)
@@ -186,7 +184,8 @@ def _find_chunk_routes(encoded: Encoded, on_progress: Callable[[], None]) -> lis
     more = [_pcm_route(encoded, pcm, start, stop) for start, stop in audio.more if pcm is not None]
     num_unknown = audio.num_unknown or sum(stop - start for start, stop in audio.more[len(more) :])
     notes: list[str] = []
-    if head.startswith(b"caff"):
+    # libsndfile says nothing of a cut CAF, nor of an AU whose size and offset exceed 32 bits.
+    if head.startswith(b"caff") or (head.startswith(b".snd") and num_bytes >= UNKNOWN_SIZE_FROM):
         notes.extend(_cut_short(encoded, audio.start + num_bytes))
     if num_bytes == 0 and (more or num_unknown):
         notes.append("the header declares no audio; read to the end")
@@ -210,14 +209,6 @@ def _find_chunk_routes(encoded: Encoded, on_progress: Callable[[], None]) -> lis
 def _pcm_route(encoded: Encoded, pcm: PcmFormat, start: int, stop: int) -> Route:
     length_s = (stop - start) // pcm.frame_bytes / pcm.samplerate
     return Route(encoded.part(start, stop), True, length_s, pcm=pcm)
-
-
-def _find_au_route(encoded: Encoded) -> Route:
-    """Note a size that exceeds 32 bits with the offset: libsndfile silently reads nothing."""
-    offset, size = struct.unpack(">II", encoded.read(4, 8).ljust(8, b"\0"))
-    if size == 0xFFFFFFFF or size < UNKNOWN_SIZE_FROM:
-        return Route(encoded, True)
-    return Route(encoded, True, notes=_cut_short(encoded, offset + size))
 
 
 def _find_ogg_route(encoded: Encoded, on_progress: Callable[[], None]) -> Route:

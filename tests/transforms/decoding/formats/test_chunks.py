@@ -1,4 +1,4 @@
-"""WAV, RF64, AIFF and CAF: audio beyond what the header declares is read, or warned about."""
+"""WAV, RF64, AIFF, CAF and AU: audio beyond what the header declares is read, or warned about."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ LAYOUT = {
     "rf64": (b"ds64", 0, "little", 0),
     "aiff": (b"SSND", 4, "big", 8),
     "caf": (b"data", 8, "big", 4),
+    "au": (b"", 4, "big", 0),
 }
 
 
@@ -53,7 +54,7 @@ def recording(duration_s: float, seed: int = 0) -> np.ndarray:
 def with_size(data: bytes, name: str, keep_ratio: float) -> bytes:
     """Let the header declare only a share of the audio, in whole samples."""
     kind, num_bytes, order, lead = layout_of(name)
-    at = data.find(kind) + (4 if num_bytes else 16)
+    at = 8 if name == "au" else data.find(kind) + (4 if num_bytes else 16)
     num_bytes = num_bytes or 8
     size = int.from_bytes(data[at : at + num_bytes], order)  # type: ignore[arg-type]
     frame = {"wav8": 1, "wav24": 3, "wav32": 4, "wav_float": 4, "wav_double": 8, "aiff24": 3}
@@ -94,7 +95,7 @@ def test_zeros_and_text_like_bytes_behind_the_size_may_be_audio(name: str) -> No
     [b"<html>" * 4000, np.random.default_rng(0).bytes(20_000), bytes(200_000), b"?" * 12],
     ids=["text", "random", "zeros", "few"],
 )
-@pytest.mark.parametrize("name", ["wav", "wav24", "aiff", "caf"])
+@pytest.mark.parametrize("name", ["wav", "wav24", "aiff", "caf", "au"])
 def test_what_is_no_audio_is_a_warning(name: str, more: bytes) -> None:
     data = encode(recording(2.0), name)
     samples, facts = decode_whole(data + more)

@@ -11,36 +11,13 @@ import tracemalloc
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from tests.support.containers import GOOD, audio_table, write
 from tests.support.watched_label import Label
-from transforms.errors import InputError
 from transforms.records import EncodedClip
 from transforms.sources import parquet_pages
 from transforms.sources.read_unit import SourceSettings, find_inputs, plan_units, read_unit
 from transforms.storage import writing
-
-
-def test_parquet_of_wrong_types_is_refused_or_ignored(label: Label) -> None:
-    columns: dict[str, pa.Array] = {
-        "ints": pa.array([1]),
-        "lists": pa.array([[1, 2]]),
-        "struct": pa.array([{"samples": [0.5], "rate": 1}]),
-        "text": pa.array(["a.wav"]),
-        "null": pa.nulls(1),
-    }
-    for name, column in columns.items():
-        write(label.inside / f"{name}.parquet", pa.table({"audio": column}))
-        with pytest.raises(InputError, match=r"has neither an audio column .* nor one that names"):
-            label(label.inside / f"{name}.parquet")
-        assert not label.out.exists()
-    (label.inside / "good.wav").write_bytes(GOOD)
-    assert label() == 0
-    assert label.labelled() == {"good.wav"}
-    # A text column with paths is audio by its manifest's names alone.
-    write(label.inside / "list.parquet", pa.table({"uri": ["good.wav"], "x": [1]}))
-    assert label(label.inside / "list.parquet") == 0
 
 
 def test_nulls_and_damage_in_parquet_are_rows(label: Label) -> None:
