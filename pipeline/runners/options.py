@@ -107,9 +107,7 @@ def check_runner(options: PipelineOptions, device: str | None = None) -> None:
     check_workers(runner_name(options), options)
 
 
-def check_reachable(
-    inputs: Sequence[str], output: str | None, truth: str | None = None
-) -> None:
+def check_reachable(inputs: Sequence[str], output: str | None, truth: str | None = None) -> None:
     """Refuse local paths, all normalised, where other machines do the work.
 
     Raise ``ConfigError`` if a path is local, or there is no output.

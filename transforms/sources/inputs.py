@@ -491,7 +491,7 @@ def _none_exists(url: str, rows: Sequence[ManifestRow]) -> InputError:
         folder = printable(public_uri(urls.parent(url)))
         example += f" (written as {written}; paths are relative to the manifest's folder, {folder})"
     return InputError(
-        f"none of the {len(rows):,} files that {uri} names exists, such as {example}. Correct the "
+        f"{uri} names no file that exists: {len(rows):,} missing, such as {example}. Correct the "
         "paths, or move the manifest. If it only says what is true of audio elsewhere: "
         f"earmark label AUDIO… --truth {uri}"
     )

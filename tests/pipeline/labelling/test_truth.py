@@ -217,7 +217,7 @@ def test_a_manifest_whose_files_are_all_missing_stops_before_any_work(
     assert cli.main([command, str(table), "-m", str(tiny_model), "-o", str(out)]) == 2
     said = capfd.readouterr()
     assert (
-        f"none of the 3 files that {table} names exists, such as {tmp_path}/audio/0.wav" in said.err
+        f"{table} names no file that exists: 3 missing, such as {tmp_path}/audio/0.wav" in said.err
     )
     assert (
         f"written as audio/0.wav; paths are relative to the manifest's folder, {tmp_path}"
