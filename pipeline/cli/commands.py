@@ -153,6 +153,7 @@ def stats(given: Given, as_original: bool) -> int:
 
 @command(options.EVALUATE)
 def evaluate(
+    given: Given,
     folders: list[str],
     truth: str | None,
     model: str | None,
@@ -162,6 +163,10 @@ def evaluate(
 ) -> int:
     """Compare labels with the truth: accuracy, mAP, AUC, d', per class; JSON and a picture."""
     check_output_lasts(output)
+    from pipeline.config.label import TruthConfig
+    from pipeline.config.load import load_config
+
+    manifest = load_config(TruthConfig, None, given.sets, given.options).manifest
     from pipeline.evaluation.evaluate import run_evaluate
 
     return run_evaluate(
@@ -171,11 +176,12 @@ def evaluate(
         output=output,
         known_labels_only=known_labels_only,
         quiet=quiet,
+        tables=manifest,
     )
 
 
 @command(options.TRAIN)
-def train(given: Given) -> int:
+def train(given: Given, label_column: str | None) -> int:
     """Train a model on your own labelled clips, from a checkpoint or from scratch.
 
     Run the same command again to resume after an interruption, from the last finished epoch.
@@ -184,7 +190,12 @@ def train(given: Given) -> int:
     from pipeline.config.load import load_config
     from pipeline.config.train import TrainConfig, given_train
 
-    config = load_config(TrainConfig, given.config, given.sets, given.options)
+    settings = list(given.options)
+    if label_column is not None:
+        key = "manifest.columns"
+        columns = [text for name, texts, _ in settings if name == key for text in texts]
+        settings.append((key, [*columns, f"label={label_column}"], "--label-column"))
+    config = load_config(TrainConfig, given.config, given.sets, settings)
     given_train(config)
     check_output_lasts(given_output(config.output))
     configure_logging(config.quiet)

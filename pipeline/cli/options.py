@@ -16,6 +16,7 @@ import typer
 
 # Panels of the help.
 OUTPUT, MODEL, WINDOWS, RUN = "Output", "Model", "Windows", "Run"
+TABLES = "Tables"
 CLIPS, TRAINING = "Clips", "Training"
 REQUIRED = inspect.Parameter.empty
 
@@ -126,6 +127,28 @@ OVERWRITE = Option(
 QUIET_HELP = "Only warnings and errors (default no)."
 QUIET = Option("quiet", "--quiet/--no-quiet -q", QUIET_HELP, kind=bool)
 QUIET_COMMAND = Option(None, "--quiet/--no-quiet -q", QUIET_HELP, kind=bool, default=False)
+TABLE = (
+    Option(
+        "manifest.columns",
+        "--column NAME=COLUMN",
+        "What a table calls a column, like label=category; repeatable.",
+        kind=list[str],
+        panel=TABLES,
+    ),
+    Option(
+        "manifest.format",
+        "--format NAME",
+        "The tool whose tables they are: audiofolder, kaldi, lhotse, nemo or audioset "
+        "(default: recognised).",
+        panel=TABLES,
+    ),
+    Option(
+        "manifest.label_separator",
+        "--label-separator TEXT",
+        "What separates several labels in one text (default ;).",
+        panel=TABLES,
+    ),
+)
 DEVICE_HELP = "auto, cpu, cuda or mps (default auto); an absent device is an error."
 RESULT = Option(None, "folder DIR", "A result's folder.", default=REQUIRED)
 
@@ -210,6 +233,7 @@ LABEL = (
         kind=float,
         panel=WINDOWS,
     ),
+    *TABLE,
     Option("limit", "--limit", "Label at most N items (default: all).", kind=int, panel=RUN),
     OVERWRITE,
     Option(
@@ -353,6 +377,13 @@ TRAIN = (
         "Local folder to keep decoded clips in (default: in the output).",
         panel=CLIPS,
     ),
+    Option(
+        None,
+        "--label-column COLUMN",
+        "What the tables call their label: short for --column label=COLUMN.",
+        panel=TABLES,
+    ),
+    *TABLE,
     Option("limit", "--limit", "Take at most N items (default: all).", kind=int, panel=CLIPS),
     OVERWRITE,
     Option(
@@ -380,6 +411,10 @@ EVALUATE = (
         None,
         "--truth -t FILE",
         "A manifest with labels, or AudioSet's segments CSV (default: the truth in the result).",
+    ),
+    *TABLE,
+    Option(
+        None, "--set KEY=VALUE", "Set a key of the section manifest; repeatable.", kind=list[str]
     ),
     Option(None, "--model -m MODEL", "Where the result's model lies now, if it moved."),
     Option(None, "--output -o FOLDER", "Where to write (default: DIR/evaluation)."),

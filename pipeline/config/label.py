@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from pipeline.config.schema import (
     NO_GAPS,
@@ -24,6 +26,7 @@ from pipeline.config.schema import (
     not_empty_inputs,
 )
 from transforms.errors import InputError, OutputError
+from transforms.sources.tables.columns import KNOWN_COLUMNS, TableFormat
 
 DEFAULT_RUNNER = "FnApiRunner"
 NOT_WRITTEN = "<not written>"  # stands for the value of an option that signs or unlocks
@@ -70,8 +73,14 @@ class WindowSection(Section):
     min_tail: Ratio = 0.1
 
 
-class LabelsSection(Section):
-    """What is stored of the scores."""
+class TruthSection(Section):
+    """Where labels come from that no table gives."""
+
+    from_: Annotated[Literal["folder"] | None, Field(alias="from")] = None
+
+
+class LabelsSection(TruthSection):
+    """What is stored of the scores, and where the labels of the input come from."""
 
     top_k: Count = 10
     scores: bool = False
@@ -117,6 +126,52 @@ class ReadSection(Section):
     max_expansion: Annotated[float, Field(ge=1)] = 200.0
 
 
+def _as_columns(value: object) -> object:
+    """Return texts NAME=COLUMN as a tuple, from a list of them, one of them or a mapping."""
+    if isinstance(value, dict):
+        value = [f"{name}={'' if column is None else column}" for name, column in value.items()]
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
+        raise PydanticCustomError("columns", "NAME=COLUMN, or several of them")
+    known = [text.partition("=")[0].strip() for text in texts]
+    for text, name in zip(texts, known, strict=True):
+        if "=" not in text or name not in KNOWN_COLUMNS:
+            raise PydanticCustomError(
+                "columns",
+                "NAME=COLUMN with a NAME among {names}",
+                {"names": ", ".join(KNOWN_COLUMNS)},
+            )
+    if len(set(known)) < len(known):
+        raise PydanticCustomError("columns", "NAME=COLUMN with each NAME once")
+    return tuple(texts)
+
+
+def _known_encoding(value: str) -> str:
+    try:
+        "".encode(codecs.lookup(value).name)
+    except (LookupError, ValueError):
+        raise PydanticCustomError(
+            "encoding", "an encoding that Python knows, such as cp1252, latin-1 or utf-16"
+        ) from None
+    return value
+
+
+class ManifestSection(Section):
+    """How tables that list what to label are read."""
+
+    format: TableFormat | None = None
+    columns: Annotated[tuple[str, ...], BeforeValidator(_as_columns)] = ()
+    root: str | None = None
+    pattern: str | None = None
+    encoding: Annotated[str, AfterValidator(_known_encoding)] | None = None
+    label_separator: Annotated[str, Field(min_length=1)] = ";"
+
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Return the pairs of ``columns``."""
+        parts = (text.partition("=") for text in self.columns)
+        return tuple((name.strip(), column.strip()) for name, _, column in parts)
+
+
 class UnitsSection(Section):
     """What is committed at once."""
 
@@ -129,13 +184,15 @@ class RunConfig(Config):
 
     command: ClassVar[str] = "label"
     places: ClassVar = (
-        *("inputs", "truth", "output"),
+        *("inputs", "truth", "output", "manifest.root"),
         *("model.name", "model.labels", "model.preprocessor"),
     )
     rules: ClassVar[tuple[Rule, ...]] = (
         not_empty_inputs("inputs"),
         not_empty("truth"),
         not_empty("output"),
+        not_empty("manifest.root"),
+        not_empty("manifest.pattern"),
         NO_GAPS,
         Rule(
             ("retry_failed", "overwrite"),
@@ -167,6 +224,7 @@ class RunConfig(Config):
     limit: Count | None = None
     max_failed: Ratio = 0.05
     quiet: bool = False
+    manifest: ManifestSection = ManifestSection()
     model: ModelSection = ModelSection()
     window: WindowSection = WindowSection()
     labels: LabelsSection = LabelsSection()
@@ -196,6 +254,15 @@ def _public_option(name: str, value: BeamValue) -> BeamValue:
     if isinstance(value, list):
         return [public_text(item) if isinstance(item, str) else item for item in value]
     return public_text(value) if isinstance(value, str) else value
+
+
+class TruthConfig(Config):
+    """What can be set for ``earmark evaluate``: how a table of the truth is read."""
+
+    command: ClassVar[str] = "label"  # whose default.yaml describes the keys
+    places: ClassVar[tuple[str, ...]] = ("manifest.root",)
+
+    manifest: ManifestSection = ManifestSection()
 
 
 def given_inputs(config: RunConfig) -> tuple[str, ...]:

@@ -160,7 +160,9 @@ def _read_assignment(assignment: str, schema: type[Config]) -> Setting:
     try:
         return Setting(key, yaml.load(text, Loader=_Loader), origin)
     except _YAML_ERRORS as error:
-        raise ConfigError(f"{origin} is not valid YAML after '=': {error}") from error
+        raise ConfigError(
+            f"{origin} is not valid YAML after '=': {error}; text may have to be in quotes"
+        ) from error
 
 
 # --- The YAML files that ship with Earmark ----------------------------------------------------

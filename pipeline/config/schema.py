@@ -33,7 +33,13 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """Strict, so that ``top_k: true`` or ``hop_s: "5"`` is an error rather than a guess."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,7 @@ _EXPECTED = {
     "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le:g}",
     "literal_error": "{expected}",
+    "string_too_short": "text that is not empty",
     "string_type": "text (in quotes, if YAML takes it for something else)",
     "tuple_type": "a list of text",
 }

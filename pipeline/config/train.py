@@ -13,7 +13,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from pipeline.config.label import CheckpointSection, DecodeSection, ReadSection, WindowSection
+from pipeline.config.label import (
+    CheckpointSection,
+    DecodeSection,
+    ManifestSection,
+    ReadSection,
+    TruthSection,
+    WindowSection,
+)
 from pipeline.config.schema import (
     NO_GAPS,
     Config,
@@ -183,7 +190,7 @@ class TrainConfig(Config):
 
     command: ClassVar[str] = "train"
     places: ClassVar[tuple[str, ...]] = (
-        *("train", "validation", "output", "cache.folder"),
+        *("train", "validation", "output", "cache.folder", "manifest.root"),
         *("model.name", "model.labels", "model.preprocessor"),
     )
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -191,6 +198,8 @@ class TrainConfig(Config):
         not_empty_inputs("validation"),
         not_empty("output"),
         not_empty("cache.folder"),
+        not_empty("manifest.root"),
+        not_empty("manifest.pattern"),
         Rule(
             ("cache.folder",),
             lambda folder: folder and "://" in folder and not folder.startswith("file://"),
@@ -346,6 +355,8 @@ class TrainConfig(Config):
     limit: Count | None = None
     max_failed: Ratio = 0.05
     quiet: bool = False
+    manifest: ManifestSection = ManifestSection()
+    labels: TruthSection = TruthSection()
     model: CheckpointSection = CheckpointSection()  # without a name, from scratch
     architecture: ArchitectureSection = ArchitectureSection()
     training: TrainingSection = TrainingSection()

@@ -21,7 +21,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config.label import RunConfig
+from pipeline.config.label import ManifestSection, RunConfig
 from pipeline.evaluation.metrics import ClassMetrics, Metrics, compute_metrics
 from pipeline.evaluation.mistakes import (
     MISTAKES_FILE,
@@ -30,7 +30,7 @@ from pipeline.evaluation.mistakes import (
     find_mistakes,
     mistakes_table,
 )
-from pipeline.labelling.plan import make_overrides
+from pipeline.labelling.plan import make_overrides, table_settings
 from pipeline.labelling.truth import (
     JoinedBy,
     Matches,
@@ -115,6 +115,7 @@ def run_evaluate(
     output: str | None = None,
     known_labels_only: bool = False,
     quiet: bool = False,
+    tables: ManifestSection | None = None,
 ) -> int:
     """Evaluate results; print the figures, write JSON, a picture and the mistakes; return 0.
 
@@ -126,13 +127,15 @@ def run_evaluate(
         output: Folder to write to; None for ``evaluation`` below the first result.
         known_labels_only: Ignore labels of the truth that the model does not know.
         quiet: Print no table of classes.
+        tables: How the truth is read, if it is a table.
 
     Raises:
         UsageError: A result, the truth or the model is not right.
     """
     results = [read_scores(folder, model) for folder in folders]
     scored = combine_results(results)
-    known = own_truth(scored) if truth is None else read_truth(truth)
+    settings = table_settings(tables or ManifestSection())
+    known = own_truth(scored) if truth is None else read_truth(truth, settings)
     evaluation = evaluate(scored, known, source=truth, known_labels_only=known_labels_only)
     console = Console(highlight=False, soft_wrap=True)
     for line in describe_evaluation(evaluation, scored):
@@ -422,7 +425,8 @@ def _unmatched(
         for names, words in kinds.values()
         if names
     ]
-    return tuple(notes), {name: len(names) for name, (names, _) in kinds.items()}
+    counts = {name: len(names) for name, (names, _) in kinds.items()}
+    return (*truth.notes, *notes), counts
 
 
 # --- Output --------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
-from pipeline.config.label import RunConfig, given_inputs, given_output
+from pipeline.config.label import ManifestSection, RunConfig, given_inputs, given_output
 from pipeline.config.train import TrainConfig
 from pipeline.graph import RunTotals
 from pipeline.labelling.remaining import (
@@ -51,6 +51,7 @@ from transforms.sources.read_unit import (
     Found,
     ReadLimits,
     SourceSettings,
+    TableSettings,
     find_inputs,
     limit_items,
 )
@@ -215,6 +216,7 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
         "duplicates": found.duplicates,
         "skipped_by_extension": dict(found.skipped_by_extension),
         "notes": list(found.notes),
+        "warnings": list(found.warnings),
     }
     return RunPlan(
         resolved=dataclasses.replace(resolved, run={**resolved.run, "input": content}),
@@ -242,9 +244,10 @@ def find_items(
         exclude=exclude,
         max_page_bytes=sources.limits.max_page_bytes,
         max_listed=max_listed,
+        tables=sources.tables,
     )
     if truth is not None:
-        found = with_truth(found, truth)
+        found = with_truth(found, truth, sources.tables)
     return found if limit is None else limit_items(found, limit, sources)
 
 
@@ -330,7 +333,8 @@ def input_options(config: RunConfig | TrainConfig) -> InputOptions:
     """Return a config's options of reading, decoding and cutting."""
     decode = config.decode
     sources = SourceSettings(
-        limits=ReadLimits(**config.read.model_dump(), max_item_bytes=decode.max_item_bytes)
+        limits=ReadLimits(**config.read.model_dump(), max_item_bytes=decode.max_item_bytes),
+        tables=table_settings(config.manifest, config.labels.from_),
     )
     if isinstance(config, RunConfig):
         sources = dataclasses.replace(sources, windows_per_unit=config.units.windows)
@@ -345,6 +349,14 @@ def input_options(config: RunConfig | TrainConfig) -> InputOptions:
         min_tail_ratio=config.window.min_tail,
         sources=sources,
     )
+
+
+def table_settings(
+    manifest: ManifestSection, labels_from: Literal["folder"] | None = None
+) -> TableSettings:
+    """Return how tables are read."""
+    values = manifest.model_dump(exclude={"columns"})
+    return TableSettings(**values, columns=manifest.pairs(), labels_from=labels_from)
 
 
 def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, Any]:
@@ -442,7 +454,7 @@ def describe_inputs(found: Found) -> list[str]:
     if found.skipped_by_extension:
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.skipped_by_extension.most_common(8))
         lines.append(f"Skipped files of other kinds: {kinds}.")
-    return [*lines, *found.notes]
+    return [*lines, *found.notes, *found.warnings]
 
 
 def describe_found(found: Found) -> str:

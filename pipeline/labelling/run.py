@@ -153,7 +153,7 @@ def plan_locally(
     if is_dataflow(options) and not fits_job(plan.units):
         return None
     for line in describe_plan(plan):
-        say(line, quiet=config.quiet)
+        say(line, quiet=config.quiet and not line.endswith(plan.found.warnings))
     plan = calibrate(plan, config.inference.calibration_windows)
 
     def prepare(startup: Startup) -> Callable[[beam.Pipeline], None] | None:

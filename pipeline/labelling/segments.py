@@ -60,7 +60,7 @@ HEADERS_AHEAD = 16
 
 COLUMNS = ("uri", "clip_id", "member", "row", "start_s", "end_s", "labels")
 # Names that a manifest's reader takes for something else than metadata.
-RESERVED = frozenset({*COLUMNS, "label", "offset"})
+RESERVED = frozenset({*COLUMNS, "label", "offset", "duration"})
 
 
 @dataclass(frozen=True)

@@ -14,25 +14,26 @@ What fits several rows or clips equally well is left out and named.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import posixpath
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
-from transforms.errors import InputError
+from transforms.errors import InputError, ReadError
 from transforms.records import Item
 from transforms.sources.clip_ids import make_clip_id, make_truth, occurrence_of, printable
-from transforms.sources.file_kinds import is_audio_name
+from transforms.sources.file_kinds import is_audio_name, manifest_extension
 from transforms.sources.inputs import Found
 from transforms.sources.manifests import ContainerRow, ManifestRow, read_manifest
-from transforms.storage import reading, urls
+from transforms.sources.tables.audioset import is_audioset, read_segments
+from transforms.sources.tables.columns import TableSettings
+from transforms.sources.tables.text import CsvLines, open_text
+from transforms.storage import urls
 from transforms.storage.secrets import public_uri
 
-_SEGMENT_COLUMNS = ("YTID", "start_seconds", "end_seconds", "positive_labels")
 _MAX_EXAMPLES = 3
 _SEVERAL = -1
 
@@ -89,11 +90,13 @@ class Truth:
         rows: A row per clip; rows of the same place are joined.
         unreadable: Messages about lines that could not be read.
         unlabelled: Number of lines that name a clip and no label.
+        notes: Doubts about what the table means.
     """
 
     rows: tuple[TruthRow, ...]
     unreadable: tuple[str, ...] = ()
     unlabelled: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,16 +158,17 @@ def _segment(start_s: float | None, end_s: float | None) -> str:
 # --- Read ----------------------------------------------------------------------------------
 
 
-def read_truth(source: str) -> Truth:
+def read_truth(source: str, tables: TableSettings | None = None) -> Truth:
     """Read a manifest with labels, or AudioSet's segments.
 
     Raise ``InputError`` if the source cannot be read, or holds no labels.
     """
     url = urls.normalise(source)
-    segments = _read_segments(url) if urls.file_name(url).lower().endswith(".csv") else None
-    truth = segments or _read_manifest(url)
+    tables = tables or TableSettings()
+    truth = _read_segments(url, tables) or _read_manifest(url, tables)
     if not truth.rows:
         more = f"; one of its lines {truth.unreadable[0]}" if truth.unreadable else ""
+        more += "".join(f". {note}" for note in truth.notes)
         raise InputError(
             f"{public_uri(url)} holds no labels; expected a manifest with a column labels "
             f"or label, or AudioSet's segments CSV{more}"
@@ -172,10 +176,11 @@ def read_truth(source: str) -> Truth:
     return truth
 
 
-def _read_manifest(url: str) -> Truth:
+def _read_manifest(url: str, tables: TableSettings) -> Truth:
     rows: list[TruthRow] = []
+    notes: list[str] = []
     unreadable, unlabelled = [], 0
-    for entry in read_manifest(url):
+    for entry in read_manifest(url, settings=tables, note=notes.append, warn=notes.append):
         if not isinstance(entry, ManifestRow):
             failure = entry.failure if isinstance(entry, ContainerRow) else entry
             unreadable.append(failure.message)
@@ -183,7 +188,7 @@ def _read_manifest(url: str) -> Truth:
             unlabelled += 1
         else:
             rows.append(TruthRow(_place_of_row(entry), entry.item.truth, entry.where))
-    return Truth(tuple(_merged(rows)), tuple(unreadable), unlabelled)
+    return Truth(tuple(_merged(rows)), tuple(unreadable), unlabelled, tuple(notes))
 
 
 def _merged(rows: Iterable[TruthRow]) -> Iterator[TruthRow]:
@@ -196,42 +201,28 @@ def _merged(rows: Iterable[TruthRow]) -> Iterator[TruthRow]:
         yield dataclasses.replace(same[0], labels=labels)
 
 
-def _read_segments(url: str) -> Truth | None:
-    """Read AudioSet's CSV: comments, then ``YTID, start, end, "mid,mid"``; None if it is not."""
-    try:
-        text = reading.read_bytes(url).decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        raise InputError(f"{public_uri(url)} cannot be read: {error}") from error
-    lines = text.splitlines()
-    comments = [line for line in lines if line.startswith("#")]
-    header = [name.strip() for name in comments[-1].lstrip("# ").split(",")] if comments else []
-    if header != list(_SEGMENT_COLUMNS):
+def _read_segments(url: str, tables: TableSettings) -> Truth | None:
+    """Read AudioSet's segments, which several names of files fit; None if it is no such table."""
+    if not manifest_extension(urls.file_name(url)).startswith(".csv"):
         return None
-    name = public_uri(url)
+    name = printable(public_uri(url))
     rows, unreadable = [], []
-    for number, line in enumerate(lines, start=1):
-        if line.startswith("#") or not line.strip():
-            continue
-        fields = next(csv.reader(io.StringIO(line), skipinitialspace=True))
-        try:
-            video, start_s, end_s, labels = fields
-            place = Place(None, None, tuple(_segment_stems(video, float(start_s), float(end_s))))
-        except ValueError:
-            unreadable.append(f"line {number} of {name} does not have the four fields of a segment")
-            continue
-        truth = make_truth(labels.split(",")) or ()
-        rows.append(TruthRow(place, truth, f"line {number} of {name}"))
+    try:
+        with open_text(url, name, tables.encoding, newline="") as text:
+            csv_lines = CsvLines(text, name)
+            if not is_audioset(csv_lines) and tables.format != "audioset":
+                return None
+            for line, segment in read_segments(csv_lines):
+                if isinstance(segment, ReadError):
+                    unreadable.append(f"{line} of {name} {segment}")
+                else:
+                    place = Place(None, None, tuple(segment.stems()))
+                    rows.append(
+                        TruthRow(place, make_truth(segment.labels) or (), f"{line} of {name}")
+                    )
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{name} cannot be read: {error}") from error
     return Truth(tuple(rows), tuple(unreadable))
-
-
-def _segment_stems(video: str, start_s: float, end_s: float) -> Iterator[str]:
-    """Yield the file names that tools which fetch AudioSet's clips use."""
-    for prefix in ("", "Y"):
-        yield f"{prefix}{video}"
-        yield f"{prefix}{video}_{start_s:.3f}_{end_s:.3f}"
-        yield f"{prefix}{video}_{start_s:g}_{end_s:g}"
-        yield f"{prefix}{video}_{start_s * 1000:.0f}_{end_s * 1000:.0f}"
-        yield f"{prefix}{video}_{start_s * 1000:.0f}"
 
 
 # --- Join ----------------------------------------------------------------------------------
@@ -376,15 +367,17 @@ def some(names: Sequence[str]) -> str:
 # --- Truth of an input ---------------------------------------------------------------------
 
 
-def with_truth(found: Found, source: str) -> Found:
-    """Give the items found the labels of a table, which adds no items; notes say what it did.
+def with_truth(found: Found, source: str, tables: TableSettings | None = None) -> Found:
+    """Give the items found the labels of a table, which adds no items.
+
+    A note says how the items were joined; what was not joined is a warning.
 
     A row's labels replace those that the input gives its item. What is inside a container is not
     known before it is read, and keeps its own labels.
 
     Raise ``InputError`` if the table cannot be read, holds no labels or belongs to no item.
     """
-    truth = read_truth(source)
+    truth = read_truth(source, tables)
     items = [*found.items, *(item for one in found.containers for item in one.items)]
     places = [
         place_of(item.clip_id, item.uri, item.member, item.row, item.start_s, item.end_s)
@@ -419,12 +412,14 @@ def with_truth(found: Found, source: str) -> Found:
         found,
         items=labelled(found.items),
         containers=tuple(containers),
-        notes=(*found.notes, *_notes(found, truth, matches, places)),
+        notes=(*found.notes, describe_joined(matches, truth.rows, places)),
+        warnings=(*found.warnings, *truth.notes, *_left_out(found, truth, matches, places)),
     )
 
 
-def _notes(found: Found, truth: Truth, matches: Matches, places: Sequence[Place]) -> Iterator[str]:
-    yield describe_joined(matches, truth.rows, places)
+def _left_out(
+    found: Found, truth: Truth, matches: Matches, places: Sequence[Place]
+) -> Iterator[str]:
     without = [
         place.shown
         for place, index in zip(places, matches.row_of_clip, strict=True)

@@ -79,6 +79,12 @@ class TrainPlan:
         return make_fingerprint(self.results)
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """Doubts about what the inputs mean."""
+        both = (self.found, self.found_validation)
+        return tuple(text for found in both if found is not None for text in found.warnings)
+
+    @property
     def inputs_digest(self) -> str:
         """Digest of places, sizes, versions, given labels and bounds, all known before reading."""
         limits = dataclasses.astuple(self.settings.sources.limits)

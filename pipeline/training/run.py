@@ -98,7 +98,7 @@ def run_train(config: TrainConfig) -> int:
     with hold_output(output):
         plan = make_train_plan(config, output)
         for line in describe_train_plan(plan):
-            say(line, quiet=config.quiet)
+            say(line, quiet=config.quiet and not line.endswith(plan.warnings))
         if config.overwrite:
             check_removable(plan)
         record = None if config.overwrite else find_training(plan)

@@ -15,6 +15,8 @@ from typing import Any
 
 from transforms.errors import ItemError
 from transforms.records import ContainerSlice, Failure, Item, UnitKind
+from transforms.sources.tables.columns import is_none, list_in_text
+from transforms.storage import urls
 from transforms.storage.secrets import public_text
 
 
@@ -134,35 +136,58 @@ def read_failure(item: Item, error: Exception, *, is_container: bool = False) ->
 # --- Labels and metadata -------------------------------------------------------------------
 
 
-def make_truth(labels: object, label: object = None) -> tuple[str, ...] | None:
+def make_truth(
+    labels: object, label: object = None, separator: str = ";"
+) -> tuple[str, ...] | None:
     """Parse the labels that an input gives; return each name once, in order.
 
-    ``labels`` is a list, a JSON list, or names separated by ``;``. ``label`` is one name. None
-    means that both are missing; an empty list says that there are no labels.
+    ``labels`` is a list, the text of one (JSON, Python or numpy), or names with ``separator``
+    between them. ``label`` is one name, or the text of a list. None means that both are missing,
+    which "nan" and "None" are too; an empty list says that there are no labels.
     """
     if labels is None and label is None:
         return None
-    names = [*_label_names(labels, split=True), *_label_names(label, split=False)]
+    names = [*_label_names(labels, separator), *_label_names(label)]
     if not names and not isinstance(labels, list | tuple):
         return None
     return tuple(dict.fromkeys(names))
 
 
-def _label_names(value: object, *, split: bool) -> list[str]:
-    if value is None:
+def _label_names(value: object, separator: str | None = None) -> list[str]:
+    if is_none(value):
         return []
     if isinstance(value, list | tuple):
-        return [name for part in value for name in _label_names(part, split=False)]
+        return [name for part in value for name in _label_names(part)]
     if not isinstance(value, str):
         return [printable(str(value))]
     value = public_text(value)
-    if split and value.lstrip().startswith("["):
-        try:
-            return _label_names(json.loads(value), split=False)
-        except ValueError:
-            pass  # a name that begins with a bracket
-    names = value.split(";") if split else [value]
-    return [printable(name.strip()) for name in names if name.strip()]
+    if value.lstrip().startswith("["):
+        listed = _list_in_text(value)
+        if listed is not None:  # else a name that begins with a bracket
+            return _label_names(listed)
+    names = [value] if separator is None else value.split(separator)
+    return [printable(name.strip()) for name in names if not is_none(name)]
+
+
+def _list_in_text(value: str) -> list[object] | None:
+    try:
+        listed = json.loads(value)
+    except (ValueError, RecursionError):
+        listed = list_in_text(value)
+    is_flat = isinstance(listed, list) and not any(isinstance(one, list | dict) for one in listed)
+    return listed if is_flat else None
+
+
+def labelled_by_folder(item: Item) -> Item:
+    """Return an item without labels with the name of the folder that it lies in as its label.
+
+    That of a tar's member is the folder inside the tar. A Parquet row lies in none.
+    """
+    if item.truth is not None or item.row is not None:
+        return item
+    path = urls.split_url(item.uri).path if item.member is None else item.member
+    folder = path.rpartition("/")[0].rpartition("/")[2]
+    return dataclasses.replace(item, truth=(folder,)) if folder.strip(".") else item
 
 
 def with_description(item: Item, truth: tuple[str, ...] | None, metadata: str | None) -> Item:

@@ -22,7 +22,8 @@ _AUDIO = {
 _BYTES_PER_S = {name: rate for rate, names in _AUDIO.items() for name in names.split()}
 DEFAULT_BYTES_PER_S = 16_000
 
-MANIFEST_EXTENSIONS = frozenset({".jsonl", ".ndjson", ".json", ".csv", ".tsv"})
+_MANIFESTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+MANIFEST_EXTENSIONS = frozenset(_MANIFESTS) | {f"{one}.gz" for one in _MANIFESTS}
 SIDECAR_EXTENSIONS = frozenset({".json", ".txt", ".cls"})  # beside the audio in a tar
 
 # Named directly, these are a mistake rather than audio under an unusual name.
@@ -42,6 +43,13 @@ def extension(name: str) -> str:
     base = name.rpartition("/")[2]
     stem, dot, tail = base.rpartition(".")
     return f".{tail.lower()}" if dot and stem else ""
+
+
+def manifest_extension(name: str) -> str:
+    """Return the ending of a text manifest, like ``.csv`` or ``.csv.gz``; "" if it is none."""
+    stem = name[: -len(".gz")] if name.lower().endswith(".gz") else name
+    ending = extension(stem) + name[len(stem) :].lower()
+    return ending if ending in MANIFEST_EXTENSIONS else ""
 
 
 def is_audio_name(name: str) -> bool:

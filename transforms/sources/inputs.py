@@ -20,6 +20,7 @@ from transforms.errors import ContainerError, InputError, TooManyListedError, in
 from transforms.records import Failure, Item
 from transforms.sources.clip_ids import (
     for_terminal,
+    labelled_by_folder,
     make_clip_id,
     occurrence_of,
     printable,
@@ -27,15 +28,23 @@ from transforms.sources.clip_ids import (
 )
 from transforms.sources.fetching import ReadLimits
 from transforms.sources.file_kinds import (
-    MANIFEST_EXTENSIONS,
     NOT_AUDIO_EXTENSIONS,
     extension,
     is_audio_name,
     is_shadow_name,
     is_tar_name,
+    manifest_extension,
 )
-from transforms.sources.manifests import ContainerRow, ManifestRow, read_manifest
-from transforms.sources.parquet import URI_COLUMNS, ParquetIndex, index_parquet
+from transforms.sources.manifests import (
+    TABLES_IN_FOLDERS,
+    ContainerRow,
+    ManifestRow,
+    format_in_folder,
+    is_table_name,
+    read_manifest,
+)
+from transforms.sources.parquet import ParquetIndex, index_parquet
+from transforms.sources.tables.columns import URI_COLUMNS, TableSettings
 from transforms.storage import filesystem, listing, urls
 from transforms.storage.filesystem import FileInfo
 from transforms.storage.secrets import public_uri
@@ -88,6 +97,7 @@ class Found:
         skipped_by_extension: Number of files of other kinds in folders.
         failures: Lines of manifests and folders that could not be read.
         notes: Messages for the user.
+        warnings: Doubts about what tables mean, which the user should see even in a quiet run.
     """
 
     items: tuple[Item, ...] = ()
@@ -97,6 +107,7 @@ class Found:
     skipped_by_extension: Counter[str] = field(default_factory=Counter)
     failures: tuple[Failure, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def find_inputs(
@@ -105,6 +116,7 @@ def find_inputs(
     exclude: str | None = None,
     max_page_bytes: int = ReadLimits().max_page_bytes,
     max_listed: int | None = None,
+    tables: TableSettings | None = None,
 ) -> Found:
     """List the content of the inputs.
 
@@ -113,6 +125,7 @@ def find_inputs(
         exclude: The output folder, which is never part of the input.
         max_page_bytes: Bound for a decompressed page of a Parquet manifest.
         max_listed: Bound for the number of files and of rows of manifests; None for no bound.
+        tables: How to read manifests; None for what they say themselves.
 
     Raises:
         TooManyListedError: There are more than ``max_listed``.
@@ -120,7 +133,7 @@ def find_inputs(
             different items have the same clip id.
         UsageError: A protocol is unknown or needs an extra that is not installed.
     """
-    finder = _Finder(exclude, max_page_bytes, max_listed)
+    finder = _Finder(exclude, max_page_bytes, max_listed, tables or TableSettings())
     try:
         for text in inputs:
             finder.add(text)
@@ -147,7 +160,14 @@ def check_there(inputs: Sequence[str]) -> None:
 
 
 class _Finder:
-    def __init__(self, exclude: str | None, max_page_bytes: int, max_listed: int | None) -> None:
+    def __init__(
+        self,
+        exclude: str | None,
+        max_page_bytes: int,
+        max_listed: int | None,
+        tables: TableSettings,
+    ) -> None:
+        self._tables = tables
         self._max_page_bytes = max_page_bytes
         self._max_listed = max_listed
         self._num_listed = 0
@@ -164,7 +184,10 @@ class _Finder:
         self._containers: dict[str, Container] = {}
         self._failures: list[Failure] = []
         self._skipped: Counter[str] = Counter()
+        self._tables_read: set[str] = set()
+        self._unread: dict[str, str] = {}  # tables in folders, with their formats
         self._notes: dict[str, None] = {}
+        self._warnings: dict[str, None] = {}
         self._duplicates: dict[str, int] = {}
 
     # -- one input --
@@ -176,7 +199,7 @@ class _Finder:
         uri = printable(public_uri(url))
         try:
             if urls.is_glob(url) and not filesystem.exists(url):
-                self._add_listed(url, uri, listing.glob_files, extension(urls.file_name(url)))
+                self._add_listed(url, uri, listing.glob_files, _ending(urls.file_name(url)))
             elif filesystem.is_folder(url):
                 self._add_listed(url, uri, listing.list_files, named_ending=None)
             else:
@@ -245,38 +268,50 @@ class _Finder:
         ending = extension(urls.file_name(url))
         if ending == ".parquet":
             self._add_parquets([info], manifests_too=True, must_fit=True)
-        elif ending in MANIFEST_EXTENSIONS:
+        elif is_table_name(urls.file_name(url), self._tables):
             self._add_manifest(url, uri)
         elif is_tar_name(urls.file_name(url)):
             self._add_container(info, "tar")
         elif ending in NOT_AUDIO_EXTENSIONS:
             raise InputError(
-                f"{uri} is not audio, a tar, a Parquet file or a manifest (.jsonl, .csv); audio "
-                "under such a name must be renamed, or listed in a manifest"
+                f"{uri} is not audio, a tar, a Parquet file or a manifest (.jsonl, .csv, .tsv); "
+                "audio under such a name must be renamed, or listed in a manifest"
             )
         else:
             self._bare.append(_bare_item(info))
 
     def _add_files(self, uri: str, files: list[FileInfo], named_ending: str | None) -> None:
-        """Add the files of a folder or glob; manifests only if the glob spells out their ending."""
+        """Add the files of a folder or glob.
+
+        Manifests only if the glob spells out their ending, or the folder is one of ``--format``.
+        """
         before = self._num_found()
         parquets = []
         skipped: Counter[str] = Counter()
+        num_tables = 0
         for info in files:
             name = urls.file_name(info.url)
-            ending = extension(name)
-            if is_tar_name(name):
+            ending = _ending(name)
+            table_format = format_in_folder(name)
+            if table_format is not None and table_format == self._tables.format:
+                num_tables += 1
+                self._add_manifest(info.url, printable(public_uri(info.url)))
+            elif is_tar_name(name):
                 self._add_container(info, "tar")
             elif is_audio_name(name):
                 self._bare.append(_bare_item(info))
             elif ending == ".parquet":
                 parquets.append(info)
-            elif ending in MANIFEST_EXTENSIONS and ending == named_ending:
+            elif manifest_extension(name) and ending == named_ending:
                 self._add_manifest(info.url, printable(public_uri(info.url)))
             else:
+                if table_format is not None:
+                    self._unread[info.url] = table_format
                 skipped["._*" if is_shadow_name(name) else ending or "(no extension)"] += 1
         skipped += self._add_parquets(parquets, manifests_too=named_ending == ".parquet")
         self._skipped += skipped
+        if named_ending is None and not num_tables:
+            self._check_format_of_folder(uri)
         if self._num_found() == before:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(5))
             others = f" (files of other kinds: {kinds})" if kinds else ""
@@ -284,6 +319,14 @@ class _Finder:
                 " (manifests count only when they are named)" if kinds else ""
             )
             raise InputError(f"{uri} holds nothing to label{others}{advice}")
+
+    def _check_format_of_folder(self, uri: str) -> None:
+        names = sorted(TABLES_IN_FOLDERS.get(self._tables.format, ()))
+        if names:
+            raise InputError(
+                f"{uri} holds no {' or '.join(names)}, which --format {self._tables.format} reads; "
+                "leave --format out to take the audio alone"
+            )
 
     def _num_found(self) -> int:
         listed_again = sum(self._duplicates.values())
@@ -305,18 +348,22 @@ class _Finder:
                 if must_fit:
                     raise InputError(f"{uri} holds no rows")
                 self._notes[f"{uri} holds no rows."] = None
-            elif manifests_too and set(index.columns) & set(URI_COLUMNS):
+            elif manifests_too and self._names_files(index.columns):
                 self._add_manifest(info.url, uri)
             elif must_fit:
                 columns = ", ".join(index.columns[:20])
                 raise InputError(
-                    f"{uri} has neither an audio column (struct<bytes, path> or binary) nor one "
-                    f"that names files ({', '.join(URI_COLUMNS)}); its columns: {columns}. "
-                    "Rename the one that does"
+                    f"{uri} has neither an audio column (bytes, or array and sampling_rate) nor "
+                    f"one that names files ({', '.join(URI_COLUMNS)}); its columns: {columns}. "
+                    "Name the one that does with --column uri=COLUMN"
                 )
             else:
                 skipped[".parquet"] += 1
         return skipped
+
+    def _names_files(self, columns: Sequence[str]) -> bool:
+        names = self._tables.names_of(*URI_COLUMNS)
+        return self._tables.pattern is not None or not set(names).isdisjoint(columns)
 
     def _add_container(
         self,
@@ -334,10 +381,12 @@ class _Finder:
             self._notes[f"{uri} is compressed and cannot be split: it is one unit of work."] = None
 
     def _add_manifest(self, url: str, uri: str) -> None:
+        self._tables_read.add(url)
         is_empty = True
         first = len(self._rows)
         wholes: dict[str, ContainerRow] = {}  # each slice of a container may have a row
-        for row in self._counted(read_manifest(url, self._max_page_bytes)):
+        rows = read_manifest(url, self._max_page_bytes, self._tables, self._note, self._warn)
+        for row in self._counted(rows):
             is_empty = False
             if isinstance(row, Failure):
                 self._failures.append(row)
@@ -360,16 +409,29 @@ class _Finder:
             elif self._add_parquets([info], manifests_too=False):
                 self._failures.append(wholes[url].failure)
 
+    def _note(self, text: str) -> None:
+        self._notes[text] = None
+
+    def _warn(self, text: str) -> None:
+        self._warnings[text] = None
+
     def _count_duplicate(self, clip_id: str) -> None:
         self._duplicates[clip_id] = self._duplicates.get(clip_id, 0) + 1
 
     # -- all of them --
 
     def finish(self) -> Found:
+        self._say_what_was_not_read()
         items = self._resolve()
         loose = [item for item in items if item.member is None and item.row is None]
         inside = [item for item in items if item.member is not None or item.row is not None]
         containers = [*self._containers.values(), *self._asked_for(inside)]
+        if self._tables.labels_from is not None and any(
+            one.kind == "parquet" for one in containers
+        ):
+            self._note(
+                "The rows of Parquet files lie in no folder: labels.from gives them no label."
+            )
         return Found(
             items=tuple(sorted(loose, key=plan_order)),
             containers=tuple(sorted(containers, key=lambda one: (one.uri, bool(one.items)))),
@@ -379,7 +441,18 @@ class _Finder:
             # The same manifest or folder may have been given twice.
             failures=tuple({one.item.clip_id: one for one in self._failures}.values()),
             notes=tuple(self._notes),
+            warnings=tuple(self._warnings),
         )
+
+    def _say_what_was_not_read(self) -> None:
+        unread = [url for url in self._unread if url not in self._tables_read]
+        if unread:
+            more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+            self._warn(
+                f"{printable(public_uri(unread[0]))}{more} lies in the folder and was not read: a "
+                "table counts only when it is named. To use what it says, give --format "
+                f"{self._unread[unread[0]]}, or the table itself."
+            )
 
     def _resolve(self) -> list[Item]:
         """Merge items listed twice; a manifest's row wins over the bare file.
@@ -419,7 +492,9 @@ class _Finder:
             else:
                 version = found.version
                 by_id[clip_id] = dataclasses.replace(row.item, size=found.size, version=version)
-        return list(by_id.values())
+        if self._tables.labels_from is None:
+            return list(by_id.values())
+        return [labelled_by_folder(item) for item in by_id.values()]
 
     def _check_some_exist(self, facts: Mapping[str, FileInfo | OSError]) -> None:
         """Refuse a manifest none of whose files exists: its paths are relative to something else.
@@ -436,7 +511,7 @@ class _Finder:
         missing = (FileNotFoundError, NotADirectoryError)
         for url, rows in rows_of.items():
             if rows and all(isinstance(facts.get(row.item.url), missing) for row in rows):
-                raise _none_exists(url, rows)
+                raise _none_exists(url, rows, self._tables.root or urls.parent(url))
 
     def _asked_for(self, items: list[Item]) -> Iterator[Container]:
         """Yield the containers of the members and rows that manifests list."""
@@ -474,6 +549,11 @@ class _Finder:
         return rest
 
 
+def _ending(name: str) -> str:
+    """Return the ending of a file that tells its kind: ``.csv.gz`` and not ``.gz``."""
+    return manifest_extension(name) or extension(name)
+
+
 def _why(uri: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return f"{uri} does not exist; check the path (a relative one starts at the current folder)"
@@ -483,16 +563,17 @@ def _why(uri: str, error: Exception) -> str:
     return text if uri in text else f"{uri} cannot be read: {text}"
 
 
-def _none_exists(url: str, rows: Sequence[ManifestRow]) -> InputError:
+def _none_exists(url: str, rows: Sequence[ManifestRow], root: str) -> InputError:
     uri = printable(public_uri(url))
     example = rows[0].item.uri
     written = printable(public_uri(rows[0].path))
     if written not in ("", example):
-        folder = printable(public_uri(urls.parent(url)))
-        example += f" (written as {written}; paths are relative to the manifest's folder, {folder})"
+        folder = printable(public_uri(root))
+        example += f" (written as {written}; paths are relative to {folder})"
     return InputError(
         f"{uri} names no file that exists: {len(rows):,} missing, such as {example}. Correct the "
-        "paths, or move the manifest. If it only says what is true of audio elsewhere: "
+        "paths, or name the folder that they are relative to: --set manifest.root=FOLDER. If it "
+        "only says what is true of audio elsewhere: "
         f"earmark label AUDIO… --truth {uri}"
     )
 

@@ -35,11 +35,19 @@ from transforms.sources.clip_ids import (
 )
 from transforms.sources.fetching import RangeReader, ReadLimits, check_item_size, fetch, spool
 from transforms.sources.parquet_pages import ColumnChunk, measure_row_group, read_chunks
+from transforms.sources.tables.columns import URI_COLUMNS
+from transforms.sources.tables.samples import (
+    ARRAY,
+    RATE,
+    is_array,
+    is_rate,
+    is_samples_struct,
+    wav_of_samples,
+)
 from transforms.sources.tar import container_item
 from transforms.storage import reading, urls
 from transforms.storage.secrets import public_uri
 
-URI_COLUMNS = ("uri", "path", "file", "audio_filepath", "filename")
 _BATCH_BYTES = 16 << 20
 # If each row had the largest entry of its dictionary, which is rare.
 _MAX_DICTIONARY_BATCH_BYTES = 64 << 20
@@ -53,16 +61,18 @@ _MIN_BOUND_ROWS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class AudioColumn:
-    """The audio column of a Parquet file: ``struct<bytes, path>`` or binary.
+    """The audio column of a Parquet file: ``struct<bytes, path>``, binary, or decoded samples.
 
     ``path_column`` names the file of a binary column. ``class_names`` has the names of each
     ``ClassLabel`` column.
+    ``is_pair`` says that decoded samples have their rate in a column of its own.
     """
 
     name: str
     is_struct: bool
     path_column: str | None = None
     class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    is_pair: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +213,9 @@ def find_audio_column(schema: pa.Schema) -> AudioColumn | None:
     """Find the audio column of a schema; None if there is none.
 
     The first of these: the column that Hugging Face's metadata calls ``Audio``; a
-    ``struct<bytes, path>``, preferably named ``audio``; a binary column named ``audio``; the only
-    binary column, unless a column ``uri`` shows that the table is a manifest.
+    ``struct<bytes, path>``, preferably named ``audio``; a binary column named ``audio``; decoded
+    samples, as ``struct<array, sampling_rate>`` or two columns; the only binary column, unless a
+    column ``uri`` shows that the table is a manifest.
     """
     features = _huggingface_features(schema)
     class_names = {name: _class_names(features.get(name)) for name in schema.names}
@@ -219,6 +230,10 @@ def find_audio_column(schema: pa.Schema) -> AudioColumn | None:
     for name in (*declared, *(name for name in structs if name == "audio"), *structs):
         return AudioColumn(name, True, None, classes)
     named = [name for name in binaries if name == "audio"]
+    samples = [] if named else _sample_columns(schema)
+    kinds = {one.name: one.type for one in schema}
+    for name in (*(name for name in samples if name == "audio"), *samples):
+        return AudioColumn(name, True, None, classes, is_pair=is_array(kinds[name]))
     only = binaries if len(binaries) == 1 and "uri" not in schema.names else []
     for name in (*named, *only):
         paths = [
@@ -226,6 +241,15 @@ def find_audio_column(schema: pa.Schema) -> AudioColumn | None:
         ]
         return AudioColumn(name, False, paths[0] if paths else None, classes)
     return None
+
+
+def _sample_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns of decoded samples: structs, else the one beside a sample rate."""
+    structs = [one.name for one in schema if is_samples_struct(one.type)]
+    kinds = {one.name: one.type for one in schema}
+    is_once = schema.names.count(ARRAY) == schema.names.count(RATE) == 1
+    is_pair = is_once and is_array(kinds[ARRAY]) and is_rate(kinds[RATE])
+    return structs or ([ARRAY] if is_pair else [])
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -293,7 +317,7 @@ def read_parquet(
                 names = ", ".join(opened.names[:20])
                 raise ContainerError(f"{part.uri}: no column holds audio (columns: {names})")
             opened.check_num_rows()
-            for row, values in _rows(opened, part, frozenset(rows), damage, limits):
+            for row, values in _rows(opened, part, audio, frozenset(rows), damage, limits):
                 items = rows.pop(row) if wanted else [None]
                 yield from (_clip(part, audio, row, dict(values), item, limits) for item in items)
     except ContainerError as error:
@@ -318,6 +342,7 @@ def _row_error(
 def _rows(
     opened: OpenParquet,
     part: ContainerSlice,
+    audio: AudioColumn,
     wanted: frozenset[int],
     damage: list[ContainerError],
     limits: ReadLimits,
@@ -334,6 +359,7 @@ def _rows(
         row = start
         try:
             for batch in opened.batches(number, limits.max_page_bytes):
+                batch = _with_samples_in_one(batch, audio)
                 for offset in range(batch.num_rows):
                     if low <= row < high and (not wanted or row in wanted):
                         yield row, row_values(batch, offset)
@@ -341,6 +367,15 @@ def _rows(
         except ContainerError as error:
             text = f"{part.uri}: rows {max(row, low)} to {high - 1} cannot be read: {error}"
             damage.append(ContainerError(text))
+
+
+def _with_samples_in_one(batch: pa.RecordBatch, audio: AudioColumn) -> pa.RecordBatch:
+    """Join the two columns of decoded samples into the struct that others have."""
+    if not audio.is_pair:
+        return batch
+    struct = pa.StructArray.from_arrays([batch[ARRAY], batch[RATE]], [ARRAY, RATE])
+    position = batch.schema.get_field_index(ARRAY)
+    return batch.set_column(position, pa.field(ARRAY, struct.type), struct)
 
 
 def row_values(batch: pa.RecordBatch, offset: int) -> dict[str, Any]:
@@ -362,7 +397,8 @@ def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    if not _is_binary(column.type) and not _is_audio_struct(column.type):
+    is_special = _is_audio_struct(column.type) or is_samples_struct(column.type)
+    if not _is_binary(column.type) and not is_special:
         with suppress(*_UNREADABLE):
             return list(column.to_pylist())
     return [_value(scalar) for scalar in column]
@@ -380,10 +416,25 @@ def _value(scalar: pa.Scalar) -> Any:
             return memoryview(scalar.as_buffer())
         if _is_audio_struct(scalar.type):
             return {name: _value(scalar[name]) for name in ("bytes", "path")}
+        if is_samples_struct(scalar.type):
+            return _samples_of(scalar)
         return scalar.as_py()
     except _UNREADABLE as error:
         # Text that is not UTF-8, or a date before the year 1.
         return UnreadableValue(f"<cannot be read: {error}>")
+
+
+def _samples_of(scalar: pa.StructScalar) -> dict[str, Any]:
+    """Return decoded samples as the bytes of a WAV file, or the reason why they are none."""
+    names = {scalar.type.field(number).name for number in range(len(scalar.type))}
+    path = _value(scalar["path"]) if "path" in names else None
+    if not scalar[ARRAY].is_valid:
+        return {"bytes": None, "path": path}
+    try:
+        data = memoryview(wav_of_samples(scalar[ARRAY], scalar[RATE].as_py()))
+    except ReadError as error:
+        return {"bytes": None, "path": UnreadableValue(str(error))}
+    return {"bytes": data, "path": path}
 
 
 def _clip(

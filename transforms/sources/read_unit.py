@@ -6,16 +6,18 @@ loose **items**, and **containers** (a tar, a Parquet file) whose items are foun
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
 from transforms.records import EncodedClip, Failure, Item, WorkUnit
-from transforms.sources.clip_ids import make_clip_id, make_unit_id
+from transforms.sources.clip_ids import labelled_by_folder, make_clip_id, make_unit_id
 from transforms.sources.fetching import Fetched, ReadLimits, clips_of, fetch
 from transforms.sources.inputs import Container, Found, check_there, find_inputs
 from transforms.sources.parquet import read_parquet
+from transforms.sources.tables.columns import TableSettings
 from transforms.sources.tar import TarReader
 from transforms.sources.units import (
     RestOfContainer,
@@ -33,6 +35,7 @@ __all__ = [
     "ReadLimits",
     "RestOfContainer",
     "SourceSettings",
+    "TableSettings",
     "check_there",
     "cut_container",
     "cut_containers",
@@ -61,7 +64,14 @@ def read_unit(
     if unit.container is None:
         yield from _read_files(unit.items, settings)
     elif unit.kind == "tar":
-        yield from TarReader(unit.container, unit.items, settings.limits).read()
+        members = TarReader(unit.container, unit.items, settings.limits).read()
+        if settings.tables.labels_from is None:
+            yield from members
+        else:
+            for one in members:
+                is_member = one.item.member is not None
+                item = labelled_by_folder(one.item) if is_member else one.item
+                yield dataclasses.replace(one, item=item)
     else:
         yield from read_parquet(unit.container, unit.items, settings.limits)
 

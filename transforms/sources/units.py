@@ -18,6 +18,7 @@ from transforms.sources.clip_ids import make_unit_id, occurrence_of, printable
 from transforms.sources.fetching import ReadLimits
 from transforms.sources.file_kinds import DEFAULT_BYTES_PER_S, WindowEstimate
 from transforms.sources.inputs import Container, Found, in_threads, plan_order
+from transforms.sources.tables.columns import TableSettings
 from transforms.sources.tar import TarIndex, index_tar
 from transforms.storage import urls
 
@@ -34,6 +35,7 @@ class SourceSettings:
         window_s: For estimates.
         hop_s: From one window's start to the next's in seconds, for estimates.
         read_ahead: Remote files fetched in parallel, ahead of their turn.
+        tables: How manifests are read, and labels found.
     """
 
     windows_per_unit: int = 256
@@ -42,6 +44,7 @@ class SourceSettings:
     hop_s: float = 10.255
     read_ahead: int = 4
     limits: ReadLimits = field(default_factory=ReadLimits)
+    tables: TableSettings = field(default_factory=TableSettings)
 
     def __post_init__(self) -> None:
         for name in ("windows_per_unit", "max_unit_bytes", "read_ahead"):

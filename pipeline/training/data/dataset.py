@@ -149,11 +149,12 @@ def check_found(found: Found, which: str, hold_out: str | None = None) -> None:
 def _manifest_hint(found: Found) -> str:
     skipped = found.skipped_by_extension
     kinds = [f"{skipped[kind]:,} {kind}" for kind in sorted(_MAYBE_MANIFESTS & set(skipped))]
+    doubts = "".join(f". {warning}" for warning in found.warnings)
     if not kinds:
-        return ""
+        return doubts
     return (
-        f". Files in the folder that were skipped: {', '.join(kinds)}. Manifests count only when "
-        "they are named: if the labels are there, give that file instead of the folder"
+        f"{doubts}. Files in the folder that were skipped: {', '.join(kinds)}. Manifests count "
+        "only when they are named: if the labels are there, give that file instead of the folder"
     )
 
 

@@ -21,6 +21,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         ("pipeline.labelling.estimate", "run_plan"),
         ("pipeline.result.verify", "run_verify"),
         ("pipeline.result.export", "run_export"),
+        ("pipeline.evaluation.evaluate", "run_evaluate"),
         ("pipeline.training.run", "run_train"),
     ):
         fake = ModuleType(module)

@@ -116,7 +116,7 @@ def test_files_that_cannot_be_an_input(earmark: Earmark, tmp_path: Path) -> None
     (tmp_path / "notes.txt").write_text("no sound")
     earmark.refuses(r"notes\.txt is not audio.*must be renamed, or listed", tmp_path / "notes.txt")
     pq.write_table(pa.table({"x": [1], "y": ["a"]}), tmp_path / "numbers.parquet")
-    words = r"numbers\.parquet has neither an audio column .*uri.*its columns: x, y\. Rename"
+    words = r"numbers\.parquet has neither an audio column .*uri.*its columns: x, y\. Name the one"
     earmark.refuses(words, tmp_path / "numbers.parquet")
     (tmp_path / "list.csv").write_text("name\na.wav\n")
     words = r"list\.csv: no column names the files; expected one of uri, .*found name"

@@ -62,6 +62,8 @@ def test_every_option_reaches_its_key(calls: Calls) -> None:
         "--batch-size": "16",
         "--window-s": "5",
         "--hop-s": "2.5",
+        "--format": "nemo",
+        "--label-separator": ",",
         "--limit": "7",
         "--retry-failed": None,
         "--max-failed": "0.5",
@@ -84,6 +86,8 @@ def test_every_option_of_train_reaches_its_key(calls: Calls) -> None:
         "--device": "cpu",
         "--precision": "bf16",
         "--cache": "c",
+        "--format": "nemo",
+        "--label-separator": ",",
         "--limit": "9",
         "--overwrite": None,
         "--max-failed": "0.5",
@@ -91,13 +95,46 @@ def test_every_option_of_train_reaches_its_key(calls: Calls) -> None:
     }
     assert cli.main(["train", "-t", "a.csv", "--train", "b.tar", *words_of(given)]) == 0
     check_values(calls[-1][0], given, {"train": ["a.csv", "b.tar"]})
-    assert set(given) == set(KEYS[TrainConfig]) - {"--train", "--validation"}
+    assert set(given) == set(KEYS[TrainConfig]) - {"--train", "--validation", "--column"}
+
+
+def test_the_label_column_of_train_is_one_of_the_columns(calls: Calls) -> None:
+    assert cli.main([*TRAINING, "--label-column", "category"]) == 0
+    assert cli.main([*TRAINING, "--column", "uri=clip", "--label-column", "category"]) == 0
+    assert [config.manifest.columns for (config,) in calls] == [
+        ("label=category",),
+        ("uri=clip", "label=category"),
+    ]
 
 
 def test_train_takes_several_validation_inputs(calls: Calls) -> None:
     assert cli.main([*TRAINING[:5], "-v", "x.csv", "--validation", "y.csv"]) == 0
     (config,) = calls[-1]
     assert config.validation == ("x.csv", "y.csv")
+
+
+@pytest.mark.parametrize(
+    ("command", "rest"), [("label", ["in", "-o", "out"]), ("train", TRAINING[1:])]
+)
+def test_columns_of_tables_are_given_in_three_ways(
+    calls: Calls, tmp_path: Path, command: str, rest: list[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("manifest: {columns: {label: kind, end_s: }}\n")
+    assert cli.main([command, *rest, "-c", str(path)]) == 0
+    assert cli.main([command, *rest, "--column", "label=a=b", "--column", "uri=my file"]) == 0
+    assert cli.main([command, *rest, "--set", "manifest.columns={label: kind}"]) == 0
+    assert [config.manifest.pairs() for config, *_ in calls] == [
+        (("label", "kind"), ("end_s", "")),
+        (("label", "a=b"), ("uri", "my file")),
+        (("label", "kind"),),
+    ]
+
+
+def test_evaluate_reads_the_truth_as_it_is_told(calls: Calls) -> None:
+    assert cli.main("evaluate x -t t.csv --column label=kind --set manifest.root=y".split()) == 0
+    manifest = calls[-1][-1]
+    assert (manifest.pairs(), manifest.root) == ((("label", "kind"),), "y")
 
 
 def test_what_is_trained_on_can_come_from_the_yaml(calls: Calls, tmp_path: Path) -> None:
@@ -127,7 +164,7 @@ def test_the_help_names_the_defaults_of_the_configuration(name: str, schema: typ
     told = {
         KEYS[schema][parameter.opts[0]]: match.group(1)
         for parameter in command_of(name).params
-        if (match := re.search(r"\(default ([\w.-]*\w)", parameter.help or ""))
+        if (match := re.search(r"\(default ([\w.-]*\w|;)", parameter.help or ""))
     }
     assert told == {
         key: "no" if value is False else str(value)

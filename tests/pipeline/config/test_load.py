@@ -108,7 +108,8 @@ def test_set_reads_values_as_yaml(assignment: str, key: str, value: object) -> N
         ("limit", "--set limit has no '='; must be key=value, like window.hop_s=5"),
         (
             "output=2024-13-45",
-            "--set output=2024-13-45 is not valid YAML after '=': month must be in 1..12",
+            "--set output=2024-13-45 is not valid YAML after '=': month must be in 1..12; "
+            "text may have to be in quotes",
         ),
         (
             "window=5",

@@ -219,10 +219,7 @@ def test_a_manifest_whose_files_are_all_missing_stops_before_any_work(
     assert (
         f"{table} names no file that exists: 3 missing, such as {tmp_path}/audio/0.wav" in said.err
     )
-    assert (
-        f"written as audio/0.wav; paths are relative to the manifest's folder, {tmp_path}"
-        in said.err
-    )
+    assert f"written as audio/0.wav; paths are relative to {tmp_path}" in said.err
     assert f"earmark label AUDIO… --truth {table}" in said.err
     assert "Estimate" not in said.out
     assert not out.exists()

@@ -24,17 +24,19 @@ from tests.support.sources import (
 )
 from transforms.errors import InputError
 from transforms.records import EncodedClip, Failure
-from transforms.sources import manifests
 from transforms.sources.manifests import ManifestRow, read_manifest
 from transforms.sources.read_unit import (
     SourceSettings,
     find_inputs,
 )
+from transforms.sources.tables import text as text_tables
 from transforms.storage import urls
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet"])
-@pytest.mark.parametrize("column", ["uri", "path", "file", "audio_filepath", "filename"])
+@pytest.mark.parametrize(
+    "column", ["uri", "path", "file", "audio_filepath", "filename", "file_name"]
+)
 def test_manifests_of_each_kind(folder: str, ending: str, column: str) -> None:
     for name in ("a.wav", "sub/b, c.wav"):
         put(folder, name, name)
@@ -204,7 +206,7 @@ def test_csv_lines_that_are_too_long_cost_themselves(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One alone, and one inside a quote that is never closed."""
-    monkeypatch.setattr(manifests, "_MAX_LINE_CHARS", 100)
+    monkeypatch.setattr(text_tables, "_MAX_LINE_CHARS", 100)
     long = "x" * 250
     lines = ["uri,note", f"a.wav,{long}", "b.wav,", 'c.wav,"open', f"d.wav,{long}", "e.wav,"]
     rows = read_manifest(put(folder, "list.csv", "\n".join(lines)))

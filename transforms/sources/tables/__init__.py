@@ -1,0 +1,1 @@
+"""Tables that list what to label: their texts, their columns, and the layouts of other tools."""
