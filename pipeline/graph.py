@@ -26,6 +26,7 @@ from transforms.label_audio import LabelSettings, LabelUnits
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import WorkUnit
 from transforms.results.commits import Checks, UnitSummary, UnitTotals, add_checks
+from transforms.results.counts import RowCounts
 from transforms.results.write_units import CommitSettings, CommitUnits, SkipCommitted
 
 
@@ -34,7 +35,7 @@ class RunTotals:
     """The sum of unit summaries.
 
     Several ``engines`` are a mixture, which is reported. ``checks`` holds how far each was from
-    float32, where that was measured.
+    float32, where that was measured. ``counts`` is what the rows say.
     """
 
     units: int = 0
@@ -42,6 +43,7 @@ class RunTotals:
     engines: tuple[str, ...] = ()
     checks: Checks = field(default_factory=dict)
     seconds: StageSeconds = NO_SECONDS
+    counts: RowCounts = field(default_factory=RowCounts)
 
     def __add__(self, other: RunTotals) -> RunTotals:
         return RunTotals(
@@ -50,12 +52,15 @@ class RunTotals:
             tuple(sorted({*self.engines, *other.engines})),
             add_checks(self.checks, other.checks),
             self.seconds + other.seconds,
+            self.counts + other.counts,
         )
 
     @staticmethod
     def of(summary: UnitSummary) -> RunTotals:
         """Return the totals of one unit."""
-        return RunTotals(1, summary.totals, summary.engines, summary.checks, summary.seconds)
+        return RunTotals(
+            1, summary.totals, summary.engines, summary.checks, summary.seconds, summary.counts
+        )
 
 
 def sum_totals(totals: Iterable[RunTotals]) -> RunTotals:

@@ -17,6 +17,7 @@ from apache_beam.typehints import List, Optional
 from apache_beam.typehints.decorators import IOTypeHints
 from apache_beam.typehints.row_type import RowTypeConstraint
 
+from transforms.decoding.settings import ChannelName, DecodeSettings
 from transforms.errors import InputError
 from transforms.inference.backbones import DeviceName, InferenceSettings, Precision
 from transforms.label_audio import LabelAudio, make_settings
@@ -48,6 +49,8 @@ class LabelAudioRows(beam.PTransform[PCollection[Row], dict[str, PCollection[Row
         hop_s: Seconds between the starts of two windows; null for the window's length.
         device: A missing device requested by name is an error.
         batch_size: Windows per call; null for the device's default.
+        channel: What is labelled of several channels: ``mix``, ``first``, a number from 1,
+            ``loudest`` or ``each``.
 
     Raises:
         ConfigError: A setting does not fit the checkpoint.
@@ -66,11 +69,13 @@ class LabelAudioRows(beam.PTransform[PCollection[Row], dict[str, PCollection[Row
         precision: Precision = "auto",
         device: DeviceName = "auto",
         batch_size: int | None = None,
+        channel: ChannelName | int = "mix",
     ) -> None:
         super().__init__()
         self._uri_field = uri_field
         self._settings = make_settings(
             resolve_model(model, ModelOverrides()),
+            decode=DecodeSettings(channel=channel),
             inference=InferenceSettings(precision=precision, device=device, batch_size=batch_size),
             window_s=window_s,
             hop_s=hop_s,

@@ -46,6 +46,7 @@ from transforms.results.rows import (
     errors_table,
     windows_table,
 )
+from transforms.sources.clip_ids import printable
 from transforms.sources.read_unit import (
     SourceSettings,
     make_clip_id,
@@ -275,7 +276,8 @@ def unit_of_files(uris: Sequence[str]) -> WorkUnit:
     """Make a work unit of whole files."""
     names = [urls.normalise(uri) for uri in uris]
     items = tuple(
-        Item(clip_id=make_clip_id(public_uri(url)), uri=public_uri(url), url=url) for url in names
+        Item(clip_id=make_clip_id(public_uri(url)), uri=printable(public_uri(url)), url=url)
+        for url in names
     )
     return WorkUnit(unit_id=make_unit_id("files", items), kind="files", items=items)
 

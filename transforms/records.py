@@ -15,7 +15,13 @@ number of its windows. ``UnitEnd`` closes the unit and tells how many items it h
 can count and needs no order.
 
 ``item_index`` is the item's position in its unit, and ``window_index`` the window's in its clip;
-both count from 0. All records are frozen, and nobody writes to an array that has been passed on.
+both count from 0. An item is one clip, except with ``decode.channel: each``: then each of its
+channels is a clip, and ``channel`` counts them from 1; else it is None. So a clip is known by its
+unit, its ``item_index`` and its ``channel``. Its id is that of the item, with ``!2`` behind it for
+the second channel (``make_channel_id``). A ``Failure`` is always that of the item: if one of its
+channels fails, the item has a row in ``errors``, and no clips.
+
+All records are frozen, and nobody writes to an array that has been passed on.
 """
 
 from __future__ import annotations
@@ -30,6 +36,11 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 UnitKind = Literal["files", "tar", "parquet"]
+
+
+def make_channel_id(clip_id: str, channel: int | None) -> str:
+    """Return the id of a clip that is one channel of an item; None: that is all of it."""
+    return clip_id if channel is None else f"{clip_id}!{channel}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +89,7 @@ class ContainerSlice:
         start: First byte of the slice (tar: of the archive, decompressed for ``.tar.gz``), or
             first row (Parquet).
         stop: One past the last byte or row; None means to the container's end.
+        column: Parquet only: the audio column that planning chose; None to choose it by the schema.
         seen_names: Tar only: for member names that occurred before this slice and occur in it
             again, how often. So the second member of a name is ``#name~2`` wherever the slice
             begins.
@@ -90,13 +102,15 @@ class ContainerSlice:
     start: int = 0
     stop: int | None = None
     seen_names: Mapping[str, int] = field(default_factory=dict)
+    column: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Carried:
     """Rows of the replaced unit ``unit_id`` that the new unit carries over unchanged.
 
-    ``clip_ids`` are the clips to copy; None means every row in its ``clips`` part.
+    ``clip_ids`` are those of the items whose clips to copy; None means every row in its ``clips``
+    part.
     """
 
     unit_id: str
@@ -172,11 +186,32 @@ class Failure:
     is_container: bool = False
 
 
+WarningKind = Literal[
+    "cut_short",  # less audio than the file declares
+    "damaged",  # what cannot be decoded is left out
+    "header_wrong",  # more audio than the header declares
+    "format_changes",  # of rate or channels, on the way
+    "extra_bytes",  # skipped: neither audio nor a known tag
+    "several_streams",  # the first is used
+    "channels_cancel",  # mixing down loses most of the sound
+    "segment_beyond_end",  # of the file
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One thing that is wrong with a clip that is labelled nevertheless."""
+
+    kind: WarningKind
+    words: str
+
+
 @dataclass(frozen=True, slots=True)
 class ClipFacts:
     """Facts about a clip that has been decoded to its end.
 
-    Levels are measured at the source's rate, over all channels, before mixing down.
+    Levels are measured at the source's rate, over all channels before mixing down, or of the one
+    channel that was taken.
 
     Attributes:
         duration_s: Decoded length in seconds (of the segment, for a segment).
@@ -188,6 +223,7 @@ class ClipFacts:
         silent_ratio: Share of 20 ms frames whose RMS is below −60 dBFS, in [0, 1].
         content_sha256: Hex digest of the encoded bytes (the whole file, for a segment).
         warning: What is wrong with a clip that was labelled nevertheless, or None.
+        warning_kinds: The kinds of what ``warning`` says, each once.
     """
 
     duration_s: float
@@ -199,6 +235,7 @@ class ClipFacts:
     silent_ratio: float
     content_sha256: str
     warning: str | None = None
+    warning_kinds: tuple[WarningKind, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +252,7 @@ class Waveform:
     item: Item
     samples: FloatArray = field(repr=False)
     facts: ClipFacts | None = None
+    channel: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +280,12 @@ class Window:
     facts: ClipFacts | None = None
     num_windows: int | None = None
     error: str | None = None
+    channel: int | None = None
+
+    @property
+    def clip_id(self) -> str:
+        """The id of its clip."""
+        return make_channel_id(self.item.clip_id, self.channel)
 
     def with_data(self, data: FloatArray | None) -> Window:
         """Return the window with features for samples, or without data."""
@@ -250,22 +294,26 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class ItemFailure:
-    """A failure on its way through a unit."""
+    """A failure on its way through a unit; with a ``channel``, the end of that clip."""
 
     unit_id: str
     item_index: int
     failure: Failure
+    channel: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class UnitEnd:
     """The end of a unit: all of its items have been passed on.
 
-    ``num_items`` includes failed items and a broken container's row.
+    ``num_items`` includes failed items and a broken container's row. ``num_more_clips`` is how many
+    clips there are beyond one for each item: an item has one for each of its channels, if each is a
+    clip.
     """
 
     unit: WorkUnit
     num_items: int
+    num_more_clips: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +401,7 @@ class WindowRow:
     start_s: float
     end_s: float
     prediction: Prediction
+    channel: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +420,12 @@ class ClipRow:
     num_windows: int
     embedding: npt.NDArray[np.floating]
     scores: FloatArray
+    channel: int | None = None
+
+    @property
+    def clip_id(self) -> str:
+        """The clip's id."""
+        return make_channel_id(self.item.clip_id, self.channel)
 
 
 UnitEvent = WindowRow | ClipRow | ItemFailure | UnitEnd

@@ -118,6 +118,7 @@ def plan(given: Given, segment_s: float | None, manifest: str | None) -> int:
     [b]--segment-s[/b] it writes a manifest that divides long recordings into segments.
     """
     config = _labelling_config(given, needs_output=False)
+    check_output_is_folder(config.output)
     if segment_s is not None or manifest is not None:
         from pipeline.labelling.segments import run_segments
 
@@ -137,6 +138,14 @@ def verify(folder: str, quiet: bool) -> int:
     from pipeline.result.verify import run_verify
 
     return run_verify(folder, quiet=quiet)
+
+
+@command(options.SUMMARY)
+def summary(folder: str) -> int:
+    """Show what is in a result: labels by clips and hours, scores, warnings, failures."""
+    from pipeline.result.summary import run_summary
+
+    return run_summary(folder)
 
 
 @command(options.STATS, runs_pipeline=True)
@@ -218,15 +227,30 @@ def export(
     folder: str,
     format: str,
     output: str | None,
+    label: list[str] | None,
     threshold: float | None,
     top_k: int | None,
+    per: str | None,
+    null: bool,
+    one_table: bool,
     quiet: bool,
 ) -> int:
-    """Write labels with their times for the tools people review audio in."""
+    """Write labels with their times for the tools people review audio in, or list files."""
     check_output_lasts(output)
     from pipeline.result.export import run_export
 
-    return run_export(folder, format, output, threshold=threshold, top_k=top_k, quiet=quiet)
+    return run_export(
+        folder,
+        format,
+        output,
+        labels=label or (),
+        threshold=threshold,
+        top_k=top_k,
+        per=per,
+        null=null,
+        one_table=one_table,
+        quiet=quiet,
+    )
 
 
 def _labelling_config(given: Given, *, needs_output: bool) -> RunConfig:
@@ -238,9 +262,23 @@ def _labelling_config(given: Given, *, needs_output: bool) -> RunConfig:
     given_inputs(config)
     if needs_output:
         given_output(config.output)
+    check_output_is_folder(config.output)
     check_output_lasts(config.output)
     configure_logging(config.quiet)
     return config
+
+
+def check_output_is_folder(output: str | None) -> None:
+    """Refuse an output that is meant to be a file."""
+    from transforms.storage.urls import names_file
+
+    if output is not None and (output == "-" or names_file(output)):
+        file = "-" if output == "-" else "FILE"
+        raise OutputError(
+            f"--output is {output}, and a result is a folder of Parquet files. Give a folder; then "
+            f"earmark export DIR --format csv --output {file} writes its labels to "
+            f"{'standard output' if output == '-' else 'a file'}."
+        )
 
 
 def check_output_lasts(output: str | None) -> None:

@@ -22,10 +22,15 @@ from pipeline.terminal.logs import configure_logging, is_debugging
 from pipeline.terminal.std_streams import usable_streams
 from transforms import errors
 from transforms.errors import AnswerError, EarmarkError, OutputLostError, UsageError, in_words
+from transforms.process.limits import RAISE_LIMIT
+from transforms.process.user import settle_user
 
 RUN_AGAIN = "Fix that, then run the same command again."
 RESUME = "Fix that, then run the same command again to resume."
 SEE_DEBUG = "EARMARK_DEBUG=1 shows where it comes from."
+
+# What Python, the loader of libraries and the system say where a limit is too small.
+OF_A_LIMIT = ("can't start new thread", "failed to map segment", "Cannot allocate memory")
 
 RESUMING = ("label", "train")  # commands that do only what is missing
 
@@ -39,6 +44,7 @@ RUNNING_STEP = re.compile(r" \[while running '[^\n]*'\]")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of the process, and return the exit code."""
+    settle_user()
     with usable_streams():
         return _main(*split_beam_options(sys.argv[1:] if argv is None else argv))
 
@@ -132,6 +138,8 @@ def _describe(error: Exception, next_step: str) -> str:
         if isinstance(error, OSError) and error.filename is not None:
             text = in_words(error)
         return f"{text}\n{next_step}"
+    if kind == "MemoryError" or any(words in text for words in OF_A_LIMIT):
+        text = f"{text or 'no memory'}; {RAISE_LIMIT}"
     return f"{kind}: {text}\n{SEE_DEBUG}"
 
 

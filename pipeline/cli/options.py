@@ -398,6 +398,8 @@ TRAIN = (
 
 VERIFY = (RESULT, QUIET_COMMAND)
 
+SUMMARY = (RESULT,)
+
 EVALUATE = (
     Option(
         None,
@@ -432,13 +434,44 @@ EXPORT = (
     RESULT,
     Option(
         None,
-        "--format -f csv|audacity|raven",
-        "One CSV file, or one label track or selection table per source file.",
+        "--format -f csv|audacity|raven|list",
+        "One CSV file, one label track or selection table per source file, or a list of paths.",
         default=REQUIRED,
     ),
-    Option(None, "--output -o FOLDER", "Where to write (default: DIR/export/FORMAT)."),
+    Option(
+        None,
+        "--output -o FOLDER",
+        "Where to write (default: DIR/export/FORMAT; list: standard output); a file such as "
+        "labels.csv for csv and list, or - for standard output.",
+    ),
+    Option(
+        None,
+        "--label -l NAME",
+        "Only this label, by name or id; repeatable. With list, it is the best one of the clip, "
+        "unless --threshold or --top-k is given.",
+        kind=list[str],
+    ),
     Option(None, "--threshold SCORE", "Smallest score (default: all that are stored).", kind=float),
     Option(None, "--top-k", "Labels per window (default: all that are stored).", kind=int),
+    Option(
+        None,
+        "--per window|clip",
+        "With csv: a row per window and label, or per clip and label (default window).",
+    ),
+    Option(
+        None,
+        "--null -0",
+        "With list: end each path with NUL instead of a new line, for xargs -0.",
+        kind=bool,
+        default=False,
+    ),
+    Option(
+        None,
+        "--one-table",
+        "With raven: one selection table for all files, with Begin Path.",
+        kind=bool,
+        default=False,
+    ),
     QUIET_COMMAND,
 )
 

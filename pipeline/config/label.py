@@ -17,6 +17,7 @@ from pipeline.config.schema import (
     Config,
     Count,
     CountOrZero,
+    Place,
     Positive,
     Ratio,
     Rule,
@@ -45,9 +46,9 @@ BeamValue = BeamScalar | list[BeamScalar]
 class CheckpointSection(Section):
     """Which checkpoint, and what overrides its own word; null leaves it its word."""
 
-    name: str | None = None
-    labels: str | None = None
-    preprocessor: str | None = None
+    name: Place | None = None
+    labels: Place | None = None
+    preprocessor: Place | None = None
     mean: float | None = None
     std: Positive | None = None
     frequency_stride: Count | None = None
@@ -110,6 +111,7 @@ class InferenceSection(Section):
 class DecodeSection(Section):
     """How decoding looks ahead, and what an item may cost."""
 
+    channel: Literal["mix", "first", "loudest", "each"] | Count = "mix"
     processes: Count | None = None
     clips_ahead: Count | None = None
     stall_timeout_s: Positive = 60.0
@@ -217,8 +219,8 @@ class RunConfig(Config):
     )
 
     inputs: Texts = ()
-    truth: str | None = None
-    output: str | None = None
+    truth: Place | None = None
+    output: Place | None = None
     overwrite: bool = False
     retry_failed: bool = False
     limit: Count | None = None

@@ -12,7 +12,16 @@ from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -22,7 +31,13 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+def _any_text(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Accept every text: pydantic refuses a name with bytes that are not UTF-8."""
+    return value if isinstance(value, str) else check(value)
+
+
+Place = Annotated[str, WrapValidator(_any_text)]  # a path or URL
+Texts = Annotated[tuple[Place, ...], BeforeValidator(_as_tuple)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]

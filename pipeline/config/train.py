@@ -27,6 +27,7 @@ from pipeline.config.schema import (
     Count,
     CountOrZero,
     NotNegative,
+    Place,
     Positive,
     Ratio,
     Rule,
@@ -163,7 +164,7 @@ class PretrainingSection(Section):
 class CacheSection(Section):
     """Where clips lie once they are decoded."""
 
-    folder: str | None = None
+    folder: Place | None = None
     dtype: Literal["float32", "int16"] = "float32"
 
 
@@ -344,13 +345,19 @@ class TrainConfig(Config):
             lambda warmup_epochs, epochs: warmup_epochs >= epochs and epochs,
             "must be less than {} (pretraining.epochs)",
         ),
+        Rule(
+            ("decode.channel",),
+            lambda channel: channel == "each",
+            "must be mix, first, loudest or a number: a clip is one example; to learn from every "
+            "channel, write each into a file of its own",
+        ),
         NO_GAPS,
     )
 
     train: Texts = ()
     validation: Texts = ()
     hold_out: str | None = None
-    output: str | None = None
+    output: Place | None = None
     overwrite: bool = False
     limit: Count | None = None
     max_failed: Ratio = 0.05

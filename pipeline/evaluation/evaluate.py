@@ -52,7 +52,7 @@ from transforms.models.ast.checkpoints import load_model, resolve_model
 from transforms.models.labels import Label, find_label
 from transforms.results.commits import open_part, read_part
 from transforms.results.read import read_batches
-from transforms.sources.clip_ids import for_terminal
+from transforms.sources.clip_ids import for_terminal, printable
 from transforms.storage import urls, writing
 from transforms.storage.secrets import public_uri
 
@@ -499,8 +499,8 @@ def write_evaluation(
     from pipeline.evaluation.picture import draw_evaluation  # imports matplotlib
 
     contents = {
-        JSON_FILE: json.dumps(
-            as_json(evaluation, scored, results, truth), indent=1, ensure_ascii=False
+        JSON_FILE: printable(
+            json.dumps(as_json(evaluation, scored, results, truth), indent=1, ensure_ascii=False)
         ).encode(),
         MISTAKES_FILE: mistakes_table(evaluation.mistakes),
         PICTURE_FILE: draw_evaluation(evaluation.metrics, evaluation.truth, evaluation.scores),

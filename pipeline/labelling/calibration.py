@@ -145,7 +145,9 @@ def _clip_features(
             if isinstance(piece, ItemFailure):
                 return
             cuts = cutter.push(piece.samples)
-            cuts += [cutter.finish()] if piece.facts is not None else []
+            if piece.facts is not None:
+                cuts.append(cutter.finish())
+                cutter = WindowCutter(settings.windows)  # for the next channel, if each is a clip
             for cut in cuts[:most]:
                 with contextlib.suppress(FeatureError):
                     yield extract_fbank(cut.samples, settings.fbank)

@@ -177,8 +177,11 @@ def sample_units(
                     clip = clips[result.item_index]
                     kind = unit.kind if unit.container else extension(result.item.uri)
                     duration_s = result.facts.duration_s
+                    # Where each channel is a clip, the bytes are those of all of them.
+                    is_first = result.channel in (None, 1)
+                    num_bytes = _num_bytes(clip) if is_first else 0
                     samples[kind] += Sample(
-                        1, _num_bytes(clip), duration_s, guess.of_duration(duration_s)
+                        int(is_first), num_bytes, duration_s, guess.of_duration(duration_s)
                     )
     return dict(samples), failed
 

@@ -21,6 +21,7 @@ from pipeline.labelling.remaining import (
     count_vanished_failures,
     find_remaining,
 )
+from pipeline.labelling.same_bytes import count_renewed, find_renewed
 from pipeline.labelling.truth import with_truth
 from pipeline.result.state import (
     FinishRun,
@@ -31,10 +32,11 @@ from pipeline.result.state import (
     read_result,
     software_versions,
 )
+from pipeline.terminal.count_report import list_largest
 from pipeline.terminal.time_report import Startup
 from pipeline.terminal.wording import counted
 from transforms.decoding.settings import DecodeSettings
-from transforms.errors import ConfigError, ModelError
+from transforms.errors import ConfigError, ModelError, OutputError
 from transforms.features.fbank import FEATURES_VERSION
 from transforms.inference.backbones import InferenceSettings
 from transforms.inference.engines import choose_engine
@@ -44,7 +46,7 @@ from transforms.models.ast.checkpoints import ModelOverrides, ModelSpec, resolve
 from transforms.models.ast.config_files import load_features
 from transforms.models.ast.files import FEATURES_NAME
 from transforms.records import WorkUnit
-from transforms.results.commits import SCHEMA_VERSION, UnitSummary
+from transforms.results.commits import OPTIONAL_COLUMNS, Commit, UnitSummary, schema_version
 from transforms.results.write_units import CommitSettings
 from transforms.sources.file_kinds import guess_duration_s
 from transforms.sources.read_unit import (
@@ -68,6 +70,8 @@ SHAPE_OF_A_MODEL = (
 
 # Longer files are named, with the command that divides them into segments of this length.
 LONG_FILE_S = 900
+
+MAX_KINDS = 8  # of files left aside, by name
 
 KIND_NAMES = {"tar": "tar archive", "parquet": "audio-Parquet file"}
 
@@ -101,12 +105,14 @@ class RunPlan:
     """Everything a run needs before it starts.
 
     ``vanished_failures`` counts failed items of the existing result that are not in the input.
+    ``renewed`` are commits of files with other times and the same bytes, to be written.
     """
 
     resolved: ResolvedRun
     found: Found
     remaining: RemainingWork
     vanished_failures: int
+    renewed: Mapping[str, Commit] = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[WorkUnit, ...]:
@@ -155,6 +161,7 @@ def resolve_run(
     else:
         check_same_results(state, results, model.name)
     fingerprint = make_fingerprint(results)
+    optional = OPTIONAL_COLUMNS if config.overwrite else _existing_columns(state)
     return ResolvedRun(
         urls=inputs,
         state=state,
@@ -164,10 +171,11 @@ def resolve_run(
             run_id=uuid.uuid4().hex[:12],
             fingerprint=fingerprint,
             model_sha256=model.sha256,
-            rows=label.rows,
+            rows=dataclasses.replace(label.rows, optional_columns=optional),
+            each_channel=label.decode.channel == "each",
         ),
         run={
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": schema_version(optional),
             "status": "running",
             "fingerprint": fingerprint,
             "model": _model_record(model),
@@ -186,6 +194,25 @@ def resolve_run(
         keeps=not config.overwrite,
         retry_failed=config.retry_failed,
     )
+
+
+def _existing_columns(state: ResultState) -> tuple[str, ...]:
+    """Return the optional columns of a result: it has one schema, whatever is added to it.
+
+    Raises:
+        OutputError: A later version has added one.
+    """
+    if not state.commits:
+        return OPTIONAL_COLUMNS
+    columns = min(commit.optional_columns for commit in state.commits.values())
+    unknown = sorted(set(columns).difference(OPTIONAL_COLUMNS))
+    if unknown:
+        raise OutputError(
+            f"{public_uri(state.output)} has a column {unknown[0]}, which this version of Earmark "
+            "does not know; continue it with the version that wrote it (run.json names it), or "
+            "give another --output."
+        )
+    return columns
 
 
 def find_plan(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
@@ -212,6 +239,7 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     )
     commits = resolved.state.commits if resolved.keeps else {}
     retry_from = output if resolved.retry_failed else None
+    renewed = find_renewed(found, commits, output)
     content = {
         "duplicates": found.duplicates,
         "skipped_by_extension": dict(found.skipped_by_extension),
@@ -221,8 +249,9 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     return RunPlan(
         resolved=dataclasses.replace(resolved, run={**resolved.run, "input": content}),
         found=found,
-        remaining=find_remaining(found, commits, sources, retry_from=retry_from),
+        remaining=find_remaining(found, commits, sources, retry_from=retry_from, renewed=renewed),
         vanished_failures=count_vanished_failures(found, commits, output),
+        renewed=renewed,
     )
 
 
@@ -260,7 +289,7 @@ def make_finish(plan: RunPlan, startup: Startup) -> FinishRun:
         startup=startup,
         kept=plan.kept,
         num_units=len(plan.units),
-        carried_items=remaining.vanished_carried_items + remaining.retried_carried_items,
+        carried_items=remaining.vanished_carried_items + remaining.found_carried_items,
         vanished_items=remaining.vanished_items,
         vanished_failures=plan.vanished_failures,
         num_found_items=count_found_items(plan.found),
@@ -362,7 +391,7 @@ def table_settings(
 def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, Any]:
     """Return everything that changes results, by name. The fingerprint is its digest."""
     model = label.model
-    return {
+    results = {
         "model_sha256": model.sha256,
         "model_config": {name: getattr(model.config, name) for name in SHAPE_OF_A_MODEL},
         "labels": [[entry.id, entry.name] for entry in model.labels],
@@ -380,6 +409,10 @@ def what_changes_results(config: RunConfig, label: LabelSettings) -> dict[str, A
         "precision": config.inference.precision,
         "features_version": FEATURES_VERSION,
     }
+    # Results from before there was a choice are continued.
+    if label.decode.channel != "mix":
+        results["channel"] = label.decode.channel
+    return results
 
 
 def _model_record(model: ModelSpec) -> dict[str, Any]:
@@ -396,6 +429,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
     lines = [*describe_model(plan.resolved.label), *describe_inputs(plan.found)]
     if state.commits:
         lines.append(describe_done(plan))
+    lines += describe_missing_columns(plan.resolved)
     for unit_id, reason in list(state.damaged.items())[:5]:
         lines.append(f"Unit {unit_id} is damaged and will be redone: {reason}.")
     if remaining.units:
@@ -408,6 +442,19 @@ def describe_plan(plan: RunPlan) -> list[str]:
     else:
         lines.append("Nothing to do: everything found is done.")
     return lines
+
+
+def describe_missing_columns(resolved: ResolvedRun) -> list[str]:
+    """Say which columns a result lacks that an earlier version began: a line, or none."""
+    missing = [
+        name for name in OPTIONAL_COLUMNS if name not in resolved.commit.rows.optional_columns
+    ]
+    if not missing:
+        return []
+    return [
+        "An earlier version of Earmark began this result, and it is continued without the new "
+        f"columns of clips: {', '.join(missing)}. To have them: --overwrite, or another --output."
+    ]
 
 
 def describe_long_files(units: Iterable[WorkUnit]) -> list[str]:
@@ -452,7 +499,7 @@ def describe_inputs(found: Found) -> list[str]:
             f"{', '.join(found.duplicate_examples)}."
         )
     if found.skipped_by_extension:
-        kinds = ", ".join(f"{n:,} {kind}" for kind, n in found.skipped_by_extension.most_common(8))
+        kinds = list_largest(found.skipped_by_extension, MAX_KINDS, "kind")
         lines.append(f"Skipped files of other kinds: {kinds}.")
     return [*lines, *found.notes, *found.warnings]
 
@@ -474,6 +521,9 @@ def describe_done(plan: RunPlan) -> str:
     text += f" in {counted(len(remaining.kept_units), 'unit')}"
     if remaining.vanished_items:
         text += f"; {remaining.vanished_items:,} more are not in this input"
+    if plan.renewed:
+        num_files = count_renewed(plan.resolved.state.commits, plan.renewed)
+        text += f"; with another time and the same bytes: {counted(num_files, 'file')}"
     if remaining.num_redone:
         text += f"; to redo for changed items: {counted(remaining.num_redone, 'unit')}"
     if remaining.num_retried:

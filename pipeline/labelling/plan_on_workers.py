@@ -22,6 +22,7 @@ from apache_beam.transforms.combiners import Count
 
 from pipeline.graph import RunTotals, label_units
 from pipeline.labelling.plan import ResolvedRun, find_work, make_finish
+from pipeline.labelling.same_bytes import write_renewed
 from pipeline.result.state import FinishRun, ResultState, read_result
 from pipeline.terminal.time_report import Startup
 from transforms.records import WorkUnit
@@ -34,6 +35,7 @@ def list_and_compare(
     """List the inputs, and compare them with the commits."""
     state = read_result(resolved.state.output)
     work = find_work(dataclasses.replace(resolved, state=state))
+    write_renewed(resolved.state.output, work.renewed)
     yield from work.units
     for rest in work.remaining.rests:
         yield TaggedOutput("rests", rest)

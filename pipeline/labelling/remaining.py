@@ -21,11 +21,13 @@ from transforms.errors import InputError
 from transforms.records import Carried, ContainerSlice, Failure, Item, UnitKind, WorkUnit
 from transforms.results.commits import (
     Commit,
+    LedgerItem,
     LedgerSlice,
     container_version,
     item_version,
     read_failures,
 )
+from transforms.sources.clip_ids import same_name
 from transforms.sources.read_unit import (
     Container,
     Found,
@@ -55,8 +57,8 @@ class RemainingWork:
         vanished_kept_items: Items of the kept units that are not in the input.
         vanished_carried_items: Items not in the input whose rows units to do take over from the
             units they replace.
-        retried_carried_items: Items in the input whose rows units to do take over, because only
-            failed items of their unit are retried.
+        found_carried_items: Items in the input whose rows units to do take over, because only
+            failed or changed items of their unit are done again.
         num_redone: Units to do that replace one with a changed item.
         num_retried: Failed items to retry.
     """
@@ -67,7 +69,7 @@ class RemainingWork:
     found_kept_items: int = 0
     vanished_kept_items: int = 0
     vanished_carried_items: int = 0
-    retried_carried_items: int = 0
+    found_carried_items: int = 0
     num_redone: int = 0
     num_retried: int = 0
 
@@ -95,12 +97,16 @@ def find_remaining(
     settings: SourceSettings,
     *,
     retry_from: str | None = None,
+    renewed: Mapping[str, Commit] | None = None,
 ) -> RemainingWork:
     """Compare the items found with the valid commits; new containers are not cut yet.
 
-    ``retry_from`` is the result whose failed items to retry, or None. Raise ``InputError`` if
-    items would be in the result twice.
+    ``retry_from`` is the result whose failed items to retry, or None. ``renewed`` are the commits
+    of files with other times and the same bytes: of their units, only changed items are redone.
+    Raise ``InputError`` if items would be in the result twice.
     """
+    renewed = renewed or {}
+    commits = {**commits, **renewed}
     inventory = _Inventory(found)
     _check_once(inventory, commits.values())
     changed = [commit for commit in commits.values() if inventory.is_changed(commit)]
@@ -110,7 +116,8 @@ def find_remaining(
     for commit in same.values():
         if part := _whole_slice(commit):
             covered[part.uri].append((part.start, part.stop))
-    redone = _redo(changed, inventory, covered, settings)
+    partly = renewed if retry_from is None else {}
+    redone = _redo(changed, partly, inventory, covered, settings)
     retried = [] if retry_from is None else _retry(retry_from, same.values(), inventory, settings)
     retried_from = [same[unit.replaces[0]].totals for unit in retried]
     known = {
@@ -136,11 +143,12 @@ def find_remaining(
             for unit in (*redone, *retried)
             if unit.carried is not None and unit.carried.clip_ids is not None
         ),
-        retried_carried_items=sum(
-            totals.clips
+        found_carried_items=sum(
+            commits[unit.carried.unit_id].totals.items
+            - commits[unit.carried.unit_id].totals.failures
             if unit.carried.clip_ids is None
             else len(unit.carried.clip_ids & inventory.items.keys())
-            for unit, totals in zip(retried, retried_from, strict=True)
+            for unit in (*redone, *retried)
             if unit.carried is not None
         ),
         num_redone=len(redone),
@@ -204,11 +212,13 @@ class _Inventory:
             return (
                 whole is not None and container_version(whole.size, whole.version) != part.version
             )
-        return any(
-            item_version(self.items[entry.clip_id]) != entry.version
-            or self.has_moved(entry.clip_id, commit)
-            for entry in commit.ledger.items
-            if entry.clip_id in self.items
+        return any(self.has_changed(entry, commit) for entry in commit.ledger.items)
+
+    def has_changed(self, entry: LedgerItem, commit: Commit) -> bool:
+        """Return whether the input has another version of an item of a commit."""
+        item = self.items.get(entry.clip_id)
+        return item is not None and (
+            item_version(item) != entry.version or self.has_moved(entry.clip_id, commit)
         )
 
     def has_moved(self, clip_id: str, commit: Commit) -> bool:
@@ -258,12 +268,13 @@ def _is_named_by(uri: str, clip_id: str) -> bool:
 
     ``make_clip_id`` encodes the marks where they are part of a name.
     """
-    prefix = f"{make_clip_id(uri)}#"
-    return clip_id.startswith(prefix) and "@" not in clip_id.removeprefix(prefix)
+    prefix, name = same_name(f"{make_clip_id(uri)}#"), same_name(clip_id)
+    return name.startswith(prefix) and "@" not in name.removeprefix(prefix)
 
 
 def _redo(
     changed: Sequence[Commit],
+    renewed: Mapping[str, Commit],
     inventory: _Inventory,
     covered: Covered,
     settings: SourceSettings,
@@ -276,7 +287,11 @@ def _redo(
         if part is not None:
             slices[part.uri].append(commit.unit_id)
             continue
-        names = [entry.clip_id for entry in commit.ledger.items]
+        names = [
+            entry.clip_id
+            for entry in commit.ledger.items
+            if commit.unit_id not in renewed or inventory.has_changed(entry, commit)
+        ]
         units.append(_unit_of(commit, names, inventory, settings))
     for uri, replaced in slices.items():
         first, *rest = plan_units([], [inventory.wholes[uri]], settings, covered=covered)
@@ -384,7 +399,13 @@ def _rebuilt(
 
 def _slice_of(container: Container, start: int, stop: int | None) -> ContainerSlice:
     return ContainerSlice(
-        container.uri, container.url, container.size, container.version, start, stop
+        container.uri,
+        container.url,
+        container.size,
+        container.version,
+        start,
+        stop,
+        column=container.column,
     )
 
 

@@ -30,6 +30,7 @@ from pipeline.labelling.estimate import windows_of_first
 from pipeline.labelling.plan import (
     ResolvedRun,
     RunPlan,
+    describe_missing_columns,
     describe_model,
     describe_plan,
     find_plan,
@@ -37,6 +38,7 @@ from pipeline.labelling.plan import (
     resolve_run,
 )
 from pipeline.labelling.plan_on_workers import build_deferred_graph
+from pipeline.labelling.same_bytes import write_renewed
 from pipeline.result.lock import hold_output
 from pipeline.result.state import (
     SUCCESS_FILE,
@@ -59,6 +61,12 @@ from pipeline.runners.options import (
     pipeline_options,
     temporary_files_in_scratch,
 )
+from pipeline.terminal.count_report import (
+    describe_errors,
+    describe_labels,
+    describe_warnings,
+    may_succeed,
+)
 from pipeline.terminal.precision_report import describe_checks, precision_warnings
 from pipeline.terminal.progress import Expected, LiveReader, ProgressDisplay
 from pipeline.terminal.std_streams import say
@@ -69,17 +77,13 @@ from transforms.process.progress_counts import LiveCounts
 from transforms.process.stage_times import stage_clocks
 from transforms.process.temp_folders import sweep
 from transforms.records import WorkUnit
-from transforms.results.commits import UnitTotals, list_unit_ids, read_commit, read_failures
-from transforms.sources.clip_ids import for_terminal
+from transforms.results.commits import Commit, UnitTotals, list_unit_ids, read_commit
 from transforms.sources.read_unit import check_there
-from transforms.storage import listing, urls, writing
+from transforms.storage import urls, writing
 from transforms.storage.secrets import public_uri
 
 # Listing a remote folder takes a while, so commits of workers are counted every few seconds.
 COMMIT_POLL_INTERVAL_S = 5.0
-
-# Names and messages may be long; the errors table has them in full.
-MAX_EXAMPLE_CHARS = 1000
 
 MAX_JOB_BYTES = 4 << 20
 
@@ -194,12 +198,12 @@ def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
             "--precision auto."
         )
     check_there([*resolved.urls, *([] if resolved.truth is None else [resolved.truth])])
-    for line in describe_model(resolved.label):
+    for line in (*describe_model(resolved.label), *describe_missing_columns(resolved)):
         say(line, quiet=config.quiet)
     say("There are many inputs: workers list and group them.", quiet=config.quiet)
 
     def prepare(startup: Startup) -> Callable[[beam.Pipeline], None]:
-        begun = begin_output(resolved, is_new=True)
+        begun = begin_output(resolved, {}, is_new=True)  # workers renew the commits
         return functools.partial(build_deferred_graph, resolved=begun, startup=startup)
 
     return PlannedRun(prepare, Expected())
@@ -213,11 +217,13 @@ def _interrupt_main_thread() -> None:
 def prepare_output(plan: RunPlan, startup: Startup = UNTIMED) -> FinishRun:
     """Repair the output and mark the run as running; return the run's last step."""
     is_new = bool(plan.units) or not plan.resolved.state.succeeded
-    begun = begin_output(plan.resolved, is_new=is_new)
+    begun = begin_output(plan.resolved, plan.renewed, is_new=is_new)
     return make_finish(dataclasses.replace(plan, resolved=begun), startup)
 
 
-def begin_output(resolved: ResolvedRun, *, is_new: bool) -> ResolvedRun:
+def begin_output(
+    resolved: ResolvedRun, renewed: Mapping[str, Commit], *, is_new: bool
+) -> ResolvedRun:
     """Repair the output, or remove the existing result; return the run with its start's time.
 
     ``run.json`` is written if the run ``is_new``: if there may be units to do. Raise
@@ -231,6 +237,7 @@ def begin_output(resolved: ResolvedRun, *, is_new: bool) -> ResolvedRun:
             writing.remove(urls.join(state.output, SUCCESS_FILE))
         if resolved.keeps:
             heal(state)
+            write_renewed(state.output, renewed)
         else:
             remove_result(state)
         if is_new:
@@ -283,7 +290,8 @@ class _CommitReader:
         if time.monotonic() >= self._next_s:
             self.refresh()
         done = self._totals
-        return LiveCounts(done.clips, done.windows, done.audio_s, done.failures)
+        labelled = done.items - done.failures
+        return LiveCounts(labelled, done.windows, done.audio_s, done.failures)
 
     def refresh(self) -> None:
         """List the commits now; ``ProgressDisplay`` calls this at the end."""
@@ -309,15 +317,17 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     for line in lines:
         say(line, quiet=config.quiet)
     # Warnings and failures are printed with --quiet, too.
-    for line in precision_warnings(checks):
+    for line in (*precision_warnings(checks), *describe_warnings(totals)):
         say(line)
     failures, items = totals["found_failures"], totals["found_items"]
     if failures:
+        retry = " To retry: --retry-failed" if may_succeed(totals) else ""
         say(
             f"{failures:,} of {counted(items, 'item')} could not be labelled; the reasons are in "
-            f"{public_uri(urls.join(output, 'errors'))}/*.parquet. To retry: --retry-failed"
+            f"{public_uri(urls.join(output, 'errors'))}/*.parquet.{retry}"
         )
-        say(f"One of them: {example_failure(output)}")
+        for line in describe_errors(totals):
+            say(line)
     if totals["broken_containers"]:
         say(
             f"Among the failures: {counted(totals['broken_containers'], 'container')} (tar, "
@@ -330,26 +340,18 @@ def report(output: str, config: RunConfig, elapsed_s: float) -> int:
     return EXIT_DONE
 
 
-def example_failure(output: str) -> str:
-    """Describe one failed item in a line that is safe to print on a terminal."""
-    names = set(listing.list_names(urls.join(output, "errors")))
-    unit_id = next(name for name in list_unit_ids(output) if f"{name}.parquet" in names)
-    row = read_failures(output, unit_id)[0]
-    where = "" if row["message"].startswith(row["uri"]) else f"{row['clip_id']}: "
-    text = for_terminal(f"{where}{row['message']}")
-    return text if len(text) <= MAX_EXAMPLE_CHARS else f"{text[:MAX_EXAMPLE_CHARS]}…"
-
-
 def closing_lines(
     output: str, totals: Mapping[str, Any], engines: Sequence[str], elapsed_s: float
 ) -> list[str]:
     """Describe the accounting of a run, and where its rows are."""
     found, failed = totals["found_items"], totals["found_failures"]
+    is_one_each = totals["clips"] == totals["items"] - totals["failures"]
+    clips_too = "" if is_one_each else f"{counted(totals['clips'], 'clip')} (a channel each), "
     lines = [
         f"{counted(found, 'item')} found: {found - failed:,} labelled, {failed:,} failed "
         f"({totals['new_items']:,} in this run, {format_duration(elapsed_s)}).",
-        f"{counted(totals['windows'], 'window')}, {format_audio(totals['audio_s'])} of audio, "
-        f"{counted(totals['units'], 'unit')} in the result.",
+        f"{clips_too}{counted(totals['windows'], 'window')}, {format_audio(totals['audio_s'])} of "
+        f"audio, {counted(totals['units'], 'unit')} in the result.",
     ]
     if totals["vanished_items"]:
         lines.append(
@@ -360,6 +362,7 @@ def closing_lines(
         lines.append(
             f"Computed by {'a mixture: ' if len(engines) > 1 else ''}{', '.join(engines)}."
         )
+    lines += describe_labels(totals)
     if totals["clips"]:
         clips, windows = (public_uri(urls.join(output, name)) for name in ("clips", "windows"))
         lines.append(

@@ -248,10 +248,20 @@ def match_rows(rows: Sequence[TruthRow], clips: Sequence[Place]) -> Matches:
                 ambiguous[place.shown] = None
             else:
                 join(clip, index, by)
+    same = defaultdict[str | int, list[int]](list)  # several clips may be of one file
+    for clip, place in enumerate(clips):
+        same[clip if place.name is None else place.name].append(clip)
+    of_file = list(same.values())
     for by_stem in (False, True):
-        pairs, several = _match_tails([row.place for row in rows], clips, found, by_stem=by_stem)
-        for row, clip in pairs:
-            join(clip, row, "path")
+        pairs, several = _match_tails(
+            [row.place for row in rows],
+            [clips[first] for first, *_ in of_file],
+            [next((found[clip] for clip in of if found[clip] is not None), None) for of in of_file],
+            by_stem=by_stem,
+        )
+        for row, file in pairs:
+            for clip in of_file[file]:
+                join(clip, row, "path")
         ambiguous |= dict.fromkeys(several)
     taken = set(found)
     return Matches(

@@ -18,15 +18,16 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import __version__
 from pipeline.graph import RunTotals
+from pipeline.terminal.count_report import totals_record
 from pipeline.terminal.precision_report import checks_record
 from pipeline.terminal.time_report import Startup, record_time
-from transforms.decoding.settings import usable_cores
 from transforms.errors import AccountingError, OutputError, in_words
+from transforms.process.limits import usable_cores
 from transforms.results.commits import (
     COMMITS,
     PARTS,
@@ -39,6 +40,7 @@ from transforms.results.commits import (
     read_commits,
     remove_unit,
 )
+from transforms.sources.clip_ids import printable
 from transforms.storage import filesystem, listing, reading, urls, writing
 from transforms.storage.secrets import public_uri
 from transforms.storage.writing import writing_to
@@ -394,7 +396,7 @@ def utc_now() -> str:
 
 def write_run(output: str, run: Mapping[str, Any]) -> None:
     """Write ``run.json`` whole."""
-    text = json.dumps(run, indent=2, ensure_ascii=False)
+    text = printable(json.dumps(run, indent=2, ensure_ascii=False))
     writing.write_bytes(urls.join(output, RUN_FILE), text.encode() + b"\n")
 
 
@@ -437,7 +439,7 @@ class FinishRun:
             "engines": list(total.engines),
             "checks": checks_record(total.checks),
             "totals": {
-                **asdict(total.totals),
+                **totals_record(total.totals, total.counts),
                 "units": total.units,
                 "new_units": new.units,
                 "new_items": new.totals.items - self.carried_items,

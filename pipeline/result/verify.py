@@ -15,16 +15,18 @@ import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.result.state import SUCCESS_FILE, ResultState, read_result
+from pipeline.terminal.count_report import describe_errors, describe_warnings, totals_record
 from pipeline.terminal.std_streams import answer
 from transforms.errors import InputError, OutputError
 from transforms.results.commits import (
@@ -35,10 +37,13 @@ from transforms.results.commits import (
     UnitTotals,
     check_schema,
     commit_url,
+    count_items,
+    item_ids,
     list_unit_ids,
     part_url,
     read_part,
 )
+from transforms.results.counts import CLIP_COLUMNS, ERROR_COLUMNS, RowCounts, count_rows
 from transforms.storage import reading, urls
 from transforms.storage.secrets import public_uri
 
@@ -116,16 +121,19 @@ def run_verify(folder: str, quiet: bool = False) -> int:
             where = public_uri(finding.name)
             answer(f"{where}: {finding.problem}", kind=finding.kind.value)
     kinds = {finding.kind for finding in findings} - {Kind.STRAY}
-    counts = _counts(state)
+    totals = _totals(state)
+    counts = _in_words(len(state.commits), totals)
     if kinds:
         is_unfinished = Kind.UNFINISHED in kinds <= {Kind.UNFINISHED, Kind.LEFTOVER}
         word = "unfinished: what is committed is whole," if is_unfinished else "damaged; it holds"
         answer(f"{name} is {word} {counts}.")
+        _answer_counts(totals, quiet)
         for advice in make_advice(output, findings):
             answer(advice)
         return EXIT_INCOMPLETE
     if not quiet:
         answer(f"{name} is whole: {counts}.")
+    _answer_counts(totals, quiet)
     return EXIT_DONE
 
 
@@ -138,12 +146,25 @@ def _has_commits(output: str) -> bool:
         )
 
 
-def _counts(state: ResultState) -> str:
-    totals = sum((commit.totals for commit in state.commits.values()), UnitTotals())
+def _totals(state: ResultState) -> dict[str, Any]:
+    """Return the sums over the commits, named as in ``run.json``."""
+    commits = state.commits.values()
+    totals = sum((commit.totals for commit in commits), UnitTotals())
+    counts = sum((commit.counts for commit in commits), RowCounts())
+    return totals_record(totals, counts)
+
+
+def _in_words(num_units: int, totals: Mapping[str, Any]) -> str:
     return (
-        f"{len(state.commits)} units, {totals.clips} clips, {totals.windows} windows, "
-        f"{totals.failures} failures"
+        f"{num_units} units, {totals['clips']} clips, {totals['windows']} windows, "
+        f"{totals['failures']} failures"
     )
+
+
+def _answer_counts(totals: Mapping[str, Any], quiet: bool) -> None:
+    if not quiet:
+        for line in (*describe_warnings(totals), *describe_errors(totals)):
+            answer(line)
 
 
 def make_advice(output: str, findings: Iterable[Finding]) -> list[str]:
@@ -274,11 +295,11 @@ def check_unit(output: str, commit: Commit) -> tuple[list[Finding], list[str]]:
             findings.append(Finding(url, problem, kind, unit_id))
     if not findings:
         findings += _check_rows(commit, tables)
-    return findings, _item_ids(tables)
+    return findings, _row_ids(tables)
 
 
-def _item_ids(tables: dict[str, pa.Table]) -> list[str]:
-    """Return the ids of a unit's clips and failures."""
+def _row_ids(tables: dict[str, pa.Table]) -> list[str]:
+    """Return the ids of a unit's clips and failed items."""
     parts = (tables[part] for part in ("clips", "errors") if part in tables)
     return [clip_id for table in parts for clip_id in table["clip_id"].to_pylist()]
 
@@ -295,8 +316,8 @@ def _find_change(url: str, info: PartInfo) -> str | None:
 
 _COLUMNS = {
     "windows": ["clip_id", "window_index"],
-    "clips": ["clip_id", "num_windows", "duration_s"],
-    "errors": ["clip_id"],
+    "clips": ["clip_id", "num_windows", "duration_s", *CLIP_COLUMNS],
+    "errors": list(ERROR_COLUMNS),
 }
 
 
@@ -304,8 +325,14 @@ def _read_checked(
     output: str, part: str, commit: Commit, info: PartInfo
 ) -> tuple[pa.Table, str | None]:
     """Return the columns of a part that are checked further, and what is wrong with the part."""
-    table = read_part(output, part, commit.unit_id, _COLUMNS[part])
+    columns = list(_COLUMNS[part])
+    if part == "clips":
+        columns += commit.optional_columns
+    table = read_part(output, part, commit.unit_id, columns)
     footer = table.schema.metadata or {}
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        return table, f"it has no column {missing[0]}, and was committed with it"
     if table.num_rows != info.num_rows:
         return table, f"it has {table.num_rows} rows, and {info.num_rows} were committed"
     fingerprint = footer.get(b"earmark.fingerprint", b"").decode()
@@ -319,23 +346,29 @@ def _miscounted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
     totals = commit.totals
     num_clips = tables["clips"].num_rows
     num_failures = tables["errors"].num_rows if "errors" in tables else 0
+    num_labelled = count_items(tables["clips"]["clip_id"], each_channel=commit.each_channel)
     audio_s = pc.sum(tables["clips"]["duration_s"]).as_py() or 0.0
     for name, found, said in (
         ("clips", num_clips, totals.clips),
         ("failures", num_failures, totals.failures),
-        ("items", num_clips + num_failures, totals.items),
+        ("items", num_labelled + num_failures, totals.items),
         ("windows", tables["windows"].num_rows, totals.windows),
     ):
         if found != said:
             return f"it has {found} {name}, and its commit says {said}"
     if not math.isclose(audio_s, totals.audio_s, rel_tol=1e-9, abs_tol=1e-6):
         return f"it has {audio_s} s of audio, and its commit says {totals.audio_s}"
+    counted = count_rows(tables["clips"], tables.get("errors"))
+    if commit.counts not in (counted, RowCounts()):  # an earlier version counted nothing
+        return "its labels, warnings or errors are not those that its commit counts"
     return None
 
 
 def _unlisted(commit: Commit, tables: dict[str, pa.Table]) -> str | None:
     """Return which item has no row, or no entry in the ledger: a run would skip it or redo it."""
-    there = set(_item_ids(tables))
+    labelled = item_ids(tables["clips"]["clip_id"], each_channel=commit.each_channel)
+    failed = tables["errors"]["clip_id"].to_pylist() if "errors" in tables else []
+    there = {*labelled.to_pylist(), *failed}
     listed = {entry.clip_id for entry in commit.ledger.items}
     if listed - there:
         return f"its commit lists {min(listed - there)}, which has no row"

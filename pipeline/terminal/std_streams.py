@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 from transforms.errors import AnswerError
 
@@ -23,6 +23,20 @@ def say(text: str, *, quiet: bool = False) -> None:
         from transforms.sources.clip_ids import for_terminal  # imports numpy
 
         print(for_terminal(text), file=sys.stderr)
+
+
+def answer_bytes(data: bytes) -> None:
+    """Write to standard output for other programs; a terminal gets it as ``answer`` prints."""
+    if sys.stdout.isatty():
+        from transforms.sources.clip_ids import for_terminal
+
+        sys.stdout.write(for_terminal(data.decode(errors="replace"), keep_lines=True))
+        return
+    try:
+        sys.stdout.flush()  # what was printed before comes first
+        sys.stdout.buffer.write(data)
+    except OSError as error:
+        _raise_unwritable(error)
 
 
 def answer(text: str, *, kind: str = "") -> None:
@@ -113,9 +127,12 @@ class _Answers(_Stream):
     """Standard output, whose errors are raised."""
 
     def _handle(self, error: OSError) -> None:
-        if isinstance(error, BrokenPipeError):
-            raise error  # the reader has had enough
-        raise AnswerError(
-            f"standard output cannot be written: {error.strerror or error}. Fix that, or "
-            "redirect it."
-        ) from error
+        _raise_unwritable(error)
+
+
+def _raise_unwritable(error: OSError) -> NoReturn:
+    if isinstance(error, BrokenPipeError):
+        raise error  # the reader has had enough
+    raise AnswerError(
+        f"standard output cannot be written: {error.strerror or error}. Fix that, or redirect it."
+    ) from error

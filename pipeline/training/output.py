@@ -25,6 +25,7 @@ from transforms.errors import OutputError
 from transforms.models.ast.checkpoints import save_pretrained
 from transforms.models.ast.files import CONFIG_NAME, FEATURES_NAME, WEIGHTS_NAME
 from transforms.models.ast.model import ASTForAudioClassification
+from transforms.sources.clip_ids import printable
 from transforms.storage import filesystem, listing, reading, urls, writing
 
 TRAIN_NAME = "train.json"
@@ -226,7 +227,7 @@ class Recorder:
     def write_record(self, **more: Any) -> None:
         """Write ``train.json``, with what has become known since."""
         self._record |= more
-        text = json.dumps(self._record, indent=2, ensure_ascii=False)
+        text = printable(json.dumps(self._record, indent=2, ensure_ascii=False))
         write_file(self._plan, TRAIN_NAME, text.encode() + b"\n")
 
     def write_history(self, history: list[Row], *, draw: bool) -> None:

@@ -176,6 +176,8 @@ def what_changes_training(
         values[name] = section
     values["training"]["precision"] = precision
     values["optimizer"]["learning_rate"] = learning_rate
+    if config.decode.channel != "mix":  # a training from before there was a choice is continued
+        values["decode"] = {"channel": config.decode.channel}
     return {**values, "initial": initial.name, "initial_sha256": initial.sha256}
 
 

@@ -17,7 +17,6 @@ The same command resumes an unfinished training, and extends an ended one with m
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -78,6 +77,8 @@ from pipeline.training.stages.validation import Scorer
 from transforms.features.fbank import KaldiFbank
 from transforms.features.fbank_settings import without_normalising
 from transforms.models.ast.model import ASTForAudioClassification
+from transforms.process.devices import threads_of
+from transforms.process.limits import usable_cores
 from transforms.process.temp_folders import sweep
 from transforms.records import ItemFailure
 from transforms.storage import filesystem, reading, urls, writing
@@ -158,6 +159,7 @@ def train(
 
     ``config`` has what was ``settled``.
     """
+    torch.set_num_threads(threads_of(1))
     began_s = time.monotonic()
     statistics = settle_statistics(plan, clips.train, earlier, quiet=config.quiet)
     record = make_record(plan, clips, config, statistics, earlier)
@@ -268,7 +270,7 @@ def make_stages(
     augment = Augment(config.augmentation, fbank)
     num_loaders = training.loader_processes
     if num_loaders is None:
-        num_loaders = 0 if plan.device == "cpu" else min(_MAX_LOADERS, os.cpu_count() or 1)
+        num_loaders = 0 if plan.device == "cpu" else min(_MAX_LOADERS, usable_cores())
     batches = BatchSettings(
         batch_size=settled.batch_size,
         window_samples=windows.window_samples,

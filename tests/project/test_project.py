@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "transforms/decoding": "process decoding/formats",
     "transforms/features": "process",
     "transforms/sources/tables": "process storage",
-    "transforms/sources": "process storage decoding features sources/tables",
+    "transforms/sources": ("process storage decoding decoding/formats features sources/tables"),
     "transforms/models": "process storage decoding features",
     "transforms/models/ast": "process storage decoding features models",
     "transforms/inference": "process storage decoding features sources models models/ast",

@@ -160,7 +160,9 @@ def test_commands_and_their_options_exist() -> None:
         if block.language == "bash"
         for arguments in commands_of(block)
     ]
-    assert {line[0] for line in lines} == {"label", "export", "plan", "stats", "train", "evaluate"}
+    assert {line[0] for line in lines} == {
+        *("label", "summary", "export", "plan", "stats", "train", "evaluate")
+    }
     assert [line for line in lines if unknown_options(*line)] == []
 
 

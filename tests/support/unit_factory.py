@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from transforms.records import (
     WorkUnit,
 )
 from transforms.results.rows import RowSettings
+from transforms.results.write_units import CommitSettings, OpenUnit
+from transforms.storage import writing
 
 HIDDEN_SIZE = 4
 LABELS = (Label(0, "/m/a", "Alpha"), Label(1, "/m/b", "Beta, loud"), Label(2, None, "Gamma"))
@@ -115,3 +118,27 @@ def unit_events(
         else:
             events += clip_events(unit.unit_id, index, item, num_windows)
     return [*events, UnitEnd(unit, len(unit.items))]
+
+
+def commit_unit(
+    output: str,
+    unit_id: str,
+    clips: Sequence[tuple[Item, Sequence[tuple[float, float, Sequence[float]]]]],
+    replaces: Sequence[str] = (),
+    failures: Sequence[Failure] = (),
+    facts: ClipFacts = FACTS,
+) -> None:
+    """Commit a unit of clips, given as item and windows (start, end, scores), and of failures."""
+    settings = CommitSettings(output, "run", "f" * 64, "m" * 64, row_settings())
+    unit = OpenUnit(settings, Path(writing.staging_path(output, "run")), unit_id)
+    for index, (item, windows) in enumerate(clips):
+        for number, (start_s, end_s, scores) in enumerate(windows):
+            prediction = make_prediction(scores)
+            unit.add(WindowRow(unit_id, index, item.clip_id, number, start_s, end_s, prediction))
+        whole = make_prediction(windows[0][2])
+        unit.add(ClipRow(unit_id, index, item, facts, len(windows), whole.embedding, whole.scores))
+    for index, failure in enumerate(failures, start=len(clips)):
+        unit.add(ItemFailure(unit_id, index, failure))
+    items = (*(item for item, _ in clips), *(failure.item for failure in failures))
+    unit.add(UnitEnd(WorkUnit(unit_id, "files", items, replaces=tuple(replaces)), len(items)))
+    unit.commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing import test_pipeline
+from apache_beam.testing.util import assert_that, equal_to
 
 from pipeline.labelling.run import run_label
 from tests.support import audio_factory
 from tests.support.labelling import assert_same_rows, small_config
+from transforms.beam_yaml import LabelAudioRows
 from transforms.inference.backbones import InferenceSettings
 from transforms.label_audio import LabelAudio, LabelSettings, make_settings, unit_of_files
 from transforms.models.ast.checkpoints import resolve_model
@@ -103,3 +106,22 @@ def test_clip_ids_equal_those_of_the_command(folder: Path) -> None:
     assert (remote.clip_id, remote.uri) == ("https://host/x.wav", "https://host/x.wav")
     assert remote.url.endswith("secret")
     assert "secret" not in repr(unit)
+
+
+def test_each_channel_is_a_clip_where_it_is_asked_for(
+    folder: Path, settings: LabelSettings, tiny_model: Path
+) -> None:
+    each = dataclasses.replace(settings.decode, channel="each")
+    uris = [f"{folder}/{name}" for name in ("a.wav", "b #1.flac", "d.wav")]
+    with test_pipeline.TestPipeline(runner=FnApiRunner()) as pipeline:
+        transform = LabelAudio(dataclasses.replace(settings, decode=each))
+        found = pipeline | beam.Create(uris) | transform
+        for name, wanted in (
+            ("clips", ["a.wav!1", "b %231.flac!1", "b %231.flac!2"]),
+            ("windows", ["a.wav!1", *["b %231.flac!1"] * 3, *["b %231.flac!2"] * 3]),
+            ("failures", ["d.wav"]),
+        ):
+            ids = getattr(found, name) | f"Ids of {name}" >> beam.Map(lambda row: row["clip_id"])
+            assert_that(ids, equal_to([f"{folder}/{one}" for one in wanted]), f"Check {name}")
+    loudest = LabelAudioRows(model=str(tiny_model), device="cpu", channel="loudest")
+    assert loudest._settings.decode.channel == "loudest"

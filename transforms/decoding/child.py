@@ -10,6 +10,7 @@ through shared memory, in slots that the parent gives back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -64,6 +65,7 @@ class _Job:
     source: bytes | str
     start_s: float | None
     end_s: float | None
+    channel: int | None
     reads_header: bool  # only the length that its header promises is wanted
 
 
@@ -95,7 +97,8 @@ class _Child:
                     self.credits.release(job["returned_slots"])
                 self.limit_memory(job["size"])
                 source = stream.read(job["size"]) if job["path"] is None else job["path"]
-                self.jobs.put(_Job(source, job["start_s"], job["end_s"], job["reads_header"]))
+                wanted = (job[name] for name in ("start_s", "end_s", "channel", "reads_header"))
+                self.jobs.put(_Job(source, *wanted))
         finally:
             os._exit(0)
 
@@ -127,6 +130,7 @@ class _Child:
             settings=self.settings,
             start_s=job.start_s,
             end_s=job.end_s,
+            channel=job.channel,
             on_progress=self.show_life,
         ):
             with timed("other"):  # waiting for room is not decoding
@@ -147,7 +151,11 @@ class _Child:
         self.credits.acquire()
         self.slots[self.num_sent % NUM_SLOTS, : len(piece.samples)] = piece.samples
         self.num_sent += 1
-        content = {"num_samples": len(piece.samples), "facts": asdict(piece.facts)}
+        content = {
+            "num_samples": len(piece.samples),
+            "facts": asdict(piece.facts),
+            "num_channels": piece.num_channels,
+        }
         if piece.is_last:
             self.send(LAST, content | {"seconds": seconds_of_decoder()})
         else:
@@ -180,6 +188,8 @@ def serve(arguments: list[str], decode_function: DecodeFunction = decode) -> Non
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # hostile files would fill the disk with cores
+    with contextlib.suppress(OSError):  # if memory runs out, Linux kills a decoder, and not the run
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     socket_fd, memory_fd = map(int, arguments[:2])
     settings = DecodeSettings(**json.loads(arguments[2]))
     memory = mmap.mmap(memory_fd, NUM_SLOTS * settings.piece_samples * 4)

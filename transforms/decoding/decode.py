@@ -12,6 +12,8 @@ Guarantees:
   Timestamps are not used: gaps between packets are closed, and a late start counts as the start.
 * A segment is exactly the source samples ``[round(start_s * rate), round(end_s * rate))`` of the
   decoded file.
+* Channels are mixed down to their mean, and a clip that loses too much by it has a warning; or one
+  of them is taken, and is silent where the audio does not have it.
 * The resampler is soxr's HQ; streaming gives the same samples as one call.
 """
 
@@ -28,14 +30,14 @@ from typing import NamedTuple
 import numpy as np
 import soxr
 
-from transforms.decoding.formats.encoded import hash_encoded, open_encoded
-from transforms.decoding.levels import LevelMeter, finite_part
+from transforms.decoding.formats.encoded import Encoded, hash_encoded, open_encoded
+from transforms.decoding.levels import ChannelEnergies, LevelMeter, finite_part
 from transforms.decoding.reader import ROUNDING_S, Block
 from transforms.decoding.reader_chain import ReaderChain
-from transforms.decoding.settings import MIN_CLIP_S, UNLIMITED, DecodeSettings
+from transforms.decoding.settings import MIN_CLIP_S, UNLIMITED, ChannelName, DecodeSettings
 from transforms.errors import DecodeError
 from transforms.process.stage_times import timed
-from transforms.records import ClipFacts, FloatArray
+from transforms.records import ClipFacts, FloatArray, Note
 
 # Errors that report a bound: the item fails, however much of it has been decoded.
 BOUND_ERRORS = frozenset({"ItemTooLarge", "ItemTooLong", "DecodingTooSlow", "DecoderOutOfMemory"})
@@ -44,12 +46,14 @@ BOUND_ERRORS = frozenset({"ItemTooLarge", "ItemTooLong", "DecodingTooSlow", "Dec
 class DecodedPiece(NamedTuple):
     """A piece of a decoded clip: mono float32 of shape (num_samples,) at the model's rate.
 
-    ``facts`` are the clip's as far as decoded; they are complete where ``is_last``.
+    ``facts`` are the clip's as far as decoded; they are complete where ``is_last``. So is
+    ``num_channels``, the most that the audio has anywhere.
     """
 
     samples: FloatArray
     facts: ClipFacts
     is_last: bool
+    num_channels: int
 
 
 def decode(
@@ -58,6 +62,7 @@ def decode(
     *,
     start_s: float | None = None,
     end_s: float | None = None,
+    channel: int | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Iterator[DecodedPiece]:
     """Decode a file, or a segment of it, to mono at one rate, piece by piece.
@@ -69,14 +74,16 @@ def decode(
         settings: The rate to resample to, the samples of a piece, and what the item may cost.
         start_s: None for the file's start.
         end_s: Exclusive; None for the file's end.
+        channel: The channel to decode, from 1, for a caller that decodes ``each`` of them. None for
+            what the settings say, where ``each`` is the first.
         on_progress: Called whenever work has been done, for a caller that watches for a hang.
 
     Raises:
         DecodeError: Nothing can be labelled. ``error_type`` is ``EmptyFile``, ``NoAudioStream``,
             ``NotAudio``, ``Encrypted``, ``BadSegment``, ``BadSampleRate``, ``NonFiniteSamples``,
-            ``NoSamples``, ``TooShort``, or the name of the operating system's error. After the
-            first piece, an error ends the clip with a warning in its facts instead. A bound
-            (``ItemTooLong``, ``DecodingTooSlow``) raises at any time.
+            ``NoSuchChannel``, ``NoSamples``, ``TooShort``, or the name of the operating system's
+            error. After the first piece, an error ends the clip with a warning in its facts
+            instead. A bound (``ItemTooLong``, ``DecodingTooSlow``) raises at any time.
     """
     _check_segment(start_s, end_s)
     with contextlib.ExitStack() as opened:
@@ -85,9 +92,15 @@ def decode(
             sha256 = hash_encoded(encoded, on_progress)
         span = DecodeSpan(start_s or 0.0, end_s)
         budget = _Budget(settings, on_progress)
+        if channel is None and settings.channel == "loudest":
+            channel = _find_loudest(encoded, DecodeSpan(span.start_s, end_s), budget)
         chain = ReaderChain(encoded, span.start_s, budget.on_progress)
         opened.callback(chain.close)
-        yield from _decode_blocks(chain, span, sha256, settings, budget)
+        blocks = budget.count(chain.blocks())
+        if channel is None and settings.channel != "mix":
+            channel = settings.channel if isinstance(settings.channel, int) else 1
+            blocks = _with_channel(channel, blocks)
+        yield from _decode_blocks(chain, span, blocks, sha256, settings, budget, channel)
 
 
 def decode_whole(
@@ -96,9 +109,13 @@ def decode_whole(
     sample_rate_hz: int = 16_000,
     start_s: float | None = None,
     end_s: float | None = None,
+    channel: ChannelName | int = "mix",
 ) -> tuple[FloatArray, ClipFacts]:
-    """Decode a short clip in one go: samples of shape (num_samples,); errors as ``decode``."""
-    settings = dataclasses.replace(UNLIMITED, sample_rate_hz=sample_rate_hz)
+    """Decode a short clip in one go: samples of shape (num_samples,); errors as ``decode``.
+
+    ``channel`` is as in ``DecodeSettings``; of ``each`` it is the first.
+    """
+    settings = dataclasses.replace(UNLIMITED, sample_rate_hz=sample_rate_hz, channel=channel)
     pieces = list(decode(source, settings, start_s=start_s, end_s=end_s))
     return np.concatenate([piece.samples for piece in pieces]), pieces[-1].facts
 
@@ -112,33 +129,71 @@ def read_length_s(source: bytes | str | Path, on_progress: Callable[[], None]) -
         return chain.promised_s
 
 
+def _find_loudest(encoded: Encoded, span: DecodeSpan, budget: _Budget) -> int:
+    """Return the channel with most energy in the span, from 1, by decoding it all."""
+    energies, decoded_s = ChannelEnergies(), 0.0
+    with contextlib.closing(ReaderChain(encoded, span.start_s, budget.on_progress)) as chain:
+        for block in span.cut(budget.count(chain.blocks()), chain.first_frame):
+            part = finite_part(block.samples)
+            energies.add(part)
+            decoded_s += len(part.samples) / block.rate
+            budget.check_duration(decoded_s)
+            if part.is_cut:
+                break
+    return energies.loudest
+
+
+def _with_channel(channel: int, blocks: Iterable[Block]) -> Iterator[Block]:
+    """Raise ``DecodeError`` if the audio begins without this channel, counted from 1."""
+    for index, block in enumerate(blocks):
+        num_channels = block.samples.shape[1]
+        if index == 0 and channel > num_channels:
+            raise DecodeError(
+                f"decode.channel is {channel}, and the audio has "
+                f"{num_channels} channel{'' if num_channels == 1 else 's'}; give a channel that it "
+                "has, or mix, loudest or each",
+                error_type="NoSuchChannel",
+            )
+        yield block
+
+
 def _decode_blocks(
     chain: ReaderChain,
     span: DecodeSpan,
+    blocks: Iterable[Block],
     sha256: str,
     settings: DecodeSettings,
     budget: _Budget,
+    channel: int | None,
 ) -> Iterator[DecodedPiece]:
+    """Decode the span of ``blocks``, the chain's own: one channel, from 1, or with None the mix."""
     levels = LevelMeter()
+    energies = ChannelEnergies()
     resampler = _Resampler(settings.sample_rate_hz)
     pieces = _Pieces(settings.piece_samples)
-    notes: list[str] = []
+    notes: list[Note] = []
     error: DecodeError | None = None
-    for block in span.cut(budget.count(chain.blocks()), chain.first_frame):
-        samples, energy, bad = finite_part(block.samples)
-        levels.add(block.rate, samples, energy)
+    num_channels = 0
+    for block in span.cut(blocks, chain.first_frame):
+        num_channels = max(num_channels, block.samples.shape[1])
+        part = finite_part(
+            block.samples if channel is None else _take_channel(block.samples, channel)
+        )
+        levels.add(block.rate, block.samples.shape[1], part)
         budget.check_duration(levels.duration_s)
-        if bad:
+        if part.is_cut:
             error = DecodeError(
                 f"the sample at {span.start_s + levels.duration_s:.3f} s is NaN or infinite",
                 error_type="NonFiniteSamples",
             )
-            notes.append(f"decoded {levels.duration_s:.1f} s, then stopped: {error}")
-        mono = mix_down(samples)
+            words = f"decoded {levels.duration_s:.1f} s, then stopped: {error}"
+            notes.append(Note("damaged", words))
+        mono = mix_down(part.samples)
+        energies.add(part, mono)
         with timed("resample"):
             resampled = resampler.push(block.rate, mono)
         for samples_out in pieces.push(resampled):
-            yield DecodedPiece(samples_out, levels.facts(sha256, None), False)
+            yield DecodedPiece(samples_out, levels.facts(sha256), False, num_channels)
         if error is not None:
             break
     else:
@@ -146,23 +201,32 @@ def _decode_blocks(
     with timed("resample"):
         resampled = resampler.flush()
     for samples_out in pieces.push(resampled):
-        yield DecodedPiece(samples_out, levels.facts(sha256, None), False)
+        yield DecodedPiece(samples_out, levels.facts(sha256), False, num_channels)
     last = pieces.rest()
     notes.extend(levels.notes)
+    if (mix_warning := energies.mix_warning()) is not None:
+        notes.append(Note("channels_cancel", mix_warning))
     notes.extend(chain.notes())
     if not pieces.num_out and len(last) < settings.min_clip_samples:
         raise error or _too_short(levels.duration_s, span, notes)
-    yield DecodedPiece(last, levels.facts(sha256, "; ".join(notes) or None), True)
+    yield DecodedPiece(last, levels.facts(sha256, notes), True, num_channels)
 
 
-def _too_short(decoded_s: float, span: DecodeSpan, notes: list[str]) -> DecodeError:
+def _take_channel(samples: FloatArray, channel: int) -> FloatArray:
+    """Return one channel, from 1, of shape (num_samples, 1); silence if it is not there."""
+    if channel > samples.shape[1]:
+        return np.zeros((len(samples), 1), np.float32)
+    return np.ascontiguousarray(samples[:, channel - 1 : channel])
+
+
+def _too_short(decoded_s: float, span: DecodeSpan, notes: list[Note]) -> DecodeError:
     if decoded_s == 0.0 and span.start_s > 0.0 and span.frames_seen:
         return DecodeError(
             f"the segment starts at {span.start_s:.3f} s, but the audio ends at "
             f"{span.reached_s:.3f} s; check start_s and end_s of the manifest",
             error_type="BadSegment",
         )
-    words = f" ({'; '.join(notes)})" if notes else ""
+    words = f" ({'; '.join(note.words for note in notes)})" if notes else ""
     if decoded_s == 0.0:
         return DecodeError(f"there is no audio in it{words}", error_type="NoSamples")
     return DecodeError(
@@ -266,7 +330,7 @@ class DecodeSpan:
             if self.end_s is not None and frame >= round((self.end_s - run_start_s) * rate):
                 return
 
-    def shortfall(self, chain: ReaderChain, decoded_s: float) -> list[str]:
+    def shortfall(self, chain: ReaderChain, decoded_s: float) -> list[Note]:
         """Warn if there is less audio than the file promises or the segment asks for."""
         promised_s, slack_s = chain.promised_s, chain.slack_s
         wanted_end_s = promised_s if self.end_s is None else self.end_s
@@ -274,12 +338,15 @@ class DecodeSpan:
             slack_s = ROUNDING_S
         if wanted_end_s is None or decoded_s >= wanted_end_s - self.start_s - slack_s:
             return []
-        note = f"decoded {_of(decoded_s, wanted_end_s - self.start_s)} s"
+        words = f"decoded {_of(decoded_s, wanted_end_s - self.start_s)} s"
         if self.end_s is not None and (
             promised_s is None or promised_s <= self.reached_s + slack_s
         ):
-            note += f" (the segment ends at {self.end_s:.3f} s, the file at {self.reached_s:.3f} s)"
-        return [note]
+            words += (
+                f" (the segment ends at {self.end_s:.3f} s, the file at {self.reached_s:.3f} s)"
+            )
+            return [Note("segment_beyond_end", words)]
+        return [Note("cut_short", words)]
 
 
 def _of(part_s: float, whole_s: float) -> str:

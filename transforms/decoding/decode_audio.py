@@ -128,11 +128,12 @@ class _DecodeFn(beam.DoFn):
         pending, self._pending = self._pending, next_pending
         if pending is None:
             return
-        num_items = 0
+        num_items = num_ends = 0
         with contextlib.closing(pending.stream):
             for result in pending.stream:
-                ends_item = isinstance(result, ItemFailure) or result.facts is not None
-                num_items += ends_item
+                is_last = isinstance(result, ItemFailure) or result.facts is not None
+                num_ends += is_last  # of a clip, or of the item
+                num_items = result.item_index + 1
                 yield WindowedValue(result, pending.timestamp, (pending.window,))
-        end = UnitEnd(pending.unit, num_items)
+        end = UnitEnd(pending.unit, num_items, num_ends - num_items)
         yield WindowedValue(end, pending.timestamp, (pending.window,))

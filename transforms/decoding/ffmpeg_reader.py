@@ -11,7 +11,7 @@ import numpy as np
 from transforms.decoding.formats.routes import Route
 from transforms.decoding.reader import PACKET_SLACK_S, Block, block_frames, check_rate
 from transforms.errors import DecodeError
-from transforms.records import FloatArray
+from transforms.records import FloatArray, Note
 
 # FFmpeg guesses the length of these from the bit rate; a guess is no promise.
 GUESSED_DURATION_FORMATS = frozenset(
@@ -63,7 +63,7 @@ class FfmpegReader:
     def __init__(self, route: Route) -> None:
         self._av = _import_av()
         self._bytes = route.encoded.open()
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
         self.stopped: str | None = None
         self._container: Any = None
         self._num_damaged = 0
@@ -95,7 +95,8 @@ class FfmpegReader:
                 error_type="NoAudioStream",
             )
         if len(streams.audio) > 1:
-            self.notes.append(f"{len(streams.audio)} audio streams; the first was used")
+            words = f"{len(streams.audio)} audio streams; the first was used"
+            self.notes.append(Note("several_streams", words))
         stream = streams.audio[0]
         if stream.codec_context is None:
             raise DecodeError(
@@ -150,16 +151,17 @@ class FfmpegReader:
             yield from self._drain(fifo, key)
         if self._num_damaged:
             plural = "" if self._num_damaged == 1 else "s"
-            self.notes.append(f"{self._num_damaged} damaged packet{plural} skipped")
+            words = f"{self._num_damaged} damaged packet{plural} skipped"
+            self.notes.append(Note("damaged", words))
         elif not self._has_decoded and self.stopped is None:
             self.notes.extend(self._last_logged())
 
-    def _last_logged(self) -> list[str]:
+    def _last_logged(self) -> list[Note]:
         """Return FFmpeg's last log line for this file: its only sign of damage that it skipped."""
         num_errors, log = self._av.logging.get_last_error()
         if log is None or num_errors == self._num_errors_before:
             return []
-        return [f"FFmpeg: {log[2].strip()}"]
+        return [Note("damaged", f"FFmpeg: {log[2].strip()}")]
 
     def _drain(self, fifo: Any, key: Any) -> Iterator[Block]:
         frame = fifo.read(0)
@@ -187,7 +189,7 @@ class FfmpegReader:
                     continue
                 self._num_damaged += 1
                 if self._num_damaged == 1:
-                    self.notes.append(f"FFmpeg: {_error_text(error)}")
+                    self.notes.append(Note("damaged", f"FFmpeg: {_error_text(error)}"))
                 continue
             yield from frames
 

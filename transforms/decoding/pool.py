@@ -15,6 +15,8 @@ cores. It guarantees:
   is blocked on a full queue, another one beyond ``num_processes`` is started for it.
 * Cleanup: no process, thread or temporary file outlives ``close``. Children also end when this
   process dies.
+* With ``channel: each``, a clip is decoded once for each of its channels, one after the other. That
+  is as much decoding for each row as mixing down takes.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from transforms.decoding.process import (
 )
 from transforms.decoding.settings import DecodeSettings
 from transforms.errors import DecodeError, EarmarkError
+from transforms.process.limits import start_threads
 from transforms.process.stage_times import LabellingStage, StageSeconds, stage_clocks, timed
 from transforms.records import EncodedClip, Failure, Item, ItemFailure, Waveform
 
@@ -69,6 +72,7 @@ class DecodePool:
         self._room = threading.Condition(self.lock)  # the feeder waits here
         self._work = threading.Condition(self.lock)  # idle workers wait here
         self._num_processes = self.settings.resolve_num_processes()
+        self._bytes_ahead = self.settings.resolve_bytes_ahead()
         self._clips_ahead = self.settings.clips_ahead or 4 + 2 * self._num_processes
         self._to_feed: list[_Stream] = []  # open streams whose input has not ended, oldest first
         self._waiting: list[_Stream] = []  # streams whose consumer waits for a result
@@ -85,7 +89,7 @@ class DecodePool:
         self._feeder = threading.Thread(
             target=self._feed, name="earmark-decode-feeder", daemon=True
         )
-        self._feeder.start()
+        start_threads(self._feeder.start, "the thread that reads clips")
         atexit.register(self.close)
 
     def __enter__(self) -> DecodePool:
@@ -216,15 +220,16 @@ class DecodePool:
                         return
                     self._room.wait()
                 stream.is_being_read = True
-            self._feed_one(stream)
+            try:
+                self._feed_one(stream)
+            except Exception as error:  # else the consumers would wait for ever
+                self.fail(_as_fatal("the thread that reads clips", error))
+                return
 
     def _next_to_feed(self) -> _Stream | None:
         if self._closed or not self._to_feed:
             return None
-        if (
-            self._clips_in_flight < self._clips_ahead
-            and self._bytes_in_flight < self.settings.bytes_ahead
-        ):
+        if self._clips_in_flight < self._clips_ahead and self._bytes_in_flight < self._bytes_ahead:
             return self._to_feed[0]
         starved = (s for s in self._waiting if not s.jobs and not s.exhausted)
         return next(starved, None)
@@ -276,8 +281,8 @@ class DecodePool:
 
     def _start_worker(self, job: _Job | None) -> None:
         worker = _Worker(self, job)
+        start_threads(worker.thread.start, "the thread of a decoder")
         self._workers.add(worker)
-        worker.thread.start()
 
     # The workers' side
 
@@ -404,6 +409,10 @@ class _Job:
     cancelled: bool = False
 
 
+def _as_fatal(what: str, error: Exception) -> EarmarkError:
+    return error if isinstance(error, EarmarkError) else EarmarkError(f"{what} failed: {error!r}")
+
+
 def _remove_temporary(clip: EncodedClip) -> None:
     if clip.delete_path and clip.path is not None:
         Path(clip.path).unlink(missing_ok=True)
@@ -432,7 +441,7 @@ class _Worker:
                 self._decode(job)
                 job = None
         except Exception as error:
-            self._pool.fail(EarmarkError(f"a decoder thread failed: {error!r}"))
+            self._pool.fail(_as_fatal("the thread of a decoder", error))
             raise
         finally:
             self._pool.retire(self)
@@ -440,33 +449,44 @@ class _Worker:
                 self._child.close()
 
     def _decode(self, job: _Job) -> None:
+        channel = 1 if self._pool.settings.channel == "each" else None
+        result: Decoded | None = None
         try:
             child = self._usable_child()
+            result = self._run(job, child, channel)
+            while isinstance(result, Waveform) and channel and channel < child.num_channels:
+                # The last piece of a channel is not the item's last.
+                is_wanted, result = self._pool.put(job, result), None
+                if is_wanted:
+                    channel += 1
+                    child = self._usable_child()
+                    result = self._run(job, child, channel)
         except EarmarkError as error:
-            self._pool.end(job, None)
             self._pool.fail(error)
-            return
-        result = None
-        clip = job.clip
-        try:
-            if clip is not None and self._pool.begin(job, child):
-                result = self._run(job, clip, child)
         finally:
             self._pool.end(job, result)
 
-    def _run(self, job: _Job, clip: EncodedClip, child: DecoderProcess) -> Decoded | None:
-        """Queue a clip's pieces, and return its last result; None if the job was cancelled."""
+    def _run(self, job: _Job, child: DecoderProcess, channel: int | None) -> Decoded | None:
+        """Queue a clip's pieces, and return its last result; None if the job was cancelled.
+
+        ``channel`` is the one to decode, from 1; None for what the settings say.
+        """
+        clip = job.clip
+        if clip is None or not self._pool.begin(job, child):
+            return None
+        place = (job.stream.unit_id, job.item_index)
         try:
-            for samples, facts in child.decode(clip):
-                piece = Waveform(job.stream.unit_id, job.item_index, job.item, samples, facts)
+            for samples, facts in child.decode(clip, channel):
+                piece = Waveform(*place, job.item, samples, facts, channel)
                 if facts is not None:
                     return piece
                 if not self._pool.put(job, piece):
                     child.kill()
                     return None
         except DecodeError as error:
-            failure = Failure(job.item, error.stage, error.error_type, str(error))
-            return ItemFailure(job.stream.unit_id, job.item_index, failure)
+            where = "" if channel in (None, 1) else f"channel {channel}: "
+            failure = Failure(job.item, error.stage, error.error_type, f"{where}{error}")
+            return ItemFailure(*place, failure, channel)
         raise EarmarkError("a decoder ended a clip without its facts")
 
     def _usable_child(self) -> DecoderProcess:

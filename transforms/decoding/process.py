@@ -29,6 +29,7 @@ from transforms.decoding import child as protocol
 from transforms.decoding.decode import BOUND_ERRORS, DecodedPiece
 from transforms.decoding.settings import DecodeSettings
 from transforms.errors import DecodeError, EarmarkError, item_too_large
+from transforms.process.limits import RAISE_LIMIT
 from transforms.process.stage_times import StageSeconds, stage_clocks
 from transforms.records import ClipFacts, EncodedClip, FloatArray
 
@@ -55,10 +56,10 @@ def start_decoder(
         except (DecoderLostError, OSError) as error:
             problem = error
             logger.warning("decoder process: start %d of %d: %s", attempt, MAX_FAILED_STARTS, error)
-    raise EarmarkError(
-        f"no decoder process could be started: {problem}; run {' '.join(command)!r} in a shell "
-        "for its error message"
-    )
+    advice = f"run {' '.join(command)!r} in a shell for its error message"
+    if isinstance(problem, OSError):
+        advice = RAISE_LIMIT
+    raise EarmarkError(f"no decoder process could be started: {problem}; {advice}")
 
 
 def _start_once(settings: DecodeSettings, command: Sequence[str]) -> DecoderProcess:
@@ -119,7 +120,10 @@ def _child_environment() -> dict[str, str]:
 
 
 class DecoderProcess:
-    """The parent's side of a decoder process; made by ``start_decoder``."""
+    """The parent's side of a decoder process; made by ``start_decoder``.
+
+    ``num_channels`` is how many the clip that was decoded last has, as far as it was decoded.
+    """
 
     def __init__(
         self,
@@ -129,6 +133,7 @@ class DecoderProcess:
         stderr: int,
         settings: DecodeSettings,
     ) -> None:
+        self.num_channels = 0
         self._process = process
         self._settings = settings
         self._base_bytes = 0
@@ -157,18 +162,23 @@ class DecoderProcess:
         self._connection.settimeout(self._settings.stall_timeout_s)
         self._base_bytes = protocol.data_bytes(self._process.pid)
 
-    def decode(self, clip: EncodedClip) -> Iterator[tuple[FloatArray, ClipFacts | None]]:
+    def decode(
+        self, clip: EncodedClip, channel: int | None = None
+    ) -> Iterator[tuple[FloatArray, ClipFacts | None]]:
         """Yield the samples of a clip piece by piece; the facts come with the last piece.
 
         If the process is lost midway, the clip ends there, with a warning in its facts. Raises
         ``DecodeError`` if nothing could be decoded, or a bound was exceeded.
+
+        Args:
+            channel: The channel to decode, from 1; None for what the settings say.
         """
         # Held back until the next arrives, so that the last is not empty.
         held: DecodedPiece | None = None
         num_samples = 0
         try:
             _check_size(clip, self._settings.max_item_bytes)
-            self._send_job(clip)
+            self._send_job(clip, channel)
             while True:
                 piece = self._receive_piece()
                 if held is not None:
@@ -186,16 +196,21 @@ class DecoderProcess:
                 raise
             duration_s = num_samples / self._settings.sample_rate_hz
             warning = f"decoded {duration_s:.1f} s, then stopped: {error}"
-            facts = dataclasses.replace(held.facts, duration_s=duration_s, warning=warning)
+            facts = dataclasses.replace(
+                held.facts, duration_s=duration_s, warning=warning, warning_kinds=("damaged",)
+            )
         yield held.samples, facts
 
-    def _send_job(self, clip: EncodedClip, *, reads_header: bool = False) -> None:
+    def _send_job(
+        self, clip: EncodedClip, channel: int | None = None, *, reads_header: bool = False
+    ) -> None:
         os.ftruncate(self._stderr, 0)
         job = {
             "path": None if clip.path is None else str(Path(clip.path).absolute()),
             "size": 0 if clip.data is None else len(clip.data),
             "start_s": clip.item.start_s,
             "end_s": clip.item.end_s,
+            "channel": channel,
             "reads_header": reads_header,
             "returned_slots": self._slots_to_return,
         }
@@ -224,8 +239,12 @@ class DecoderProcess:
         self._num_received += 1
         self._slots_to_return += 1
         with self._checked_answer():
+            self.num_channels = int(content["num_channels"])
             samples = self._slots[slot, : content["num_samples"]].copy()
-            return DecodedPiece(samples, ClipFacts(**content["facts"]), kind == protocol.LAST)
+            facts = content["facts"]
+            facts["warning_kinds"] = tuple(facts["warning_kinds"])  # JSON has no tuples
+            is_last = kind == protocol.LAST
+            return DecodedPiece(samples, ClipFacts(**facts), is_last, self.num_channels)
 
     def read_length_s(self, clip: EncodedClip) -> float | None:
         """Return the seconds of audio that a clip's header promises; None if it promises nothing.

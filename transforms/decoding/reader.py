@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from transforms.errors import DecodeError
-from transforms.records import FloatArray
+from transforms.records import FloatArray, Note
 
 BLOCK_S = 1.0
 MAX_BLOCK_VALUES = 1 << 20  # samples times channels: bounds memory whatever a header claims
@@ -34,7 +34,7 @@ class Reader(Protocol):
     library: str
     promised_s: float | None
     promise_slack_s: float
-    notes: list[str]
+    notes: list[Note]
     stopped: str | None
 
     def seek(self, start_s: float) -> int:

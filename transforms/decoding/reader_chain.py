@@ -12,6 +12,7 @@ from transforms.decoding.formats.routes import Route, find_behind_junk, find_rou
 from transforms.decoding.reader import Block, Reader
 from transforms.decoding.soundfile_reader import SoundFileReader
 from transforms.errors import DecodeError
+from transforms.records import Note
 
 
 class ReaderChain:
@@ -19,7 +20,7 @@ class ReaderChain:
 
     def __init__(self, encoded: Encoded, start_s: float, on_progress: Callable[[], None]) -> None:
         self._on_progress = on_progress
-        self._notes: list[str] = []
+        self._notes: list[Note] = []
         self._parts: list[_Part] = []
         self._promised_s: list[float | None] = []
         self._routes = find_routes(encoded, on_progress)
@@ -34,7 +35,8 @@ class ReaderChain:
         """Look for audio behind junk, or raise an error that says what the file is."""
         rest = find_behind_junk(encoded)
         if rest is not None:
-            self._notes.append(f"{rest.start} bytes in front of the audio skipped")
+            words = f"{rest.start} bytes in front of the audio skipped"
+            self._notes.append(Note("extra_bytes", words))
             return find_routes(rest, self._on_progress)
         what = describe_not_audio(encoded) if error.error_type == "NotAudio" else None
         if what is None:
@@ -68,11 +70,11 @@ class ReaderChain:
             try:
                 self._open_part()
             except DecodeError as error:
-                self._notes.append(f"what follows cannot be decoded: {error}")
+                self._notes.append(Note("damaged", f"what follows cannot be decoded: {error}"))
                 continue
             yield from self._parts[-1].blocks(0, self._on_progress)
 
-    def notes(self) -> list[str]:
+    def notes(self) -> list[Note]:
         """Return what the libraries reported, for the clip's warning."""
         notes = [note for part in self._parts for note in part.notes()]
         return list(dict.fromkeys([*self._notes, *notes]))
@@ -87,7 +89,7 @@ class _Part:
 
     def __init__(self, route: Route) -> None:
         self._route = route
-        self._notes: list[str] = []
+        self._notes: list[Note] = []
         self._stopped: str | None = None  # set once the samples have been read up to there
         self.reader = self._open_first()
         self.promised_s = self.reader.promised_s
@@ -131,7 +133,7 @@ class _Part:
         self.reader.close()
         self.reader, self._stopped = other, None
         at = f" at {position / rate:.1f} s" if rate else ""
-        self._notes.append(f"damaged{at} (libsndfile: {stopped})")
+        self._notes.append(Note("damaged", f"damaged{at} (libsndfile: {stopped})"))
         for block in other.blocks(on_progress):
             if rate and block.rate != rate:
                 return
@@ -140,10 +142,12 @@ class _Part:
             if skip < len(block.samples):
                 yield Block(block.rate, block.samples[skip:])
 
-    def notes(self) -> list[str]:
+    def notes(self) -> list[Note]:
         """Return what the libraries reported."""
-        stopped = [] if self._stopped is None else [f"{self.reader.library}: {self._stopped}"]
-        return [*self._route.notes, *self._notes, *self.reader.notes, *stopped]
+        notes = [*self._route.notes, *self._notes, *self.reader.notes]
+        if self._stopped is not None:
+            notes.append(Note("damaged", f"{self.reader.library}: {self._stopped}"))
+        return notes
 
 
 _GENERIC = re.compile(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+from transforms.process.limits import usable_bytes, usable_cores
 
 MIN_CLIP_S = 0.025  # one fbank frame: less than this gives no features
 MIN_DECODER_BYTES = 256 << 20  # the libraries themselves need most of it
+
+ChannelName = Literal["mix", "first", "loudest", "each"]
 
 
 @dataclass(frozen=True)
@@ -15,9 +19,14 @@ class DecodeSettings:
     """How clips are decoded.
 
     Attributes:
-        num_processes: 0 means one for each core this process may use.
+        channel: What is labelled of several channels: ``mix`` (their mean), ``first``, a number
+            from 1, ``loudest`` (the one with most energy in the clip; it is decoded twice), or
+            ``each`` (every channel is a clip of its own).
+        num_processes: 0 means one for each core this process may use, as far as they fit into half
+            of the memory that it may use.
         clips_ahead: Clips read but not consumed yet; 0 means 4, plus 2 for each process.
-        bytes_ahead: Encoded bytes read but not decoded yet; one clip may exceed it.
+        bytes_ahead: Encoded bytes read but not decoded yet, and never more than an eighth of the
+            memory that this process may use; one clip may exceed it.
         stall_timeout_s: A decoder that shows no sign of life for this long is killed.
         max_item_bytes: Encoded bytes of an item.
         max_item_s: Seconds of audio of an item.
@@ -28,6 +37,7 @@ class DecodeSettings:
     """
 
     sample_rate_hz: int = 16_000
+    channel: ChannelName | int = "mix"
     num_processes: int = 0
     clips_ahead: int = 0
     bytes_ahead: int = 512 << 20
@@ -39,6 +49,11 @@ class DecodeSettings:
     max_decoder_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
+        names = get_args(ChannelName)
+        if self.channel not in names and not (isinstance(self.channel, int) and self.channel >= 1):
+            raise ValueError(
+                f"channel is {self.channel!r}; must be {', '.join(names)} or a number from 1"
+            )
         for name, least in (
             ("sample_rate_hz", 1),
             ("num_processes", 0),
@@ -60,16 +75,16 @@ class DecodeSettings:
         return round(MIN_CLIP_S * self.sample_rate_hz)
 
     def resolve_num_processes(self) -> int:
-        """Return ``num_processes``, or the number of usable cores."""
-        return self.num_processes or usable_cores()
+        """Return ``num_processes``, or the number that cores and memory allow."""
+        if self.num_processes:
+            return self.num_processes
+        that_fit = usable_bytes() // 2 // MIN_DECODER_BYTES
+        return max(1, min(usable_cores(), that_fit))
+
+    def resolve_bytes_ahead(self) -> int:
+        """Return ``bytes_ahead``, or an eighth of the usable memory if that is less."""
+        return min(self.bytes_ahead, usable_bytes() // 8)
 
 
 # For a file of one's own, decoded in this process.
 UNLIMITED = DecodeSettings(max_item_s=math.inf, max_decode_ratio=math.inf)
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -12,7 +12,7 @@ from transforms.decoding.formats.chunks import UNKNOWN_SIZE_FROM
 from transforms.decoding.formats.routes import Route
 from transforms.decoding.reader import PACKET_SLACK_S, ROUNDING_S, Block, block_frames, check_rate
 from transforms.errors import DecodeError
-from transforms.records import FloatArray
+from transforms.records import FloatArray, Note
 
 # libsndfile seeks in a lossy stream are exact once the decoder has warmed up, except into the last
 # Ogg page, where it loses its place. A page holds at most 255 packets, of 1024 samples mostly.
@@ -41,7 +41,7 @@ class SoundFileReader:
             self._bytes.close()
             raise DecodeError(f"libsndfile: {error.error_string}", error_type="NotAudio") from error
         self.rate = int(self._file.samplerate)
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
         self.stopped: str | None = None
         try:
             # libsndfile turns any rate below 1 in an AIFF's 80-bit field into 1.

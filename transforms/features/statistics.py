@@ -260,7 +260,7 @@ class _MeasureFn(beam.DoFn):
             raise FeatureError(window.error or "the window holds no samples.")
         if not self._as_original:
             return FeatureStatistics(measure_window(samples, self._settings), windows=1)
-        name = f"{window.item.clip_id}\n{window.window_index}"
+        name = f"{window.clip_id}\n{window.window_index}"
         drawn = int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:8])
         moments = measure_as_original(
             samples,

@@ -206,6 +206,7 @@ def _make_window(piece: Waveform, index: int, cut: Cut, settings: WindowSettings
         start_s=clip_start_s + cut.start / rate_hz,
         end_s=clip_start_s + cut.stop / rate_hz,
         data=cut.samples,
+        channel=piece.channel,
     )
 
 
@@ -214,7 +215,8 @@ def _make_window(piece: Waveform, index: int, cut: Cut, settings: WindowSettings
 class CutWindows(beam.PTransform[PCollection[_Piece], PCollection[_Element]]):
     """Turn the pieces of decoded clips into windows.
 
-    The pieces of a clip come in order and within one bundle; several clips may be open at once.
+    The pieces of a clip come in order and within one bundle; clips of several items may be open at
+    once.
     A clip's last window carries its facts and the number of its windows. Failures and unit ends
     pass unchanged. ``AccountingError`` if a clip has not had its last piece when a bundle ends.
     """

@@ -24,6 +24,7 @@ from transforms.models.ast.model import ASTModel
 from transforms.models.ast.tensor_names import NUM_PREFIX_TOKENS
 from transforms.process.devices import Sender, processor_facts, threads_of, torch_device
 from transforms.process.stage_times import StageSeconds, stage_clocks, timed
+from transforms.process.user import settle_user
 from transforms.records import FloatArray
 
 logger = logging.getLogger(__name__)
@@ -265,7 +266,7 @@ class TorchBackbone:
         self.batch_size: int | None = None
         self._dtype = TORCH_DTYPES[precision]
         self._send = Sender(self.device)
-        if self.device.type == "cpu" and settings.num_processes > 1:
+        if self.device.type == "cpu":
             torch.set_num_threads(threads_of(settings.num_processes))
         pooled = PooledTransformer(transformer, settings.pooling).eval()
         self._run: Callable[[Tensor], tuple[Tensor, ...]] = pooled.to(self.device, self._dtype)
@@ -317,9 +318,10 @@ class TorchBackbone:
     def _compile(self, batch_size: int, shape: tuple[int, int]) -> None:
         """Compile and try it; if it fails, stay uncompiled and log that."""
         plain = self._run
-        self._run = torch.compile(plain, dynamic=False)
+        settle_user()  # a worker may run under a user id without a name
         self.batch_size = batch_size
         try:
+            self._run = torch.compile(plain, dynamic=False)
             self.embed(np.zeros((batch_size, *shape), np.float32))
         except (torch.OutOfMemoryError, MemoryError):
             return  # not the compiler's fault; the first real batch fails likewise, and is halved

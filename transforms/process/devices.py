@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from transforms.process import disk_cache
+from transforms.process.limits import usable_cores
 from transforms.process.locks import open_locked
 
 _counting_threads = threading.Lock()
@@ -34,8 +35,11 @@ def threads_of(num_processes: int) -> int:
 
 @functools.cache
 def _torch_threads() -> int:
-    """Return torch's default number of threads, before it is set here."""
-    return torch.get_num_threads()
+    """Return torch's default number of threads, before it is set here; at most the usable cores.
+
+    torch knows the cores that a process is bound to, but not the share that a container has.
+    """
+    return min(torch.get_num_threads(), usable_cores())
 
 
 @functools.cache

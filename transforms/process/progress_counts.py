@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class LiveCounts:
     """What the last step of this process has labelled and committed so far.
 
-    ``failures`` are items that could not be labelled. ``audio_s`` counts each second once where
-    windows overlap; at the end, it is the sum of the clips' durations.
+    ``clips`` are items that were labelled, and ``failures`` those that could not be. ``audio_s``
+    counts each second once where windows overlap; at the end, it is the sum of the durations of
+    clips.
     """
 
     clips: int = 0

@@ -8,6 +8,10 @@
 A commit holds the size, hash and row count of each part, the unit's totals, and its **ledger**: the
 items, or the slice of a container, that need not be done again as long as their version is the
 same.
+
+An item is one clip, or with ``decode.channel: each`` (``Commit.each_channel``) one for each of its
+channels, with an id that ends in ``!1``, ``!2`` … The ledger, ``errors`` and ``UnitTotals.items``
+are about items.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,11 +35,18 @@ from transforms.errors import OutputError
 from transforms.process.locks import lock_shared, try_lock
 from transforms.process.stage_times import NO_SECONDS, StageSeconds
 from transforms.records import Item, UnitKind, WindowCheck
+from transforms.results.counts import RowCounts
 from transforms.storage import filesystem, listing, reading, urls, writing
 from transforms.storage.secrets import public_uri
 
-# Of run.json, the parts and the commits. A result that names no version has the first.
-SCHEMA_VERSION = 1
+# Columns that not every result has: a result begun without one continues without it. Its commits
+# name those that it has.
+OPTIONAL_COLUMNS = ("warning_kinds",)
+
+# Of run.json, the parts and the commits. The first has none of the optional columns; a result that
+# names no version has it.
+FIRST_SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 RUN_FILE = "run.json"
 PARTS = ("windows", "clips", "errors")
@@ -55,7 +67,8 @@ class UnitTotals:
     """Counts of what a unit held.
 
     Attributes:
-        items: Items found in it: clips plus failures.
+        items: Items found in it: those of the clips plus failures.
+        clips: Rows in ``clips``; an item has several if each of its channels is a clip.
         failures: Items that could not be labelled, including a broken container's own row.
         broken_containers: Those failures that are containers not read to their end.
         audio_s: Seconds of audio labelled.
@@ -174,6 +187,9 @@ class Commit:
         parts: By name; ``errors`` only if there is one.
         engines: What computed it: engine, device and precision.
         checks: How far they were from float32, where that was measured.
+        each_channel: Whether each channel of an item is a clip.
+        optional_columns: Those of ``OPTIONAL_COLUMNS`` that its parts have.
+        counts: What its rows say; empty if an earlier version wrote it.
     """
 
     unit_id: str
@@ -184,6 +200,9 @@ class Commit:
     totals: UnitTotals
     engines: tuple[str, ...]
     checks: Checks = field(default_factory=dict)
+    each_channel: bool = False
+    optional_columns: tuple[str, ...] = ()
+    counts: RowCounts = field(default_factory=RowCounts)
 
     def to_json(self) -> bytes:
         """Return the commit file's content."""
@@ -205,6 +224,29 @@ class Commit:
 
 
 _COMMIT = TypeAdapter(Commit)
+
+
+def item_ids(clip_ids: pa.ChunkedArray, *, each_channel: bool) -> pa.ChunkedArray:
+    """Return the ids of the items of clips: without ``!2`` where each channel is a clip.
+
+    Rows of ``errors`` name items already: of an item whose own id ends so, nothing must be taken.
+    """
+    return pc.replace_substring_regex(clip_ids, r"![0-9]+$", "") if each_channel else clip_ids
+
+
+def count_items(clip_ids: pa.ChunkedArray, *, each_channel: bool) -> int:
+    """Return how many items clips are of."""
+    if not each_channel:
+        return len(clip_ids)
+    return int(pc.count_distinct(item_ids(clip_ids, each_channel=True)).as_py())
+
+
+def channel_numbers(clip_ids: pa.ChunkedArray, *, each_channel: bool) -> pa.ChunkedArray:
+    """Return the channel of each clip, from 1; null if clips are whole items."""
+    if not each_channel:
+        return pa.chunked_array([pa.nulls(len(clip_ids), pa.int32())])
+    numbers = pc.struct_field(pc.extract_regex(clip_ids, r"!(?P<channel>[0-9]+)$"), "channel")
+    return numbers.cast(pa.int32())
 
 
 def item_version(item: Item) -> str:
@@ -300,12 +342,17 @@ def check_schema(output: str) -> None:
         _check_schema_version(run.get("schema_version", 1), output)
 
 
+def schema_version(optional_columns: Sequence[str]) -> int:
+    """Return the schema version of a result with these optional columns."""
+    return SCHEMA_VERSION if optional_columns else FIRST_SCHEMA_VERSION
+
+
 def _check_schema_version(version: object, place: str) -> None:
-    if str(version) != str(SCHEMA_VERSION):
+    if str(version) not in (str(FIRST_SCHEMA_VERSION), str(SCHEMA_VERSION)):
         raise OutputError(
-            f"{public_uri(place)} has schema version {version}, and this version of Earmark has "
-            f"{SCHEMA_VERSION}; use the version of Earmark that wrote it (run.json names it), or "
-            "label into a new folder."
+            f"{public_uri(place)} has schema version {version}, and this version of Earmark reads "
+            f"{FIRST_SCHEMA_VERSION} and {SCHEMA_VERSION}; use the version of Earmark that wrote "
+            "it (run.json names it), or label into a new folder."
         )
 
 
@@ -409,8 +456,11 @@ class UnitSummary:
     engines: tuple[str, ...] = ()
     checks: Checks = field(default_factory=dict)
     seconds: StageSeconds = NO_SECONDS
+    counts: RowCounts = field(default_factory=RowCounts)
 
     @staticmethod
     def of(commit: Commit, seconds: StageSeconds = NO_SECONDS) -> UnitSummary:
         """Return the summary of a commit."""
-        return UnitSummary(commit.unit_id, commit.totals, commit.engines, commit.checks, seconds)
+        return UnitSummary(
+            commit.unit_id, commit.totals, commit.engines, commit.checks, seconds, commit.counts
+        )

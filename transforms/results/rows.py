@@ -3,7 +3,8 @@
 A clip's scores are the maximum over its windows if classes are independent (sigmoid), and the mean
 if they exclude each other (softmax). Its embedding is the mean of its windows' weighted by their
 real duration. If any window of a clip fails, the clip could not be labelled: a failure takes the
-place of its row, and the sink drops its other windows.
+place of its row, and the sink drops its other windows. If the clip is one channel of an item, the
+sink drops its other channels too.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from transforms.records import (
     Window,
     WindowRow,
 )
+from transforms.results.commits import OPTIONAL_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class RowSettings:
         hidden_size: Length of the embedding.
         top_k: How many labels a row lists, best first; all of them if the model has fewer.
         store_scores: Whether rows also store every class's score.
+        optional_columns: Those of ``OPTIONAL_COLUMNS`` that rows have.
     """
 
     labels: tuple[Label, ...]
@@ -57,6 +60,7 @@ class RowSettings:
     top_k: int = 10
     store_scores: bool = False
     embedding_dtype: Literal["float32", "float16"] = "float32"
+    optional_columns: tuple[str, ...] = OPTIONAL_COLUMNS
 
 
 LABELS_TYPE = pa.list_(
@@ -78,20 +82,21 @@ _WINDOW_COLUMNS: _Columns = (
     (_required("end_s", pa.float64()), lambda row: row.end_s),
 )
 
-# Of rows with an ``item``. A whole file has null times.
-_ITEM_COLUMNS: _Columns = (
-    (_required("clip_id", pa.string()), lambda row: row.item.clip_id),
+# Where the ``item`` of a row lies. A whole file has null times.
+_PLACE_COLUMNS: _Columns = (
     (_required("uri", pa.string()), lambda row: row.item.uri),
     (pa.field("member", pa.string()), lambda row: row.item.member),
     (pa.field("row", pa.int64()), lambda row: row.item.row),
     (pa.field("start_s", pa.float64()), lambda row: row.item.start_s),
     (pa.field("end_s", pa.float64()), lambda row: row.item.end_s),
 )
+_CLIP_ID = _required("clip_id", pa.string())
 _TRUTH = (pa.field("truth", pa.list_(pa.string())), lambda row: row.item.truth)
 _METADATA = (pa.field("metadata", pa.string()), lambda row: row.item.metadata)
 
 _CLIP_COLUMNS: _Columns = (
-    *_ITEM_COLUMNS,
+    (_CLIP_ID, lambda row: row.clip_id),
+    *_PLACE_COLUMNS,
     (_required("duration_s", pa.float64()), lambda row: row.facts.duration_s),
     (_required("sample_rate_hz", pa.int32()), lambda row: row.facts.sample_rate_hz),
     (_required("channels", pa.int32()), lambda row: row.facts.channels),
@@ -105,8 +110,14 @@ _CLIP_COLUMNS: _Columns = (
     _TRUTH,
 )
 
+# Between a clip's embedding and its metadata, in a result that has them.
+_OPTIONAL_CLIP_COLUMNS: _Columns = (
+    (pa.field("warning_kinds", pa.list_(pa.string())), lambda row: row.facts.warning_kinds),
+)
+
 _ERROR_COLUMNS: _Columns = (
-    *_ITEM_COLUMNS,
+    (_CLIP_ID, lambda failure: failure.item.clip_id),
+    *_PLACE_COLUMNS,
     (_required("stage", pa.string()), lambda failure: failure.stage),
     (_required("error_type", pa.string()), lambda failure: failure.error_type),
     (_required("message", pa.string()), lambda failure: failure.message),
@@ -118,6 +129,12 @@ _UNIT_ID = _required("unit_id", pa.string())
 
 def _fields(columns: _Columns) -> list[pa.Field]:
     return [field for field, _ in columns]
+
+
+def _optional(settings: RowSettings) -> _Columns:
+    return [
+        column for column in _OPTIONAL_CLIP_COLUMNS if column[0].name in settings.optional_columns
+    ]
 
 
 def _arrays(rows: Sequence[object], columns: _Columns) -> list[pa.Array]:
@@ -144,7 +161,8 @@ def windows_schema(settings: RowSettings) -> pa.Schema:
 def clips_schema(settings: RowSettings) -> pa.Schema:
     """Return the schema of ``clips/<unit_id>.parquet``."""
     labels, embedding, *scores = _vector_fields(settings)
-    return pa.schema([*_fields(_CLIP_COLUMNS), labels, embedding, _METADATA[0], *scores])
+    optional = _fields(_optional(settings))
+    return pa.schema([*_fields(_CLIP_COLUMNS), labels, embedding, *optional, _METADATA[0], *scores])
 
 
 def errors_schema() -> pa.Schema:
@@ -167,8 +185,8 @@ def clips_table(rows: Sequence[ClipRow], settings: RowSettings) -> pa.Table:
     labels, embedding, *scores = _vector_columns(
         [row.embedding for row in rows], [row.scores for row in rows], settings
     )
-    metadata = _arrays(rows, [_METADATA])
-    columns = [*_arrays(rows, _CLIP_COLUMNS), labels, embedding, *metadata, *scores]
+    others = _arrays(rows, [*_optional(settings), _METADATA])
+    columns = [*_arrays(rows, _CLIP_COLUMNS), labels, embedding, *others, *scores]
     return pa.Table.from_arrays(columns, schema=clips_schema(settings))
 
 
@@ -228,8 +246,9 @@ def labels_array(
 class ClipAggregate:
     """Collects a clip's windows, in any order, until it is complete."""
 
-    def __init__(self, item: Item, settings: RowSettings) -> None:
+    def __init__(self, item: Item, settings: RowSettings, channel: int | None = None) -> None:
         self._item = item
+        self._channel = channel
         self._activation = settings.activation
         self._embedding = np.zeros(settings.hidden_size, np.float64)
         self._embedding_dtype = np.dtype(settings.embedding_dtype)
@@ -262,7 +281,7 @@ class ClipAggregate:
         if self._facts is None or self._num_windows is None or self._num_seen < self._num_windows:
             return None
         if self._failure is not None:
-            return ItemFailure(unit_id, item_index, self._failure)
+            return ItemFailure(unit_id, item_index, self._failure, self._channel)
         scores = self._scores if self._activation == "sigmoid" else self._scores / self._num_seen
         return ClipRow(
             unit_id=unit_id,
@@ -272,21 +291,27 @@ class ClipAggregate:
             num_windows=self._num_windows,
             embedding=(self._embedding / self._duration_s).astype(self._embedding_dtype),
             scores=scores.astype(np.float32),
+            channel=self._channel,
         )
 
 
 def _window_failure(window: Window, prediction: Prediction | None) -> Failure:
     kind = FeatureError if prediction is None else InferenceError
     error = window.error if prediction is None else prediction.error
+    channel = "" if window.channel is None else f"channel {window.channel}, "
     return Failure(
         item=window.item,
         stage=kind.stage,
         error_type=kind.__name__,
         message=(
-            f"window {window.window_index} ({window.start_s:.3f} to {window.end_s:.3f} s): {error}"
+            f"{channel}window {window.window_index} "
+            f"({window.start_s:.3f} to {window.end_s:.3f} s): {error}"
         ),
     )
 
+
+# Unit, item and channel.
+_ClipKey = tuple[str, int, int | None]
 
 KeyedPrediction = tuple[Window | ItemFailure | UnitEnd, Prediction | PendingPrediction | None]
 
@@ -319,8 +344,8 @@ class AssembleRows(beam.PTransform[PCollection[KeyedPrediction], PCollection[Uni
 class _AssembleRowsFn(beam.DoFn):
     def __init__(self, settings: RowSettings) -> None:
         self._settings = settings
-        self._open: dict[tuple[str, int], ClipAggregate] = {}
-        self._failed: set[tuple[str, int]] = set()
+        self._open: dict[_ClipKey, ClipAggregate] = {}
+        self._failed: set[_ClipKey] = set()
         self._waiting: deque[KeyedPrediction] = deque()
         self._batches: deque[PendingBatch] = deque()  # awaited, oldest first
 
@@ -357,32 +382,34 @@ class _AssembleRowsFn(beam.DoFn):
     ) -> Iterator[UnitEvent]:
         if isinstance(event, Window):
             # An item may fail after some of its windows passed; others may still be in a batch.
-            if (event.unit_id, event.item_index) not in self._failed:
+            if (event.unit_id, event.item_index, event.channel) not in self._failed:
                 yield from self._add(event, prediction)
             return
         if isinstance(event, ItemFailure):
-            key = (event.unit_id, event.item_index)
+            key = (event.unit_id, event.item_index, event.channel)
             self._failed.add(key)
             self._open.pop(key, None)
         yield event
 
     def _add(self, window: Window, prediction: Prediction | None) -> Iterator[UnitEvent]:
-        key = (window.unit_id, window.item_index)
+        key = (window.unit_id, window.item_index, window.channel)
         clip = self._open.get(key)
         if clip is None:
-            clip = self._open[key] = ClipAggregate(window.item, self._settings)
+            clip = ClipAggregate(window.item, self._settings, window.channel)
+            self._open[key] = clip
         clip.add(window, prediction)
         if prediction is not None and prediction.error is None:
             yield WindowRow(
                 window.unit_id,
                 window.item_index,
-                window.item.clip_id,
+                window.clip_id,
                 window.window_index,
                 window.start_s,
                 window.end_s,
                 prediction,
+                window.channel,
             )
-        result = clip.result(*key)
+        result = clip.result(window.unit_id, window.item_index)
         if result is not None:
             del self._open[key]
             yield result

@@ -44,10 +44,10 @@ from transforms.records import (
     UnitEvent,
     WindowRow,
     WorkUnit,
+    make_channel_id,
 )
 from transforms.results.commits import (
     PARTS,
-    SCHEMA_VERSION,
     CheckFigures,
     Commit,
     Ledger,
@@ -59,14 +59,18 @@ from transforms.results.commits import (
     add_checks,
     commit_url,
     container_version,
+    count_items,
     find_commit,
     hold_commits,
+    item_ids,
     item_version,
     part_url,
     read_commit,
     read_part,
     remove_unit,
+    schema_version,
 )
+from transforms.results.counts import CLIP_COLUMNS, ERROR_COLUMNS, RowCounts, count_rows
 from transforms.results.rows import (
     RowSettings,
     clips_table,
@@ -92,6 +96,7 @@ class CommitSettings:
         run_id: Name of this run's staging folder.
         fingerprint: Digest of everything that changes results.
         model_sha256: The checkpoint's hash, for the footers.
+        each_channel: Whether each channel of an item is a clip.
     """
 
     output: str
@@ -99,6 +104,7 @@ class CommitSettings:
     fingerprint: str
     model_sha256: str
     rows: RowSettings
+    each_channel: bool = False
 
     @functools.cached_property
     def footer(self) -> dict[str, str]:
@@ -106,9 +112,24 @@ class CommitSettings:
         return {
             "earmark.fingerprint": self.fingerprint,
             "earmark.model_sha256": self.model_sha256,
-            "earmark.schema_version": str(SCHEMA_VERSION),
+            "earmark.schema_version": str(schema_version(self.rows.optional_columns)),
             "earmark.labels": json.dumps([dataclasses.asdict(label) for label in self.rows.labels]),
         }
+
+
+class _PartWriter(pq.ParquetWriter):  # type: ignore[misc]
+    """A writer of a file of any name; by itself, Arrow opens only names in UTF-8."""
+
+    def __init__(self, path: Path, schema: pa.Schema, **options: object) -> None:
+        self._file = path.open("wb")
+        super().__init__(self._file, schema, **options)
+
+    def close(self) -> None:
+        """Write the footer, and close the file."""
+        try:
+            super().close()
+        finally:
+            self._file.close()
 
 
 class OpenUnit:
@@ -119,7 +140,7 @@ class OpenUnit:
         self._staging = staging
         self._unit_id = unit_id
         self._windows: list[WindowRow] = []
-        self._windows_of: Counter[int] = Counter()
+        self._windows_of: Counter[tuple[int, int | None]] = Counter()  # by item and channel
         self._writer: pq.ParquetWriter | None = None
         self._clips: list[ClipRow] = []
         self._failures: list[ItemFailure] = []
@@ -132,7 +153,7 @@ class OpenUnit:
         """Add a row, a failure or the unit's end."""
         if isinstance(event, WindowRow):
             self._windows.append(event)
-            self._windows_of[event.item_index] += 1
+            self._windows_of[event.item_index, event.channel] += 1
             self._engines.add(event.prediction.engine)
             if event.prediction.check is not None:
                 figures = CheckFigures.of(event.prediction.check)
@@ -149,10 +170,15 @@ class OpenUnit:
     @property
     def is_complete(self) -> bool:
         """Whether all of the unit has been added."""
-        num_items = len(self._clips) + len(self._failures)
-        if self._end is None or num_items < self._end.num_items:
+        if self._end is None:
             return False
-        return all(self._windows_of[clip.item_index] == clip.num_windows for clip in self._clips)
+        num_ends = len(self._clips) + len(self._failures)
+        if num_ends < self._end.num_items + self._end.num_more_clips:
+            return False
+        return all(
+            self._windows_of[clip.item_index, clip.channel] == clip.num_windows
+            for clip in self._clips
+        )
 
     def describe(self) -> str:
         """Describe what has been added so far, for errors."""
@@ -195,6 +221,9 @@ class OpenUnit:
             totals=self._totals(staged),
             engines=tuple(sorted(self._engines.union(replaced.engines if replaced else ()))),
             checks=add_checks(self._checks, replaced.checks if replaced else {}),
+            each_channel=self._settings.each_channel,
+            optional_columns=self._settings.rows.optional_columns,
+            counts=self._counts(staged),
         )
         earlier = find_commit(output, self._unit_id, commit.fingerprint)
         if earlier is not None:
@@ -229,7 +258,7 @@ class OpenUnit:
 
     def _open_writer(self, part: str, schema: pa.Schema) -> pq.ParquetWriter:
         self._staging.mkdir(parents=True, exist_ok=True)
-        return pq.ParquetWriter(
+        return _PartWriter(
             self._staged_path(part),
             schema.with_metadata(self._settings.footer),
             compression="zstd",
@@ -241,21 +270,26 @@ class OpenUnit:
 
     def _write_parts(self, unit: WorkUnit) -> dict[str, Path]:
         rows = self._settings.rows
-        failed = {event.item_index for event in self._failures}
-        dropped = {event.failure.item.clip_id for event in self._failures}
+        # Of several channels that fail, the first says why the item has.
+        failed = {event.item_index: event.failure for event in reversed(self._failures)}
+        dropped = {
+            make_channel_id(failed[index].item.clip_id, channel)
+            for index, channel in self._windows_of
+            if index in failed
+        }
         self._windows = [row for row in self._windows if row.item_index not in failed]
         self._flush_windows()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
         carried = dict(self._carried_tables(unit))
-        if carried or failed & self._windows_of.keys():
+        if carried or dropped:
             self._rewrite_windows(dropped, carried.get("windows"))
-        clips = sorted(self._clips, key=lambda row: row.item_index)
-        failures = sorted(self._failures, key=lambda event: event.item_index)
+        whole = [row for row in self._clips if row.item_index not in failed]
+        clips = sorted(whole, key=lambda row: (row.item_index, row.channel or 0))
         tables = {
             "clips": clips_table(clips, rows),
-            "errors": errors_table([event.failure for event in failures], self._unit_id),
+            "errors": errors_table([failed[index] for index in sorted(failed)], self._unit_id),
         }
         staged = {"windows": self._staged_path("windows")}
         for part, own in tables.items():
@@ -279,7 +313,8 @@ class OpenUnit:
         staged.rename(source)
         with (
             self._open_writer("windows", windows_schema(self._settings.rows)) as writer,
-            pq.ParquetFile(source) as file,
+            source.open("rb") as stream,
+            pq.ParquetFile(stream) as file,
         ):
             if carried is not None:
                 writer.write_table(carried)
@@ -301,9 +336,9 @@ class OpenUnit:
                 continue
             table = read_part(output, part, unit_id).replace_schema_metadata(None)
             if wanted is not None:
-                table = table.filter(
-                    pc.is_in(table["clip_id"], pa.array(sorted(wanted), pa.string()))
-                )
+                of_channels = self._settings.each_channel and part != "errors"
+                items = item_ids(table["clip_id"], each_channel=of_channels)
+                table = table.filter(pc.is_in(items, pa.array(sorted(wanted), pa.string())))
             if part == "errors":
                 column = table.schema.get_field_index("unit_id")
                 own = pa.array([self._unit_id] * table.num_rows, pa.string())
@@ -311,8 +346,10 @@ class OpenUnit:
             yield part, table
 
     def _totals(self, staged: Mapping[str, Path]) -> UnitTotals:
-        num_rows = {part: pq.read_metadata(path).num_rows for part, path in staged.items()}
-        clips = pq.read_table(staged["clips"], columns=["duration_s", "num_windows"])
+        num_rows = {part: _count_rows(path) for part, path in staged.items()}
+        with staged["clips"].open("rb") as stream:
+            columns = ["clip_id", "duration_s", "num_windows"]
+            clips = pq.ParquetFile(stream).read(columns=columns, use_threads=False)
         windows_of_clips = pc.sum(clips["num_windows"]).as_py() or 0
         if windows_of_clips != num_rows["windows"]:
             raise AccountingError(
@@ -320,14 +357,23 @@ class OpenUnit:
                 f"{num_rows['windows']} were written; nothing was committed"
             )
         failures = num_rows.get("errors", 0)
+        labelled = count_items(clips["clip_id"], each_channel=self._settings.each_channel)
         return UnitTotals(
-            items=num_rows["clips"] + failures,
+            items=labelled + failures,
             clips=num_rows["clips"],
             failures=failures,
             broken_containers=sum(event.failure.is_container for event in self._failures),
             windows=num_rows["windows"],
             audio_s=pc.sum(clips["duration_s"]).as_py() or 0.0,
         )
+
+    def _counts(self, staged: Mapping[str, Path]) -> RowCounts:
+        kinds = set(self._settings.rows.optional_columns) & {"warning_kinds"}
+        clips = pq.read_table(staged["clips"], columns=[*CLIP_COLUMNS, *kinds])
+        errors = None
+        if "errors" in staged:
+            errors = pq.read_table(staged["errors"], columns=list(ERROR_COLUMNS))
+        return count_rows(clips, errors)
 
 
 def _ledger_slice(unit: WorkUnit) -> LedgerSlice | None:
@@ -359,7 +405,12 @@ def _ledger(unit: WorkUnit, replaced: Commit | None) -> Ledger:
 def _part_info(path: Path) -> PartInfo:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return PartInfo(path.stat().st_size, digest, pq.read_metadata(path).num_rows)
+    return PartInfo(path.stat().st_size, digest, _count_rows(path))
+
+
+def _count_rows(path: Path) -> int:
+    with path.open("rb") as file:
+        return int(pq.read_metadata(file).num_rows)
 
 
 class AudioProgress:
@@ -370,23 +421,24 @@ class AudioProgress:
     """
 
     def __init__(self) -> None:
-        self._reached_s: dict[int, float] = {}  # up to where each open clip has been counted
-        self._counted_s: dict[int, float] = {}
+        # Up to where each clip has been counted, by item and channel.
+        self._reached_s: dict[tuple[int, int | None], float] = {}
+        self._counted_s: dict[tuple[int, int | None], float] = {}
 
     def add(self, event: UnitEvent) -> float:
         """Take the unit's next event; return the seconds to add, negative to take some back."""
         if isinstance(event, UnitEnd):
             return 0.0
-        index = event.item_index
+        clip = (event.item_index, event.channel)
         if isinstance(event, WindowRow):
-            start_s = max(event.start_s, self._reached_s.get(index, event.start_s))
+            start_s = max(event.start_s, self._reached_s.get(clip, event.start_s))
             new_s = max(0.0, event.end_s - start_s)
-            self._reached_s[index] = start_s + new_s
-            self._counted_s[index] = self._counted_s.get(index, 0.0) + new_s
+            self._reached_s[clip] = start_s + new_s
+            self._counted_s[clip] = self._counted_s.get(clip, 0.0) + new_s
             return new_s
-        self._reached_s[index] = math.inf  # windows that come late count for nothing
+        self._reached_s[clip] = math.inf  # windows that come late count for nothing
         duration_s = event.facts.duration_s if isinstance(event, ClipRow) else 0.0
-        return duration_s - self._counted_s.pop(index, 0.0)
+        return duration_s - self._counted_s.pop(clip, 0.0)
 
 
 class SkipCommitted(
@@ -522,6 +574,7 @@ def _count_live(event: UnitEvent, audio: AudioProgress) -> None:
     if isinstance(event, WindowRow):
         live_counts.windows += 1
     elif isinstance(event, ClipRow):
-        live_counts.clips += 1
+        # An item whose channels are clips counts once, with the last of them.
+        live_counts.clips += event.channel in (None, event.facts.channels)
     elif isinstance(event, ItemFailure):
         live_counts.failures += 1

@@ -80,12 +80,21 @@ def make_clip_id(
     return name
 
 
+def same_name(clip_id: str) -> str:
+    """Return what is equal for clip ids of one name, whether a byte of it was text before or not.
+
+    The name of a container that an item, a ledger or a row gives has ``%XX`` for a byte that is not
+    UTF-8, and its ``%`` would be encoded once more.
+    """
+    return re.sub("%25([89A-F][0-9A-F])", r"%\1", clip_id)
+
+
 def occurrence_of(item: Item) -> int:
     """Return which member of its name an item is, from 1, by its clip id."""
     if item.member is None:
         return 1
-    prefix = make_clip_id(item.uri, item.member)
-    match = re.match(re.escape(prefix) + r"~(\d+)(?:@|$)", item.clip_id)
+    prefix = same_name(make_clip_id(item.uri, item.member))
+    match = re.match(re.escape(prefix) + r"~(\d+)(?:[@!]|$)", same_name(item.clip_id))
     return int(match.group(1)) if match else 1
 
 

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 # not tell their rate. FFmpeg decodes others too: a new extension is one more name here.
 _AUDIO = {
     88_200: ".wav .wave .w64 .rf64 .bwf .aif .aiff .aifc .au .snd .caf",  # 44.1 kHz mono 16 bit
-    44_100: ".flac .ape .wv .tta .tak",  # lossless: half of that
+    44_100: ".flac .oggflac .ape .wv .tta .tak .shn",  # lossless: half of that
     16_000: """
-        .mp3 .mp2 .mpga .aac .m4a .m4b .m4r .mka .mpc .ra .rm .ac3 .eac3 .dts .3gp .3gpp .3g2
-        .qt .asf .flv .f4v .ogv .vob .mts .m2ts .awb .voc .sph .nist .dsf .dff
+        .mp3 .mp2 .mp1 .mpa .mpga .aac .adts .m4a .m4b .m4r .mp4a .f4a .f4b .mka .mpc .ra .rm
+        .ac3 .eac3 .ec3 .dts .3gp .3gpp .3g2 .qt .asf .flv .f4v .ogv .ogx .vob .mts .m2ts .awb
+        .voc .sph .nist .dsf .dff .vqf .afc
     """,  # 128 kbit/s, and wherever no usual rate is known
-    12_000: ".ogg .oga .opus .wma .webm",
-    1_600: ".amr .gsm .spx",
+    12_000: ".ogg .oga .opus .wma .webm .weba",
+    1_600: ".amr .gsm .spx .qcp",
     250_000: ".mp4 .m4v .mov .mkv .avi .wmv .mpg .mpeg",
+    3_600_000: ".dv .mxf",
 }
 _BYTES_PER_S = {name: rate for rate, names in _AUDIO.items() for name in names.split()}
 DEFAULT_BYTES_PER_S = 16_000

@@ -25,6 +25,7 @@ from transforms.sources.clip_ids import (
     occurrence_of,
     printable,
     read_failure,
+    same_name,
 )
 from transforms.sources.fetching import ReadLimits
 from transforms.sources.file_kinds import (
@@ -45,6 +46,7 @@ from transforms.sources.manifests import (
 )
 from transforms.sources.parquet import ParquetIndex, index_parquet
 from transforms.sources.tables.columns import URI_COLUMNS, TableSettings
+from transforms.sources.tar import may_hold_audio
 from transforms.storage import filesystem, listing, urls
 from transforms.storage.filesystem import FileInfo
 from transforms.storage.secrets import public_uri
@@ -54,6 +56,7 @@ _Out = TypeVar("_Out")
 
 _INDEX_THREADS = 16
 _MAX_EXAMPLES = 5
+_TAR_WITHOUT_AUDIO = ".tar without audio"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class Container:
         row_groups: Rows and decompressed bytes of each row group of a Parquet file; empty if it
             cannot be read.
         stop: Byte or row at which reading ends (``--limit``); None for the end.
+        column: The audio column of a Parquet file; None to choose it by the schema.
     """
 
     uri: str
@@ -79,6 +83,7 @@ class Container:
     items: tuple[Item, ...] = ()
     row_groups: tuple[tuple[int, int], ...] = ()
     stop: int | None = None
+    column: str | None = None
 
     @property
     def can_split(self) -> bool:
@@ -286,7 +291,7 @@ class _Finder:
         Manifests only if the glob spells out their ending, or the folder is one of ``--format``.
         """
         before = self._num_found()
-        parquets = []
+        parquets, tars = list[FileInfo](), list[FileInfo]()
         skipped: Counter[str] = Counter()
         num_tables = 0
         for info in files:
@@ -297,7 +302,7 @@ class _Finder:
                 num_tables += 1
                 self._add_manifest(info.url, printable(public_uri(info.url)))
             elif is_tar_name(name):
-                self._add_container(info, "tar")
+                tars.append(info)
             elif is_audio_name(name):
                 self._bare.append(_bare_item(info))
             elif ending == ".parquet":
@@ -308,12 +313,15 @@ class _Finder:
                 if table_format is not None:
                     self._unread[info.url] = table_format
                 skipped["._*" if is_shadow_name(name) else ending or "(no extension)"] += 1
+        skipped += self._add_tars(tars)
         skipped += self._add_parquets(parquets, manifests_too=named_ending == ".parquet")
         self._skipped += skipped
         if named_ending is None and not num_tables:
             self._check_format_of_folder(uri)
         if self._num_found() == before:
             kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(5))
+            if len(skipped) > 5:
+                kinds += f" and {len(skipped) - 5} more"
             others = f" (files of other kinds: {kinds})" if kinds else ""
             advice = "; give files with audio, tars or Parquet files" + (
                 " (manifests count only when they are named)" if kinds else ""
@@ -338,12 +346,17 @@ class _Finder:
     ) -> Counter[str]:
         """Add Parquet files with audio, and manifests if wanted; count the others."""
         skipped: Counter[str] = Counter()
-        for info, index in zip(files, in_threads(_index_or_error, files), strict=True):
+        notes: dict[str, list[str]] = {}
+        indexes = in_threads(self._index_or_error, files)
+        for info, index in zip(files, indexes, strict=True):
             uri = printable(public_uri(info.url))
             if isinstance(index, ContainerError):
                 self._add_container(info, "parquet")  # reading it will make the failure
-            elif index.audio is not None and index.row_groups:
-                self._add_container(info, "parquet", index.row_groups)
+                continue
+            if index.note is not None:
+                notes.setdefault(index.note, []).append(uri)
+            if index.audio is not None and index.row_groups:
+                self._add_container(info, "parquet", index.row_groups, index.audio.name)
             elif index.audio is not None:
                 if must_fit:
                     raise InputError(f"{uri} holds no rows")
@@ -352,13 +365,34 @@ class _Finder:
                 self._add_manifest(info.url, uri)
             elif must_fit:
                 columns = ", ".join(index.columns[:20])
+                found = f" ({index.note})" if index.note else ""
                 raise InputError(
                     f"{uri} has neither an audio column (bytes, or array and sampling_rate) nor "
-                    f"one that names files ({', '.join(URI_COLUMNS)}); its columns: {columns}. "
-                    "Name the one that does with --column uri=COLUMN"
+                    f"one that names files ({', '.join(URI_COLUMNS)}); its columns: "
+                    f"{columns}{found}. Name the one that does with --column uri=COLUMN"
                 )
             else:
                 skipped[".parquet"] += 1
+        for note, uris in notes.items():
+            others = f" and {len(uris) - 1:,} others like it" if len(uris) > 1 else ""
+            self._notes[f"{uris[0]}{others}: {note}."] = None
+        return skipped
+
+    def _index_or_error(self, info: FileInfo) -> ParquetIndex | ContainerError:
+        try:
+            uri = printable(public_uri(info.url))
+            return index_parquet(info.url, uri, self._max_page_bytes)
+        except ContainerError as error:
+            return error
+
+    def _add_tars(self, files: list[FileInfo]) -> Counter[str]:
+        """Add tars with audio, and those that cannot be read; count the others."""
+        skipped: Counter[str] = Counter()
+        for info, has_audio in zip(files, in_threads(_may_hold_audio, files), strict=True):
+            if has_audio:
+                self._add_container(info, "tar")
+            else:
+                skipped[_TAR_WITHOUT_AUDIO] += 1
         return skipped
 
     def _names_files(self, columns: Sequence[str]) -> bool:
@@ -370,12 +404,17 @@ class _Finder:
         info: FileInfo,
         kind: Literal["tar", "parquet"],
         row_groups: tuple[tuple[int, int], ...] = (),
+        column: str | None = None,
     ) -> None:
         uri = printable(public_uri(info.url))
         if uri in self._containers:
             self._count_duplicate(make_clip_id(uri))
             return
-        container = Container(uri, info.url, kind, info.size, info.version, row_groups=row_groups)
+        container = Container(
+            *(uri, info.url, kind, info.size, info.version),
+            row_groups=row_groups,
+            column=column,
+        )
         self._containers[uri] = container
         if not container.can_split:
             self._notes[f"{uri} is compressed and cannot be split: it is one unit of work."] = None
@@ -525,10 +564,12 @@ class _Finder:
                 continue
             first = asked[0]
             kind: Literal["tar", "parquet"] = "parquet" if first.member is None else "tar"
-            groups = self._containers[uri].row_groups if uri in self._containers else ()
+            whole = self._containers.get(uri)
             without_url = [dataclasses.replace(item, url="") for item in asked]
             yield Container(
-                uri, first.url, kind, first.size, first.version, tuple(without_url), groups
+                *(uri, first.url, kind, first.size, first.version, tuple(without_url)),
+                row_groups=() if whole is None else whole.row_groups,
+                column=None if whole is None else whole.column,
             )
 
     def _not_in_whole(self, uri: str, items: list[Item]) -> list[Item]:
@@ -536,7 +577,7 @@ class _Finder:
         rest = []
         for item in items:
             own_name = make_clip_id(uri, item.member, occurrence_of(item), row=item.row)
-            if item.clip_id == own_name:
+            if same_name(item.clip_id) == same_name(own_name):
                 self._count_duplicate(item.clip_id)
             else:
                 rest.append(item)
@@ -596,11 +637,8 @@ def plan_order(item: Item) -> tuple[str, float, float, str]:
     return (item.uri, item.start_s or 0.0, end_s, item.clip_id)
 
 
-def _index_or_error(info: FileInfo) -> ParquetIndex | ContainerError:
-    try:
-        return index_parquet(info.url, printable(public_uri(info.url)))
-    except ContainerError as error:
-        return error
+def _may_hold_audio(info: FileInfo) -> bool:
+    return may_hold_audio(info.url, printable(public_uri(info.url)))
 
 
 def in_threads(function: Callable[[_In], _Out], values: Sequence[_In]) -> list[_Out]:

@@ -1,8 +1,8 @@
 """Parquet files with an audio column: their index, and the items of a range of rows.
 
-The audio column is found by type: the Hugging Face layout ``struct<bytes, path>``, or binary. A row
-without bytes but with a path stands for the file at that path. The other columns are metadata; a
-``ClassLabel`` becomes its name.
+The audio column is found by its type, the Hugging Face layout ``struct<bytes, path>`` or binary; if
+several have such a type, by their first rows. A row without bytes but with a path stands for the
+file at that path. The other columns are metadata; a ``ClassLabel`` becomes its name.
 
 Memory is bounded by the largest page that ``max_page_bytes`` allows, whatever the footer says
 (``parquet_pages``). A cell beyond ``spool_bytes`` goes to a temporary file.
@@ -23,6 +23,9 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from transforms.decoding.formats.audio_starts import begins_like_audio
+from transforms.decoding.formats.encoded import Encoded
+from transforms.decoding.formats.not_audio import describe_not_audio
 from transforms.errors import ContainerError, EarmarkError, ReadError
 from transforms.records import ContainerSlice, EncodedClip, Failure, Item
 from transforms.sources.clip_ids import (
@@ -34,14 +37,16 @@ from transforms.sources.clip_ids import (
     with_description,
 )
 from transforms.sources.fetching import RangeReader, ReadLimits, check_item_size, fetch, spool
+from transforms.sources.file_kinds import NOT_AUDIO_EXTENSIONS, extension, is_audio_name
 from transforms.sources.parquet_pages import ColumnChunk, measure_row_group, read_chunks
 from transforms.sources.tables.columns import URI_COLUMNS
 from transforms.sources.tables.samples import (
     ARRAY,
     RATE,
     is_array,
-    is_rate,
     is_samples_struct,
+    join_pair,
+    sample_columns,
     wav_of_samples,
 )
 from transforms.sources.tar import container_item
@@ -52,6 +57,9 @@ _BATCH_BYTES = 16 << 20
 # If each row had the largest entry of its dictionary, which is rare.
 _MAX_DICTIONARY_BATCH_BYTES = 64 << 20
 _MAX_BATCH_ROWS = 1024
+# Rows, and bytes of each, that tell what a column holds.
+_FIRST_ROWS = 8
+_HEAD_BYTES = 4096
 _BUFFER_BYTES = 64 << 10
 _UNREADABLE = (ValueError, OverflowError, KeyError, pa.ArrowException)
 # A run of equal values takes a few bytes, however long it is; rows with audio take more than a byte
@@ -79,12 +87,14 @@ class AudioColumn:
 class ParquetIndex:
     """The facts of a Parquet file's footer.
 
-    ``row_groups`` are rows and decompressed bytes of each row group that has rows.
+    ``row_groups`` are rows and decompressed bytes of each row group that has rows. ``note`` is what
+    the user should know of the choice of the column, or None.
     """
 
     audio: AudioColumn | None
     columns: tuple[str, ...]
     row_groups: tuple[tuple[int, int], ...]
+    note: str | None = None
 
 
 class OpenParquet:
@@ -131,7 +141,11 @@ class OpenParquet:
         }
 
     def batches(
-        self, number: int, max_page_bytes: int, columns: Sequence[str] | None = None
+        self,
+        number: int,
+        max_page_bytes: int,
+        columns: Sequence[str] | None = None,
+        max_rows: int = _MAX_BATCH_ROWS,
     ) -> Iterator[pa.RecordBatch]:
         """Yield a row group in batches of about 16 MB; ``columns`` is None for all.
 
@@ -152,7 +166,7 @@ class OpenParquet:
                     "read.max_page_bytes, or write the file with smaller pages"
                 )
             size = min(
-                _MAX_BATCH_ROWS,
+                max_rows,
                 _BATCH_BYTES // max(1, cost.row_bytes),
                 _MAX_DICTIONARY_BATCH_BYTES // max(1, cost.entry_bytes),
             )
@@ -166,6 +180,15 @@ class OpenParquet:
             raise ContainerError(str(error)) from error
         if num_rows < expected_rows:
             raise ContainerError(f"a row group of {expected_rows} rows ends after {num_rows}")
+
+    def first_values(self, name: str, max_page_bytes: int) -> list[Any]:
+        """Return the first few values of a column; none if they cannot be read."""
+        for number, num_rows in enumerate(self.num_rows):
+            if num_rows:
+                with suppress(ContainerError):  # reading the rows will report it
+                    batch = next(self.batches(number, max_page_bytes, [name], _FIRST_ROWS), None)
+                    return [] if batch is None else [_value(one) for one in batch.column(0)]
+        return []
 
     def check_num_rows(self) -> None:
         """Raise ``ContainerError`` for more than a million rows, and fewer bytes than rows."""
@@ -199,57 +222,149 @@ def open_parquet(url: str, uri: str) -> Iterator[OpenParquet]:
             yield OpenParquet(file, stream, reader, uri)
 
 
-def index_parquet(url: str, uri: str) -> ParquetIndex:
-    """Read a Parquet file's footer; errors as in ``open_parquet``."""
+def index_parquet(
+    url: str, uri: str, max_page_bytes: int = ReadLimits().max_page_bytes
+) -> ParquetIndex:
+    """Read a Parquet file's footer, and its first rows where that does not tell what is audio.
+
+    Errors are those of ``open_parquet``.
+    """
     with open_parquet(url, uri) as opened:
-        audio = find_audio_column(opened.file.schema_arrow)
+        audio, note = _choose_audio_column(opened, max_page_bytes)
         if audio is not None:
             opened.check_num_rows()
         groups = ((group.num_rows, max(0, group.total_byte_size)) for group in opened.groups())
-        return ParquetIndex(audio, opened.names, tuple(group for group in groups if group[0] > 0))
+        row_groups = tuple(group for group in groups if group[0] > 0)
+        return ParquetIndex(audio, opened.names, row_groups, note)
 
 
-def find_audio_column(schema: pa.Schema) -> AudioColumn | None:
-    """Find the audio column of a schema; None if there is none.
+def _choose_audio_column(
+    opened: OpenParquet, max_page_bytes: int
+) -> tuple[AudioColumn | None, str | None]:
+    """Choose the audio column by the schema, and by the first rows where that leaves a doubt.
+
+    Returns:
+        The column, or None if there is none; and what the user should know of it, or None.
+    """
+    schema = opened.file.schema_arrow
+    first = find_audio_column(schema)
+    declared = _declared_audio(schema)
+    if declared:
+        why = "the first that the schema declares as Audio"
+        return first, _describe_choice(declared, declared[0], why)
+    samples = sample_columns(schema)
+    if first is not None and first.name in samples:
+        return first, _describe_choice(samples, first.name, "the first of decoded samples")
+    candidates = _candidates(schema)
+    if candidates in ([], ["audio"]):
+        return first, None
+    found = {name: _look_at(opened, name, max_page_bytes) for name in candidates}
+    possible = [name for name, words in found.items() if words in (_AUDIO, _UNKNOWN, None)]
+    audible = [name for name in possible if found[name] == _AUDIO]
+    if audible:
+        why = "the first with rows that begin like audio"
+        return _audio_column(schema, audible[0]), _describe_choice(possible, audible[0], why)
+    if first is not None and first.name in possible:
+        why = "the first by name and type"
+        note = _describe_choice(possible, first.name, why)
+        if found[first.name] == _UNKNOWN:
+            doubt = "its first rows begin like no kind of audio"
+            note = f"{note}; {doubt}" if note else f"column {first.name!r} is read, though {doubt}"
+        return first, note
+    others = [f"column {name!r} holds {words}" for name, words in found.items() if words]
+    return None, "; ".join(others) or None
+
+
+def _describe_choice(possible: Sequence[str], chosen: str, why: str) -> str | None:
+    others = ", ".join(repr(name) for name in possible if name != chosen)
+    return f"column {chosen!r} is read, and not {others}: it is {why}" if others else None
+
+
+_AUDIO, _UNKNOWN = "audio", ""
+
+
+def _look_at(opened: OpenParquet, name: str, max_page_bytes: int) -> str | None:
+    """Return what the first values of a column are: ``_AUDIO``, ``_UNKNOWN``, or else in words.
+
+    None if there are none.
+    """
+    found: set[str] = set()
+    for value in opened.first_values(name, max_page_bytes):
+        data, path = value, None
+        if isinstance(value, dict):
+            data, path = value.get("bytes"), value.get("path")
+        if isinstance(data, memoryview) and len(data):
+            head = bytes(data[:_HEAD_BYTES])
+            if begins_like_audio(head):
+                return _AUDIO
+            found.add(describe_not_audio(Encoded(head)) or _UNKNOWN)
+        elif isinstance(path, str) and is_audio_name(path):
+            return _AUDIO
+        elif isinstance(path, str):
+            is_other = extension(path) in NOT_AUDIO_EXTENSIONS
+            found.add(f"files such as {path}" if is_other else _UNKNOWN)
+    return min(found, default=None)  # unknown comes first
+
+
+def _declared_audio(schema: pa.Schema) -> list[str]:
+    features = _huggingface_features(schema)
+    structs = [one.name for one in schema if _is_audio_struct(one.type)]
+    return [name for name in structs if _declared_kind(features, name) == "Audio"]
+
+
+def _candidates(schema: pa.Schema) -> list[str]:
+    """Return the columns that may be audio by their types, the likeliest first.
+
+    Those that Hugging Face's metadata declares as pictures and the like are not among them. A
+    column ``uri`` shows that the table is a manifest, unless a binary column is named ``audio``.
+    """
+    features = _huggingface_features(schema)
+    fields = [one for one in schema if _declared_kind(features, one.name) in _MAYBE_AUDIO]
+    structs = [one.name for one in fields if _is_audio_struct(one.type)]
+    binaries = [one.name for one in fields if _is_binary(one.type)]
+    if "uri" in schema.names:
+        binaries = [name for name in binaries if name == "audio"]
+    return [*sorted(structs, key="audio".__ne__), *sorted(binaries, key="audio".__ne__)]
+
+
+def find_audio_column(schema: pa.Schema, chosen: str | None = None) -> AudioColumn | None:
+    """Find the audio column by the schema, unless it is already chosen; None if there is none.
 
     The first of these: the column that Hugging Face's metadata calls ``Audio``; a
     ``struct<bytes, path>``, preferably named ``audio``; a binary column named ``audio``; decoded
     samples, as ``struct<array, sampling_rate>`` or two columns; the only binary column, unless a
     column ``uri`` shows that the table is a manifest.
     """
+    if chosen is not None and chosen in schema.names:
+        return _audio_column(schema, chosen)
+    candidates = _declared_audio(schema) or _candidates(schema)
+    samples = sample_columns(schema)
+    for name in candidates[:1]:
+        is_struct = _is_audio_struct(schema.field(schema.names.index(name)).type)
+        if is_struct or name == "audio" or (len(candidates) == 1 and not samples):
+            return _audio_column(schema, name)
+    return _audio_column(schema, samples[0]) if samples else None
+
+
+def _audio_column(schema: pa.Schema, name: str) -> AudioColumn:
     features = _huggingface_features(schema)
-    class_names = {name: _class_names(features.get(name)) for name in schema.names}
-    classes = {name: names for name, names in class_names.items() if names}
-    structs = [one.name for one in schema if _is_audio_struct(one.type)]
-    binaries = [one.name for one in schema if _is_binary(one.type)]
-    declared = [
-        name
-        for name in structs
-        if isinstance(features.get(name), dict) and features[name].get("_type") == "Audio"
-    ]
-    for name in (*declared, *(name for name in structs if name == "audio"), *structs):
-        return AudioColumn(name, True, None, classes)
-    named = [name for name in binaries if name == "audio"]
-    samples = [] if named else _sample_columns(schema)
-    kinds = {one.name: one.type for one in schema}
-    for name in (*(name for name in samples if name == "audio"), *samples):
-        return AudioColumn(name, True, None, classes, is_pair=is_array(kinds[name]))
-    only = binaries if len(binaries) == 1 and "uri" not in schema.names else []
-    for name in (*named, *only):
-        paths = [
-            one for one in URI_COLUMNS if one in schema.names and _is_text(schema.field(one).type)
-        ]
-        return AudioColumn(name, False, paths[0] if paths else None, classes)
-    return None
+    class_names = {column: _class_names(features.get(column)) for column in schema.names}
+    classes = {column: names for column, names in class_names.items() if names}
+    fields = {one.name: one for one in reversed(list(schema))}  # of two with one name, the first
+    kind = fields[name].type
+    if _is_audio_struct(kind) or is_samples_struct(kind) or is_array(kind):
+        return AudioColumn(name, True, None, classes, is_pair=is_array(kind))
+    paths = [one for one in URI_COLUMNS if one in fields and _is_text(fields[one].type)]
+    return AudioColumn(name, False, paths[0] if paths else None, classes)
 
 
-def _sample_columns(schema: pa.Schema) -> list[str]:
-    """Return the columns of decoded samples: structs, else the one beside a sample rate."""
-    structs = [one.name for one in schema if is_samples_struct(one.type)]
-    kinds = {one.name: one.type for one in schema}
-    is_once = schema.names.count(ARRAY) == schema.names.count(RATE) == 1
-    is_pair = is_once and is_array(kinds[ARRAY]) and is_rate(kinds[RATE])
-    return structs or ([ARRAY] if is_pair else [])
+# What Hugging Face's metadata may call a column with audio; "" is for none. A video has a track.
+_MAYBE_AUDIO = ("", "Audio", "Value", "Video")
+
+
+def _declared_kind(features: Mapping[str, Any], name: str) -> str:
+    feature = features.get(name)
+    return str(feature.get("_type", "")) if isinstance(feature, dict) else ""
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -312,7 +427,7 @@ def read_parquet(
     damage: list[ContainerError] = []
     try:
         with open_parquet(part.url, part.uri) as opened:
-            audio = find_audio_column(opened.file.schema_arrow)
+            audio = find_audio_column(opened.file.schema_arrow, part.column)
             if audio is None:
                 names = ", ".join(opened.names[:20])
                 raise ContainerError(f"{part.uri}: no column holds audio (columns: {names})")
@@ -359,7 +474,8 @@ def _rows(
         row = start
         try:
             for batch in opened.batches(number, limits.max_page_bytes):
-                batch = _with_samples_in_one(batch, audio)
+                if audio.is_pair:
+                    batch = join_pair(batch)
                 for offset in range(batch.num_rows):
                     if low <= row < high and (not wanted or row in wanted):
                         yield row, row_values(batch, offset)
@@ -367,15 +483,6 @@ def _rows(
         except ContainerError as error:
             text = f"{part.uri}: rows {max(row, low)} to {high - 1} cannot be read: {error}"
             damage.append(ContainerError(text))
-
-
-def _with_samples_in_one(batch: pa.RecordBatch, audio: AudioColumn) -> pa.RecordBatch:
-    """Join the two columns of decoded samples into the struct that others have."""
-    if not audio.is_pair:
-        return batch
-    struct = pa.StructArray.from_arrays([batch[ARRAY], batch[RATE]], [ARRAY, RATE])
-    position = batch.schema.get_field_index(ARRAY)
-    return batch.set_column(position, pa.field(ARRAY, struct.type), struct)
 
 
 def row_values(batch: pa.RecordBatch, offset: int) -> dict[str, Any]:
@@ -479,7 +586,7 @@ def _described(
 ) -> Item:
     """Return a row's item, or a manifest's item with what it lacks."""
     if item is None:
-        clip_id = make_clip_id(part.uri, row=row)
+        clip_id = make_clip_id(public_uri(part.url), row=row)
         item = Item(clip_id, part.uri, row=row, size=part.size, version=part.version)
     truth = make_truth(values.get("labels"), values.get("label"))
     return with_description(item, truth, make_metadata({"path": path, **values}))

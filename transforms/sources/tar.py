@@ -52,6 +52,7 @@ from transforms.sources.tar_headers import (
 )
 from transforms.sources.tar_parallel import is_slow_to_walk, walk_in_parallel
 from transforms.storage import urls
+from transforms.storage.secrets import public_uri
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +201,30 @@ def index_tar(
         damage = str(error)
     can_cut = not has_global_headers and not _torn_keys(halves)
     return TarIndex(tuple(groups), can_cut, damage)
+
+
+# A remote tar, where each header may be a request, is read if its first members leave a doubt, and
+# so is a compressed one.
+_MAX_MEMBERS_BEFORE = 200
+_MAX_BYTES_BEFORE = 1 << 30
+
+
+def may_hold_audio(url: str, uri: str) -> bool:
+    """Return whether a tar holds audio, by the names of its members; True if that is not clear.
+
+    The walk ends with the first audio member, usually one of the first. A tar that cannot be read
+    may hold audio: reading its items reports the error.
+    """
+    try:
+        with open_archive(url, uri, ReadLimits().max_expansion, to_walk=True) as archive:
+            for number, member in enumerate(walk_members(archive, None)):
+                is_slow = not urls.is_local(url) and number >= _MAX_MEMBERS_BEFORE
+                is_slow |= not archive.can_seek and archive.position >= _MAX_BYTES_BEFORE
+                if is_item(member) or is_slow:
+                    return True
+    except ContainerError:
+        return True
+    return False
 
 
 def _index_group(members: Sequence[TarMember], estimate: WindowEstimate) -> list[TarGroup]:
@@ -358,7 +383,7 @@ class TarReader:
         part, name = self._part, one.member.name
         truth, metadata = self._describe(name, group)
         if self._reads_all:
-            clip_id = make_clip_id(part.uri, name, one.occurrence)
+            clip_id = make_clip_id(public_uri(part.url), name, one.occurrence)
             return [
                 Item(
                     clip_id=clip_id,
@@ -450,7 +475,7 @@ def container_item(part: ContainerSlice, unit: str) -> Item:
     is_whole = part.start == 0 and part.stop is None
     stop = "" if part.stop is None else part.stop
     slice_name = None if is_whole else f"{unit}={part.start}-{stop}"
-    clip_id = make_clip_id(part.uri, slice_name)
+    clip_id = make_clip_id(public_uri(part.url), slice_name)
     return Item(clip_id, part.uri, part.url, size=part.size, version=part.version)
 
 

@@ -258,6 +258,7 @@ def _container_unit(
         start=start,
         stop=stop,
         seen_names=dict(seen_names or {}),
+        column=container.column,
     )
     return WorkUnit(
         unit_id=make_unit_id(container.kind, items, part),

@@ -18,6 +18,11 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*(?:::.*)?://", re.DOTALL)
 # What follows, in a chained URL, the part that names the file.
 _INNER = re.compile(r"::(?=/|[A-Za-z][A-Za-z0-9+.\-]*:)")
 READ_ONLY = frozenset({"http", "https"})
+# Tables, texts, archives and pages. Not any dot: folders are called ``run.2`` too.
+_FILE_ENDINGS = (
+    *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather"),
+    *(".xlsx", ".sqlite", ".db", ".duckdb", ".html", ".md", ".yaml", ".yml", ".tar", ".gz", ".zip"),
+)
 # One upload publishes the whole object, and listing a prefix is one flat request.
 OBJECT_STORES = frozenset(
     {"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "hf", "memory", "oci", "oss"}
@@ -40,8 +45,9 @@ def normalise(text: str) -> str:
 
     A relative path becomes absolute, ``~`` is expanded, ``.`` and ``..`` are resolved by name, and
     ``file://`` goes. The path of a ``file://`` URL is taken as it stands; where nothing has that
-    name, percent-encoding is undone. A URL loses its trailing slash, but an ``http(s)`` URL is
-    left as it is.
+    name, percent-encoding is undone. In any path that nothing has, ``%XX`` may stand for a byte
+    that is not UTF-8, as in results. A URL loses its trailing slash, but an ``http(s)`` URL is left
+    as it is.
     """
     if not is_local(text):
         if protocol(text) in READ_ONLY or text.endswith("://"):
@@ -55,7 +61,20 @@ def normalise(text: str) -> str:
             path = unquote(path)
     elif text.startswith("~"):
         path = os.path.expanduser(text)  # noqa: PTH111
-    return os.path.abspath(path)  # noqa: PTH100
+    path = os.path.abspath(path)  # noqa: PTH100
+    return _with_bytes(path) if "%" in path else path
+
+
+# How results write a byte of a name that is not UTF-8; no byte below 80 is one.
+_ENCODED_BYTE = re.compile("%([89A-F][0-9A-F])")
+
+
+def _with_bytes(path: str) -> str:
+    """Return the existing path that a result writes as ``path``; else ``path`` itself."""
+    with_bytes = _ENCODED_BYTE.sub(lambda match: chr(0xDC00 + int(match[1], 16)), path)
+    if with_bytes == path or os.path.lexists(path) or not os.path.lexists(with_bytes):
+        return path
+    return with_bytes
 
 
 def local_path(url: str) -> str:
@@ -121,6 +140,11 @@ def parent(url: str) -> str:
 def file_name(url: str) -> str:
     """Return the last part of the path of ``url``."""
     return split_url(url).path.rstrip("/").rpartition("/")[2]
+
+
+def names_file(url: str) -> bool:
+    """Return whether a name ends like that of a file that tools write, such as ``labels.csv``."""
+    return file_name(url).lower().endswith(_FILE_ENDINGS)
 
 
 def without_query(url: str) -> str:

@@ -202,6 +202,8 @@ def unit_key(
     parts: list[object] = [CACHE_VERSION, dtype, decode.sample_rate_hz, decode.max_item_s]
     parts += [decode.max_item_bytes, sources.limits.max_page_bytes, sources.limits.max_expansion]
     parts.append(unit.unit_id)
+    if decode.channel != "mix":  # caches from before stay of use
+        parts.append(decode.channel)
     if unit.container is not None:
         parts.append([[item.truth is None, item.metadata is None] for item in unit.items])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

@@ -61,6 +61,11 @@ def test_beam_options_are_handed_on_as_they_are(calls: Calls, command: str) -> N
             r"learning_rate is -1.0 \(--learning-rate\); must be",
         ),
         ([*TRAINING, "--", "--runner=X"], "earmark train runs no pipeline.*--runner=X"),
+        *(
+            (["label", "in", "-m", "m", "-o", name], r"--output is \S+, and a result is a folder")
+            for name in ("list.csv", "-", "gs://b/labels.PARQUET", "x.jsonl/")
+        ),
+        (["plan", "in", "-m", "m", "-o", "x.csv"], r"--output is x\.csv, and a result is a folder"),
         (["verify"], "Missing argument 'DIR'"),
         (["export", "x"], "Missing option '--format'"),
         (["verify", "x", "--", "--runner=X"], "earmark verify runs no pipeline.*--runner=X"),

@@ -196,9 +196,11 @@ def test_plan_needs_no_output(calls: Calls) -> None:
 def test_verify_and_export_hand_their_arguments_on(calls: Calls) -> None:
     cli.main(["verify", "x", "--quiet"])
     cli.main(["export", "x", "--format", "csv"])
-    cli.main("export x -f raven -o y --threshold 0.5 --top-k 2 -q".split())
+    cli.main("export x -f raven -o y --threshold 0.5 --top-k 2 --one-table -q".split())
+    cli.main("export x -f list -o - -l Dog --label Cat --per clip -0".split())
     assert calls == [
         ("x", True),
-        ("x", "csv", None, None, None, False),
-        ("x", "raven", "y", 0.5, 2, True),
+        ("x", "csv", None, (), None, None, None, False, False, False),
+        ("x", "raven", "y", (), 0.5, 2, None, False, True, True),
+        ("x", "list", "-", ["Dog", "Cat"], None, None, "clip", True, False, False),
     ]

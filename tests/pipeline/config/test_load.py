@@ -73,6 +73,8 @@ def test_options_are_told_as_false_too(tmp_path: Path) -> None:
         ("inputs=[a.wav, b=c.wav]", "inputs", ["a.wav", "b=c.wav"]),
         ("beam.num_workers=4", "beam.num_workers", 4),
         ("beam.experiments=[a, b]", "beam.experiments", ["a", "b"]),
+        ("decode.channel=loudest", "decode.channel", "loudest"),
+        ("decode.channel=2", "decode.channel", 2),
     ],
 )
 def test_set_reads_values_as_yaml(assignment: str, key: str, value: object) -> None:
@@ -99,6 +101,16 @@ def test_set_reads_values_as_yaml(assignment: str, key: str, value: object) -> N
         (
             "embedding.dtype=half",
             "embedding.dtype is half (--set embedding.dtype=half); must be 'float32' or 'float16'",
+        ),
+        (
+            "decode.channel=left",
+            "decode.channel is left (--set decode.channel=left); must be 'mix', 'first', 'loudest' "
+            "or 'each' or a whole number",
+        ),
+        (
+            "decode.channel=0",
+            "decode.channel is 0 (--set decode.channel=0); must be 'mix', 'first', 'loudest' or "
+            "'each' or at least 1",
         ),
         (
             "beam.x={a: 1}",

@@ -97,6 +97,7 @@ CHECKPOINT = "model.name=m"
         (["output=' '"], "output", "must not be empty"),
         (["cache.folder=''"], "cache.folder", "must not be empty"),
         (["cache.folder=gs://b/c"], "cache.folder", "a local folder"),
+        (["decode.channel=each"], "decode.channel", "must be mix, first, loudest or a number"),
         (["training.keep=averaged"], "training.keep", "averaging.moving_decay"),
         (["averaging.first_epoch=1"], "averaging.last_epoch", "given as well"),
         (["averaging.last_epoch=1"], "averaging.first_epoch", "given as well"),

@@ -355,7 +355,7 @@ def test_failed_files_are_tried_again_beside_the_good_rows() -> None:
     assert unit.items == (found.items[1],)
     assert unit.carried == Carried(unit.replaces[0], frozenset({"/audio/a.wav"}))
     assert unit.replaces[0] not in remaining.kept_units
-    assert (remaining.num_retried, remaining.retried_carried_items) == (1, 1)
+    assert (remaining.num_retried, remaining.found_carried_items) == (1, 1)
     assert (remaining.found_kept_items, remaining.vanished_items) == (1, 0)
 
 
@@ -389,7 +389,7 @@ def test_a_failed_file_that_vanished_keeps_its_row_beside_one_that_is_tried_agai
     assert clip_ids([unit]) == [["/audio/b.wav"]]
     others = frozenset(f"/audio/{name}.wav" for name in "acd")
     assert unit.carried == Carried(unit.replaces[0], others)
-    assert (remaining.retried_carried_items, remaining.vanished_carried_items) == (1, 2)
+    assert (remaining.found_carried_items, remaining.vanished_carried_items) == (1, 2)
     assert remaining.num_retried == 1
 
 
@@ -417,7 +417,7 @@ def test_failed_items_of_a_slice_are_tried_again_in_it(container: Container, sta
     ledger = commits[old].ledger.container
     assert ledger is not None
     assert (unit.container.start, unit.container.stop) == (start, ledger.stop)
-    assert (remaining.num_retried, remaining.retried_carried_items) == (1, 1)
+    assert (remaining.num_retried, remaining.found_carried_items) == (1, 1)
     # Nothing of the container is done twice.
     covered = [range_ for u in remaining.units if not u.replaces for range_ in ranges([u])]
     assert (start, ledger.stop) not in covered
@@ -432,7 +432,7 @@ def test_a_container_that_broke_off_is_read_again_whole() -> None:
     (unit,) = remaining.units
     assert (unit.items, unit.carried, unit.replaces) == ((), None, (old,))
     assert ranges([unit]) == [(0, None)]
-    assert remaining.retried_carried_items == 0
+    assert remaining.found_carried_items == 0
 
 
 # --- What always holds ---------------------------------------------------------------------

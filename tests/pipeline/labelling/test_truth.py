@@ -70,6 +70,12 @@ def test_a_clip_id_wins_over_a_uri_and_a_uri_over_a_path() -> None:
     assert matches.rows_without_clip == (0,)
 
 
+def test_all_channels_of_a_file_get_its_row() -> None:
+    clips = [place_of(f"/x/a.wav!{channel}", "/x/a.wav") for channel in (1, 2)]
+    assert match_rows([row("a.ogg")], clips).row_of_clip == (0, 0)
+    assert match_rows([row("a.ogg", name="/x/a.wav")], clips).row_of_clip == (0, 0)
+
+
 def test_two_rows_of_one_file_are_not_guessed() -> None:
     rows = [row("a.wav", clip_id=clip_id, name="/x/a.wav") for clip_id in ("one", "two")]
     matches = matched(rows, "/x/a.wav")

@@ -12,38 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.result.export import Source, name_files, raven_text, run_export, source_of
-from tests.support.unit_factory import FACTS, make_item, make_prediction, row_settings
+from pipeline.result.export import raven_text, run_export
+from pipeline.result.export_sources import Source, name_files, source_of
+from tests.support.unit_factory import commit_unit, make_item
 from transforms.errors import EarmarkError, InputError, OutputError, UsageError
-from transforms.records import ClipRow, Item, UnitEnd, WindowRow, WorkUnit
-from transforms.results.write_units import CommitSettings, OpenUnit
-from transforms.storage import reading, writing
+from transforms.storage import reading
 
 # The labels are Alpha (/m/a), "Beta, loud" (/m/b) and Gamma (no id); two of them are stored.
 QUIET, LOUD = (0.5, 0.25, 0.125), (0.25, 0.75, 0.875)
-
-Clip = tuple[Item, Sequence[tuple[float, float, Sequence[float]]]]
-
-
-def commit_unit(
-    output: str, unit_id: str, clips: Sequence[Clip], replaces: Sequence[str] = ()
-) -> None:
-    """Commit a unit of clips, given as item and windows (start, end, scores)."""
-    settings = CommitSettings(output, "run", "f" * 64, "m" * 64, row_settings())
-    unit = OpenUnit(settings, Path(writing.staging_path(output, "run")), unit_id)
-    for index, (item, windows) in enumerate(clips):
-        for number, (start_s, end_s, scores) in enumerate(windows):
-            unit.add(
-                WindowRow(
-                    unit_id, index, item.clip_id, number, start_s, end_s, make_prediction(scores)
-                )
-            )
-        whole = make_prediction(windows[0][2])
-        unit.add(ClipRow(unit_id, index, item, FACTS, len(windows), whole.embedding, whole.scores))
-    items = tuple(item for item, _ in clips)
-    end = UnitEnd(WorkUnit(unit_id, "files", items, replaces=tuple(replaces)), len(items))
-    unit.add(end)
-    unit.commit()
 
 
 @pytest.fixture
@@ -85,17 +61,17 @@ def test_csv_has_a_row_per_window_and_label(result: str) -> None:
     assert name == "labels.csv"
     rows = ["|".join(row) for row in csv.reader(io.StringIO(text, newline=""))]
     assert rows == [
-        "clip_id|uri|member|row|start_s|end_s|label_index|label_id|label|score",
-        "/audio/dogs/a.wav|/audio/dogs/a.wav|||0|10|0|/m/a|Alpha|0.5",
-        "/audio/dogs/a.wav|/audio/dogs/a.wav|||0|10|1|/m/b|Beta, loud|0.25",
-        "/audio/dogs/a.wav|/audio/dogs/a.wav|||10|12.5|2||Gamma|0.875",
-        "/audio/dogs/a.wav|/audio/dogs/a.wav|||10|12.5|1|/m/b|Beta, loud|0.75",
-        "/audio/cats/b.wav|/audio/cats/b.wav|||0|3.25|0|/m/a|Alpha|0.5",
-        "/audio/cats/b.wav|/audio/cats/b.wav|||0|3.25|1|/m/b|Beta, loud|0.25",
-        "/audio/t.tar#x.ogg|/audio/t.tar|x.ogg||0|1|2||Gamma|0.875",
-        "/audio/t.tar#x.ogg|/audio/t.tar|x.ogg||0|1|1|/m/b|Beta, loud|0.75",
-        "/audio/p.parquet#row=7|/audio/p.parquet||7|0|1|0|/m/a|Alpha|0.5",
-        "/audio/p.parquet#row=7|/audio/p.parquet||7|0|1|1|/m/b|Beta, loud|0.25",
+        "clip_id|uri|member|row|start_s|end_s|label_index|label_id|label|score|path|truth|metadata",
+        "/audio/dogs/a.wav|/audio/dogs/a.wav|||0|10|0|/m/a|Alpha|0.5|||",
+        "/audio/dogs/a.wav|/audio/dogs/a.wav|||0|10|1|/m/b|Beta, loud|0.25|||",
+        "/audio/dogs/a.wav|/audio/dogs/a.wav|||10|12.5|2||Gamma|0.875|||",
+        "/audio/dogs/a.wav|/audio/dogs/a.wav|||10|12.5|1|/m/b|Beta, loud|0.75|||",
+        "/audio/cats/b.wav|/audio/cats/b.wav|||0|3.25|0|/m/a|Alpha|0.5|||",
+        "/audio/cats/b.wav|/audio/cats/b.wav|||0|3.25|1|/m/b|Beta, loud|0.25|||",
+        "/audio/t.tar#x.ogg|/audio/t.tar|x.ogg||0|1|2||Gamma|0.875|||",
+        "/audio/t.tar#x.ogg|/audio/t.tar|x.ogg||0|1|1|/m/b|Beta, loud|0.75|||",
+        "/audio/p.parquet#row=7|/audio/p.parquet||7|0|1|0|/m/a|Alpha|0.5|||",
+        "/audio/p.parquet#row=7|/audio/p.parquet||7|0|1|1|/m/b|Beta, loud|0.25|||",
     ]
 
 

@@ -144,6 +144,7 @@ def test_samples_before_a_crash_or_a_hang_are_kept(
     last = results[2]
     assert last.facts is not None and last.facts.duration_s == 3.0 and len(last.samples) == RATE
     assert str(last.facts.warning).startswith(f"decoded 3.0 s, then stopped: {words}")
+    assert last.facts.warning_kinds == ("damaged",)
     assert last.facts.peak_dbfs == pytest.approx(-6.02, abs=0.01)
     assert len(joined(results, 1)) == RATE // 2
 

@@ -61,7 +61,7 @@ def with_schema(result: str, copy: Path, version: int | None) -> Path:
     """Copy a result, with another schema version in its run.json, or none."""
     shutil.copytree(result, copy)
     run = json.loads((copy / "run.json").read_text())
-    assert run.pop("schema_version") == 1
+    assert run.pop("schema_version") == 2
     if version is not None:
         run["schema_version"] = version
     (copy / "run.json").write_text(json.dumps(run))
@@ -87,12 +87,12 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_result_of_another_schema_is_refused(
     arguments: tuple[str, ...], result: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = with_schema(result, tmp_path / "out", 2)
+    out = with_schema(result, tmp_path / "out", 3)
     before = content(out)
     places = {"IN": str(Path(result).parent / "in"), "OUT": str(out)}
     assert cli.main([places.get(argument, argument) for argument in arguments]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{out} has schema version 2, and this version of Earmark has 1; use the" in said
+    assert f"{out} has schema version 3, and this version of Earmark reads 1 and 2; use the" in said
     assert "or label into a new folder" in said
     assert content(out) == before
 
@@ -102,10 +102,10 @@ def test_a_part_of_another_schema_is_no_table(result: str, tmp_path: Path) -> No
     (out / "run.json").unlink()
     for path in (out / "clips").iterdir():
         table = pq.read_table(path)
-        footer = {**table.schema.metadata, b"earmark.schema_version": b"2"}
+        footer = {**table.schema.metadata, b"earmark.schema_version": b"3"}
         pq.write_table(table.replace_schema_metadata(footer), path)
     assert earmark.read_result(str(out), "windows").num_rows == 6
-    with pytest.raises(OutputError, match=r"\.parquet has schema version 2"):
+    with pytest.raises(OutputError, match=r"\.parquet has schema version 3"):
         earmark.read_result(str(out), "clips")
 
 

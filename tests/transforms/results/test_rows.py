@@ -127,7 +127,7 @@ def test_schemas_are_those_of_the_contract() -> None:
         == (
             "clip_id uri member row start_s end_s duration_s sample_rate_hz channels num_windows "
             "peak_dbfs rms_dbfs clipped_ratio silent_ratio content_sha256 warning truth labels "
-            "embedding metadata scores"
+            "embedding warning_kinds metadata scores"
         ).split()
     )
     errors = errors_table([failure_event("u", 0, ITEM).failure], "u")

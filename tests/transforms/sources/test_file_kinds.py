@@ -19,7 +19,10 @@ from transforms.sources.file_kinds import (
 )
 
 # Other names of formats that FFmpeg reads under the names that it lists.
-OTHER_NAMES = set(".3gpp .awb .bwf .dff .dsf .m4r .mpga .qt .rf64 .snd .wave".split())
+OTHER_NAMES = set(
+    ".3gpp .awb .bwf .dff .dsf .f4a .f4b .m4r .mp1 .mp4a .mpga .oggflac "
+    ".ogx .qcp .qt .rf64 .snd .wave .weba".split()
+)
 
 
 def test_every_audio_extension_is_of_a_format_that_the_decoders_read() -> None:

@@ -19,7 +19,12 @@ _MAGIC = (
     (b"GIF8", "a GIF picture"),
     (b"PAR1", "a Parquet file; its name must end in .parquet"),
     (b"MThd", "a MIDI file: notes, not sound"),
+    (b"II*\0", "a TIFF picture"),
+    (b"MM\0*", "a TIFF picture"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 picture"),
+    (b"\x93NUMPY", "an array of NumPy"),
 )
+PICTURES_IN_MP4 = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftypavif", b"ftypavis")
 
 
 def describe_not_audio(encoded: Encoded) -> str | None:
@@ -30,6 +35,12 @@ def describe_not_audio(encoded: Encoded) -> str | None:
     for magic, words in _MAGIC:
         if head.startswith(magic):
             return words
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "a WebP picture"
+    if head[4:12] in PICTURES_IN_MP4:
+        return "a HEIC or AVIF picture"
+    if head[:2] == b"BM" and not any(head[6:10]):
+        return "a BMP picture"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "an HTML page, perhaps an error page that was downloaded in the file's place"

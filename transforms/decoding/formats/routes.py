@@ -20,6 +20,7 @@ from transforms.decoding.formats.flac import STARTS as FLAC_STARTS
 from transforms.decoding.formats.flac import FlacPart, find_flac_parts
 from transforms.decoding.formats.tags import without_back_tags, without_front_tags
 from transforms.errors import DecodeError
+from transforms.records import Note
 
 UNKNOWN_LONG_SIZE_FROM = 1 << 62  # what streaming writers put where sizes have 64 bits
 MAX_JUNK_BYTES = 1 << 20  # in front of the audio
@@ -40,7 +41,7 @@ class Route:
     encoded: Encoded
     soundfile_first: bool
     promised_s: float | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     pcm: PcmFormat | None = None
 
 
@@ -146,19 +147,21 @@ def _ffmpeg_route(encoded: Encoded, declared_bytes: int) -> Route:
     return Route(encoded, False, notes=_cut_short(encoded, declared_bytes))
 
 
-def _cut_short(encoded: Encoded, declared_bytes: int) -> tuple[str, ...]:
+def _cut_short(encoded: Encoded, declared_bytes: int) -> tuple[Note, ...]:
     """Return a note if the header declares more bytes than the file has."""
     if not len(encoded) < declared_bytes < UNKNOWN_LONG_SIZE_FROM:
         return ()
-    return (f"the file is cut short: {len(encoded)} of {declared_bytes} bytes",)
+    words = f"the file is cut short: {len(encoded)} of {declared_bytes} bytes"
+    return (Note("cut_short", words),)
 
 
-def _more_than_declared(declared_s: float, found_s: float) -> tuple[str, ...]:
-    return (f"the header declares {declared_s:.1f} s; there are {found_s:.1f} s of audio",)
+def _more_than_declared(declared_s: float, found_s: float) -> tuple[Note, ...]:
+    words = f"the header declares {declared_s:.1f} s; there are {found_s:.1f} s of audio"
+    return (Note("header_wrong", words),)
 
 
 def _flac_route(part: FlacPart) -> Route:
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     if part.declared_s is not None and part.length_s is not None:
         notes = _more_than_declared(part.declared_s, part.length_s)
     return Route(part.encoded, True, part.length_s, notes)
@@ -183,12 +186,12 @@ def _find_chunk_routes(encoded: Encoded, on_progress: Callable[[], None]) -> lis
         return [Route(encoded, True)]
     more = [_pcm_route(encoded, pcm, start, stop) for start, stop in audio.more if pcm is not None]
     num_unknown = audio.num_unknown or sum(stop - start for start, stop in audio.more[len(more) :])
-    notes: list[str] = []
+    notes: list[Note] = []
     # libsndfile says nothing of a cut CAF, nor of an AU whose size and offset exceed 32 bits.
     if head.startswith(b"caff") or (head.startswith(b".snd") and num_bytes >= UNKNOWN_SIZE_FROM):
         notes.extend(_cut_short(encoded, audio.start + num_bytes))
     if num_bytes == 0 and (more or num_unknown):
-        notes.append("the header declares no audio; read to the end")
+        notes.append(Note("header_wrong", "the header declares no audio; read to the end"))
         if not more:
             return [Route(encoded, False, notes=tuple(notes))]
         return [dataclasses.replace(more[0], notes=tuple(notes)), *more[1:]]
@@ -198,9 +201,10 @@ def _find_chunk_routes(encoded: Encoded, on_progress: Callable[[], None]) -> lis
         found_s = declared_s + sum(route.promised_s or 0.0 for route in more)
         notes.extend(_more_than_declared(declared_s, found_s))
     if num_unknown:
-        notes.append(
+        words = (
             f"{num_unknown} bytes follow the {num_bytes} bytes of audio that the header declares"
         )
+        notes.append(Note("extra_bytes", words))
     if audio.next_file >= 0:
         more.extend(find_routes(encoded.part(audio.next_file), on_progress))
     return [Route(encoded, True, declared_s, tuple(notes)), *more]
@@ -226,7 +230,8 @@ def _find_ogg_route(encoded: Encoded, on_progress: Callable[[], None]) -> Route:
         position = encoded.find(b"OggS", position + 27)
         on_progress()
     has_end = flags & 4 and end <= len(encoded)
-    notes = () if has_end else ("the Ogg stream has no end: it may have been cut short",)
+    words = "the Ogg stream has no end: it may have been cut short"
+    notes = () if has_end else (Note("cut_short", words),)
     first_packet = encoded.read(28, 9)
     known = first_packet.startswith((b"\x01vorbis", b"\x7fFLAC"))
     return Route(encoded, known and not chained, notes=notes)
@@ -297,11 +302,12 @@ def _headerless_frame(head: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _cut_within_a_frame(encoded: Encoded, header_bytes: int, frame_bytes: int) -> tuple[str, ...]:
+def _cut_within_a_frame(encoded: Encoded, header_bytes: int, frame_bytes: int) -> tuple[Note, ...]:
     rest = (len(encoded) - header_bytes) % frame_bytes if frame_bytes else 0
     if not rest:
         return ()
-    return (f"the file is cut short: it ends within a sample ({rest} of {frame_bytes} bytes)",)
+    words = f"the file is cut short: it ends within a sample ({rest} of {frame_bytes} bytes)"
+    return (Note("cut_short", words),)
 
 
 def _voc_length(encoded: Encoded) -> int:

@@ -291,10 +291,12 @@ def _download(location: ModelLocation, file_name: str) -> Path:
             "local folder"
         )
     except _HUB_ERRORS as error:
-        text = _without_token(error)
+        text, advice = _without_token(error), "pass a local folder, or try again"
+        if isinstance(error, PermissionError):  # a user without a home, as in some containers
+            advice = "name a folder for the hub's cache that can be written: HF_HOME=FOLDER"
     raise ModelError(
         f"model {location.name}: cannot download {file_name} from the hub for {location.url}: "
-        f"{text}; pass a local folder, or try again"
+        f"{text}; {advice}"
     )
 
 

@@ -5,6 +5,7 @@ Pickles are read for their tensors only, so code in them never runs.
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
@@ -67,7 +68,9 @@ class Weights:
 
     def _add_safetensors(self, path: Path) -> None:
         try:
-            file: Any = safetensors.safe_open(path, framework="pt")
+            with path.open("rb") as opened:
+                name = _utf8_name(path, opened.fileno())
+                file: Any = safetensors.safe_open(name, framework="pt")
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
                 self._readers[name] = partial(file.get_tensor, name)
@@ -80,8 +83,10 @@ class Weights:
 
     def _add_pickle(self, path: Path) -> None:
         try:
-            with warnings.catch_warnings(action="ignore"):  # about files that are refused below
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
+            # Warnings are about files that are refused below.
+            with path.open("rb") as opened, warnings.catch_warnings(action="ignore"):
+                name = _utf8_name(path, opened.fileno())
+                tensors = torch.load(name, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             self.location.fail(
                 f"{path.name} holds more than tensors (or is damaged) and is refused: loading it "
@@ -168,3 +173,14 @@ def check_labels(weights: Weights, origin: str, names: Sequence[str]) -> None:
             "outputs; expected one label per output, in its order. Give the right list with --set "
             "model.labels=audioset, speech_commands or a file"
         )
+
+
+def _utf8_name(path: Path, descriptor: int) -> str:
+    """Return a name in UTF-8 of an open file, because the libraries open no other.
+
+    A system with other names is Linux, which gives every open file a second one.
+    """
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return f"/proc/self/fd/{descriptor}"

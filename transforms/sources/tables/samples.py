@@ -5,7 +5,7 @@ It becomes a WAV file in memory, so that everything after reading is the same as
 
 from __future__ import annotations
 
-import struct
+import struct as binary
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,22 @@ def is_rate(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
+def sample_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns of decoded samples: structs, else the one beside a sample rate."""
+    structs = [one.name for one in schema if is_samples_struct(one.type)]
+    kinds = {one.name: one.type for one in schema}
+    is_once = schema.names.count(ARRAY) == schema.names.count(RATE) == 1
+    is_pair = is_once and is_array(kinds[ARRAY]) and is_rate(kinds[RATE])
+    return sorted(structs, key="audio".__ne__) or ([ARRAY] if is_pair else [])
+
+
+def join_pair(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Join the two columns of decoded samples into the struct that other tables have."""
+    struct = pa.StructArray.from_arrays([batch[ARRAY], batch[RATE]], [ARRAY, RATE])
+    position = batch.schema.get_field_index(ARRAY)
+    return batch.set_column(position, pa.field(ARRAY, struct.type), struct)
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -68,12 +84,12 @@ def wav_of_samples(array: pa.Scalar, sample_rate_hz: object) -> bytes:
     frame_bytes = num_channels * samples.itemsize
     if samples.nbytes > _MAX_BYTES:
         raise ReadError(f"has {ARRAY} of {samples.nbytes} bytes; at most {_MAX_BYTES} are read")
-    form = struct.pack(
+    form = binary.pack(
         "<HHIIHH", kind, num_channels, rate, rate * frame_bytes, frame_bytes, 8 * samples.itemsize
     )
-    chunks = b"fmt " + struct.pack("<I", len(form)) + form
-    chunks += b"data" + struct.pack("<I", samples.nbytes)
-    size = struct.pack("<I", 4 + len(chunks) + samples.nbytes)
+    chunks = b"fmt " + binary.pack("<I", len(form)) + form
+    chunks += b"data" + binary.pack("<I", samples.nbytes)
+    size = binary.pack("<I", 4 + len(chunks) + samples.nbytes)
     return b"".join((b"RIFF", size, b"WAVE", chunks, samples.tobytes()))
 
 

@@ -75,6 +75,7 @@ def test_audio_that_goes_on_is_read(name: str, keep_ratio: float) -> None:
     np.testing.assert_array_equal(samples, decode_whole(data)[0])
     declared_s = 4.0 * keep_ratio
     assert facts.warning == (f"the header declares {declared_s:.1f} s; there are 4.0 s of audio")
+    assert facts.warning_kinds == ("header_wrong",)
 
 
 @pytest.mark.parametrize("name", ["wav", "wav24", "aiff", "caf"])
@@ -101,6 +102,7 @@ def test_what_is_no_audio_is_a_warning(name: str, more: bytes) -> None:
     samples, facts = decode_whole(data + more)
     assert len(samples) == 2 * RATE
     assert f"{len(more)} bytes follow the" in str(facts.warning)
+    assert facts.warning_kinds == ("extra_bytes",)
 
 
 @pytest.mark.parametrize(
