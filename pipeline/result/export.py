@@ -411,13 +411,13 @@ def _write_list(result: _Result, settings: ExportSettings, end: str, write: Writ
                 path = _path_of(row)
                 if path not in seen:
                     seen.add(path)
-                    write(f"{path}{end}".encode("utf-8", "surrogatepass"))
+                    write(f"{path}{end}".encode("utf-8", "surrogateescape"))
     return len(seen)
 
 
 def _path_of(row: Mapping[str, Any]) -> str:
     if row["member"] is None and row["row"] is None:
-        return str(row["uri"])
+        return urls.normalise(row["uri"])  # a name that is not UTF-8 has its own bytes again
     source = source_of(**{name: row[name] for name in CLIP_COLUMNS})
     return make_clip_id(source.uri, row["member"], source.occurrence, row["row"])
 
@@ -438,7 +438,8 @@ def _write_raven_table(result: _Result, settings: ExportSettings, write: Write) 
                 path = _one_line(_path_of(row))
                 name = _one_line((row["path"] or path).rpartition("/")[2])
                 line = _raven_line(number, row, offset_s)
-                write(f"{line}\t{path}\t{name}\t{row['start_s']:.6f}\n".encode())
+                line = f"{line}\t{path}\t{name}\t{row['start_s']:.6f}\n"
+                write(line.encode("utf-8", "surrogateescape"))
             offset_s += lengths_s[source]
     return number
 

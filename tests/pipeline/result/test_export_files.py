@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -97,6 +98,23 @@ def test_a_list_has_each_path_once(
     assert err.decode() == ("" if paths else "no clip has such a label\n")
     assert run_export(result, "list", null=True, **options) == 0  # type: ignore[arg-type]
     assert capfdbinary.readouterr().out == "".join(f"{path}\0" for path in paths).encode()
+
+
+def test_a_name_that_is_not_utf8_is_listed_as_it_is(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    path = os.fsencode(tmp_path) + b"/d\xfcne.wav"
+    try:
+        Path(os.fsdecode(path)).touch()
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    commit_unit(
+        str(tmp_path / "out"), "u1", [(make_item(f"{tmp_path}/d%FCne.wav"), [(0.0, 12.0, ALPHA)])]
+    )
+    assert run_export(str(tmp_path / "out"), "list", null=True) == 0
+    assert capfdbinary.readouterr().out == path + b"\0"
+    assert run_export(str(tmp_path / "out"), "raven", "-", one_table=True, top_k=1) == 0
+    assert b"\t" + path + b"\t" in capfdbinary.readouterr().out
 
 
 def test_a_name_cannot_command_a_terminal(
