@@ -190,7 +190,7 @@ def evaluate(
 
 
 @command(options.TRAIN)
-def train(given: Given) -> int:
+def train(given: Given, label_column: str | None) -> int:
     """Train a model on your own labelled clips, from a checkpoint or from scratch.
 
     Run the same command again to resume after an interruption, from the last finished epoch.
@@ -199,7 +199,12 @@ def train(given: Given) -> int:
     from pipeline.config.load import load_config
     from pipeline.config.train import TrainConfig, given_train
 
-    config = load_config(TrainConfig, given.config, given.sets, given.options)
+    settings = list(given.options)
+    if label_column is not None:
+        key = "manifest.columns"
+        columns = [text for name, texts, _ in settings if name == key for text in texts]
+        settings.append((key, [*columns, f"label={label_column}"], "--label-column"))
+    config = load_config(TrainConfig, given.config, given.sets, settings)
     given_train(config)
     check_output_lasts(given_output(config.output))
     configure_logging(config.quiet)

@@ -34,6 +34,9 @@ OF_A_LIMIT = ("can't start new thread", "failed to map segment", "Cannot allocat
 
 RESUMING = ("label", "train")  # commands that do only what is missing
 
+# Words that a command without arguments does not take.
+UNEXPECTED = re.compile(r"Got unexpected extra argument\S* \((.*)\)")
+
 # An exception in the text of a traceback, and what Beam adds to its message.
 RAISED = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Exception)): (.*)$", re.MULTILINE)
 RUNNING_STEP = re.compile(r" \[while running '[^\n]*'\]")
@@ -146,4 +149,7 @@ def _parse_error(error: TyperException) -> str:
         message += ". Options for Beam go after a bare --"
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "earmark"
+    extra = UNEXPECTED.match(message)
+    if extra and command.endswith(" train"):
+        message += f". The clips to learn from are given as --train {extra[1].split()[0]}"
     return f"{message}\n{command} --help lists the options."

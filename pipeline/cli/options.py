@@ -159,6 +159,11 @@ LABEL = (
         "Files, globs, folders, tars, audio-Parquet or manifests; local paths or URLs.",
         kind=list[str],
     ),
+    Option(
+        "truth",
+        "--truth -t FILE",
+        "A table of what is true of the audio: a manifest with labels, or AudioSet's segments CSV.",
+    ),
     Option("output", "--output -o DIR", "The result's folder.", panel=OUTPUT),
     Option(
         "model.name",
@@ -334,14 +339,14 @@ TRAIN = (
     Option(
         "training.epochs",
         "--epochs",
-        "Passes over the training clips (default 25).",
+        "Passes over the training clips (default: 25, more for few clips; more extend a training).",
         kind=int,
         panel=TRAINING,
     ),
     Option(
         "training.batch_size",
         "--batch-size",
-        "Clips per step (default 48).",
+        "Clips per step (default: 8 to 48, by the number of clips).",
         kind=int,
         panel=TRAINING,
     ),
@@ -371,6 +376,12 @@ TRAIN = (
         "--cache FOLDER",
         "Local folder to keep decoded clips in (default: in the output).",
         panel=CLIPS,
+    ),
+    Option(
+        None,
+        "--label-column COLUMN",
+        "What the tables call their label: short for --column label=COLUMN.",
+        panel=TABLES,
     ),
     *TABLE,
     Option("limit", "--limit", "Take at most N items (default: all).", kind=int, panel=CLIPS),

@@ -186,11 +186,12 @@ class RunConfig(Config):
 
     command: ClassVar[str] = "label"
     places: ClassVar = (
-        *("inputs", "output", "manifest.root"),
+        *("inputs", "truth", "output", "manifest.root"),
         *("model.name", "model.labels", "model.preprocessor"),
     )
     rules: ClassVar[tuple[Rule, ...]] = (
         not_empty_inputs("inputs"),
+        not_empty("truth"),
         not_empty("output"),
         not_empty("manifest.root"),
         not_empty("manifest.pattern"),
@@ -218,6 +219,7 @@ class RunConfig(Config):
     )
 
     inputs: Texts = ()
+    truth: Place | None = None
     output: Place | None = None
     overwrite: bool = False
     retry_failed: bool = False

@@ -46,6 +46,9 @@ SHAPE_FROM_SCRATCH = {
     "num_mel_bins": 128,
 }
 
+# Epochs at least, where none are given.
+MIN_EPOCHS = 25
+
 # Keys of ``model`` that are for checkpoints only, and keys of ``architecture`` that are not.
 _ONLY_OF_A_CHECKPOINT = ("num_attention_heads", "layer_norm_eps", "head_layer_norm_eps")
 _ONLY_FROM_SCRATCH = (
@@ -83,13 +86,13 @@ class ArchitectureSection(Section):
 class TrainingSection(Section):
     """How long, on what, towards what."""
 
-    epochs: Count = 25
-    batch_size: Count = 48
+    epochs: Count | None = None
+    batch_size: Count | None = None
     seed: CountOrZero = 0
     loss: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
     metric: Literal["accuracy", "mean_average_precision"] = "accuracy"
     sampler: Literal["shuffle", "balanced"] = "shuffle"
-    head: Literal["new", "keep"] = "new"
+    head: Literal["auto", "new", "keep"] = "auto"
     trained_layers: CountOrZero | None = None
     keep: Literal["best", "averaged", "last"] = "best"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -234,7 +237,7 @@ class TrainConfig(Config):
         Rule(
             ("training.head", "model.name"),
             lambda head, name: head == "keep" and name is None,
-            "must be new without model.name: a model from scratch has no head to keep",
+            "must be auto or new without model.name: a model from scratch has no head to keep",
         ),
         Rule(
             ("training.trained_layers", "model.name"),
@@ -311,7 +314,10 @@ class TrainConfig(Config):
         ),
         Rule(
             ("averaging.last_epoch", "training.epochs"),
-            lambda last_epoch, epochs: last_epoch and last_epoch > epochs and epochs,
+            # Without a number of epochs there are at least MIN_EPOCHS.
+            lambda last_epoch, epochs: (
+                last_epoch and last_epoch > (epochs or MIN_EPOCHS) and (epochs or MIN_EPOCHS)
+            ),
             "must be at most {} (training.epochs)",
         ),
         Rule(

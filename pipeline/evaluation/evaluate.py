@@ -23,23 +23,33 @@ from rich.table import Table
 
 from pipeline.config.label import ManifestSection, RunConfig
 from pipeline.evaluation.metrics import ClassMetrics, Metrics, compute_metrics
-from pipeline.evaluation.truth import (
+from pipeline.evaluation.mistakes import (
+    MISTAKES_FILE,
+    Mistake,
+    describe_mistakes,
+    find_mistakes,
+    mistakes_table,
+)
+from pipeline.labelling.plan import make_overrides, table_settings
+from pipeline.labelling.truth import (
+    JoinedBy,
     Matches,
     Place,
     Truth,
     TruthRow,
-    find_classes,
+    describe_joined,
     match_rows,
     place_of,
     read_truth,
+    some,
+    why_none_is_joined,
 )
-from pipeline.labelling.plan import make_overrides, table_settings
 from pipeline.result.state import ResultState, read_result
 from pipeline.terminal.wording import counted
 from transforms.errors import InputError, ModelError, OutputError
 from transforms.inference.engine import score_embeddings
 from transforms.models.ast.checkpoints import load_model, resolve_model
-from transforms.models.labels import Label
+from transforms.models.labels import Label, find_label
 from transforms.results.commits import open_part, read_part
 from transforms.results.read import read_batches
 from transforms.sources.clip_ids import for_terminal, printable
@@ -51,7 +61,6 @@ PICTURE_FILE = "evaluation.png"
 # Of more classes, only the best and worst are shown; the JSON has them all.
 MAX_SHOWN_CLASSES = 40
 NUM_BEST_AND_WORST = 10
-MAX_EXAMPLES = 3
 
 _PLACE_COLUMNS = ["clip_id", "uri", "member", "row", "start_s", "end_s"]
 
@@ -82,14 +91,20 @@ class ScoredClips:
 class Evaluation:
     """The outcome of an evaluation; ``truth`` and ``scores`` have shape (clips, labels).
 
-    ``notes`` and ``counts`` describe the rows and clips that did not match.
+    Attributes:
+        joined: How many clips found their row by what.
+        notes: What did not match, in words.
+        counts: The same in numbers.
+        mistakes: The clips whose best label is not true, the surest first.
     """
 
     metrics: Metrics
     truth: npt.NDArray[np.bool_]
     scores: npt.NDArray[np.float32]
+    joined: Mapping[JoinedBy, int]
     notes: tuple[str, ...]
     counts: Mapping[str, int]
+    mistakes: tuple[Mistake, ...]
 
 
 def run_evaluate(
@@ -102,7 +117,7 @@ def run_evaluate(
     quiet: bool = False,
     tables: ManifestSection | None = None,
 ) -> int:
-    """Evaluate results; print the figures, write JSON and a picture, and return the exit code, 0.
+    """Evaluate results; print the figures, write JSON, a picture and the mistakes; return 0.
 
     Args:
         folders: Results. Scores of the same clips are averaged; results of different clips are
@@ -121,12 +136,14 @@ def run_evaluate(
     scored = combine_results(results)
     settings = table_settings(tables or ManifestSection())
     known = own_truth(scored) if truth is None else read_truth(truth, settings)
-    evaluation = evaluate(scored, known, known_labels_only=known_labels_only)
+    evaluation = evaluate(scored, known, source=truth, known_labels_only=known_labels_only)
     console = Console(highlight=False, soft_wrap=True)
     for line in describe_evaluation(evaluation, scored):
         console.print(for_terminal(line), markup=False)
     if not quiet:
         Console(highlight=False).print(class_table(evaluation.metrics))
+        for line in describe_mistakes(evaluation.mistakes):
+            console.print(for_terminal(line), markup=False)
     place = urls.normalise(output) if output else urls.join(results[0].folder, "evaluation")
     for url in write_evaluation(place, evaluation, scored, results, truth):
         console.print(for_terminal(f"Written: {public_uri(url)}"), markup=False)
@@ -283,6 +300,7 @@ def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
             "some of the results share clips, but none is in all of them; their clip_ids must be "
             "the same to average scores, or all different to pool folds"
         )
+    left_out = len({clip_id for index in indices for clip_id in index}) - len(shared)
     taken = [
         result.scores[[index[place.clip_id] for place in shared]]
         for result, index in zip(results, indices, strict=True)
@@ -292,7 +310,9 @@ def average_scores(results: Sequence[ScoredClips]) -> ScoredClips:
         places=tuple(shared),
         truth=tuple(first.truth[indices[0][place.clip_id]] for place in shared),
         scores=np.stack(taken).mean(axis=0, dtype=np.float64).astype(np.float32),
-        combined=f"mean of the scores of {len(results)} results",
+        combined=f"the scores of {len(results)} results are averaged, clip by clip; evaluate each "
+        "of them alone to compare them"
+        + (f"; {counted(left_out, 'clip')} not in all of them left out" if left_out else ""),
     )
 
 
@@ -314,15 +334,25 @@ def own_truth(scored: ScoredClips) -> Truth:
     return Truth(tuple(rows))
 
 
-def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = False) -> Evaluation:
-    """Compare scores with the truth; ``InputError`` if nothing matches or a label is unknown."""
-    class_of = find_classes(truth.rows, scored.labels)
+def evaluate(
+    scored: ScoredClips,
+    truth: Truth,
+    *,
+    source: str | None = None,
+    known_labels_only: bool = False,
+) -> Evaluation:
+    """Compare scores with the truth, which ``source`` holds; None for the result itself.
+
+    Raise ``InputError`` if nothing matches or a label is unknown.
+    """
+    named = dict.fromkeys(name for row in truth.rows for name in row.labels)
+    class_of = {name: find_label(name, scored.labels) for name in named}
     unknown = sorted(name for name, index in class_of.items() if index is None)
     if unknown and not known_labels_only:
         raise InputError(
             f"the truth names {counted(len(unknown), 'label')} that {scored.model} does not know: "
-            f"{_some(unknown)}; its {len(scored.labels)} labels are such as "
-            f"{_some([label.name for label in scored.labels])}. Correct the names, or pass "
+            f"{some(unknown)}; its {len(scored.labels)} labels are such as "
+            f"{some([label.name for label in scored.labels])}. Correct the names, or pass "
             "--known-labels-only to leave them out"
         )
     matches = match_rows(truth.rows, scored.places)
@@ -337,8 +367,8 @@ def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = Fal
             rows.append(known)
     if not kept:
         raise InputError(
-            f"no clip of {public_uri(scored.folder)} has a row in the truth; one of them "
-            f"is {scored.places[0].clip_id}, and the truth has {_where(truth.rows[0])}"
+            f"no clip of {public_uri(scored.folder)} has a row in the truth: "
+            f"{why_none_is_joined(source, truth.rows, scored.places)}"
         )
     positives = np.zeros((len(kept), len(scored.labels)), np.bool_)
     for number, known in enumerate(rows):
@@ -346,7 +376,22 @@ def evaluate(scored: ScoredClips, truth: Truth, *, known_labels_only: bool = Fal
     scores = scored.scores[kept]
     metrics = compute_metrics(positives, scores, [label.name for label in scored.labels])
     notes, counts = _unmatched(scored, truth, matches, unknown)
-    return Evaluation(metrics, positives, scores, notes, {"clips": len(kept), **counts})
+    if source is not None:
+        notes = (describe_joined(matches, truth.rows, scored.places), *notes)
+    return Evaluation(
+        metrics=metrics,
+        truth=positives,
+        scores=scores,
+        joined=matches.counts,
+        notes=notes,
+        counts={"clips": len(kept), **counts},
+        mistakes=find_mistakes(
+            [scored.places[clip].shown for clip in kept],
+            [label.name for label in scored.labels],
+            positives,
+            scores,
+        ),
+    )
 
 
 def _unmatched(
@@ -359,11 +404,11 @@ def _unmatched(
     ]
     lost = [truth.rows[index] for index in matches.rows_without_clip]
     failed = {index for index in match_rows(lost, scored.failed).row_of_clip if index is not None}
-    absent = [_where(row) for index, row in enumerate(lost) if index not in failed]
+    absent = [row.place.shown for index, row in enumerate(lost) if index not in failed]
     kinds = {
         "clips_without_truth": (clips, "of the result's clips without a row in the truth"),
         "rows_that_failed": (
-            [_where(lost[index]) for index in sorted(failed)],
+            [lost[index].place.shown for index in sorted(failed)],
             "of the truth's rows are items that could not be labelled",
         ),
         "rows_without_clip": (absent, "of the truth's rows without a clip in the result"),
@@ -371,26 +416,17 @@ def _unmatched(
         "unreadable_rows": (list(truth.unreadable), "of the truth's lines cannot be read"),
         "unknown_labels": (list(unknown), "of the truth's labels are unknown to the model"),
         "ambiguous_names": (
-            list(matches.ambiguous_stems),
-            "file names mean more than one row or clip",
+            list(matches.ambiguous),
+            "of the truth's names fit several clips or rows",
         ),
     }
     notes = [
-        f"Left out: {len(names):,} {words}" + (f", such as {_some(names)}." if names[0] else ".")
+        f"Left out: {len(names):,} {words}" + (f", such as {some(names)}." if names[0] else ".")
         for names, words in kinds.values()
         if names
     ]
     counts = {name: len(names) for name, (names, _) in kinds.items()}
     return (*truth.notes, *notes), counts
-
-
-def _where(row: TruthRow) -> str:
-    return row.place.clip_id or row.place.stems[0]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = ", …" if len(names) > MAX_EXAMPLES else ""
-    return ", ".join(names[:MAX_EXAMPLES]) + more
 
 
 # --- Output --------------------------------------------------------------------------------
@@ -459,13 +495,14 @@ def write_evaluation(
     results: Sequence[ScoredClips],
     truth: str | None,
 ) -> list[str]:
-    """Write the JSON and the picture, or raise ``OutputError``; return their URLs."""
+    """Write the JSON, the mistakes and the picture, or raise ``OutputError``; return their URLs."""
     from pipeline.evaluation.picture import draw_evaluation  # imports matplotlib
 
     contents = {
         JSON_FILE: printable(
             json.dumps(as_json(evaluation, scored, results, truth), indent=1, ensure_ascii=False)
         ).encode(),
+        MISTAKES_FILE: mistakes_table(evaluation.mistakes),
         PICTURE_FILE: draw_evaluation(evaluation.metrics, evaluation.truth, evaluation.scores),
     }
     written = []
@@ -493,7 +530,10 @@ def as_json(
         "models": [result.model for result in results],
         "truth": None if truth is None else public_uri(urls.normalise(truth)),
         "combined": scored.combined or None,
+        "joined": dict(evaluation.joined) if truth is not None else None,
         "counts": dict(evaluation.counts),
+        "notes": list(evaluation.notes),
+        "mistakes": len(evaluation.mistakes),
         "accuracy": metrics.accuracy,
         "mean_average_precision": metrics.mean_average_precision,
         "mean_average_precision_all": metrics.mean_average_precision_all,

@@ -22,6 +22,7 @@ from pipeline.labelling.remaining import (
     find_remaining,
 )
 from pipeline.labelling.same_bytes import count_renewed, find_renewed
+from pipeline.labelling.truth import with_truth
 from pipeline.result.state import (
     FinishRun,
     ResultState,
@@ -83,6 +84,7 @@ class ResolvedRun:
         urls: The inputs as absolute paths or URLs; may carry signatures.
         state: The existing result; its ``output`` is empty if there is none.
         run: ``run.json`` without the totals; planning adds the inputs' content.
+        truth: A table of what is true of the inputs, or None; may carry a signature.
         limit: Maximum number of items; None for all.
         keeps: Whether committed units stay; False with ``--overwrite``.
     """
@@ -92,6 +94,7 @@ class ResolvedRun:
     label: LabelSettings
     commit: CommitSettings
     run: Mapping[str, Any]
+    truth: str | None = field(repr=False)
     limit: int | None
     keeps: bool
     retry_failed: bool
@@ -186,6 +189,7 @@ def resolve_run(
             "results": results,
             "totals": None,
         },
+        truth=None if config.truth is None else urls.normalise(config.truth),
         limit=config.limit,
         keeps=not config.overwrite,
         retry_failed=config.retry_failed,
@@ -226,7 +230,12 @@ def find_work(resolved: ResolvedRun, max_listed: int | None = None) -> RunPlan:
     """
     sources, output = resolved.label.sources, resolved.state.output
     found = find_items(
-        resolved.urls, resolved.limit, sources, exclude=output or None, max_listed=max_listed
+        resolved.urls,
+        resolved.limit,
+        sources,
+        truth=resolved.truth,
+        exclude=output or None,
+        max_listed=max_listed,
     )
     commits = resolved.state.commits if resolved.keeps else {}
     retry_from = output if resolved.retry_failed else None
@@ -251,10 +260,14 @@ def find_items(
     limit: int | None,
     sources: SourceSettings,
     *,
+    truth: str | None = None,
     exclude: str | None = None,
     max_listed: int | None = None,
 ) -> Found:
-    """List the content of the inputs, up to the limit. Errors are those of ``find_inputs``."""
+    """List the content of the inputs, up to the limit, with the labels that a table gives them.
+
+    Errors are those of ``find_inputs`` and ``with_truth``.
+    """
     found = find_inputs(
         inputs,
         exclude=exclude,
@@ -262,6 +275,8 @@ def find_items(
         max_listed=max_listed,
         tables=sources.tables,
     )
+    if truth is not None:
+        found = with_truth(found, truth, sources.tables)
     return found if limit is None else limit_items(found, limit, sources)
 
 

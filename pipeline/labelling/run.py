@@ -110,7 +110,11 @@ def run_label(config: RunConfig, beam_options: list[str], *, imports_s: float = 
     output = urls.normalise(given_output(config.output))
     check_runner(options, config.inference.device)
     if remote:
-        check_reachable([urls.normalise(text) for text in given_inputs(config)], output)
+        check_reachable(
+            [urls.normalise(text) for text in given_inputs(config)],
+            output,
+            truth=None if config.truth is None else urls.normalise(config.truth),
+        )
     sweep()
     with hold_output(output, on_lost=_interrupt_main_thread):
         wait_for_writers(output)
@@ -194,7 +198,7 @@ def plan_on_workers(resolved: ResolvedRun, config: RunConfig) -> PlannedRun:
             f"(units.max_listed_here is {config.units.max_listed_here}); raise that, or use "
             "--precision auto."
         )
-    check_there(resolved.urls)
+    check_there([*resolved.urls, *([] if resolved.truth is None else [resolved.truth])])
     for line in (*describe_model(resolved.label), *describe_missing_columns(resolved)):
         say(line, quiet=config.quiet)
     say("There are many inputs: workers list and group them.", quiet=config.quiet)

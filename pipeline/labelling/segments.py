@@ -76,7 +76,9 @@ def run_segments(config: RunConfig, segment_s: float | None, manifest: str | Non
     options = input_options(config)
     sources, decode = options["sources"], options["decode"]
     output = None if config.output is None else urls.normalise(config.output)
-    found = find_items(given_inputs(config), config.limit, sources, exclude=output)
+    found = find_items(
+        given_inputs(config), config.limit, sources, truth=config.truth, exclude=output
+    )
     division = divide_found(found, length_s, sources, decode)
     try:
         writing.write_bytes(url, encode_manifest(division.items, extension(url)))

@@ -107,7 +107,7 @@ def check_runner(options: PipelineOptions, device: str | None = None) -> None:
     check_workers(runner_name(options), options)
 
 
-def check_reachable(inputs: Sequence[str], output: str | None) -> None:
+def check_reachable(inputs: Sequence[str], output: str | None, truth: str | None = None) -> None:
     """Refuse local paths, all normalised, where other machines do the work.
 
     Raise ``ConfigError`` if a path is local, or there is no output.
@@ -117,7 +117,8 @@ def check_reachable(inputs: Sequence[str], output: str | None) -> None:
             "no output is given, and the runner works on other machines; give a URL that they can "
             "reach (--output gs://…), or --runner=FnApiRunner."
         )
-    for name, url in (("--output", output), *(("INPUT", url) for url in inputs)):
+    tables = [] if truth is None else [("--truth", truth)]
+    for name, url in (("--output", output), *(("INPUT", url) for url in inputs), *tables):
         if urls.is_local(url):
             raise ConfigError(
                 f"{name} is the local path {url}, and the runner works on other machines; "

@@ -15,25 +15,27 @@ from pipeline.training.data.dataset import ClipSet, ClipSets, make_clip_sets
 from pipeline.training.display import DecodingDisplay
 from pipeline.training.output import ERRORS_NAME
 from pipeline.training.plan import TrainPlan
+from pipeline.training.settle import Head, settle_head
 from transforms.errors import InputError
 from transforms.records import ItemFailure
 from transforms.sources.read_unit import Found
 
 
-def prepare_clips(plan: TrainPlan, config: TrainConfig) -> tuple[ClipSets, list[ItemFailure]]:
-    """Decode the clips that are not in the cache yet, and settle the labels.
+def prepare_clips(plan: TrainPlan, config: TrainConfig) -> tuple[ClipSets, list[ItemFailure], Head]:
+    """Decode the clips that are not in the cache yet, and settle the labels and the head.
 
-    Returns the clips, and the items that could not be decoded. Raise ``InputError`` if the labels
+    Returns also the items that could not be decoded. Raise ``InputError`` if the labels
     or the audio cannot be learnt from.
     """
     caches = [_cache(plan, plan.found, config)]
     if plan.found_validation is not None:
         caches.append(_cache(plan, plan.found_validation, config, " for validation"))
-    keeps_head = config.training.head == "keep"
+    texts = {text for clip in caches[0].clips for text in clip.item.truth or ()}
+    head = settle_head(config, plan.initial, sorted(texts))
     sets = make_clip_sets(
         *caches,
         hold_out=config.hold_out,
-        label_names=plan.initial.labels if keeps_head else plan.initial.wanted_labels,
+        label_names=plan.initial.labels if head.is_kept else plan.initial.wanted_labels,
         loss=config.training.loss,
         max_failed=config.max_failed,
     )
@@ -43,7 +45,7 @@ def prepare_clips(plan: TrainPlan, config: TrainConfig) -> tuple[ClipSets, list[
     failures = [failure for cached in caches for failure in cached.failures]
     for line in (*sets.warnings, *describe_failures(failures)):
         say(line)  # even if the run is to be quiet
-    return sets, failures
+    return sets, failures, head
 
 
 def _cache(plan: TrainPlan, found: Found, config: TrainConfig, purpose: str = "") -> CachedClips:

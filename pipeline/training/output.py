@@ -42,6 +42,8 @@ _WRITTEN = (
     *MODEL_FILES,
     *(STATE_NAME, HISTORY_NAME, CURVES_NAME, VALIDATION_NAME, ERRORS_NAME, TRAIN_NAME),
 )
+# Keys of ``training`` that the clips decide where they are not given, and what they are until then.
+_OPEN = {"batch_size": None, "head": "auto"}
 _CURVES_EVERY_S = 30.0
 
 
@@ -66,13 +68,17 @@ def find_training(plan: TrainPlan) -> Mapping[str, Any] | None:
     try:
         record: Mapping[str, Any] = json.loads(reading.read_bytes(url))
         before = {**record["results"], "data": None}
-        _ = record["status"], record["inputs"]
+        _ = record["status"], record["inputs"], record["config"]["training"]["epochs"]
+        now = {**plan.results, "data": None, "training": {**plan.results["training"]}}
+        for key, value in _OPEN.items():
+            if now["training"][key] == value:
+                now["training"][key] = before["training"][key]
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(
             f"{url} is not the record of a training ({type(error).__name__}: {error}); give "
             "another --output, or start again with --overwrite."
         ) from error
-    check_same_training(plan, before, {**plan.results, "data": None})
+    check_same_training(plan, before, now)
     return record
 
 
@@ -85,6 +91,29 @@ def check_same_training(plan: TrainPlan, before: Mapping[str, Any], now: Mapping
             + "\n".join(differences)
             + "\nGive another --output, go back to those settings, or start again with --overwrite."
         )
+
+
+def check_epochs(output: str, record: Mapping[str, Any], config: TrainConfig) -> int:
+    """Return how many epochs an earlier run had.
+
+    Raise ``OutputError`` if this one is to have fewer, or more without the state to extend.
+    """
+    before: int = record["config"]["training"]["epochs"]
+    now = config.training.epochs or before
+    if now < before:
+        raise OutputError(
+            f"{output} holds another training:\n  training.epochs: {before} there, {now} now\nMore "
+            "epochs extend it, and fewer are another training. Give another --output, or start "
+            "again with --overwrite."
+        )
+    state = urls.join(output, STATE_NAME)
+    if now > before and is_done(record) and not filesystem.exists(state):
+        raise OutputError(
+            f"{output} cannot be extended from {before} to {now} epochs: {state}, the state at its "
+            f"end, is gone. Train its model further into another folder: --model {output}, or "
+            "start again with --overwrite."
+        )
+    return before
 
 
 def is_done(record: Mapping[str, Any]) -> bool:

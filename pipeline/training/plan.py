@@ -40,9 +40,10 @@ _DECISIVE = (
     *("model", "architecture", "training", "optimizer", "schedule", "augmentation", "averaging"),
     *("pretraining", "window", "cache", "hold_out", "limit"),
 )
-# Keys in them that it does not depend on, or that are recorded elsewhere with more precision.
+# Keys in them that it does not depend on, or that are recorded or compared elsewhere.
 _INDECISIVE = {
     *(("training", "device"), ("training", "loader_processes")),
+    ("training", "epochs"),  # more of them extend a training
     *(("model", "name"), ("cache", "folder")),
 }
 

@@ -8,9 +8,10 @@ The output is a folder that ``--model`` and transformers take:
     history.csv  curves.png    the figures of every epoch
     validation.jsonl           a manifest of the clips that were held out
     errors.parquet             a row per clip that could not be used, if there is one
+    _resume.pt                 the whole state, to resume with or to extend by more epochs
     cache/                     decoded audio, until the training is done; --cache keeps it elsewhere
 
-The same command resumes an unfinished training.
+The same command resumes an unfinished training, and extends an ended one with more --epochs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from pipeline.training.output import (
     MODEL_FILES,
     VALIDATION_NAME,
     Recorder,
+    check_epochs,
     check_removable,
     check_same_training,
     find_training,
@@ -50,8 +52,24 @@ from pipeline.training.output import (
     validation_manifest,
     write_file,
 )
-from pipeline.training.plan import TrainPlan, describe_train_plan, local_output, make_train_plan
-from pipeline.training.stages.finetuning import Best, FinetuningStage
+from pipeline.training.plan import (
+    TrainPlan,
+    describe_train_plan,
+    local_output,
+    make_train_plan,
+    what_changes_training,
+)
+from pipeline.training.settle import (
+    Settled,
+    Start,
+    describe_start,
+    describe_steps,
+    measure_start,
+    settle_training,
+    warn_of_few_steps,
+    warn_of_result,
+)
+from pipeline.training.stages.finetuning import FinetuningStage
 from pipeline.training.stages.loop import STATE_NAME, Progress, Row, Stage, run_stages
 from pipeline.training.stages.pretraining import PretrainingStage, predictable
 from pipeline.training.stages.steps import InputLoader
@@ -63,7 +81,7 @@ from transforms.process.devices import threads_of
 from transforms.process.limits import usable_cores
 from transforms.process.temp_folders import sweep
 from transforms.records import ItemFailure
-from transforms.storage import reading, urls, writing
+from transforms.storage import filesystem, reading, urls, writing
 
 _MAX_LOADERS = 8
 
@@ -85,20 +103,38 @@ def run_train(config: TrainConfig) -> int:
         if config.overwrite:
             check_removable(plan)
         record = None if config.overwrite else find_training(plan)
-        if record is not None and is_done(record) and record["inputs"] == plan.inputs_digest:
+        epochs_before = None if record is None else check_epochs(output, record, config)
+        is_over = (
+            record is not None
+            and is_done(record)
+            and (config.training.epochs in (None, epochs_before))
+        )
+        if record is not None and is_over and record["inputs"] == plan.inputs_digest:
             return _say_done(output)
-        clips, failures = prepare_clips(plan, config)
+        clips, failures, head = prepare_clips(plan, config)
+        settled = settle_training(
+            config.training,
+            len(clips.train),
+            keeps_head=head.is_kept,
+            epochs_before=epochs_before,
+        )
+        config = settled.put_into(config)
+        for line in filter(None, (head.note, describe_steps(settled, len(clips.train)))):
+            say(line, quiet=config.quiet)
+        for line in warn_of_few_steps(settled, len(clips.train)):
+            say(line)
         validation = None if clips.validation is None else digest_clips(clips.validation)
         data = {"train": digest_clips(clips.train), "validation": validation}
-        plan = dataclasses.replace(plan, results={**plan.results, "data": data})
+        results = what_changes_training(config, plan.initial, plan.precision, plan.learning_rate)
+        plan = dataclasses.replace(plan, results={**results, "data": data})
         if record is not None:
             check_same_training(plan, record["results"], plan.results)
         if config.overwrite:
             remove_training(output)
-        if record is None or not is_done(record):
-            train(plan, clips, failures, config, record)
-        else:
+        if is_over:
             _say_done(output)
+        else:
+            train(plan, clips, failures, config, settled, record)
         if config.cache.folder is None:
             remove_cache(plan.cache)
     return 0
@@ -116,9 +152,13 @@ def train(
     clips: ClipSets,
     failures: Sequence[ItemFailure],
     config: TrainConfig,
+    settled: Settled,
     earlier: Mapping[str, Any] | None,
 ) -> None:
-    """Run the stages and write the results; ``earlier`` is the record that this run resumes."""
+    """Run the stages and write the results; ``earlier`` is the record that this run resumes.
+
+    ``config`` has what was ``settled``.
+    """
     torch.set_num_threads(threads_of(1))
     began_s = time.monotonic()
     statistics = settle_statistics(plan, clips.train, earlier, quiet=config.quiet)
@@ -135,9 +175,13 @@ def train(
         clips.train.label_names,
         config.training.loss,
         config.training.seed,
-        keeps_head=config.training.head == "keep",
+        keeps_head=settled.head == "keep",
     ).to(torch.device(plan.device))
-    stages, teaching = make_stages(plan, clips, config, model, statistics)
+    stages, teaching = make_stages(plan, clips, config, settled, model, statistics)
+    start = begin(plan, config, recorder, teaching, earlier)
+    if start is not None:
+        num_clips = len(clips.validation or ())
+        say(describe_start(config, start, num_clips), quiet=config.quiet)
     with EpochDisplay(stages, config.training.metric, quiet=config.quiet) as display:
 
         def on_resume(stage: Stage, num_epochs: int) -> None:
@@ -162,11 +206,39 @@ def train(
             on_epoch=on_epoch,
             on_saved=on_saved,
         )
-    finish(plan, config, recorder, teaching, progress)
-    for line in describe_training(config, teaching, progress):
+    last = progress.history[-1]
+    warnings = warn_of_result(config, start, teaching.best, last, plan.learning_rate)
+    finish(plan, config, recorder, teaching, progress, warnings)
+    for line in (*describe_training(config, teaching, progress), *warnings):
         answer(line)
     answer(f"Written: {plan.output}; earmark label INPUT… --model {plan.output} uses it.")
     say(f"Took {format_duration(time.monotonic() - began_s)}.", quiet=config.quiet)
+
+
+def begin(
+    plan: TrainPlan,
+    config: TrainConfig,
+    recorder: Recorder,
+    teaching: FinetuningStage,
+    earlier: Mapping[str, Any] | None,
+) -> Start | None:
+    """Measure the start, or take it from the run that this one resumes; see ``measure_start``.
+
+    Where training starts with this very model, it is epoch 0 for the choice of the best.
+    """
+    if earlier is not None and "start" in earlier:
+        start = None if earlier["start"] is None else Start(**earlier["start"])
+    else:
+        start = measure_start(
+            config, plan.initial, teaching.model, teaching.validation, teaching.scorer
+        )
+    recorder.write_record(start=None if start is None else dataclasses.asdict(start))
+    if start is not None:
+        teaching.best = start.as_best(config.training.metric)
+    has_state = filesystem.exists(urls.join(plan.output, STATE_NAME))
+    if teaching.best is not None and not has_state:
+        recorder.write_model(teaching.model, "best")
+    return start
 
 
 def settle_statistics(
@@ -186,6 +258,7 @@ def make_stages(
     plan: TrainPlan,
     clips: ClipSets,
     config: TrainConfig,
+    settled: Settled,
     model: ASTForAudioClassification,
     statistics: tuple[float, float],
 ) -> tuple[list[Stage], FinetuningStage]:
@@ -199,7 +272,7 @@ def make_stages(
     if num_loaders is None:
         num_loaders = 0 if plan.device == "cpu" else min(_MAX_LOADERS, usable_cores())
     batches = BatchSettings(
-        batch_size=training.batch_size,
+        batch_size=settled.batch_size,
         window_samples=windows.window_samples,
         sampler=training.sampler,
         seed=training.seed,
@@ -208,7 +281,7 @@ def make_stages(
     scorer = Scorer(
         KaldiFbank(fbank).to(device),
         windows,
-        training.batch_size,
+        settled.batch_size,
         "softmax" if training.loss == "cross_entropy" else "sigmoid",
         plan.precision,
     )
@@ -218,6 +291,7 @@ def make_stages(
         clips.validation,
         scorer,
         config,
+        settled.epochs,
         plan.learning_rate,
         plan.precision,
     )
@@ -237,8 +311,9 @@ def finish(
     recorder: Recorder,
     teaching: FinetuningStage,
     progress: Progress,
+    warnings: Sequence[str],
 ) -> None:
-    """Write the weights that are kept, close the record, and remove the state."""
+    """Write the weights that are kept, and close the record; the state stays, to be extended."""
     recorder.write_history(progress.history, draw=True)
     recorder.write_model(teaching.model, "last")
     averaged = teaching.averages.model
@@ -255,8 +330,8 @@ def finish(
         if best is None
         else {"epoch": best.epoch, config.training.metric: best.figure, "loss": best.loss},
         last=progress.history[-1],
+        warnings=list(warnings),
     )
-    writing.remove(urls.join(plan.output, STATE_NAME))
 
 
 def describe_training(
@@ -266,11 +341,13 @@ def describe_training(
     metric, last = config.training.metric, progress.history[-1]
     name, best = METRIC_NAMES[metric], teaching.best
     lines = [
-        f"Trained {counted(teaching.epochs, 'epoch')}. The model has {describe_kept(config, best)}."
+        f"Trained {counted(teaching.epochs, 'epoch')}. The model has "
+        f"{describe_kept(config, teaching)}."
     ]
     if best is not None:
+        when = f"epoch {best.epoch}" if best.epoch else "before training"
         lines.append(
-            f"Validation {name}: {best.figure:.4f} at best (epoch {best.epoch}), "
+            f"Validation {name}: {best.figure:.4f} at best ({when}), "
             f"{last[f'validation_{metric}']:.4f} in the last epoch."
         )
     averaged = last.get(f"averaged_{metric}")
@@ -279,13 +356,15 @@ def describe_training(
     return lines
 
 
-def describe_kept(config: TrainConfig, best: Best | None) -> str:
+def describe_kept(config: TrainConfig, teaching: FinetuningStage) -> str:
     """Say which weights the model in the output has."""
-    averaging = config.averaging
+    averaging, best = config.averaging, teaching.best
+    if config.training.keep == "best" and best is not None and best.epoch == 0:
+        return "the weights that it started with"
     if config.training.keep == "best" and best is not None:
         return f"the weights of the best epoch ({best.epoch})"
     if config.training.keep == "last":
-        return f"the weights of the last epoch ({config.training.epochs})"
+        return f"the weights of the last epoch ({teaching.epochs})"
     if averaging.moving_decay is not None:
         return f"the moving average of the weights (decay {averaging.moving_decay:g} per step)"
     return (

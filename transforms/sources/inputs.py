@@ -185,6 +185,7 @@ class _Finder:
                 self._excluded.append(os.path.realpath(folder))
         self._bare: list[Item] = []
         self._rows: list[ManifestRow] = []
+        self._rows_of: dict[str, range] = {}  # by manifest
         self._containers: dict[str, Container] = {}
         self._failures: list[Failure] = []
         self._skipped: Counter[str] = Counter()
@@ -421,6 +422,7 @@ class _Finder:
     def _add_manifest(self, url: str, uri: str) -> None:
         self._tables_read.add(url)
         is_empty = True
+        first = len(self._rows)
         wholes: dict[str, ContainerRow] = {}  # each slice of a container may have a row
         rows = read_manifest(url, self._max_page_bytes, self._tables, self._note, self._warn)
         for row in self._counted(rows):
@@ -433,6 +435,7 @@ class _Finder:
                 self._rows.append(row)
         if is_empty:
             raise InputError(f"the manifest {uri} holds no rows")
+        self._rows_of[url] = range(first, len(self._rows))
         self._add_wholes(wholes)
 
     def _add_wholes(self, wholes: Mapping[str, ContainerRow]) -> None:
@@ -520,6 +523,7 @@ class _Finder:
             if clip_id in bare:
                 raise _same_id(clip_id, row, "the input itself", by_id[clip_id].uri)
         facts = filesystem.stat_many(row.item.url for row in rows.values())
+        self._check_some_exist(facts)
         for clip_id, row in rows.items():
             found = facts[row.item.url]
             if isinstance(found, OSError):
@@ -530,6 +534,23 @@ class _Finder:
         if self._tables.labels_from is None:
             return list(by_id.values())
         return [labelled_by_folder(item) for item in by_id.values()]
+
+    def _check_some_exist(self, facts: Mapping[str, FileInfo | OSError]) -> None:
+        """Refuse a manifest none of whose files exists: its paths are relative to something else.
+
+        The tables of a result count as one: a unit may well have lost all of its files.
+        """
+        rows_of: dict[str, list[ManifestRow]] = defaultdict(list)
+        own = ""
+        for url, indices in self._rows_of.items():
+            rows = [self._rows[index] for index in indices]
+            if rows and not rows[0].path:
+                own = url = own or url
+            rows_of[url] += rows
+        missing = (FileNotFoundError, NotADirectoryError)
+        for url, rows in rows_of.items():
+            if rows and all(isinstance(facts.get(row.item.url), missing) for row in rows):
+                raise _none_exists(url, rows, self._tables.root or urls.parent(url))
 
     def _asked_for(self, items: list[Item]) -> Iterator[Container]:
         """Yield the containers of the members and rows that manifests list."""
@@ -581,6 +602,21 @@ def _why(uri: str, error: Exception) -> str:
     if isinstance(error, PermissionError):
         text += "; give this user permission to read it, or give another input"
     return text if uri in text else f"{uri} cannot be read: {text}"
+
+
+def _none_exists(url: str, rows: Sequence[ManifestRow], root: str) -> InputError:
+    uri = printable(public_uri(url))
+    example = rows[0].item.uri
+    written = printable(public_uri(rows[0].path))
+    if written not in ("", example):
+        folder = printable(public_uri(root))
+        example += f" (written as {written}; paths are relative to {folder})"
+    return InputError(
+        f"{uri} names no file that exists: {len(rows):,} missing, such as {example}. Correct the "
+        "paths, or name the folder that they are relative to: --set manifest.root=FOLDER. If it "
+        "only says what is true of audio elsewhere: "
+        f"earmark label AUDIO… --truth {uri}"
+    )
 
 
 def _bare_item(info: FileInfo) -> Item:

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transforms.errors import InputError, ReadError
@@ -55,12 +55,14 @@ class ManifestRow:
     """A valid row of a manifest; ``item`` is without size and version.
 
     ``own_name`` is the clip id unless the manifest gives one: equal for two rows that name the same
-    thing. ``where`` is the manifest and the line or row, for messages.
+    thing. ``where`` is the manifest and the line or row, for messages. ``path`` is the file as the
+    manifest names it, which may carry a signature; empty in the tables of a result.
     """
 
     item: Item
     own_name: str
     where: str
+    path: str = field(default="", repr=False)
 
     def with_truth_of(self, other: ManifestRow) -> ManifestRow:
         """Return the row with another row's labels appended, each once."""
@@ -132,7 +134,7 @@ def read_row(
 def _make_row(
     url: str, line: str, values: dict[str, Any], settings: TableSettings, *, of_ours: bool
 ) -> ManifestRow:
-    target = _target_of(url, values, settings)
+    target, path = _target_of(url, values, settings)
     uri = public_uri(target)
     member, row = _text(values, _name(settings, "member")), _row_number(values, settings)
     _check_kind(target, uri, member, row)
@@ -162,7 +164,7 @@ def _make_row(
     )
     if own_id and (occurrence := occurrence_of(item)) > 1:
         name = make_clip_id(uri, member, occurrence, row=row, start_s=start_s, end_s=end_s)
-    return ManifestRow(item, name, f"{line} of {shown_uri(url)}")
+    return ManifestRow(item, name, f"{line} of {shown_uri(url)}", "" if of_ours else path)
 
 
 def _name(settings: TableSettings, known: str) -> str:
@@ -183,8 +185,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
 
 
-def _target_of(url: str, values: dict[str, Any], settings: TableSettings) -> str:
-    """Return the URL of the row's file, and take its column out of the values."""
+def _target_of(url: str, values: dict[str, Any], settings: TableSettings) -> tuple[str, str]:
+    """Return the URL and the path of the row's file, and take its column out of the values."""
     if settings.pattern is not None:
         column, path = "manifest.pattern", path_of_row(settings.pattern, values)
     else:
@@ -193,7 +195,7 @@ def _target_of(url: str, values: dict[str, Any], settings: TableSettings) -> str
         if not column:
             raise ReadError(f"names no file; expected one of {', '.join(names)}")
         path = values.pop(column)
-    return _target(_base_of(url, settings.root), column, path)
+    return _target(_base_of(url, settings.root), column, path), path
 
 
 @functools.lru_cache(maxsize=64)

@@ -33,7 +33,7 @@ from transforms.models.ast.model import ASTForAudioClassification
 
 
 class Best(NamedTuple):
-    """The best epoch by validation, counted from 1, with its metric and its validation loss."""
+    """The best epoch by validation, from 1, with its metric and validation loss; 0 is the start."""
 
     epoch: int
     figure: float
@@ -132,14 +132,15 @@ class FinetuningStage:
         validation: ClipSet | None,
         scorer: Scorer,
         config: TrainConfig,
+        epochs: int,
         learning_rate: float,
         precision: Precision,
     ) -> None:
         self._settings = config.training
-        self.epochs = config.training.epochs
+        self.epochs = epochs
         self.best: Best | None = None
         self.model = model
-        self._inputs, self._validation, self._scorer = inputs, validation, scorer
+        self._inputs, self.validation, self.scorer = inputs, validation, scorer
         self._precision, self._patch_drop = precision, config.augmentation.patch_drop
         freeze_all_but(model, config.training.trained_layers)
         self.averages = Averages(model, config.averaging)
@@ -185,9 +186,9 @@ class FinetuningStage:
 
     def _validate(self, epoch: int) -> Row:
         is_due = (epoch + 1) % self._settings.validate_every == 0 or epoch + 1 == self.epochs
-        if self._validation is None or not is_due:
+        if self.validation is None or not is_due:
             return {}
-        validation = validate(self.model, self._validation, self._scorer)
+        validation = validate(self.model, self.validation, self.scorer)
         figures = _figures(validation, "validation")
         figure = getattr(validation.metrics, self._settings.metric)
         if figure is not None:
@@ -195,7 +196,7 @@ class FinetuningStage:
             self.best = now if is_better(now, self.best) else self.best
         averaged = self.averages.model
         if averaged is not None:
-            figures |= _figures(validate(averaged, self._validation, self._scorer), "averaged")
+            figures |= _figures(validate(averaged, self.validation, self.scorer), "averaged")
         return figures
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ finds the figures that an epoch printed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -53,9 +53,18 @@ class Validation(NamedTuple):
     loss: float
 
 
-def validate(model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer) -> Validation:
-    """Measure a model on labelled clips; raise ``TrainingError`` if a score is NaN or infinite."""
+def validate(
+    model: ASTForAudioClassification,
+    clips: ClipSet,
+    scorer: Scorer,
+    columns: Sequence[int] | None = None,
+) -> Validation:
+    """Measure a model on labelled clips; raise ``TrainingError`` if a score is NaN or infinite.
+
+    ``columns`` are the model's outputs for the labels of the clips; None if it has just these.
+    """
     scores = score_clips(model, clips, scorer)
+    scores = scores if columns is None else scores[:, columns]
     is_bad = ~np.isfinite(scores).all(axis=1)
     if is_bad.any():
         first = clips.clips[int(is_bad.argmax())].item.clip_id
@@ -92,8 +101,8 @@ def loss_of_scores(
 def score_clips(
     model: ASTForAudioClassification, clips: ClipSet, scorer: Scorer
 ) -> npt.NDArray[np.float32]:
-    """Score every clip for every label; shape (clips, labels)."""
-    scores = np.empty((len(clips), len(clips.label_names)), np.float32)
+    """Score every clip for every label of the model; shape (clips, labels)."""
+    scores = np.empty((len(clips), model.config.num_labels), np.float32)
     was_training = model.training
     model.eval()
     backbone = model.audio_spectrogram_transformer

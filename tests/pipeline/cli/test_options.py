@@ -98,6 +98,15 @@ def test_every_option_of_train_reaches_its_key(calls: Calls) -> None:
     assert set(given) == set(KEYS[TrainConfig]) - {"--train", "--validation", "--column"}
 
 
+def test_the_label_column_of_train_is_one_of_the_columns(calls: Calls) -> None:
+    assert cli.main([*TRAINING, "--label-column", "category"]) == 0
+    assert cli.main([*TRAINING, "--column", "uri=clip", "--label-column", "category"]) == 0
+    assert [config.manifest.columns for (config,) in calls] == [
+        ("label=category",),
+        ("uri=clip", "label=category"),
+    ]
+
+
 def test_train_takes_several_validation_inputs(calls: Calls) -> None:
     assert cli.main([*TRAINING[:5], "-v", "x.csv", "--validation", "y.csv"]) == 0
     (config,) = calls[-1]

@@ -120,7 +120,7 @@ CHECKPOINT = "model.name=m"
             "averaging.moving_decay",
             "use one of them",
         ),
-        (["training.head=keep", SCRATCH], "training.head", "must be new without model.name"),
+        (["training.head=keep", SCRATCH], "training.head", "must be auto or new without"),
         (["training.trained_layers=0", SCRATCH], "training.trained_layers", "must be null"),
         (
             ["training.trained_layers=0", CHECKPOINT, "pretraining.epochs=20"],

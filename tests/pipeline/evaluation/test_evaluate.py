@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
@@ -95,7 +98,7 @@ def results(
 
 @pytest.fixture
 def truth(tmp_path: Path, clips: Path) -> Path:
-    """A manifest beside the clips' own folder: only the stems tell which is which."""
+    """A manifest beside the clips' own folder: only the names tell which is which."""
     path = tmp_path / "truth.csv"
     lines = [f"clip{i}.ogg,{label_of(i)}\n" for i in range(NUM_CLIPS)]
     path.write_text("filename,label\n" + "".join(lines))
@@ -163,8 +166,64 @@ def test_the_figures_are_sklearns(
     assert np.sum(found["confusion"]) == NUM_CLIPS
     assert "Left out" not in said.out
     assert re.search(r"^dog +3 +\d\.\d{4}", said.out, re.MULTILINE)
+    joined = f"Clips joined with a row of the truth: {NUM_CLIPS} by the end of the path (such as "
+    assert joined in said.out
+    assert found["joined"] == {"clip_id": 0, "uri": 0, "path": NUM_CLIPS}
+    assert any(note.startswith(joined) for note in found["notes"])
     picture = (tmp_path / "out" / "evaluation.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
+
+
+def test_mistakes_are_written_and_the_first_of_them_printed(
+    earmark: Command, results: dict[str, Path], truth: Path, tmp_path: Path
+) -> None:
+    said = earmark("evaluate", results["softmax"], "--truth", truth, "-o", tmp_path / "out")
+    scores, positives = scores_in_order(results["softmax"]), expected_truth()
+    wrong = {
+        f"clip{index}.wav": [TINY_LABELS[positives[index].argmax()], TINY_LABELS[best]]
+        for index, best in enumerate(scores.argmax(1))
+        if not positives[index, best]
+    }
+    assert wrong
+    with (tmp_path / "out" / "mistakes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {Path(row["clip_id"]).name: [row["truth"], row["guess"]] for row in rows} == wrong
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    assert figures(tmp_path / "out")["mistakes"] == len(wrong)
+    assert f"{len(wrong)} clips whose best label is not true" in said.out
+    assert f"  {rows[0]['clip_id']}: {rows[0]['truth']} taken for {rows[0]['guess']}" in said.out
+    quiet = earmark("evaluate", results["softmax"], "-t", truth, "-o", tmp_path / "out", "-q")
+    assert "taken for" not in quiet.out
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_stem_joins_no_files_of_other_folders_whatever_the_table(
+    earmark: Command, results: dict[str, Path], clips: Path, tmp_path: Path, kind: str
+) -> None:
+    rows = [{"uri": f"elsewhere/clip{i}.wav", "label": "dog"} for i in range(NUM_CLIPS)]
+    rows[0]["uri"] = f"{clips.name}/clip0.wav"
+    table = tmp_path / f"truth.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), table)
+    elif kind == "jsonl":
+        write_manifest(table, rows)
+    else:
+        table.write_text("uri,label\n" + "".join(f"{row['uri']},dog\n" for row in rows))
+    said = earmark("evaluate", results["softmax"], "-t", table, "-o", tmp_path / "out")
+    assert said.code == 0, said.err
+    assert figures(tmp_path / "out")["counts"]["clips"] == 1
+    assert figures(tmp_path / "out")["counts"]["rows_without_clip"] == NUM_CLIPS - 1
+
+
+def test_clips_that_are_not_in_all_averaged_results_are_counted(
+    earmark: Command, results: dict[str, Path], clips: Path, truth: Path, models: list[Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    some = [clips / f"clip{index}.wav" for index in range(4)]
+    assert earmark("label", *some, "-o", tmp_path / "some", "-m", models[1], "-q").code == 0
+    both = [results["softmax"], tmp_path / "some"]
+    said = earmark("evaluate", *both, "-t", truth, "-o", tmp_path / "out")
+    assert f"{NUM_CLIPS - 4} clips not in all of them left out" in said.out
 
 
 def test_without_an_output_the_evaluation_lies_in_the_result_and_does_no_harm(
@@ -259,7 +318,8 @@ def test_a_name_that_means_two_files_is_not_guessed(
     said = earmark("evaluate", out, "--truth", manifest)
     assert said.code == 0, said.err
     assert figures(out / "evaluation")["counts"]["clips"] == 2
-    assert "1 file names mean more than one row or clip, such as same." in said.out
+    assert "1 of the truth's names fit several clips or rows, such as same.ogg." in said.out
+    assert figures(out / "evaluation")["joined"] == {"clip_id": 0, "uri": 0, "path": 2}
 
 
 def test_with_several_labels_there_is_no_accuracy(
@@ -292,6 +352,7 @@ def test_scores_of_several_results_are_averaged(
         average_precision_score(expected_truth(), mean, average="macro"), rel=1e-9
     )
     assert found["results"] == [str(path) for path in both]
+    assert "the scores of 2 results are averaged, clip by clip; evaluate each of them" in said.out
 
 
 def test_results_of_other_labels_or_clips_cannot_be_averaged(
@@ -423,4 +484,5 @@ def test_results_that_cannot_be_evaluated(
     others.write_text("filename,label\nother.wav,dog\n")
     said = earmark("evaluate", results["softmax"], "-t", others)
     assert said.code == 2
-    assert re.search(r"no clip of \S+ has a row in the truth; one of them is \S+clip", said.err)
+    assert re.search(r"no clip of \S+ has a row in the truth: one of the clips is \S+", said.err)
+    assert f"relative to its folder, {tmp_path}" in said.err

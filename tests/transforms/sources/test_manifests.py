@@ -336,11 +336,12 @@ def test_each_wanted_row_of_a_broken_parquet_file_is_one_failure(
 ) -> None:
     if is_there:
         put(folder, "t.parquet", "not Parquet")
-    rows = [{"uri": "t.parquet", "row": row} for row in (1, 3)]
-    items = read_all(manifest(folder, "jsonl", rows))
-    assert [(one.item.row, one.is_container) for one in failures(items)] == [(1, False), (3, False)]
+    put(folder, "a.wav")  # a manifest without any file would be refused
+    rows = [{"uri": "a.wav"}, *({"uri": "t.parquet", "row": row} for row in (1, 3))]
+    failed = failures(read_all(manifest(folder, "jsonl", rows)))
+    assert [(one.item.row, one.is_container) for one in failed] == [(1, False), (3, False)]
     reason = "is not a whole Parquet file" if is_there else f"{folder}/t.parquet: "
-    for row, failure in zip((1, 3), items, strict=True):
+    for row, failure in zip((1, 3), failed, strict=True):
         assert failure.message.startswith(f"row {row} cannot be read: {folder}/t.parquet")
         assert reason in failure.message
         assert is_there or failure.error_type == "FileNotFoundError"

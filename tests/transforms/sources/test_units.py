@@ -84,6 +84,7 @@ def test_limit_counts_failures_of_planning_after_loose_items(
     folder: str, limit: int, counts: tuple[int, int, int]
 ) -> None:
     put(folder, "x.tar", tar_bytes([("a.wav", b"1"), ("b.wav", b"2")]))
+    put(folder, "a.wav")
     listed = put(folder, "l.jsonl", '{"uri": "a.wav"}\n{\n[]\n')
     found = limit_items(find_inputs([folder + "/x.tar", listed]), limit, SMALL_UNITS)
     inside = read(plan(dataclasses.replace(found, items=())))
