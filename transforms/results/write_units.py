@@ -22,7 +22,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -347,9 +347,7 @@ class OpenUnit:
 
     def _totals(self, staged: Mapping[str, Path]) -> UnitTotals:
         num_rows = {part: _count_rows(path) for part, path in staged.items()}
-        with staged["clips"].open("rb") as stream:
-            columns = ["clip_id", "duration_s", "num_windows"]
-            clips = pq.ParquetFile(stream).read(columns=columns, use_threads=False)
+        clips = _read_columns(staged["clips"], ["clip_id", "duration_s", "num_windows"])
         windows_of_clips = pc.sum(clips["num_windows"]).as_py() or 0
         if windows_of_clips != num_rows["windows"]:
             raise AccountingError(
@@ -369,11 +367,17 @@ class OpenUnit:
 
     def _counts(self, staged: Mapping[str, Path]) -> RowCounts:
         kinds = set(self._settings.rows.optional_columns) & {"warning_kinds"}
-        clips = pq.read_table(staged["clips"], columns=[*CLIP_COLUMNS, *kinds])
+        clips = _read_columns(staged["clips"], [*CLIP_COLUMNS, *kinds])
         errors = None
         if "errors" in staged:
-            errors = pq.read_table(staged["errors"], columns=list(ERROR_COLUMNS))
+            errors = _read_columns(staged["errors"], ERROR_COLUMNS)
         return count_rows(clips, errors)
+
+
+def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Read by a stream: Arrow takes no path that is not UTF-8."""
+    with path.open("rb") as stream:
+        return pq.ParquetFile(stream).read(columns=list(columns), use_threads=False)
 
 
 def _ledger_slice(unit: WorkUnit) -> LedgerSlice | None:

@@ -121,6 +121,7 @@ def draw_deferred(pipeline: beam.Pipeline, label: LabelSettings, commit: CommitS
         run={},
         limit=None,
         keeps=True,
+        truth=None,
         retry_failed=False,
     )
     build_deferred_graph(pipeline, resolved, UNTIMED)

@@ -20,7 +20,7 @@ from tests.support.unit_factory import (
     make_window,
     row_settings,
 )
-from transforms.process.progress_counts import LiveCounts, live_counts
+from transforms.process.progress_counts import LiveCounts, LiveUnits, live_counts
 from transforms.records import (
     Carried,
     ClipRow,
@@ -181,11 +181,12 @@ def test_an_item_counts_once_in_the_progress(monkeypatch: pytest.MonkeyPatch) ->
     counts = LiveCounts()
     for name in vars(counts):
         monkeypatch.setattr(live_counts, name, getattr(counts, name))
+    monkeypatch.setattr(write_units, "live_units", LiveUnits())
     item = make_item("/a.wav")
     audio = write_units.AudioProgress()
     for event in channel_events("u", 0, item, [1, 2]):  # FACTS are of two channels
         assert live_counts.clips == 0
-        write_units._count_live(event, audio)
+        write_units._count_live(event, "u", audio)
     assert (live_counts.clips, live_counts.windows) == (1, 4)
     assert live_counts.audio_s == pytest.approx(24.0)
     assert np.isfinite(live_counts.audio_s)

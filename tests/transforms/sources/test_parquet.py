@@ -199,6 +199,7 @@ def test_a_value_without_a_python_equivalent_costs_no_rows(tmp_path: Path) -> No
     broken = pa.Array.from_buffers(pa.string(), 3, pa.array([b"fine", b"\xff", None]).buffers())
     table = pa.table({"uri": ["a.wav", "b.wav", "c.wav"], "note": broken})
     url = put(str(tmp_path), "list.parquet", parquet_bytes(table))
+    (tmp_path / "a.wav").touch()  # a table none of whose files is there would be refused
     first, second, third = find_inputs([url]).items
     assert (first.metadata, third.metadata) == ('{"note": "fine"}', None)
     assert second.metadata is not None and "<cannot be read: " in second.metadata
