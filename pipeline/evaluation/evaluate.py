@@ -62,7 +62,7 @@ PICTURE_FILE = "evaluation.png"
 MAX_SHOWN_CLASSES = 40
 NUM_BEST_AND_WORST = 10
 
-_PLACE_COLUMNS = ["clip_id", "uri", "member", "row", "start_s", "end_s"]
+_PLACE_COLUMNS = ["clip_id", "uri", "member", "row", "start_s", "end_s", "metadata"]
 
 
 @dataclass(frozen=True, eq=False)

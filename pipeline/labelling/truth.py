@@ -24,7 +24,13 @@ from typing import Literal, TypeVar, get_args
 
 from transforms.errors import InputError, ReadError
 from transforms.records import Item
-from transforms.sources.clip_ids import make_clip_id, make_truth, occurrence_of, printable
+from transforms.sources.clip_ids import (
+    make_clip_id,
+    make_truth,
+    occurrence_of,
+    original_name,
+    printable,
+)
 from transforms.sources.file_kinds import is_audio_name, manifest_extension
 from transforms.sources.inputs import Found
 from transforms.sources.manifests import ContainerRow, ManifestRow, read_manifest
@@ -129,11 +135,18 @@ def place_of(
     row: int | None = None,
     start_s: float | None = None,
     end_s: float | None = None,
+    metadata: str | None = None,
 ) -> Place:
-    """Return the names of a clip from the columns of a result."""
+    """Return the names of a clip from the columns of a result.
+
+    A Parquet row has its original name too, below its file.
+    """
     occurrence = 1 if clip_id is None else occurrence_of(Item(clip_id, uri, member=member))
     name = make_clip_id(uri, member, occurrence, row=row, start_s=start_s, end_s=end_s)
-    return Place(clip_id, name, (_path(uri, member, row),), _segment(start_s, end_s))
+    paths = (_path(uri, member, row),)
+    if original := original_name(row, metadata):
+        paths += (_path(uri, original, None),)
+    return Place(clip_id, name, paths, _segment(start_s, end_s))
 
 
 def _place_of_row(entry: ManifestRow) -> Place:

@@ -32,7 +32,7 @@ from pipeline.terminal.wording import counted
 from transforms.errors import InputError, OutputError, UsageError, in_words
 from transforms.results.commits import COMMITS, PARTS, channel_numbers, part_url, read_part
 from transforms.results.read import read_batches, read_current_commits
-from transforms.sources.clip_ids import make_clip_id
+from transforms.sources.clip_ids import make_clip_id, original_name
 from transforms.storage import filesystem, urls, writing
 from transforms.storage.secrets import public_uri
 
@@ -298,7 +298,8 @@ class _Result:
         for name in resolved:
             if known and name not in own:
                 close = difflib.get_close_matches(name, own, 1, cutoff=0.5)
-                hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(own[:10])} …"
+                some = ", ".join(own[:10]) + (" …" if len(own) > 10 else "")
+                hint = f"did you mean {close[0]!r}?" if close else f"it has {some}"
                 raise UsageError(f"--label is {name!r}, which the model does not have; {hint}")
         return resolved
 
@@ -352,11 +353,8 @@ def _why_empty(folder: str) -> str:
 
 def _original_names(clips: pa.Table) -> pa.Array:
     """Return the ``path`` that the metadata of Parquet rows gives, else null."""
-    names = []
-    for row, metadata in zip(clips["row"].to_pylist(), clips["metadata"].to_pylist(), strict=True):
-        path = None if row is None or metadata is None else json.loads(metadata).get("path")
-        names.append(path if isinstance(path, str) else None)
-    return pa.array(names, pa.string())
+    rows = zip(clips["row"].to_pylist(), clips["metadata"].to_pylist(), strict=True)
+    return pa.array([original_name(row, metadata) for row, metadata in rows], pa.string())
 
 
 def _whole_clips(clips: pa.Table) -> pa.Table:
@@ -401,6 +399,7 @@ def _write_list(result: _Result, settings: ExportSettings, end: str, write: Writ
     if settings.threshold is None and settings.top_k is None and settings.labels:
         settings = replace(settings, top_k=1)  # nearly every label is stored with some score
     seen: set[str] = set()
+    num_inside = 0
     for unit_id in result.unit_ids:
         if settings.takes_all:
             tables = iter([result.clips(unit_id, CLIP_COLUMNS)])
@@ -411,7 +410,12 @@ def _write_list(result: _Result, settings: ExportSettings, end: str, write: Writ
                 path = _path_of(row)
                 if path not in seen:
                     seen.add(path)
+                    num_inside += row["member"] is not None or row["row"] is not None
                     write(f"{path}{end}".encode("utf-8", "surrogateescape"))
+    if num_inside:
+        say(
+            f"{num_inside:,} of these lie in tars or Parquet files, and are named by their clip ids."
+        )
     return len(seen)
 
 

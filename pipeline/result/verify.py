@@ -28,6 +28,7 @@ from pipeline.exit_codes import EXIT_DONE, EXIT_INCOMPLETE
 from pipeline.result.state import SUCCESS_FILE, ResultState, read_result
 from pipeline.terminal.count_report import describe_errors, describe_warnings, totals_record
 from pipeline.terminal.std_streams import answer
+from pipeline.terminal.wording import counted
 from transforms.errors import InputError, OutputError
 from transforms.results.commits import (
     COMMITS,
@@ -156,8 +157,8 @@ def _totals(state: ResultState) -> dict[str, Any]:
 
 def _in_words(num_units: int, totals: Mapping[str, Any]) -> str:
     return (
-        f"{num_units} units, {totals['clips']} clips, {totals['windows']} windows, "
-        f"{totals['failures']} failures"
+        f"{counted(num_units, 'unit')}, {counted(totals['clips'], 'clip')}, "
+        f"{counted(totals['windows'], 'window')}, {counted(totals['failures'], 'failure')}"
     )
 
 
@@ -260,14 +261,14 @@ def _check_run(state: ResultState) -> Iterator[Finding]:
         return
     if state.damaged or state.unreadable or state.superseded:
         return  # the sums cannot agree, and the reason has been given
-    counted = sum((commit.totals for commit in state.commits.values()), UnitTotals())
+    from_commits = sum((commit.totals for commit in state.commits.values()), UnitTotals())
     written = state.run.get("totals") or {}
     for name in ("items", "clips", "failures", "windows"):
-        if written.get(name) != getattr(counted, name):
+        if written.get(name) != getattr(from_commits, name):
             yield Finding(
                 url,
                 f"it says {written.get(name)} {name}, and the commits hold "
-                f"{getattr(counted, name)}",
+                f"{getattr(from_commits, name)}",
             )
 
 

@@ -89,6 +89,12 @@ def same_name(clip_id: str) -> str:
     return re.sub("%25([89A-F][0-9A-F])", r"%\1", clip_id)
 
 
+def original_name(row: int | None, metadata: str | None) -> str | None:
+    """Return the name that a Parquet row's metadata gives (Hugging Face's ``path``), or None."""
+    name = None if row is None or metadata is None else json.loads(metadata).get("path")
+    return name if isinstance(name, str) else None
+
+
 def occurrence_of(item: Item) -> int:
     """Return which member of its name an item is, from 1, by its clip id."""
     if item.member is None:

@@ -104,6 +104,17 @@ def test_segments_members_and_rows_are_places_of_their_own() -> None:
     assert match_rows(rows, clips).row_of_clip == (None, 0, 1, None, 2)
 
 
+def test_a_parquet_row_is_found_by_its_original_name() -> None:
+    uri = "/x/p.parquet"
+    named = [
+        place_of(f"{uri}#row={index}", uri, row=index, metadata=json.dumps({"path": path}))
+        for index, path in enumerate(["fold1/a.wav", "b.wav", "c.wav"])
+    ]
+    clips = [*named, place_of(f"{uri}#row=3", uri, row=3, metadata='{"path": 5}')]
+    rows = [row("b.wav"), row("a.wav"), row("p.parquet/row=3"), row("p.parquet/row=2")]
+    assert match_rows(rows, clips).row_of_clip == (1, 0, 3, 2)
+
+
 def test_the_second_member_of_a_name_is_not_the_first() -> None:
     uri = "/x/t.tar"
     rows = [row("t.tar/a.wav", name=f"{uri}#a.wav"), row("t.tar/a.wav", name=f"{uri}#a.wav~2")]
