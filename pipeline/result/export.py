@@ -413,9 +413,7 @@ def _write_list(result: _Result, settings: ExportSettings, end: str, write: Writ
                     num_inside += row["member"] is not None or row["row"] is not None
                     write(f"{path}{end}".encode("utf-8", "surrogateescape"))
     if num_inside:
-        say(
-            f"{num_inside:,} of these lie in tars or Parquet files, and are named by their clip ids."
-        )
+        say(f"{num_inside:,} of these lie in tars or Parquet files, named by their clip ids.")
     return len(seen)
 
 

@@ -372,6 +372,7 @@ class ProgressDisplay:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="earmark-progress", daemon=True)
         self._began_s = 0.0
+        self._shown: tuple[Moment, Expected] | None = None
 
     def __enter__(self) -> Self:
         self._began_s = self._clock()
@@ -383,7 +384,8 @@ class ProgressDisplay:
         self._stop.set()
         self._thread.join()
         if exc_type is not None:
-            self._display.finish(*self._look())
+            # Units in progress have been given up by now, and are no part of what is read.
+            self._display.finish(*(self._shown or self._look()))
             return
         refresh: Callable[[], None] | None = getattr(self._read, "refresh", None)
         if refresh is not None:
@@ -393,7 +395,8 @@ class ProgressDisplay:
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_INTERVAL_S):
-            self._display.update(*self._look())
+            self._shown = self._look()
+            self._display.update(*self._shown)
 
     def _look(self) -> tuple[Moment, Expected]:
         now_s, counts = self._clock(), self._read()

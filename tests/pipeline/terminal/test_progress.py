@@ -10,6 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
+from pipeline.terminal import progress
 from pipeline.terminal.logs import StderrHandler
 from pipeline.terminal.progress import (
     Expected,
@@ -129,6 +130,24 @@ def test_a_run_that_broke_off_does_not_end_with_100_percent(
         ProgressDisplay(lambda: LiveCounts(5, 10, 100.0), Expected(20)),
     ):
         raise ValueError("broken")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(" 50% · 5 clips · 10/~20 windows")
+
+
+def test_what_an_interrupted_run_gives_up_does_not_change_the_last_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals = [20]
+    monkeypatch.setattr(progress, "POLL_INTERVAL_S", 0.01)
+    display = ProgressDisplay(
+        lambda: LiveCounts(5, 10, 100.0), Expected(), forecast=lambda counts: Expected(totals[-1])
+    )
+    with pytest.raises(KeyboardInterrupt), display:
+        while display._shown is None:
+            time.sleep(0.01)
+        monkeypatch.setattr(progress, "POLL_INTERVAL_S", 100.0)
+        time.sleep(0.1)
+        totals.append(50)  # as if units in progress had never begun
+        raise KeyboardInterrupt
     assert capsys.readouterr().err.splitlines()[-1].startswith(" 50% · 5 clips · 10/~20 windows")
 
 
