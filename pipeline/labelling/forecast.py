@@ -123,8 +123,11 @@ class PlanForecast:
             opened = (self._units[self._numbers[one]] for one in seen.open if one in self._numbers)
             in_slice = any(unit.container is not None and not unit.items for unit in opened)
             weight = total.windows * (SLICE_WEIGHT if in_slice else SAMPLE_WEIGHT)
+        windows: int | None = round(expect_windows(total.windows, done, counts, weight=weight))
+        if not done and not estimate.is_sampled and self._thread.is_alive():
+            windows = None  # sizes alone may be far off, and the sample takes seconds
         return Expected(
-            windows=round(expect_windows(total.windows, done, counts, weight=weight)),
+            windows=windows,
             items=round(total.items) if is_exact or estimate.is_sampled else None,
             is_exact=is_exact,
             doing=self._doing,

@@ -265,8 +265,9 @@ def test_a_run_that_ends_first_does_not_wait_for_the_sample(
 
     monkeypatch.setattr(forecast_module, "take_sample", sample_for_ever)
     with forecast_of(files(("a.wav", 882_000))) as forecast:
-        assert forecast(LiveCounts(), UnitsSeen()).windows == 1
+        assert forecast(LiveCounts(), UnitsSeen()).windows is None  # sizes may be far off
     assert stopped.is_set()
+    assert forecast(LiveCounts(), UnitsSeen()).windows == 1
 
 
 def test_of_a_plan_that_workers_make_the_units_tell(tmp_path: Path) -> None:
