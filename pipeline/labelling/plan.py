@@ -521,7 +521,7 @@ def describe_done(plan: RunPlan) -> str:
         num_files = count_renewed(plan.resolved.state.commits, plan.renewed)
         text += f"; with another time and the same bytes: {counted(num_files, 'file')}"
     if remaining.num_redone:
-        text += f"; to redo for changed items: {counted(remaining.num_redone, 'unit')}"
+        text += f"; to redo for changed items or truth: {counted(remaining.num_redone, 'unit')}"
     if remaining.num_retried:
         text += f"; to retry: {counted(remaining.num_retried, 'failed item')}"
     return f"{text}."
