@@ -45,9 +45,9 @@ setup(
     entry_points={"console_scripts": ["earmark = earmark:main"]},
     install_requires=[
         "apache-beam==2.77.*",
-        # torchaudio 2.11 is its last release; this is the range of torch it loads beside.
+        # The range of torch that torchaudio 2.11.0 loads beside; 2.11.1 needs a later torch.
         "torch>=2.11,<2.13",
-        "torchaudio==2.11.*",
+        "torchaudio==2.11.0",
         "numpy>=2",
         "soundfile>=0.13",
         "av>=14",

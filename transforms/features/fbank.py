@@ -42,7 +42,7 @@ try:
     from torchaudio.compliance import kaldi
 except (ImportError, OSError) as error:  # OSError: built for another torch
     raise ImportError(
-        f"torchaudio does not load beside torch {torch.__version__}: {error}. torchaudio 2.11 "
+        f"torchaudio does not load beside torch {torch.__version__}: {error}. torchaudio 2.11.0 "
         "needs torch 2.11 or 2.12, both from the same index (both CUDA 13.0 builds, or both "
         "CPU-only builds)."
     ) from error
