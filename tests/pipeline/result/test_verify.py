@@ -484,7 +484,7 @@ def test_an_interrupted_result_is_unfinished_and_may_be_damaged_as_well(
     remove("_commits")(out)
     assert run_verify(str(out)) == 3
     text = capsys.readouterr().out
-    assert f"{out} is unfinished: what is committed is whole, 1 units" in text
+    assert f"{out} is unfinished: what is committed is whole, 1 unit," in text
     assert "damaged" not in text
     assert "R" + RERUN in text
     (out / "clips" / first(out / "_commits").with_suffix(".parquet").name).unlink()

@@ -23,7 +23,7 @@ from tests.support.unit_factory import (
     unit_events,
 )
 from transforms.errors import AccountingError, OutputError
-from transforms.process.progress_counts import UnitsSeen, live_counts, live_units
+from transforms.process.progress_counts import live_counts, live_units
 from transforms.records import (
     Carried,
     ClipRow,
@@ -366,7 +366,8 @@ def test_live_counts_agree_with_what_is_committed(settings: CommitSettings) -> N
     now = live_counts
     assert now.units - before.units == 2
     assert now.clip_windows - before.clip_windows == sum(t.windows for t in totals) == 8
-    assert live_units.seen(first_unit) == UnitsSeen({}, ["u1", "u2"])
+    seen = live_units.seen(first_unit)
+    assert (seen.committed, {"u1", "u2"} & seen.open.keys()) == (["u1", "u2"], set())
     assert now.clips - before.clips == sum(t.clips for t in totals) == 4
     assert now.audio_s - before.audio_s == sum(t.audio_s for t in totals) == 48.0
 
@@ -383,4 +384,5 @@ def test_units_in_progress_tell_how_many_items_are_done(settings: CommitSettings
         done.append(live_units.seen(first_unit).open.get("u9", 0))
     assert (done[-1], sorted(set(done))) == (3, [0, 1, 2, 3])
     step.teardown()  # what is not committed is forgotten
-    assert live_units.seen(first_unit) == UnitsSeen({}, [])
+    seen = live_units.seen(first_unit)
+    assert (seen.committed, "u9" in seen.open) == ([], False)
