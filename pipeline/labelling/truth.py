@@ -143,10 +143,10 @@ def place_of(
     """
     occurrence = 1 if clip_id is None else occurrence_of(Item(clip_id, uri, member=member))
     name = make_clip_id(uri, member, occurrence, row=row, start_s=start_s, end_s=end_s)
-    paths = (_path(uri, member, row),)
+    paths = [_path(uri, member, row)]
     if original := original_name(row, metadata):
-        paths += (_path(uri, original, None),)
-    return Place(clip_id, name, paths, _segment(start_s, end_s))
+        paths.append(_path(uri, original, None))
+    return Place(clip_id, name, tuple(paths), _segment(start_s, end_s))
 
 
 def _place_of_row(entry: ManifestRow) -> Place:
