@@ -96,7 +96,7 @@ class HeaderReader:
         if isinstance(clip, Failure):
             return None
         try:
-            return self._promised_s(clip, _num_bytes(clip))
+            return self._promised_s(clip, num_encoded_bytes(clip))
         except (DecodeError, OSError):  # labelling it will say why
             return None
         finally:
@@ -110,7 +110,7 @@ class HeaderReader:
         if isinstance(clip, Failure):
             return 0.0
         try:
-            num_bytes = _num_bytes(clip)
+            num_bytes = num_encoded_bytes(clip)
             length_s = self._promised_s(clip, num_bytes)
             if length_s is None and num_bytes <= MAX_DECODED_BYTES:
                 for _, facts in self._living_process().decode(clip):
@@ -155,7 +155,8 @@ class HeaderReader:
             self._process = None
 
 
-def _num_bytes(clip: EncodedClip) -> int:
+def num_encoded_bytes(clip: EncodedClip) -> int:
+    """Return the bytes of a clip, in memory or in a file."""
     return Path(clip.path).stat().st_size if clip.path is not None else len(clip.data or b"")
 
 

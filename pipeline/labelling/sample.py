@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.labelling.calibration import thinned
@@ -26,6 +25,7 @@ from pipeline.labelling.headers import (
     HEADERS_AHEAD,
     HeaderReader,
     fetch_headers,
+    num_encoded_bytes,
     remove_temporary,
 )
 from transforms.decoding.settings import DecodeSettings
@@ -123,11 +123,7 @@ class WorkEstimate:
             kind: _Nearest(measured) for kind, measured in self.sample.measured.items() if measured
         }
         self.of_unit = [self._of_unit(number) for number in range(len(units))]
-        self.total = Amount(
-            sum(one.items for one in self.of_unit),
-            sum(one.audio_s for one in self.of_unit),
-            sum(one.windows for one in self.of_unit),
-        )
+        self.total = sum(self.of_unit, Amount())
 
     @functools.cached_property
     def has_exact_items(self) -> bool:
@@ -156,12 +152,7 @@ class WorkEstimate:
     def _of_unit(self, number: int) -> Amount:
         unit = self._units[number]
         if self.is_sampled:
-            amounts = list(self._of_items(number))
-            return Amount(
-                sum(one.items for one in amounts),
-                sum(one.audio_s for one in amounts),
-                sum(one.windows for one in amounts),
-            )
+            return sum(self._of_items(number), Amount())
         windows = unit.estimated_windows
         items = len(unit.items) + len(unit.failures)
         if not items:
@@ -394,7 +385,7 @@ class _Sampler:
         num_bytes = due = 0.0
         measured: dict[str, Measured] = {}  # the last of each kind
         for clip in read_items(part, self._sources):
-            size_of_clip = _num_bytes(clip)
+            size_of_clip = 0 if isinstance(clip, Failure) else num_encoded_bytes(clip)
             kind = extension(clip.item.member or "")
             if isinstance(clip, EncodedClip) and (num_bytes >= due or kind not in measured):
                 if not num_bytes:
@@ -431,12 +422,6 @@ class _Sampler:
             return FAILED
         length_s = measured.amount.audio_s * num_bytes / measured.size
         return _of_span(clip.item, length_s, self._guess).of_channels(measured.channels)
-
-
-def _num_bytes(clip: EncodedClip | Failure) -> int:
-    if isinstance(clip, Failure):
-        return 0
-    return Path(clip.path).stat().st_size if clip.path is not None else len(clip.data or b"")
 
 
 def _compression(unit: WorkUnit, clip: EncodedClip) -> float:

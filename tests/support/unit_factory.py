@@ -21,6 +21,7 @@ from transforms.records import (
     WindowRow,
     WorkUnit,
 )
+from transforms.results.commits import Commit
 from transforms.results.rows import RowSettings
 from transforms.results.write_units import CommitSettings, OpenUnit
 from transforms.storage import writing
@@ -142,3 +143,15 @@ def commit_unit(
     items = (*(item for item, _ in clips), *(failure.item for failure in failures))
     unit.add(UnitEnd(WorkUnit(unit_id, "files", items, replaces=tuple(replaces)), len(items)))
     unit.commit()
+
+
+def commit_events(settings: CommitSettings, events: Sequence[UnitEvent]) -> Commit:
+    """Do what the sink does; check that the unit is complete only at the last event."""
+    (end,) = (event for event in events if isinstance(event, UnitEnd))
+    staging = Path(writing.staging_path(settings.output, settings.run_id))
+    unit = OpenUnit(settings, staging, end.unit.unit_id)
+    for event in events:
+        assert not unit.is_complete
+        unit.add(event)
+    assert unit.is_complete
+    return unit.commit()

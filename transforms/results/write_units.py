@@ -70,7 +70,7 @@ from transforms.results.commits import (
     remove_unit,
     schema_version,
 )
-from transforms.results.counts import CLIP_COLUMNS, ERROR_COLUMNS, RowCounts, count_rows
+from transforms.results.counts import CLIP_COLUMNS, ERROR_COLUMNS, count_rows
 from transforms.results.rows import (
     RowSettings,
     clips_table,
@@ -212,18 +212,25 @@ class OpenUnit:
         # Before anything is written: the replaced unit's rows and ledger go into this commit.
         replaced = read_commit(output, unit.carried.unit_id) if unit.carried else None
         staged = self._write_parts(unit)
+        parts = {part: _part_info(path) for part, path in staged.items()}
+        kinds = set(self._settings.rows.optional_columns) & {"warning_kinds"}
+        columns = ["clip_id", "duration_s", "num_windows", *CLIP_COLUMNS, *kinds]
+        clips = _read_columns(staged["clips"], columns)
+        errors = None
+        if "errors" in staged:
+            errors = _read_columns(staged["errors"], ERROR_COLUMNS)
         commit = Commit(
             unit_id=self._unit_id,
             fingerprint=self._settings.fingerprint,
             replaces=unit.replaces,
             ledger=_ledger(unit, replaced),
-            parts={part: _part_info(path) for part, path in staged.items()},
-            totals=self._totals(staged),
+            parts=parts,
+            totals=self._totals(parts, clips),
             engines=tuple(sorted(self._engines.union(replaced.engines if replaced else ()))),
             checks=add_checks(self._checks, replaced.checks if replaced else {}),
             each_channel=self._settings.each_channel,
             optional_columns=self._settings.rows.optional_columns,
-            counts=self._counts(staged),
+            counts=count_rows(clips, errors),
         )
         earlier = find_commit(output, self._unit_id, commit.fingerprint)
         if earlier is not None:
@@ -345,9 +352,8 @@ class OpenUnit:
                 table = table.set_column(column, errors_schema().field("unit_id"), own)
             yield part, table
 
-    def _totals(self, staged: Mapping[str, Path]) -> UnitTotals:
-        num_rows = {part: _count_rows(path) for part, path in staged.items()}
-        clips = _read_columns(staged["clips"], ["clip_id", "duration_s", "num_windows"])
+    def _totals(self, parts: Mapping[str, PartInfo], clips: pa.Table) -> UnitTotals:
+        num_rows = {part: info.num_rows for part, info in parts.items()}
         windows_of_clips = pc.sum(clips["num_windows"]).as_py() or 0
         if windows_of_clips != num_rows["windows"]:
             raise AccountingError(
@@ -364,14 +370,6 @@ class OpenUnit:
             windows=num_rows["windows"],
             audio_s=pc.sum(clips["duration_s"]).as_py() or 0.0,
         )
-
-    def _counts(self, staged: Mapping[str, Path]) -> RowCounts:
-        kinds = set(self._settings.rows.optional_columns) & {"warning_kinds"}
-        clips = _read_columns(staged["clips"], [*CLIP_COLUMNS, *kinds])
-        errors = None
-        if "errors" in staged:
-            errors = _read_columns(staged["errors"], ERROR_COLUMNS)
-        return count_rows(clips, errors)
 
 
 def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
@@ -409,12 +407,8 @@ def _ledger(unit: WorkUnit, replaced: Commit | None) -> Ledger:
 def _part_info(path: Path) -> PartInfo:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return PartInfo(path.stat().st_size, digest, _count_rows(path))
-
-
-def _count_rows(path: Path) -> int:
-    with path.open("rb") as file:
-        return int(pq.read_metadata(file).num_rows)
+        num_rows = int(pq.read_metadata(file).num_rows)
+    return PartInfo(path.stat().st_size, digest, num_rows)
 
 
 class AudioProgress:

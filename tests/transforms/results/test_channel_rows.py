@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.unit_factory import (
     FACTS,
+    commit_events,
     failure_event,
     file_unit,
     make_item,
@@ -41,8 +42,7 @@ from transforms.results.commits import (
     item_ids,
 )
 from transforms.results.rows import ClipAggregate
-from transforms.results.write_units import CommitSettings, OpenUnit
-from transforms.storage import writing
+from transforms.results.write_units import CommitSettings
 
 
 @pytest.fixture
@@ -70,18 +70,6 @@ def channel_events(
             vectors = (prediction.embedding, prediction.scores)
             events.append(ClipRow(unit_id, index, item, FACTS, 2, *vectors, channel))
     return events
-
-
-def commit_events(settings: CommitSettings, events: Sequence[UnitEvent]) -> Commit:
-    """Do what the sink does; check that the unit is complete only at the last event."""
-    (end,) = (event for event in events if isinstance(event, UnitEnd))
-    staging = Path(writing.staging_path(settings.output, settings.run_id))
-    unit = OpenUnit(settings, staging, end.unit.unit_id)
-    for event in events:
-        assert not unit.is_complete
-        unit.add(event)
-    assert unit.is_complete
-    return unit.commit()
 
 
 def ids_of(settings: CommitSettings, part: str, unit_id: str) -> list[str]:
